@@ -1,0 +1,50 @@
+"""Pure-functional neural networks on JAX, made to see how gradients flow."""
+
+from fnn import activations, clip, data, initializers, losses, meanfield, models, taps, tree
+from fnn.clip import per_depth
+from fnn.core import Layer, function, named, parallel, repeat, residual, serial, stateless
+from fnn.flow import GradientFlow, gradient_flow
+from fnn.layers import activation, dense, dropout, flatten
+from fnn.norm import batch_norm, group_norm, layer_norm, rms_norm
+from fnn.taps import tap
+from fnn.train import History, TrainState, TrainStep, evaluate, fit, train_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GradientFlow",
+    "History",
+    "Layer",
+    "TrainState",
+    "TrainStep",
+    "activation",
+    "activations",
+    "batch_norm",
+    "clip",
+    "data",
+    "dense",
+    "dropout",
+    "evaluate",
+    "fit",
+    "flatten",
+    "function",
+    "gradient_flow",
+    "group_norm",
+    "initializers",
+    "layer_norm",
+    "losses",
+    "meanfield",
+    "models",
+    "named",
+    "parallel",
+    "per_depth",
+    "repeat",
+    "residual",
+    "rms_norm",
+    "serial",
+    "stateless",
+    "tap",
+    "taps",
+    "train_step",
+    "tree",
+]

@@ -1,0 +1,88 @@
+"""Validators: every refusal reads *who: the rule, what it got, what to do*.
+
+The keyword under which a value is passed becomes its name in the message:
+`positive("dense", width=-3)` raises `dense: width must be a positive integer, got -3`.
+"""
+
+import difflib
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def describe(x: Any) -> str:
+    """Write a tree of arrays as `float32[64,10]`, other leaves by their type."""
+
+    def one(a):
+        if hasattr(a, "shape") and hasattr(a, "dtype"):
+            return f"{a.dtype}[{','.join(map(str, a.shape))}]"
+        return type(a).__name__
+
+    text = str(jax.tree.map(one, x))
+    return text.replace("'", "")
+
+
+def positive(who: str, **values: Any) -> None:
+    """Refuse what is not an integer of at least 1."""
+    for name, value in values.items():
+        if not _is_integer(value) or value < 1:
+            raise _refuse(value, numbers.Integral)(f"{who}: {name} must be a positive integer, got {value!r}")
+
+
+def non_negative(who: str, **values: Any) -> None:
+    """Refuse what is not an integer of at least 0."""
+    for name, value in values.items():
+        if not _is_integer(value) or value < 0:
+            raise _refuse(value, numbers.Integral)(f"{who}: {name} must be an integer of at least 0, got {value!r}")
+
+
+def fraction(who: str, **values: Any) -> None:
+    """Refuse a concrete number outside [0, 1). Traced values pass: their range is the caller's to keep."""
+    for name, value in values.items():
+        if not _holds(value, lambda v: 0 <= v < 1):
+            raise _refuse(value, numbers.Real)(f"{who}: {name} must lie in [0, 1), got {value!r}")
+
+
+def above_zero(who: str, **values: Any) -> None:
+    """Refuse a concrete number that is not finite and greater than zero. Traced values pass."""
+    for name, value in values.items():
+        if not _holds(value, lambda v: 0 < v < math.inf):
+            raise _refuse(value, numbers.Real)(f"{who}: {name} must be a finite number above 0, got {value!r}")
+
+
+def choice(who: str, options: Iterable[str], **values: Any) -> None:
+    """Refuse a name that is not among the options, and suggest the nearest one."""
+    options = list(options)
+    for name, value in values.items():
+        if value not in options:
+            near = difflib.get_close_matches(str(value), [str(o) for o in options], n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(map(str, options))}"
+            raise ValueError(f"{who}: unknown {name} {value!r}; {hint}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, np.ndarray | jax.Array):
+        return value.ndim == 0
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _holds(value: Any, rule: Callable[[Any], Any]) -> bool:
+    """Whether a number keeps the rule; a traced one does so far as anyone can tell here."""
+    try:
+        return _is_number(value) and bool(rule(value))
+    except jax.errors.ConcretizationTypeError:
+        return True
+
+
+def _refuse(value: Any, kind: type) -> type[Exception]:
+    """A wrong type is a TypeError, a wrong value of the right type a ValueError."""
+    right_type = isinstance(value, kind) and not isinstance(value, bool)
+    return ValueError if right_type or isinstance(value, np.ndarray | jax.Array) else TypeError

@@ -1,0 +1,175 @@
+"""Initialisers for weights and biases: functions `(key, shape, dtype=float32) -> array`.
+
+The last axis of a kernel is its output, the one before its input, further axes are a receptive field:
+fan_in = prod(shape[:-1]), fan_out = prod(shape[:-2]) * shape[-1].
+
+Names say which distribution: `he_normal` is a true normal (moment and log tests need its kurtosis of 3),
+`he_truncated_normal` is cut at two standard deviations (kurtosis 2.3655) and rescaled to the same variance.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnn import check
+
+Initializer = Callable[..., jax.Array]
+
+
+def zeros(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Fill with 0."""
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """Fill with 1."""
+    return jnp.ones(shape, dtype)
+
+
+def constant(value: Any = 0.0) -> Initializer:
+    """Fill with one value (may be traced)."""
+    return lambda key, shape, dtype=jnp.float32: jnp.full(shape, value, dtype)
+
+
+def normal(std: Any = 0.01) -> Initializer:
+    """Draw from N(0, std²), whatever the shape; right for biases too (std may be traced)."""
+    _scale("normal", std=std)
+
+    def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jnp.asarray(std, dtype) * jax.random.normal(key, shape, dtype)
+
+    return init
+
+
+def scaled(sigma_w: Any = 1.0) -> Initializer:
+    """Draw from N(0, sigma_w²/fan_in), a true normal: mean-field theory's parametrisation (sigma_w may be traced).
+
+    Source: Poole et al. 2016, section 2.
+    """
+    _scale("scaled", sigma_w=sigma_w)
+
+    def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        if len(shape) < 2:
+            raise ValueError(f"scaled: needs a fan-in, a shape of at least two axes, got {shape}; use normal(std)")
+        std = jnp.asarray(sigma_w, dtype) / math.sqrt(math.prod(shape[:-1]))
+        return std * jax.random.normal(key, shape, dtype)
+
+    return init
+
+
+def _variance(scale: float, mode: str, distribution: str, doc: str) -> Initializer:
+    inner = jax.nn.initializers.variance_scaling(scale, mode, distribution)
+
+    def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        if len(shape) < 2:
+            raise ValueError(
+                f"{mode} initialiser: needs a fan-in, a shape of at least two axes, got {shape}; use normal(std)"
+            )
+        return inner(key, shape, dtype)
+
+    init.__doc__ = doc
+    return init
+
+
+_HE = "variance 2/fan_in (He et al. 2015, equation 10)"
+_GLOROT = "variance 2/(fan_in + fan_out) (Glorot and Bengio 2010, equation 16)"
+_LECUN = "variance 1/fan_in (LeCun et al. 1998, equation 16)"
+he_normal = _variance(2.0, "fan_in", "normal", f"Draw from a true normal of {_HE}.")
+he_truncated_normal = _variance(2.0, "fan_in", "truncated_normal", f"Draw from a truncated normal of {_HE}.")
+he_uniform = _variance(2.0, "fan_in", "uniform", f"Draw uniformly with {_HE}.")
+glorot_normal = _variance(1.0, "fan_avg", "normal", f"Draw from a true normal of {_GLOROT}.")
+glorot_truncated_normal = _variance(1.0, "fan_avg", "truncated_normal", f"Draw from a truncated normal of {_GLOROT}.")
+glorot_uniform = _variance(1.0, "fan_avg", "uniform", f"Draw uniformly with {_GLOROT}.")
+lecun_normal = _variance(1.0, "fan_in", "normal", f"Draw from a true normal of {_LECUN}.")
+lecun_truncated_normal = _variance(1.0, "fan_in", "truncated_normal", f"Draw from a truncated normal of {_LECUN}.")
+lecun_uniform = _variance(1.0, "fan_in", "uniform", f"Draw uniformly with {_LECUN}.")
+
+
+def orthogonal(scale: Any = 1.0) -> Initializer:
+    """Draw `scale` times a uniformly random orthogonal matrix; non-square ones have orthonormal rows or columns.
+
+    All axes but the last count as input. Source: Saxe et al. 2014; sign fix of Mezzadri 2007.
+    """
+    _scale("orthogonal", scale=scale)
+
+    def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        if len(shape) < 2:
+            raise ValueError(f"orthogonal: needs a shape of at least two axes, got {shape}; use normal(std)")
+        return jax.nn.initializers.orthogonal(scale)(key, shape, dtype)
+
+    return init
+
+
+def delta_orthogonal(scale: Any = 1.0) -> Initializer:
+    """Draw a convolution kernel that is zero but for an orthogonal matrix at its centre; width out >= in.
+
+    Source: Xiao et al. 2018, algorithm 1.
+    """
+    _scale("delta_orthogonal", scale=scale)
+
+    def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        if len(shape) not in (3, 4, 5) or shape[-1] < shape[-2]:
+            raise ValueError(
+                f"delta_orthogonal: needs a kernel (..., in, out) of 3 to 5 axes with out >= in, got {shape}"
+            )
+        return jax.nn.initializers.delta_orthogonal(scale)(key, shape, dtype)
+
+    return init
+
+
+_PLAIN = {
+    "zeros": zeros,
+    "ones": ones,
+    "he_normal": he_normal,
+    "he_truncated_normal": he_truncated_normal,
+    "he_uniform": he_uniform,
+    "glorot_normal": glorot_normal,
+    "glorot_truncated_normal": glorot_truncated_normal,
+    "glorot_uniform": glorot_uniform,
+    "lecun_normal": lecun_normal,
+    "lecun_truncated_normal": lecun_truncated_normal,
+    "lecun_uniform": lecun_uniform,
+}
+_WITH_ARGUMENT = {
+    "constant": constant,
+    "normal": normal,
+    "scaled": scaled,
+    "orthogonal": orthogonal,
+    "delta_orthogonal": delta_orthogonal,
+}
+NAMES = (*_PLAIN, *_WITH_ARGUMENT)
+
+
+def get(initializer: str | Initializer) -> Initializer:
+    """Look an initialiser up by name, `"he_normal"` or with its argument `"normal(0.1)"`; pass a function through.
+
+    Errors: an unknown name is a ValueError that suggests the nearest one.
+    """
+    if callable(initializer):
+        return initializer
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\(\s*([^()]*?)\s*\))?\s*", str(initializer))
+    name, argument = match.groups() if match else (str(initializer), None)
+    check.choice("initializers", NAMES, initializer=name)
+    if argument in (None, ""):
+        return _PLAIN.get(name) or _WITH_ARGUMENT[name]()
+    if name in _PLAIN:
+        raise ValueError(f"initializers: {name} takes no argument, got {initializer!r}")
+    try:
+        value = float(argument)
+    except ValueError:
+        raise ValueError(f"initializers: the argument of {name} must be a number, got {initializer!r}") from None
+    return _WITH_ARGUMENT[name](value)
+
+
+def _scale(who: str, **values: Any) -> None:
+    for name, value in values.items():
+        try:
+            bad = not (0 <= value < math.inf)
+        except jax.errors.ConcretizationTypeError:
+            continue
+        if bad:
+            raise ValueError(f"{who}: {name} must be finite and at least 0, got {value!r}")

@@ -1,0 +1,102 @@
+"""The dense vocabulary: dense, activation, dropout, flatten."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnn import activations, check, initializers
+from fnn.core import Layer, function, stateless
+from fnn.tree import statistics_dtype
+
+
+def dense(
+    width: int,
+    *,
+    kernel_init: str | Callable[..., Any] = "lecun_normal",
+    bias_init: str | Callable[..., Any] = "zeros",
+    bias: bool = True,
+) -> Layer:
+    """Map y = x W + b over the last axis.
+
+    x: float[batch, ..., d] -> float[batch, ..., width]; params: kernel float[d, width], bias float[width], in float32
+    or x's wider dtype. Initialisers go by name (`initializers.NAMES`) or are functions (key, shape, dtype) -> array.
+    """
+    check.positive("dense", width=width)
+    kernel_init, bias_init = initializers.get(kernel_init), initializers.get(bias_init)
+
+    def init(key, spec):
+        _floating("dense", spec)
+        _axes("dense", spec, 2)
+        kernel_key, bias_key = jax.random.split(key)
+        dtype = statistics_dtype(spec.dtype)
+        params = {"kernel": kernel_init(kernel_key, (spec.shape[-1], width), dtype)}
+        return params | {"bias": bias_init(bias_key, (width,), dtype)} if bias else params
+
+    def apply(params, x):
+        _floating("dense", x)
+        kernel = params["kernel"]
+        if x.ndim < 2 or x.shape[-1] != kernel.shape[0]:
+            raise ValueError(
+                f"dense: the input's last axis must be {kernel.shape[0]}, as at init, "
+                f"expected {x.dtype}[batch, ..., {kernel.shape[0]}], got {check.describe(x)}"
+            )
+        y = x @ kernel.astype(x.dtype)
+        return y + params["bias"].astype(x.dtype) if bias else y
+
+    return stateless(init, apply)
+
+
+def activation(f: str | Callable[..., Any], **options: Any) -> Layer:
+    """Apply an activation by name, or any plain function x -> y, as a layer: `activation("relu", grad_at_zero=1.0)`.
+
+    `options` are the function's own; one that it does not have is a TypeError.
+    """
+    if callable(f) and not isinstance(f, activations.Activation):
+        if options:
+            raise TypeError("activation: options belong to named activations, got a function; bind them to it instead")
+        return function(f)
+    return function(activations.get(f).bind(**options))
+
+
+def dropout(rate: float) -> Layer:
+    """Zero each number with probability `rate` in train mode and scale the rest by 1/(1 - rate); else the identity.
+
+    Needs `key` in train mode. Under `axis_name` the mapped index is folded into the key: no two examples share a mask.
+    Source: Srivastava et al. 2014 (in the inverted form).
+    """
+    check.fraction("dropout", rate=rate)
+
+    def init(key, spec):
+        return (), ()
+
+    def apply(params, state, x, *, key=None, train=False, axis_name=None):
+        if not train or rate == 0:
+            return x, state
+        if key is None:
+            raise ValueError(
+                "dropout: train mode needs a PRNG key, got key=None; pass key=jax.random.key(...) to apply"
+            )
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+        return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype)), state
+
+    return Layer(init, apply)
+
+
+def flatten() -> Layer:
+    """Reshape float[batch, ...] to float[batch, d]."""
+    return function(lambda x: x.reshape(x.shape[0], math.prod(x.shape[1:])))
+
+
+def _floating(who: str, x: Any) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{who}: the input must be floating point, got {check.describe(x)}; cast it first")
+
+
+def _axes(who: str, x: Any, least: int) -> None:
+    if len(x.shape) < least:
+        raise ValueError(f"{who}: the input must have {least} axes or more, batch first, got {check.describe(x)}")

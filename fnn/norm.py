@@ -1,0 +1,162 @@
+"""Normalisation layers. Statistics are two-pass and in at least float32; the last axis holds the units."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnn import check
+from fnn.core import Layer, as_arrays, as_spec, stateless
+from fnn.tree import statistics_dtype
+
+
+def batch_norm(*, decay: float = 0.9, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> Layer:
+    """Normalise every unit over the batch: y = scale·(x - mean)/sqrt(var + eps) + bias.
+
+    x: float[batch, ..., d] -> the same; params: scale, bias float[d]; state: mean, var float[d], weight float[].
+
+    In train mode mean and biased variance are those of the batch (with `axis_name`, over the mapped axis too), and the
+    running moments move: m <- decay·m + (1 - decay)·m_batch, weight <- decay·weight + (1 - decay). They start at zero;
+    eval mode divides them by their accumulated weight, so that it is right after 1, 10 and 100 steps alike, and is the
+    identity (up to scale and bias) before the first.
+
+    Errors: ValueError in train mode for a single value per unit, whose normalised value and gradient would be zero.
+    Source: Ioffe and Szegedy 2015; debiasing as in Kingma and Ba 2015, section 3.
+    """
+    check.fraction("batch_norm", decay=decay)
+    _non_negative("batch_norm", eps=eps)
+
+    def init(key, spec):
+        spec = as_spec(spec)
+        _units("batch_norm", spec)
+        d, dtype = spec.shape[-1], statistics_dtype(spec.dtype)
+        state = {"mean": jnp.zeros(d, dtype), "var": jnp.zeros(d, dtype), "weight": jnp.zeros((), dtype)}
+        return _affine(d, dtype, scale, bias), state
+
+    def apply(params, state, x, *, key=None, train=False, axis_name=None):
+        x = as_arrays(x)
+        _width("batch_norm", state["mean"].shape[0], x)
+        wide = x.astype(statistics_dtype(x.dtype))
+        if train:
+            axes = tuple(range(x.ndim - 1))
+            count = x.size // x.shape[-1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+            if count < 2:
+                raise ValueError(
+                    f"batch_norm: train mode needs at least two values per unit, got {check.describe(x)}: a batch of "
+                    "one is normalised to zero and its gradient vanishes; use a larger batch or pass axis_name"
+                )
+            mean = _average(wide, axes, axis_name)
+            var = _average(jnp.square(wide - mean), axes, axis_name)
+            keep = jnp.asarray(decay, state["weight"].dtype)
+            state = {
+                "mean": keep * state["mean"] + (1 - keep) * mean.astype(keep.dtype),
+                "var": keep * state["var"] + (1 - keep) * var.astype(keep.dtype),
+                "weight": keep * state["weight"] + (1 - keep),
+            }
+        else:
+            seen = state["weight"] > 0
+            weight = jnp.where(seen, state["weight"], 1)
+            mean = (state["mean"] / weight).astype(wide.dtype)
+            var = jnp.where(seen, state["var"] / weight, 1 - eps).astype(wide.dtype)
+        return _scaled((wide - mean) * jax.lax.rsqrt(var + eps), params, x.dtype), state
+
+    return Layer(init, apply)
+
+
+def layer_norm(*, eps: float = 1e-6, scale: bool = True, bias: bool = True) -> Layer:
+    """Normalise every example over its units: y = scale·(x - mean)/sqrt(var + eps) + bias, over the last axis.
+
+    Source: Ba et al. 2016.
+    """
+    _non_negative("layer_norm", eps=eps)
+
+    def normalise(x):
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+
+    return _per_example("layer_norm", normalise, scale, bias)
+
+
+def rms_norm(*, eps: float = 1e-6, scale: bool = True) -> Layer:
+    """Divide every example by its root mean square: y = scale·x/sqrt(mean(x²) + eps), over the last axis.
+
+    Source: Zhang and Sennrich 2019.
+    """
+    _non_negative("rms_norm", eps=eps)
+
+    def normalise(x):
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+    return _per_example("rms_norm", normalise, scale, False)
+
+
+def group_norm(groups: int, *, eps: float = 1e-6, scale: bool = True, bias: bool = True) -> Layer:
+    """Normalise every example over groups of units and all positions: y = scale·(x - mean)/sqrt(var + eps) + bias.
+
+    x: float[batch, ..., d], d divisible by `groups`; group g holds units g·d/groups up to (g + 1)·d/groups.
+    Errors: ValueError if d is not divisible. Source: Wu and He 2018.
+    """
+    check.positive("group_norm", groups=groups)
+    _non_negative("group_norm", eps=eps)
+
+    def normalise(x):
+        if x.shape[-1] % groups:
+            raise ValueError(f"group_norm: {groups} groups must divide the units, got {check.describe(x)}")
+        parts = x.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+        centred = parts - jnp.mean(parts, axis=(1, 3), keepdims=True)
+        var = jnp.mean(jnp.square(centred), axis=(1, 3), keepdims=True)
+        return (centred * jax.lax.rsqrt(var + eps)).reshape(x.shape)
+
+    return _per_example("group_norm", normalise, scale, bias)
+
+
+def _per_example(who: str, normalise: Callable[[jax.Array], jax.Array], scale: bool, bias: bool) -> Layer:
+    def init(key, spec):
+        _units(who, spec)
+        return _affine(spec.shape[-1], statistics_dtype(spec.dtype), scale, bias)
+
+    def apply(params, x):
+        _units(who, x)
+        for leaf in jax.tree.leaves(params):
+            _width(who, leaf.shape[0], x)
+        return _scaled(normalise(x.astype(statistics_dtype(x.dtype))), params, x.dtype)
+
+    return stateless(init, apply)
+
+
+def _affine(d: int, dtype: Any, scale: bool, bias: bool) -> dict[str, jax.Array]:
+    return ({"scale": jnp.ones(d, dtype)} if scale else {}) | ({"bias": jnp.zeros(d, dtype)} if bias else {})
+
+
+def _scaled(y: jax.Array, params: dict[str, jax.Array], dtype: Any) -> jax.Array:
+    if "scale" in params:
+        y = y * params["scale"].astype(y.dtype)
+    if "bias" in params:
+        y = y + params["bias"].astype(y.dtype)
+    return y.astype(dtype)
+
+
+def _average(x: jax.Array, axes: tuple[int, ...], axis_name: Any) -> jax.Array:
+    mean = jnp.mean(x, axis=axes)
+    return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+
+
+def _units(who: str, x: Any) -> None:
+    if len(x.shape) < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{who}: the input must be float[batch, ..., d], got {check.describe(x)}")
+
+
+def _width(who: str, d: int, x: Any) -> None:
+    _units(who, x)
+    if x.shape[-1] != d:
+        raise ValueError(
+            f"{who}: the input's last axis must be {d}, as at init, expected {x.dtype}[batch, ..., {d}], "
+            f"got {check.describe(x)}"
+        )
+
+
+def _non_negative(who: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{who}: {name} must be at least 0, got {value!r}")

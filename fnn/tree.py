@@ -1,0 +1,173 @@
+"""Short verbs on pytrees, and `Stacked`, the node that knows its depth axis.
+
+All sums are taken in at least float32.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_DEPTH = jax.tree_util.GetAttrKey("[:]")
+UNNAMED = jax.tree_util.GetAttrKey("")
+"""The key of a node that paths do not show."""
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Stacked:
+    """Mark a tree whose every leaf carries a leading depth axis: `leaf[i]` belongs to block i.
+
+    `repeat` keeps parameters and state in it, so that norms, clipping, paths and layer-wise optimisers treat
+    `leaf[i]` as the array that `serial` would hold for block i. Nodes nest: the outer depth axis comes first.
+    """
+
+    __slots__ = ("blocks",)
+
+    def __init__(self, blocks: Any):
+        self.blocks = blocks
+
+    def tree_flatten_with_keys(self):
+        return ((_DEPTH, self.blocks),), None
+
+    def tree_flatten(self):
+        return (self.blocks,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+    def __getitem__(self, i: Any) -> Any:
+        """Take block i (or a slice of blocks, still stacked, without its mark)."""
+        return jax.tree.map(lambda a: a[i], self.blocks)
+
+    def __repr__(self) -> str:
+        return f"Stacked({self.blocks!r})"
+
+
+def path(entries: Any) -> str:
+    """Write a key path as `1/trunk/[:]/kernel`; `[:]` stands for the depth axis. Unnamed entries are left out."""
+    return jax.tree_util.keystr(tuple(e for e in entries if e != UNNAMED), simple=True, separator="/")
+
+
+def paths(tree: Any) -> list[str]:
+    """List the path of every leaf, in the order of `jax.tree.leaves`."""
+    return [path(entries) for entries, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def rows(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield (path, leaf) block after block, every depth axis written out: `1/[7]/kernel` and its slice.
+
+    Meant for reading results: bring the tree to the host first (`jax.device_get`).
+    """
+
+    def stop(node):
+        return isinstance(node, Stacked) or (is_leaf is not None and is_leaf(node))
+
+    for entries, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stop):
+        if not isinstance(node, Stacked):
+            yield path(entries), node
+            continue
+        leaves = jax.tree.leaves(node)
+        for i in range(leaves[0].shape[0] if leaves else 0):
+            for inner, leaf in rows(node[i], is_leaf):
+                yield "/".join(part for part in (path(entries), f"[{i}]", inner) if part), leaf
+
+
+def map_depth(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Map `function(k, leaf, *rest)` over the leaves, where k counts the leaf's leading depth axes."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    others = [treedef.flatten_up_to(other) for other in rest]
+    return treedef.unflatten(
+        function(sum(key == _DEPTH for key in entries), leaf, *args)
+        for (entries, leaf), *args in zip(leaves, *others, strict=True)
+    )
+
+
+def size(tree: Any) -> int:
+    """Count the numbers in a tree."""
+    return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def dot(a: Any, b: Any) -> jax.Array:
+    """Sum a_i b_i over all leaves: float[]."""
+    products = jax.tree.map(lambda u, v: jnp.sum(_wide(u) * _wide(v)), a, b)
+    return sum(jax.tree.leaves(products), start=jnp.zeros(()))
+
+
+def squared_norm(tree: Any) -> jax.Array:
+    """Sum |a_i|² over all leaves: float[]."""
+    return sum((jnp.sum(jnp.square(_wide(a))) for a in jax.tree.leaves(tree)), start=jnp.zeros(()))
+
+
+def norm(tree: Any) -> jax.Array:
+    """Take sqrt(sum |a_i|²) over all leaves: float[]. Its gradient at the zero tree is zero, not NaN.
+
+    Squares that leave float32's range are taken again, relative to the largest number: exact for exploded and vanished
+    gradients too.
+    """
+    total = squared_norm(tree)
+    info = jnp.finfo(total.dtype)
+    inside = (total > info.tiny / info.eps) & (total < info.max)
+
+    def relative(tree):
+        peak = jnp.max(jnp.stack([jnp.max(jnp.abs(_wide(a)), initial=0) for a in jax.tree.leaves(tree)]))
+        peak = jax.lax.stop_gradient(jnp.where((peak > 0) & (peak < jnp.inf), peak, 1))
+        return peak * safe_sqrt(squared_norm(jax.tree.map(lambda a: _wide(a) / peak, tree)))
+
+    if not jax.tree.leaves(tree):
+        return total
+    return jax.lax.cond(inside, lambda tree: safe_sqrt(squared_norm(tree)), relative, tree)
+
+
+def norms(tree: Any) -> Any:
+    """Take the norm of every parameter array: a tree of float[], float[depth] below a `Stacked` node."""
+    return map_depth(lambda k, a: safe_sqrt(jnp.sum(jnp.square(_wide(a)), axis=tuple(range(k, a.ndim)))), tree)
+
+
+def log_norms(tree: Any) -> Any:
+    """Take log |a| of every parameter array without leaving the exponent range: shapes as in `norms`.
+
+    log |a| = log m + ½ log sum (a/m)², m = max |a|. A zero array gives -inf, a non-finite one NaN or inf.
+    """
+    return map_depth(lambda k, a: log_norm(a, axis=tuple(range(k, jnp.ndim(a)))), tree)
+
+
+def log_norm(a: jax.Array, axis: Any = None) -> jax.Array:
+    """Take log |a| over some axes (all of them by default); see `log_norms`."""
+    a = jnp.abs(_wide(a))
+    peak = jnp.max(a, axis=axis, keepdims=True, initial=0)
+    usable = (peak > 0) & jnp.isfinite(peak)
+    scaled = a / jnp.where(usable, peak, 1)
+    total = jnp.sum(jnp.square(scaled), axis=axis)
+    return jnp.log(jnp.where(usable, peak, 1).reshape(total.shape)) + 0.5 * jnp.log(total)
+
+
+def stack(trees: Any) -> Stacked:
+    """Stack the trees of n blocks into one `Stacked` tree."""
+    return Stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees))
+
+
+def unstack(stacked: Stacked) -> tuple[Any, ...]:
+    """Split a `Stacked` tree into the trees of its blocks, the inverse of `stack`."""
+    leaves = jax.tree.leaves(stacked)
+    if not leaves:
+        raise ValueError("tree.unstack: the tree must have a leaf, got none, so its depth is unknown")
+    return tuple(stacked[i] for i in range(leaves[0].shape[0]))
+
+
+def safe_sqrt(a: jax.Array) -> jax.Array:
+    """Take sqrt(a) for a >= 0, with gradient zero at a = 0."""
+    zero = a == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, a)))
+
+
+def statistics_dtype(dtype: Any) -> Any:
+    """Say in which dtype statistics of such data are kept: at least float32."""
+    return jnp.promote_types(jnp.float32, dtype)
+
+
+def _wide(a: Any) -> jax.Array:
+    a = jnp.asarray(a)
+    return a.astype(statistics_dtype(a.dtype))
