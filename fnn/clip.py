@@ -159,8 +159,8 @@ def _transformation(clip: Callable[[Any, Any], tuple[Any, ClipState]]) -> optax.
 
 def _elementwise(function: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformation:
     def clip(updates, params):
-        clipped = jax.tree.map(function, updates)
-        changed = jax.tree.map(lambda a, b: jnp.sum(a != b, dtype=jnp.float32), updates, clipped)
+        clipped = jax.tree.map(lambda g: function(g).astype(g.dtype), updates)  # a traced limit may be wider than g
+        changed = jax.tree.map(lambda a, b: jnp.sum((a > b) | (a < b), dtype=jnp.float32), updates, clipped)
         fraction = sum(jax.tree.leaves(changed), start=jnp.zeros(())) / max(1, tree.size(updates))
         return clipped, ClipState(fraction, tree.norm(updates), tree.norm(clipped))
 
@@ -185,6 +185,5 @@ def _scaling(factor: Callable[..., jax.Array], needs_params: str | None = None) 
 def _norm(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Take a norm over some axes, kept with size 1, relative to the largest number: no square leaves the range."""
     wide = a.astype(tree.statistics_dtype(a.dtype))
-    peak = jnp.max(jnp.abs(wide), axis=axes, keepdims=True, initial=0)
-    peak = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
+    peak = tree.divisor(jnp.max(jnp.abs(wide), axis=axes, keepdims=True, initial=0))
     return peak * jnp.sqrt(jnp.sum(jnp.square(wide / peak), axis=axes, keepdims=True))

@@ -232,6 +232,12 @@ def as_spec(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), tree)
 
 
+def same_spec(a: Any, b: Any) -> bool:
+    """Whether two trees have the same structure, shapes and dtypes."""
+    a, b = as_spec((a, b))
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.leaves(a) == jax.tree.leaves(b)
+
+
 def as_arrays(tree: Any) -> Any:
     """Make every leaf a JAX array, NumPy's float64 becoming float32 unless x64 is on."""
     return jax.tree.map(jnp.asarray, tree)
@@ -343,7 +349,7 @@ def _same_shape(who: str, x: Any, y: Any) -> None:
 
 
 def _keeps(x: Any, y: Any) -> None:
-    if as_spec(x) != as_spec(y):
+    if not same_spec(x, y):
         raise ValueError(
             f"repeat: the block must keep its input's shape, got {check.describe(x)} -> {check.describe(y)}; "
             "use serial(...)"

@@ -1,7 +1,8 @@
 """Data sets as pairs of arrays: digits, IDX files (MNIST and its kin), `.npz` files, and three synthetic families.
 
-Loaders work on the host in NumPy and hand over finished arrays; every loader returns `(train, test)`, and the same
-key gives the same bits. Labels are int32 from 0 upwards, taken as they are and never renumbered.
+Loaders work on the host in NumPy and hand over finished arrays; every loader returns `(train, test)`. The same key
+gives the same bits on every device, because it seeds a NumPy generator: shuffling by `jax.random` would compile anew
+for every size. Labels are int32 from 0 upwards, taken as they are and never renumbered.
 """
 
 import gzip
@@ -69,11 +70,11 @@ def split(x: Any, y: Any, *, key: jax.Array, test: float = 0.2, stratify: bool =
     """Split at random into train and test, `round(test * n)` examples in the latter (at least 1, at most n - 1).
 
     `x: [n, ...], y: [n, ...] -> (train, test)`, both shuffled. Where y is an integer vector and `stratify` holds, every
-    class is in both parts, in the test part with within one of `test * count` examples (largest remainders; the part
-    grows where classes outnumber it). Other y are split without regard to their values. Which examples go where
-    follows from `key`; how many does not. Integer y become int32.
+    class is in both parts, and less than one example away from `test * count` in the test part (largest remainders;
+    lifting tiny classes to one example can move the total). Other y are split without regard to their values.
+    Which examples go where follows from `key`; how many does not. Integer y become int32.
     """
-    return _split("data.split", x, y, key, test, stratify)
+    return _split("data.split", x, y, _rng("data.split", key), test, stratify)
 
 
 def standardize(train: Dataset, *others: Dataset, eps: float = 1e-8) -> tuple[Dataset, ...]:
@@ -111,7 +112,7 @@ def digits(*, key: jax.Array, test: float = 0.2, standardized: bool = True, imag
         raise ImportError("data.digits: needs scikit-learn; install fnn[study]") from error
     x, y = load_digits(return_X_y=True)
     x = (x / 16).astype(np.float32).reshape((-1, 8, 8, 1) if image else (-1, 64))
-    parts = _split("data.digits", x, y, key, test)
+    parts = _split("data.digits", x, y, _rng("data.digits", key), test)
     train, test_part = standardize(*parts) if standardized else parts
     return train, test_part
 
@@ -130,12 +131,12 @@ def idx(
     who, folder = "data.idx", Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"{who}: the folder must exist, got {str(folder)!r}; put the four IDX files there")
-    if test is not None and key is None:
-        raise ValueError(f"{who}: test={test!r} splits the train files by key, got key=None; pass jax.random.key(0)")
-    if test is not None:
-        parts = _split(who, *_idx_part(folder, "train"), key, test)
-    else:
+    if test is None:
         parts = _as_given(who, _idx_part(folder, "train"), _idx_part(folder, "t10k"))
+    elif key is None:
+        raise ValueError(f"{who}: test={test!r} splits the train files by key, got key=None; pass jax.random.key(0)")
+    else:
+        parts = _split(who, *_idx_part(folder, "train"), _rng(who, key), test)
     if not standardized:
         return parts
     x = np.asarray(parts[0].x)
@@ -207,7 +208,7 @@ def npz(path: PathLike, *, key: jax.Array | None = None, test: float = 0.2, stan
     elif key is None:
         raise ValueError(f"{who}: a file with x and y is split by key, got key=None; pass key=jax.random.key(0)")
     else:
-        parts = _split(who, arrays[0], arrays[1], key, test)
+        parts = _split(who, arrays[0], arrays[1], _rng(who, key), test)
     train, test_part = standardize(*parts) if standardized else parts
     return train, test_part
 
@@ -227,13 +228,13 @@ def clusters(
     if features < 2 or classes < 2:
         got = f"features={features}, classes={classes}"
         raise ValueError(f"{who}: features and classes must be at least 2, got {got}; ask for more")
-    plane_key, noise_key, split_key = _keys(who, key, 3)
-    plane = np.linalg.qr(_normal(plane_key, features, 2))[0]  # an orthonormal pair, uniformly random
+    rng = _rng(who, key)
+    plane = np.linalg.qr(rng.standard_normal((features, 2)))[0]  # an orthonormal pair, uniformly random
     angle = 2 * np.pi * np.arange(classes) / classes
     centres = 2 / np.sin(np.pi / classes) * np.stack([np.cos(angle), np.sin(angle)], -1) @ plane.T
     y = np.arange(examples) % classes
-    x = centres[y] + spread * _normal(noise_key, examples, features)
-    return _split(who, x.astype(np.float32), y, split_key, test)
+    x = centres[y] + spread * rng.standard_normal((examples, features))
+    return _split(who, x.astype(np.float32), y, rng, test)
 
 
 def spirals(
@@ -248,13 +249,13 @@ def spirals(
     positive(who, examples=examples, classes=classes)
     above_zero(who, turns=turns)
     _at_least_zero(who, "noise", noise)
-    radius_key, noise_key, split_key = _keys(who, key, 3)
+    rng = _rng(who, key)
     y = np.arange(examples) % classes
     # The arc grows as r dr, so that the square root of a uniform number spreads examples evenly along it.
-    r = turns * classes * np.sqrt(np.asarray(jax.random.uniform(radius_key, (examples,), jnp.float32), np.float64))
+    r = turns * classes * np.sqrt(rng.random(examples))
     a = 2 * np.pi * (r + y) / classes
-    x = r[:, None] * np.stack([np.cos(a), np.sin(a)], -1) + noise * _normal(noise_key, examples, 2)
-    return _split(who, x.astype(np.float32), y, split_key, test)
+    x = r[:, None] * np.stack([np.cos(a), np.sin(a)], -1) + noise * rng.standard_normal((examples, 2))
+    return _split(who, x.astype(np.float32), y, rng, test)
 
 
 def teacher(
@@ -276,10 +277,10 @@ def teacher(
     who = "data.teacher"
     positive(who, examples=examples, features=features, width=width, outputs=outputs)
     _at_least_zero(who, "noise", noise)
-    x_key, w_key, v_key, noise_key, split_key = _keys(who, key, 5)
-    x, w, v = _normal(x_key, examples, features), _normal(w_key, features, width), _normal(v_key, width, outputs)
-    y = np.tanh(x @ w / math.sqrt(features)) @ v / math.sqrt(width) + noise * _normal(noise_key, examples, outputs)
-    return _split(who, x.astype(np.float32), y.astype(np.float32), split_key, test)
+    rng = _rng(who, key)
+    x, w, v = (rng.standard_normal(shape) for shape in ((examples, features), (features, width), (width, outputs)))
+    y = np.tanh(x @ w / math.sqrt(features)) @ v / math.sqrt(width) + noise * rng.standard_normal((examples, outputs))
+    return _split(who, x.astype(np.float32), y.astype(np.float32), rng, test)
 
 
 def load(name_or_path: PathLike, *, key: jax.Array) -> Parts:
@@ -316,11 +317,11 @@ def batches(
     check_dataset(who, x, y)
     if batch_size > len(x):
         raise ValueError(f"{who}: batch_size must not exceed the {len(x)} examples, got {batch_size}; make it smaller")
-    (key,) = _keys(who, key, 1)
+    _rng(who, key)
 
     def iterate():  # a function of its own, so that the refusals above come at the call and not at the first batch
         for epoch in range(epochs):
-            order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), len(x)))
+            order = _rng(who, key, 1 + epoch).permutation(len(x))
             for i in range(0, len(x) - batch_size + 1, batch_size):
                 yield x[order[i : i + batch_size]], y[order[i : i + batch_size]]
 
@@ -344,7 +345,7 @@ def _arrays(who: str, x: Any, y: Any) -> list[np.ndarray]:
     return pair
 
 
-def _split(who: str, x: Any, y: Any, key: jax.Array, test: float, stratify: bool = True) -> Parts:
+def _split(who: str, x: Any, y: Any, rng: np.random.Generator, test: float, stratify: bool = True) -> Parts:
     above_zero(who, test=test)
     fraction(who, test=test)
     x, y = _arrays(who, x, y)
@@ -364,7 +365,7 @@ def _split(who: str, x: Any, y: Any, key: jax.Array, test: float, stratify: bool
     order = order[(take < np.minimum(share, counts - 1))[order]][:spare]
     take[order] += 1
     # Shuffle all, number the examples of each class in that order, and the first `take` of each are the test part.
-    order = np.asarray(jax.random.permutation(_keys(who, key, 1)[0], n))
+    order = rng.permutation(n)
     by_class = np.argsort(stratum[order], kind="stable")
     rank = np.empty(n, int)
     rank[by_class] = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -405,16 +406,16 @@ def _idx_part(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     return np.divide(images if images.ndim == 4 else images[..., None], 255, dtype=np.float32), labels
 
 
-def _keys(who: str, key: Any, n: int) -> jax.Array:
+def _rng(who: str, key: Any, *more: int) -> np.random.Generator:
+    """Seed a host generator with all bits of the key, and with `more` to get another stream from the same key."""
     try:
-        return jax.random.split(key, n)
-    except (TypeError, ValueError) as error:
+        bits = np.asarray(jax.random.key_data(key))
+    except (TypeError, AttributeError):
+        bits = np.zeros(())
+    if bits.ndim != 1 or bits.dtype != np.uint32:
         got = describe(key) if hasattr(key, "dtype") else repr(key)
-        raise TypeError(f"{who}: key must be one PRNG key, got {got}; pass jax.random.key(0)") from error
-
-
-def _normal(key: jax.Array, *shape: int) -> np.ndarray:
-    return np.asarray(jax.random.normal(key, shape, jnp.float32), np.float64)
+        raise TypeError(f"{who}: key must be one PRNG key, got {got}; pass jax.random.key(0)")
+    return np.random.default_rng([*map(int, bits), *more])
 
 
 def _at_least_zero(who: str, name: str, value: Any) -> None:

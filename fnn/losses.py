@@ -72,6 +72,8 @@ def _cross_entropy(outputs: Any, targets: Any) -> jax.Array:
             f"got {check.describe(outputs)} and {check.describe(targets)}"
         )
     classes = outputs.shape[-1]
+    if targets.dtype.itemsize < 4:
+        targets = targets.astype(jnp.int32)  # uint8 labels cannot be compared with 256 classes
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, jnp.clip(targets, 0, classes - 1))
     return _examples(jnp.where((targets >= 0) & (targets < classes), loss, jnp.nan))
 
@@ -95,7 +97,7 @@ def _binary_cross_entropy(outputs: Any, targets: Any) -> jax.Array:
 
 def _one_unit(outputs: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
     z, t = _wide(outputs), jnp.asarray(targets)
-    if z.shape not in ((z.shape[0],), (z.shape[0], 1)) or t.shape not in ((z.shape[0],), (z.shape[0], 1)):
+    if z.ndim == 0 or any(a.shape not in (z.shape[:1], (*z.shape[:1], 1)) for a in (z, t)):
         raise ValueError(
             f"binary_cross_entropy: needs one logit and one target for each example, "
             f"got {check.describe(z)} and {check.describe(t)}"

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from fnn import check, clip, losses, tree
-from fnn.core import Layer, as_arrays, as_spec, output_spec
+from fnn.core import Layer, as_arrays, as_spec, output_spec, same_spec
 from fnn.data import Dataset, check_dataset
 from fnn.taps import TapState
 
@@ -324,7 +324,7 @@ def _chunks(batches: Iterable[Any], most: int) -> Iterator[list[Any]]:
     """Group batches of one shape, `most` at a time; a change of shape ends a group."""
     chunk: list[Any] = []
     for batch in batches:
-        if chunk and (len(chunk) == most or as_spec(batch) != as_spec(chunk[0])):
+        if chunk and (len(chunk) == most or not same_spec(batch, chunk[0])):
             yield chunk
             chunk = []
         chunk.append(batch)

@@ -112,8 +112,7 @@ def norm(tree: Any) -> jax.Array:
     inside = (total > info.tiny / info.eps) & (total < info.max)
 
     def relative(tree):
-        peak = jnp.max(jnp.stack([jnp.max(jnp.abs(_wide(a)), initial=0) for a in jax.tree.leaves(tree)]))
-        peak = jax.lax.stop_gradient(jnp.where((peak > 0) & (peak < jnp.inf), peak, 1))
+        peak = divisor(jnp.max(jnp.stack([jnp.max(jnp.abs(_wide(a)), initial=0) for a in jax.tree.leaves(tree)])))
         return peak * safe_sqrt(squared_norm(jax.tree.map(lambda a: _wide(a) / peak, tree)))
 
     if not jax.tree.leaves(tree):
@@ -123,7 +122,7 @@ def norm(tree: Any) -> jax.Array:
 
 def norms(tree: Any) -> Any:
     """Take the norm of every parameter array: a tree of float[], float[depth] below a `Stacked` node."""
-    return map_depth(lambda k, a: safe_sqrt(jnp.sum(jnp.square(_wide(a)), axis=tuple(range(k, a.ndim)))), tree)
+    return map_depth(lambda k, a: safe_sqrt(jnp.sum(jnp.square(_wide(a)), axis=tuple(range(k, jnp.ndim(a))))), tree)
 
 
 def log_norms(tree: Any) -> Any:
@@ -137,11 +136,9 @@ def log_norms(tree: Any) -> Any:
 def log_norm(a: jax.Array, axis: Any = None) -> jax.Array:
     """Take log |a| over some axes (all of them by default); see `log_norms`."""
     a = jnp.abs(_wide(a))
-    peak = jnp.max(a, axis=axis, keepdims=True, initial=0)
-    usable = (peak > 0) & jnp.isfinite(peak)
-    scaled = a / jnp.where(usable, peak, 1)
-    total = jnp.sum(jnp.square(scaled), axis=axis)
-    return jnp.log(jnp.where(usable, peak, 1).reshape(total.shape)) + 0.5 * jnp.log(total)
+    peak = divisor(jnp.max(a, axis=axis, keepdims=True, initial=0))
+    total = jnp.sum(jnp.square(a / peak), axis=axis)
+    return jnp.log(peak.reshape(total.shape)) + 0.5 * jnp.log(total)
 
 
 def stack(trees: Any) -> Stacked:
@@ -161,6 +158,15 @@ def safe_sqrt(a: jax.Array) -> jax.Array:
     """Take sqrt(a) for a >= 0, with gradient zero at a = 0."""
     zero = a == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, a)))
+
+
+def divisor(peak: jax.Array) -> jax.Array:
+    """Bound the largest number of an array, so that dividing by it is safe: 0/0 and inf/inf do not arise.
+
+    XLA may divide by multiplying with the reciprocal, and flushes subnormal numbers to zero, so that both must be normal.
+    """
+    tiny = jnp.finfo(peak.dtype).tiny
+    return jax.lax.stop_gradient(jnp.clip(peak, tiny, 1 / tiny))
 
 
 def statistics_dtype(dtype: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 
@@ -17,10 +18,7 @@ def key():
     return jax.random.key(0)
 
 
-def randomized(tree, key):
+def randomized(tree, seed=0):
     """Move every floating leaf off its initial value, so that zeros and ones hide nothing."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(key, max(1, len(leaves)))
-    return treedef.unflatten(
-        leaf + 0.1 * jax.random.normal(k, jnp.shape(leaf), leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)
-    )
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: jnp.asarray(a + 0.1 * rng.normal(size=a.shape), a.dtype), tree)

@@ -1,0 +1,123 @@
+"""The train step written by hand in plain JAX: no layers, no optimiser library, nothing that the step does not need.
+
+`unrolled` holds one dict per layer and lets Python write them all out; `scanned` stacks the hidden layers and runs them
+with `lax.scan`. Both dtypes work, so that `scanned` in float64 is the reference for everybody's losses.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.problem import DECAY, EPS, MAX_NORM, RATE, Problem, on_device, stack
+
+B1, B2, ADAM_EPS = 0.9, 0.999, 1e-8
+
+
+class State(NamedTuple):
+    """What a step carries."""
+
+    params: Any
+    running: Any
+    first: Any
+    second: Any
+    count: Any
+
+
+def unrolled(problem: Problem, dtype: Any = jnp.float32) -> tuple[Callable[..., Any], State]:
+    """Return (step, state) with the depth written out."""
+    weights = problem.weights
+    params = {"hidden": weights.hidden, "output": weights.output}
+
+    def forward(params, running, x):
+        news = []
+        for p, r in zip(params["hidden"], running, strict=True):
+            x, new = _block(p, r, x)
+            news.append(new)
+        return _dense(params["output"], x), news
+
+    return _make_step(forward), _start(params, [_running(p) for p in weights.hidden], dtype)
+
+
+def scanned(problem: Problem, dtype: Any = jnp.float32) -> tuple[Callable[..., Any], State]:
+    """Return (step, state) with the depth in a loop over stacked weights."""
+    weights = problem.weights
+    hidden = stack(weights.hidden[1:])
+    params = {"input": weights.hidden[0], "hidden": hidden, "output": weights.output}
+
+    def forward(params, running, x):
+        x, first = _block(params["input"], running[0], x)
+        x, rest = jax.lax.scan(lambda x, slices: _block(*slices, x), x, (params["hidden"], running[1]))
+        return _dense(params["output"], x), (first, rest)
+
+    return _make_step(forward), _start(params, (_running(weights.hidden[0]), _running(hidden)), dtype)
+
+
+def reference_losses(problem: Problem, steps: int = 3) -> np.ndarray:
+    """Compute the first losses in float64."""
+    with jax.enable_x64(True):
+        step, state = scanned(problem, jnp.float64)
+        xs, ys = on_device(problem.xs[:steps], jnp.float64), problem.ys[:steps]
+        return np.asarray(jax.jit(lambda s: jax.lax.scan(step, s, (xs, ys))[1])(state))
+
+
+def _dense(p: dict[str, Any], x: jax.Array) -> jax.Array:
+    return x @ p["kernel"] + p["bias"]
+
+
+def _block(p: dict[str, Any], running: tuple[Any, Any], x: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
+    x = _dense(p, x)
+    mean = jnp.mean(x, 0)
+    centred = x - mean
+    var = jnp.mean(jnp.square(centred), 0)
+    y = centred * (jax.lax.rsqrt(var + EPS) * p["scale"]) + p["shift"]
+    new = tuple(DECAY * old + (1 - DECAY) * now for old, now in zip(running, (mean, var), strict=True))
+    return jax.nn.relu(y), new
+
+
+def _cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
+    picked = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - picked)
+
+
+def _make_step(forward: Callable[..., Any]) -> Callable[[State, Any], tuple[State, jax.Array]]:
+    def loss(params, running, x, y):
+        logits, new = forward(params, running, x)
+        return _cross_entropy(logits, y), new
+
+    def step(state, batch):
+        (value, running), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state.running, *batch)
+        return _adam(state, running, grads), value
+
+    return step
+
+
+def _adam(state: State, running: Any, grads: Any) -> State:
+    """Clip by the global norm and take a step of Adam, in one pass over the parameters."""
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+    scale = MAX_NORM / jnp.maximum(norm, MAX_NORM)
+    count = state.count + 1
+    rate = RATE / (1 - B1**count)
+    root = jax.lax.rsqrt(1 - B2**count)
+
+    def leaf(p, m, v, g):
+        g = g * scale
+        m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * jnp.square(g)
+        return p - rate * m / (jnp.sqrt(v) * root + ADAM_EPS), m, v
+
+    leaves, treedef = jax.tree.flatten(state.params)
+    others = [jax.tree.leaves(tree) for tree in (state.first, state.second, grads)]
+    new = zip(*[leaf(*args) for args in zip(leaves, *others, strict=True)], strict=True)
+    params, first, second = (treedef.unflatten(part) for part in new)
+    return State(params, running, first, second, count)
+
+
+def _running(p: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros_like(p["shift"]), np.ones_like(p["shift"])
+
+
+def _start(params: Any, running: Any, dtype: Any) -> State:
+    zeros = jax.tree.map(np.zeros_like, params)
+    return on_device(State(params, running, zeros, zeros, np.zeros(())), dtype)

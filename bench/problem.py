@@ -1,0 +1,127 @@
+"""The work that every peer does: one net, one set of starting weights, one sequence of batches.
+
+Net: dense(64 -> width), batch norm, ReLU; `depth` times dense(width), batch norm, ReLU; dense(10). Mean cross entropy,
+global-norm clipping at 1, Adam at 1e-3, float32, running statistics with decay 0.9.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import fnn
+
+FEATURES, CLASSES = 64, 10
+MAX_NORM, RATE, DECAY, EPS = 1.0, 1e-3, 0.9, 1e-5
+BATCH_NORM_BIAS = 3.0
+
+
+class Row(NamedTuple):
+    """One line of the table; prints as `256x8`."""
+
+    width: int
+    depth: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.depth}"
+
+
+ROWS = {
+    str(row): row
+    for row in (
+        Row(64, 3, 32),
+        Row(256, 8, 128),
+        Row(128, 64, 128),
+        Row(64, 256, 64),
+        Row(64, 1000, 64),
+        Row(1024, 4, 512),
+    )
+}
+
+
+class Weights(NamedTuple):
+    """Starting weights as NumPy arrays, in no library's layout."""
+
+    hidden: list[dict[str, np.ndarray]]
+    """The input layer and `depth` hidden layers: kernel (in, out), bias, and batch norm's scale and shift."""
+    output: dict[str, np.ndarray]
+    """kernel and bias."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row with its data: `xs: float[steps, batch, 64]`, `ys: int[steps, batch]`, on the device."""
+
+    row: Row
+    steps: int
+    weights: Weights
+    xs: jax.Array
+    ys: jax.Array
+
+    @property
+    def batches(self) -> list[tuple[jax.Array, jax.Array]]:
+        """The same data cut into batches, so that a Python loop pays for no slicing."""
+        return list(zip(self.xs, self.ys, strict=True))
+
+
+def make(row: Row, steps: int) -> Problem:
+    """Draw random data on the device and copy the starting weights out of fnn's parameters."""
+    x_key, y_key = jax.random.split(jax.random.key(1))
+    xs = jax.random.normal(x_key, (steps, row.batch, FEATURES))
+    ys = jax.random.randint(y_key, (steps, row.batch), 0, CLASSES)
+    return Problem(row, steps, _weights(fnn_start(row)[2].params, row.depth), xs, ys)
+
+
+def fnn_start(row: Row) -> tuple[fnn.Layer, optax.GradientTransformation, fnn.TrainState]:
+    """Build fnn's net, optimiser and state with the starting weights, as a user would but for the weights.
+
+    Kernels are orthogonal and batch norm's bias is 3, where almost all ReLUs are open. With he_normal and a bias of 0
+    batch norm multiplies gradients by 1.2 per layer (Yang et al. 2019): 1e22 at depth 256 and NaN at depth 1,000, where
+    there is nothing to compare, and rounding grows at the same rate, so that no two programs agree from depth 64 on.
+    """
+    net = fnn.models.mlp(
+        depth=row.depth, width=row.width, classes=CLASSES, activation="relu", norm="batch_norm", init="orthogonal"
+    )
+    optimizer = optax.chain(fnn.clip.by_global_norm(MAX_NORM), optax.adam(RATE))
+    spec = jax.ShapeDtypeStruct((row.batch, FEATURES), jnp.float32)
+    state = fnn.TrainState.create(net, optimizer, jax.random.key(0), spec)
+
+    def open_relus(node):
+        return {**node, "bias": jnp.full_like(node["bias"], BATCH_NORM_BIAS)} if _is_norm(node) else node
+
+    return net, optimizer, state.replace(params=jax.tree.map(open_relus, state.params, is_leaf=_is_norm))
+
+
+def stack(blocks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Stack the weights of blocks on a leading depth axis."""
+    return {name: np.stack([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def on_device(tree: Any, dtype: Any = jnp.float32) -> Any:
+    """Copy to the device. A real copy: a donated buffer must not be NumPy's own memory."""
+    return jax.tree.map(lambda a: jnp.array(a, dtype, copy=True), tree)
+
+
+def rename(block: dict[str, Any], names: dict[str, str], change: Callable[[Any], Any] = lambda a: a) -> dict[str, Any]:
+    """Take some weights of a block under a library's own names: `{theirs: ours}`."""
+    return {theirs: change(block[ours]) for theirs, ours in names.items()}
+
+
+def _is_norm(node: Any) -> bool:
+    return isinstance(node, dict) and "scale" in node
+
+
+def _weights(params: Any, depth: int) -> Weights:
+    flat, dense, norm, relu, trunk, output = jax.device_get(params)
+    blocks = trunk["trunk"]
+    blocks = [blocks[i] for i in range(depth)]  # a tuple of blocks, or `Stacked`; both count by depth
+    hidden = [
+        {"kernel": d["kernel"], "bias": d["bias"], "scale": n["scale"], "shift": n["bias"]}
+        for d, n in [(dense, norm), *[block[:2] for block in blocks]]
+    ]
+    return Weights(hidden, output)

@@ -1,0 +1,165 @@
+"""The laws that every layer keeps, over the zoo. A layer's laws share their compilations, and so one worker."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import randomized
+from zoo import CASES, sample
+
+import fnn
+
+
+def table(cases):
+    return pytest.mark.parametrize(
+        "case", [pytest.param(c, id=c.name, marks=pytest.mark.xdist_group(c.name)) for c in cases]
+    )
+
+
+every = table(CASES)
+repeatable = table([case for case in CASES if case.keeps_shape])
+BY_NAME = {case.name: case for case in CASES}
+
+
+def keys():
+    return jax.random.split(jax.random.key(7), 3)
+
+
+@functools.cache
+def prepared(name):
+    """Return an input, parameters off their initial values, a state that has seen two training steps, and `run`."""
+    layer = BY_NAME[name].layer
+    x_key, init_key, run_key = keys()
+    x = sample(BY_NAME[name], x_key)
+    params, state = layer.init(init_key, x)
+    params = randomized(params)
+
+    def run(params, state, x):
+        without_key, same = layer.apply(params, state, x)
+        with_key, _ = layer.apply(params, state, x, key=run_key)
+        trained, new = layer.apply(params, state, x, key=run_key, train=True)
+        return without_key, with_key, same, trained, new
+
+    compiled = jax.jit(run)
+    for _ in range(2):
+        state = compiled(params, state, 1.5 * x + 0.5)[-1]
+    return x, params, state, run, compiled
+
+
+def close(a, b, rtol=2e-5):
+    """Compare trees; the tolerance is relative to the largest number of the whole tree.
+
+    Leaf by leaf there may be nothing to be relative to: biases below a batch norm have gradient zero.
+    """
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    scale = max([1e-30, *(float(np.max(np.abs(np.asarray(v, np.float64)), initial=0)) for v in b)])
+    for u, v in zip(a, b, strict=True):
+        np.testing.assert_allclose(np.asarray(u, np.float64), np.asarray(v, np.float64), rtol=0, atol=rtol * scale)
+
+
+@every
+def test_jit_equals_eager_and_eval_needs_no_key_and_state_keeps_its_form(case):
+    x, params, state, run, compiled = prepared(case.name)
+    without_key, with_key, same, trained, new = compiled(params, state, x)
+    close((without_key, with_key, same, trained, new), run(params, state, x))
+    for a, b in zip(jax.tree.leaves(without_key), jax.tree.leaves(with_key), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for other in (same, new):
+        assert fnn.core.same_spec(other, state)
+        assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(other))
+    assert fnn.core.same_spec(fnn.core.output_spec(case.layer, params, state, x), trained)
+
+
+@every
+def test_vmap_over_examples_equals_the_batch(case):
+    x, params, state, _, compiled = prepared(case.name)
+    without_key, _, _, trained, new = compiled(params, state, x)
+
+    def one(x):
+        y, _ = case.layer.apply(params, state, x[None], axis_name="batch")
+        if case.noisy:
+            return jax.tree.map(lambda a: a[0], (y, y)), state
+        t, new = case.layer.apply(params, state, x[None], train=True, axis_name="batch")
+        return jax.tree.map(lambda a: a[0], (y, t)), new
+
+    # The state that comes out is unbatched: out_axes=None refuses anything else.
+    (y, t), mapped_new = jax.jit(jax.vmap(one, axis_name="batch", out_axes=(0, None)))(x)
+    close(y, without_key)
+    if not case.noisy:
+        close((t, mapped_new), (trained, new))
+
+
+@repeatable
+def test_repeat_equals_serial(case):
+    x = sample(case, keys()[0])
+    nets = fnn.repeat(case.layer, 3), fnn.serial(*[case.layer] * 3)
+
+    @jax.jit
+    def both(init_key, x):
+        results = []
+        for net in nets:
+            params, state = net.init(init_key, x)
+
+            def f(params, state, x, net=net):
+                y, new = net.apply(params, state, x, key=keys()[2], train=True)
+                return jnp.sum(jnp.sin(3 * y)), (y, new)
+
+            value, gradients = jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True)(params, state, x)
+            results.append((params, value, gradients))
+        return results
+
+    (stacked, *a), (params, (value, (y, new)), (gp, gs, gx)) = both(keys()[1], x)
+    stack = fnn.tree.stack
+    for u, v in zip(jax.tree.leaves(stacked), jax.tree.leaves(stack(params)), strict=True):
+        np.testing.assert_array_equal(u, v)
+    close(tuple(a), ((value, (y, stack(new))), (stack(gp), stack(gs), gx)), rtol=1e-4)
+
+
+@every
+def test_gradients_agree_with_finite_differences_in_float64(case):
+    x, params, state, *_ = prepared(case.name)
+    with jax.enable_x64(True):
+        at = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (params, x))
+        state = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), state)
+        direction = jax.tree.map(lambda a: jnp.asarray(np.cos(np.arange(a.size)).reshape(a.shape)), at)
+        step = 1e-5
+
+        def f(inputs):
+            params, x = inputs
+            y, _ = case.layer.apply(params, state, x, key=keys()[2], train=True)
+            return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(y))
+
+        @jax.jit
+        def both(at):
+            moved = [jax.tree.map(lambda a, d, s=s: a + s * step * d, at, direction) for s in (1, -1)]
+            ahead, behind = jax.lax.map(f, jax.tree.map(lambda *a: jnp.stack(a), *moved))
+            return fnn.tree.dot(jax.grad(f)(at), direction), (ahead - behind) / (2 * step)
+
+        # Central differences: truncation about step², rounding about 1e-16/step.
+        np.testing.assert_allclose(*both(at), rtol=1e-6, atol=1e-8)
+
+
+@every
+def test_bfloat16_in_and_out_with_float32_statistics(case):
+    x, params, state, _, compiled = prepared(case.name)
+    *_, trained, exact = compiled(params, state, x)
+
+    @jax.jit
+    def run(x):
+        return case.layer.apply(params, state, x, key=keys()[2], train=True)
+
+    y, new = run(x.astype(jnp.bfloat16))
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(y))
+    assert fnn.core.same_spec(new, state)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((params, new)))
+    # bfloat16 has 8 bits: 2^-8 a rounding, and a few layers of them. Masks are the same in either dtype.
+    close((y, new), (trained, exact), rtol=0.06)
+
+
+@every
+def test_unknown_keyword_is_a_type_error(case):
+    with pytest.raises(TypeError):
+        case.layer.apply((), (), jnp.zeros(case.shape), mode="train")
