@@ -117,7 +117,7 @@ def _is_norm(node: Any) -> bool:
 
 
 def _weights(params: Any, depth: int) -> Weights:
-    flat, dense, norm, relu, trunk, output = jax.device_get(params)
+    _flatten, dense, norm, _relu, trunk, output = jax.device_get(params)
     blocks = trunk["trunk"]
     blocks = [blocks[i] for i in range(depth)]  # a tuple of blocks, or `Stacked`; both count by depth
     hidden = [

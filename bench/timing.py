@@ -27,6 +27,8 @@ class Run:
     loss: Callable[[Any], Any] = lambda out: out
     """Read the loss, or the losses, off one `out`; never within the time measured."""
     wait: Callable[[Any], Any] = jax.block_until_ready
+    last: Sequence[Any] = ()
+    """What came out of the latest items."""
 
     def advance(self, items: Sequence[Any]) -> tuple[float, list[Any]]:
         """Train on some items and wait for the result; return the seconds taken and what came out."""
@@ -37,7 +39,7 @@ class Run:
             outs.append(out)
         self.wait((state, outs))
         seconds = time.perf_counter() - start
-        self.state = state
+        self.state, self.last = state, outs
         return seconds, outs
 
     def first_round(self) -> tuple[float, np.ndarray]:
@@ -45,6 +47,10 @@ class Run:
         seconds, outs = self.advance(self.items[:1])
         outs += self.advance(self.items[1:])[1] if len(self.items) > 1 else []
         return seconds, self.losses(outs)
+
+    def last_losses(self) -> np.ndarray:
+        """Bring the latest losses to the host."""
+        return self.losses(self.last)
 
     def losses(self, outs: Sequence[Any]) -> np.ndarray:
         """Bring the losses of some outputs to the host: float[steps]."""
@@ -91,7 +97,7 @@ def interleave(runs: dict[str, Run], rounds: int, steps: int, on_round: Callable
     taken: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     gc.collect()
-    gc.freeze()  # garbage collection stays on, as for users, but one peer's collections need not walk through the others
+    gc.freeze()  # collection stays on, as for users, but one peer's need not walk through the others
     for i in range(rounds + 1):
         for name in order:
             time.sleep(PAUSE)

@@ -1,6 +1,6 @@
 """Pure-functional neural networks on JAX, made to see how gradients flow."""
 
-from fnn import activations, clip, data, initializers, losses, meanfield, models, taps, tree
+from fnn import activations, clip, data, initializers, losses, meanfield, models, plot, study, taps, tree
 from fnn.clip import per_depth
 from fnn.core import Layer, function, named, parallel, repeat, residual, serial, stateless
 from fnn.flow import GradientFlow, gradient_flow
@@ -38,11 +38,13 @@ __all__ = [
     "named",
     "parallel",
     "per_depth",
+    "plot",
     "repeat",
     "residual",
     "rms_norm",
     "serial",
     "stateless",
+    "study",
     "tap",
     "taps",
     "train_step",

@@ -23,6 +23,7 @@ from fnn.activations import Activation
 
 _CHUNK = 4096  # phi is always evaluated on this many points, so that it compiles once
 _NOISE = 1e-13  # relative differences below this are rounding, not dynamics
+_CRITICAL = 1e-10  # chi this near to 1 is 1
 _TINY, _HUGE = 1e-250, 1e250  # variances beyond these are taken for the limits 0 and infinity
 
 
@@ -112,7 +113,7 @@ def fixed_point(activation: str | Callable[..., Any], sigma_w: float, sigma_b: f
     if math.isnan(q):
         return FixedPoint(q, q, q, q)
     chi = sw**2 * _moments(phi, q).derivative
-    return FixedPoint(q, chi, _correlation_limit(phi, q, chi, sw), _depth(chi))
+    return FixedPoint(q, chi, _correlation_limit(phi, q, chi, sw, sb), _depth(chi))
 
 
 def depth_scales(activation: str | Callable[..., Any], sigma_w: float, sigma_b: float) -> DepthScales:
@@ -134,7 +135,7 @@ def critical(activation: str | Callable[..., Any], sigma_b: float) -> float:
     """Find the smallest sigma_w with chi = 1 at a finite q*, the edge of chaos (Poole et al. 2016).
 
     On the line `sigma_w² = 1/E[phi'²]`, so that q* solves `q - E[phi²]/E[phi'²] = sigma_b²`. That is searched for
-    1e-24 < q < 1e24, and for q = 0 where sigma_b = 0; a root counts if the length map really goes there from q = 1.
+    1e-18 < q < 1e18, and for q = 0 where sigma_b = 0; a root counts if the length map really goes there from q = 1.
     Errors: ValueError where nothing crosses, as for ReLU and softplus with sigma_b > 0.
     """
     phi = _elementwise("critical", activation)
@@ -147,7 +148,7 @@ def critical(activation: str | Callable[..., Any], sigma_b: float) -> float:
     if sb == 0 and _moments(phi, 0.0).second == 0 and _moments(phi, 0.0).derivative > 0:
         found.append((0.0, _moments(phi, 0.0).derivative ** -0.5))
     last = None
-    for q in 2.0 ** np.arange(-80, 80.25, 0.25):
+    for q in 2.0 ** np.arange(-60, 60.25, 0.25):
         value = excess(q) if _moments(phi, q).derivative > 0 else 0.0
         if abs(value) <= 1e-12 * q:
             continue
@@ -323,7 +324,7 @@ def _length_limit(phi: Activation, sw: float, sb: float) -> float:
     while root is None:
         last, position = q, position + (1 if up else -1)
         q = 2.0 ** (position / 16)
-        if q > 1e40 or q < 0.9 * (floor or 1e-40):
+        if q > 1e30 or q < 0.9 * (floor or 1e-30):
             return math.inf if up else floor
         gain = _length(phi, q, sw, sb) - q
         if abs(gain) > _NOISE * q and (gain > 0) != up:
@@ -339,36 +340,46 @@ def _bisect(function: Callable[[float], float], low: float, high: float) -> floa
     return float((low + high) / 2)
 
 
-def _correlation_limit(phi: Activation, q: float, chi: float, sw: float) -> float:
+def _correlation_limit(phi: Activation, q: float, chi: float, sw: float, sb: float) -> float:
     if q == 0:
         return math.nan
-    if q == math.inf:
-        up, down = _evaluate(phi, np.array([1e100, -1e100]))[1]
-        return math.nan if up == down and chi > 1 + 1e-10 else 1.0  # a linear net keeps the correlation it has
-    if chi <= 1 + 1e-10:
-        unmoved = abs(chi - 1) <= 1e-10 and abs(sw**2 * _pair(phi, q, 0.5)[0] / q - 0.5) < 1e-10
-        return math.nan if unmoved else 1.0
-    # Newton's method from c = 0 climbs a convex function to its first root and never passes it.
-    gap = 1.0
+    if (q == math.inf or abs(chi - 1) < _CRITICAL) and (q < math.inf or chi > 1 + _CRITICAL):
+        slopes = _one_sided_slopes(phi)
+        if slopes is not None and slopes[0] == slopes[1]:
+            return math.nan  # a linear net keeps the correlation that it has
+    if q == math.inf or chi <= 1 + _CRITICAL:
+        return 1.0
+    orthogonal = (sw**2 * _moments(phi, q).mean ** 2 + sb**2) / q  # c' at c = 0
+    if orthogonal < 1e-14:
+        return 0.0  # an odd phi without biases
+    # Newton's method climbs a convex function to its first root and never passes it.
+    gap = 1 - orthogonal
     for _ in range(60):
         distance, product = _pair(phi, q, gap)
         step = (sw**2 * distance / q - gap) / (sw**2 * product - 1)
         gap, last = min(1.0, gap - step) if step < gap else gap / 2, gap
         if abs(gap - last) <= 1e-11:
             break
-    return 1 - gap if gap < 1 - 1e-11 else 0.0  # an odd phi without biases: rounding
+    return 1 - gap
+
+
+def _one_sided_slopes(phi: Activation) -> np.ndarray | None:
+    """Slopes above and below 0 of a phi that is linear on either side, else None."""
+    probes = np.outer([1.0, -1.0], [1e-3, 1.0, 1e3])
+    values, slopes = _evaluate(phi, probes)
+    linear = np.all(np.abs(values - slopes[:, 1:2] * probes) <= 1e-12 * np.abs(probes))
+    return slopes[:, 1] if linear else None
 
 
 def _layer_log_moments(phi: Activation, width: int) -> tuple[float, float]:
     """Mean and variance of the log of one layer's factor of |delta|², over its mean; nan unless phi is homogeneous."""
-    probes = np.outer([1.0, -1.0], [1e-3, 1.0, 1e3])
-    values, slopes = _evaluate(phi, probes)
-    if np.any(np.abs(values - slopes[:, 1:2] * probes) > 1e-12 * np.abs(probes)) or not slopes.any():
+    slopes = _one_sided_slopes(phi)
+    if slopes is None or not slopes.any():
         return math.nan, math.nan
-    squares = slopes[:, 1] ** 2
+    squares = slopes**2
     if squares.min() == 0:
         return he_relu_log_moments(width)
-    excess = 3 * np.mean(squares**2) / np.mean(squares) ** 2 - 1  # 2 for linear nets, 5 for ReLU
+    excess = float(3 * np.mean(squares**2) / np.mean(squares) ** 2 - 1)  # 2 for linear nets, 5 for ReLU
     return -excess / (2 * width), excess / width
 
 
@@ -379,7 +390,7 @@ def _tail_sum(x: np.ndarray, inclusive: bool) -> np.ndarray:
 
 
 def _depth(rate: float) -> float:
-    return math.inf if abs(rate - 1) < 1e-10 else 0.0 if rate == 0 else 1 / abs(math.log(abs(rate)))
+    return math.inf if abs(rate - 1) < _CRITICAL else 0.0 if rate == 0 else 1 / abs(math.log(abs(rate)))
 
 
 def _elementwise(who: str, activation: str | Callable[..., Any]) -> Activation:

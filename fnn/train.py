@@ -33,15 +33,11 @@ class TrainState:
         """Initialise a net and its optimiser; `spec` is an example batch, or its `jax.ShapeDtypeStruct`."""
         if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
             raise TypeError(f"TrainState.create: optimizer must be an optax transformation, got {optimizer!r}")
-        spec = as_spec(spec)
-
-        @jax.jit
-        def create(key):
-            init_key, train_key = jax.random.split(key)
-            params, state = net.init(init_key, spec)
-            return cls(params, state, optimizer.init(params), train_key, jnp.zeros((), jnp.int32))
-
-        return create(key)
+        # Not under jit: one program for all the draws takes longer to compile than each of them does, and the draws
+        # are kept for the next net with arrays of the same shapes.
+        init_key, train_key = jax.random.split(key)
+        params, state = net.init(init_key, as_spec(spec))
+        return cls(params, state, optimizer.init(params), train_key, jnp.zeros((), jnp.int32))
 
 
 class TrainStep:

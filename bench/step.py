@@ -1,0 +1,188 @@
+"""The suite `step`: milliseconds per training step, fnn against its peers."""
+
+import gc
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from bench import limit, problem, timing
+from bench.handwritten import reference_losses
+from bench.peers import PEERS, Peer, Skip
+from bench.problem import Problem, Row
+from bench.report import Section, describe_error
+from bench.timing import Ratio, Run, Times
+
+ABOUT = """\
+Milliseconds per training step of a multilayer perceptron with batch norm after every hidden layer and ReLU: mean cross
+entropy, clipping by the global norm at 1, Adam, float32, running statistics updated. A row is width x depth (hidden
+layers behind the input layer). All peers start from the same weights, and their losses on the first and the third step
+agreed with a float64 reference before anything was timed; fnn's step also computes its metrics, the others return the
+loss alone. Rounds are interleaved, in a random order each; `ms/step` is the median round. `first call` is tracing and
+compiling, without the steps that ran in it. `x best` is the median of the ratios within each round; `~` marks peers
+whose difference from the best the spread swallows (1 lies between the quartiles). `of matmul` is the time that the
+step's matrix products need at the measured rate, as a share of the step."""
+
+COLUMNS = ("peer", "ms/step", "[min..max]", "first call, s", "x best", "of matmul")
+QUICK_ROWS = ("64x3", "256x8")
+AGREE_FIRST, AGREE_THIRD = 1e-4, 1e-3
+"""How far the loss may lie from the reference: absolute on step 1, relative on step 3."""
+
+
+@dataclass
+class Entry:
+    """What came of one peer in one row."""
+
+    name: str
+    outcome: str = "timed"
+    """`timed`, `skipped` or `failed`, the last two with a reason."""
+    reason: str = ""
+    first_seconds: float | None = None
+    losses: list[float] | None = None
+    times: Times | None = None
+    ratio: Ratio | None = None
+
+
+def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
+    """Measure the device, then row by row; yield each row's section as soon as it is done."""
+    limits = limit.measure(options.quick)
+    say(f"matrix product of {limits.product}³: {limits.flops / 1e9:.0f} GFLOP/s")
+    say(f"memory: {limits.bandwidth / 1e9:.1f} GB/s")
+    for row in options.rows or [problem.ROWS[name] for name in QUICK_ROWS if options.quick] or problem.ROWS.values():
+        yield _row(row, limits, options, say)
+        gc.collect()
+        jax.clear_caches()
+
+
+def steps_per_round(row: Row, quick: bool) -> int:
+    """Choose how many steps make a round: many for short steps, few for long ones; the same on every machine."""
+    fitting = min(2e10 / limit.step_flops(row), 4000 / row.depth)
+    return int(np.clip(fitting, 6, 8 if quick else 64))
+
+
+def _row(row: Row, limits: limit.Limits, options: Namespace, say: Callable[[str], None]) -> Section:
+    rounds = options.rounds or (3 if options.quick else 15)
+    work = problem.make(row, steps_per_round(row, options.quick))
+    say(f"\n{row}, batch {row.batch}: {work.steps} steps x {rounds} rounds")
+    reference = reference_losses(work)
+    entries, runs = [], {}
+    for name in options.peers or [name for name, peer in PEERS.items() if peer.default]:
+        entry, ready = _prepare(name, PEERS[name], work, reference, options.all)
+        entries.append(entry)
+        if ready is not None:
+            runs[name] = ready
+        say(
+            f"  {name}: " + (f"first call {entry.first_seconds:.1f} s" if ready else f"{entry.outcome}, {entry.reason}")
+        )
+    if runs:
+        _time(entries, runs, rounds, work.steps, say)
+    return _section(row, work.steps, rounds, limits, reference, entries)
+
+
+def _prepare(
+    name: str, peer: Peer, work: Problem, reference: np.ndarray, lift_limits: bool
+) -> tuple[Entry, Run | None]:
+    """Build a peer, make its first call and check its losses; what goes wrong is reported, not raised."""
+    if refusal := peer.refusal(work.row.depth, lift_limits):
+        return Entry(name, "skipped", refusal), None
+    try:
+        ready = peer.build(work)
+        seconds, losses = ready.first_round()
+    except Skip as skip:
+        return Entry(name, "skipped", str(skip)), None
+    except Exception as error:
+        return Entry(name, "failed", describe_error(error)), None
+    entry = Entry(name, first_seconds=seconds, losses=[float(loss) for loss in losses[:3]])
+    if complaint := _disagreement(losses, reference):
+        entry.outcome, entry.reason = "failed", complaint
+        return entry, None
+    return entry, ready
+
+
+def _disagreement(losses: np.ndarray, reference: np.ndarray) -> str | None:
+    loose = 1 if _exact_products() else 200
+    off = np.abs(losses[:3] - reference)
+    if not off[0] <= AGREE_FIRST * loose or not off[2] <= AGREE_THIRD * loose * abs(reference[2]):
+        return f"losses {losses[0]:.5f}, {losses[2]:.5f} on steps 1, 3, not {reference[0]:.5f}, {reference[2]:.5f}"
+    return None
+
+
+def _exact_products() -> bool:
+    """Whether matrix products are true float32; accelerators by default round the factors to 11 bits or 8."""
+    return jax.devices()[0].platform == "cpu" or jax.config.jax_default_matmul_precision == "highest"
+
+
+def _time(entries: list[Entry], runs: dict[str, Run], rounds: int, steps: int, say: Callable[[str], None]) -> None:
+    """Fill in the times and ratios of the entries that are ready."""
+    times = timing.interleave(runs, rounds, steps, lambda i: say(f"  round {i} of {rounds}") if i % 5 == 0 else None)
+    best = min(times.values(), key=lambda t: t.median)
+    for entry in entries:
+        if entry.name in times:
+            entry.times, entry.ratio = times[entry.name], timing.ratio(times[entry.name], best)
+            # The first call also ran the steps of its item: one for a loop, all of them for a scan.
+            ran = steps / len(runs[entry.name].items)
+            entry.first_seconds = max(0.0, entry.first_seconds - ran * entry.times.median / 1e3)
+            if not np.isfinite(runs[entry.name].last_losses()).all():
+                entry.reason = "the loss was no longer finite at the end"
+
+
+def _section(
+    row: Row, steps: int, rounds: int, limits: limit.Limits, reference: np.ndarray, entries: list[Entry]
+) -> Section:
+    floor = limit.floor(row, limits)
+    notes = [
+        f"{steps} steps x {rounds} rounds; {limit.step_flops(row):.3g} FLOP a step in matrix products, "
+        f"{_ms(floor.matmul)} ms at {limits.flops / 1e9:.0f} GFLOP/s; optimiser {limit.step_bytes(row):.3g} bytes, "
+        f"{_ms(floor.memory)} ms at {limits.bandwidth / 1e9:.1f} GB/s unless they stay in a cache",
+        *_warnings(entries),
+    ]
+    cells = [_cells(entry, floor) for entry in entries]
+    data = {
+        "row": row._asdict() | {"name": str(row)},
+        "steps_per_round": steps,
+        "limits": limits._asdict(),
+        "flops": limit.step_flops(row),
+        "floor_ms": floor._asdict(),
+        "reference_losses": [float(loss) for loss in reference],
+        "peers": [_record(entry, floor) for entry in entries],
+    }
+    return Section(f"{row}, batch {row.batch}", COLUMNS, cells, notes, data)
+
+
+def _cells(entry: Entry, floor: limit.Floor) -> tuple[str, ...]:
+    if entry.times is None:
+        return (entry.name, entry.outcome, "", "", "", "")
+    t, best = entry.times, entry.ratio == Ratio(1, 1, 1)
+    return (
+        entry.name,
+        _ms(t.median),
+        f"[{_ms(t.low)}..{_ms(t.high)}]",
+        f"{entry.first_seconds:.2f}",
+        f"{'~' if entry.ratio.unsure and not best else ''}{entry.ratio.median:.2f}",
+        f"{100 * floor.matmul / t.median:.0f} %",
+    )
+
+
+def _warnings(entries: list[Entry]) -> list[str]:
+    timed = [entry for entry in entries if entry.ratio is not None]
+    best = next((entry.name for entry in timed if entry.ratio == Ratio(1, 1, 1)), "")
+    unsure = [entry.name for entry in timed if entry.ratio.unsure and entry.name != best]
+    spread = [f"warning: the spread swallows the difference between {best} and {', '.join(unsure)}"] if unsure else []
+    return spread + [f"{entry.name}: {entry.outcome}: {entry.reason}" for entry in entries if entry.reason]
+
+
+def _record(entry: Entry, floor: limit.Floor) -> dict[str, Any]:
+    record = asdict(entry) | {"about": PEERS[entry.name].about, "times": None, "ratio": None}
+    if entry.times is not None:
+        t = entry.times
+        record["times"] = {"median_ms": t.median, "min_ms": t.low, "max_ms": t.high, "rounds_ms": list(t.rounds)}
+        record["ratio"] = entry.ratio._asdict()
+        record["share_of_matmul"] = floor.matmul / t.median
+    return record
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"

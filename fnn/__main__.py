@@ -1,0 +1,7 @@
+"""Run the command line as `python -m fnn`."""
+
+import sys
+
+from fnn.cli import main
+
+sys.exit(main())

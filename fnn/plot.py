@@ -1,0 +1,116 @@
+"""Figures, by matplotlib; each function returns the figure, or writes it if given a path."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+from fnn.flow import GradientFlow
+
+# Okabe and Ito's palette, distinct to the colour-blind; with markers, so that print in grey keeps the lines apart.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LABEL = r"$\log_{10}\,|\partial L/\partial h_l|$"
+
+
+def flow(measured: GradientFlow, *, theory: Any = None, path: str | os.PathLike[str] | None = None) -> Any:
+    """Draw log10 of the error signal and of the kernel gradients against the layer; `theory` is dashed.
+
+    `theory` is a `meanfield.Prediction`, laid through the measured error signal at its last layer.
+    """
+    figure, axes = _figure(1, 1)
+    axis = axes[0, 0]
+    for i, (name, quantity) in enumerate((("error signal", "log_error"), ("kernel gradient", "log_kernel"))):
+        layers, values = measured.profile(quantity)
+        axis.plot(layers, values / np.log(10), color=COLOURS[i], marker=MARKERS[i], markersize=3, label=name)
+    if theory is not None:
+        n = len(theory.log_error)
+        _, values = measured.profile("log_error")
+        line = values[n - 1] + theory.log_error
+        axis.plot(np.arange(1, n + 1), line / np.log(10), "k--", linewidth=1, label="mean field")
+    axis.set_xlabel("layer $l$ (1 is next to the input)")
+    axis.set_ylabel(r"$\log_{10}$ norm")
+    axis.legend(frameon=False)
+    return _done(figure, path)
+
+
+def curves(history: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
+    """Draw training and validation loss (and accuracy) by epoch: where the two part, the net overfits."""
+    names = [name for name in ("loss", "accuracy") if name in history.train]
+    figure, axes = _figure(1, len(names))
+    for axis, name in zip(axes[0], names, strict=True):
+        epochs = np.arange(1, len(history.steps_per_epoch) + 1)
+        axis.plot(epochs, history.by_epoch(name), color=COLOURS[0], marker="o", markersize=3, label="training")
+        if name in history.validation:
+            axis.plot(epochs, history.validation[name], color=COLOURS[3], marker="s", markersize=3, label="validation")
+        axis.set_xlabel("epoch")
+        axis.set_ylabel("cross entropy / nats" if name == "loss" else name)
+        if name == "loss":
+            axis.set_yscale("log")
+        axis.legend(frameon=False)
+    return _done(figure, path)
+
+
+def study(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
+    """Draw a study: error signal against layer, a panel for each activation and norm, a line for each depth.
+
+    Lines are medians over seeds, bands reach from the 10th to the 90th percentile, dashed is mean-field theory.
+    """
+    import polars as pl
+
+    hidden = table.filter(
+        (pl.col("quantity") == "log_error")
+        & pl.col("path").str.ends_with("preactivation")
+        & (pl.col("layer") <= pl.col("depth") + 1)
+    )
+    activations = hidden["activation"].unique(maintain_order=True).to_list()
+    norms = hidden["norm"].unique(maintain_order=True).to_list()
+    depths = hidden["depth"].unique().sort().to_list()
+    figure, axes = _figure(len(norms), len(activations))
+    for (i, norm), (j, activation) in ((a, b) for a in enumerate(norms) for b in enumerate(activations)):
+        axis = axes[i, j]
+        part = hidden.filter((pl.col("norm") == norm) & (pl.col("activation") == activation))
+        for k, depth in enumerate(depths):
+            line = (
+                part.filter(pl.col("depth") == depth)
+                .group_by("layer")
+                .agg(
+                    middle=pl.col("value").median(),
+                    low=pl.col("value").quantile(0.1),
+                    high=pl.col("value").quantile(0.9),
+                    predicted=pl.col("predicted").first(),
+                )
+                .sort("layer")
+            )
+            if line.is_empty():
+                continue
+            layers = line["layer"].to_numpy()
+            middle, low, high, predicted = (
+                line[name].cast(pl.Float64).to_numpy() / np.log(10) for name in ("middle", "low", "high", "predicted")
+            )
+            style = {"color": COLOURS[k % 7], "marker": MARKERS[k % 7], "markevery": max(1, len(layers) // 8)}
+            axis.fill_between(layers, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            axis.plot(layers, middle, markersize=3.5, linewidth=1.2, label=f"{depth} layers", **style)
+            if np.isfinite(predicted).any():
+                axis.plot(layers, predicted, "k--", linewidth=0.9, label="mean field" if k == len(depths) - 1 else None)
+        axis.set_title(activation if norm == "none" else f"{activation}, {norm.replace('_', ' ')}", fontsize=10)
+        if i == len(norms) - 1:
+            axis.set_xlabel("layer $l$ (1 is next to the input)")
+        if j == 0:
+            axis.set_ylabel(_LABEL)
+        axis.margins(x=0.03)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    return _done(figure, path)
+
+
+def _figure(rows: int, columns: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4 * columns + 0.6, 2.6 * rows + 0.4), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _done(figure: Any, path: str | os.PathLike[str] | None) -> Any:
+    if path is not None:
+        figure.savefig(path, dpi=130)
+    return figure

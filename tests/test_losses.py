@@ -1,0 +1,219 @@
+"""Losses: values and gradients against closed forms in NumPy, in float64, and one clear sentence for bad targets."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from fnn import losses
+
+LOGITS = np.array(
+    [[0.3, -1.2, 2.0], [5.0, 5.0, -40.0], [0.0, 0.0, 0.0], [1e4, -1e4, 0.0], [1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]]
+)
+LABELS = np.array([2, 0, 1, 0, 1, 2])
+BINARY = np.array([0.3, -1.2, 0.0, 40.0, -40.0, 1e4, 1e4, -1e4, -1e4])
+BINARY_TARGETS = np.array([1.0, 1.0, 0.0, 0.0, 0.25, 1.0, 0.0, 0.0, 1.0])
+
+
+def cross_entropy(logits, labels):
+    return special.logsumexp(logits, axis=-1) - np.take_along_axis(logits, labels[..., None], -1)[..., 0]
+
+
+def binary_cross_entropy(z, t):
+    return np.logaddexp(0, z) - t * z
+
+
+@functools.cache
+def compiled(loss):
+    """Losses per example, and the gradient of their sum with respect to the outputs."""
+
+    def summed(outputs, targets):
+        values = loss(outputs, targets)
+        return jnp.sum(values), values
+
+    return jax.jit(jax.grad(summed, has_aux=True))
+
+
+def test_cross_entropy_and_its_gradient(x64):
+    gradient, values = compiled(losses.cross_entropy)(LOGITS, LABELS)
+    wanted = cross_entropy(LOGITS, LABELS)
+    np.testing.assert_allclose(values, wanted, rtol=1e-12, atol=1e-15)
+    assert wanted[3] == 0 and wanted[4] == 2e4  # finite where exp is not
+    one_hot = np.eye(3)[LABELS]
+    np.testing.assert_allclose(gradient, special.softmax(LOGITS, axis=-1) - one_hot, rtol=1e-12, atol=1e-15)
+    assert values.dtype == gradient.dtype == jnp.float64
+
+
+def test_cross_entropy_of_sequences_is_the_mean_over_positions(x64):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(4, 5, 3)), rng.integers(3, size=(4, 5))
+    gradient, values = compiled(losses.cross_entropy)(logits, labels)
+    np.testing.assert_allclose(values, cross_entropy(logits, labels).mean(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(gradient, (special.softmax(logits, axis=-1) - np.eye(3)[labels]) / 5, rtol=1e-12)
+    got = losses.correct(losses.cross_entropy)(logits, labels)
+    np.testing.assert_allclose(got, (logits.argmax(-1) == labels).mean(axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [((9,), (9,)), ((9, 1), (9,)), ((9,), (9, 1)), ((9, 1), (9, 1))])
+def test_binary_cross_entropy_and_its_gradient(shapes, x64):
+    z, t = BINARY.reshape(shapes[0]), BINARY_TARGETS.reshape(shapes[1])
+    gradient, values = compiled(losses.binary_cross_entropy)(z, t)
+    np.testing.assert_allclose(values, binary_cross_entropy(BINARY, BINARY_TARGETS), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(gradient.reshape(-1), special.expit(BINARY) - BINARY_TARGETS, rtol=1e-12, atol=1e-15)
+    assert gradient.shape == z.shape and np.isfinite(values).all()
+    got = losses.binary_cross_entropy.correct(z, t)
+    np.testing.assert_array_equal(got, (BINARY > 0) == (BINARY_TARGETS > 0.5))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int32, np.uint8])
+def test_binary_targets_of_any_real_type(dtype):
+    z, t = np.array([0.5, -0.5, 2.0], np.float32), np.array([1, 0, 0])
+    values = losses.binary_cross_entropy(z, t.astype(dtype))
+    np.testing.assert_allclose(values, binary_cross_entropy(z.astype(float), t), rtol=1e-6)
+
+
+def test_binary_cross_entropy_is_cross_entropy_of_two_classes():
+    z, t = np.linspace(-8, 8, 9).astype(np.float32), np.array([0, 1, 1, 0, 0, 1, 0, 1, 1])
+    two = losses.cross_entropy(np.stack([np.zeros_like(z), z], axis=-1), t)
+    np.testing.assert_allclose(losses.binary_cross_entropy(z, t), two, rtol=1e-5)
+
+
+def test_mse_is_the_mean_over_units(x64):
+    rng = np.random.default_rng(1)
+    outputs, targets = rng.normal(size=(4, 3, 2)), rng.normal(size=(4, 3, 2))
+    gradient, values = compiled(losses.mse)(outputs, targets)
+    np.testing.assert_allclose(values, ((outputs - targets) ** 2).mean(axis=(1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(gradient, 2 * (outputs - targets) / 6, rtol=1e-12)
+    np.testing.assert_allclose(losses.mse(outputs[:, 0, 0], targets[:, 0, 0]), (outputs - targets)[:, 0, 0] ** 2)
+    assert losses.mse.correct is None and losses.correct(losses.mse) is None
+
+
+def test_bfloat16_outputs_give_float32_losses():
+    """The sums are taken in float32: only the rounding of the logits themselves is left, and that is undone here."""
+    rng = np.random.default_rng(2)
+    z = jnp.asarray(3 * rng.normal(size=(4, 300)), jnp.bfloat16)
+    exact, labels = np.asarray(z, np.float64), rng.integers(300, size=4)
+    values = losses.cross_entropy(z, labels)
+    assert values.dtype == jnp.float32
+    np.testing.assert_allclose(values, cross_entropy(exact, labels), rtol=1e-6)
+    values = losses.binary_cross_entropy(z[:, 0], np.ones(4, np.int32))
+    assert values.dtype == jnp.float32
+    np.testing.assert_allclose(values, binary_cross_entropy(exact[:, 0], 1), rtol=1e-6)
+    values = losses.mse(z, jnp.zeros_like(z))
+    assert values.dtype == jnp.float32
+    np.testing.assert_allclose(values, (exact**2).mean(axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, classes", [("uint8", 256), ("uint8", 1000), ("int8", 200), ("uint16", 70_000)])
+def test_labels_narrower_than_the_number_of_classes(dtype, classes):
+    """Bytes as labels for 256 classes: 256 itself does not fit into uint8."""
+    logits = np.random.default_rng(3).normal(size=(3, classes)).astype(np.float32)
+    labels = np.array([0, 100, 127], dtype)
+    losses.check_targets(losses.cross_entropy, logits.shape, labels)
+    wanted = cross_entropy(logits.astype(float), labels.astype(int))
+    np.testing.assert_allclose(losses.cross_entropy(logits, labels), wanted, rtol=1e-5)
+
+
+def test_labels_out_of_range_are_nan_inside_jit_and_refused_on_the_host():
+    logits, labels = np.zeros((4, 3), np.float32), np.array([0, -1, 2, 3])
+    values = jax.jit(losses.cross_entropy)(logits, labels)
+    np.testing.assert_allclose(values, [np.log(3), np.nan, np.log(3), np.nan], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"cross_entropy: labels must lie in 0\.\.2, got -1\.\.3; renumber"):
+        losses.check_targets(losses.cross_entropy, (4, 3), labels)
+    z, t = np.zeros(3, np.float32), np.array([1.0, 2.0, -0.5], np.float32)
+    values = jax.jit(losses.binary_cross_entropy)(z, t)
+    np.testing.assert_allclose(values, [np.log(2), np.nan, np.nan], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"binary_cross_entropy: targets must lie in 0\.\.1, got 2\.0; rescale"):
+        losses.check_targets(losses.binary_cross_entropy, (3,), t)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -0.1, 1.1])
+def test_the_host_check_of_binary_targets(bad):
+    with pytest.raises(ValueError, match=r"targets must lie in 0\.\.1, got"):
+        losses.binary_cross_entropy.check((2,), np.array([0.5, bad]))
+    losses.binary_cross_entropy.check((2,), np.array([True, False]))
+    losses.binary_cross_entropy.check((0,), np.array([]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_host_check_of_values(bad):
+    with pytest.raises(ValueError, match="mse: targets must be finite, got NaN or inf"):
+        losses.check_targets(losses.mse, (2,), np.array([0.5, bad]))
+    losses.check_targets(losses.mse, (2,), np.array([0.5, -7.0]))
+
+
+def test_the_host_check_accepts_good_targets_and_passes_traced_ones():
+    losses.check_targets(losses.cross_entropy, (3, 10), np.array([0, 9, 4]))
+    losses.check_targets(losses.cross_entropy, (0, 10), np.zeros(0, int))
+
+    @jax.jit
+    def inside(labels):
+        losses.check_targets(losses.cross_entropy, (2, 3), labels)
+        return losses.cross_entropy(jnp.zeros((2, 3)), labels)
+
+    np.testing.assert_allclose(inside(np.array([1, 7])), [np.log(3), np.nan], rtol=1e-6)
+
+
+def test_accuracy():
+    outputs = np.array([[0.1, 0.9], [0.6, 0.4], [0.2, 0.8]], np.float32)
+    got = losses.cross_entropy.correct(outputs, np.array([1, 1, 1]))
+    np.testing.assert_array_equal(got, [1, 0, 1])
+    assert got.dtype == jnp.float32
+    got = losses.binary_cross_entropy.correct(np.array([2.0, -1.0, 0.0], np.float32), np.array([1, 1, 0]))
+    np.testing.assert_array_equal(got, [1, 0, 1])
+
+
+def test_a_plain_function_is_a_loss_without_accuracy_or_checks():
+    def mine(outputs, targets):
+        return jnp.abs(outputs - targets)
+
+    assert losses.correct(mine) is None
+    assert losses.check_targets(mine, (2,), np.array([np.nan, 1.0])) is None
+
+
+@pytest.mark.parametrize(
+    "loss, outputs, targets, message",
+    [
+        ("cross_entropy", (4, 3), (5,), "cross_entropy: needs logits float[batch, ..., classes] and labels int[batch,"),
+        ("cross_entropy", (4, 3), (4, 1), "got float32[4,3] and int32[4,1]"),
+        ("cross_entropy", (4, 5, 3), (4,), "got float32[4,5,3] and int32[4]"),
+        ("cross_entropy", (4,), (4,), "got float32[4] and int32[4]"),
+        (
+            "binary_cross_entropy",
+            (4, 2),
+            (4,),
+            "binary_cross_entropy: needs one logit and one target for each example,",
+        ),
+        ("binary_cross_entropy", (4,), (3,), "got float32[4] and int32[3]"),
+        ("binary_cross_entropy", (4, 1, 1), (4,), "got float32[4,1,1] and int32[4]"),
+        ("binary_cross_entropy", (), (), "got float32[] and int32[]"),
+        ("mse", (4, 1), (4,), "mse: outputs and targets must have one shape, got float32[4,1] and int32[4]; reshape"),
+        ("mse", (4,), (1,), "got float32[4] and int32[1]"),
+    ],
+)
+def test_shapes_that_do_not_match_are_refused(loss, outputs, targets, message):
+    with pytest.raises(ValueError) as error:
+        getattr(losses, loss)(np.zeros(outputs, np.float32), np.zeros(targets, np.int32))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, bool])
+def test_labels_that_are_not_integers_are_a_type_error(dtype):
+    labels = np.zeros(4, dtype)
+    message = rf"cross_entropy: labels must be integers, got {labels.dtype}\[4\]; use labels.astype\(int\)"
+    with pytest.raises(TypeError, match=message):
+        losses.cross_entropy(np.zeros((4, 3), np.float32), labels)
+    with pytest.raises(TypeError, match=message):
+        losses.check_targets(losses.cross_entropy, (4, 3), labels)
+
+
+def test_names():
+    assert [repr(loss) for loss in (losses.cross_entropy, losses.binary_cross_entropy, losses.mse)] == [
+        "Loss(cross_entropy)",
+        "Loss(binary_cross_entropy)",
+        "Loss(mse)",
+    ]
+    assert "-log softmax" in losses.cross_entropy.__doc__
