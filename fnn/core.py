@@ -272,16 +272,15 @@ def _unrolled(block: Layer, n: int, group: int | None) -> Layer:
 def _grouped_scan(body: Any, x: Any, slices: Any, n: int, group: int, unroll: int) -> tuple[Any, Any]:
     """Scan over groups of blocks, each recomputed in the backward pass; a shorter last group takes the remainder."""
 
-    @jax.checkpoint
-    def run(x, part):
-        return jax.lax.scan(body, x, part, unroll=min(unroll, group))
+    def runner(length):
+        return jax.checkpoint(lambda x, part: jax.lax.scan(body, x, part, length, unroll=min(unroll, length)))
 
     whole = n // group * group
     head = jax.tree.map(lambda a: a[:whole].reshape(whole // group, group, *a.shape[1:]), slices)
-    x, states = jax.lax.scan(run, x, head)
+    x, states = jax.lax.scan(runner(group), x, head, whole // group)
     states = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), states)
     if whole < n:
-        x, rest = run(x, jax.tree.map(lambda a: a[whole:], slices))
+        x, rest = runner(n - whole)(x, jax.tree.map(lambda a: a[whole:], slices))
         states = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), states, rest)
     return x, states
 

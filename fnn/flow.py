@@ -22,8 +22,8 @@ class GradientFlow:
     """What `gradient_flow` measured: `rows` in long form, the usual profiles as arrays over layers. Logs are natural.
 
     Layers are counted by their kernels, 1 being the first. Quantities: `log_error`, the root mean over examples of
-    |d l_i/dh|, at every tap; `log_kernel`, `log_bias`, ..., the Frobenius norm of the mean loss's gradient, and the same
-    with `_rms`, per number; `mean`, `second_moment`, `dead`, `saturated` of what a tap saw on the way forward.
+    |d l_i/dh|, at every tap; `log_kernel`, `log_bias`, ..., the Frobenius norm of the mean loss's gradient, and the
+    same with `_rms`, per number; `mean`, `second_moment`, `dead`, `saturated` of what a tap saw on the way forward.
     """
 
     rows: list[Row]

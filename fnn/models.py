@@ -39,8 +39,8 @@ def mlp(
     `taps=True` puts taps behind every kernel ("preactivation", where dL/dh is measured), every activation
     ("activation") and every residual sum ("sum"), for `gradient_flow` and per-layer metrics.
 
-    `unroll` is `repeat`'s; by default up to 16 hidden layers are unrolled, which is faster to run, and more are scanned,
-    which compiles in constant time.
+    `unroll` is `repeat`'s; by default up to 16 hidden layers are unrolled, which is faster to run, and more are
+    scanned, which compiles in constant time.
     """
     check.positive("mlp", depth=depth, width=width, classes=classes)
     check.fraction("mlp", dropout=dropout)

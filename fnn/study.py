@@ -53,10 +53,10 @@ def run(
 ) -> Any:
     """Measure every cell at initialisation on one batch; return a tidy polars table.
 
-    Weights are drawn from N(0, sigma_w²/fan_in), biases from N(0, sigma_b²); all seeds of a cell run under `vmap` in one
-    compiled program. One row for each (cell, seed, layer, quantity), quantities as in `GradientFlow`, logs natural;
-    `predicted` is mean-field theory's log_error at the same layer, set to the measured one at the last hidden layer, and
-    null where there is no theory (other norms).
+    Weights are drawn from N(0, sigma_w²/fan_in), biases from N(0, sigma_b²); all seeds of a cell run under `vmap` in
+    one compiled program. One row for each (cell, seed, layer, quantity), quantities as in `GradientFlow`, logs natural;
+    `predicted` is mean-field theory's log_error at the same layer, set to the measured one at the last hidden layer,
+    and null where there is no theory (other norms).
     """
     import polars as pl
 

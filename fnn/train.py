@@ -37,7 +37,8 @@ class TrainState:
         # are kept for the next net with arrays of the same shapes.
         init_key, train_key = jax.random.split(key)
         params, state = net.init(init_key, as_spec(spec))
-        return cls(params, state, optimizer.init(params), train_key, jnp.zeros((), jnp.int32))
+        created = cls(params, state, optimizer.init(params), train_key, jnp.zeros((), jnp.int32))
+        return jax.tree.map(jnp.copy, created)  # an array that two leaves share could not be donated
 
 
 class TrainStep:
@@ -101,8 +102,8 @@ def train_step(
     `batch` is a pair (x, y); `loss(outputs, y) -> float[batch]`. Metrics, float32[]: `loss`; `accuracy` where the loss
     has one; `grad_norm`, the global norm before clipping, and with a clip of `fnn.clip` in the optimiser
     `grad_norm_clipped`, `clip_fraction` (share of numbers, units or blocks; 0 or 1 for the global norm) and
-    `clip_removed` = 1 - after/before; `update_ratio` = |update|/|params|. With `per_layer=True` also `grad_norms`, a tree
-    like params (float[depth] below `repeat`) and, if the net has taps, `taps`: the new state and the gradient with
+    `clip_removed` = 1 - after/before; `update_ratio` = |update|/|params|. With `per_layer=True` also `grad_norms`, a
+    tree like params (float[depth] below `repeat`) and, if the net has taps, `taps`: the new state and the gradient with
     respect to the old one, for `fnn.taps.read`.
 
     `compute_dtype=jnp.bfloat16` casts the input, and so all layers; parameters, optimiser and statistics stay float32.
@@ -187,16 +188,16 @@ def fit(
 ) -> tuple[TrainState, History]:
     """Train for some epochs, each one `lax.scan` on the device; return the new state and the curves.
 
-    `train` is a pair (x, y), such as a `data.Dataset`: it is moved to the device once and reshuffled each epoch by `key`;
-    a last partial batch is dropped. Or it is an iterable of batches (x, y) on the host, for data larger than memory: it is
-    read anew each epoch, 32 batches at a time. `validation` is a pair too, evaluated after each epoch; with `patience=k`
-    training stops once its loss has not fallen for k epochs, and the best epoch's state is returned.
+    `train` is a pair (x, y), such as a `data.Dataset`: it is moved to the device once and reshuffled each epoch by
+    `key`; a last partial batch is dropped. Or it is an iterable of batches (x, y) on the host, for data larger than
+    memory: it is read anew each epoch, 32 batches at a time. `validation` is a pair too, evaluated after each epoch;
+    with `patience=k` training stops once its loss has not fallen for k epochs, and the best epoch's state is returned.
 
-    `progress` shows a bar with loss and validation accuracy (plain lines where the output is no terminal); by default it
-    does so on a terminal alone. The state passed in stays usable.
+    `progress` shows a bar with loss and validation accuracy (plain lines where the output is no terminal); by default
+    it does so on a terminal alone. The state passed in stays usable.
 
-    Errors: ValueError for NaN in the data, labels out of range, a batch larger than the data, an iterator that cannot be
-    read again. Same key, same data, same state: same result, bit for bit, on one device.
+    Errors: ValueError for NaN in the data, labels out of range, a batch larger than the data, an iterator that cannot
+    be read again. Same key, same data, same state: same result, bit for bit, on one device.
     """
     check.positive("fit", epochs=epochs)
     if patience is not None:

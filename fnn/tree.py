@@ -107,17 +107,22 @@ def norm(tree: Any) -> jax.Array:
     Squares that leave float32's range are taken again, relative to the largest number: exact for exploded and vanished
     gradients too.
     """
+    if not jax.tree.leaves(tree):
+        return jnp.zeros(())
     total = squared_norm(tree)
     info = jnp.finfo(total.dtype)
     inside = (total > info.tiny / info.eps) & (total < info.max)
+    return jax.lax.cond(inside, _plain_norm, _relative_norm, tree)
 
-    def relative(tree):
-        peak = divisor(jnp.max(jnp.stack([jnp.max(jnp.abs(_wide(a)), initial=0) for a in jax.tree.leaves(tree)])))
-        return peak * safe_sqrt(squared_norm(jax.tree.map(lambda a: _wide(a) / peak, tree)))
 
-    if not jax.tree.leaves(tree):
-        return total
-    return jax.lax.cond(inside, lambda tree: safe_sqrt(squared_norm(tree)), relative, tree)
+# Not local to `norm`: JAX recognises a branch by its function, and would compile new ones at every eager call.
+def _plain_norm(tree: Any) -> jax.Array:
+    return safe_sqrt(squared_norm(tree))
+
+
+def _relative_norm(tree: Any) -> jax.Array:
+    peak = divisor(jnp.max(jnp.stack([jnp.max(jnp.abs(_wide(a)), initial=0) for a in jax.tree.leaves(tree)])))
+    return peak * safe_sqrt(squared_norm(jax.tree.map(lambda a: _wide(a) / peak, tree)))
 
 
 def norms(tree: Any) -> Any:

@@ -28,17 +28,23 @@ def binary_cross_entropy(z, t):
 
 @functools.cache
 def compiled(loss):
-    """Losses per example, and the gradient of their sum with respect to the outputs."""
+    """Gradient of the summed loss with respect to the outputs, losses per example, and which predictions are right."""
+    correct = losses.correct(loss)
 
     def summed(outputs, targets):
         values = loss(outputs, targets)
         return jnp.sum(values), values
 
-    return jax.jit(jax.grad(summed, has_aux=True))
+    @jax.jit
+    def run(outputs, targets):
+        gradient, values = jax.grad(summed, has_aux=True)(outputs, targets)
+        return gradient, values, correct and correct(outputs, targets)
+
+    return run
 
 
 def test_cross_entropy_and_its_gradient(x64):
-    gradient, values = compiled(losses.cross_entropy)(LOGITS, LABELS)
+    gradient, values, _ = compiled(losses.cross_entropy)(LOGITS, LABELS)
     wanted = cross_entropy(LOGITS, LABELS)
     np.testing.assert_allclose(values, wanted, rtol=1e-12, atol=1e-15)
     assert wanted[3] == 0 and wanted[4] == 2e4  # finite where exp is not
@@ -50,45 +56,49 @@ def test_cross_entropy_and_its_gradient(x64):
 def test_cross_entropy_of_sequences_is_the_mean_over_positions(x64):
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(4, 5, 3)), rng.integers(3, size=(4, 5))
-    gradient, values = compiled(losses.cross_entropy)(logits, labels)
+    gradient, values, got = compiled(losses.cross_entropy)(logits, labels)
     np.testing.assert_allclose(values, cross_entropy(logits, labels).mean(axis=1), rtol=1e-12)
     np.testing.assert_allclose(gradient, (special.softmax(logits, axis=-1) - np.eye(3)[labels]) / 5, rtol=1e-12)
-    got = losses.correct(losses.cross_entropy)(logits, labels)
     np.testing.assert_allclose(got, (logits.argmax(-1) == labels).mean(axis=1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("shapes", [((9,), (9,)), ((9, 1), (9,)), ((9,), (9, 1)), ((9, 1), (9, 1))])
 def test_binary_cross_entropy_and_its_gradient(shapes, x64):
     z, t = BINARY.reshape(shapes[0]), BINARY_TARGETS.reshape(shapes[1])
-    gradient, values = compiled(losses.binary_cross_entropy)(z, t)
+    gradient, values, got = compiled(losses.binary_cross_entropy)(z, t)
     np.testing.assert_allclose(values, binary_cross_entropy(BINARY, BINARY_TARGETS), rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(gradient.reshape(-1), special.expit(BINARY) - BINARY_TARGETS, rtol=1e-12, atol=1e-15)
     assert gradient.shape == z.shape and np.isfinite(values).all()
-    got = losses.binary_cross_entropy.correct(z, t)
     np.testing.assert_array_equal(got, (BINARY > 0) == (BINARY_TARGETS > 0.5))
 
 
-@pytest.mark.parametrize("dtype", [bool, np.int32, np.uint8])
-def test_binary_targets_of_any_real_type(dtype):
+def test_binary_targets_of_any_real_type():
     z, t = np.array([0.5, -0.5, 2.0], np.float32), np.array([1, 0, 0])
-    values = losses.binary_cross_entropy(z, t.astype(dtype))
-    np.testing.assert_allclose(values, binary_cross_entropy(z.astype(float), t), rtol=1e-6)
+    run = jax.jit(lambda z, *ts: [losses.binary_cross_entropy(z, t) for t in ts])
+    for values in run(z, *(t.astype(dtype) for dtype in (bool, np.int32, np.uint8, np.float16))):
+        np.testing.assert_allclose(values, binary_cross_entropy(z.astype(float), t), rtol=1e-6)
 
 
 def test_binary_cross_entropy_is_cross_entropy_of_two_classes():
     z, t = np.linspace(-8, 8, 9).astype(np.float32), np.array([0, 1, 1, 0, 0, 1, 0, 1, 1])
-    two = losses.cross_entropy(np.stack([np.zeros_like(z), z], axis=-1), t)
-    np.testing.assert_allclose(losses.binary_cross_entropy(z, t), two, rtol=1e-5)
+
+    @jax.jit
+    def run(z, t):
+        return losses.binary_cross_entropy(z, t), losses.cross_entropy(jnp.stack([jnp.zeros_like(z), z], axis=-1), t)
+
+    # 1e-6: log sum exp minus the logit, numbers up to 8 in float32
+    np.testing.assert_allclose(*run(z, t), rtol=1e-6, atol=1e-6)
 
 
 def test_mse_is_the_mean_over_units(x64):
     rng = np.random.default_rng(1)
     outputs, targets = rng.normal(size=(4, 3, 2)), rng.normal(size=(4, 3, 2))
-    gradient, values = compiled(losses.mse)(outputs, targets)
+    gradient, values, none = compiled(losses.mse)(outputs, targets)
     np.testing.assert_allclose(values, ((outputs - targets) ** 2).mean(axis=(1, 2)), rtol=1e-12)
     np.testing.assert_allclose(gradient, 2 * (outputs - targets) / 6, rtol=1e-12)
-    np.testing.assert_allclose(losses.mse(outputs[:, 0, 0], targets[:, 0, 0]), (outputs - targets)[:, 0, 0] ** 2)
-    assert losses.mse.correct is None and losses.correct(losses.mse) is None
+    one_unit = jax.jit(losses.mse)(outputs[:, 0, 0], targets[:, 0, 0])
+    np.testing.assert_allclose(one_unit, (outputs - targets)[:, 0, 0] ** 2, rtol=1e-12)
+    assert losses.mse.correct is losses.correct(losses.mse) is none is None
 
 
 def test_bfloat16_outputs_give_float32_losses():
@@ -96,15 +106,19 @@ def test_bfloat16_outputs_give_float32_losses():
     rng = np.random.default_rng(2)
     z = jnp.asarray(3 * rng.normal(size=(4, 300)), jnp.bfloat16)
     exact, labels = np.asarray(z, np.float64), rng.integers(300, size=4)
-    values = losses.cross_entropy(z, labels)
-    assert values.dtype == jnp.float32
-    np.testing.assert_allclose(values, cross_entropy(exact, labels), rtol=1e-6)
-    values = losses.binary_cross_entropy(z[:, 0], np.ones(4, np.int32))
-    assert values.dtype == jnp.float32
-    np.testing.assert_allclose(values, binary_cross_entropy(exact[:, 0], 1), rtol=1e-6)
-    values = losses.mse(z, jnp.zeros_like(z))
-    assert values.dtype == jnp.float32
-    np.testing.assert_allclose(values, (exact**2).mean(axis=1), rtol=1e-6)
+
+    @jax.jit
+    def run(z, labels):
+        return (
+            losses.cross_entropy(z, labels),
+            losses.binary_cross_entropy(z[:, 0], labels > -1),
+            losses.mse(z, jnp.zeros_like(z)),
+        )
+
+    wanted = cross_entropy(exact, labels), binary_cross_entropy(exact[:, 0], 1), (exact**2).mean(axis=1)
+    for got, value in zip(run(z, labels), wanted, strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, value, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype, classes", [("uint8", 256), ("uint8", 1000), ("int8", 200), ("uint16", 70_000)])
@@ -114,7 +128,7 @@ def test_labels_narrower_than_the_number_of_classes(dtype, classes):
     labels = np.array([0, 100, 127], dtype)
     losses.check_targets(losses.cross_entropy, logits.shape, labels)
     wanted = cross_entropy(logits.astype(float), labels.astype(int))
-    np.testing.assert_allclose(losses.cross_entropy(logits, labels), wanted, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(losses.cross_entropy)(logits, labels), wanted, rtol=1e-5)
 
 
 def test_labels_out_of_range_are_nan_inside_jit_and_refused_on_the_host():
@@ -159,10 +173,10 @@ def test_the_host_check_accepts_good_targets_and_passes_traced_ones():
 
 def test_accuracy():
     outputs = np.array([[0.1, 0.9], [0.6, 0.4], [0.2, 0.8]], np.float32)
-    got = losses.cross_entropy.correct(outputs, np.array([1, 1, 1]))
+    got = jax.jit(losses.cross_entropy.correct)(outputs, np.array([1, 1, 1]))
     np.testing.assert_array_equal(got, [1, 0, 1])
     assert got.dtype == jnp.float32
-    got = losses.binary_cross_entropy.correct(np.array([2.0, -1.0, 0.0], np.float32), np.array([1, 1, 0]))
+    got = jax.jit(losses.binary_cross_entropy.correct)(np.array([2.0, -1.0, 0.0], np.float32), np.array([1, 1, 0]))
     np.testing.assert_array_equal(got, [1, 0, 1])
 
 

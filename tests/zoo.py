@@ -55,7 +55,9 @@ CASES = [
     Case("repeat_unrolled", fnn.repeat(_block(), 3, unroll=True, checkpoint=2), mixes=True),
     Case("repeat_of_repeat", fnn.repeat(fnn.serial(fnn.repeat(_block(), 2), fnn.activation("erf")), 3), mixes=True),
     Case("block_with_dropout", fnn.serial(fnn.dense(8), fnn.dropout(0.3), fnn.activation("relu")), noisy=True),
-    Case("mlp", fnn.models.mlp(2, 8, 3, activation="silu", norm="batch_norm", taps=True), keeps_shape=False, mixes=True),
+    Case(
+        "mlp", fnn.models.mlp(2, 8, 3, activation="silu", norm="batch_norm", taps=True), keeps_shape=False, mixes=True
+    ),
     Case(
         "mlp_residual_scanned",
         fnn.models.mlp(3, 8, 3, norm="layer_norm", activation="tanh", residual=True, taps=True, unroll=2),

@@ -1,0 +1,443 @@
+"""Clipping against NumPy and optax; on stacked parameters every transformation does what it does on `serial`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fnn
+from fnn import clip, tree
+from fnn.tree import Stacked
+
+DEPTH = 5
+
+
+def clipped(transformation, updates, params=None):
+    """One update, compiled: the new updates and the report."""
+    state = transformation.init(updates if params is None else params)
+    return jax.jit(transformation.update)(updates, state, params)
+
+
+def block_layer():
+    return fnn.serial(fnn.dense(8), fnn.activation("tanh"))
+
+
+def nets():
+    """The same net twice: its trunk as a loop and unrolled."""
+    looped = fnn.serial(fnn.dense(8), fnn.repeat(block_layer(), DEPTH), fnn.dense(3))
+    return looped, fnn.serial(fnn.dense(8), fnn.serial(*[block_layer()] * DEPTH), fnn.dense(3))
+
+
+def stack(blocks):
+    return Stacked(jax.tree.map(lambda *leaves: np.stack(leaves), *blocks))
+
+
+def looped_form(params):
+    """Bring a tree of the unrolled net into the form of the looped one."""
+    head, trunk, tail = params
+    return head, stack(trunk), tail
+
+
+def random_like(shapes, seed, spread=1.0):
+    """Draw every leaf from a normal of its own scale, e^±spread, so that depths differ as they do in deep nets."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda s: (np.exp(rng.uniform(-spread, spread)) * rng.normal(size=s.shape)).astype(np.float32), shapes
+    )
+
+
+LOOPED, FLAT = nets()
+SPEC = jax.ShapeDtypeStruct((2, 8), jnp.float32)
+SHAPES = jax.eval_shape(lambda key: FLAT.init(key, SPEC)[0], jax.random.key(0))
+PARAMS, GRADS = random_like(SHAPES, 0), random_like(SHAPES, 1, spread=2.0)
+NESTED_SHAPES = tuple(tuple(SHAPES[1][:2]) for _ in range(2))
+NESTED_PARAMS, NESTED_GRADS = random_like(NESTED_SHAPES, 2), random_like(NESTED_SHAPES, 3, spread=2.0)
+
+
+def nested_form(params):
+    """Bring the tree of a `serial` of `serial`s into the form of a `repeat` of `repeat`s."""
+    return stack([stack(inner) for inner in params])
+
+
+CLIPS = {
+    "by_value": clip.by_value(0.5),
+    "from_above": clip.from_above(0.5),
+    "by_global_norm": clip.by_global_norm(3.0),
+    "by_block_norm": clip.by_block_norm(4.0),
+    "adaptive": clip.adaptive(0.8),
+}
+each = pytest.mark.parametrize("name", CLIPS)
+
+
+def norm64(tree):
+    return math.sqrt(sum((np.asarray(a, np.float64) ** 2).sum() for a in jax.tree.leaves(tree)))
+
+
+def close(a, b, rtol=1e-6, atol=1e-7):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(np.asarray(u, np.float64), np.asarray(v, np.float64), rtol=rtol, atol=atol)
+
+
+def furthest(a, b):
+    """The largest difference between two trees."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return max(np.max(np.abs(u - v)) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+# Each in NumPy: gradient, weight, global norm of the gradient -> clipped gradient
+def numpy_adaptive(g, w, _):
+    axes = tuple(range(g.ndim - 1)) if g.ndim >= 2 else None
+    limit = 0.8 * np.maximum(np.sqrt((w**2).sum(axis=axes, keepdims=True)), 1e-3)
+    return g * np.minimum(1, limit / np.sqrt((g**2).sum(axis=axes, keepdims=True)))
+
+
+NUMPY = {
+    "by_value": lambda g, w, total: np.clip(g, -0.5, 0.5),
+    "from_above": lambda g, w, total: np.minimum(g, 0.5),
+    "by_global_norm": lambda g, w, total: g * min(1, 3.0 / total),
+    "by_block_norm": lambda g, w, total: g * min(1, 4.0 / np.sqrt((g**2).sum())),
+    "adaptive": numpy_adaptive,
+}
+
+
+@each
+def test_equals_numpy_on_kernels_convolutions_vectors_and_scalars(name):
+    shapes = {"dense": (6, 4), "conv": (3, 3, 2, 5), "bias": (7,), "scale": ()}
+    shapes = jax.tree.map(lambda s: np.zeros(s), shapes, is_leaf=lambda s: isinstance(s, tuple))
+    w, g = random_like(shapes, 4), random_like(shapes, 5, spread=2.0)
+    updates, report = clipped(CLIPS[name], g, w)
+    total = norm64(g)
+    wanted = jax.tree.map(lambda g, w: NUMPY[name](g.astype(float), w.astype(float), total), g, w)
+    close(updates, wanted)
+    np.testing.assert_allclose([report.before, report.after], [total, norm64(wanted)], rtol=1e-6)
+    assert 0 < report.fraction <= 1  # something was clipped, so that the comparison says something
+    if name != "by_global_norm":
+        assert report.fraction < 1
+
+
+def test_equals_optax():
+    pairs = [
+        (clip.by_global_norm(3.0), optax.clip_by_global_norm(3.0)),
+        (clip.by_global_norm(1e3), optax.clip_by_global_norm(1e3)),
+        (clip.by_value(0.5), optax.clip(0.5)),
+        (clip.adaptive(0.8), optax.adaptive_grad_clip(0.8)),
+        (clip.adaptive(0.8, eps=2.0), optax.adaptive_grad_clip(0.8, eps=2.0)),
+    ]
+
+    @jax.jit
+    def run(grads, params):
+        return [[tx.update(grads, tx.init(params), params)[0] for tx in pair] for pair in pairs]
+
+    for ours, theirs in run(GRADS[2], PARAMS[2]):
+        close(ours, theirs)
+
+
+@each
+def test_stacked_equals_serial(name):
+    transformation = CLIPS[name]
+    silent = jax.tree.map(np.zeros_like, GRADS[1][3])  # one depth without gradient
+    grads = (GRADS[0], (*GRADS[1][:3], silent, GRADS[1][4]), GRADS[2])
+
+    @jax.jit
+    def run(*trees):
+        return [transformation.update(g, transformation.init(p), p) for p, g in trees]
+
+    flat, stacked = run(
+        ((PARAMS, NESTED_PARAMS), (grads, NESTED_GRADS)),
+        ((looped_form(PARAMS), nested_form(NESTED_PARAMS)), (looped_form(grads), nested_form(NESTED_GRADS))),
+    )
+    net, nested = flat[0]
+    close(stacked[0], (looped_form(net), nested_form(nested)))
+    close(stacked[1], flat[1])
+    assert flat[1].fraction > 0
+
+
+def test_the_trees_of_these_tests_are_those_of_the_nets():
+    shapes = jax.eval_shape(lambda key: LOOPED.init(key, SPEC)[0], jax.random.key(0))
+    assert tree.paths(shapes) == tree.paths(looped_form(PARAMS))
+    assert jax.tree.structure(shapes) == jax.tree.structure(looped_form(PARAMS))
+    assert [s.shape for s in jax.tree.leaves(shapes)] == [a.shape for a in jax.tree.leaves(looped_form(PARAMS))]
+    nested = fnn.repeat(fnn.repeat(block_layer(), 2), 2)
+    shapes = jax.eval_shape(lambda key: nested.init(key, SPEC)[0], jax.random.key(0))
+    assert jax.tree.structure(shapes) == jax.tree.structure(nested_form(NESTED_PARAMS))
+    # and one norm over all depths would be another number: the blocks differ in scale
+    norms = [norm64(block["kernel"]) for block, _ in GRADS[1]]
+    assert max(norms) > 3 * min(norms)
+
+
+# One form for all extremes below, so that each clip compiles once for them.
+ONES = {"a": np.ones((3, 2), np.float32), "b": np.ones((4,), np.float32)}
+
+
+@each
+def test_zero_stays_zero(name):
+    zeros = jax.tree.map(np.zeros_like, ONES)
+    updates, report = clipped(CLIPS[name], zeros, zeros)
+    close(updates, zeros, atol=0)
+    np.testing.assert_array_equal(report, [0, 0, 0])
+
+
+@each
+def test_nan_passes_through_and_is_not_counted_as_clipped(name):
+    bad = jax.tree.map(lambda a: 0.1 * a, ONES)
+    bad["a"][0, 0] = np.nan
+    updates, report = clipped(CLIPS[name], bad, ONES)
+    hit = np.zeros((3, 2), bool)
+    hit[{"by_block_norm": ..., "by_global_norm": ..., "adaptive": (slice(None), 0)}.get(name, (0, 0))] = True
+    np.testing.assert_array_equal(np.isnan(updates["a"]), hit)
+    assert np.isnan(updates["b"]).all() == (name == "by_global_norm")
+    np.testing.assert_array_equal(updates["a"][~hit], bad["a"][~hit])
+    assert np.isnan(report.before) and np.isnan(report.after) and report.fraction == 0
+
+
+@pytest.mark.parametrize("name", ["by_global_norm", "by_block_norm", "adaptive"])
+@pytest.mark.parametrize("size", [1e-30, 1e25, 1e38])
+def test_norms_whose_squares_leave_float32(name, size):
+    """1e38 has a subnormal reciprocal, which XLA flushes to zero: by_block_norm once let it through unclipped."""
+    direction = np.array([[0.6, 0], [0, 0.8], [0, 0]], np.float32)
+    g = {"a": np.float32(size) * direction, "b": np.zeros(4, np.float32)}
+    w = {"a": np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 0.0]], np.float32), "b": ONES["b"]}
+    updates, report = clipped(CLIPS[name], g, w)
+    if size < 1:
+        close(updates, g, rtol=0, atol=0)
+        np.testing.assert_allclose(report, [0, size, size], rtol=1e-6)
+        return
+    wanted, fraction = {
+        "by_global_norm": (direction * 3, 1),
+        "by_block_norm": (direction * 4, 1 / 2),
+        # columns of w have norms 2 and sqrt 2
+        "adaptive": (np.array([[2, 0], [0, math.sqrt(2)], [0, 0]]) * 0.8, 2 / 3),
+    }[name]
+    np.testing.assert_allclose(updates["a"], wanted, rtol=1e-6)
+    np.testing.assert_array_equal(updates["b"], np.zeros(4))
+    np.testing.assert_allclose(report, [fraction, size, np.linalg.norm(wanted)], rtol=1e-6)
+
+
+def test_infinity_is_clipped_by_value_and_shown_by_norms():
+    g = {"a": np.array([np.inf, -np.inf, 0.25], np.float32)}
+    np.testing.assert_array_equal(clipped(clip.by_value(0.5), g)[0]["a"], [0.5, -0.5, 0.25])
+    np.testing.assert_array_equal(clipped(clip.from_above(0.5), g)[0]["a"], [0.5, -np.inf, 0.25])
+    updates, report = clipped(clip.by_global_norm(1.0), g)
+    np.testing.assert_array_equal(updates["a"], [np.nan, np.nan, 0])
+    assert report.before == np.inf and report.fraction == 1
+
+
+def test_reports_by_hand():
+    g = {"a": np.array([0.5, 2.0, -3.0], np.float32), "b": np.array([[3.0, 0.0], [4.0, 0.5]], np.float32)}
+    w = {"a": np.array([1.0, 2.0, 2.0], np.float32), "b": np.array([[0.0, 0.0], [2.0, 0.0]], np.float32)}
+    before = math.sqrt(0.25 + 4 + 9 + 9 + 16 + 0.25)
+    wanted = {
+        # 2, -3, 3 and 4 of seven numbers
+        clip.by_value(1.0): (4 / 7, before, math.sqrt(0.25 + 1 + 1 + 1 + 1 + 0.25)),
+        # -3 stays
+        clip.from_above(1.0): (3 / 7, before, math.sqrt(0.25 + 1 + 9 + 1 + 1 + 0.25)),
+        clip.by_global_norm(2.0): (1, before, 2),
+        clip.by_global_norm(10.0): (0, before, before),
+        # |a| = 3.64, |b| = 5.02
+        clip.by_block_norm(4.0): (1 / 2, before, math.sqrt(13.25 + 16)),
+        # units: a (|w| 3, |g| 3.64) clipped to 3; column (2, 5) clipped to 2; column (eps 1e-3, ½) clipped to 1e-3
+        clip.adaptive(1.0): (1, before, math.sqrt(9 + 4 + 1e-6)),
+        clip.adaptive(1.5): (2 / 3, before, math.sqrt(13.25 + 9 + 2.25e-6)),
+    }
+
+    @jax.jit
+    def run(g, w):
+        return [tx.update(g, tx.init(w), w)[1] for tx in wanted]
+
+    for report, numbers in zip(run(g, w), wanted.values(), strict=True):
+        np.testing.assert_allclose(report, numbers, rtol=1e-6)
+        assert {leaf.dtype for leaf in report} == {jnp.dtype("float32")}
+
+
+def test_reports_are_found_in_chains_and_below_per_depth():
+    inner = optax.chain(clip.by_value(1.0), optax.trace(0.9))
+    transformation = optax.chain(
+        inner, clip.by_global_norm(2.0), fnn.per_depth(clip.by_block_norm(0.5)), optax.sgd(0.1)
+    )
+    g = {"out": np.array([3.0, 4.0], np.float32), "in": Stacked(np.array([[0.1, 0], [0.6, 0.8]], np.float32))}
+    state = transformation.init(g)
+    assert [type(r) for r in clip.reports(state)] == [clip.ClipState] * 4
+    _, state = jax.jit(transformation.update)(g, state)
+    by_value, by_norm, outside, inside = clip.reports({"optimizer": [state]})
+    after = math.sqrt(1 + 1 + 0.01 + 1)
+    np.testing.assert_allclose(by_value, [2 / 6, math.sqrt(25 + 0.01 + 1), after], rtol=1e-6)
+    np.testing.assert_allclose(by_norm, [0, after, after], rtol=1e-6)
+    np.testing.assert_allclose(outside, [1, math.sqrt(2), 0.5], rtol=1e-6)
+    np.testing.assert_allclose(inside, [[0, 1], [0.1, 1], [0.1, 0.5]], rtol=1e-6)  # one report a depth
+    assert clip.reports(optax.adam(0.1).init(g)) == [] and clip.reports(()) == []
+
+
+def test_traced_thresholds_under_jit_and_vmap_equal_constants():
+    makers = [clip.by_value, clip.from_above, clip.by_global_norm, clip.by_block_norm, clip.adaptive]
+    g = {"k": Stacked(GRADS[0]["kernel"]), "h": GRADS[0]["bias"].astype(jnp.bfloat16)}
+
+    def run(limit):
+        txs = [make(limit) for make in makers]
+        return [tx.update(g, tx.init(g), g) for tx in txs]
+
+    mapped = jax.jit(jax.vmap(run))(jnp.array([0.3, 1e6]))
+    constant = jax.jit(lambda: [run(limit) for limit in (0.3, 1e6)])()
+    for i, wanted in enumerate(constant):
+        for (updates, report), (other, other_report) in zip(mapped, wanted, strict=True):
+            assert updates["h"].dtype == other["h"].dtype == jnp.bfloat16
+            # 1/256: a limit of 0.3 is rounded to bfloat16 before or after the comparison
+            for name, rtol in (("k", 1e-6), ("h", 1 / 256)):
+                a, b = jax.tree.leaves((updates[name], other[name]))
+                np.testing.assert_allclose(np.asarray(a[i], np.float32), np.asarray(b, np.float32), rtol=rtol)
+            np.testing.assert_allclose([r[i] for r in report], other_report, rtol=1e-3)
+
+
+def test_thresholds_may_be_hyperparameters_and_schedules():
+    schedule = optax.piecewise_constant_schedule(1.0, {1: 0.5})
+    transformation = optax.inject_hyperparams(clip.by_global_norm)(max_norm=schedule)
+    g = {"a": np.array([3.0, 4.0], np.float32)}
+    state = transformation.init(g)
+    step = jax.jit(transformation.update)
+    for limit in (1.0, 0.5, 0.5):
+        updates, state = step(g, state)
+        np.testing.assert_allclose(updates["a"], np.array([0.6, 0.8]) * limit, rtol=1e-6)
+    assert clip.reports(state)[0].after == 0.5
+
+
+def test_dtypes_are_kept_and_norms_taken_in_float32():
+    g = {"a": jnp.full((300, 8), 100.0, jnp.bfloat16), "b": jnp.full((300, 8), 100.0, jnp.float16)}
+    run = jax.jit(lambda g: [tx.update(g, tx.init(g), g) for tx in CLIPS.values()])
+    for updates, report in run(g):
+        assert updates["a"].dtype == jnp.bfloat16 and updates["b"].dtype == jnp.float16
+        assert report.before == pytest.approx(100 * math.sqrt(4800), rel=1e-6)  # the square is beyond float16
+        assert report.after == pytest.approx(norm64(jax.tree.map(lambda u: u.astype(np.float32), updates)), rel=0.01)
+
+
+def three_steps(transformation):
+    """Parameters after a step with each of the gradients, which lie on a leading axis."""
+
+    def run(params, gradients):
+        def step(carry, grads):
+            params, state = carry
+            updates, state = transformation.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, transformation.init(params)), gradients)[0][0]
+
+    return run
+
+
+def in_a_row(trees):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+GRADIENTS = [random_like(SHAPES, seed, spread=2.0) for seed in (10, 11, 12)]
+LAYERWISE = {
+    "lamb": lambda: optax.lamb(0.1, weight_decay=0.01),
+    "lars": lambda: optax.lars(0.1, trust_coefficient=0.5),
+    "adaptive_grad_clip": lambda: optax.chain(optax.adaptive_grad_clip(0.5), optax.sgd(0.1)),
+    "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=4),
+    "clip_by_block_rms": lambda: optax.chain(optax.clip_by_block_rms(0.5), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERWISE)
+def test_per_depth_on_repeat_equals_the_bare_transformation_on_serial(name):
+    transformation = LAYERWISE[name]()
+
+    @jax.jit
+    def run(params, gradients, stacked, stacked_gradients):
+        return (
+            three_steps(transformation)(params, gradients),
+            three_steps(fnn.per_depth(transformation))(stacked, stacked_gradients),
+            three_steps(transformation)(stacked, stacked_gradients),
+        )
+
+    flat, wrapped, bare = jax.device_get(
+        run(PARAMS, in_a_row(GRADIENTS), looped_form(PARAMS), in_a_row(map(looped_form, GRADIENTS)))
+    )
+    wanted = looped_form(flat)
+    assert furthest(wrapped, wanted) < 1e-6
+    moved = furthest(wanted, looped_form(PARAMS))
+    assert furthest(bare[1], wanted[1]) > 0.02 * moved  # the bare transformation is noticeably off on stacks ...
+    assert furthest((bare[0], bare[2]), (wanted[0], wanted[2])) < 1e-6  # ... and only there
+
+
+@pytest.mark.parametrize("name", ["lamb", "adafactor"])
+def test_per_depth_without_stacks_changes_nothing(name):
+    transformation = LAYERWISE[name]()
+    params, gradients = PARAMS[0], in_a_row([g[0] for g in GRADIENTS])
+    run = jax.jit(lambda *a: [three_steps(tx)(*a) for tx in (transformation, fnn.per_depth(transformation))])
+    bare, wrapped = jax.device_get(run(params, gradients))
+    assert furthest(bare, wrapped) == 0 and furthest(bare, params) > 0.01
+
+
+def test_adafactor_factors_in_these_tests():
+    state = jax.eval_shape(fnn.per_depth(LAYERWISE["adafactor"]()).init, looped_form(PARAMS))
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state.stacks)}
+    # rows and columns of an 8×8 kernel, and no full second moment of one
+    assert (DEPTH, 8) in shapes and (DEPTH, 8, 8) not in shapes
+
+
+def test_per_depth_below_a_global_norm_and_on_nested_stacks():
+    def optimizer(wrap):
+        return optax.chain(clip.by_global_norm(1.0), wrap(optax.lamb(0.1)))
+
+    gradients = [NESTED_GRADS, random_like(NESTED_SHAPES, 20)]
+
+    @jax.jit
+    def run(params, gradients, stacked, stacked_gradients):
+        return (
+            three_steps(optimizer(lambda tx: tx))(params, gradients),
+            three_steps(optimizer(fnn.per_depth))(stacked, stacked_gradients),
+        )
+
+    forms = nested_form(NESTED_PARAMS), in_a_row(map(nested_form, gradients))
+    flat, wrapped = jax.device_get(run(NESTED_PARAMS, in_a_row(gradients), *forms))
+    assert furthest(wrapped, nested_form(flat)) < 1e-6
+    assert furthest(flat, NESTED_PARAMS) > 0.05
+
+
+def test_per_depth_passes_extra_arguments_and_works_without_params():
+    def update(updates, state, params=None, *, value, **extra):
+        assert params is None and not extra
+        return jax.tree.map(lambda u: value * u, updates), jax.tree.map(lambda s: s + 1, state)
+
+    scale = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update)
+    transformation = fnn.per_depth(scale)
+    grads = looped_form(GRADS)
+    updates, state = jax.jit(transformation.update)(grads, transformation.init(grads), value=3.0)
+    close(updates, jax.tree.map(lambda g: 3 * g, grads))
+    assert state.outside == 1
+    np.testing.assert_array_equal(state.stacks[0].outside, np.ones(DEPTH))
+    # a stack without arrays (a block of activations) stays what it is
+    empty = ({"a": np.ones(2, np.float32)}, Stacked(()))
+    updates, _ = transformation.update(empty, transformation.init(empty), value=2.0)
+    close(updates, ({"a": np.full(2, 2.0)}, Stacked(())))
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize(
+    "limit, kind",
+    [(0.0, ValueError), (-1.0, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("1", TypeError)],
+)
+def test_a_limit_must_be_a_finite_number_above_zero(name, limit, kind):
+    with pytest.raises(kind, match=rf"clip\.{name}: \w+ must be a finite number above 0, got") as error:
+        getattr(clip, name)(limit)
+    assert str(error.value).endswith(repr(limit))
+
+
+def test_adaptive_needs_an_eps_above_zero_and_the_parameters():
+    with pytest.raises(ValueError, match=r"clip\.adaptive: eps must be a finite number above 0, got 0"):
+        clip.adaptive(0.1, eps=0.0)
+    transformation = clip.adaptive(0.1)
+    with pytest.raises(
+        ValueError, match=r"clip\.adaptive: needs the parameters, got None; call update\(grads, state, p"
+    ):
+        transformation.update(PARAMS, transformation.init(PARAMS))
+
+
+def test_the_empty_tree():
+    for transformation in CLIPS.values():
+        updates, report = transformation.update((), transformation.init(()), ())
+        assert updates == ()
+        np.testing.assert_array_equal(report, [0, 0, 0])

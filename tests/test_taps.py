@@ -1,0 +1,217 @@
+"""Taps and `gradient_flow`: statistics by hand, true log norms against float64, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fnn
+
+
+def problem(n=16, features=6, classes=3, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=(n, features)), dtype), jnp.asarray(rng.integers(0, classes, n))
+
+
+def run(net, params, state, x, y, key=None):
+    def loss(params, state):
+        outputs, new = net.apply(params, state, x, train=True, key=key)
+        return jnp.mean(fnn.losses.cross_entropy(outputs, y)), new
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, state)
+
+
+def test_forward_statistics_by_hand():
+    x = jnp.array([[0.0, 0.995, -0.5, 2.0], [0.0, 0.0, 0.5, -1.0]])
+    layer = fnn.tap(bounds=(-1.0, 1.0))
+    params, state = layer.init(jax.random.key(0), x)
+    y, new = layer.apply(params, state, x)
+    np.testing.assert_array_equal(y, x)
+    wide = np.asarray(x, np.float64)
+    assert float(new.forward["mean"]) == pytest.approx(wide.mean())
+    assert float(new.forward["second_moment"]) == pytest.approx((wide**2).mean())
+    assert float(new.forward["dead"]) == pytest.approx(1 / 4)
+    assert float(new.forward["saturated"]) == pytest.approx(3 / 8)  # 0.995, 2 and -1 lie within 0.02 of ±1 or beyond
+
+
+def test_error_signal_is_the_root_mean_over_examples_inside_repeat_residual_and_serial():
+    """The reference takes dL/dh from the gradient with respect to an offset added in the tap's place."""
+    x, y = problem()
+    offsets = jnp.zeros((4, 16, 6))
+
+    def forward(params, offsets):
+        first, block, last = params
+        h = x @ first["kernel"] + first["bias"] + offsets[0]
+        for i in range(2):
+            h = jnp.tanh(h @ block[i][0]["kernel"] + block[i][0]["bias"] + offsets[1 + i])
+        inner = h @ last[0]["kernel"] + last[0]["bias"] + offsets[3]
+        h = h + 0.5 * inner
+        return jnp.mean(fnn.losses.cross_entropy(h @ last[1]["kernel"] + last[1]["bias"], y))
+
+    block = fnn.serial(fnn.dense(6), fnn.tap(), fnn.activation("tanh"))
+    net = fnn.serial(
+        fnn.dense(6),
+        fnn.tap(),
+        fnn.repeat(block, 2),
+        fnn.residual(fnn.serial(fnn.dense(6), fnn.tap()), scale=0.5),
+        fnn.dense(3),
+    )
+    params, state = net.init(jax.random.key(0), x)
+    (_, news), new = run(net, params, state, x, y)
+    rows = [row for row in fnn.taps.read(new, news) if row.quantity == "log_error"]
+    assert [row.path for row in rows] == ["1", "2/[0]/1", "2/[1]/1", "3/1"]
+    plain = (params[0], fnn.tree.unstack(params[2]), (params[3][0], params[4]))
+    deltas = np.asarray(jax.grad(forward, argnums=1)(plain, offsets), np.float64) * 16  # d l_i/dh, not d mean/dh
+    expected = 0.5 * np.log(np.mean(np.sum(deltas**2, axis=2), axis=1))
+    np.testing.assert_allclose([row.value for row in rows], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_taps_under_vmap_over_seeds_equal_a_loop():
+    x, y = problem()
+    net = fnn.models.mlp(2, 6, 3, activation="tanh", taps=True, unroll=1)
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def one(key):
+        params, state = net.init(key, x)
+        (_, news), new = run(net, params, state, x, y)
+        return new, news
+
+    mapped = jax.vmap(one)(keys)
+    for i, key in enumerate(keys):
+        for a, b in zip(jax.tree.leaves(mapped), jax.tree.leaves(one(key)), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=2e-6)
+
+
+def test_a_tap_used_twice_reports_the_root_of_the_summed_squares():
+    x, y = problem()
+    inner = fnn.serial(fnn.tap())
+
+    def apply(params, state, x, *, key=None, train=False, axis_name=None):
+        x, _ = inner.apply(params, state, x)
+        return inner.apply(params, state, 2 * x)
+
+    net = fnn.serial(fnn.dense(3), fnn.Layer(inner.init, apply))
+    params, state = net.init(jax.random.key(0), x)
+    (_, news), new = run(net, params, state, x, y)
+    (row,) = (row for row in fnn.taps.read(new, news) if row.quantity == "log_error")
+
+    def offset(a, b):
+        h = x @ params[0]["kernel"] + params[0]["bias"] + a
+        return jnp.mean(fnn.losses.cross_entropy(2 * h + b, y))
+
+    a, b = jax.grad(offset, argnums=(0, 1))(jnp.zeros((16, 3)), jnp.zeros((16, 3)))
+    assert row.value == pytest.approx(0.5 * np.log(16 * float(jnp.sum(a**2) + jnp.sum(b**2))), abs=1e-5)
+    with pytest.raises(ValueError, match="passed 2 times.*used on both sides"):
+        fnn.gradient_flow(net, (params, state), (x, y))
+
+
+def float64_flow(net, params, state, batch):
+    """Plain float64 arithmetic, nothing rescaled: what `gradient_flow` must equal where float64 does not underflow."""
+    with jax.enable_x64(True):
+        params, state = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (params, state))
+        x, y = jnp.asarray(np.asarray(batch[0]), jnp.float64), jnp.asarray(np.asarray(batch[1]))
+        (grads, news), new = run(net, params, state, x, y)
+        errors = [row.value for row in fnn.taps.read(new, news) if row.quantity == "log_error"]
+        norms = [(p, float(jnp.log(jnp.linalg.norm(leaf.ravel())))) for p, leaf in fnn.tree.rows(jax.device_get(grads))]
+    return errors, norms
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["at_init", "in_training"])
+def test_gradient_flow_equals_float64_within_1e_4(trained):
+    """Depth 180: the gradient of a sigmoid net falls by exp(-262), far below float32's range and inside float64's."""
+    batch = problem(n=32)
+    net = fnn.models.mlp(180, 32, 3, activation="sigmoid", init="scaled(1.0)", bias_init="normal(0.2)", taps=True)
+    optimizer = optax.adam(1e-3)
+    state = fnn.TrainState.create(net, optimizer, jax.random.key(0), batch[0])
+    if trained:
+        step = fnn.train_step(net, fnn.losses.cross_entropy, optimizer)
+        for _ in range(20):
+            state, _ = step(state, batch)
+    flow = fnn.gradient_flow(net, state, batch)
+    errors, norms = float64_flow(net, state.params, state.state, batch)
+    measured = [row.value for row in flow.rows if row.quantity == "log_error"]
+    assert min(errors) < -230
+    np.testing.assert_allclose(measured, errors, atol=1e-4, rtol=0)
+    by_path = {row.path: row.value for row in flow.rows if row.quantity in ("log_kernel", "log_bias")}
+    np.testing.assert_allclose([by_path[p] for p, _ in norms], [v for _, v in norms], atol=1e-4, rtol=0)
+
+
+def test_gradient_flow_through_batch_norm_residual_and_nested_repeat_equals_float64():
+    x, y = problem()
+    block = fnn.serial(
+        fnn.residual(fnn.serial(fnn.dense(6), fnn.tap(), fnn.batch_norm(), fnn.activation("relu"))), fnn.tap()
+    )
+    nested = fnn.repeat(fnn.serial(fnn.repeat(block, 3), fnn.tap(), fnn.dense(6)), 2, checkpoint=1)
+    net = fnn.serial(
+        fnn.named("in", fnn.dense(6)), nested, fnn.parallel(fnn.serial(fnn.dense(3), fnn.tap()), fnn.dense(3))
+    )
+    total = fnn.serial(net, fnn.function(lambda pair: pair[0] + pair[1]))
+    params, state = total.init(jax.random.key(3), x)
+    flow = fnn.gradient_flow(total, (params, state), (x, y))
+    errors, norms = float64_flow(total, params, state, (x, y))
+    np.testing.assert_allclose([r.value for r in flow.rows if r.quantity == "log_error"], errors, atol=1e-4, rtol=0)
+    by_path = {
+        row.path: row.value for row in flow.rows if row.quantity.startswith("log_") and row.quantity[-4:] != "_rms"
+    }
+    for path, value in norms:
+        # A bias below batch norm has gradient zero up to rounding: its log means nothing.
+        if value > -15:
+            assert by_path[path] == pytest.approx(value, abs=1e-4), path
+    kernels = [row for row in flow.rows if row.quantity == "log_kernel"]
+    assert [row.layer for row in kernels] == list(range(1, 12))
+
+
+def test_sigmoid_at_depth_2000_is_finite_in_float32_and_bfloat16_with_the_predicted_slope():
+    x, y = problem(n=32, features=64)
+    net = fnn.models.mlp(2000, 64, 3, activation="sigmoid", init="scaled(1.0)", taps=True)
+    params, state = jax.jit(lambda k: net.init(k, x))(jax.random.key(1))
+    predicted = -0.5 * np.log(fnn.meanfield.fixed_point("sigmoid", 1.0, 0.0).chi)
+    for cast in (x, x.astype(jnp.bfloat16)):
+        flow = fnn.gradient_flow(net, (params, state), (cast, y))
+        assert all(np.isfinite(row.value) for row in flow.rows)
+        assert flow.error.shape == (2002,)
+        # Width 64 over 1,900 layers: the slope of one net scatters by about 0.2/sqrt(64 * 1900); 0.02 leaves room for
+        # the 1/width bias, and bfloat16's rounding averages out.
+        assert (flow.error[1950] - flow.error[50]) / 1900 == pytest.approx(predicted, abs=0.02)
+
+
+def test_zero_and_non_finite_gradients_say_so():
+    x, y = problem()
+    net = fnn.serial(fnn.dense(6), fnn.tap(), fnn.activation("tanh"), fnn.dense(3), fnn.tap())
+    params, state = net.init(jax.random.key(0), x)
+    dead = (*params[:3], jax.tree.map(jnp.zeros_like, params[3]), params[4])
+    flow = fnn.gradient_flow(net, (dead, state), (x, y))
+    assert flow.error[0] == -np.inf and np.isfinite(flow.error[1])
+    assert flow.kernel[0] == -np.inf and np.isfinite(flow.kernel[1])
+    broken = (jax.tree.map(lambda a: a * jnp.nan, params[0]), *params[1:])
+    assert np.isnan(fnn.gradient_flow(net, (broken, state), (x, y)).error).all()
+
+
+def test_a_train_step_never_rescales():
+    x, y = problem()
+    net = fnn.models.mlp(3, 6, 3, activation="sigmoid", taps=True)
+    bare = fnn.models.mlp(3, 6, 3, activation="sigmoid")
+    params, state = net.init(jax.random.key(0), x)
+    bare_params, bare_state = bare.init(jax.random.key(0), x)
+    kernels = [a for a in jax.tree.leaves(params) if a.ndim == 2]
+    bare_params = jax.tree.unflatten(jax.tree.structure(bare_params), jax.tree.leaves(params))
+    assert [a.shape for a in kernels] == [a.shape for a in jax.tree.leaves(bare_params) if a.ndim == 2]
+    (grads, _), _ = run(net, params, state, x, y)
+    (bare_grads, _), _ = run(bare, bare_params, bare_state, x, y)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(bare_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_rescaling_inside_a_branch_and_nets_without_trunk_taps_are_refused():
+    x, y = problem()
+    net = fnn.serial(fnn.residual(fnn.serial(fnn.dense(6), fnn.tap())), fnn.dense(3))
+    params, state = net.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="gradient_flow: the trunk must hold a tap"):
+        fnn.gradient_flow(net, (params, state), (x, y))
+    inner = fnn.core.Branch(fnn.taps.rescaling(params[0], state[0].inner))
+    with pytest.raises(ValueError, match="residual: a tap inside a branch must not rescale"):
+        net.apply(params, (inner, state[1]), x)
+    with pytest.raises(ValueError, match=r"cross_entropy: labels must lie in 0..2, got 0..7"):
+        tapped = fnn.serial(fnn.dense(3), fnn.tap())
+        fnn.gradient_flow(tapped, tapped.init(jax.random.key(0), x), (x, y.at[0].set(7)))
