@@ -204,7 +204,7 @@ def test_bad_data_is_refused_before_training(change, error, sentence):
 def test_bad_labels_and_batches_are_refused_by_the_step_itself():
     x, y = map(np.asarray, clusters())
     state = fresh()
-    with pytest.raises(ValueError, match=r"labels must lie in 0..2, got 0..7"):
+    with pytest.raises(ValueError, match=r"labels must lie in 0..2, got 1..7"):
         STEP(state, (x, np.where(y == 0, 7, y)))
     with pytest.raises(TypeError, match=r"the batch must be a pair \(x, y\)"):
         STEP(state, x)
