@@ -113,7 +113,7 @@ def gaussian_mean(function: Callable[[jax.Array], jax.Array], rtol: float = 1e-9
     raise ArithmeticError(f"gaussian_mean: no agreement to {rtol} with 65,536 panels; is the function finite?")
 
 
-def _cpu() -> jax.Device:
+def _cpu() -> Any:
     return jax.local_devices(backend="cpu")[0]
 
 

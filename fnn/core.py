@@ -197,7 +197,7 @@ def repeat(block: Layer, n: int, *, unroll: int | bool = 1, checkpoint: int | No
             # A loop, not vmap: the same numbers, and the generator compiles three times as fast for one key.
             params, state = jax.lax.map(lambda k: block.init(k, spec), jax.random.split(key, n))
             one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (params, state))
-            _keeps(spec, output_spec(block, *one, spec))
+            _keeps(spec, output_spec(block, one[0], one[1], spec))
         return Stacked(params), Stacked(state)
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):

@@ -1,6 +1,7 @@
 """`gradient_flow`: true log norms of error signals and gradients, layer by layer, finite at any depth."""
 
 import bisect
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -115,7 +116,7 @@ def measure(net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any,
     marked = taps.rescaling(params, state)
     (value, new), gradients = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, marked)
     zero = jnp.zeros((), jnp.float32)
-    exponents, news, _ = _accumulate(*gradients, zero)
+    exponents, news, _ = _accumulate(gradients[0], gradients[1], zero)
     rms = tree.map_depth(lambda k, a: jnp.full(a.shape[:k], -0.5 * np.log(max(1, np.prod(a.shape[k:])))), params)
     logs = tree.log_norms(gradients[0])
     return {"loss": value, "logs": logs, "exponents": exponents, "rms": rms, "taps": news, "state": new}
@@ -174,7 +175,7 @@ def _accumulate(params: Any, state: Any, above: jax.Array) -> tuple[Any, Any, ja
     """
     if isinstance(state, TapState):
         own = state.backward.exponent
-        return params, state.replace(backward=state.backward._replace(exponent=above)), above + own
+        return params, dataclasses.replace(state, backward=state.backward._replace(exponent=above)), above + own
     if isinstance(state, Stacked) and isinstance(params, Stacked):
         leaves = jax.tree.leaves((params, state))
         if not leaves:
@@ -201,7 +202,7 @@ def _accumulate(params: Any, state: Any, above: jax.Array) -> tuple[Any, Any, ja
             return leaf
         log = leaf.backward.log
         total = jnp.broadcast_to(above.reshape(above.shape + (1,) * (log.ndim - above.ndim)), log.shape)
-        return leaf.replace(backward=leaf.backward._replace(exponent=total))
+        return dataclasses.replace(leaf, backward=leaf.backward._replace(exponent=total))
 
     state = jax.tree.map(beside, state, is_leaf=lambda node: isinstance(node, TapState))
     return tree.map_depth(lambda k, _: above.reshape(above.shape + (1,) * k), params), state, above

@@ -61,7 +61,7 @@ def scaled(sigma_w: Any = 1.0) -> Initializer:
     return init
 
 
-def _variance(scale: float, mode: str, distribution: str, doc: str) -> Initializer:
+def _variance(scale: float, mode: Any, distribution: Any, doc: str) -> Initializer:
     inner = jax.nn.initializers.variance_scaling(scale, mode, distribution)
 
     def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

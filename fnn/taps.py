@@ -10,6 +10,7 @@ passes through it by a power of two, to a norm near one, and reports the exponen
 between the loss and an array turns that array's norm into its exact log norm, at any depth.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ def tap(*, bounds: tuple[float, float] | None = None) -> Layer:
         x = as_arrays(x)
         dtype = state.backward.log.dtype
         forward = jax.tree.map(lambda a: a.astype(dtype), _forward(jax.lax.stop_gradient(x), bounds, axis_name))
-        return _pass(state.rescale, axis_name, x, state.backward), state.replace(forward=forward)
+        return _pass(state.rescale, axis_name, x, state.backward), dataclasses.replace(state, forward=forward)
 
     return Layer(init, apply)
 
@@ -130,7 +131,7 @@ def rescaling(params: Any, state: Any) -> Any:
     their cotangents would carry different scales.
     """
     if isinstance(state, TapState):
-        return state.replace(rescale=True)
+        return dataclasses.replace(state, rescale=True)
     if isinstance(state, Stacked) and isinstance(params, Stacked):
         return Stacked(rescaling(params.blocks, state.blocks))
     if (children := trunk_children(params, state)) is None:

@@ -1,5 +1,6 @@
 """Clipping against NumPy and optax; on stacked parameters every transformation does what it does on `serial`."""
 
+import functools
 import math
 
 import jax
@@ -13,6 +14,10 @@ from fnn import clip, tree
 from fnn.tree import Stacked
 
 DEPTH = 5
+# Compile trees of many arrays in two thirds of the time. Tests of extreme numbers use the ordinary `jax.jit`.
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
 
 
 def clipped(transformation, updates, params=None):
@@ -104,11 +109,14 @@ NUMPY = {
 }
 
 
+# One form for this test and the extremes below, so that each clip compiles once for them.
+FORM = {"dense": (6, 4), "conv": (3, 3, 2, 5), "bias": (7,), "scale": ()}
+FORM = jax.tree.map(lambda shape: np.zeros(shape, np.float32), FORM, is_leaf=lambda node: isinstance(node, tuple))
+
+
 @each
 def test_equals_numpy_on_kernels_convolutions_vectors_and_scalars(name):
-    shapes = {"dense": (6, 4), "conv": (3, 3, 2, 5), "bias": (7,), "scale": ()}
-    shapes = jax.tree.map(lambda s: np.zeros(s), shapes, is_leaf=lambda s: isinstance(s, tuple))
-    w, g = random_like(shapes, 4), random_like(shapes, 5, spread=2.0)
+    w, g = random_like(FORM, 4), random_like(FORM, 5, spread=2.0)
     updates, report = clipped(CLIPS[name], g, w)
     total = norm64(g)
     wanted = jax.tree.map(lambda g, w: NUMPY[name](g.astype(float), w.astype(float), total), g, w)
@@ -141,19 +149,22 @@ def test_stacked_equals_serial(name):
     transformation = CLIPS[name]
     silent = jax.tree.map(np.zeros_like, GRADS[1][3])  # one depth without gradient
     grads = (GRADS[0], (*GRADS[1][:3], silent, GRADS[1][4]), GRADS[2])
+    # two depth axes, where a clip must tell depths apart
+    nested = name in ("by_block_norm", "adaptive")
 
-    @jax.jit
-    def run(*trees):
-        return [transformation.update(g, transformation.init(p), p) for p, g in trees]
+    @quick_jit
+    def run(*pairs):
+        return [transformation.update(g, transformation.init(p), p) for p, g in pairs]
 
-    flat, stacked = run(
-        ((PARAMS, NESTED_PARAMS), (grads, NESTED_GRADS)),
-        ((looped_form(PARAMS), nested_form(NESTED_PARAMS)), (looped_form(grads), nested_form(NESTED_GRADS))),
-    )
-    net, nested = flat[0]
-    close(stacked[0], (looped_form(net), nested_form(nested)))
-    close(stacked[1], flat[1])
-    assert flat[1].fraction > 0
+    pairs = [(PARAMS, grads), (NESTED_PARAMS, NESTED_GRADS)][: 1 + nested]
+    forms = [looped_form, nested_form][: 1 + nested]
+    done = run(*pairs, *(tuple(map(form, pair)) for form, pair in zip(forms, pairs, strict=True)))
+    for form, (flat, report), (stacked, stacked_report) in zip(
+        forms, done[: len(forms)], done[len(forms) :], strict=True
+    ):
+        close(stacked, form(flat))
+        close(stacked_report, report)
+        assert report.fraction > 0
 
 
 def test_the_trees_of_these_tests_are_those_of_the_nets():
@@ -169,28 +180,24 @@ def test_the_trees_of_these_tests_are_those_of_the_nets():
     assert max(norms) > 3 * min(norms)
 
 
-# One form for all extremes below, so that each clip compiles once for them.
-ONES = {"a": np.ones((3, 2), np.float32), "b": np.ones((4,), np.float32)}
-
-
 @each
 def test_zero_stays_zero(name):
-    zeros = jax.tree.map(np.zeros_like, ONES)
-    updates, report = clipped(CLIPS[name], zeros, zeros)
-    close(updates, zeros, atol=0)
+    updates, report = clipped(CLIPS[name], FORM, FORM)
+    close(updates, FORM, atol=0)
     np.testing.assert_array_equal(report, [0, 0, 0])
 
 
 @each
 def test_nan_passes_through_and_is_not_counted_as_clipped(name):
-    bad = jax.tree.map(lambda a: 0.1 * a, ONES)
-    bad["a"][0, 0] = np.nan
-    updates, report = clipped(CLIPS[name], bad, ONES)
-    hit = np.zeros((3, 2), bool)
+    bad = jax.tree.map(lambda a: a + np.float32(0.1), FORM)
+    bad["dense"][0, 0] = np.nan
+    updates, report = clipped(CLIPS[name], bad, jax.tree.map(lambda a: a + np.float32(1), FORM))
+    hit = np.zeros((6, 4), bool)
     hit[{"by_block_norm": ..., "by_global_norm": ..., "adaptive": (slice(None), 0)}.get(name, (0, 0))] = True
-    np.testing.assert_array_equal(np.isnan(updates["a"]), hit)
-    assert np.isnan(updates["b"]).all() == (name == "by_global_norm")
-    np.testing.assert_array_equal(updates["a"][~hit], bad["a"][~hit])
+    np.testing.assert_array_equal(np.isnan(updates["dense"]), hit)
+    np.testing.assert_array_equal(updates["dense"][~hit], bad["dense"][~hit])
+    for other in ("conv", "bias", "scale"):
+        assert np.isnan(updates[other]).all() == np.isnan(updates[other]).any() == (name == "by_global_norm")
     assert np.isnan(report.before) and np.isnan(report.after) and report.fraction == 0
 
 
@@ -198,9 +205,10 @@ def test_nan_passes_through_and_is_not_counted_as_clipped(name):
 @pytest.mark.parametrize("size", [1e-30, 1e25, 1e38])
 def test_norms_whose_squares_leave_float32(name, size):
     """1e38 has a subnormal reciprocal, which XLA flushes to zero: by_block_norm once let it through unclipped."""
-    direction = np.array([[0.6, 0], [0, 0.8], [0, 0]], np.float32)
-    g = {"a": np.float32(size) * direction, "b": np.zeros(4, np.float32)}
-    w = {"a": np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 0.0]], np.float32), "b": ONES["b"]}
+    direction, weight = np.zeros((6, 4), np.float32), np.zeros((6, 4), np.float32)
+    direction[0, 0], direction[5, 1] = 0.6, 0.8
+    weight[2, 0], weight[3, 1] = 2, 1.5
+    g, w = FORM | {"dense": np.float32(size) * direction}, FORM | {"dense": weight}
     updates, report = clipped(CLIPS[name], g, w)
     if size < 1:
         close(updates, g, rtol=0, atol=0)
@@ -208,12 +216,10 @@ def test_norms_whose_squares_leave_float32(name, size):
         return
     wanted, fraction = {
         "by_global_norm": (direction * 3, 1),
-        "by_block_norm": (direction * 4, 1 / 2),
-        # columns of w have norms 2 and sqrt 2
-        "adaptive": (np.array([[2, 0], [0, math.sqrt(2)], [0, 0]]) * 0.8, 2 / 3),
+        "by_block_norm": (direction * 4, 1 / 4),  # blocks
+        "adaptive": (np.sign(direction) * [2, 1.5, 0, 0] * 0.8, 2 / (4 + 5 + 1 + 1)),  # units
     }[name]
-    np.testing.assert_allclose(updates["a"], wanted, rtol=1e-6)
-    np.testing.assert_array_equal(updates["b"], np.zeros(4))
+    close(updates, FORM | {"dense": wanted})
     np.testing.assert_allclose(report, [fraction, size, np.linalg.norm(wanted)], rtol=1e-6)
 
 
@@ -279,8 +285,8 @@ def test_traced_thresholds_under_jit_and_vmap_equal_constants():
         txs = [make(limit) for make in makers]
         return [tx.update(g, tx.init(g), g) for tx in txs]
 
-    mapped = jax.jit(jax.vmap(run))(jnp.array([0.3, 1e6]))
-    constant = jax.jit(lambda: [run(limit) for limit in (0.3, 1e6)])()
+    mapped = quick_jit(jax.vmap(run))(jnp.array([0.3, 1e6]))
+    constant = quick_jit(lambda: [run(limit) for limit in (0.3, 1e6)])()
     for i, wanted in enumerate(constant):
         for (updates, report), (other, other_report) in zip(mapped, wanted, strict=True):
             assert updates["h"].dtype == other["h"].dtype == jnp.bfloat16
@@ -305,7 +311,7 @@ def test_thresholds_may_be_hyperparameters_and_schedules():
 
 def test_dtypes_are_kept_and_norms_taken_in_float32():
     g = {"a": jnp.full((300, 8), 100.0, jnp.bfloat16), "b": jnp.full((300, 8), 100.0, jnp.float16)}
-    run = jax.jit(lambda g: [tx.update(g, tx.init(g), g) for tx in CLIPS.values()])
+    run = quick_jit(lambda g: [tx.update(g, tx.init(g), g) for tx in CLIPS.values()])
     for updates, report in run(g):
         assert updates["a"].dtype == jnp.bfloat16 and updates["b"].dtype == jnp.float16
         assert report.before == pytest.approx(100 * math.sqrt(4800), rel=1e-6)  # the square is beyond float16
@@ -344,12 +350,12 @@ LAYERWISE = {
 def test_per_depth_on_repeat_equals_the_bare_transformation_on_serial(name):
     transformation = LAYERWISE[name]()
 
-    @jax.jit
+    @quick_jit
     def run(params, gradients, stacked, stacked_gradients):
         return (
             three_steps(transformation)(params, gradients),
             three_steps(fnn.per_depth(transformation))(stacked, stacked_gradients),
-            three_steps(transformation)(stacked, stacked_gradients),
+            three_steps(transformation)(stacked[1], stacked_gradients[1]),
         )
 
     flat, wrapped, bare = jax.device_get(
@@ -357,16 +363,15 @@ def test_per_depth_on_repeat_equals_the_bare_transformation_on_serial(name):
     )
     wanted = looped_form(flat)
     assert furthest(wrapped, wanted) < 1e-6
-    moved = furthest(wanted, looped_form(PARAMS))
-    assert furthest(bare[1], wanted[1]) > 0.02 * moved  # the bare transformation is noticeably off on stacks ...
-    assert furthest((bare[0], bare[2]), (wanted[0], wanted[2])) < 1e-6  # ... and only there
+    # and the bare transformation is noticeably off on stacks, so that this test can fail
+    assert furthest(bare, wanted[1]) > 0.02 * furthest(wanted, looped_form(PARAMS))
 
 
 @pytest.mark.parametrize("name", ["lamb", "adafactor"])
 def test_per_depth_without_stacks_changes_nothing(name):
     transformation = LAYERWISE[name]()
     params, gradients = PARAMS[0], in_a_row([g[0] for g in GRADIENTS])
-    run = jax.jit(lambda *a: [three_steps(tx)(*a) for tx in (transformation, fnn.per_depth(transformation))])
+    run = quick_jit(lambda *a: [three_steps(tx)(*a) for tx in (transformation, fnn.per_depth(transformation))])
     bare, wrapped = jax.device_get(run(params, gradients))
     assert furthest(bare, wrapped) == 0 and furthest(bare, params) > 0.01
 
@@ -380,11 +385,11 @@ def test_adafactor_factors_in_these_tests():
 
 def test_per_depth_below_a_global_norm_and_on_nested_stacks():
     def optimizer(wrap):
-        return optax.chain(clip.by_global_norm(1.0), wrap(optax.lamb(0.1)))
+        return optax.chain(clip.by_global_norm(1.0), wrap(optax.lars(0.1, trust_coefficient=0.5)))
 
     gradients = [NESTED_GRADS, random_like(NESTED_SHAPES, 20)]
 
-    @jax.jit
+    @quick_jit
     def run(params, gradients, stacked, stacked_gradients):
         return (
             three_steps(optimizer(lambda tx: tx))(params, gradients),
