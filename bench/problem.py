@@ -17,7 +17,7 @@ import fnn
 
 FEATURES, CLASSES = 64, 10
 MAX_NORM, RATE, DECAY, EPS = 1.0, 1e-3, 0.9, 1e-5
-BATCH_NORM_BIAS = 3.0
+PLAIN_LAYERS, OPEN_BIAS = 3, 4.0
 
 
 class Row(NamedTuple):
@@ -80,9 +80,10 @@ def make(row: Row, steps: int) -> Problem:
 def fnn_start(row: Row) -> tuple[fnn.Layer, optax.GradientTransformation, fnn.TrainState]:
     """Build fnn's net, optimiser and state with the starting weights, as a user would but for the weights.
 
-    Kernels are orthogonal and batch norm's bias is 3, where almost all ReLUs are open. With he_normal and a bias of 0
-    batch norm multiplies gradients by 1.2 per layer (Yang et al. 2019): 1e22 at depth 256 and NaN at depth 1,000, where
-    there is nothing to compare, and rounding grows at the same rate, so that no two programs agree from depth 64 on.
+    Kernels are orthogonal, and from the fourth hidden layer on batch norm's bias is 4, where almost all ReLUs are open.
+    With he_normal and a bias of 0 everywhere batch norm multiplies gradients by 1.2 per layer (Yang et al. 2019): 1e22 at
+    depth 256, NaN at 1,000, where there is nothing to compare; and rounding errors grow at the same rate, so that no two
+    programs agree from depth 64 on. The first layers keep their bias of 0, so that a wrong ReLU shows in the loss.
     """
     net = fnn.models.mlp(
         depth=row.depth, width=row.width, classes=CLASSES, activation="relu", norm="batch_norm", init="orthogonal"
@@ -90,11 +91,7 @@ def fnn_start(row: Row) -> tuple[fnn.Layer, optax.GradientTransformation, fnn.Tr
     optimizer = optax.chain(fnn.clip.by_global_norm(MAX_NORM), optax.adam(RATE))
     spec = jax.ShapeDtypeStruct((row.batch, FEATURES), jnp.float32)
     state = fnn.TrainState.create(net, optimizer, jax.random.key(0), spec)
-
-    def open_relus(node):
-        return {**node, "bias": jnp.full_like(node["bias"], BATCH_NORM_BIAS)} if _is_norm(node) else node
-
-    return net, optimizer, state.replace(params=jax.tree.map(open_relus, state.params, is_leaf=_is_norm))
+    return net, optimizer, state.replace(params=_open_relus(state.params))
 
 
 def stack(blocks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -112,8 +109,18 @@ def rename(block: dict[str, Any], names: dict[str, str], change: Callable[[Any],
     return {theirs: change(block[ours]) for theirs, ours in names.items()}
 
 
-def _is_norm(node: Any) -> bool:
-    return isinstance(node, dict) and "scale" in node
+def _open_relus(params: Any) -> Any:
+    """Set batch norm's bias in all but the first hidden layers, be they stacked or a tuple."""
+    *before, trunk, output = params
+    blocks = trunk["trunk"]
+    if isinstance(blocks, fnn.tree.Stacked):
+        dense, norm, relu = blocks.blocks
+        norm = {**norm, "bias": norm["bias"].at[PLAIN_LAYERS:].set(OPEN_BIAS)}
+        blocks = fnn.tree.Stacked((dense, norm, relu))
+    else:
+        opened = [(d, {**n, "bias": jnp.full_like(n["bias"], OPEN_BIAS)}, r) for d, n, r in blocks[PLAIN_LAYERS:]]
+        blocks = (*blocks[:PLAIN_LAYERS], *opened)
+    return (*before, {"trunk": blocks}, output)
 
 
 def _weights(params: Any, depth: int) -> Weights:

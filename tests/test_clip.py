@@ -130,13 +130,12 @@ def test_equals_numpy_on_kernels_convolutions_vectors_and_scalars(name):
 def test_equals_optax():
     pairs = [
         (clip.by_global_norm(3.0), optax.clip_by_global_norm(3.0)),
-        (clip.by_global_norm(1e3), optax.clip_by_global_norm(1e3)),
         (clip.by_value(0.5), optax.clip(0.5)),
         (clip.adaptive(0.8), optax.adaptive_grad_clip(0.8)),
         (clip.adaptive(0.8, eps=2.0), optax.adaptive_grad_clip(0.8, eps=2.0)),
     ]
 
-    @jax.jit
+    @quick_jit
     def run(grads, params):
         return [[tx.update(grads, tx.init(params), params)[0] for tx in pair] for pair in pairs]
 
@@ -225,10 +224,12 @@ def test_norms_whose_squares_leave_float32(name, size):
 
 def test_infinity_is_clipped_by_value_and_shown_by_norms():
     g = {"a": np.array([np.inf, -np.inf, 0.25], np.float32)}
-    np.testing.assert_array_equal(clipped(clip.by_value(0.5), g)[0]["a"], [0.5, -0.5, 0.25])
-    np.testing.assert_array_equal(clipped(clip.from_above(0.5), g)[0]["a"], [0.5, -np.inf, 0.25])
-    updates, report = clipped(clip.by_global_norm(1.0), g)
-    np.testing.assert_array_equal(updates["a"], [np.nan, np.nan, 0])
+    makers = [clip.by_value, clip.from_above, clip.by_global_norm]
+    run = jax.jit(lambda g: [tx.update(g, tx.init(g)) for tx in (make(0.5) for make in makers)])
+    both, above, (scaled, report) = run(g)
+    np.testing.assert_array_equal(both[0]["a"], [0.5, -0.5, 0.25])
+    np.testing.assert_array_equal(above[0]["a"], [0.5, -np.inf, 0.25])
+    np.testing.assert_array_equal(scaled["a"], [np.nan, np.nan, 0])
     assert report.before == np.inf and report.fraction == 1
 
 
@@ -250,7 +251,7 @@ def test_reports_by_hand():
         clip.adaptive(1.5): (2 / 3, before, math.sqrt(13.25 + 9 + 2.25e-6)),
     }
 
-    @jax.jit
+    @quick_jit
     def run(g, w):
         return [tx.update(g, tx.init(w), w)[1] for tx in wanted]
 
@@ -267,7 +268,7 @@ def test_reports_are_found_in_chains_and_below_per_depth():
     g = {"out": np.array([3.0, 4.0], np.float32), "in": Stacked(np.array([[0.1, 0], [0.6, 0.8]], np.float32))}
     state = transformation.init(g)
     assert [type(r) for r in clip.reports(state)] == [clip.ClipState] * 4
-    _, state = jax.jit(transformation.update)(g, state)
+    _, state = quick_jit(transformation.update)(g, state)
     by_value, by_norm, outside, inside = clip.reports({"optimizer": [state]})
     after = math.sqrt(1 + 1 + 0.01 + 1)
     np.testing.assert_allclose(by_value, [2 / 6, math.sqrt(25 + 0.01 + 1), after], rtol=1e-6)

@@ -19,7 +19,8 @@ def table(cases):
 
 
 every = table(CASES)
-repeatable = table([case for case in CASES if case.keeps_shape])
+# A repeat of `repeat` says all that a repeat of its variants would, and those compile for long.
+repeatable = table([case for case in CASES if case.keeps_shape and not case.name.startswith("repeat_")])
 BY_NAME = {case.name: case for case in CASES}
 
 
