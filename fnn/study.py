@@ -70,11 +70,11 @@ def run(
         raise ValueError(f"study: needs labelled classes, got targets {check.describe(train.y)}")
     batch = train.x[:batch_size], train.y[:batch_size]
     classes = int(train.y.max()) + 1
-    tables = []
+    tables, drawn = [], {}
     for number, cell in enumerate(grid):
         if on_cell is not None:
             on_cell(number, cell)
-        flows = list(_flows(cell, width, classes, sigma_w, sigma_b, batch, seeds))
+        flows = list(_flows(cell, width, classes, sigma_w, sigma_b, batch, seeds, drawn))
         predicted = _predict(cell, width, sigma_w, sigma_b, batch_size, flows)
         for seed, measured in enumerate(flows):
             rows = [row for row in measured.rows if row.quantity in QUANTITIES and row.layer > 0]
@@ -156,7 +156,7 @@ def save(table: Any, path: str | os.PathLike[str]) -> None:
 
 
 def _flows(
-    cell: Cell, width: int, classes: int, sigma_w: float, sigma_b: float, batch: Any, seeds: int
+    cell: Cell, width: int, classes: int, sigma_w: float, sigma_b: float, batch: Any, seeds: int, drawn: dict[Any, Any]
 ) -> Iterator[flow.GradientFlow]:
     net = models.mlp(
         cell.depth,
@@ -175,9 +175,14 @@ def _flows(
     def measure(params, state):
         return flow.measure(net, losses.cross_entropy, True, params, state, *batch, None)
 
-    # A loop over seeds for the draws, which compile three times as fast for one key as under vmap.
-    draw = jax.jit(lambda keys: jax.lax.map(lambda key: net.init(key, batch[0]), keys))
-    measured = jax.device_get(measure(*draw(jax.random.split(jax.random.key(1), seeds))))
+    # The draws take as long to compile as the gradient does, and do not depend on the activation: cells share them.
+    # A loop over seeds, since the generator compiles three times as fast for one key as under vmap.
+    keys = jax.random.split(jax.random.key(1), seeds)
+    kind = cell.depth, cell.norm
+    if kind not in drawn:
+        drawn[kind] = jax.jit(lambda keys: jax.lax.map(lambda key: net.init(key, batch[0])[0], keys))(keys)
+    state = jax.jit(jax.vmap(lambda key: net.init(key, batch[0])[1]))(keys)
+    measured = jax.device_get(measure(drawn[kind], state))
     for seed in range(seeds):
         yield flow.tabulate(jax.tree.map(lambda a, seed=seed: a[seed], measured))
 
