@@ -148,9 +148,9 @@ def test_norms_are_right_over_the_range_of_float32(measure, a, b, scale_a, scale
             np.testing.assert_allclose(log, np.log(np.linalg.norm(leaf)), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-20, 1.0, 1e19, 1e25, 9e37, 1.5e38])
+@pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-20, 1.0, 1e19, 1e25, 1.1e38, 3e38])
 def test_exploded_and_vanished_norms(measure, size):
-    """9e37 and more have a subnormal reciprocal, which XLA flushes to zero: log_norm once said -inf there."""
+    """8.5e37 and more have a subnormal reciprocal, which XLA flushes to zero: log_norm once said -inf there."""
     a = {"a": np.float32(size) * np.array([0.6, 0, 0.8], np.float32), "b": np.zeros(3, np.float32)}
     exact = np.linalg.norm(a["a"].astype(np.float64))
     norm, logs, gradient = measure(a)
