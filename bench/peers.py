@@ -6,7 +6,7 @@ start from `problem.weights`, and the suite compares their losses with a float64
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import fnn
 from bench import handwritten
 from bench.problem import CLASSES, DECAY, EPS, FEATURES, MAX_NORM, RATE, Problem, fnn_start, on_device, rename, stack
 from bench.timing import Run
+from fnn.train import METRICS
 
 
 class Skip(Exception):
@@ -58,30 +59,38 @@ def peer(name: str, about: str, *, needs: str = "", max_depth: int | None = None
 # fnn ------------------------------------------------------------------------------------------------------------------
 
 
-def _fnn(problem: Problem) -> tuple[fnn.TrainStep, fnn.TrainState]:
+def _fnn(problem: Problem, metrics: Sequence[str] = ("loss",)) -> tuple[fnn.TrainStep, fnn.TrainState]:
     net, optimizer, state = fnn_start(problem.row)
     state = jax.tree.map(jnp.copy, state)  # as `fit` does: no two leaves may share a buffer that is donated
-    return fnn.train_step(net, fnn.losses.cross_entropy, optimizer), state
+    return fnn.train_step(net, fnn.losses.cross_entropy, optimizer, metrics=metrics), state
 
 
-@peer("fnn-loop", "fnn.train_step in a Python loop, with its metrics")
+@peer("fnn-loop", "fnn.train_step in a Python loop")
 def fnn_loop(problem: Problem) -> Run:
     step, state = _fnn(problem)
     return Run(step, state, problem.batches, lambda metrics: metrics["loss"])
 
 
-@peer("fnn-fit", "what fnn.fit runs for an epoch: shuffle, gather batches, steps inside lax.scan, with metrics")
+@peer("fnn-fit", "what fnn.fit runs for an epoch: shuffle, gather batches, steps inside lax.scan")
 def fnn_fit(problem: Problem) -> Run:
-    step, state = _fnn(problem)
+    return _fit(problem, *_fnn(problem))
+
+
+@peer("fnn-fit-metrics", "the same with all of fnn's metrics: accuracy, gradient norms, clipping, update ratio")
+def fnn_fit_metrics(problem: Problem) -> Run:
+    return _fit(problem, *_fnn(problem, METRICS))
+
+
+def _fit(problem: Problem, step: fnn.TrainStep, state: fnn.TrainState) -> Run:
     key, batch = jax.random.key(3), problem.row.batch
     # Laid out so that the epoch's shuffle brings back everybody's batches; the losses prove that it does.
-    order = jax.random.permutation(key, problem.steps * batch)
+    order = fnn.data.shuffled(key, problem.steps * batch)
     x, y = problem.xs.reshape(-1, FEATURES), problem.ys.reshape(-1)
     data = fnn.data.Dataset(jnp.zeros_like(x).at[order].set(x), jnp.zeros_like(y).at[order].set(y))
     return Run(lambda s, d: step.epoch(s, d, key, batch), state, [data], lambda metrics: metrics["loss"])
 
 
-@peer("fnn-stretch", "TrainStep.stretch: steps inside lax.scan over batches laid out beforehand, with metrics")
+@peer("fnn-stretch", "TrainStep.stretch: steps inside lax.scan over batches laid out beforehand")
 def fnn_stretch(problem: Problem) -> Run:
     step, state = _fnn(problem)
     return Run(step.stretch, state, [(problem.xs, problem.ys)], lambda metrics: metrics["loss"])

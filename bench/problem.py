@@ -88,7 +88,7 @@ def fnn_start(row: Row) -> tuple[fnn.Layer, optax.GradientTransformation, fnn.Tr
     net = fnn.models.mlp(
         depth=row.depth, width=row.width, classes=CLASSES, activation="relu", norm="batch_norm", init="orthogonal"
     )
-    optimizer = optax.chain(fnn.clip.by_global_norm(MAX_NORM), optax.adam(RATE))
+    optimizer = fnn.clip.packed(optax.chain(fnn.clip.by_global_norm(MAX_NORM), optax.adam(RATE)))
     spec = jax.ShapeDtypeStruct((row.batch, FEATURES), jnp.float32)
     state = fnn.TrainState.create(net, optimizer, jax.random.key(0), spec)
     return net, optimizer, state.replace(params=_open_relus(state.params))

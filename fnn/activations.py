@@ -125,7 +125,9 @@ def _relu(x: Any, grad_at_zero: float) -> jax.Array:
 @_relu.defjvp
 def _relu_jvp(grad_at_zero, primals, tangents):
     (x,), (t,) = primals, tangents
-    return jnp.maximum(x, 0), t * _relu_slope(x, grad_at_zero)
+    y = jnp.maximum(x, 0)
+    # The sign of y tells that of x, and y is kept for the next layer anyway: x need be neither kept nor computed again.
+    return y, t * _relu_slope(x, grad_at_zero) if grad_at_zero else jnp.where(y > 0, t, jnp.zeros_like(t))
 
 
 def _relu_slope(x: Any, grad_at_zero: float = 0.0) -> jax.Array:

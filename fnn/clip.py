@@ -137,6 +137,31 @@ def reports(opt_state: Any) -> list[ClipState]:
     return [node for node in nodes if isinstance(node, ClipState)]
 
 
+def packed(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Let an optax transformation see all small arrays as one vector: the same update from far fewer kernels.
+
+    For transformations that treat every number alike (SGD, Adam, weight decay, `by_value`) or look at all of them at
+    once (`by_global_norm`), alone or chained: small nets spend most of a step on starting kernels. What looks at arrays
+    one by one (LAMB, `adaptive`, `by_block_norm`, masks) must stay outside. Its state holds packed arrays.
+    """
+    inner = optax.with_extra_args_support(transformation)
+
+    def init(params):
+        return inner.init(tree.pack(jax.tree.leaves(params)))
+
+    def update(updates, state, params=None, **extra):
+        leaves, treedef = jax.tree.flatten(updates)
+
+        def pack(node):
+            return tree.pack(treedef.flatten_up_to(node)) if jax.tree.structure(node) == treedef else node
+
+        extra = {name: pack(value) for name, value in extra.items()}
+        new, state = inner.update(tree.pack(leaves), state, None if params is None else pack(params), **extra)
+        return treedef.unflatten(tree.unpack(new, leaves)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 class _Hole(NamedTuple):
     """An empty node in the place of a stack, while the transformation sees the rest of the tree."""
 

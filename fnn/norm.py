@@ -1,5 +1,6 @@
 """Normalisation layers. Statistics are two-pass and in at least float32; the last axis holds the units."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,20 +47,19 @@ def batch_norm(*, decay: float = 0.9, eps: float = 1e-5, scale: bool = True, bia
                     f"batch_norm: train mode needs at least two values per unit, got {check.describe(x)}: a batch of "
                     "one is normalised to zero and its gradient vanishes; use a larger batch or pass axis_name"
                 )
-            mean = _average(wide, axes, axis_name)
-            var = _average(jnp.square(wide - mean), axes, axis_name)
+            y, mean, var = _standardised(wide, params.get("scale"), params.get("bias"), eps, axes, axis_name)
             keep = jnp.asarray(decay, state["weight"].dtype)
             state = {
                 "mean": keep * state["mean"] + (1 - keep) * mean.astype(keep.dtype),
                 "var": keep * state["var"] + (1 - keep) * var.astype(keep.dtype),
                 "weight": keep * state["weight"] + (1 - keep),
             }
-        else:
-            seen = state["weight"] > 0
-            weight = jnp.where(seen, state["weight"], 1)
-            mean = (state["mean"] / weight).astype(wide.dtype)
-            var = jnp.where(seen, state["var"] / weight, 1 - eps).astype(wide.dtype)
-        return _scaled((wide - mean) * jax.lax.rsqrt(var + eps), params, x.dtype), state
+            return y.astype(x.dtype), state
+        seen = state["weight"] > 0
+        weight = jnp.where(seen, state["weight"], 1)
+        mean = (state["mean"] / weight).astype(wide.dtype)
+        var = jnp.where(seen, state["var"] / weight, 1 - eps).astype(wide.dtype)
+        return _scaled((wide - mean) * jax.lax.rsqrt(var + eps), params.get("scale"), params.get("bias"), x.dtype), state
 
     return Layer(init, apply)
 
@@ -120,7 +120,8 @@ def _per_example(who: str, normalise: Callable[[jax.Array], jax.Array], scale: b
         _units(who, x)
         for leaf in jax.tree.leaves(params):
             _width(who, leaf.shape[0], x)
-        return _scaled(normalise(x.astype(statistics_dtype(x.dtype))), params, x.dtype)
+        y = normalise(x.astype(statistics_dtype(x.dtype)))
+        return _scaled(y, params.get("scale"), params.get("bias"), x.dtype)
 
     return stateless(init, apply)
 
@@ -129,12 +130,47 @@ def _affine(d: int, dtype: Any, scale: bool, bias: bool) -> dict[str, jax.Array]
     return ({"scale": jnp.ones(d, dtype)} if scale else {}) | ({"bias": jnp.zeros(d, dtype)} if bias else {})
 
 
-def _scaled(y: jax.Array, params: dict[str, jax.Array], dtype: Any) -> jax.Array:
-    if "scale" in params:
-        y = y * params["scale"].astype(y.dtype)
-    if "bias" in params:
-        y = y + params["bias"].astype(y.dtype)
+def _scaled(y: jax.Array, scale: jax.Array | None, bias: jax.Array | None, dtype: Any) -> jax.Array:
+    if scale is not None:
+        y = y * scale.astype(y.dtype)
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
     return y.astype(dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def _standardised(x: Any, scale: Any, bias: Any, eps: float, axes: tuple[int, ...], axis_name: Any) -> Any:
+    """Return (scale·xhat + bias, mean, var), xhat = (x - mean)/sqrt(var + eps).
+
+    The derivative of xhat is written out, `root·(t - E[t] - xhat E[xhat t])`: autodiff would also send a cotangent
+    through the mean inside the variance, which is zero. Forward and reverse mode both follow from it.
+    """
+    return _standardise(x, scale, bias, eps, axes, axis_name)[0]
+
+
+def _standardise(x, scale, bias, eps, axes, axis_name):
+    mean = _average(x, axes, axis_name)
+    centred = x - mean
+    var = _average(jnp.square(centred), axes, axis_name)
+    root = jax.lax.rsqrt(var + eps)
+    xhat = centred * root
+    return (_scaled(xhat, scale, bias, x.dtype), mean, var), xhat, root
+
+
+@_standardised.defjvp
+def _standardised_jvp(eps, axes, axis_name, primals, tangents):
+    x, scale, bias = primals
+    t, scale_t, bias_t = tangents
+    out, xhat, root = _standardise(x, scale, bias, eps, axes, axis_name)
+    # The factor first, and signs on the averages: so the sums over the batch going back are, to the letter, those of
+    # the gradients of bias and scale, and XLA takes them once.
+    u = t * (root if scale is None else root * scale.astype(x.dtype))
+    y_t = u + -_average(u, axes, axis_name) + xhat * -_average(u * xhat, axes, axis_name)
+    if scale is not None:
+        y_t = y_t + scale_t.astype(x.dtype) * xhat
+    if bias is not None:
+        y_t = y_t + bias_t.astype(x.dtype)
+    return out, (y_t, _average(t, axes, axis_name), 2 * _average(t * (xhat / root), axes, axis_name))
 
 
 def _average(x: jax.Array, axes: tuple[int, ...], axis_name: Any) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import optax
 
 from fnn import check, clip, losses, tree
 from fnn.core import Layer, as_arrays, as_spec, output_spec, same_spec
-from fnn.data import Dataset, check_dataset
+from fnn.data import Dataset, check_dataset, shuffled
 from fnn.taps import TapState
 
 
@@ -80,12 +80,16 @@ class TrainStep:
     def _epoch(self, state: TrainState, data: Dataset, key: Any, batch_size: int) -> tuple[TrainState, Any]:
         n = data.x.shape[0]
         steps = n // batch_size
-        order = jax.random.permutation(key, n)[: steps * batch_size].reshape(steps, batch_size)
+        order = shuffled(key, n)[: steps * batch_size].reshape(steps, batch_size)
 
         def body(state, index):
-            return self.pure(state, (data.x[index], data.y[index]))
+            batch = tuple(a.at[index].get(mode="promise_in_bounds") for a in (data.x, data.y))
+            return self.pure(state, batch)
 
         return jax.lax.scan(body, state, order)
+
+
+METRICS = ("loss", "accuracy", "grad_norm", "grad_norm_clipped", "clip_fraction", "clip_removed", "update_ratio")
 
 
 def train_step(
@@ -94,6 +98,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     *,
     compute_dtype: Any = None,
+    metrics: Sequence[str] = METRICS,
     per_layer: bool = False,
     axis_name: Any = None,
 ) -> TrainStep:
@@ -102,9 +107,10 @@ def train_step(
     `batch` is a pair (x, y); `loss(outputs, y) -> float[batch]`. Metrics, float32[]: `loss`; `accuracy` where the loss
     has one; `grad_norm`, the global norm before clipping, and with a clip of `fnn.clip` in the optimiser
     `grad_norm_clipped`, `clip_fraction` (share of numbers, units or blocks; 0 or 1 for the global norm) and
-    `clip_removed` = 1 - after/before; `update_ratio` = |update|/|params|. With `per_layer=True` also `grad_norms`, a
-    tree like params (float[depth] below `repeat`) and, if the net has taps, `taps`: the new state and the gradient with
-    respect to the old one, for `fnn.taps.read`.
+    `clip_removed` = 1 - after/before; `update_ratio` = |update|/|updated params|. With `per_layer=True` also
+    `grad_norms`, a tree like params (float[depth] below `repeat`) and, if the net has taps, `taps`: the new state and
+    the gradient with respect to the old one, for `fnn.taps.read`. `metrics` names those to keep (`loss` always is):
+    what is left out is not computed, and a few per cent of a step are spent on `update_ratio` and `accuracy`.
 
     `compute_dtype=jnp.bfloat16` casts the input, and so all layers; parameters, optimiser and statistics stay float32.
     With `axis_name` (under `vmap` or `shard_map`) gradients and metrics are averaged over the mapped batch axis.
@@ -113,7 +119,9 @@ def train_step(
     same state and batch give the same result, bit for bit, on one device.
     """
     optimizer = optax.with_extra_args_support(optimizer)
-    correct = losses.correct(loss)
+    for name in metrics:
+        check.choice("train_step", METRICS, metrics=name)
+    correct = losses.correct(loss) if "accuracy" in metrics else None
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         x, y = batch
@@ -124,33 +132,35 @@ def train_step(
 
         def objective(params, net_state):
             outputs, new = net.apply(params, net_state, x, key=key, train=True, axis_name=axis_name)
-            values = loss(outputs, y)
-            if jnp.ndim(values) != 1:
-                raise ValueError(f"train_step: the loss must return float[batch], got {check.describe(values)}")
+            per_example = loss(outputs, y)
+            if jnp.ndim(per_example) != 1:
+                raise ValueError(f"train_step: the loss must return float[batch], got {check.describe(per_example)}")
             hits = {} if correct is None else {"accuracy": jnp.mean(correct(outputs, y))}
-            mean = jnp.mean(values)
+            mean = jnp.mean(per_example)
             return mean, (new, {"loss": mean} | hits)
 
         tapped = per_layer and _has_taps(state.state)
         value_and_grad = jax.value_and_grad(objective, argnums=(0, 1) if tapped else 0, has_aux=True)
-        (_, (net_state, metrics)), grads = value_and_grad(state.params, state.state)
+        (_, (net_state, values)), grads = value_and_grad(state.params, state.state)
         if axis_name is not None:
-            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+            grads, values = jax.lax.pmean((grads, values), axis_name)
         grads, news = grads if tapped else (grads, None)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=metrics["loss"], grad=grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=values["loss"], grad=grads)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"grad_norm": tree.norm(grads), "update_ratio": tree.norm(updates) / tree.norm(state.params)}
+        # No care for squares out of range: an update below 1e-19 changes no parameter.
+        ratio = jnp.sqrt(tree.squared_norm(updates)) / jnp.sqrt(tree.squared_norm(params))
+        values |= {"grad_norm": tree.norm(grads), "update_ratio": ratio}
         if clips := clip.reports(opt_state):
             before, after = clips[0].before, clips[-1].after
-            metrics |= {
+            values |= {
                 "grad_norm_clipped": after,
                 "clip_fraction": clips[-1].fraction,
                 "clip_removed": 1 - after / jnp.where(before > 0, before, 1),
             }
-        metrics = jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
+        values = {name: v.astype(jnp.float32) for name, v in values.items() if name == "loss" or name in metrics}
         if per_layer:
-            metrics |= {"grad_norms": tree.norms(grads)} | ({"taps": (net_state, news)} if tapped else {})
-        return TrainState(params, net_state, opt_state, state.key, state.step + 1), metrics
+            values |= {"grad_norms": tree.norms(grads)} | ({"taps": (net_state, news)} if tapped else {})
+        return TrainState(params, net_state, opt_state, state.key, state.step + 1), values
 
     return TrainStep(step, net, loss)
 

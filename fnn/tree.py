@@ -3,7 +3,7 @@
 All sums are taken in at least float32.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -98,7 +98,8 @@ def dot(a: Any, b: Any) -> jax.Array:
 
 def squared_norm(tree: Any) -> jax.Array:
     """Sum |a_i|² over all leaves: float[]."""
-    return sum((jnp.sum(jnp.square(_wide(a))) for a in jax.tree.leaves(tree)), start=jnp.zeros(()))
+    leaves = pack([_wide(a) for a in jax.tree.leaves(tree)])
+    return sum((jnp.sum(jnp.square(a)) for a in leaves), start=jnp.zeros(()))
 
 
 def norm(tree: Any) -> jax.Array:
@@ -109,20 +110,21 @@ def norm(tree: Any) -> jax.Array:
     """
     if not jax.tree.leaves(tree):
         return jnp.zeros(())
-    total = squared_norm(tree)
+    leaves = pack([_wide(a) for a in jax.tree.leaves(tree)])
+    total = squared_norm(leaves)
     info = jnp.finfo(total.dtype)
     inside = (total > info.tiny / info.eps) & (total < info.max)
-    return jax.lax.cond(inside, _plain_norm, _relative_norm, tree)
+    return jax.lax.cond(inside, _plain_norm, _relative_norm, total, leaves)
 
 
 # Not local to `norm`: JAX recognises a branch by its function, and would compile new ones at every eager call.
-def _plain_norm(tree: Any) -> jax.Array:
-    return safe_sqrt(squared_norm(tree))
+def _plain_norm(total: jax.Array, leaves: list[jax.Array]) -> jax.Array:
+    return safe_sqrt(total)
 
 
-def _relative_norm(tree: Any) -> jax.Array:
-    peak = divisor(jnp.max(jnp.stack([jnp.max(jnp.abs(_wide(a)), initial=0) for a in jax.tree.leaves(tree)])))
-    return peak * safe_sqrt(squared_norm(jax.tree.map(lambda a: _wide(a) / peak, tree)))
+def _relative_norm(total: jax.Array, leaves: list[jax.Array]) -> jax.Array:
+    peak = divisor(jnp.max(jnp.stack([jnp.max(jnp.abs(a), initial=0) for a in leaves])))
+    return peak * safe_sqrt(squared_norm([a / peak for a in leaves]))
 
 
 def norms(tree: Any) -> Any:
@@ -144,6 +146,32 @@ def log_norm(a: jax.Array, axis: Any = None) -> jax.Array:
     peak = divisor(jnp.max(a, axis=axis, keepdims=True, initial=0))
     total = jnp.sum(jnp.square(a / peak), axis=axis)
     return jnp.log(peak.reshape(total.shape)) + 0.5 * jnp.log(total)
+
+
+SMALL = 2**14
+"""An array of up to so many numbers costs more to start a kernel for than to copy."""
+
+
+def pack(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    """Join the small arrays of a list into one vector for each dtype, behind the large ones; `unpack` undoes it."""
+    large = [a for a in leaves if jnp.size(a) > SMALL]
+    return large + [jnp.concatenate([jnp.reshape(a, -1) for a in group]) for group in _small(leaves).values()]
+
+
+def unpack(packed: Sequence[jax.Array], like: Sequence[Any]) -> list[jax.Array]:
+    """Split what `pack` joined into arrays of the shapes and dtypes of `like`."""
+    large = iter(packed)
+    leaves = [next(large) if jnp.size(a) > SMALL else None for a in like]
+    parts = {dtype: iter(jnp.split(next(large), np.cumsum([a.size for a in group])[:-1])) for dtype, group in _small(like).items()}
+    return [next(parts[b.dtype]).reshape(b.shape) if a is None else a for a, b in zip(leaves, like, strict=True)]
+
+
+def _small(leaves: Sequence[Any]) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for a in leaves:
+        if jnp.size(a) <= SMALL:
+            groups.setdefault(a.dtype, []).append(a)
+    return groups
 
 
 def stack(trees: Any) -> Stacked:

@@ -101,7 +101,7 @@ def test_fit_equals_a_loop_of_steps_and_repeats_bit_for_bit():
     assert not np.array_equal(jax.tree.leaves(one.params)[0], jax.tree.leaves(other.params)[0])
     loop = state
     for key in jax.random.split(jax.random.key(5), 2):
-        order = jax.random.permutation(key, 96).reshape(3, 32)
+        order = fnn.data.shuffled(key, 96).reshape(3, 32)
         for index in order:
             loop, _ = STEP(
                 loop if loop is not state else jax.tree.map(jnp.copy, state), (data[0][index], data[1][index])
