@@ -18,6 +18,8 @@ import fnn
 FEATURES, CLASSES = 64, 10
 MAX_NORM, RATE, DECAY, EPS = 1.0, 1e-3, 0.9, 1e-5
 PLAIN_LAYERS, OPEN_BIAS = 3, 4.0
+UNROLLED = 64
+"""Up to this depth fnn's trunk is unrolled, as one would who trains for long: 10 % faster at 128x64, 3 s to compile."""
 
 
 class Row(NamedTuple):
@@ -86,9 +88,15 @@ def fnn_start(row: Row) -> tuple[fnn.Layer, optax.GradientTransformation, fnn.Tr
     programs agree from depth 64 on. The first layers keep their bias of 0, so that a wrong ReLU shows in the loss.
     """
     net = fnn.models.mlp(
-        depth=row.depth, width=row.width, classes=CLASSES, activation="relu", norm="batch_norm", init="orthogonal"
+        depth=row.depth,
+        width=row.width,
+        classes=CLASSES,
+        activation="relu",
+        norm="batch_norm",
+        init="orthogonal",
+        unroll=True if row.depth <= UNROLLED else 1,
     )
-    optimizer = fnn.clip.packed(optax.chain(fnn.clip.by_global_norm(MAX_NORM), optax.adam(RATE)))
+    optimizer = fnn.packed(optax.chain(fnn.clip.by_global_norm(MAX_NORM), optax.adam(RATE)))
     spec = jax.ShapeDtypeStruct((row.batch, FEATURES), jnp.float32)
     state = fnn.TrainState.create(net, optimizer, jax.random.key(0), spec)
     return net, optimizer, state.replace(params=_open_relus(state.params))

@@ -1,7 +1,7 @@
 """Pure-functional neural networks on JAX, made to see how gradients flow."""
 
 from fnn import activations, clip, data, initializers, losses, meanfield, models, plot, study, taps, tree
-from fnn.clip import per_depth
+from fnn.clip import packed, per_depth
 from fnn.core import Layer, function, named, parallel, repeat, residual, serial, stateless
 from fnn.flow import GradientFlow, gradient_flow
 from fnn.layers import activation, dense, dropout, flatten
@@ -36,6 +36,7 @@ __all__ = [
     "meanfield",
     "models",
     "named",
+    "packed",
     "parallel",
     "per_depth",
     "plot",

@@ -156,7 +156,9 @@ def packed(transformation: optax.GradientTransformation) -> optax.GradientTransf
             return tree.pack(treedef.flatten_up_to(node)) if jax.tree.structure(node) == treedef else node
 
         extra = {name: pack(value) for name, value in extra.items()}
-        new, state = inner.update(tree.pack(leaves), state, None if params is None else pack(params), **extra)
+        packed_params = None if params is None else pack(params)
+        new: Any
+        new, state = inner.update(tree.pack(leaves), state, packed_params, **extra)
         return treedef.unflatten(tree.unpack(new, leaves)), state
 
     return optax.GradientTransformationExtraArgs(init, update)

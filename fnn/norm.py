@@ -59,7 +59,9 @@ def batch_norm(*, decay: float = 0.9, eps: float = 1e-5, scale: bool = True, bia
         weight = jnp.where(seen, state["weight"], 1)
         mean = (state["mean"] / weight).astype(wide.dtype)
         var = jnp.where(seen, state["var"] / weight, 1 - eps).astype(wide.dtype)
-        return _scaled((wide - mean) * jax.lax.rsqrt(var + eps), params.get("scale"), params.get("bias"), x.dtype), state
+        return _scaled(
+            (wide - mean) * jax.lax.rsqrt(var + eps), params.get("scale"), params.get("bias"), x.dtype
+        ), state
 
     return Layer(init, apply)
 

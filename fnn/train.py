@@ -107,7 +107,7 @@ def train_step(
     `batch` is a pair (x, y); `loss(outputs, y) -> float[batch]`. Metrics, float32[]: `loss`; `accuracy` where the loss
     has one; `grad_norm`, the global norm before clipping, and with a clip of `fnn.clip` in the optimiser
     `grad_norm_clipped`, `clip_fraction` (share of numbers, units or blocks; 0 or 1 for the global norm) and
-    `clip_removed` = 1 - after/before; `update_ratio` = |update|/|updated params|. With `per_layer=True` also
+    `clip_removed` = 1 - after/before; `update_ratio` = |update|/|params|. With `per_layer=True` also
     `grad_norms`, a tree like params (float[depth] below `repeat`) and, if the net has taps, `taps`: the new state and
     the gradient with respect to the old one, for `fnn.taps.read`. `metrics` names those to keep (`loss` always is):
     what is left out is not computed, and a few per cent of a step are spent on `update_ratio` and `accuracy`.
@@ -148,7 +148,7 @@ def train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=values["loss"], grad=grads)
         params = optax.apply_updates(state.params, updates)
         # No care for squares out of range: an update below 1e-19 changes no parameter.
-        ratio = jnp.sqrt(tree.squared_norm(updates)) / jnp.sqrt(tree.squared_norm(params))
+        ratio = jnp.sqrt(tree.squared_norm(updates)) / jnp.sqrt(tree.squared_norm(state.params))
         values |= {"grad_norm": tree.norm(grads), "update_ratio": ratio}
         if clips := clip.reports(opt_state):
             before, after = clips[0].before, clips[-1].after

@@ -162,7 +162,10 @@ def unpack(packed: Sequence[jax.Array], like: Sequence[Any]) -> list[jax.Array]:
     """Split what `pack` joined into arrays of the shapes and dtypes of `like`."""
     large = iter(packed)
     leaves = [next(large) if jnp.size(a) > SMALL else None for a in like]
-    parts = {dtype: iter(jnp.split(next(large), np.cumsum([a.size for a in group])[:-1])) for dtype, group in _small(like).items()}
+    parts = {
+        dtype: iter(jnp.split(next(large), np.cumsum([a.size for a in group])[:-1]))
+        for dtype, group in _small(like).items()
+    }
     return [next(parts[b.dtype]).reshape(b.shape) if a is None else a for a, b in zip(leaves, like, strict=True)]
 
 

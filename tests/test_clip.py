@@ -347,6 +347,51 @@ LAYERWISE = {
 }
 
 
+MIXED = {
+    "wide": np.linspace(-1, 1, 200 * 100, dtype=np.float32).reshape(200, 100),
+    "stack": Stacked(np.linspace(0.5, 2, 12, dtype=np.float32).reshape(3, 4)),
+    "half": jnp.linspace(-2, 1, 10, dtype=jnp.bfloat16),
+    "one": np.float32(3),
+}
+"""One large array among small ones, of two dtypes."""
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(clip.by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.1)),
+        optax.chain(clip.by_value(0.3), optax.sgd(0.1, momentum=0.9, nesterov=True)),
+    ],
+    ids=["adamw", "momentum"],
+)
+def test_packed_changes_no_number_and_packs_all_small_arrays(tx):
+    grads = jax.tree.map(lambda w: jnp.stack([jnp.asarray(c * w + 0.2, w.dtype) for c in (1, -0.5, 2)]), MIXED)
+    run = quick_jit(lambda *a: [three_steps(t)(*a) for t in (tx, fnn.packed(tx))])
+    plain, packed = run(MIXED, grads)
+    assert jax.tree.structure(plain) == jax.tree.structure(packed)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(packed), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        tolerance = 1e-2 if a.dtype == jnp.bfloat16 else 1e-6
+        np.testing.assert_allclose(np.asarray(b, np.float64), np.asarray(a, np.float64), rtol=tolerance, atol=1e-7)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(fnn.packed(tx).init(MIXED)) if jnp.ndim(leaf)}
+    assert shapes == {(200, 100), (13,), (10,)}  # the large array; float32 numbers; bfloat16 numbers
+
+
+def test_packed_passes_extra_arguments_and_works_without_params():
+    seen = {}
+
+    def update(updates, state, params=None, *, value, grad):
+        seen.update(params=params, value=value, grad=grad)
+        return updates, state
+
+    tx = fnn.packed(optax.GradientTransformationExtraArgs(lambda params: (), update))
+    g = {"a": jnp.ones((2, 2)), "b": jnp.zeros(3)}
+    updates, _ = tx.update(g, tx.init(g), value=jnp.float32(7), grad=g)
+    assert jax.tree.map(jnp.shape, updates) == {"a": (2, 2), "b": (3,)}
+    assert seen["params"] is None and seen["value"] == 7
+    np.testing.assert_array_equal(seen["grad"][0], [1, 1, 1, 1, 0, 0, 0])
+
+
 @pytest.mark.parametrize("name", LAYERWISE)
 def test_per_depth_on_repeat_equals_the_bare_transformation_on_serial(name):
     transformation = LAYERWISE[name]()

@@ -51,6 +51,28 @@ def test_batch_norm_at_mean_1000_and_std_one_hundredth():
     np.testing.assert_allclose(z, y, atol=0.02)
 
 
+def test_derivative_of_batch_norm_equals_that_of_its_formula_in_both_modes(x64):
+    """The derivative is written by hand; the formula's own, by autodiff in float64, is its judge, for all inputs."""
+    x, t = (jnp.asarray(batch(seed, mean=1.0), jnp.float64) for seed in (4, 5))
+    params = {"scale": jnp.linspace(0.5, 2, 5), "bias": jnp.linspace(-1, 1, 5)}
+    layer = fnn.batch_norm()
+    state = layer.init(jax.random.key(0), x)[1]
+
+    def ours(params, x):
+        y, new = layer.apply(params, state, x, train=True)
+        return jnp.sin(y), new["mean"], new["var"]
+
+    def formula(params, x):
+        mean, var = jnp.mean(x, 0), jnp.mean((x - jnp.mean(x, 0)) ** 2, 0)
+        y = params["scale"] * (x - mean) / jnp.sqrt(var + 1e-5) + params["bias"]
+        return jnp.sin(y), 0.1 * mean, 0.1 * var
+
+    direction = (jax.tree.map(lambda p: jnp.cos(7 * p), params), t)
+    for f in (lambda f: jax.jvp(f, (params, x), direction)[1], lambda f: jax.vjp(f, params, x)[1](f(params, x))):
+        for a, b in zip(jax.tree.leaves(f(ours)), jax.tree.leaves(f(formula)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_statistics_of_bfloat16_inputs_are_float32():
     x = jnp.asarray(batch(1, mean=100.0), jnp.bfloat16)
     layer = fnn.batch_norm(decay=0.0)

@@ -66,6 +66,20 @@ def test_a_step_equals_gradient_clip_and_update_by_hand_and_traces_once():
     assert len(traces) == once  # the second and third call reuse the first one's program
 
 
+def test_metrics_by_choice_are_the_same_numbers_and_what_is_left_out_is_not_computed():
+    batch, state = clusters(), fresh()
+    lean = fnn.train_step(NET, fnn.losses.cross_entropy, OPTIMIZER, metrics=("grad_norm",))
+    work = [step.lower(state, batch).compile().cost_analysis()["flops"] for step in (STEP, lean)]
+    assert work[1] < work[0]
+    all_of_them = STEP(jax.tree.map(jnp.copy, state), batch)[1]
+    metrics = lean(state, batch)[1]
+    assert metrics.keys() == {"loss", "grad_norm"}
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, all_of_them[name], rtol=1e-6)
+    with pytest.raises(ValueError, match="unknown metrics 'grad_nrom'; did you mean 'grad_norm'"):
+        fnn.train_step(NET, fnn.losses.cross_entropy, OPTIMIZER, metrics=("grad_nrom",))
+
+
 def test_buffers_are_donated():
     state, batch = fresh(), clusters()
     new, _ = STEP(state, batch)
