@@ -7,16 +7,16 @@ import argparse
 import re
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from bench import report, step
-from bench.peers import PEERS
+from bench import compile, depth, report, scale, step, sweep
 from bench.problem import ROWS, Row
 
-SUITES = {"step": step}
+SUITES = {"step": step, "compile": compile, "depth": depth, "sweep": sweep, "scale": scale}
 
 
 def rows(text: str) -> list[Row]:
@@ -24,25 +24,20 @@ def rows(text: str) -> list[Row]:
     return [_row(part) for part in text.split(",")]
 
 
-def peers(text: str) -> list[str]:
-    """Parse a list of peers."""
-    names = text.split(",")
-    if unknown := [name for name in names if name not in PEERS]:
-        raise argparse.ArgumentTypeError(f"unknown peers {', '.join(unknown)}; there are {', '.join(PEERS)}")
-    return names
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    listing = "\n".join(f"  {name:20}{peer.about}" for name, peer in PEERS.items())
+    listing = "\n".join(
+        f"  {suite}:\n" + "\n".join(f"    {name:20}{about}" for name, about in module.NAMES.items())
+        for suite, module in SUITES.items()
+    )
     parser = argparse.ArgumentParser(
         "python -m bench", description="Benchmarks of fnn.", epilog=f"peers:\n{listing}", formatter_class=_Formatter
     )
-    parser.add_argument("--suite", choices=SUITES, default="step")
+    parser.add_argument("--suite", choices=SUITES, default="step", help="what to measure")
     parser.add_argument(
         "--rows", type=rows, help=f"comma-separated width x depth, of {','.join(ROWS)} or W x D / batch"
     )
-    parser.add_argument("--peers", type=peers, help="comma-separated; by default all but torch-compile")
+    parser.add_argument("--peers", type=lambda text: text.split(","), help="comma-separated; see below")
     parser.add_argument("--all", action="store_true", help="lift the depth limits of slow compilers")
     parser.add_argument("--quick", action="store_true", help="few steps and rounds, and by default the two first rows")
     parser.add_argument("--rounds", type=int, help="interleaved rounds; by default 15, or 3 with --quick")
@@ -52,12 +47,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default="highest",
         help="of matrix products: true float32, or the accelerator's own choice (TF32 on a GPU); on a CPU the same",
     )
-    return parser.parse_args(arguments)
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the JSON and the Markdown")
+    parser.add_argument("--trace", type=Path, help="folder for profiler traces of fnn-fit (suite step)")
+    options = parser.parse_args(arguments)
+    names = SUITES[options.suite].NAMES
+    if unknown := [name for name in options.peers or () if name not in names]:
+        parser.error(f"suite {options.suite} has no {', '.join(unknown)}; there are {', '.join(names)}")
+    if options.trace and options.suite != "step":
+        parser.error(f"--trace goes with the suite step, got {options.suite}")
+    return options
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run a suite, print its tables and write them to `bench/results/`."""
-    options, console = parse(), Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    options, console = parse(arguments), Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     jax.config.update("jax_default_matmul_precision", options.precision)
     machine, suite = report.environment(), SUITES[options.suite]
     console.print("\n".join(report.lines(machine)), markup=False)
@@ -67,7 +70,7 @@ def main() -> None:
     for section in suite.run(options, lambda text: console.print(text, markup=False)):
         sections.append(section)
         console.print(section.rich())
-        paths = report.write(stem, options.suite, suite.ABOUT, machine, sections)
+        paths = report.write(options.out, stem, options.suite, suite.ABOUT, machine, sections)
     console.print("written: " + ", ".join(report.shown(path) for path in paths))
 
 

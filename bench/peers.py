@@ -33,6 +33,7 @@ class Peer(NamedTuple):
     needs: str
     max_depth: int | None
     default: bool
+    own_process: bool
 
     def refusal(self, depth: int, lift_limits: bool) -> str | None:
         """Say why this peer sits out, or None."""
@@ -46,11 +47,19 @@ class Peer(NamedTuple):
 PEERS: dict[str, Peer] = {}
 
 
-def peer(name: str, about: str, *, needs: str = "", max_depth: int | None = None, default: bool = True):
+def peer(
+    name: str,
+    about: str,
+    *,
+    needs: str = "",
+    max_depth: int | None = None,
+    default: bool = True,
+    own_process: bool = False,
+):
     """Enter a function `Problem -> Run` into the table of peers."""
 
     def enter(build):
-        PEERS[name] = Peer(about, build, needs, max_depth, default)
+        PEERS[name] = Peer(about, build, needs, max_depth, default, own_process)
         return build
 
     return enter
@@ -428,7 +437,14 @@ def torch_eager(problem: Problem) -> Run:
     return _torch(problem, lambda net: net)
 
 
-@peer("torch-compile", "PyTorch with torch.compile, fused Adam", needs="torch", max_depth=64, default=False)
+@peer(
+    "torch-compile",
+    "PyTorch with torch.compile, fused Adam, in a process of its own",
+    needs="torch",
+    max_depth=64,
+    default=False,
+    own_process=True,
+)
 def torch_compile(problem: Problem) -> Run:
     import torch
 

@@ -64,6 +64,8 @@ class Problem:
     weights: Weights
     xs: jax.Array
     ys: jax.Array
+    key: jax.Array
+    """Of the starting weights."""
 
     @property
     def batches(self) -> list[tuple[jax.Array, jax.Array]]:
@@ -71,15 +73,18 @@ class Problem:
         return list(zip(self.xs, self.ys, strict=True))
 
 
-def make(row: Row, steps: int) -> Problem:
+def make(row: Row, steps: int, *, key: Any = None, unroll: int | bool | None = None) -> Problem:
     """Draw random data on the device and copy the starting weights out of fnn's parameters."""
+    key = jax.random.key(0) if key is None else key
     x_key, y_key = jax.random.split(jax.random.key(1))
     xs = jax.random.normal(x_key, (steps, row.batch, FEATURES))
     ys = jax.random.randint(y_key, (steps, row.batch), 0, CLASSES)
-    return Problem(row, steps, _weights(fnn_start(row)[2].params, row.depth), xs, ys)
+    return Problem(row, steps, _weights(fnn_start(row, key=key, unroll=unroll)[2].params, row.depth), xs, ys, key)
 
 
-def fnn_start(row: Row) -> tuple[fnn.Layer, optax.GradientTransformation, fnn.TrainState]:
+def fnn_start(
+    row: Row, *, key: Any = None, unroll: int | bool | None = None, checkpoint: int | None = None
+) -> tuple[fnn.Layer, optax.GradientTransformation, fnn.TrainState]:
     """Build fnn's net, optimiser and state with the starting weights, as a user would but for the weights.
 
     Kernels are orthogonal, and from the fourth hidden layer on batch norm's bias is 4, where almost all ReLUs are open.
@@ -94,11 +99,12 @@ def fnn_start(row: Row) -> tuple[fnn.Layer, optax.GradientTransformation, fnn.Tr
         activation="relu",
         norm="batch_norm",
         init="orthogonal",
-        unroll=True if row.depth <= UNROLLED else 1,
+        unroll=row.depth <= UNROLLED or 1 if unroll is None else unroll,
+        checkpoint=checkpoint,
     )
     optimizer = fnn.packed(optax.chain(fnn.clip.by_global_norm(MAX_NORM), optax.adam(RATE)))
     spec = jax.ShapeDtypeStruct((row.batch, FEATURES), jnp.float32)
-    state = fnn.TrainState.create(net, optimizer, jax.random.key(0), spec)
+    state = fnn.TrainState.create(net, optimizer, jax.random.key(0) if key is None else key, spec)
     return net, optimizer, state.replace(params=_open_relus(state.params))
 
 

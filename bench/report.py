@@ -70,10 +70,12 @@ def lines(machine: dict[str, Any]) -> Iterable[str]:
         yield f"- {name}: {text}"
 
 
-def write(stem: str, suite: str, about: str, machine: dict[str, Any], sections: list[Section]) -> list[Path]:
+def write(
+    folder: Path, stem: str, suite: str, about: str, machine: dict[str, Any], sections: list[Section]
+) -> list[Path]:
     """Write `stem.json` and `stem.md`; called after every row, so that an interrupted run keeps what it measured."""
-    RESULTS.mkdir(exist_ok=True)
-    paths = [RESULTS / f"{stem}.{kind}" for kind in ("json", "md")]
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{stem}.{kind}" for kind in ("json", "md")]
     data = {"suite": suite, "environment": machine, "rows": [section.data for section in sections]}
     paths[0].write_text(json.dumps(data, indent=1) + "\n")
     head = [f"# {suite}", "", about, "", *lines(machine)]
@@ -87,9 +89,15 @@ def describe_error(error: BaseException) -> str:
     return re.sub(r"(?<!\w)~?/[^\s'\",:)]+", "...", f"{type(error).__name__}: {' '.join(first)}")[:200]
 
 
+def spread(values: Iterable[float], digits: int) -> str:
+    """Write the least and the greatest of some numbers."""
+    values = list(values)
+    return f"[{min(values):.{digits}f}..{max(values):.{digits}f}]"
+
+
 def shown(path: Path) -> str:
-    """Show a result's path relative to the repository."""
-    return str(path.relative_to(HERE.parent))
+    """Show a result's path relative to the repository, if it lies inside."""
+    return str(path.relative_to(HERE.parent) if path.is_relative_to(HERE.parent) else path)
 
 
 def _version(package: str) -> str | None:

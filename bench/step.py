@@ -13,20 +13,23 @@ from bench import limit, problem, timing
 from bench.handwritten import reference_losses
 from bench.peers import PEERS, Peer, Skip
 from bench.problem import Problem, Row
+from bench.remote import Remote
 from bench.report import Section, describe_error
 from bench.timing import Ratio, Run, Times
+from bench.trace import record
 
 ABOUT = """\
 Milliseconds per training step of a multilayer perceptron with batch norm after every hidden layer and ReLU: mean cross
 entropy, clipping by the global norm at 1, Adam, float32, running statistics updated. A row is width x depth (hidden
 layers behind the input layer). All peers start from the same weights, and their losses on the first and the third step
-agreed with a float64 reference before anything was timed; fnn's step also computes its metrics, the others return the
-loss alone. Rounds are interleaved, in a random order each; `ms/step` is the median round. `first call` is tracing and
+agreed with a float64 reference before anything was timed; all return the loss alone, but for `fnn-fit-metrics`. Rounds are interleaved, in a random order each; `ms/step` is the median round. `first call` is tracing and
 compiling, without the steps that ran in it. `x best` is the median of the ratios within each round; `~` marks peers
-whose difference from the best the spread swallows (1 lies between the quartiles). `of matmul` is the time that the
-step's matrix products need at the measured rate, as a share of the step."""
+whose difference from the best the spread swallows (1 lies between the quartiles). `of floor` is the least time that the
+step needs, as a share of the step: its matrix products at the measured rate, or its optimiser's bytes at the measured
+bandwidth, whichever is longer."""
 
-COLUMNS = ("peer", "ms/step", "[min..max]", "first call, s", "x best", "of matmul")
+NAMES = {name: peer.about for name, peer in PEERS.items()}
+COLUMNS = ("peer", "ms/step", "[min..max]", "first call, s", "x best", "of floor")
 QUICK_ROWS = ("64x3", "256x8")
 AGREE_FIRST, AGREE_THIRD, AGREE_THIRD_SHALLOW, AGREE_ROUNDED = 1e-4, 1e-3, 3e-5, 5e-2
 """How far the loss may lie from the reference: absolute on step 1; relative on step 3, less for the shallow nets, which
@@ -81,7 +84,12 @@ def _row(row: Row, limits: limit.Limits, options: Namespace, say: Callable[[str]
         )
     if runs:
         _time(entries, runs, rounds, work.steps, say)
-    return _section(row, work.steps, rounds, limits, reference, entries)
+    if options.trace and (traced := runs.get("fnn-fit")):
+        say("\n".join(record(lambda: traced.advance(traced.items), options.trace / str(row), work.steps)))
+    for ready in runs.values():
+        if isinstance(ready, Remote):
+            ready.close()
+    return _section(row, work, rounds, limits, reference, entries)
 
 
 def _prepare(
@@ -91,7 +99,7 @@ def _prepare(
     if refusal := peer.refusal(work.row.depth, lift_limits):
         return Entry(name, "skipped", refusal), None
     try:
-        ready = peer.build(work)
+        ready = Remote(name, work.row, work.steps) if peer.own_process else peer.build(work)
         seconds, losses = ready.first_round()
     except Skip as skip:
         return Entry(name, "skipped", str(skip)), None
@@ -134,13 +142,14 @@ def _time(entries: list[Entry], runs: dict[str, Run], rounds: int, steps: int, s
 
 
 def _section(
-    row: Row, steps: int, rounds: int, limits: limit.Limits, reference: np.ndarray, entries: list[Entry]
+    row: Row, work: Problem, rounds: int, limits: limit.Limits, reference: np.ndarray, entries: list[Entry]
 ) -> Section:
-    floor = limit.floor(row, limits)
+    steps, floor, counted = work.steps, limit.floor(row, limits), _counted(work)
     notes = [
         f"{steps} steps x {rounds} rounds; {limit.step_flops(row):.3g} FLOP a step in matrix products, "
         f"{_ms(floor.matmul)} ms at {limits.flops / 1e9:.0f} GFLOP/s; optimiser {limit.step_bytes(row):.3g} bytes, "
         f"{_ms(floor.memory)} ms at {limits.bandwidth / 1e9:.1f} GB/s unless they stay in a cache",
+        f"XLA's own count of fnn's step: {counted['flops']:.3g} FLOP, {counted['bytes']:.3g} bytes in and out of kernels",
         *_warnings(entries),
     ]
     cells = [_cells(entry, floor) for entry in entries]
@@ -149,11 +158,19 @@ def _section(
         "steps_per_round": steps,
         "limits": limits._asdict(),
         "flops": limit.step_flops(row),
+        "xla_counts": counted,
         "floor_ms": floor._asdict(),
         "reference_losses": [float(loss) for loss in reference],
         "peers": [_record(entry, floor) for entry in entries],
     }
     return Section(f"{row}, batch {row.batch}", COLUMNS, cells, notes, data)
+
+
+def _counted(work: Problem) -> dict[str, float]:
+    """Ask XLA what fnn's step computes and moves, to lay beside the counts from shapes."""
+    ready = PEERS["fnn-loop"].build(work)
+    analysis = ready.call.lower(ready.state, ready.items[0]).compile().cost_analysis() or {}
+    return {"flops": analysis.get("flops", float("nan")), "bytes": analysis.get("bytes accessed", float("nan"))}
 
 
 def _cells(entry: Entry, floor: limit.Floor) -> tuple[str, ...]:
@@ -166,7 +183,7 @@ def _cells(entry: Entry, floor: limit.Floor) -> tuple[str, ...]:
         f"[{_ms(t.low)}..{_ms(t.high)}]",
         f"{entry.first_seconds:.2f}",
         f"{'~' if entry.ratio.unsure and not best else ''}{entry.ratio.median:.2f}",
-        f"{100 * floor.matmul / t.median:.0f} %",
+        f"{100 * max(floor) / t.median:.0f} %",
     )
 
 
@@ -184,6 +201,7 @@ def _record(entry: Entry, floor: limit.Floor) -> dict[str, Any]:
         t = entry.times
         record["times"] = {"median_ms": t.median, "min_ms": t.low, "max_ms": t.high, "rounds_ms": list(t.rounds)}
         record["ratio"] = entry.ratio._asdict()
+        record["share_of_floor"] = max(floor) / t.median
         record["share_of_matmul"] = floor.matmul / t.median
     return record
 

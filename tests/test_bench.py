@@ -1,0 +1,81 @@
+"""The benchmarks run, check their peers before they time them, and write what they measured."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from bench import __main__ as command
+from bench import handwritten, limit, problem, step, timing
+from bench.problem import Row
+
+
+def test_step_suite_checks_peers_times_them_and_writes(tmp_path, capsys, monkeypatch):
+    def wrong(work):
+        ready = step.PEERS["jax-steps"].build(work)
+        return timing.Run(ready.call, ready.state, ready.items, lambda out: ready.loss(out) + 0.01)
+
+    def broken(work):
+        raise OSError("cannot read /some/where/secret")
+
+    for name, build, needs in (("wrong", wrong, ""), ("broken", broken, ""), ("absent", wrong, "nonesuch")):
+        peer = step.PEERS["jax-steps"]._replace(build=build, needs=needs)
+        monkeypatch.setitem(step.PEERS, name, peer)
+        monkeypatch.setitem(step.NAMES, name, peer.about)
+    peers = "fnn-fit,jax-steps,linen-scan,wrong,broken,absent"
+    options = ["--rows", "8x2/16", "--peers", peers, "--quick", "--rounds", "2", "--out", str(tmp_path)]
+    precision = jax.config.jax_default_matmul_precision
+    try:
+        command.main(options)
+    finally:
+        jax.config.update("jax_default_matmul_precision", precision)
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    entries = {entry["name"]: entry for entry in results["rows"][0]["peers"]}
+    assert {name: entry["outcome"] for name, entry in entries.items()} == {
+        "fnn-fit": "timed",
+        "jax-steps": "timed",
+        "linen-scan": "timed",
+        "wrong": "failed",
+        "broken": "failed",
+        "absent": "skipped",
+    }
+    assert min(entry["ratio"]["median"] for entry in entries.values() if entry["ratio"]) == 1
+    assert len(entries["fnn-fit"]["times"]["rounds_ms"]) == 2
+    assert "losses" in entries["wrong"]["reason"] and "secret" not in entries["broken"]["reason"]
+    text = next(tmp_path.glob("*.md")).read_text()
+    assert re.search(r"\| fnn-fit \| [\d.]+ \|", text) and "nonesuch is not installed" in text
+    assert str(tmp_path) not in text and str(tmp_path) not in path.read_text()
+
+
+def test_flops_are_those_of_the_products_and_floors_divide_by_the_limits():
+    row = Row(3, 2, 5)
+    forward = 5 * (64 * 3 + 2 * 3 * 3 + 3 * 10)
+    data = 5 * 64 * 3
+    assert limit.step_flops(row) == 2 * (3 * forward - data)
+    floor = limit.floor(row, limit.Limits(flops=1e6, bandwidth=1e6, product=1))
+    assert floor.matmul == pytest.approx(limit.step_flops(row) / 1e3)
+
+
+def test_handwritten_step_equals_fnn_in_float64():
+    """The reference of all peers: three steps of the hand-written net against fnn's own, in float64."""
+    work = problem.make(Row(8, 2, 16), 3)
+    reference = handwritten.reference_losses(work)
+    ready = step.PEERS["fnn-stretch"].build(work)
+    np.testing.assert_allclose(ready.first_round()[1], reference, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("--suite sweep --peers linen", "suite sweep has no linen"),
+        ("--rows 64x4", "must be one of"),
+        ("--suite depth --trace x", "goes with the suite step"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(arguments, complaint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.parse(arguments.split())
+    assert stop.value.code == 2 and complaint in capsys.readouterr().err
