@@ -2,8 +2,10 @@
 
 from fnn import activations, clip, data, initializers, losses, meanfield, models, plot, study, taps, tree
 from fnn.clip import packed, per_depth
+from fnn.conv import avg_pool, conv, conv_transpose, global_avg_pool, max_pool
 from fnn.core import Layer, function, named, parallel, repeat, residual, serial, stateless
 from fnn.flow import GradientFlow, gradient_flow
+from fnn.inputs import Masked, add, branches, concatenate, last, positionwise, unmasked
 from fnn.layers import activation, dense, dropout, flatten
 from fnn.norm import batch_norm, group_norm, layer_norm, rms_norm
 from fnn.taps import tap
@@ -15,12 +17,19 @@ __all__ = [
     "GradientFlow",
     "History",
     "Layer",
+    "Masked",
     "TrainState",
     "TrainStep",
     "activation",
     "activations",
+    "add",
+    "avg_pool",
     "batch_norm",
+    "branches",
     "clip",
+    "concatenate",
+    "conv",
+    "conv_transpose",
     "data",
     "dense",
     "dropout",
@@ -28,11 +37,14 @@ __all__ = [
     "fit",
     "flatten",
     "function",
+    "global_avg_pool",
     "gradient_flow",
     "group_norm",
     "initializers",
+    "last",
     "layer_norm",
     "losses",
+    "max_pool",
     "meanfield",
     "models",
     "named",
@@ -40,6 +52,7 @@ __all__ = [
     "parallel",
     "per_depth",
     "plot",
+    "positionwise",
     "repeat",
     "residual",
     "rms_norm",
@@ -50,4 +63,5 @@ __all__ = [
     "taps",
     "train_step",
     "tree",
+    "unmasked",
 ]

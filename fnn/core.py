@@ -83,7 +83,7 @@ def serial(*layers: Layer) -> Layer:
         keys, spec = _split(key, len(layers)), as_spec(spec)
         params, states = [], []
         for i, layer in enumerate(layers):
-            with _located(str(i), spec):
+            with located(str(i), spec):
                 p, s = layer.init(keys[i], spec)
                 spec = output_spec(layer, p, s, spec)
             params.append(p)
@@ -94,7 +94,7 @@ def serial(*layers: Layer) -> Layer:
         _check_length("serial", len(layers), params, state)
         keys, states = _split(key, len(layers)), []
         for i, layer in enumerate(layers):
-            with _located(str(i), x):
+            with located(str(i), x):
                 x, s = layer.apply(params[i], state[i], x, key=keys[i], train=train, axis_name=axis_name)
             states.append(s)
         return x, tuple(states)
@@ -110,7 +110,7 @@ def parallel(*layers: Layer) -> Layer:
         keys = _split(key, len(layers))
         params, states = [], []
         for i, layer in enumerate(layers):
-            with _located(str(i), spec):
+            with located(str(i), spec):
                 p, s = layer.init(keys[i], spec)
             params.append(p)
             states.append(s)
@@ -118,10 +118,10 @@ def parallel(*layers: Layer) -> Layer:
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
         _check_length("parallel", len(layers), params, state.inner)
-        _refuse_rescaling("parallel", state)
+        refuse_rescaling("parallel", state)
         keys, ys, states = _split(key, len(layers)), [], []
         for i, layer in enumerate(layers):
-            with _located(str(i), x):
+            with located(str(i), x):
                 y, s = layer.apply(params[i], state.inner[i], x, key=keys[i], train=train, axis_name=axis_name)
             ys.append(y)
             states.append(s)
@@ -133,7 +133,7 @@ def parallel(*layers: Layer) -> Layer:
 def residual(layer: Layer, *, scale: float = 1.0) -> Layer:
     """Add a branch to its input: y = x + scale·f(x). Parameters are the branch's own.
 
-    Errors: ValueError if f changes the shape.
+    Of a tree, every floating leaf is added; the others (a mask) are x's. Errors: ValueError if f changes the shape.
     """
     _check_layers("residual", (layer,))
 
@@ -142,11 +142,15 @@ def residual(layer: Layer, *, scale: float = 1.0) -> Layer:
         _same_shape("residual: the branch", spec, output_spec(layer, params, state, spec))
         return params, Branch(state)
 
+    def plus(x, y):
+        floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        return x + jnp.asarray(scale, x.dtype) * y if floating else x
+
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
-        _refuse_rescaling("residual", state)
+        refuse_rescaling("residual", state)
         y, inner = layer.apply(params, state.inner, x, key=key, train=train, axis_name=axis_name)
         _same_shape("residual: the branch", x, y)
-        return x + jnp.asarray(scale, x.dtype) * y, Branch(inner)
+        return jax.tree.map(plus, x, y), Branch(inner)
 
     return Layer(init, apply)
 
@@ -158,12 +162,12 @@ def named(name: str, layer: Layer) -> Layer:
         raise ValueError(f"named: the name must be a non-empty string without '/', got {name!r}")
 
     def init(key, spec):
-        with _located(name, spec):
+        with located(name, spec):
             params, state = layer.init(key, spec)
         return {name: params}, {name: state}
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
-        with _located(name, x):
+        with located(name, x):
             y, s = layer.apply(params[name], state[name], x, key=key, train=train, axis_name=axis_name)
         return y, {name: s}
 
@@ -193,7 +197,7 @@ def repeat(block: Layer, n: int, *, unroll: int | bool = 1, checkpoint: int | No
         return _unrolled(block, n, checkpoint)
 
     def init(key, spec):
-        with _located("[:]", spec):
+        with located("[:]", spec):
             # A loop, not vmap: the same numbers, and the generator compiles three times as fast for one key.
             params, state = jax.lax.map(lambda k: block.init(k, spec), jax.random.split(key, n))
             one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (params, state))
@@ -205,7 +209,7 @@ def repeat(block: Layer, n: int, *, unroll: int | bool = 1, checkpoint: int | No
 
         def body(x, block_slice):
             p, s, k = block_slice
-            with _located("[:]", x):
+            with located("[:]", x):
                 y, s = block.apply(p, s, x, key=k, train=train, axis_name=axis_name)
                 _keeps(x, y)
             return y, s
@@ -257,7 +261,7 @@ def _unrolled(block: Layer, n: int, group: int | None) -> Layer:
             def run(p, s, x, ks, start=start):
                 new = []
                 for i, (pi, si, ki) in enumerate(zip(p, s, ks, strict=True), start):
-                    with _located(str(i), x):
+                    with located(str(i), x):
                         x, si = block.apply(pi, si, x, key=ki, train=train, axis_name=axis_name)
                     new.append(si)
                 return x, tuple(new)
@@ -286,7 +290,7 @@ def _grouped_scan(body: Any, x: Any, slices: Any, n: int, group: int, unroll: in
 
 
 @contextmanager
-def _located(name: str, x: Any) -> Iterator[None]:
+def located(name: str, x: Any) -> Iterator[None]:
     """Note on a passing error where it arose: `in layer 1/trunk/0, input float32[2,4]` (PEP 678)."""
     try:
         yield
@@ -304,7 +308,7 @@ def _split(key: Any, n: int) -> Any:
     return [None] * n if key is None or n == 0 else jax.random.split(key, n)
 
 
-def _refuse_rescaling(who: str, state: Any) -> None:
+def refuse_rescaling(who: str, state: Any) -> None:
     nodes = jax.tree.leaves(state, is_leaf=lambda node: getattr(node, "rescale", False))
     if any(getattr(node, "rescale", False) for node in nodes):
         raise ValueError(

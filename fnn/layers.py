@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fnn import activations, check, initializers
 from fnn.core import Layer, function, stateless
+from fnn.inputs import positionwise
 from fnn.tree import statistics_dtype
 
 
@@ -46,7 +47,7 @@ def dense(
         y = x @ kernel.astype(x.dtype)
         return y + params["bias"].astype(x.dtype) if bias else y
 
-    return stateless(init, apply)
+    return positionwise(stateless(init, apply))
 
 
 def activation(f: str | Callable[..., Any], **options: Any) -> Layer:
@@ -57,8 +58,8 @@ def activation(f: str | Callable[..., Any], **options: Any) -> Layer:
     if callable(f) and not isinstance(f, activations.Activation):
         if options:
             raise TypeError("activation: options belong to named activations, got a function; bind them to it instead")
-        return function(f)
-    return function(activations.get(f).bind(**options))
+        return positionwise(function(f))
+    return positionwise(function(activations.get(f).bind(**options)))
 
 
 def dropout(rate: float) -> Layer:
@@ -84,16 +85,22 @@ def dropout(rate: float) -> Layer:
         keep = jax.random.bernoulli(key, 1 - rate, x.shape)
         return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype)), state
 
-    return Layer(init, apply)
+    return positionwise(Layer(init, apply))
 
 
 def flatten() -> Layer:
     """Reshape float[batch, ...] to float[batch, d]."""
-    return function(lambda x: x.reshape(x.shape[0], math.prod(x.shape[1:])))
+
+    def apply(x):
+        if not hasattr(x, "shape"):
+            raise TypeError(f"flatten: the input must be one array, got {check.describe(x)}")
+        return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+    return function(apply)
 
 
 def _floating(who: str, x: Any) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{who}: the input must be floating point, got {check.describe(x)}; cast it first")
 
 

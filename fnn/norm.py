@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fnn import check
 from fnn.core import Layer, as_arrays, as_spec, stateless
+from fnn.inputs import positionwise
 from fnn.tree import statistics_dtype
 
 
@@ -77,7 +78,7 @@ def layer_norm(*, eps: float = 1e-6, scale: bool = True, bias: bool = True) -> L
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
 
-    return _per_example("layer_norm", normalise, scale, bias)
+    return positionwise(_per_example("layer_norm", normalise, scale, bias))
 
 
 def rms_norm(*, eps: float = 1e-6, scale: bool = True) -> Layer:
@@ -90,7 +91,7 @@ def rms_norm(*, eps: float = 1e-6, scale: bool = True) -> Layer:
     def normalise(x):
         return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
-    return _per_example("rms_norm", normalise, scale, False)
+    return positionwise(_per_example("rms_norm", normalise, scale, False))
 
 
 def group_norm(groups: int, *, eps: float = 1e-6, scale: bool = True, bias: bool = True) -> Layer:
@@ -181,7 +182,7 @@ def _average(x: jax.Array, axes: tuple[int, ...], axis_name: Any) -> jax.Array:
 
 
 def _units(who: str, x: Any) -> None:
-    if len(x.shape) < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+    if not hasattr(x, "shape") or len(x.shape) < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{who}: the input must be float[batch, ..., d], got {check.describe(x)}")
 
 

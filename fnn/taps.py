@@ -21,6 +21,7 @@ import numpy as np
 
 from fnn import tree
 from fnn.core import Layer, as_arrays, as_spec
+from fnn.inputs import positionwise
 from fnn.tree import Stacked, statistics_dtype
 
 
@@ -69,7 +70,7 @@ def tap(*, bounds: tuple[float, float] | None = None) -> Layer:
         forward = jax.tree.map(lambda a: a.astype(dtype), _forward(jax.lax.stop_gradient(x), bounds, axis_name))
         return _pass(state.rescale, axis_name, x, state.backward), dataclasses.replace(state, forward=forward)
 
-    return Layer(init, apply)
+    return positionwise(Layer(init, apply))
 
 
 def _forward(x: jax.Array, bounds: tuple[float, float] | None, axis_name: Any) -> dict[str, jax.Array]:

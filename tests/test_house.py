@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"check", "tree", "activations", "initializers"},
     {"core", "losses"},
-    {"layers", "norm", "taps", "data"},
+    {"inputs", "memory"},
+    {"layers", "norm", "conv", "recurrent", "attention", "taps", "data"},
     {"models", "clip", "flow", "meanfield"},
     {"train"},
     {"study", "plot"},

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import randomized
-from zoo import CASES, sample
+from zoo import CASES, floating, sample
 
 import fnn
 
@@ -44,9 +44,19 @@ def prepared(name):
         return without_key, with_key, same, trained, new
 
     compiled = jax.jit(run)
+    moved = floating(lambda a: 1.5 * a + 0.5, x)
     for _ in range(2):
-        state = compiled(params, state, 1.5 * x + 0.5)[-1]
+        state = compiled(params, state, moved)[-1]
     return x, params, state, run, compiled
+
+
+def is_float(leaf):
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def floats(tree):
+    """List the floating leaves: masks and ids have no gradient."""
+    return [leaf for leaf in jax.tree.leaves(tree) if is_float(leaf)]
 
 
 def close(a, b, rtol=2e-5):
@@ -80,10 +90,11 @@ def test_vmap_over_examples_equals_the_batch(case):
     without_key, _, _, trained, new = compiled(params, state, x)
 
     def one(x):
-        y, _ = case.layer.apply(params, state, x[None], axis_name="batch")
+        x = jax.tree.map(lambda a: a[None], x)
+        y, _ = case.layer.apply(params, state, x, axis_name="batch")
         if case.noisy:
             return jax.tree.map(lambda a: a[0], (y, y)), state
-        t, new = case.layer.apply(params, state, x[None], train=True, axis_name="batch")
+        t, new = case.layer.apply(params, state, x, train=True, axis_name="batch")
         return jax.tree.map(lambda a: a[0], (y, t)), new
 
     # The state that comes out is unbatched: out_axes=None refuses anything else.
@@ -106,10 +117,11 @@ def test_repeat_equals_serial(case):
 
             def f(params, state, x, net=net):
                 y, new = net.apply(params, state, x, key=keys()[2], train=True)
-                return jnp.sum(jnp.sin(3 * y)), (y, new)
+                return sum(jnp.sum(jnp.sin(3 * a)) for a in jax.tree.leaves(y)), (y, new)
 
-            value, gradients = jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True)(params, state, x)
-            results.append((params, value, gradients))
+            gradient = jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True, allow_int=True)
+            value, (*gradients, gx) = gradient(params, state, x)
+            results.append((params, value, (*gradients, floats(gx))))
         return results
 
     (stacked, *a), (params, (value, (y, new)), (gp, gs, gx)) = both(keys()[1], x)
@@ -123,13 +135,15 @@ def test_repeat_equals_serial(case):
 def test_gradients_agree_with_finite_differences_in_float64(case):
     x, params, state, *_ = prepared(case.name)
     with jax.enable_x64(True):
-        at = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (params, x))
-        state = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), state)
+        at, state = floating(lambda a: jnp.asarray(a, jnp.float64), ((params, x), state))
+        fixed, at = at, floats(at)
         direction = jax.tree.map(lambda a: jnp.asarray(np.cos(np.arange(a.size)).reshape(a.shape)), at)
         step = 1e-5
 
         def f(inputs):
-            params, x = inputs
+            leaves, treedef = jax.tree.flatten(fixed)
+            moving = iter(inputs)
+            params, x = treedef.unflatten(next(moving) if is_float(leaf) else leaf for leaf in leaves)
             y, _ = case.layer.apply(params, state, x, key=keys()[2], train=True)
             return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(y))
 
@@ -152,8 +166,9 @@ def test_bfloat16_in_and_out_with_float32_statistics(case):
     def run(x):
         return case.layer.apply(params, state, x, key=keys()[2], train=True)
 
-    y, new = run(x.astype(jnp.bfloat16))
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(y))
+    y, new = run(floating(lambda a: a.astype(jnp.bfloat16), x))
+    expected = jnp.bfloat16 if floats(x) else jnp.float32  # of ids an embedding returns its own dtype
+    assert all(leaf.dtype == expected for leaf in floats(y))
     assert fnn.core.same_spec(new, state)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((params, new)))
     # bfloat16 has 8 bits: 2^-8 a rounding, and a few layers of them. Masks are the same in either dtype.

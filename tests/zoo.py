@@ -1,5 +1,6 @@
 """The zoo: every layer is one line here, and gets every law of `test_laws.py`."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +19,35 @@ class Case(NamedTuple):
     """Can stand in `repeat`."""
     mixes: bool = False
     """Examples of a batch depend on one another in train mode."""
+    make: Callable[[jax.Array], Any] = lambda x: x
+    """Turns numbers of that shape into the layer's input: a masked sequence, token ids, several inputs."""
+
+
+def masked(x: jax.Array) -> fnn.Masked:
+    """Mask a sequence: lengths from 1 to all, and a hole in the second example."""
+    batch, time = x.shape[:2]
+    lengths = 1 + jnp.arange(batch) * (time - 1) // (batch - 1)
+    mask = jnp.arange(time) < lengths[::-1, None]
+    return fnn.Masked(x, mask.at[1, 0].set(False))
 
 
 def _block() -> fnn.Layer:
     return fnn.serial(fnn.dense(8), fnn.batch_norm(), fnn.activation("tanh"), fnn.tap(bounds=(-1, 1)))
+
+
+def _masked_block() -> fnn.Layer:
+    inner = fnn.serial(fnn.layer_norm(), fnn.dense(8), fnn.activation("silu"), fnn.tap())
+    return fnn.residual(inner, scale=0.7)
+
+
+def _two_inputs() -> fnn.Layer:
+    image = fnn.serial(fnn.conv(3, 2), fnn.activation("tanh"), fnn.global_avg_pool())
+    audio = fnn.serial(fnn.dense(3), fnn.tap(), fnn.last())
+    return fnn.serial(
+        fnn.branches({"image": image, "audio": audio}),
+        fnn.parallel(fnn.concatenate(), fnn.add()),
+        fnn.concatenate(),
+    )
 
 
 CASES = [
@@ -38,6 +64,19 @@ CASES = [
     Case("activation_of_function", fnn.activation(lambda x: jnp.sin(x))),
     Case("flatten", fnn.flatten(), (4, 2, 3), keeps_shape=False),
     Case("dropout", fnn.dropout(0.4), noisy=True),
+    Case("conv_1d", fnn.conv(4, 3, dilation=2, groups=2), (3, 6, 4)),
+    Case("conv_2d", fnn.conv(4, (3, 2), stride=(2, 1), padding=((1, 0), (1, 1))), (3, 6, 5, 2), keeps_shape=False),
+    Case("conv_2d_circular", fnn.conv(3, 3, padding="circular", kernel_init="delta_orthogonal"), (2, 5, 4, 3)),
+    Case("conv_3d", fnn.conv(2, 2, stride=2, padding="valid"), (2, 4, 4, 5, 3), keeps_shape=False),
+    Case("conv_transpose", fnn.conv_transpose(2, 3, stride=2), (2, 3, 4, 3), keeps_shape=False),
+    Case("max_pool", fnn.max_pool(2, padding="same"), (3, 5, 4, 2), keeps_shape=False),
+    Case("avg_pool", fnn.avg_pool(3, stride=2, padding=1), (3, 5, 4, 2), keeps_shape=False),
+    Case("global_avg_pool", fnn.global_avg_pool(), (3, 5, 4, 2), keeps_shape=False),
+    Case("global_avg_pool_masked", fnn.global_avg_pool(), (4, 5, 2), keeps_shape=False, make=masked),
+    Case("last", fnn.last(), (4, 5, 2), keeps_shape=False, make=masked),
+    Case("unmasked", fnn.unmasked(), (4, 5, 2), keeps_shape=False, make=masked),
+    Case("block_on_masked", _masked_block(), (4, 5, 8), make=masked),
+    Case("branches", _two_inputs(), (4, 5, 2), keeps_shape=False, make=lambda x: {"image": x, "audio": masked(x)}),
     Case("batch_norm", fnn.batch_norm(), mixes=True),
     Case("batch_norm_plain", fnn.batch_norm(scale=False, bias=False, decay=0.5), (5, 3, 8), mixes=True),
     Case("layer_norm", fnn.layer_norm()),
@@ -66,7 +105,12 @@ CASES = [
 ]
 
 
-def sample(case: Case, key: Any, dtype: Any = jnp.float32) -> jax.Array:
+def sample(case: Case, key: Any, dtype: Any = jnp.float32) -> Any:
     """Draw an input without zeros, where kinks lie."""
     x = jax.random.normal(key, case.shape, dtype)
-    return x + jnp.sign(x).astype(dtype) * 0.05
+    return case.make(x + jnp.sign(x).astype(dtype) * 0.05)
+
+
+def floating(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Map over the floating leaves, and leave masks and ids as they are."""
+    return jax.tree.map(lambda a: function(a) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)

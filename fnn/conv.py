@@ -1,0 +1,259 @@
+"""Images, volumes and signals, channels last: convolutions and pools in one, two and three dimensions."""
+
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn import check, initializers
+from fnn.core import Layer, stateless
+from fnn.inputs import Masked, sequence
+from fnn.tree import statistics_dtype
+
+Window = int | Sequence[int]
+Padding = str | int | Sequence[int | tuple[int, int]]
+_LAYOUT = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
+
+
+def conv(
+    channels: int,
+    window: Window,
+    *,
+    stride: Window = 1,
+    dilation: Window = 1,
+    groups: int = 1,
+    padding: Padding = "same",
+    kernel_init: str | Callable[..., Any] = "lecun_normal",
+    bias_init: str | Callable[..., Any] = "zeros",
+    bias: bool = True,
+) -> Layer:
+    """Slide a window over the positions: y[p] = sum_q x[stride·p + dilation·q - pad] W[q] + b (a cross-correlation).
+
+    x: float[batch, *positions, c] with one to three axes of positions -> float[batch, *positions, channels]; params:
+    kernel float[*window, c/groups, channels], bias float[channels]. One number stands for all axes.
+
+    `padding`: "same" (zeros; positions/stride, rounded up), "valid" (none), "circular" (wraps around; sizes as "same"),
+    a number of zeros on either side, or one number or pair (before, after) for each axis. With groups, output channels
+    g·channels/groups and on see input channels g·c/groups and on; depthwise is groups = c.
+
+    Errors: ValueError for channels that groups do not divide, and for a window larger than the padded input.
+    """
+    who = "conv"
+    check.positive(who, channels=channels, groups=groups)
+    _check_windows(who, window=window, stride=stride, dilation=dilation)
+    _check_padding(who, padding, ("same", "valid", "circular"))
+    kernel_init, bias_init = initializers.get(kernel_init), initializers.get(bias_init)
+    if channels % groups:
+        raise ValueError(f"{who}: groups must divide the output channels, got {groups} groups and {channels} channels")
+
+    def init(key, spec):
+        sizes = _image(who, spec)
+        c = spec.shape[-1]
+        if c % groups:
+            raise ValueError(f"{who}: groups must divide the input channels, got {groups} and {check.describe(spec)}")
+        window_ = _each(who, window, sizes, "window")
+        return _params(
+            key, (*window_, c // groups, channels), statistics_dtype(spec.dtype), kernel_init, bias_init, bias
+        )
+
+    def apply(params, x):
+        kernel = params["kernel"]
+        sizes = _image(who, x, kernel.ndim - 2)
+        _channels(who, x, kernel.shape[-2] * groups)
+        strides, dilations = _each(who, stride, sizes, "stride"), _each(who, dilation, sizes, "dilation")
+        reach = [(w - 1) * d + 1 for w, d in zip(kernel.shape, dilations, strict=False)]
+        pads = _pads(who, padding, sizes, reach, strides)
+        if padding == "circular":
+            x, pads = jnp.pad(x, [(0, 0), *pads, (0, 0)], mode="wrap"), [(0, 0)] * len(sizes)
+        _fits(who, x, reach, pads)
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(x.dtype),
+            strides,
+            pads,
+            rhs_dilation=dilations,
+            dimension_numbers=_LAYOUT[len(sizes)],
+            feature_group_count=groups,
+        )
+        return y + params["bias"].astype(x.dtype) if bias else y
+
+    return stateless(init, apply)
+
+
+def conv_transpose(
+    channels: int,
+    window: Window,
+    *,
+    stride: Window = 1,
+    padding: Padding = "same",
+    kernel_init: str | Callable[..., Any] = "lecun_normal",
+    bias_init: str | Callable[..., Any] = "zeros",
+    bias: bool = True,
+) -> Layer:
+    """Slide a window over positions that stand `stride` apart, zeros between them: sizes grow by the stride.
+
+    x: float[batch, *positions, c] -> float[batch, *positions, channels]; params as of `conv`. With "same" sizes become
+    positions·stride, with "valid" positions·stride + max(window - stride, 0); a number pads the spread-out input by
+    that many zeros on either side: (positions - 1)·stride + 2·padding + 2 - window. The kernel is not mirrored, as in Flax.
+    Source: Dumoulin and Visin 2016, section 4.
+    """
+    who = "conv_transpose"
+    check.positive(who, channels=channels)
+    _check_windows(who, window=window, stride=stride)
+    _check_padding(who, padding, ("same", "valid"))
+    kernel_init, bias_init = initializers.get(kernel_init), initializers.get(bias_init)
+
+    def init(key, spec):
+        window_ = _each(who, window, _image(who, spec), "window")
+        shape = (*window_, spec.shape[-1], channels)
+        return _params(key, shape, statistics_dtype(spec.dtype), kernel_init, bias_init, bias)
+
+    def apply(params, x):
+        kernel = params["kernel"]
+        sizes = _image(who, x, kernel.ndim - 2)
+        _channels(who, x, kernel.shape[-2])
+        strides, rank = _each(who, stride, sizes, "stride"), len(sizes)
+        pads = padding.upper() if isinstance(padding, str) else _pads(who, padding, sizes, kernel.shape, strides)
+        if not isinstance(pads, str):
+            spread = [(n - 1) * s + 1 for n, s in zip(sizes, strides, strict=True)]
+            _fits(who, jax.ShapeDtypeStruct((x.shape[0], *spread, x.shape[-1]), x.dtype), kernel.shape[:rank], pads)
+        y = jax.lax.conv_transpose(x, kernel.astype(x.dtype), strides, pads, dimension_numbers=_LAYOUT[rank])
+        return y + params["bias"].astype(x.dtype) if bias else y
+
+    return stateless(init, apply)
+
+
+def max_pool(window: Window, *, stride: Window | None = None, padding: Padding = "valid") -> Layer:
+    """Take the largest number under each window: float[batch, *positions, c] -> the same with fewer positions.
+
+    `stride` is the window by default; padding as in `conv` (no "circular"), with -inf, which never wins. The gradient
+    goes to the first of equals.
+    """
+    return _pool("max_pool", window, stride, padding, lambda x, *args: _reduce(x, -np.inf, jax.lax.max, *args))
+
+
+def avg_pool(window: Window, *, stride: Window | None = None, padding: Padding = "valid") -> Layer:
+    """Average the numbers under each window: float[batch, *positions, c] -> the same with fewer positions.
+
+    Padding does not count: at the border the mean is that of the numbers that are there (Flax's count_include_pad=False).
+    """
+
+    def average(x, *args):
+        ones = jnp.ones((1, *x.shape[1:-1], 1), x.dtype)
+        return _reduce(x, 0.0, jax.lax.add, *args) / _reduce(ones, 0.0, jax.lax.add, *args)
+
+    return _pool("avg_pool", window, stride, padding, average)
+
+
+def global_avg_pool() -> Layer:
+    """Average over all positions: float[batch, *positions, c] -> float[batch, c].
+
+    Of a `Masked` sequence only real positions count; an example without any gives 0.
+    """
+
+    def apply(params, x):
+        if not isinstance(x, Masked):
+            sizes = _image("global_avg_pool", x)
+            return jnp.mean(x, axis=tuple(range(1, 1 + len(sizes))))
+        values, mask = sequence("global_avg_pool", x)
+        wide = jnp.where(mask[..., None], values, 0).astype(statistics_dtype(values.dtype))
+        count = jnp.maximum(1, jnp.sum(mask, axis=1, keepdims=True))
+        return (jnp.sum(wide, axis=1) / count.astype(wide.dtype)).astype(values.dtype)
+
+    return stateless(lambda key, spec: (), apply)
+
+
+def _pool(who: str, window: Window, stride: Window | None, padding: Padding, pool: Callable[..., Any]) -> Layer:
+    _check_windows(who, window=window, stride=window if stride is None else stride)
+    _check_padding(who, padding, ("same", "valid"))
+
+    def apply(params, x):
+        sizes = _image(who, x)
+        window_ = _each(who, window, sizes, "window")
+        strides = window_ if stride is None else _each(who, stride, sizes, "stride")
+        pads = _pads(who, padding, sizes, window_, strides)
+        for (low, high), w in zip(pads, window_, strict=True):
+            if max(low, high) >= w:
+                raise ValueError(f"{who}: padding must be smaller than the window, got {(low, high)} and {w}")
+        _fits(who, x, window_, pads)
+        return pool(x, window_, strides, pads)
+
+    return stateless(lambda key, spec: (), apply)
+
+
+def _reduce(x: jax.Array, start: float, operation: Any, window: Any, strides: Any, pads: Any) -> jax.Array:
+    full = (1, *window, 1), (1, *strides, 1), ((0, 0), *pads, (0, 0))
+    return jax.lax.reduce_window(x, np.asarray(start, x.dtype), operation, *full)
+
+
+def _params(key: Any, shape: Any, dtype: Any, kernel_init: Any, bias_init: Any, bias: bool) -> dict[str, jax.Array]:
+    kernel_key, bias_key = jax.random.split(key)
+    params = {"kernel": kernel_init(kernel_key, shape, dtype)}
+    return params | {"bias": bias_init(bias_key, shape[-1:], dtype)} if bias else params
+
+
+def _image(who: str, x: Any, rank: int | None = None) -> tuple[int, ...]:
+    """Return the sizes of the axes of positions."""
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{who}: the input must be one floating point array, got {check.describe(x)}; cast it first")
+    if len(x.shape) not in ((3, 4, 5) if rank is None else (rank + 2,)):
+        rule = "one to three axes of positions" if rank is None else f"{rank} axes of positions, as at init"
+        raise ValueError(f"{who}: the input must be float[batch, *positions, c] with {rule}, got {check.describe(x)}")
+    return tuple(x.shape[1:-1])
+
+
+def _channels(who: str, x: Any, c: int) -> None:
+    if x.shape[-1] != c:
+        raise ValueError(f"{who}: the input must have {c} channels, as at init, got {check.describe(x)}")
+
+
+def _each(who: str, value: Window, sizes: Sequence[int], name: str) -> tuple[int, ...]:
+    """Write one number out for every axis of positions."""
+    values = (value,) * len(sizes) if isinstance(value, numbers.Integral) else tuple(value)
+    if len(values) != len(sizes):
+        raise ValueError(f"{who}: {name} must have one number for each of {len(sizes)} axes of positions, got {values}")
+    return values
+
+
+def _pads(who: str, padding: Any, sizes: Any, reach: Any, strides: Any) -> list[tuple[int, int]]:
+    """Return (before, after) for every axis of positions, "same" and "circular" with the odd one after."""
+    if padding == "valid":
+        return [(0, 0)] * len(sizes)
+    if isinstance(padding, str):
+        totals = [max(0, (math.ceil(n / s) - 1) * s + r - n) for n, s, r in zip(sizes, strides, reach, strict=False)]
+        return [(total // 2, total - total // 2) for total in totals]
+    values = [padding] * len(sizes) if isinstance(padding, numbers.Integral) else list(padding)
+    if len(values) != len(sizes):
+        raise ValueError(f"{who}: padding must have one entry for each of {len(sizes)} axes of positions, got {values}")
+    return [(v, v) if isinstance(v, numbers.Integral) else (int(v[0]), int(v[1])) for v in values]
+
+
+def _fits(who: str, x: Any, reach: Sequence[int], pads: Sequence[tuple[int, int]]) -> None:
+    padded = [n + low + high for n, (low, high) in zip(x.shape[1:-1], pads, strict=True)]
+    if any(r > n for r, n in zip(reach, padded, strict=True)):
+        raise ValueError(
+            f"{who}: the window must fit into the padded input, got {tuple(reach)} (with its dilation) and "
+            f"{tuple(padded)}; pad more, or pool less before"
+        )
+
+
+def _check_windows(who: str, **values: Window) -> None:
+    for name, value in values.items():
+        for number in value if isinstance(value, tuple | list) else (value,):
+            check.positive(who, **{name: number})
+
+
+def _check_padding(who: str, padding: Any, names: Sequence[str]) -> None:
+    if isinstance(padding, str):
+        check.choice(who, names, padding=padding)
+        return
+    for entry in padding if isinstance(padding, tuple | list) else (padding,):
+        pair = entry if isinstance(entry, tuple | list) else (entry, entry)
+        if len(pair) != 2:
+            raise ValueError(f"{who}: padding must be a name, a number, or numbers or pairs, got {padding!r}")
+        check.non_negative(who, padding=pair[0])
+        check.non_negative(who, padding=pair[1])
