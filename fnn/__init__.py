@@ -1,14 +1,18 @@
 """Pure-functional neural networks on JAX, made to see how gradients flow."""
 
-from fnn import activations, clip, data, initializers, losses, meanfield, models, plot, study, taps, tree
+from fnn import activations, clip, data, initializers, losses, meanfield, memory, models, plot, study, taps, tree
+from fnn.attention import attention, positions
 from fnn.clip import packed, per_depth
 from fnn.conv import avg_pool, conv, conv_transpose, global_avg_pool, max_pool
 from fnn.core import Layer, function, named, parallel, repeat, residual, serial, stateless
 from fnn.flow import GradientFlow, gradient_flow
 from fnn.inputs import Masked, add, branches, concatenate, last, positionwise, unmasked
-from fnn.layers import activation, dense, dropout, flatten
+from fnn.layers import activation, dense, dropout, flatten, gain
+from fnn.memory import generate
 from fnn.norm import batch_norm, group_norm, layer_norm, rms_norm
+from fnn.recurrent import bidirectional, gru, lstm, rnn
 from fnn.taps import tap
+from fnn.tokens import embed, tied
 from fnn.train import History, TrainState, TrainStep, evaluate, fit, train_step
 
 __version__ = "0.1.0"
@@ -23,8 +27,10 @@ __all__ = [
     "activation",
     "activations",
     "add",
+    "attention",
     "avg_pool",
     "batch_norm",
+    "bidirectional",
     "branches",
     "clip",
     "concatenate",
@@ -33,34 +39,43 @@ __all__ = [
     "data",
     "dense",
     "dropout",
+    "embed",
     "evaluate",
     "fit",
     "flatten",
     "function",
+    "gain",
+    "generate",
     "global_avg_pool",
     "gradient_flow",
     "group_norm",
+    "gru",
     "initializers",
     "last",
     "layer_norm",
     "losses",
+    "lstm",
     "max_pool",
     "meanfield",
+    "memory",
     "models",
     "named",
     "packed",
     "parallel",
     "per_depth",
     "plot",
+    "positions",
     "positionwise",
     "repeat",
     "residual",
     "rms_norm",
+    "rnn",
     "serial",
     "stateless",
     "study",
     "tap",
     "taps",
+    "tied",
     "train_step",
     "tree",
     "unmasked",

@@ -11,24 +11,37 @@ SENTENCES = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
 
 @dataclass(frozen=True)
 class Train:
-    """Train a multilayer perceptron (scikit-learn's handwritten digits by default) and print its test accuracy."""
+    """Train a network (on scikit-learn's handwritten digits by default) and print its test accuracy."""
 
+    model: str = "mlp"
+    """mlp, convnet, resnet, rnn, transformer; the last two read images pixel by pixel"""
     data: str = "digits"
-    """digits, clusters, spirals, a folder of IDX files (MNIST and its kin), or a .npz file"""
-    depth: int = 2
-    """hidden layers behind the input layer"""
-    width: int = 256
-    """units of a hidden layer"""
+    """digits, clusters, spirals, adding, number_words, a folder of IDX files (MNIST and its kin), or a .npz file"""
+    depth: int | None = None
+    """layers: hidden ones (mlp, 2), convolutions (convnet, 2) or blocks (resnet, 2) of a stage, recurrent ones (rnn, 1),
+    blocks (transformer, 2)"""
+    width: int | None = None
+    """units (mlp 256, rnn 128, transformer 64), channels of the first stage (convnet 32, resnet 16)"""
     activation: str = "relu"
     """sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, softplus, erf, identity"""
-    norm: str = "batch_norm"
-    """none, batch_norm, layer_norm, rms_norm"""
+    norm: str | None = None
+    """none, batch_norm, layer_norm, rms_norm; batch_norm by default, layer_norm in a transformer"""
     init: str = "he_normal"
     """weight initialiser: he_normal, glorot_uniform, "normal(0.01)", "scaled(1.5)", orthogonal, ..."""
     residual: bool = False
-    """add each hidden layer to its input"""
-    dropout: float = 0.1
-    """probability of dropping a unit"""
+    """of an mlp: add each hidden layer to its input"""
+    cell: str = "lstm"
+    """of an rnn: rnn, gru, lstm"""
+    forget_bias: float = 1.0
+    """of an lstm: the forget gate's bias at the start"""
+    recurrent_init: str = "orthogonal"
+    """of an rnn: initialiser of the recurrent weights; "scaled(1.0)" is N(0, 1/width)"""
+    heads: int = 4
+    """of a transformer"""
+    norm_position: str = "pre"
+    """of a transformer: pre or post"""
+    dropout: float | None = None
+    """probability of dropping a unit; 0.1 by default for mlp, 0.3 for convnet, else 0"""
     epochs: int = 30
     """passes over the training data"""
     batch_size: int = 64
@@ -103,37 +116,24 @@ def run_train(options: Train) -> int:
     import optax
 
     import fnn
-    from fnn import check
+    from fnn import check, recipes
 
     check.positive("train", seeds=options.seeds, epochs=options.epochs, batch_size=options.batch_size)
     check.above_zero("train", learning_rate=options.learning_rate)
     if options.clip < 0:
         raise ValueError(f"train: clip must be at least 0, got {options.clip}; 0 switches clipping off")
-    accuracies = []
+    results = []
     started = time.perf_counter()
     for seed in range(options.seed, options.seed + options.seeds):
         split_key, init_key, fit_key = jax.random.split(jax.random.key(seed), 3)
-        train, test = fnn.data.load(options.data, key=split_key)
-        if not np.issubdtype(train.y.dtype, np.integer):
-            raise ValueError(f"train: needs labelled classes, got targets {check.describe(train.y)}")
-        classes = int(max(train.y.max(), test.y.max())) + 1
-        net = fnn.models.mlp(
-            options.depth,
-            options.width,
-            classes,
-            activation=options.activation,
-            norm=options.norm,
-            init=options.init,
-            residual=options.residual,
-            dropout=options.dropout,
-            taps=options.flow,
-        )
+        train, test = recipes.load(options.data, options.model, key=split_key)
+        net, loss, measure, dropout = recipes.recipe(options, train)
         steps = options.epochs * (train.size // options.batch_size)
         rate = optax.cosine_decay_schedule(options.learning_rate, max(1, steps))
         clips = [fnn.clip.by_global_norm(options.clip)] if options.clip else []
         optimizer = optax.chain(*clips, optax.adam(rate))
         state = fnn.TrainState.create(net, optimizer, init_key, train.x[:1])
-        step = fnn.train_step(net, fnn.losses.cross_entropy, optimizer)
+        step = fnn.train_step(net, loss, optimizer)
         state, history = fnn.fit(
             step,
             state,
@@ -144,23 +144,26 @@ def run_train(options: Train) -> int:
             key=fit_key,
             progress=True,
         )
-        result = fnn.evaluate(net, state, test)
-        accuracies.append(result["accuracy"])
+        result = fnn.evaluate(net, state, test, loss=loss)
+        results.append(result.get("accuracy", result["loss"]))
         print(
-            f"seed {seed}: test accuracy {result['accuracy']:.4f}, test loss {result['loss']:.4f} "
+            f"seed {seed}: test {measure} {results[-1]:.4f}, test loss {result['loss']:.4f} "
             f"({train.size} training and {test.size} test examples of {options.data})"
         )
         if "clip_fraction" in history.train:
             clipped, removed = (float(np.mean(history.train[n])) for n in ("clip_fraction", "clip_removed"))
             print(f"  {clipped:.1%} of the steps were clipped; on average {removed:.1%} of the gradient was removed")
+        if measure == "exact match" and options.data == "number_words":
+            exact = recipes.decoded_exactly(net, state, test)
+            print(f"  decoded greedily with the cache: {exact:.4f} of {test.size} held-out translations exactly right")
         if options.flow:
-            print(fnn.gradient_flow(net, state, (test.x, test.y), train=options.dropout == 0))
+            print(fnn.gradient_flow(net, state, (test.x, test.y), loss=loss, train=dropout == 0))
         if options.plot:
             fnn.plot.curves(history, path=options.plot)
     seconds = time.perf_counter() - started
     if options.seeds > 1:
-        mean, spread = float(np.mean(accuracies)), float(np.std(accuracies))
-        print(f"mean of {options.seeds} seeds: test accuracy {mean:.4f} ± {spread:.4f} (standard deviation)")
+        mean, spread = float(np.mean(results)), float(np.std(results))
+        print(f"mean of {options.seeds} seeds: test {measure} {mean:.4f} ± {spread:.4f} (standard deviation)")
     print(f"{seconds:.1f} s on {jax.devices()[0].platform}")
     return 0
 

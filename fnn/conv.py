@@ -1,7 +1,6 @@
 """Images, volumes and signals, channels last: convolutions and pools in one, two and three dimensions."""
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -213,7 +212,7 @@ def _channels(who: str, x: Any, c: int) -> None:
 
 def _each(who: str, value: Window, sizes: Sequence[int], name: str) -> tuple[int, ...]:
     """Write one number out for every axis of positions."""
-    values = (value,) * len(sizes) if isinstance(value, numbers.Integral) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (int(value),) * len(sizes)
     if len(values) != len(sizes):
         raise ValueError(f"{who}: {name} must have one number for each of {len(sizes)} axes of positions, got {values}")
     return values
@@ -226,10 +225,10 @@ def _pads(who: str, padding: Any, sizes: Any, reach: Any, strides: Any) -> list[
     if isinstance(padding, str):
         totals = [max(0, (math.ceil(n / s) - 1) * s + r - n) for n, s, r in zip(sizes, strides, reach, strict=False)]
         return [(total // 2, total - total // 2) for total in totals]
-    values = [padding] * len(sizes) if isinstance(padding, numbers.Integral) else list(padding)
+    values = list(padding) if isinstance(padding, Sequence) else [padding] * len(sizes)
     if len(values) != len(sizes):
         raise ValueError(f"{who}: padding must have one entry for each of {len(sizes)} axes of positions, got {values}")
-    return [(v, v) if isinstance(v, numbers.Integral) else (int(v[0]), int(v[1])) for v in values]
+    return [(int(v[0]), int(v[1])) if isinstance(v, Sequence) else (int(v), int(v)) for v in values]
 
 
 def _fits(who: str, x: Any, reach: Sequence[int], pads: Sequence[tuple[int, int]]) -> None:

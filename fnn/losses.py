@@ -127,6 +127,36 @@ def _check_values(shape: tuple[int, ...], targets: Any) -> None:
         raise ValueError("mse: targets must be finite, got NaN or inf; drop or impute them")
 
 
+def _sequence_cross_entropy(outputs: Any, targets: Any) -> jax.Array:
+    """Evaluate the mean of -log softmax(outputs)[target] over the positions of each example that have a target.
+
+    outputs (logits): float[batch, time, classes], targets: int[batch, time], -1 where nothing is to be predicted
+    (padding, a prompt) -> float[batch]; an example without targets has loss 0. An example counts as right if all its
+    targets are the largest logits: exact match. Labels beyond the classes give NaN inside jit, a ValueError on the host.
+    """
+    outputs, targets = _wide(outputs), jnp.asarray(targets)
+    _label_type("sequence_cross_entropy", targets)
+    if outputs.ndim != 3 or outputs.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"sequence_cross_entropy: needs logits float[batch, time, classes] and labels int[batch, time], "
+            f"got {check.describe(outputs)} and {check.describe(targets)}"
+        )
+    classes, real = outputs.shape[-1], targets != -1
+    loss = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, jnp.clip(targets, 0, classes - 1))
+    loss = jnp.where((targets >= -1) & (targets < classes), loss, jnp.nan)
+    return jnp.sum(jnp.where(real, loss, 0), axis=1) / jnp.maximum(1, jnp.sum(real, axis=1))
+
+
+def _check_sequence_labels(shape: tuple[int, ...], targets: Any) -> None:
+    targets = np.asarray(targets)
+    _label_type("sequence_cross_entropy", targets)
+    _range("sequence_cross_entropy", shape[-1], targets[targets != -1])
+
+
+def _sequence_correct(outputs: Any, targets: Any) -> jax.Array:
+    return jnp.all((targets == -1) | (jnp.argmax(outputs, axis=-1) == targets), axis=1).astype(jnp.float32)
+
+
 def _class_correct(outputs: Any, targets: Any) -> jax.Array:
     return _examples((jnp.argmax(outputs, axis=-1) == targets).astype(jnp.float32))
 
@@ -137,6 +167,9 @@ def _binary_correct(outputs: Any, targets: Any) -> jax.Array:
 
 
 cross_entropy = Loss("cross_entropy", _cross_entropy, _class_correct, _check_labels)
+sequence_cross_entropy = Loss(
+    "sequence_cross_entropy", _sequence_cross_entropy, _sequence_correct, _check_sequence_labels
+)
 binary_cross_entropy = Loss("binary_cross_entropy", _binary_cross_entropy, _binary_correct, _check_binary)
 mse = Loss("mse", _mse, None, _check_values)
 

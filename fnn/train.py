@@ -14,7 +14,8 @@ import optax
 
 from fnn import check, clip, losses, tree
 from fnn.core import Layer, as_arrays, as_spec, output_spec, same_spec
-from fnn.data import Dataset, check_dataset, shuffled
+from fnn.dataset import Dataset, check_dataset, shuffled
+from fnn.inputs import Masked
 from fnn.taps import TapState
 
 
@@ -73,17 +74,18 @@ class TrainStep:
         x, y = batch
         kind = tuple(map(np.shape, jax.tree.leaves(batch)))
         if new := kind not in self._output_shapes:
+            _check_values(self.net, state.params, state.state, x)
             self._output_shapes[kind] = output_spec(self.net, state.params, state.state, x).shape
         if new or isinstance(y, np.ndarray):
             losses.check_targets(self.loss, self._output_shapes[kind], y)
 
     def _epoch(self, state: TrainState, data: Dataset, key: Any, batch_size: int) -> tuple[TrainState, Any]:
-        n = data.x.shape[0]
+        n = data.y.shape[0]
         steps = n // batch_size
         order = shuffled(key, n)[: steps * batch_size].reshape(steps, batch_size)
 
         def body(state, index):
-            batch = tuple(a.at[index].get(mode="promise_in_bounds") for a in (data.x, data.y))
+            batch = jax.tree.map(lambda a: a.at[index].get(mode="promise_in_bounds"), tuple(data))
             return self.pure(state, batch)
 
         return jax.lax.scan(body, state, order)
@@ -264,19 +266,20 @@ def evaluate(
     params, net_state = (state.params, state.state) if isinstance(state, TrainState) else state
     x, y = as_arrays(tuple(data))
     check_dataset("evaluate", x, y)
+    _check_values(net, params, net_state, x)
     losses.check_targets(loss, output_spec(net, params, net_state, x).shape, y)
-    means = _evaluate(net, loss, min(batch_size, x.shape[0]), params, net_state, x, y)
+    means = _evaluate(net, loss, min(batch_size, y.shape[0]), params, net_state, x, y)
     return {name: float(value) for name, value in means.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _evaluate(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: Any) -> dict[str, jax.Array]:
-    n, correct = x.shape[0], losses.correct(loss)
+    n, correct = y.shape[0], losses.correct(loss)
 
     def sums(start):
         # The last window starts early enough to be full; what it shares with the one before counts once.
         begin = jnp.minimum(start, n - size)
-        xs, ys = (jax.lax.dynamic_slice_in_dim(a, begin, size) for a in (x, y))
+        xs, ys = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, begin, size), (x, y))
         fresh = begin + jnp.arange(size) >= start
         outputs, _ = net.apply(params, state, xs)
         values = {"loss": loss(outputs, ys)} | ({} if correct is None else {"accuracy": correct(outputs, ys)})
@@ -290,12 +293,16 @@ def _epochs(
     step: TrainStep, state: TrainState, train: Any, key: Any, batch_size: int | None, epochs: int
 ) -> Callable[[TrainState, int], tuple[TrainState, Any]]:
     """Return `(state, epoch) -> (state, metrics of its steps)` for data in memory or for an iterable of batches."""
-    if isinstance(train, tuple) and len(train) == 2 and hasattr(train[0], "shape"):
+    if (
+        isinstance(train, tuple)
+        and len(train) == 2
+        and (hasattr(train[0], "shape") or isinstance(train[0], Masked | dict))
+    ):
         if key is None or batch_size is None:
             raise ValueError("fit: data in memory needs key= and batch_size=, to be shuffled and cut into batches")
         data = _dataset("fit", step, state, train)
         check.positive("fit", batch_size=batch_size)
-        n = data.x.shape[0]
+        n = data.size
         if batch_size > n:
             raise ValueError(f"fit: batch_size must be at most the {n} examples of the data, got {batch_size}")
         keys = jax.random.split(key, epochs)
@@ -342,8 +349,16 @@ def _chunks(batches: Iterable[Any], most: int) -> Iterator[list[Any]]:
 def _dataset(who: str, step: TrainStep, state: TrainState, pair: Any) -> Dataset:
     data = Dataset(*as_arrays(tuple(pair)))
     check_dataset(who, data.x, data.y)
+    _check_values(step.net, state.params, state.state, data.x)
     losses.check_targets(step.loss, output_spec(step.net, state.params, state.state, data.x).shape, data.y)
     return data
+
+
+def _check_values(net: Layer, params: Any, state: Any, x: Any) -> None:
+    """Trace the net with whole numbers as constants, so that layers which look at values on the host (embed) see them."""
+    if any(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(x)):
+        x = as_arrays(x)
+        jax.eval_shape(lambda p, s: net.apply(p, s, x)[0], *as_spec((params, state)))
 
 
 def _has_taps(state: Any) -> bool:

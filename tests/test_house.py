@@ -16,11 +16,12 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"check", "tree", "activations", "initializers"},
     {"core", "losses"},
-    {"inputs", "memory"},
-    {"layers", "norm", "conv", "recurrent", "attention", "taps", "data"},
-    {"models", "clip", "flow", "meanfield"},
+    {"inputs", "dataset"},
+    {"memory"},
+    {"layers", "norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic"},
+    {"models", "clip", "flow", "meanfield", "data"},
     {"train"},
-    {"study", "plot"},
+    {"study", "plot", "recipes"},
     {"cli"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

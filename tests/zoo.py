@@ -31,6 +31,11 @@ def masked(x: jax.Array) -> fnn.Masked:
     return fnn.Masked(x, mask.at[1, 0].set(False))
 
 
+def tokens(x: jax.Array) -> jax.Array:
+    """Turn numbers into token numbers from 0 to 6."""
+    return jnp.clip(jnp.round(3 + 2 * x), 0, 6).astype(jnp.int32)
+
+
 def _block() -> fnn.Layer:
     return fnn.serial(fnn.dense(8), fnn.batch_norm(), fnn.activation("tanh"), fnn.tap(bounds=(-1, 1)))
 
@@ -38,6 +43,10 @@ def _block() -> fnn.Layer:
 def _masked_block() -> fnn.Layer:
     inner = fnn.serial(fnn.layer_norm(), fnn.dense(8), fnn.activation("silu"), fnn.tap())
     return fnn.residual(inner, scale=0.7)
+
+
+def _both_ways() -> fnn.Layer:
+    return fnn.bidirectional(fnn.lstm(2, forget_bias=3.0), fnn.gru(3, reverse=True))
 
 
 def _two_inputs() -> fnn.Layer:
@@ -77,6 +86,16 @@ CASES = [
     Case("unmasked", fnn.unmasked(), (4, 5, 2), keeps_shape=False, make=masked),
     Case("block_on_masked", _masked_block(), (4, 5, 8), make=masked),
     Case("branches", _two_inputs(), (4, 5, 2), keeps_shape=False, make=lambda x: {"image": x, "audio": masked(x)}),
+    Case("rnn", fnn.rnn(3, activation="sigmoid", initial="learned"), (4, 5, 3)),
+    Case("rnn_masked", fnn.rnn(3, tap=fnn.tap(bounds=(-1, 1))), (4, 5, 3), make=masked),
+    Case("gru", fnn.gru(3), (4, 5, 3), make=masked),
+    Case("lstm", fnn.lstm(3, initial="learned", unroll=2), (4, 5, 3), make=masked),
+    Case("bidirectional", _both_ways(), (4, 5, 3), keeps_shape=False, make=masked),
+    Case("embed", fnn.embed(7, 3, padding=0), (4, 5), keeps_shape=False, make=tokens),
+    Case("tied", fnn.tied(7, 4, fnn.serial(fnn.dense(4), fnn.tap())), (4, 5), keeps_shape=False, make=tokens),
+    Case("positions", fnn.positions(6), (4, 5, 3), make=masked),
+    Case("attention", fnn.attention(2, kv_heads=1, bias=False), (4, 5, 6)),
+    Case("attention_masked", fnn.attention(2, causal=True, rotary=True), (4, 5, 8), make=masked),
     Case("batch_norm", fnn.batch_norm(), mixes=True),
     Case("batch_norm_plain", fnn.batch_norm(scale=False, bias=False, decay=0.5), (5, 3, 8), mixes=True),
     Case("layer_norm", fnn.layer_norm()),

@@ -1,0 +1,175 @@
+"""Attention, and the positions that it cannot see by itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnn import check, initializers, memory
+from fnn.core import Layer, as_arrays, as_spec
+from fnn.inputs import like, sequence
+from fnn.tree import statistics_dtype
+
+
+def attention(
+    heads: int,
+    *,
+    causal: bool = False,
+    rotary: bool = False,
+    kv_heads: int | None = None,
+    bias: bool = True,
+    kernel_init: str | Callable[..., Any] = "lecun_normal",
+    out_init: str | Callable[..., Any] | None = None,
+) -> Layer:
+    """Attend to all positions: y = concat_h(softmax(q_h k_hᵀ/sqrt(d/heads)) v_h) W_out, with q, k, v = x W + b.
+
+    x: float[batch, time, d], alone or in `Masked` -> the same; params: query, key, value, out, each a kernel and bias.
+    `causal`: a position sees itself and what lies before. Of a masked sequence only real positions are seen, and
+    padded ones come out as zero. `kv_heads` (a divisor of heads) shares keys and values among groups of heads. `rotary`
+    turns queries and keys by their positions, counted over real ones, so that only differences matter. The softmax is in
+    at least float32; `jax.nn.dot_product_attention` does it, with an accelerator's fused kernel where there is one.
+
+    With a started memory (`memory.start`; causal layers only) keys and values of earlier pieces are kept, and a new
+    piece attends to them. Errors: ValueError if heads do not divide d, or for a piece longer than the memory.
+    Source: Vaswani et al. 2017; Su et al. 2021 (rotary, base 10,000, halves paired); Ainslie et al. 2023 (kv_heads).
+    """
+    who, kv = "attention", heads if kv_heads is None else kv_heads
+    check.positive(who, heads=heads, kv_heads=kv)
+    if heads % kv:
+        raise ValueError(f"{who}: kv_heads must divide heads, got {kv} and {heads}")
+    kernel_init, zeros = initializers.get(kernel_init), initializers.get("zeros")
+    out_init = kernel_init if out_init is None else initializers.get(out_init)
+    refusal = (
+        "" if causal else f"{who}: without causal=True a position looks ahead, so a sequence cannot come in pieces"
+    )
+
+    def init(key, spec):
+        values, _ = sequence(who, as_spec(spec))
+        d, dtype = values.shape[-1], statistics_dtype(values.dtype)
+        if d % heads or (rotary and d // heads % 2):
+            rule = "heads must divide the width" + (", with an even quotient for rotary positions" if rotary else "")
+            raise ValueError(f"{who}: {rule}, got {heads} heads and {check.describe(values)}")
+        size = d // heads
+        inits = {"query": kernel_init, "key": kernel_init, "value": kernel_init, "out": out_init}
+        params = {}
+        for k, (name, draw) in zip(jax.random.split(key, 4), inits.items(), strict=True):
+            width = kv * size if name in ("key", "value") else d
+            params[name] = {"kernel": draw(k, (d, width), dtype)}
+            if bias:
+                params[name]["bias"] = zeros(k, (width,), dtype)
+        cached = ("length", kv, size)
+        return params, memory.empty([("key", cached), ("value", cached)], refusal=refusal)
+
+    def apply(params, state, x, *, key=None, train=False, axis_name=None):
+        x = as_arrays(x)
+        values, mask = sequence(who, x)
+        d = params["query"]["kernel"].shape[0]
+        if values.shape[-1] != d:
+            raise ValueError(f"{who}: the input's last axis must be {d}, as at init, got {check.describe(values)}")
+        batch, time, size = *values.shape[:2], d // heads
+
+        def project(name, n):
+            y = _affine(params[name], values)
+            return y.reshape(batch, time, n, size)
+
+        q, k, v = project("query", heads), project("key", kv), project("value", kv)
+        if rotary or state.started:
+            places = memory.place(state, batch, time, mask)
+        if rotary:
+            q, k = rotate(q, places), rotate(k, places)
+        if state.started:
+            y, state = _cached(who, state, q, k, v, places, mask)
+        else:
+            seen = None if mask is None else mask[:, None, None, :]
+            y = _attend(q, k, v, seen, causal)
+        y = _affine(params["out"], y.reshape(batch, time, d))
+        if mask is not None:
+            y = jnp.where(mask[..., None], y, 0)
+        return like(x, y), state
+
+    return Layer(init, apply)
+
+
+def positions(longest: int, *, kernel_init: str | Callable[..., Any] | None = None) -> Layer:
+    """Add a learned vector for each position: y_t = x_t + P_t; params: embedding float[longest, d].
+
+    x: float[batch, time, d], alone or in `Masked` -> the same. Positions count real ones from 0. P is drawn from
+    N(0, 1/d), or by `kernel_init`. Errors: ValueError for a sequence longer than `longest`. Source: Gehring et al. 2017.
+    """
+    check.positive("positions", longest=longest)
+
+    def fits(values):
+        if values.shape[1] > longest:
+            raise ValueError(
+                f"positions: the net has {longest} positions, got {check.describe(values)}; build it longer"
+            )
+
+    def init(key, spec):
+        values, _ = sequence("positions", as_spec(spec))
+        fits(values)
+        d = values.shape[-1]
+        draw = initializers.normal(d**-0.5) if kernel_init is None else initializers.get(kernel_init)
+        params = {"embedding": draw(key, (longest, d), statistics_dtype(values.dtype))}
+        return params, memory.empty(limit=longest)
+
+    def apply(params, state, x, *, key=None, train=False, axis_name=None):
+        x = as_arrays(x)
+        values, mask = sequence("positions", x)
+        fits(values)
+        table = params["embedding"].astype(values.dtype)
+        if mask is None and not state.started:
+            return like(x, values + table[: values.shape[1]]), state
+        places = memory.place(state, *values.shape[:2], mask)
+        y = values + jnp.take(table, places, axis=0, mode="fill", fill_value=jnp.nan)
+        return like(x, y), memory.advance(state, {}, values.shape[1], mask) if state.started else state
+
+    return Layer(init, apply)
+
+
+def rotate(x: jax.Array, places: jax.Array) -> jax.Array:
+    """Turn the pair (x_i, x_{i+size/2}) of every head by the angle p·10000^(-2i/size), p the position.
+
+    x: float[batch, time, heads, size], places: int[batch, time] -> the same as x. Angles are in at least float32.
+    """
+    half, dtype = x.shape[-1] // 2, statistics_dtype(x.dtype)
+    angle = places[..., None].astype(dtype) * 10_000.0 ** (-jnp.arange(half, dtype=dtype) / half)
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    a, b = jnp.split(x.astype(dtype), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _cached(who: str, state: Any, q: Any, k: Any, v: Any, places: Any, mask: Any) -> tuple[Any, Any]:
+    """Write the new keys and values behind the old, and attend to all that lie at or before each query."""
+    batch, time = places.shape
+    length = state.held["key"].shape[1]
+    if state.held["key"].shape[0] != batch or time > length:
+        got = f"{batch} of {time} positions"
+        raise ValueError(f"{who}: memory was started for {state.held['key'].shape[0]} sequences of {length}, got {got}")
+    slots = places if mask is None else jnp.where(mask, places, length)  # padding is written nowhere
+    rows = jnp.arange(batch)[:, None]
+    held = {
+        name: old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
+        for (name, old), new in zip(sorted(state.held.items()), (k, v), strict=True)
+    }
+    seen = (jnp.arange(length) <= places[:, :, None])[:, None]
+    y = _attend(q, held["key"].astype(q.dtype), held["value"].astype(q.dtype), seen, False)
+    y = jnp.where((places < length)[:, :, None, None], y, jnp.nan)
+    return y, memory.advance(state, held, time, mask)
+
+
+def _attend(q: Any, k: Any, v: Any, mask: Any, causal: bool) -> jax.Array:
+    if q.dtype != jnp.float64:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+    # JAX's own takes the softmax in float32, whatever its inputs.
+    k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    if causal:
+        logits = jnp.where(jnp.tril(jnp.ones(logits.shape[2:], bool)), logits, -1e300)
+    weights = jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, -1e300), axis=-1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def _affine(params: dict[str, Any], x: jax.Array) -> jax.Array:
+    y = x @ params["kernel"].astype(x.dtype)
+    return y + params["bias"].astype(x.dtype) if "bias" in params else y

@@ -1,0 +1,205 @@
+"""What a data set is: a pair of arrays, or of trees of them; splitting, standardising, batches.
+
+All of it works on the host in NumPy and hands over finished arrays. The same key gives the same bits on every device,
+because it seeds a NumPy generator: shuffling by `jax.random` would compile anew for every size.
+"""
+
+import math
+import numbers
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn.check import above_zero, describe, fraction, positive
+
+
+class Dataset(NamedTuple):
+    """Hold examples `x: [n, ...]` and their labels or targets `y: [n, ...]`; unpacks as `x, y`.
+
+    x may be a tree of arrays (`fnn.Masked`, a dict of several inputs), examples first in each. `len` is 2, as of any
+    pair; the number of examples is `size`.
+    """
+
+    x: Any
+    y: jax.Array
+
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return jax.tree.leaves(self.x)[0].shape[0]
+
+    def take(self, index: Any) -> "Dataset":
+        """Take some examples: of every array those at `index`."""
+        return jax.tree.map(lambda a: a[index], self)
+
+
+Parts = tuple[Dataset, Dataset]
+
+
+def check_dataset(who: str, x: Any, y: Any) -> None:
+    """Refuse a pair of arrays that cannot be learned from; reads the values on the host.
+
+    Both must hold numbers, equally many examples on their first axes and at least one, and be finite where they are
+    floating: one NaN among a million pixels turns the whole net into NaN without saying where it came from. If x is a
+    tree, each of its arrays must.
+    """
+    if not hasattr(x, "dtype") and jax.tree.structure(x) != jax.tree.structure(0):
+        for leaf in (leaves := jax.tree.leaves(x)):
+            check_dataset(who, leaf, y)
+        if leaves:
+            return
+    pair = {"x": np.asarray(x), "y": np.asarray(y)}
+    got = f"{describe(pair['x'])} and {describe(pair['y'])}"
+    for name, a in pair.items():
+        if not (jnp.issubdtype(a.dtype, np.number) or a.dtype == bool):
+            raise TypeError(f"{who}: {name} must hold numbers, got {a.dtype}; encode it as numbers first")
+    if 0 in (pair["x"].ndim, pair["y"].ndim):
+        raise ValueError(f"{who}: x and y must have the examples on their first axes, got {got}; add the axis")
+    if len(pair["x"]) != len(pair["y"]):
+        raise ValueError(f"{who}: x and y must hold the same number of examples, got {got}; pair them first")
+    if len(pair["x"]) == 0:
+        raise ValueError(f"{who}: a data set must hold at least one example, got {got}; add some")
+    for name, a in pair.items():
+        if jnp.issubdtype(a.dtype, np.inexact) and not (finite := np.isfinite(a)).all():
+            got = f"{np.sum(~finite)} non-finite values, first at example {np.nonzero(~finite)[0][0]}"
+            raise ValueError(f"{who}: {name} must be finite, got {got}; drop or impute them")
+
+
+def shuffled(key: jax.Array, n: int) -> jax.Array:
+    """Draw a permutation of 0..n-1: int[n], the order of one sort of 32 random bits for each place.
+
+    Half the work of `jax.random.permutation`, which sorts again lest equal bits keep their order: n²/2^33 pairs do.
+    """
+    return jnp.argsort(jax.random.bits(key, (n,)))
+
+
+def split(x: Any, y: Any, *, key: jax.Array, test: float = 0.2, stratify: bool = True) -> Parts:
+    """Split at random into train and test, `round(test * n)` examples in the latter (at least 1, at most n - 1).
+
+    `x: [n, ...], y: [n, ...] -> (train, test)`, both shuffled. Where y is an integer vector and `stratify` holds, every
+    class is in both parts, and less than one example away from `test * count` in the test part (largest remainders;
+    lifting tiny classes to one example can move the total). Other y are split without regard to their values.
+    Which examples go where follows from `key`; how many does not. Integer y become int32.
+    """
+    return random_split("data.split", x, y, generator("data.split", key), test, stratify)
+
+
+def standardize(train: Dataset, *others: Dataset, eps: float = 1e-8) -> tuple[Dataset, ...]:
+    """Standardise every feature, (x - mean) / (std + eps), by the mean and std of the training part alone.
+
+    `x: [n, *features] -> float[n, *features]`; integers become float32. The moments are two-pass in float64. A feature
+    that is constant in train is only centred: it is exactly 0 there, and a test value that differs is not divided by
+    eps (in the digits one pixel is lit in one image of 1797 and would become 1e8).
+    """
+    parts = (train, *others)
+    at_least_zero("data.standardize", "eps", eps)
+    same_features("data.standardize", *parts)
+    for part in parts:
+        check_dataset("data.standardize", *part)
+    x = np.asarray(train.x, np.float64)
+    constant = x.min(0) == x.max(0)
+    mean = np.where(constant, x[0], x.mean(0))  # the mean of n equal numbers can miss them by a rounding error
+    scale = np.where(constant, 1.0, x.std(0) + eps)
+    scaled = []
+    for x, y in parts:
+        dtype = x.dtype if jnp.issubdtype(x.dtype, np.inexact) else np.float32
+        scaled.append(Dataset(jnp.asarray(((np.asarray(x, np.float64) - mean) / scale).astype(dtype)), y))
+    return tuple(scaled)
+
+
+def batches(
+    dataset: tuple[Any, Any], batch_size: int, *, key: jax.Array, epochs: int = 1
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Iterate over batches `x: [batch_size, ...], y: [batch_size, ...]` in NumPy, reshuffled by key in every epoch.
+
+    Within an epoch no example comes twice; the last, partial batch is dropped, so that every batch has one shape. An
+    epoch's order depends on `key` and its number alone, not on `epochs`.
+    """
+    who = "data.batches"
+    positive(who, batch_size=batch_size, epochs=epochs)
+    x, y = (np.asarray(a) for a in dataset)
+    check_dataset(who, x, y)
+    if batch_size > len(x):
+        raise ValueError(f"{who}: batch_size must not exceed the {len(x)} examples, got {batch_size}; make it smaller")
+    generator(who, key)
+
+    def iterate():  # a function of its own, so that the refusals above come at the call and not at the first batch
+        for epoch in range(epochs):
+            order = generator(who, key, 1 + epoch).permutation(len(x))
+            for i in range(0, len(x) - batch_size + 1, batch_size):
+                yield x[order[i : i + batch_size]], y[order[i : i + batch_size]]
+
+    return iterate()
+
+
+def as_pair(who: str, x: Any, y: Any) -> list[np.ndarray]:
+    """Check the pair and cast it as JAX would, but never let an integer wrap or a float overflow in silence."""
+    pair = [np.asarray(x), np.asarray(y)]
+    check_dataset(who, *pair)
+    for i, (name, a) in enumerate(zip("xy", pair, strict=True)):
+        label = name == "y" and a.dtype.kind in "biu"
+        dtype = np.dtype(np.int32) if label else jax.dtypes.canonicalize_dtype(a.dtype)
+        if label and a.size and a.min() < 0:
+            raise ValueError(f"{who}: integer labels must be at least 0, got {a.min()}; map them to 0, 1, 2, ...")
+        if jnp.issubdtype(a.dtype, np.integer) and a.size and not (a.astype(dtype) == a).all():
+            raise ValueError(f"{who}: {name} must fit in {dtype}, got values from {a.min()} to {a.max()}; map them")
+        with np.errstate(over="ignore"):  # the infinities are refused below, with their place in the data
+            pair[i] = a.astype(dtype, copy=False)
+    check_dataset(who, *pair)
+    return pair
+
+
+def random_split(who: str, x: Any, y: Any, rng: np.random.Generator, test: float, stratify: bool = True) -> Parts:
+    above_zero(who, test=test)
+    fraction(who, test=test)
+    x, y = as_pair(who, x, y)
+    n = len(x)
+    if n < 2:
+        raise ValueError(f"{who}: a split must leave an example in both parts, got {n} example; give at least 2")
+    strata = y if stratify and y.ndim == 1 and y.dtype.kind in "biu" else np.zeros(n, int)
+    classes, stratum, counts = np.unique(strata, return_inverse=True, return_counts=True)
+    if counts.min() < 2:
+        got = f"class {classes[counts.argmin()]} with {counts.min()}"
+        raise ValueError(f"{who}: stratify needs at least 2 examples of every class, got {got}; or pass stratify=False")
+    # Largest remainders: round down, then give the rest to the classes that lost most, keeping one in either part.
+    share = float(test) * counts
+    take = np.clip(np.floor(share), 1, counts - 1).astype(int)
+    spare = max(0, round(float(test) * n) - take.sum())
+    order = np.argsort(take - share, kind="stable")
+    order = order[(take < np.minimum(share, counts - 1))[order]][:spare]
+    take[order] += 1
+    # Shuffle all, number the examples of each class in that order, and the first `take` of each are the test part.
+    order = rng.permutation(n)
+    by_class = np.argsort(stratum[order], kind="stable")
+    rank = np.empty(n, int)
+    rank[by_class] = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
+    chosen = rank < take[stratum[order]]
+    train, test_part = (Dataset(jnp.asarray(x[i]), jnp.asarray(y[i])) for i in (order[~chosen], order[chosen]))
+    return train, test_part
+
+
+def same_features(who: str, train: Any, *others: Any) -> None:
+    for other in others:
+        if train[0].shape[1:] != other[0].shape[1:]:
+            got = f"{describe(train[0])} and {describe(other[0])}"
+            raise ValueError(f"{who}: all parts must have the features of the training part, got {got}; reshape them")
+
+
+def generator(who: str, key: Any, *more: int) -> np.random.Generator:
+    """Seed a host generator with all bits of the key, and with `more` to get another stream from the same key."""
+    try:
+        bits = np.asarray(jax.random.key_data(key))
+    except (TypeError, AttributeError):
+        bits = np.zeros(())
+    if bits.ndim != 1 or bits.dtype != np.uint32:
+        got = describe(key) if hasattr(key, "dtype") else repr(key)
+        raise TypeError(f"{who}: key must be one PRNG key, got {got}; pass jax.random.key(0)")
+    return np.random.default_rng([*map(int, bits), *more])
+
+
+def at_least_zero(who: str, name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
+        raise ValueError(f"{who}: {name} must be a finite number of at least 0, got {value!r}")

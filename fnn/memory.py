@@ -1,0 +1,135 @@
+"""Layers that remember earlier positions, so that a sequence may come in pieces: `start`, and greedy decoding.
+
+What is remembered (attention's keys and values, a recurrent layer's hidden state) is state, as batch norm's statistics
+are: `apply` reads the old and returns the new. Training never sees it: a layer's state starts empty, and each call stands
+alone, until `start` puts arrays in. It holds for every batch, through `repeat`, `residual` and branches alike.
+
+The number of positions seen, which is a cache's next free place, is kept for each example as a float, as every leaf of
+a state is: whole numbers are exact up to 2^24 in float32, far beyond any cache.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from fnn import check
+from fnn.core import Layer
+from fnn.inputs import Masked
+
+
+@flax.struct.dataclass
+class Memory:
+    """State of a layer that can remember. `held` is () until `start` makes it a dict of arrays, batch first."""
+
+    seen: Any
+    """Real positions seen so far: float[], or float[batch] once started."""
+    held: Any = ()
+    shapes: tuple[tuple[str, tuple[int | str, ...]], ...] = flax.struct.field(pytree_node=False, default=())
+    """Name and shape of what is held, behind the batch axis; "length" stands for the longest sequence."""
+    limit: int | None = flax.struct.field(pytree_node=False, default=None)
+    """The longest sequence that the layer has positions for."""
+    refusal: str = flax.struct.field(pytree_node=False, default="")
+    """Why this layer cannot take a sequence in pieces, if so."""
+
+    @property
+    def started(self) -> bool:
+        """Whether `start` has put arrays in."""
+        return isinstance(self.held, dict)
+
+
+def empty(shapes: Any = (), *, limit: int | None = None, refusal: str = "") -> Memory:
+    """Make the state of a layer that remembers nothing yet."""
+    return Memory(jnp.zeros((), jnp.float32), (), tuple(shapes), limit, refusal)
+
+
+def start(state: Any, batch: int, length: int, *, dtype: Any = jnp.float32) -> Any:
+    """Make room in a net's state for sequences of up to `length` positions; `dtype` is that of the activations.
+
+    The next calls of `apply` in eval mode then continue where the last one stopped: the outputs are those of one call
+    with the whole sequence, to rounding. Positions beyond `length` give NaN where they would need a place.
+
+    Errors: ValueError if no layer can remember, if one cannot take its sequence in pieces (backwards in time, or
+    attention that looks ahead), or if one has positions for fewer than `length`.
+    """
+    check.positive("memory.start", batch=batch, length=length)
+    found = []
+
+    def fill(node):
+        if not isinstance(node, Memory):
+            return node
+        if node.refusal:
+            raise ValueError(f"memory.start: {node.refusal}")
+        if node.limit is not None and length > node.limit:
+            raise ValueError(f"memory.start: the net has positions for {node.limit}, got length={length}")
+        found.append(node)
+        depth = node.seen.shape[: node.seen.ndim - node.started]
+        held = {
+            name: jnp.zeros((*depth, batch, *(length if n == "length" else int(n) for n in shape)), dtype)
+            for name, shape in node.shapes
+        }
+        return dataclasses.replace(node, seen=jnp.zeros((*depth, batch), jnp.float32), held=held)
+
+    state = jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, Memory))
+    if not found:
+        raise ValueError("memory.start: the net must hold a layer that remembers (attention, rnn, gru, lstm), got none")
+    return state
+
+
+def advance(memory: Memory, held: dict[str, Any], time: int, mask: Any = None) -> Memory:
+    """Return the memory after `time` more positions, of which those count that the mask calls real."""
+    count = time if mask is None else jnp.sum(mask, axis=1)
+    return dataclasses.replace(memory, seen=memory.seen + count, held=held)
+
+
+def place(memory: Memory, batch: int, time: int, mask: Any = None) -> jax.Array:
+    """Number new positions by the real ones before them: int32[batch, time]; padding takes no number.
+
+    So the same tokens get the same numbers wherever the padding stands, and whether they come at once or in pieces.
+    """
+    if mask is None:
+        new = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
+    else:
+        new = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    return new + memory.seen.astype(jnp.int32)[:, None] if memory.started else new
+
+
+def generate(
+    net: Layer, params: Any, state: Any, prompt: Any, steps: int, *, end: int | None = None, dtype: Any = jnp.float32
+) -> jax.Array:
+    """Decode greedily: y_t = argmax net(prompt, y_1, ..., y_{t-1}), one new position a step: int32[batch, steps].
+
+    `net` maps tokens int[batch, time] to logits float[batch, time, vocabulary] (`models.transformer`, or a recurrent
+    net with a `dense` on top). `prompt` is int[batch, time] or `Masked`; each example continues behind its last real
+    token. After `end` an example repeats `end`. The state that comes in stays as it is; compiled once for each shape.
+    """
+    check.positive("generate", steps=steps)
+    tokens = prompt.values if isinstance(prompt, Masked) else jnp.asarray(prompt)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"generate: the prompt must be int[batch, time], time > 0, got {check.describe(prompt)}")
+    return _generate(net, steps, end, dtype, params, state, prompt)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _generate(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> jax.Array:
+    tokens, mask = prompt if isinstance(prompt, Masked) else (jnp.asarray(prompt), None)
+    batch, time = tokens.shape
+    memory = start(state, batch, time + steps, dtype=dtype)
+    last = jnp.full(batch, time - 1) if mask is None else jnp.max(jnp.where(mask, jnp.arange(time), 0), axis=1)
+    logits, memory = net.apply(params, memory, prompt)
+    logits = logits.values if isinstance(logits, Masked) else logits
+    first = jnp.argmax(jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], axis=-1).astype(jnp.int32)
+
+    def body(carry, _):
+        token, memory = carry
+        logits, memory = net.apply(params, memory, token[:, None])
+        logits = logits.values if isinstance(logits, Masked) else logits
+        new = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
+        new = new if end is None else jnp.where(token == end, end, new)
+        return (new, memory), token
+
+    (final, _), ys = jax.lax.scan(body, (first, memory), length=steps - 1)
+    return jnp.concatenate([ys.T, final[:, None]], axis=1)

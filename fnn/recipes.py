@@ -1,0 +1,155 @@
+"""What `fnn train` trains: data in the shape that a model takes, the model, and the loss that fits the targets."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from fnn import check, data, losses, memory, models, synthetic
+from fnn.core import Layer
+from fnn.dataset import Dataset, Parts
+
+DEFAULTS = {
+    # model: depth, width, norm, dropout
+    "mlp": (2, 256, "batch_norm", 0.1),
+    "convnet": (2, 32, "batch_norm", 0.3),
+    "resnet": (2, 16, "batch_norm", 0.0),
+    "rnn": (1, 128, "none", 0.0),
+    "transformer": (2, 64, "layer_norm", 0.0),
+}
+STAGES = {"convnet": 2, "resnet": 3}
+
+
+class Options(Protocol):
+    """What a recipe reads of the command line's options; None stands for the model's own default."""
+
+    model: str
+    depth: int | None
+    width: int | None
+    norm: str | None
+    dropout: float | None
+    activation: str
+    init: str
+    residual: bool
+    cell: str
+    forget_bias: float
+    recurrent_init: str
+    heads: int
+    norm_position: str
+    flow: bool
+
+
+class Recipe(NamedTuple):
+    """A model for a data set."""
+
+    net: Layer
+    loss: losses.Loss
+    measure: str
+    """What the loss's `correct` counts, in words; the loss's own name where it counts nothing."""
+    dropout: float
+
+
+def load(name: str, model: str, *, key: Any) -> Parts:
+    """Load data by name or path; images as they are for convolutions, pixel by pixel for sequence models."""
+    check.choice("train", DEFAULTS, model=model)
+    train, test = data.load(name, key=key, image=model != "mlp")
+    if model in ("rnn", "transformer") and train.x.ndim == 4:
+        return _pixels(train), _pixels(test)
+    return train, test
+
+
+def recipe(options: Options, train: Dataset) -> Recipe:
+    """Choose the loss by the targets (labels, labels at every position, numbers), and build the model around it."""
+    sequences = options.model in ("rnn", "transformer")
+    integer, y = np.issubdtype(train.y.dtype, np.integer), train.y
+    tokens = np.issubdtype(train.x.dtype, np.integer)
+    if integer and y.ndim == 2 and sequences and tokens:
+        loss, measure, outputs = losses.sequence_cross_entropy, "exact match", int(max(train.x.max(), y.max())) + 1
+    elif integer and y.ndim == 1:
+        loss, measure, outputs = losses.cross_entropy, "accuracy", int(y.max()) + 1
+    elif not integer and y.ndim == 2:
+        loss, measure, outputs = losses.mse, "mean squared error", y.shape[1]
+    else:
+        got = f"targets {check.describe(y)} for {check.describe(train.x)}"
+        raise ValueError(f"train: {options.model} needs labelled classes, numbers, or token sequences, got {got}")
+    wanted = {"convnet": (3, 4, 5), "resnet": (3, 4, 5), "rnn": (3,), "transformer": (3,)}.get(options.model)
+    if wanted and train.x.ndim not in wanted and not (sequences and tokens):
+        rule = "sequences float[n, time, d]" if sequences else "images float[n, *positions, c]"
+        raise ValueError(f"train: {options.model} needs {rule}, got {check.describe(train.x)}; choose other data")
+    depth, width, norm, dropout = (
+        default if value is None else value
+        for value, default in zip(
+            (options.depth, options.width, options.norm, options.dropout), DEFAULTS[options.model], strict=True
+        )
+    )
+    net = _model(options, depth, width, norm, dropout, outputs, loss is losses.sequence_cross_entropy)
+    return Recipe(net, loss, measure, dropout)
+
+
+def decoded_exactly(net: Layer, state: Any, test: Dataset, *, batch_size: int = 1000) -> float:
+    """Translate the prompts of `data.number_words` greedily, with the cache, and return the fraction exactly right."""
+    right = 0.0
+    prompt, steps = synthetic.PROMPT, synthetic.ANSWER
+    for i in range(0, test.size, batch_size):
+        x, y = test.take(slice(i, i + batch_size))
+        answers = memory.generate(net, state.params, state.state, x[:, :prompt], steps, end=synthetic.END)
+        targets = y[:, prompt - 1 :]
+        right += float(jnp.sum(jnp.all((answers == targets) | (targets == -1), axis=1)))
+    return right / test.size
+
+
+def _pixels(part: Dataset) -> Dataset:
+    return Dataset(part.x.reshape(part.size, -1, part.x.shape[-1]), part.y)
+
+
+def _model(options: Options, depth: int, width: int, norm: str, dropout: float, outputs: int, every: bool) -> Layer:
+    kind, taps = options.model, options.flow
+    if kind == "mlp":
+        return models.mlp(
+            depth,
+            width,
+            outputs,
+            activation=options.activation,
+            norm=norm,
+            init=options.init,
+            residual=options.residual,
+            dropout=dropout,
+            taps=taps,
+        )
+    if kind == "convnet":
+        channels = [width * 2**i for i in range(STAGES[kind])]
+        common = {"activation": options.activation, "norm": norm, "init": options.init, "taps": taps}
+        return models.convnet(channels, outputs, convs=depth, dropout=dropout, **common)
+    if kind == "resnet":
+        scaling = "skip_init" if norm == "none" else None
+        common = {"activation": options.activation, "norm": norm, "init": options.init, "taps": taps}
+        return models.resnet([depth] * STAGES[kind], outputs, width=width, scaling=scaling, **common)
+    vocabulary, padding = (outputs, synthetic.PAD) if every else (None, None)
+    if kind == "rnn":
+        return models.rnn(
+            depth,
+            width,
+            outputs,
+            cell=options.cell,
+            vocabulary=vocabulary,
+            padding=padding,
+            every_step=every,
+            forget_bias=options.forget_bias,
+            recurrent_init=options.recurrent_init,
+            dropout=dropout,
+            taps=taps,
+        )
+    return models.transformer(
+        vocabulary,
+        depth,
+        width,
+        options.heads,
+        outputs=None if every else outputs,
+        causal=every,
+        padding=padding,
+        norm=norm,
+        norm_position=options.norm_position,
+        activation=options.activation,
+        dropout=dropout,
+        taps=taps,
+    )

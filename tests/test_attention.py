@@ -1,0 +1,303 @@
+"""Attention, positions, embeddings and decoding: Flax and PyTorch on the same weights, masks, the cache."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import randomized
+
+import fnn
+from fnn.attention import rotate
+
+BATCH, TIME, D, HEADS = 3, 6, 8, 2
+LENGTHS = jnp.array([6, 2, 4])
+KEY = jax.random.key(0)
+
+
+def drawn(dtype=jnp.float32, time=TIME):
+    return jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, time, D)), dtype)
+
+
+def prepared(layer, x):
+    params, state = layer.init(KEY, x)
+    return randomized(params), state
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.float64, 1e-10)], ids=["f32", "f64"])
+def test_attention_equals_flax_with_masks(causal, dtype, tolerance):
+    with jax.enable_x64(dtype == jnp.float64):
+        x, layer = drawn(dtype), fnn.attention(HEADS, causal=causal)
+        params, state = prepared(layer, x)
+        real = jnp.arange(TIME) < LENGTHS[:, None]
+        module = nn.MultiHeadDotProductAttention(HEADS, dtype=dtype, param_dtype=dtype)
+
+        def ours(params, x):
+            y, _ = layer.apply(params, state, fnn.Masked(x, real))
+            return jnp.sum(jnp.sin(y.values)), y.values
+
+        def reference(params, x):
+            named = jax.tree.map(lambda a: a.reshape(*a.shape[:-1], HEADS, D // HEADS), params)
+            named["out"] = {
+                "kernel": params["out"]["kernel"].reshape(HEADS, D // HEADS, D),
+                "bias": params["out"]["bias"],
+            }
+            mask = nn.make_attention_mask(jnp.ones_like(real), real)
+            if causal:
+                mask = nn.combine_masks(mask, nn.make_causal_mask(real))
+            y = module.apply({"params": named}, x, mask=mask)
+            y = jnp.where(real[..., None], y, 0)
+            return jnp.sum(jnp.sin(y)), y
+
+        (_, y), gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(params, x)
+        (_, expected), theirs = jax.jit(jax.value_and_grad(reference, argnums=(0, 1), has_aux=True))(params, x)
+        np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=10 * tolerance), gradients, theirs)
+
+
+def test_attention_equals_pytorch():
+    torch = pytest.importorskip("torch")
+    x, layer = drawn(), fnn.attention(HEADS)
+    params, state = prepared(layer, x)
+    y, _ = layer.apply(params, state, fnn.Masked.of_lengths(x, LENGTHS))
+    module = torch.nn.MultiheadAttention(D, HEADS, batch_first=True)
+    names = ("query", "key", "value")
+    module.load_state_dict(
+        {
+            "in_proj_weight": torch.tensor(np.concatenate([np.array(params[n]["kernel"]).T for n in names])),
+            "in_proj_bias": torch.tensor(np.concatenate([np.array(params[n]["bias"]) for n in names])),
+            "out_proj.weight": torch.tensor(np.array(params["out"]["kernel"]).T),
+            "out_proj.bias": torch.tensor(np.array(params["out"]["bias"])),
+        }
+    )
+    padding = np.arange(TIME) >= np.array(LENGTHS)[:, None]
+    inputs = torch.tensor(np.array(x))
+    with torch.no_grad():
+        theirs, _ = module(inputs, inputs, inputs, key_padding_mask=torch.tensor(padding), need_weights=False)
+    np.testing.assert_allclose(y.values[~padding], theirs.numpy()[~padding], atol=1e-5)
+
+
+def test_grouped_heads_share_keys_and_values():
+    x = drawn()
+    shared, full = fnn.attention(4, kv_heads=2), fnn.attention(4)
+    params, state = prepared(shared, x)
+
+    def spread(a):
+        return jnp.repeat(a.reshape(*a.shape[:-1], 2, D // 4), 2, axis=-2).reshape(*a.shape[:-1], D)
+
+    wide = params | {name: jax.tree.map(spread, params[name]) for name in ("key", "value")}
+    np.testing.assert_allclose(shared.apply(params, state, x)[0], full.apply(wide, state, x)[0], atol=1e-6)
+
+
+def test_rotary_positions_turn_complex_pairs_and_see_differences_alone():
+    x = np.random.default_rng(1).normal(size=(2, 5, 3, 6)).astype(np.float32)
+    places = np.arange(10).reshape(2, 5)
+    pairs = x[..., :3] + 1j * x[..., 3:]
+    turned = pairs * np.exp(1j * places[:, :, None, None] * 10_000.0 ** (-np.arange(3) / 3))
+    ours = rotate(jnp.asarray(x), jnp.asarray(places))
+    np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
+    q, k = jnp.asarray(x[:1, :1]), jnp.asarray(x[1:, :1])
+
+    def product(p, q_place):
+        return jnp.sum(rotate(q, jnp.array([[q_place]])) * rotate(k, jnp.array([[p]])))
+
+    np.testing.assert_allclose(product(3, 7), product(103, 107), rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_padding_changes_nothing_wherever_it_stands(positions):
+    learned = [fnn.positions(9)] if positions == "learned" else []
+    net = fnn.serial(*learned, fnn.residual(fnn.attention(HEADS, causal=True, rotary=not learned)))
+    x = drawn()
+    params, state = prepared(net, x)
+    y, _ = net.apply(params, state, x)
+    keep = np.array([1, 2, 4, 5, 7, 8])
+    padded, mask = jnp.full((BATCH, 9, D), 1e2).at[:, keep].set(x), jnp.zeros((BATCH, 9), bool).at[:, keep].set(True)
+    holed, _ = net.apply(params, state, fnn.Masked(padded, mask))
+    np.testing.assert_allclose(holed.values[:, keep], y, atol=2e-5)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_pieces_equal_the_whole_and_decoding_equals_recomputing(positions):
+    longest = 12 if positions == "learned" else None
+    net = fnn.models.transformer(11, 2, D, HEADS, positions=positions, longest=longest, padding=0)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 11, size=(BATCH, TIME)))
+    params, state = net.init(KEY, tokens)
+    params = randomized(params)
+    apply = jax.jit(net.apply)
+    whole, _ = apply(params, state, tokens)
+    memory, parts = fnn.memory.start(state, BATCH, TIME), []
+    for piece in (tokens[:, :1], tokens[:, 1:4], tokens[:, 4:]):
+        part, memory = apply(params, memory, piece)
+        parts.append(part)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-5)
+    # Prompts of different lengths: each example goes on behind its own last token, as if it stood alone.
+    prompt = jnp.where(jnp.arange(TIME) < LENGTHS[:, None], tokens, 0)
+    ours = fnn.generate(net, params, state, fnn.Masked.of_lengths(prompt, LENGTHS), 5)
+    for i, n in enumerate(LENGTHS):
+        sequence = tokens[i : i + 1, :n]
+        for t in range(5):
+            logits, _ = net.apply(params, state, sequence)
+            assert int(ours[i, t]) == int(jnp.argmax(logits[0, -1]))
+            sequence = jnp.concatenate([sequence, ours[i : i + 1, t : t + 1]], axis=1)
+    end = int(ours[0, 1])
+    stopped = fnn.generate(net, params, state, tokens[:1], 5, end=end)
+    np.testing.assert_array_equal(stopped[0, 1:] if int(ours[0, 0]) != end else stopped[0], end)
+
+
+def test_generate_with_a_recurrent_net():
+    net = fnn.serial(fnn.embed(7, 4), fnn.lstm(5), fnn.dense(7))
+    tokens = jnp.array([[1, 2, 3], [4, 5, 6]])
+    params, state = net.init(KEY, tokens)
+    params = randomized(params)
+    ours = fnn.generate(net, params, state, tokens, 4)
+    for _ in range(4):
+        logits, _ = net.apply(params, state, tokens)
+        tokens = jnp.concatenate([tokens, jnp.argmax(logits[:, -1:], axis=-1)], axis=1)
+    np.testing.assert_array_equal(ours, tokens[:, 3:])
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_transformer_by_hand(norm_position):
+    net = fnn.models.transformer(
+        9, 1, D, HEADS, norm_position=norm_position, positions="learned", longest=TIME, causal=True
+    )
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 9, size=(BATCH, TIME)))
+    params, state = net.init(KEY, tokens)
+    params = randomized(params)
+    logits, _ = net.apply(params, state, tokens)
+    table = params["embedding"]
+
+    def norm(h, p):
+        h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6)
+        return h * p["scale"] + p["bias"]
+
+    h = table[tokens] + params["body"][0]["embedding"]
+    attend = fnn.attention(HEADS, causal=True)
+    weights = next(w for w in _subtrees(params) if isinstance(w, dict) and {"query", "out"} <= w.keys())
+    weights = jax.tree.map(lambda a: a[0], weights)
+    norms, denses = _found(params, {"scale", "bias"}), _found(params, {"kernel", "bias"}, within="feed_forward")
+
+    def forward(x):
+        a, b = denses
+        return jax.nn.gelu(x @ a["kernel"] + a["bias"], approximate=False) @ b["kernel"] + b["bias"]
+
+    def see(x):
+        return attend.apply(weights, attend.init(KEY, x)[1], x)[0]
+
+    if norm_position == "pre":
+        h = h + see(norm(h, norms[0]))
+        h = h + forward(norm(h, norms[1]))
+        h = norm(h, norms[2])
+    else:
+        h = norm(h + see(h), norms[0])
+        h = norm(h + forward(h), norms[1])
+    np.testing.assert_allclose(logits, h @ table.T, atol=2e-5)
+
+
+def _subtrees(tree):
+    yield tree
+    inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple) else []
+    inner = [tree.blocks] if isinstance(tree, fnn.tree.Stacked) else inner
+    for node in inner:
+        yield from _subtrees(node)
+
+
+def _found(tree, names, within=None):
+    """List all dicts of exactly these arrays, in order, the depth axis of stacked ones taken off."""
+    found = []
+    for path, leaf in zip(fnn.tree.paths(tree), jax.tree.leaves(tree), strict=True):
+        parent, _, name = path.rpartition("/")
+        if within and within not in path:
+            continue
+        if not found or found[-1][0] != parent:
+            found.append((parent, {}))
+        found[-1][1][name] = leaf[0] if "[:]" in path else leaf
+    return [arrays for _, arrays in found if arrays.keys() == names]
+
+
+def test_embed_equals_indexing_and_ties_the_output():
+    tokens = jnp.array([[3, 0, 2], [1, 1, 0]])
+    layer = fnn.embed(4, D, padding=0)
+    params, _ = layer.init(KEY, tokens)
+    (y, mask), _ = layer.apply(params, (), tokens)
+    np.testing.assert_array_equal(y, np.asarray(params["embedding"])[np.asarray(tokens)])
+    np.testing.assert_array_equal(mask, tokens != 0)
+    slope = jax.grad(lambda p: jnp.sum(layer.apply(p, (), tokens)[0].values[..., 0]))(params)["embedding"]
+    np.testing.assert_array_equal(slope[:, 0], [2, 2, 1, 1])
+    net = fnn.tied(4, D, fnn.serial())
+    params, state = net.init(KEY, tokens)
+    table = np.asarray(params["embedding"])
+    np.testing.assert_allclose(net.apply(params, state, tokens)[0], table[np.asarray(tokens)] @ table.T, atol=1e-6)
+
+
+def test_tokens_out_of_range_are_refused_on_the_host_and_nan_inside_jit():
+    layer = fnn.serial(fnn.embed(4, D), fnn.global_avg_pool(), fnn.dense(2))
+    good, bad = jnp.array([[3, 0, 2], [1, 1, 0]]), jnp.array([[3, 0, 4], [1, -1, 0]])
+    params, state = layer.init(KEY, good)
+    with pytest.raises(ValueError, match=r"embed: token numbers must lie in 0..3, got -1..4") as refusal:
+        layer.apply(params, state, bad)
+    assert "in layer 0, input int32[2,3]" in refusal.value.__notes__[0]
+    values = jax.jit(lambda x: layer.apply(params, state, x)[0])(bad)
+    assert np.isnan(values).all()
+    labels = jnp.array([0, 1])
+    state = fnn.TrainState.create(layer, optax.sgd(0.1), KEY, good)
+    step = fnn.train_step(layer, fnn.losses.cross_entropy, optax.sgd(0.1))
+    for call in (
+        lambda: fnn.fit(step, state, (bad, labels), epochs=1, batch_size=2, key=KEY),
+        lambda: fnn.evaluate(layer, state, (bad, labels)),
+        lambda: step(state, (bad, labels)),
+        lambda: fnn.fit(step, state, [(np.asarray(bad), np.asarray(labels))], epochs=1),
+    ):
+        with pytest.raises(ValueError, match="token numbers must lie in 0..3"):
+            call()
+
+
+def test_sequence_cross_entropy_averages_over_targets_and_counts_exact_matches():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)))
+    targets = jnp.array([[-1, 2, 0], [-1, -1, -1]])
+    loss = fnn.losses.sequence_cross_entropy(logits, targets)
+    log = jax.nn.log_softmax(logits)
+    np.testing.assert_allclose(loss, [-(log[0, 1, 2] + log[0, 2, 0]) / 2, 0], rtol=1e-6)
+    best = jnp.argmax(logits, -1)
+    right = fnn.losses.sequence_cross_entropy.correct
+    np.testing.assert_array_equal(right(logits, best.at[0, 0].set(-1)), [1, 1])
+    np.testing.assert_array_equal(right(logits, best.at[1, 2].set((best[1, 2] + 1) % 4)), [1, 0])
+    assert np.isnan(fnn.losses.sequence_cross_entropy(logits, targets.at[0, 1].set(4))[0])
+    with pytest.raises(ValueError, match=r"labels must lie in 0..3, got 0..4"):
+        fnn.losses.sequence_cross_entropy.check((2, 3, 4), np.array([[0, 4, -1]]))
+
+
+def test_refusals():
+    x, layer = drawn(), fnn.attention(HEADS, causal=True)
+    params, state = prepared(layer, x)
+    with pytest.raises(ValueError, match=r"heads must divide the width, got 3 heads and float32\[3,6,8\]"):
+        fnn.attention(3).init(KEY, x)
+    with pytest.raises(ValueError, match="kv_heads must divide heads, got 3 and 4"):
+        fnn.attention(4, kv_heads=3)
+    with pytest.raises(ValueError, match="even quotient"):
+        fnn.attention(8, rotary=True).init(KEY, x)
+    with pytest.raises(ValueError, match=r"bool\[batch, time\]"):
+        layer.apply(params, state, fnn.Masked(x, jnp.ones((BATCH, TIME, TIME), bool)))
+    with pytest.raises(ValueError, match="looks ahead"):
+        fnn.memory.start(fnn.attention(HEADS).init(KEY, x)[1], BATCH, 4)
+    with pytest.raises(ValueError, match="memory was started for 3 sequences of 4, got 3 of 6"):
+        layer.apply(params, fnn.memory.start(state, BATCH, 4), x)
+    # Beyond the memory's end, position by position, the values are NaN and never those of another position.
+    memory = fnn.memory.start(state, BATCH, 4)
+    _, memory = layer.apply(params, memory, x[:, :3])
+    y, _ = layer.apply(params, memory, x[:, 3:])
+    np.testing.assert_array_equal(np.isnan(y).all(-1), [[False, True, True]] * BATCH)
+    with pytest.raises(ValueError, match=r"positions: the net has 4 positions, got float32\[3,6,8\]"):
+        fnn.positions(4).init(KEY, x)
+    net = fnn.serial(fnn.embed(5, D), fnn.positions(8), fnn.attention(HEADS, causal=True))
+    tokens = jnp.ones((2, 4), int)
+    params, state = net.init(KEY, tokens)
+    with pytest.raises(ValueError, match="the net has positions for 8, got length=9"):
+        fnn.generate(net, params, state, tokens, 5)
+    with pytest.raises(TypeError, match="must be token numbers"):
+        fnn.embed(4, D).init(KEY, x)
+    with pytest.raises(ValueError, match="prompt must be int"):
+        fnn.generate(net, params, state, jnp.ones((2, 4)), 3)

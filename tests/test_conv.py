@@ -1,0 +1,169 @@
+"""Convolutions and pools: the same weights in Flax and PyTorch, sums by hand, and refusals."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import randomized
+
+import fnn
+
+CASES = [
+    # rank, window, stride, dilation, groups, padding, Flax's padding
+    (1, 3, 1, 2, 1, "same", "SAME"),
+    (2, (3, 2), (2, 1), 1, 2, "same", "SAME"),
+    (2, 3, 2, 1, 4, ((0, 1), (2, 0)), ((0, 1), (2, 0))),
+    (2, 4, 1, 1, 1, "circular", "CIRCULAR"),
+    (3, 2, 2, 1, 1, "valid", "VALID"),
+    (3, 3, 1, 1, 2, 1, 1),
+]
+SIZES = (7, 6, 5)
+
+
+def image(rank, channels=4, batch=2, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, *SIZES[:rank], channels)))
+
+
+def each(value, rank):
+    return (value,) * rank if isinstance(value, int) else value
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.float64, 1e-10)], ids=["f32", "f64"])
+def test_conv_equals_flax(case, dtype, tolerance):
+    rank, window, stride, dilation, groups, padding, their_padding = case
+    with jax.enable_x64(dtype == jnp.float64):
+        x = image(rank).astype(dtype)
+        options = {"stride": stride, "dilation": dilation, "groups": groups, "padding": padding}
+        layer = fnn.conv(8, window, **options)
+        params = randomized(layer.init(jax.random.key(0), x)[0])
+        theirs = nn.Conv(
+            8,
+            each(window, rank),
+            each(stride, rank),
+            their_padding,
+            kernel_dilation=each(dilation, rank),
+            feature_group_count=groups,
+            dtype=dtype,
+        )
+        y, _ = layer.apply(params, (), x)
+        expected = theirs.apply({"params": params}, x)
+        assert y.dtype == dtype and y.shape == expected.shape
+        np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "padding", "their_padding"),
+    [(3, 2, "same", "SAME"), ((2, 3), (3, 1), "valid", "VALID"), (3, 2, 1, ((1, 1), (1, 1)))],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.float64, 1e-10)], ids=["f32", "f64"])
+def test_conv_transpose_equals_flax(window, stride, padding, their_padding, dtype, tolerance):
+    with jax.enable_x64(dtype == jnp.float64):
+        x = image(2).astype(dtype)
+        layer = fnn.conv_transpose(3, window, stride=stride, padding=padding)
+        params = randomized(layer.init(jax.random.key(0), x)[0])
+        y, _ = layer.apply(params, (), x)
+        theirs = nn.ConvTranspose(3, each(window, 2), each(stride, 2), their_padding, dtype=dtype)
+        expected = theirs.apply({"params": params}, x)
+        assert y.shape == expected.shape
+        np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance)
+        if padding == "same":
+            assert y.shape == (2, 14, 12, 3)
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "padding", "their_padding"),
+    [(2, None, "valid", "VALID"), (3, 2, "same", "SAME"), ((3, 2), (1, 2), ((1, 1), (0, 1)), ((1, 1), (0, 1)))],
+)
+def test_pools_equal_flax(window, stride, padding, their_padding):
+    x = image(2)
+    strides = each(window if stride is None else stride, 2)
+    largest, _ = fnn.max_pool(window, stride=stride, padding=padding).apply((), (), x)
+    mean, _ = fnn.avg_pool(window, stride=stride, padding=padding).apply((), (), x)
+    np.testing.assert_array_equal(largest, nn.max_pool(x, each(window, 2), strides, their_padding))
+    expected = nn.avg_pool(x, each(window, 2), strides, their_padding, count_include_pad=False)
+    np.testing.assert_allclose(mean, expected, atol=1e-6)
+
+
+def test_conv_and_transpose_by_hand():
+    x = jnp.arange(1.0, 6)[None, :, None]
+    kernel = jnp.array([1.0, 10, 100])[:, None, None]
+    y, _ = fnn.conv(1, 3, bias=False).apply({"kernel": kernel}, (), x)
+    # A cross-correlation: the kernel's first number meets the position before.
+    np.testing.assert_array_equal(y[0, :, 0], [210, 321, 432, 543, 54])
+    up, _ = fnn.conv_transpose(1, 2, stride=2, bias=False).apply({"kernel": kernel[:2]}, (), x[:, :2])
+    np.testing.assert_array_equal(up[0, :, 0], [10, 1, 20, 2])  # of what lies before, at 1; of itself, at 10
+
+
+def test_conv_equals_pytorch():
+    torch = pytest.importorskip("torch")
+    x = image(2).astype(jnp.float32)
+    layer = fnn.conv(6, 3, stride=2, groups=2, padding=1, dilation=2)
+    params = randomized(layer.init(jax.random.key(0), x)[0])
+    y, _ = layer.apply(params, (), x)
+    weight = torch.tensor(np.array(params["kernel"]).transpose(3, 2, 0, 1))
+    theirs = torch.nn.functional.conv2d(
+        torch.tensor(np.array(x).transpose(0, 3, 1, 2)),
+        weight,
+        torch.tensor(np.array(params["bias"])),
+        stride=2,
+        padding=1,
+        dilation=2,
+        groups=2,
+    )
+    np.testing.assert_allclose(y, theirs.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
+def test_global_average_counts_real_positions_alone():
+    x = jnp.arange(12.0).reshape(2, 3, 2)
+    y, _ = fnn.global_avg_pool().apply((), (), fnn.Masked.of_lengths(x, jnp.array([2, 3])))
+    np.testing.assert_allclose(y, [[1, 2], [8, 9]])
+    empty, _ = fnn.global_avg_pool().apply((), (), fnn.Masked(x, jnp.zeros((2, 3), bool)))
+    np.testing.assert_array_equal(empty, 0)
+
+
+def test_delta_orthogonal_conv_keeps_norms_under_circular_padding():
+    x = image(2, channels=8)
+    layer = fnn.conv(8, 3, padding="circular", kernel_init="delta_orthogonal")
+    y, _ = layer.apply(layer.init(jax.random.key(0), x)[0], (), x)
+    np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "sentence"),
+    [
+        (lambda: fnn.conv(4, 3, groups=3), (2, 8, 8, 3), "groups must divide the output channels, got 3 groups and 4"),
+        (lambda: fnn.conv(4, 3, groups=2), (2, 8, 8, 3), r"groups must divide the input channels, got 2 .*8,3\]"),
+        (
+            lambda: fnn.conv(4, 5, padding="valid"),
+            (2, 4, 4, 3),
+            r"must fit into the padded input, got \(5, 5\).*\(4, 4\)",
+        ),
+        (lambda: fnn.conv(4, 3, padding="smae"), (2, 8, 8, 3), "unknown padding 'smae'; did you mean 'same'?"),
+        (lambda: fnn.conv(4, (3, 3)), (2, 8, 3), "window must have one number for each of 1 axes"),
+        (lambda: fnn.conv(4, 0), (2, 8, 3), "window must be a positive integer, got 0"),
+        (lambda: fnn.conv(4, 3, padding=-1), (2, 8, 3), "padding must be an integer of at least 0, got -1"),
+        (lambda: fnn.conv(4, 3), (2, 3), "one to three axes of positions"),
+        (lambda: fnn.max_pool(4), (2, 3, 3, 1), "must fit into the padded input"),
+        (lambda: fnn.avg_pool(2, padding=2), (2, 3, 3, 1), "padding must be smaller than the window"),
+        (lambda: fnn.conv_transpose(4, 9, padding=0), (2, 3, 1), "must fit into the padded input"),
+    ],
+)
+def test_refusals(make, shape, sentence):
+    with pytest.raises(ValueError, match=sentence.replace("?", r"\?")):
+        make().init(jax.random.key(0), jnp.zeros(shape))
+        layer = make()
+        layer.apply(layer.init(jax.random.key(0), jnp.zeros(shape))[0], (), jnp.zeros(shape))
+
+
+def test_refusals_of_other_inputs():
+    layer = fnn.serial(fnn.dense(3), fnn.conv(4, 3))
+    with pytest.raises(TypeError, match="conv: the input must be one floating point array") as refusal:
+        layer.init(jax.random.key(0), fnn.Masked(jnp.zeros((2, 5, 3)), jnp.ones((2, 5), bool)))
+    assert "in layer 1, input" in refusal.value.__notes__[0]
+    params, state = fnn.conv(4, 3).init(jax.random.key(0), jnp.zeros((2, 8, 8, 3)))
+    with pytest.raises(ValueError, match="must have 3 channels, as at init"):
+        fnn.conv(4, 3).apply(params, state, jnp.zeros((2, 8, 8, 2)))
+    with pytest.raises(TypeError, match="floating point"):
+        fnn.conv(4, 3).apply(params, state, jnp.zeros((2, 8, 8, 3), int))

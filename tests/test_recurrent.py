@@ -1,0 +1,242 @@
+"""Recurrent layers: the same weights in Flax and PyTorch, masks, pieces of a sequence, taps over time."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import randomized
+
+import fnn
+
+WIDTH, D, BATCH, TIME = 5, 3, 4, 6
+LENGTHS = jnp.array([6, 1, 4, 3])
+LAYERS = {"rnn": fnn.rnn, "gru": fnn.gru, "lstm": fnn.lstm}
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.float64, 1e-10)], ids=["f32", "f64"]
+)
+
+
+def drawn(dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, TIME, D)), dtype)
+
+
+def prepared(kind, dtype=jnp.float32, **options):
+    layer = LAYERS[kind](WIDTH, **options)
+    x = drawn(dtype)
+    params, state = layer.init(jax.random.key(0), x)
+    return layer, randomized(params), state, x
+
+
+def flax_cell(kind, params, dtype):
+    """Flax's cell, and our weights under its names."""
+    options = {"dtype": dtype, "param_dtype": dtype}
+    w, u, b = params["kernel"], params["recurrent_kernel"], params["bias"]
+    if kind == "rnn":
+        return nn.SimpleCell(WIDTH, **options), {"i": {"kernel": w, "bias": b}, "h": {"kernel": u}}
+    parts = [jnp.split(a, {"gru": 3, "lstm": 4}[kind], axis=-1) for a in (w, u, b)]
+    if kind == "gru":
+        named = {f"i{n}": {"kernel": w, "bias": b} for n, w, _, b in zip("rzn", *parts, strict=True)}
+        named |= {f"h{n}": {"kernel": u} for n, u in zip("rzn", parts[1], strict=True)}
+        named["hn"]["bias"] = params["recurrent_bias"]
+        return nn.GRUCell(WIDTH, **options), named
+    named = {f"i{n}": {"kernel": w} for n, w in zip("ifgo", parts[0], strict=True)}
+    named |= {f"h{n}": {"kernel": u, "bias": b} for n, u, b in zip("ifgo", *parts[1:], strict=True)}
+    return nn.LSTMCell(WIDTH, **options), named
+
+
+@PRECISIONS
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_values_and_gradients_equal_flax_with_lengths(kind, reverse, dtype, tolerance):
+    with jax.enable_x64(dtype == jnp.float64):
+        layer, params, state, x = prepared(kind, dtype, reverse=reverse)
+        cell, _ = flax_cell(kind, params, dtype)
+        real = jnp.arange(TIME) < LENGTHS[:, None]
+
+        @jax.jit
+        def ours(params, x):
+            (y, mask), _ = layer.apply(params, state, fnn.Masked.of_lengths(x, LENGTHS))
+            return jnp.sum(jnp.sin(y)), (y, mask)
+
+        @jax.jit
+        def reference(params, x):
+            _, named = flax_cell(kind, params, dtype)
+            module = nn.RNN(cell, reverse=reverse, keep_order=True)
+            y = module.apply({"params": {"cell": named}}, x, seq_lengths=LENGTHS)
+            y = jnp.where(real[..., None], y, 0)
+            return jnp.sum(jnp.sin(y)), y
+
+        (_, (y, mask)), gradients = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(params, x)
+        (_, expected), their_gradients = jax.value_and_grad(reference, argnums=(0, 1), has_aux=True)(params, x)
+        np.testing.assert_array_equal(mask, real)
+        np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance)
+        np.testing.assert_array_equal(y[~real], 0)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=10 * tolerance), gradients, their_gradients
+        )
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gate_order_is_pytorchs(kind):
+    torch = pytest.importorskip("torch")
+    layer, params, state, x = prepared(kind)
+    y, _ = layer.apply(params, state, fnn.Masked.of_lengths(x, LENGTHS))
+    module = {"rnn": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[kind](D, WIDTH, batch_first=True)
+    second = torch.zeros(module.bias_hh_l0.shape)
+    if kind == "gru":
+        second[-WIDTH:] = torch.tensor(np.array(params["recurrent_bias"]))
+    weights = {
+        "weight_ih_l0": torch.tensor(np.array(params["kernel"]).T),
+        "weight_hh_l0": torch.tensor(np.array(params["recurrent_kernel"]).T),
+        "bias_ih_l0": torch.tensor(np.array(params["bias"])),
+        "bias_hh_l0": second,
+    }
+    module.load_state_dict(weights)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(
+        torch.tensor(np.array(x)), torch.tensor(np.array(LENGTHS)), batch_first=True, enforce_sorted=False
+    )
+    with torch.no_grad():
+        theirs, _ = torch.nn.utils.rnn.pad_packed_sequence(module(packed)[0], batch_first=True)
+    np.testing.assert_allclose(y.values, theirs.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_padding_changes_nothing_wherever_it_stands(kind):
+    layer, params, state, x = prepared(kind)
+    y, _ = layer.apply(params, state, x)
+    keep = np.array([1, 2, 4, 5, 7, 8])  # holes at 0, 3 and 6
+    padded, mask = jnp.full((BATCH, 9, D), 1e3).at[:, keep].set(x), jnp.zeros((BATCH, 9), bool).at[:, keep].set(True)
+    holed, _ = layer.apply(params, state, fnn.Masked(padded, mask))
+    np.testing.assert_allclose(holed.values[:, keep], y, atol=1e-6)
+    slope = jax.grad(lambda v: jnp.sum(layer.apply(params, state, fnn.Masked(v, mask))[0].values))(padded)
+    np.testing.assert_array_equal(slope[~mask], 0)
+    none, _ = layer.apply(params, state, fnn.Masked(x, jnp.ones((BATCH, TIME), bool)))
+    np.testing.assert_allclose(none.values, y, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_pieces_equal_the_whole(kind):
+    layer, params, state, x = prepared(kind, initial="learned")
+    y, same = layer.apply(params, state, x)
+    assert fnn.core.same_spec(same, state)
+    memory, parts = fnn.memory.start(state, BATCH, TIME), []
+    for piece in (x[:, :1], x[:, 1:4], x[:, 4:]):
+        part, memory = layer.apply(params, memory, piece)
+        parts.append(part)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), y, atol=1e-6)
+    np.testing.assert_array_equal(memory.seen, TIME)
+
+
+def test_pieces_of_different_lengths_through_repeat_and_branches():
+    net = fnn.serial(
+        fnn.dense(WIDTH), fnn.repeat(fnn.residual(fnn.lstm(WIDTH)), 3), fnn.parallel(fnn.gru(2)), fnn.concatenate()
+    )
+    x = drawn()
+    params, state = net.init(jax.random.key(0), x)
+    whole, _ = net.apply(params, state, x)
+    first, second = (jnp.array([4, 1, 2, 3]), jnp.array([2, 5, 4, 3]))
+    memory = fnn.memory.start(state, BATCH, TIME)
+    rest = jnp.stack([jnp.roll(x[i], -int(n), axis=0) for i, n in enumerate(first)])
+    a, memory = net.apply(params, memory, fnn.Masked.of_lengths(x, first))
+    b, memory = net.apply(params, memory, fnn.Masked.of_lengths(rest, second))
+    for i, n in enumerate(first):
+        joined = jnp.concatenate([a.values[i, :n], b.values[i, : second[i]]])
+        np.testing.assert_allclose(joined, whole[i], atol=1e-6)
+
+
+def test_tap_over_time_measures_the_error_signal_of_every_step():
+    layer = fnn.rnn(WIDTH, tap=fnn.tap())
+    x = drawn()
+    params, state = layer.init(jax.random.key(0), x)
+
+    def loss(state):
+        y, new = layer.apply(params, state, x)
+        return jnp.mean(jnp.sum(jnp.square(y[:, -1]), axis=1)), new
+
+    gradient, new = jax.grad(loss, has_aux=True)(state)
+    rows = [row for row in fnn.taps.read(new, gradient) if row.quantity == "log_error"]
+    assert [row.path for row in rows] == [f"tap/[{t}]" for t in range(TIME)]
+    # By hand: backwards through h_t = tanh(a_t), dL/dh_{t-1} = (dL/dh_t (1 - h_t²)) Uᵀ.
+    y, _ = layer.apply(params, state, x)
+    y, u = np.asarray(y, np.float64), np.asarray(params["recurrent_kernel"], np.float64)
+    error, expected = 2 * y[:, -1], []
+    for t in reversed(range(TIME)):
+        expected.append(0.5 * np.log(np.mean(np.sum(error**2, axis=1))))
+        error = (error * (1 - y[:, t] ** 2)) @ u.T
+    np.testing.assert_allclose([row.value for row in rows], expected[::-1], atol=1e-5)
+    plain = fnn.rnn(WIDTH)
+    values, _ = plain.apply(params, plain.init(jax.random.key(0), x)[1], x)
+    np.testing.assert_array_equal(values, layer.apply(params, state, x)[0])
+    with pytest.raises(ValueError, match="taps were built for 6 steps"):
+        layer.apply(params, state, x[:, :4])
+
+
+def test_forget_bias_is_an_initial_value():
+    layer, x = fnn.lstm(WIDTH, forget_bias=5.0), drawn()
+    bias = layer.init(jax.random.key(0), x)[0]["bias"]
+    np.testing.assert_array_equal(bias, [0] * 5 + [5] * 5 + [0] * 10)
+    # Without input or recurrence the cell forgets by sigmoid(5) a step: h_t = sigmoid(0)·tanh(c_0 sigmoid(5)^t).
+    params = {"kernel": jnp.zeros((D, 20)), "recurrent_kernel": jnp.zeros((5, 20)), "bias": bias}
+    params["initial"] = {"hidden": jnp.zeros(5), "cell": jnp.ones(5)}
+    layer = fnn.lstm(WIDTH, initial="learned")
+    y, _ = layer.apply(params, layer.init(jax.random.key(0), x)[1], x)
+    keep = 1 / (1 + np.exp(-5.0))
+    np.testing.assert_allclose(y[0, :, 0], 0.5 * np.tanh(keep ** np.arange(1, TIME + 1)), rtol=1e-6)
+
+
+def test_recurrent_kernels_are_drawn_gate_by_gate():
+    params, _ = fnn.lstm(8).init(jax.random.key(0), jnp.zeros((1, 2, 3)))
+    for gate in jnp.split(params["recurrent_kernel"], 4, axis=1):
+        np.testing.assert_allclose(gate @ gate.T, np.eye(8), atol=1e-5)
+
+
+def test_compile_time_does_not_depend_on_the_length():
+    layer = fnn.serial(fnn.lstm(4), fnn.last())
+
+    def size(time):
+        spec = jax.ShapeDtypeStruct((2, time, 3), jnp.float32)
+        params, state = jax.eval_shape(lambda k: layer.init(k, spec), jax.random.key(0))
+        step = jax.jit(jax.grad(lambda p, s, x: jnp.sum(layer.apply(p, s, x)[0])))
+        return len(step.lower(params, state, spec).as_text().splitlines())
+
+    assert size(10) == size(1000)
+
+
+def test_bfloat16_keeps_the_cell_in_float32():
+    # Each step adds 2^-9 to the content, which bfloat16 would round away beside 1.
+    steps = 256
+    params = {"kernel": jnp.zeros((1, 4)), "recurrent_kernel": jnp.zeros((1, 4)), "bias": jnp.array([20.0, 20, 0, 20])}
+    params["bias"] = params["bias"].at[2].set(np.arctanh(2**-9))
+    params["initial"] = {"hidden": jnp.zeros(1), "cell": jnp.ones(1)}
+    layer = fnn.lstm(1, initial="learned")
+    x = jnp.zeros((1, steps, 1), jnp.bfloat16)
+    y, _ = layer.apply(params, layer.init(jax.random.key(0), x)[1], x)
+    assert y.dtype == jnp.bfloat16
+    assert float(y[0, -1, 0]) == pytest.approx(np.tanh(1.5), rel=0.01)
+
+
+def test_refusals():
+    layer, params, state, x = prepared("lstm")
+    cases = [
+        (ValueError, r"lstm: the input must be a sequence float\[batch, time, d\].*got float32\[4,3\]", x[:, 0]),
+        (ValueError, "must be 3, as at init", jnp.zeros((2, 4, 2))),
+        (TypeError, "a mask must be bool", fnn.Masked(x, jnp.ones((BATCH, TIME)))),
+        (ValueError, r"bool\[batch, time\] of the values' first two axes", fnn.Masked(x, jnp.ones((BATCH, 2), bool))),
+        (ValueError, "must be a sequence", (x, jnp.ones((BATCH, TIME), bool))),
+    ]
+    for kind, sentence, bad in cases:
+        with pytest.raises(kind, match=sentence):
+            layer.apply(params, state, bad)
+    with pytest.raises(ValueError, match="lengths must be int"):
+        fnn.Masked.of_lengths(x, jnp.ones(BATCH))
+    with pytest.raises(ValueError, match="reverse=True needs the whole sequence"):
+        fnn.memory.start(prepared("gru", reverse=True)[2], BATCH, 3)
+    with pytest.raises(ValueError, match="must hold a layer that remembers"):
+        fnn.memory.start(((), ()), 2, 3)
+    with pytest.raises(ValueError, match="memory was started for a batch of 2"):
+        layer.apply(params, fnn.memory.start(state, 2, 3), x)
+    with pytest.raises(ValueError, match="unknown initial 'zero'; did you mean 'zeros'"):
+        fnn.gru(3, initial="zero")
+    with pytest.raises(ValueError, match="must have no parameters"):
+        fnn.rnn(3, tap=fnn.dense(3)).init(jax.random.key(0), x)
