@@ -120,9 +120,10 @@ def positions(longest: int, *, kernel_init: str | Callable[..., Any] | None = No
         table = params["embedding"].astype(values.dtype)
         if mask is None and not state.started:
             return like(x, values + table[: values.shape[1]]), state
-        places = memory.place(state, *values.shape[:2], mask)
+        batch, time, _ = values.shape
+        places = memory.place(state, batch, time, mask)
         y = values + jnp.take(table, places, axis=0, mode="fill", fill_value=jnp.nan)
-        return like(x, y), memory.advance(state, {}, values.shape[1], mask) if state.started else state
+        return like(x, y), memory.advance(state, {}, time, mask) if state.started else state
 
     return Layer(init, apply)
 

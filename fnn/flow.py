@@ -17,6 +17,8 @@ from fnn.core import Layer, as_arrays, output_spec
 from fnn.taps import Row, TapState
 from fnn.tree import Stacked
 
+Order = tuple[tuple[int, str], ...]
+
 
 @dataclass(frozen=True)
 class GradientFlow:
@@ -124,8 +126,8 @@ def measure(net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any,
 
 def tabulate(measured: dict[str, Any]) -> GradientFlow:
     """Do the host's part: undo the scales in float64 and label every number."""
-    kernels: list[tuple[int, ...]] = []
-    rows: list[tuple[tuple[int, ...], Row]] = []
+    kernels: list[Order] = []
+    rows: list[tuple[Order, Row]] = []
     exponents = jax.tree.map(lambda log, e: np.broadcast_to(e, log.shape), measured["logs"], measured["exponents"])
     every = zip(*(tree.rows(t) for t in (measured["logs"], exponents, measured["rms"])), strict=True)
     for parent, group in itertools.groupby(every, key=lambda row: row[0][0].rpartition("/")[0]):
@@ -161,10 +163,10 @@ def _unscale(log: Any, exponent: Any) -> float:
     return float(np.float64(log) + np.log(2) * np.float64(exponent))
 
 
-def _order(path: str) -> tuple[int, ...]:
-    """Order paths by their place in the net: numbers count, names do not (a named layer has no siblings)."""
+def _order(path: str) -> Order:
+    """Order paths by their place in the net: numbers count; names, which only branches have beside others, by letter."""
     parts = (part.strip("[]") for part in path.split("/"))
-    return tuple(int(part) if part.isdecimal() else -1 for part in parts)
+    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in parts)
 
 
 def _accumulate(params: Any, state: Any, above: jax.Array) -> tuple[Any, Any, jax.Array]:

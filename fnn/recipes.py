@@ -1,6 +1,6 @@
 """What `fnn train` trains: data in the shape that a model takes, the model, and the loss that fits the targets."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,34 +9,25 @@ from fnn import check, data, losses, memory, models, synthetic
 from fnn.core import Layer
 from fnn.dataset import Dataset, Parts
 
-DEFAULTS = {
-    # model: depth, width, norm, dropout
-    "mlp": (2, 256, "batch_norm", 0.1),
-    "convnet": (2, 32, "batch_norm", 0.3),
-    "resnet": (2, 16, "batch_norm", 0.0),
-    "rnn": (1, 128, "none", 0.0),
-    "transformer": (2, 64, "layer_norm", 0.0),
-}
 STAGES = {"convnet": 2, "resnet": 3}
 
 
-class Options(Protocol):
-    """What a recipe reads of the command line's options; None stands for the model's own default."""
+class Defaults(NamedTuple):
+    """What a model takes where the command line says nothing."""
 
-    model: str
-    depth: int | None
-    width: int | None
-    norm: str | None
-    dropout: float | None
-    activation: str
-    init: str
-    residual: bool
-    cell: str
-    forget_bias: float
-    recurrent_init: str
-    heads: int
-    norm_position: str
-    flow: bool
+    depth: int
+    width: int
+    norm: str = "batch_norm"
+    dropout: float = 0.0
+
+
+DEFAULTS = {
+    "mlp": Defaults(2, 256, dropout=0.1),
+    "convnet": Defaults(2, 32, dropout=0.3),
+    "resnet": Defaults(2, 16),
+    "rnn": Defaults(1, 128, "none"),
+    "transformer": Defaults(2, 64, "layer_norm"),
+}
 
 
 class Recipe(NamedTuple):
@@ -58,8 +49,11 @@ def load(name: str, model: str, *, key: Any) -> Parts:
     return train, test
 
 
-def recipe(options: Options, train: Dataset) -> Recipe:
-    """Choose the loss by the targets (labels, labels at every position, numbers), and build the model around it."""
+def recipe(options: Any, train: Dataset) -> Recipe:
+    """Choose the loss by the targets (labels, labels at every position, numbers), and build the model around it.
+
+    `options` are the command line's, `cli.Train`; None stands for the model's default.
+    """
     sequences = options.model in ("rnn", "transformer")
     integer, y = np.issubdtype(train.y.dtype, np.integer), train.y
     tokens = np.issubdtype(train.x.dtype, np.integer)
@@ -76,14 +70,11 @@ def recipe(options: Options, train: Dataset) -> Recipe:
     if wanted and train.x.ndim not in wanted and not (sequences and tokens):
         rule = "sequences float[n, time, d]" if sequences else "images float[n, *positions, c]"
         raise ValueError(f"train: {options.model} needs {rule}, got {check.describe(train.x)}; choose other data")
-    depth, width, norm, dropout = (
-        default if value is None else value
-        for value, default in zip(
-            (options.depth, options.width, options.norm, options.dropout), DEFAULTS[options.model], strict=True
-        )
-    )
-    net = _model(options, depth, width, norm, dropout, outputs, loss is losses.sequence_cross_entropy)
-    return Recipe(net, loss, measure, dropout)
+    default = DEFAULTS[options.model]
+    given = {name: getattr(options, name) for name in Defaults._fields}
+    size = default._replace(**{name: value for name, value in given.items() if value is not None})
+    net = _model(options, size, outputs, loss is losses.sequence_cross_entropy)
+    return Recipe(net, loss, measure, size.dropout)
 
 
 def decoded_exactly(net: Layer, state: Any, test: Dataset, *, batch_size: int = 1000) -> float:
@@ -102,8 +93,9 @@ def _pixels(part: Dataset) -> Dataset:
     return Dataset(part.x.reshape(part.size, -1, part.x.shape[-1]), part.y)
 
 
-def _model(options: Options, depth: int, width: int, norm: str, dropout: float, outputs: int, every: bool) -> Layer:
+def _model(options: Any, size: Defaults, outputs: int, every: bool) -> Layer:
     kind, taps = options.model, options.flow
+    depth, width, norm, dropout = size
     if kind == "mlp":
         return models.mlp(
             depth,

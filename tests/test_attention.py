@@ -136,12 +136,7 @@ def test_pieces_equal_the_whole_and_decoding_equals_recomputing(positions):
     # Prompts of different lengths: each example goes on behind its own last token, as if it stood alone.
     prompt = jnp.where(jnp.arange(TIME) < LENGTHS[:, None], tokens, 0)
     ours = fnn.generate(net, params, state, fnn.Masked.of_lengths(prompt, LENGTHS), 5)
-    for i, n in enumerate(LENGTHS):
-        sequence = tokens[i : i + 1, :n]
-        for t in range(5):
-            logits, _ = net.apply(params, state, sequence)
-            assert int(ours[i, t]) == int(jnp.argmax(logits[0, -1]))
-            sequence = jnp.concatenate([sequence, ours[i : i + 1, t : t + 1]], axis=1)
+    np.testing.assert_array_equal(ours, recomputed(apply, params, state, prompt, LENGTHS, 5))
     end = int(ours[0, 1])
     stopped = fnn.generate(net, params, state, tokens[:1], 5, end=end)
     np.testing.assert_array_equal(stopped[0, 1:] if int(ours[0, 0]) != end else stopped[0], end)
@@ -153,10 +148,19 @@ def test_generate_with_a_recurrent_net():
     params, state = net.init(KEY, tokens)
     params = randomized(params)
     ours = fnn.generate(net, params, state, tokens, 4)
-    for _ in range(4):
-        logits, _ = net.apply(params, state, tokens)
-        tokens = jnp.concatenate([tokens, jnp.argmax(logits[:, -1:], axis=-1)], axis=1)
-    np.testing.assert_array_equal(ours, tokens[:, 3:])
+    np.testing.assert_array_equal(ours, recomputed(jax.jit(net.apply), params, state, tokens, jnp.array([3, 3]), 4))
+
+
+def recomputed(apply, params, state, prompt, lengths, steps):
+    """Decode without a memory: the whole sequence anew for every token."""
+    tokens, answers = jnp.pad(prompt, ((0, 0), (0, steps))), []
+    rows = jnp.arange(len(lengths))
+    for t in range(steps):
+        logits, _ = apply(params, state, fnn.Masked.of_lengths(tokens, lengths + t))
+        logits = logits.values if isinstance(logits, fnn.Masked) else logits
+        answers.append(jnp.argmax(logits[rows, lengths + t - 1], axis=-1))
+        tokens = tokens.at[rows, lengths + t].set(answers[-1])
+    return jnp.stack(answers, axis=1)
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])

@@ -116,6 +116,46 @@ CASES = [
     Case(
         "mlp", fnn.models.mlp(2, 8, 3, activation="silu", norm="batch_norm", taps=True), keeps_shape=False, mixes=True
     ),
+    Case("gain", fnn.gain(0.5, 0.1), (4, 3, 8)),
+    Case(
+        "convnet",
+        fnn.models.convnet([2, 3], 4, convs=2, activation="tanh", dropout=0.2, taps=True),
+        (3, 4, 4, 2),
+        noisy=True,
+        keeps_shape=False,
+        mixes=True,
+    ),
+    Case(
+        "resnet", fnn.models.resnet([2, 1], 3, width=2, activation="silu", taps=True), (3, 4, 3, 2), False, False, True
+    ),
+    Case(
+        "resnet_bottleneck_fixup",
+        fnn.models.resnet([1, 1], 3, width=2, block="bottleneck", activation="erf", norm=None, scaling="fixup"),
+        (3, 4, 3, 2),
+        keeps_shape=False,
+    ),
+    Case(
+        "rnn_model",
+        fnn.models.rnn(2, 4, 3, cell="gru", vocabulary=7, padding=0, bidirectional=True, every_step=True, taps=True),
+        (4, 5),
+        keeps_shape=False,
+        make=tokens,
+    ),
+    Case(
+        "transformer_decoder",
+        fnn.models.transformer(7, 2, 8, 2, positions="learned", longest=5, padding=0, taps=True),
+        (4, 5),
+        keeps_shape=False,
+        make=tokens,
+    ),
+    Case(
+        "transformer_encoder",
+        fnn.models.transformer(None, 1, 4, 2, outputs=3, causal=False, norm_position="post", dropout=0.2),
+        (4, 5, 3),
+        noisy=True,
+        keeps_shape=False,
+        make=masked,
+    ),
     Case(
         "mlp_residual_scanned",
         fnn.models.mlp(3, 8, 3, norm="layer_norm", activation="tanh", residual=True, taps=True, unroll=2),

@@ -1,0 +1,117 @@
+"""Several inputs and padded sequences: values, training, gradient flow, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fnn
+
+KEY = jax.random.key(0)
+
+
+def drawn(*shape):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+def two_inputs():
+    return fnn.serial(
+        fnn.branches(
+            {
+                "image": fnn.serial(fnn.conv(3, 2), fnn.named("seen", fnn.tap()), fnn.global_avg_pool()),
+                "audio": fnn.serial(fnn.dense(4), fnn.named("heard", fnn.tap()), fnn.last()),
+            }
+        ),
+        fnn.concatenate(),
+        fnn.dense(2),
+        fnn.named("logits", fnn.tap()),
+    )
+
+
+def inputs(n=6):
+    return {"image": drawn(n, 4, 4, 1), "audio": fnn.Masked.of_lengths(drawn(n, 5, 2), jnp.arange(n) % 5 + 1)}
+
+
+def test_branches_apply_each_layer_to_its_own_input_with_its_own_key():
+    layers = {"b": fnn.dense(3), "a": fnn.serial(fnn.dense(2), fnn.activation("tanh"))}
+    x = {"a": drawn(4, 5), "b": drawn(4, 6)}
+    params, state = fnn.branches(layers).init(KEY, x)
+    y, _ = fnn.branches(layers).apply(params, state, x)
+    first, second = jax.random.split(KEY, 2)
+    for name, key in (("a", first), ("b", second)):
+        own, own_state = layers[name].init(key, x[name])
+        np.testing.assert_array_equal(y[name], layers[name].apply(own, own_state, x[name])[0])
+
+
+def test_concatenate_and_add_by_hand():
+    a, b = jnp.array([[1.0, 2]]), jnp.array([[10.0, 20]])
+    for joined in ((a, b), {"x": a, "y": b}):
+        np.testing.assert_array_equal(fnn.concatenate().apply((), (), joined)[0], [[1, 2, 10, 20]])
+        np.testing.assert_array_equal(fnn.add().apply((), (), joined)[0], [[11, 22]])
+    mask = jnp.array([[True, False]])
+    wide = fnn.Masked(a[..., None], mask)
+    y, _ = fnn.concatenate().apply((), (), (wide, wide))
+    np.testing.assert_array_equal(y.values, [[[1, 1], [2, 2]]])
+    np.testing.assert_array_equal(y.mask, mask)
+
+
+def test_last_takes_the_last_real_position():
+    x = jnp.arange(12.0).reshape(3, 4, 1)
+    mask = jnp.array([[True, True, False, False], [False, True, False, True], [False] * 4])
+    np.testing.assert_array_equal(fnn.last().apply((), (), fnn.Masked(x, mask))[0], [[1], [7], [8]])
+    np.testing.assert_array_equal(fnn.last().apply((), (), x)[0], x[:, -1])
+
+
+def test_trees_of_inputs_train_evaluate_and_report():
+    net, x = two_inputs(), inputs(32)
+    y = jnp.asarray(np.asarray(x["image"]).mean((1, 2, 3)) > 0, jnp.int32)
+    optimizer = optax.adam(0.03)
+    state = fnn.TrainState.create(net, optimizer, KEY, x)
+    step = fnn.train_step(net, fnn.losses.cross_entropy, optimizer, per_layer=True)
+    before = fnn.evaluate(net, state, (x, y), batch_size=5)
+    whole = fnn.losses.cross_entropy(net.apply(state.params, state.state, x)[0], y)
+    assert before["loss"] == pytest.approx(float(whole.mean()), rel=1e-5)
+    data = fnn.data.Dataset(x, y)
+    assert data.size == 32
+    trained, history = fnn.fit(step, state, data, epochs=20, batch_size=8, key=KEY, validation=(x, y))
+    assert history.validation["loss"][-1] < 0.7 * before["loss"]
+    # One step through fit is one step by hand, on the same examples.
+    single, _ = fnn.fit(step, state, [(jax.tree.map(np.asarray, x), np.asarray(y))], epochs=1)
+    by_hand, _ = step(jax.tree.map(jnp.copy, state), (x, y))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), single.params, by_hand.params)
+    flow = fnn.gradient_flow(net, trained, (x, y))
+    errors = {row.path: row.layer for row in flow.rows if row.quantity == "log_error"}
+    # Layers are counted by kernels in the order of the sorted names: audio, image, then the last.
+    assert errors == {"0/audio/1/heard": 1, "0/image/1/seen": 2, "3/logits": 3}
+
+
+def test_refusals():
+    net, x = two_inputs(), inputs()
+    params, state = net.init(KEY, x)
+    with pytest.raises(
+        ValueError, match=r"branches: the input must be a dict with the names \['audio', 'image'\]"
+    ) as e:
+        net.apply(params, state, {"image": x["image"], "sound": x["audio"]})
+    assert "in layer 0, input" in e.value.__notes__[0]
+    with pytest.raises(ValueError, match=r"got float32\[6,4,4,1\]"):
+        net.apply(params, state, x["image"])
+    with pytest.raises(TypeError, match="branches: needs a dict of names and Layers"):
+        fnn.branches({"image": jnp.tanh})
+    with pytest.raises(ValueError, match="must have one shape but for the last axis"):
+        fnn.concatenate().init(KEY, ())
+        fnn.concatenate().apply((), (), (drawn(2, 3), drawn(3, 3)))
+    with pytest.raises(ValueError, match="add: the inputs must have one shape"):
+        fnn.add().apply((), (), (drawn(2, 3), drawn(2, 4)))
+    with pytest.raises(ValueError, match="the input must be a tuple or a dict of arrays"):
+        fnn.add().apply((), (), drawn(2, 3))
+    masked = fnn.Masked(drawn(2, 3, 4), jnp.ones((2, 3), bool))
+    for layer, kind in ((fnn.batch_norm(), ValueError), (fnn.flatten(), TypeError), (fnn.group_norm(2), ValueError)):
+        with pytest.raises(kind, match=r"got Masked\(values=float32\[2,3,4\], mask=bool\[2,3\]\)"):
+            layer.init(KEY, masked)
+            layer.apply((), (), masked)
+    with pytest.raises(TypeError, match="a mask must be bool"):
+        fnn.dense(3).init(KEY, fnn.Masked(drawn(2, 3, 4), jnp.ones((2, 3))))
+    with pytest.raises(ValueError, match="a tap inside a branch must not rescale"):
+        rescaled = fnn.taps.rescaling((), fnn.tap().init(KEY, drawn(2, 3))[1])
+        fnn.branches({"a": fnn.tap()}).apply({"a": ()}, fnn.core.Branch({"a": rescaled}), {"a": drawn(2, 3)})
