@@ -53,6 +53,21 @@ def test_train_prints_the_test_accuracy(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ("--model convnet --width 4 --depth 1", "test accuracy"),
+        ("--model resnet --width 2 --depth 1 --norm none", "test accuracy"),
+        ("--model rnn --width 8 --cell gru", "test accuracy"),
+        ("--model rnn --width 4 --data adding --batch-size 512", "test mean squared error"),
+        ("--model transformer --width 8 --depth 1 --heads 2 --data number_words --batch-size 512", "decoded greedily"),
+    ],
+)
+def test_train_takes_every_model(arguments, shown, capsys):
+    assert cli.main(["train", *arguments.split(), "--epochs", "1"]) == 0
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ("study --depth 0", "depth must be a positive integer, got 0"),
@@ -69,6 +84,14 @@ def test_train_prints_the_test_accuracy(capsys, tmp_path):
         ("train --dropout 1.5", "dropout must lie in [0, 1), got 1.5"),
         ("train --batch-size 5000", "at most the"),
         ("train --init he_norml", "did you mean 'he_normal'?"),
+        ("train --model convnt", "did you mean 'convnet'?"),
+        ("train --model convnet --data spirals", "needs images float[n, *positions, c], got float32[800,2]"),
+        ("train --model transformer --heads 5", "heads must divide the width, got 5 heads"),
+        (
+            "train --data number_words",
+            "needs labelled classes, numbers, or token sequences, got targets int32[16000,13]",
+        ),
+        ("train --model transformer --norm none", "blocks need a norm"),
         ("train --learning-rate -1", "learning_rate must be a finite number above 0"),
     ],
 )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnn import data
+from fnn import data, synthetic
 
 KEY = jax.random.key(0)
 CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
@@ -445,7 +445,7 @@ def test_load_refuses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with says(ValueError, "data.load: unknown name 'digit'; did you mean 'digits'?"):
         data.load("digit", key=KEY)
-    choices = "choose one of digits, clusters, spirals, a folder of IDX files, an .npz file"
+    choices = "choose one of digits, clusters, spirals, adding, number_words, a folder of IDX files, an .npz file"
     with says(ValueError, f"data.load: unknown name 'qqq'; {choices}"):
         data.load("qqq", key=KEY)
     for missing in ("no.npz", "./digit", str(tmp_path / "no"), tmp_path / "digits"):
@@ -625,3 +625,60 @@ def test_import_starts_no_backend():
     # A platform that does not exist makes any attempt to start a backend fail.
     env = {**os.environ, "JAX_PLATFORMS": "none_such"}
     subprocess.run([sys.executable, "-c", "import fnn.data"], env=env, check=True, capture_output=True)
+
+
+def test_adding_marks_one_number_in_each_half():
+    train, test = data.adding(key=KEY, examples=4000, length=11, test=0.25)
+    assert train.x.shape == (3000, 11, 2) and test.y.shape == (1000, 1)
+    x, y = np.asarray(train.x), np.asarray(train.y)
+    np.testing.assert_array_equal(x[:, :5, 1].sum(1), 1)
+    np.testing.assert_array_equal(x[:, 5:, 1].sum(1), 1)
+    np.testing.assert_allclose((x[..., 0] * x[..., 1]).sum(1), y[:, 0], rtol=1e-6)
+    # Var = 1/6; its standard error is 1/6·sqrt((kurtosis - 1)/n) = 0.0036, kurtosis 2.4: six of them, 2e-9 by chance.
+    assert np.var(y) == pytest.approx(1 / 6, abs=0.022)
+    assert (x[:, :, 1].sum(0) > 0).all()
+    with says(ValueError, "data.adding: length must be at least 2, one marked number in each half, got 1"):
+        data.adding(key=KEY, length=1)
+
+
+def test_numbers_are_spelled_and_told_apart():
+    spelled = {n: " ".join(synthetic.spell(n)) for n in (0, 7, 13, 20, 42, 100, 310, 999, 1000, 2017, 8040, 9999)}
+    assert spelled == {
+        0: "zero",
+        7: "seven",
+        13: "thirteen",
+        20: "twenty",
+        42: "forty two",
+        100: "one hundred",
+        310: "three hundred ten",
+        999: "nine hundred ninety nine",
+        1000: "one thousand",
+        2017: "two thousand seventeen",
+        8040: "eight thousand forty",
+        9999: "nine thousand nine hundred ninety nine",
+    }
+    assert len({" ".join(synthetic.spell(n)) for n in range(10_000)}) == 10_000
+    with says(ValueError, "spell: the number must lie in 0..9999, got 10000"):
+        synthetic.spell(10_000)
+
+
+def test_number_words_hold_questions_answers_and_unseen_numbers():
+    train, test = data.number_words(key=KEY)
+    assert train.x.shape == train.y.shape == (16_000, 13) and test.size == 4000
+    text, parts = synthetic.NUMBER_TOKENS, []
+    for part in (train, test):
+        x, y = np.asarray(part.x), np.asarray(part.y)
+        np.testing.assert_array_equal(y[:, : synthetic.PROMPT - 1], -1)
+        # Each target is the token that follows, up to <end>; nothing behind it is asked for.
+        np.testing.assert_array_equal(np.where(y[:, :-1] >= 0, y[:, :-1], 0)[:, 6:], x[:, 7:])
+        numbers = set()
+        for row, targets in zip(x, y, strict=True):
+            source = [text[t] for t in row[:6] if t != synthetic.PAD]
+            answer = [text[t] for t in targets if t >= 0]
+            assert answer.pop() == "<end>"
+            figures, words = (answer, source) if text[row[6]] == "<to figures>" else (source, answer)
+            assert synthetic.spell(int("".join(figures))) == words
+            numbers.add(int("".join(figures)))
+        assert len(numbers) == part.size // 2
+        parts.append(numbers)
+    assert parts[0] | parts[1] == set(range(10_000)) and not parts[0] & parts[1]
