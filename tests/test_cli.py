@@ -86,7 +86,7 @@ def test_train_takes_every_model(arguments, shown, capsys):
         ("train --init he_norml", "did you mean 'he_normal'?"),
         ("train --model convnt", "did you mean 'convnet'?"),
         ("train --model convnet --data spirals", "needs images float[n, *positions, c], got float32[800,2]"),
-        ("train --model transformer --heads 5", "heads must divide the width, got 5 heads"),
+        ("train --model transformer --heads 5", "heads must divide the width"),
         (
             "train --data number_words",
             "needs labelled classes, numbers, or token sequences, got targets int32[16000,13]",
