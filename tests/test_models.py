@@ -1,0 +1,163 @@
+"""Models: whole convolutional nets in Flax on the same weights, residual nets that start as the identity, refusals."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import randomized
+
+import fnn
+
+KEY = jax.random.key(0)
+
+
+def image(dtype=jnp.float64):
+    return jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 6, 2)), dtype)
+
+
+def groups(params):
+    """List the arrays of each layer, {"kernel": ...} or {"scale": ..., "bias": ...}, in the order of the net."""
+    found = []
+    for path, leaf in zip(fnn.tree.paths(params), jax.tree.leaves(params), strict=True):
+        parent, _, name = path.rpartition("/")
+        if not found or found[-1][0] != parent:
+            found.append((parent, {}))
+        found[-1][1][name] = leaf
+    return [arrays for _, arrays in found]
+
+
+class Weights:
+    """Apply Flax's layers with our arrays, one after another."""
+
+    def __init__(self, params):
+        self.left = groups(params)
+
+    def take(self, module, x):
+        params = self.left.pop(0)
+        return module.apply({"params": params}, x)
+
+    def conv(self, x, n, window=3, stride=1, bias=False):
+        return self.take(nn.Conv(n, (window, window), stride, use_bias=bias, dtype=x.dtype), x)
+
+    def norm(self, x):
+        stats = {"mean": jnp.zeros(x.shape[-1]), "var": jnp.ones(x.shape[-1])}
+        module = nn.BatchNorm(use_running_average=False, use_fast_variance=False, dtype=x.dtype)
+        y, _ = module.apply({"params": self.left.pop(0), "batch_stats": stats}, x, mutable="batch_stats")
+        return nn.relu(y)
+
+    def dense(self, x, n):
+        return self.take(nn.Dense(n, dtype=x.dtype), x)
+
+
+def test_convnet_equals_flax(x64):
+    x, net = image(), fnn.models.convnet([3, 4], 5, convs=2)
+    params, state = net.init(KEY, x)
+    params = randomized(params)
+    logits, _ = net.apply(params, state, x, train=True)
+    theirs = Weights(params)
+    h = x
+    for stage, n in enumerate((3, 4)):
+        for _ in range(2):
+            h = theirs.norm(theirs.conv(h, n))
+        h = nn.max_pool(h, (2, 2), (2, 2), "SAME") if stage == 0 else h
+    np.testing.assert_allclose(logits, theirs.dense(h.reshape(4, -1), 5), atol=1e-10)
+    assert not theirs.left
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_resnet_equals_flax(block, x64):
+    x, net = image(), fnn.models.resnet([2, 1], 5, width=3, block=block)
+    params, state = net.init(KEY, x)
+    params = randomized(params)
+    logits, _ = net.apply(params, state, x, train=True)
+    theirs = Weights(params)
+
+    def branch(h, n, stride):
+        if block == "basic":
+            return theirs.conv(theirs.norm(theirs.conv(h, n, stride=stride)), n)
+        h = theirs.norm(theirs.conv(h, n, 1))
+        return theirs.conv(theirs.norm(theirs.conv(h, n, 3, stride)), 4 * n, 1)
+
+    def changing(h, n, stride):
+        h = theirs.norm(h)
+        return theirs.conv(h, n if block == "basic" else 4 * n, 1, stride) + branch(h, n, stride)
+
+    h = theirs.conv(x, 3)
+    h = h + branch(theirs.norm(h), 3, 1) if block == "basic" else changing(h, 3, 1)
+    h = h + branch(theirs.norm(h), 3, 1)
+    h = theirs.norm(changing(h, 6, 2))
+    assert h.shape[1:3] == (3, 3)
+    np.testing.assert_allclose(logits, theirs.dense(h.mean((1, 2)), 5), atol=1e-10)
+    assert not theirs.left
+
+
+def test_skip_init_and_fixup_start_as_the_identity():
+    x = image(jnp.float32)
+    net = fnn.models.resnet([3], 5, width=4, norm=None, scaling="skip_init", activation="relu")
+    params, state = net.init(KEY, x)
+    stem, _ = fnn.conv(4, 3, bias=False).apply(params[0], (), x)
+    h = jax.nn.relu(stem).mean((1, 2))
+    expected = h @ params[-1]["kernel"] + params[-1]["bias"]
+    np.testing.assert_allclose(net.apply(params, state, x)[0], expected, atol=1e-5)
+    net = fnn.models.resnet([3], 5, width=64, norm=None, scaling="fixup")
+    params, state = net.init(KEY, x)
+    np.testing.assert_array_equal(net.apply(params, state, x)[0], 0)
+    kernels = [leaf for leaf in jax.tree.leaves(params[1]) if leaf.ndim >= 4]
+    stds = [float(jnp.std(kernel)) for kernel in kernels]
+    # He's std times L^(-1/2), L = 3 branches of m = 2 convs; the last conv of each starts at zero. 36,864 draws: the
+    # standard error of a std is 0.4 % of it.
+    he = np.sqrt(2 / (9 * 64))
+    np.testing.assert_allclose([s for s in stds if s > 0], he / np.sqrt(3), rtol=0.03)
+    assert stds.count(0.0) == len(stds) / 2
+
+
+def test_normless_resnet_trains_at_depth_64():
+    x = image(jnp.float32)
+    net = fnn.models.resnet([64], 5, width=4, norm=None, scaling="skip_init")
+    params, state = net.init(KEY, x)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(net.apply(p, state, x)[0])))(params)
+    # Every branch's gain has a gradient of the order of the features, whatever the depth.
+    gains = [leaf for path, leaf in zip(fnn.tree.paths(grads), jax.tree.leaves(grads), strict=True) if "scale" in path]
+    values = np.abs(np.concatenate([np.ravel(g) for g in gains]))
+    assert values.shape == (64,) and np.isfinite(values).all() and 0.01 < np.median(values) < 100
+
+
+def test_models_report_gradient_flow():
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 9, (4, 6)))
+    x, y = image(jnp.float32), jnp.array([0, 1, 2, 3])
+    deep = fnn.models.convnet([4], 4, convs=40, taps=True)
+    cases = [
+        (deep, x, 41),
+        (fnn.models.resnet([2, 1], 4, width=2, taps=True), x, 3),
+        (fnn.models.transformer(9, 3, 8, 2, outputs=4, causal=False, taps=True), tokens, 6),
+        (fnn.models.rnn(3, 4, 4, vocabulary=9, taps=True), tokens, 3),
+    ]
+    for net, x, least in cases:
+        flow = fnn.gradient_flow(net, net.init(KEY, x), (x, y))
+        errors = [row for row in flow.rows if row.quantity == "log_error"]
+        assert len(errors) >= least and np.isfinite([row.value for row in errors]).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: fnn.models.convnet([], 3), "convnet: stages must be a positive integer, got 0"),
+        (
+            lambda: fnn.models.resnet([1], 3, norm=None),
+            "branches need either a norm, or scaling='skip_init' or 'fixup'",
+        ),
+        (lambda: fnn.models.resnet([1], 3, scaling="fixup"), "got norm='batch_norm', scaling='fixup'"),
+        (lambda: fnn.models.resnet([1], 3, block="bottle"), "did you mean 'bottleneck'?"),
+        (lambda: fnn.models.rnn(1, 3, 2, bidirectional=True), "needs an even width, got 3"),
+        (lambda: fnn.models.rnn(1, 3, 2, cell="lstn"), "did you mean 'lstm'?"),
+        (lambda: fnn.models.transformer(5, 1, 4, 2, positions="learned"), "need longest=, got 'learned' and None"),
+        (lambda: fnn.models.transformer(None, 1, 4, 2), "without a vocabulary it needs outputs="),
+        (lambda: fnn.models.transformer(5, 1, 4, 2, norm_position="last"), "unknown norm_position 'last'"),
+        (lambda: fnn.gain(None), "gain: needs a scale or a bias"),
+    ],
+)
+def test_refusals(make, sentence):
+    with pytest.raises(ValueError) as refusal:
+        make()
+    assert sentence in str(refusal.value)
