@@ -265,12 +265,12 @@ def evaluate(
     x, y = as_arrays(tuple(data))
     check_dataset("evaluate", x, y)
     losses.check_targets(loss, output_spec(net, params, net_state, x).shape, y)
-    means = _evaluate(net, loss, min(batch_size, x.shape[0]), params, net_state, x, y)
-    return {name: float(value) for name, value in means.items()}
+    totals = _means(net, loss, min(batch_size, x.shape[0]), params, net_state, x, y)
+    return {name: float(value) for name, value in totals.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _evaluate(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: Any) -> dict[str, jax.Array]:
+def means(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: Any) -> dict[str, jax.Array]:
+    """Do the device's part of `evaluate`, `size` examples at a time; may be mapped by `vmap`."""
     n, correct = x.shape[0], losses.correct(loss)
 
     def sums(start):
@@ -284,6 +284,9 @@ def _evaluate(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any,
 
     totals = jax.lax.map(sums, jnp.arange(0, n, size))
     return jax.tree.map(lambda total: jnp.sum(total) / n, totals)
+
+
+_means = jax.jit(means, static_argnums=(0, 1, 2))
 
 
 def _epochs(
