@@ -8,7 +8,7 @@ and then measuring, so that gradient and optimiser are compiled once however man
 import functools
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +48,8 @@ class Cell(NamedTuple):
     static: dict[str, Any]
     runs: tuple[dict[str, Any], ...]
     """A value of every traced axis for each run."""
+    steps: tuple[int, ...]
+    """The recorded ones, 0 first."""
     chunk: int = 1
     """How many runs are lanes of one `vmap`; the rest follow in turn, through the same program."""
 
@@ -58,7 +60,6 @@ class Setup(NamedTuple):
     build: Callable[..., Layer]
     loss: Callable[[Any, Any], Any]
     measure: dict[str, Callable[..., Any]]
-    steps: tuple[int, ...]
     train: Dataset
     test: Dataset
 
@@ -73,6 +74,8 @@ class Measured(NamedTuple):
     """The user's own measurements."""
     traces: dict[str, np.ndarray]
     """By step of training: float32[runs, steps]."""
+    probe: np.ndarray
+    """Loss on the batch that is measured: float32[runs, records]."""
     seconds: dict[str, float]
 
 
@@ -179,19 +182,19 @@ def measure(setup: Setup, cell: Cell) -> Measured:
     params = jax.eval_shape(functools.partial(_drawn, setup, cell.static), _specs(cell))[0]
     resolved = flow.resolve(numbers["flow"], params)
     resolved.params.update({name: numbers[name] for name in ("update_ratio", "cosine") if name in numbers})
-    return Measured(resolved, heldout, extra, traces, seconds)
+    return Measured(resolved, heldout, extra, traces, numbers["flow"]["loss"], seconds)
 
 
-def chunk_size(setup: Setup, static: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> int:
+def chunk_size(setup: Setup, cell: Cell) -> int:
     """Choose how many runs are lanes of one `vmap`, from the device's memory and the bytes that one run touches.
 
     A run touches its parameters, their gradients (this one, and that of the recorded step before), the optimiser's
     state, and what the forward pass keeps for the backward one. On a CPU the bound is the cache, elsewhere half of the
     memory. The chunks are made equal.
     """
+    static, runs = cell.static, cell.runs
     size = int(static["batch_size"])
     batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), tuple(setup.train))
-    cell = Cell(dict(static), tuple(dict(run) for run in runs))
     params, state = jax.eval_shape(functools.partial(_drawn, setup, static), _specs(cell))
 
     def kept(params, state, x, y, run):
@@ -200,7 +203,7 @@ def chunk_size(setup: Setup, static: Mapping[str, Any], runs: Sequence[Mapping[s
 
     residuals = jax.eval_shape(kept, params, state, *batch, _specs(cell))
     moments = jax.eval_shape(lambda p, run: optimizer(static, run).init(p), params, _specs(cell))
-    training = 2 if len(setup.steps) > 1 else 1
+    training = 2 if len(cell.steps) > 1 else 1
     touched = (1 + training) * _bytes(params) + _bytes(residuals) + (_bytes(moments) if training == 2 else 0)
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
@@ -214,7 +217,7 @@ def chunk_size(setup: Setup, static: Mapping[str, Any], runs: Sequence[Mapping[s
 def _program(setup: Setup, cell: Cell, lanes: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return `draw(runs)` and `measure(runs, drawn, orders, data)` over some lanes."""
     draw = functools.partial(_drawn, setup, cell.static)
-    one = functools.partial(_one_run, setup, cell.static)
+    one = functools.partial(_one_run, setup, cell.static, cell.steps)
     if lanes > 1:
         # A loop over lanes: the generator compiles three times as fast for one key as under vmap.
         return lambda runs: jax.lax.map(draw, runs), jax.vmap(one, in_axes=(0, 0, 0, None))
@@ -234,12 +237,14 @@ def _drawn(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> t
     return network(setup, static, run).init(jax.random.key(2 * run["seed"]), spec)
 
 
-def _one_run(setup: Setup, static: Mapping[str, Any], run: Any, drawn: Any, order: Any, data: Any) -> Any:
+def _one_run(
+    setup: Setup, static: Mapping[str, Any], steps: tuple[int, ...], run: Any, drawn: Any, order: Any, data: Any
+) -> Any:
     """Measure a run at every recorded step and train in between; leaves of the result have a leading axis of records."""
     (x, y, test_x, test_y), (params, state) = data, drawn
     net, key = network(setup, static, run), jax.random.key(2 * run["seed"] + 1)
     probe = x[: int(static["batch_size"])], y[: int(static["batch_size"])]
-    trains = len(setup.steps) > 1
+    trains = len(steps) > 1
     tx = optimizer(static, run) if trains else optax.identity()
     step = train.train_step(net, setup.loss, tx)
 
@@ -271,7 +276,7 @@ def _one_run(setup: Setup, static: Mapping[str, Any], run: Any, drawn: Any, orde
         record, _ = observe(at, None)
         return (*jax.tree.map(lambda a: a[None], record), {})
     _, metrics = jax.eval_shape(step.pure, at, probe)
-    traces = {name: jnp.zeros(setup.steps[-1], jnp.float32) for name in TRACES if name in metrics}
+    traces = {name: jnp.zeros(steps[-1], jnp.float32) for name in TRACES if name in metrics}
 
     def turn(carry, bounds):
         at, before, traces = carry
@@ -279,7 +284,7 @@ def _one_run(setup: Setup, static: Mapping[str, Any], run: Any, drawn: Any, orde
         record, gradient = observe(at, before)
         return (at, gradient, traces), record
 
-    bounds = jnp.stack([jnp.array((0, *setup.steps[:-1])), jnp.array(setup.steps)], axis=1)
+    bounds = jnp.stack([jnp.array((0, *steps[:-1])), jnp.array(steps)], axis=1)
     carry = at, jax.tree.map(jnp.zeros_like, params), traces
     (_, _, traces), records = jax.lax.scan(turn, carry, bounds)
     return (*records, traces)
@@ -291,7 +296,7 @@ def _objective(net: Layer, loss: Any, params: Any, state: Any, x: Any, y: Any) -
 
 def _orders(setup: Setup, cell: Cell) -> np.ndarray:
     """Draw each run's batches, int32[runs, steps, batch]: every epoch a new permutation, a partial batch dropped."""
-    n, size, steps = setup.train.size, int(cell.static["batch_size"]), setup.steps[-1]
+    n, size, steps = setup.train.size, int(cell.static["batch_size"]), cell.steps[-1]
     per_epoch = n // size
 
     def order(seed):
