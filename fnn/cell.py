@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fnn import check, clip, flow, initializers, models, taps, train, tree
+from fnn import check, clip, flow, initializers, losses, models, taps, train, tree
 from fnn.core import Layer, as_spec
 from fnn.data import Dataset
 
@@ -36,7 +36,6 @@ OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "rmsprop": optax.rmsprop,
     "lamb": lambda rate: clip.per_depth(optax.lamb(rate)),
 }
-TRACES = ("loss", "accuracy", "grad_norm", "clip_fraction", "clip_removed")
 CPU_BUDGET = 12 << 20
 """Bytes that the lanes of one `vmap` may touch on a CPU: about a core's cache. At depth 256 one lane after the other was
 measured twice as fast as eight at once, at depth 4 half as fast."""
@@ -251,6 +250,8 @@ def _one_run(
     def advance(t, carry):
         at, traces = carry
         new, metrics = step.pure(at, (x[order[t]], y[order[t]]))
+        if reports := clip.reports(new.opt_state):
+            metrics["grad_norm"] = reports[0].before  # the same number, from the clip, which has to take it anyway
         return new, {name: trace.at[t].set(metrics[name]) for name, trace in traces.items()}
 
     def observe(at, before):
@@ -275,8 +276,9 @@ def _one_run(
     if not trains:
         record, _ = observe(at, None)
         return (*jax.tree.map(lambda a: a[None], record), {})
-    _, metrics = jax.eval_shape(step.pure, at, probe)
-    traces = {name: jnp.zeros(steps[-1], jnp.float32) for name in TRACES if name in metrics}
+    names = ["loss", *(["accuracy"] if losses.correct(setup.loss) else []), "grad_norm"]
+    names += ["clip_fraction", "clip_removed"] if static["clip"] != "none" else []
+    traces = {name: jnp.zeros(steps[-1], jnp.float32) for name in names}
 
     def turn(carry, bounds):
         at, before, traces = carry

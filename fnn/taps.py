@@ -119,9 +119,19 @@ _pass.defvjp(_pass_forward, _pass_backward)
 
 def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
     """Multiply by 2^exponent, exactly, in two factors: 2^-e of a subnormal norm is itself beyond float32's range."""
-    half = exponent // 2
-    one = jnp.ones((), x.dtype)
-    return x * jnp.ldexp(one, half).astype(x.dtype) * jnp.ldexp(one, exponent - half).astype(x.dtype)
+    half = exponent >> 1
+    return x * _power_of_two(half, x.dtype) * _power_of_two(exponent - half, x.dtype)
+
+
+def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
+    """Write 2^exponent bit by bit, 0 below the normal numbers, the largest power beyond it (inf would turn 0 to NaN).
+
+    `jnp.ldexp` is ten times as many operations: compiled for every parameter, they were a tenth of a study's program.
+    """
+    info = jnp.finfo(dtype)
+    bias = info.maxexp - 1
+    biased = jnp.clip(exponent + bias, 0, 2 * bias).astype(f"int{info.bits}")
+    return jax.lax.bitcast_convert_type(biased << info.nmant, dtype)
 
 
 def rescaling(params: Any, state: Any) -> Any:

@@ -273,15 +273,19 @@ def means(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: 
     """Do the device's part of `evaluate`, `size` examples at a time; may be mapped by `vmap`."""
     n, correct = x.shape[0], losses.correct(loss)
 
+    def values(xs, ys):
+        outputs, _ = net.apply(params, state, xs)
+        return {"loss": loss(outputs, ys)} | ({} if correct is None else {"accuracy": correct(outputs, ys)})
+
     def sums(start):
         # The last window starts early enough to be full; what it shares with the one before counts once.
         begin = jnp.minimum(start, n - size)
         xs, ys = (jax.lax.dynamic_slice_in_dim(a, begin, size) for a in (x, y))
         fresh = begin + jnp.arange(size) >= start
-        outputs, _ = net.apply(params, state, xs)
-        values = {"loss": loss(outputs, ys)} | ({} if correct is None else {"accuracy": correct(outputs, ys)})
-        return {name: jnp.sum(jnp.where(fresh, value, 0)) for name, value in values.items()}
+        return {name: jnp.sum(jnp.where(fresh, value, 0)) for name, value in values(xs, ys).items()}
 
+    if n <= size:
+        return jax.tree.map(jnp.mean, values(x, y))
     totals = jax.lax.map(sums, jnp.arange(0, n, size))
     return jax.tree.map(lambda total: jnp.sum(total) / n, totals)
 
