@@ -140,19 +140,20 @@ def optimizer(static: Mapping[str, Any], run: Mapping[str, Any]) -> optax.Gradie
 def measure(setup: Setup, cell: Cell) -> Measured:
     """Run a cell: compile its program once, feed it chunk after chunk, bring the numbers to the host."""
     devices = jax.local_devices()
-    lanes = -(-cell.chunk // len(devices)) if len(cell.runs) > 1 else 1
-    devices = devices[: -(-min(cell.chunk, len(cell.runs)) // lanes)]
+    chunk = min(cell.chunk, len(cell.runs))
+    lanes = -(-chunk // len(devices))
+    devices = devices[: -(-chunk // lanes)]
     size = lanes * len(devices)
     draw, measure_chunk = _program(setup, cell, lanes)
     orders = _orders(setup, cell)
     data = (*setup.train, *setup.test)
     if len(devices) > 1:
         mesh = Mesh(np.array(devices), ("runs",))
-        split, whole = PartitionSpec("runs"), PartitionSpec()
+        split, same = PartitionSpec("runs"), PartitionSpec()
         draw = jax.shard_map(draw, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
-        specs = (split, split, split, whole)
+        specs = (split, split, split, same)
         measure_chunk = jax.shard_map(measure_chunk, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
-        data = jax.device_put(data, NamedSharding(mesh, whole))
+        data = jax.device_put(data, NamedSharding(mesh, same))
     else:
         data = jax.device_put(data, devices[0])
     seconds = {"compile": 0.0, "run": 0.0}
@@ -169,15 +170,17 @@ def measure(setup: Setup, cell: Cell) -> Measured:
         seconds["run"] += time.perf_counter() - start
         return result
 
-    chunks = []
+    chunks: list[Any] = []
     for start in range(0, len(cell.runs), size):
         # The last chunk repeats its last run until it is full: one program, one shape.
         index = np.minimum(np.arange(start, start + size), len(cell.runs) - 1)
         runs = {name: np.stack([_number(cell.runs[i][name]) for i in index]) for name in cell.runs[0]}
         drawn = call("draw", draw, runs)
         result = jax.device_get(call("measure", measure_chunk, runs, drawn, orders[index], data))
-        chunks.append(jax.tree.map(lambda a, n=min(size, len(cell.runs) - start): np.asarray(a)[:n], result))
-    numbers, heldout, extra, traces = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+        chunks.append(result)
+    n = len(cell.runs)
+    whole: Any = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *chunks)
+    numbers, heldout, extra, traces = whole
     params = jax.eval_shape(functools.partial(_drawn, setup, cell.static), _specs(cell))[0]
     resolved = flow.resolve(numbers["flow"], params)
     resolved.params.update({name: numbers[name] for name in ("update_ratio", "cosine") if name in numbers})

@@ -1,9 +1,9 @@
 """Grids of a study: points are dicts of axis values, and grids add (chain) and multiply (product).
 
-    product(depth=[4, 16], activation=["tanh", "relu"])            four points
-    zip(depth=[4, 16], learning_rate=[1e-2, 1e-3])                 two points: the axes advance together
-    chain(product(norm=["none"], ...), product(norm=["batch_norm"], ...))      the points of both, one after the other
-    zip(depth=[4, 16], width=[64, 32]) * product(sigma_w=span("0.5:2.5:9"))    every pair of points, merged
+product(depth=[4, 16], activation=["tanh", "relu"])            four points
+zip(depth=[4, 16], learning_rate=[1e-2, 1e-3])                 two points: the axes advance together
+chain(product(norm=["none"], ...), product(norm=["batch_norm"], ...))      the points of both, one after the other
+zip(depth=[4, 16], width=[64, 32]) * product(sigma_w=span("0.5:2.5:9"))    every pair of points, merged
 """
 
 import builtins
@@ -75,7 +75,9 @@ def product(**axes: Iterable[Value] | Value) -> Grid:
     Errors: ValueError for an empty axis, TypeError for a value that is no string, number or bool.
     """
     lists = {name: _values(name, values) for name, values in axes.items()}
-    return Grid(dict(builtins.zip(lists, combination, strict=True)) for combination in itertools.product(*lists.values()))
+    return Grid(
+        dict(builtins.zip(lists, combination, strict=True)) for combination in itertools.product(*lists.values())
+    )
 
 
 def zip(**axes: Iterable[Value]) -> Grid:
@@ -150,7 +152,9 @@ def from_toml(path: str | Path) -> Recipe:
 def from_axes(axes: Mapping[str, Sequence[Value]], zipped: Sequence[str] = ()) -> Grid:
     """Multiply axes, but let those named in `zipped` advance together."""
     if unknown := [name for name in zipped if name not in axes]:
-        raise ValueError(f"grid: zip must name axes of this grid, got {', '.join(unknown)}; there are {', '.join(axes)}")
+        raise ValueError(
+            f"grid: zip must name axes of this grid, got {', '.join(unknown)}; there are {', '.join(axes)}"
+        )
     free = product(**{name: values for name, values in axes.items() if name not in zipped})
     return free * zip(**{name: axes[name] for name in zipped}) if zipped else free
 
@@ -194,8 +198,8 @@ def _range(word: str) -> list[Value]:
     space = np.geomspace if parts[3:] else np.linspace
     # Twelve digits: 0.5:2.5:9 gives 1.1, not 1.1000000000000001, which would be another study.
     points = [float(f"{value:.12g}") for value in space(low, high, count)]
-    whole = all(point.is_integer() for point in points) and "." not in word and "e" not in word.lower()
-    return [int(point) for point in points] if whole else points
+    whole = all(point.is_integer() for point in points) and not {".", "e"} & set(word.lower())
+    return [int(point) if whole else point for point in points]
 
 
 def _number(word: str) -> Value:

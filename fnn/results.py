@@ -266,10 +266,10 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        file = open(folder / ".lock", "w")
+        (folder / ".lock").touch()
     except OSError as error:
         raise _cannot_write(folder, error) from None
-    with file:
+    with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -1,14 +1,10 @@
 """Depth studies: a grid of networks in; gradients, activations and training out, beside the theory, in one tidy table."""
 
 import functools
-import hashlib
 import inspect
 import os
-import platform
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
@@ -20,6 +16,8 @@ import numpy as np
 from fnn import cell, check, data, losses, results, table
 from fnn.cell import Cell
 from fnn.grid import Grid, product
+from fnn.provenance import digest, function_name, kind_of, session
+from fnn.table import TRACED, summarize
 from fnn.workers import Progress, check_executor, compilation_cache, drive, pool
 
 TRAINING = {
@@ -31,8 +29,9 @@ TRAINING = {
     "seed": 0,
 }
 """Axes that every study has, whatever its `build=`, and their defaults."""
-TRACED = ("seed", "sigma_w", "sigma_b", "learning_rate", "clip_threshold")
 DEFAULT = product(activation=["sigmoid", "tanh", "relu"], norm=["none", "batch_norm"], depth=[4, 16, 64, 128, 256])
+
+__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "summarize"]
 
 
 class Task(NamedTuple):
@@ -126,12 +125,12 @@ class Study:
         return {
             "format": results.FORMAT,
             "axes": {"static": list(cells[0].static), "traced": list(cells[0].runs[0])},
-            "types": {name: _type(name, column) for name, column in values.items()},
+            "types": {name: kind_of(name, column) for name, column in values.items()},
             "steps": sorted({step for c in cells for step in c.steps}),
-            "data": [check.describe(part.x) for part in loaded] + [_digest(loaded)],
-            "build": _function(self.build),
-            "loss": _function(self.loss),
-            "measure": {name: _function(function) for name, function in self.measure.items()},
+            "data": [check.describe(part.x) for part in loaded] + [digest(loaded)],
+            "build": function_name(self.build),
+            "loss": function_name(self.loss),
+            "measure": {name: function_name(function) for name, function in self.measure.items()},
             "quantities": None if self.quantities is None else list(self.quantities),
             "cells": [
                 {"static": c.static, "runs": list(c.runs), "steps": list(c.steps), "chunk": self.chunk or 0}
@@ -163,11 +162,13 @@ class Study:
             check_executor(executor)
         if workers is not None:
             check.positive("study", workers=workers)
-        kind = type(executor).__name__ if executor is not None else f"{workers} processes" if (workers or 1) > 1 else None
+        kind = (
+            type(executor).__name__ if executor is not None else f"{workers} processes" if (workers or 1) > 1 else None
+        )
         show = sys.stderr.isatty() if progress is None else progress
         with (
             compilation_cache(cache),
-            results.opened(folder, self.describe(), self._with_chunks, _session(kind), self.chunk is not None) as found,
+            results.opened(folder, self.describe(), self._with_chunks, session(kind), self.chunk is not None) as found,
         ):
             identity, axes = results.key(found.description), found.description["types"]
             finished = set(found.finished)
@@ -241,44 +242,6 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
     return results.pack(frame, {"study": task.identity, "seconds": measured.seconds}), measured.seconds
 
 
-def summarize(frame: Any) -> Any:
-    """Reduce the initialisation of a study to a row a cell: medians over runs of log |delta| at both ends, and slopes.
-
-    `slope` is the change of log |delta_l| for one layer towards the input, over the hidden layers, with the 10th and
-    90th percentile over runs; `outside` the share of numbers outside the predicted band (null where there is none).
-    """
-    import polars as pl
-
-    errors = frame.filter(
-        (pl.col("quantity") == "log_error") & pl.col("path").str.ends_with("preactivation") & (pl.col("step") == 0)
-    )
-    hidden = errors.filter(pl.col("layer") <= pl.col("depth") + 1)
-    place = frame.columns.index("step")
-    traced = [name for name in frame.columns[1:place] if name in TRACED]
-    static = [name for name in frame.columns[1:place] if name not in TRACED]
-
-    def end(column, layer):
-        return pl.col(column).filter(pl.col("layer") == layer).first()
-
-    ends = hidden.group_by(["cell", *static, *traced], maintain_order=True).agg(
-        first=end("value", pl.col("layer").min()),
-        last=end("value", pl.col("layer").max()),
-        predicted=(end("predicted", pl.col("layer").min()) - end("predicted", pl.col("layer").max())),
-        steps=pl.col("layer").max() - pl.col("layer").min(),
-        outside=pl.col("outside").mean(),
-    )
-    slope = (pl.col("first") - pl.col("last")) / pl.col("steps")
-    return ends.group_by(["cell", *static], maintain_order=True).agg(
-        first=pl.col("first").median(),
-        last=pl.col("last").median(),
-        slope=slope.median(),
-        slope_low=slope.quantile(0.1),
-        slope_high=slope.quantile(0.9),
-        predicted_slope=(pl.col("predicted") / pl.col("steps")).median(),
-        outside=pl.col("outside").mean(),
-    )
-
-
 def _check_options(study: Study) -> None:
     if isinstance(study.seeds, int):
         check.positive("study", seeds=study.seeds)
@@ -334,63 +297,6 @@ def _load(source: Any) -> tuple[data.Dataset, data.Dataset]:
     for part in parts:
         data.check_dataset("study", *part)
     return parts[0], parts[1]
-
-
-def _type(name: str, values: Iterable[Any]) -> str:
-    kinds = {type(value) for value in values}
-    if name in ("sigma_w", "sigma_b", "learning_rate", "clip_threshold") or kinds == {int, float}:
-        return "float"
-    if len(kinds) > 1:
-        raise TypeError(f"study: values of {name} must have one type, got {', '.join(sorted(k.__name__ for k in kinds))}")
-    return kinds.pop().__name__
-
-
-def _function(function: Any) -> str:
-    """Name a function, and tell two of one name apart by their source where it is to be had."""
-    if isinstance(function, losses.Loss):
-        return repr(function)
-    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-    try:
-        source = "" if name.startswith("fnn.") else inspect.getsource(function)
-    except (OSError, TypeError):
-        source = ""
-    return f"{name} {hashlib.sha256(source.encode()).hexdigest()[:12]}" if source else name
-
-
-def _digest(parts: Sequence[data.Dataset]) -> str:
-    digest = hashlib.sha256()
-    for a in (array for part in parts for array in part):
-        a = np.ascontiguousarray(a)
-        digest.update(f"{a.dtype}{a.shape}".encode() + a.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _session(executor: str | None) -> dict[str, Any]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    def found(name):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    packages = ("fnn", "jax", "jaxlib", "optax", "flax", "numpy", "polars")
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {"python": platform.python_version(), **{name: found(name) for name in packages}},
-        "devices": [f"{device.platform} {device.device_kind}" for device in jax.local_devices()],
-        "commit": _commit(),
-        "executor": executor or "this process",
-    }
-
-
-def _commit() -> str | None:
-    """Name the commit of the working directory, with a mark if it holds changes; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _name(description: dict[str, Any], number: int) -> str:

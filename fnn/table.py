@@ -9,7 +9,9 @@ import numpy as np
 from fnn import cell, flow, meanfield, tree
 from fnn.activations import TABLE
 
-TRACED = {"loss": "train_loss", "accuracy": "train_accuracy"}
+TRACED = ("seed", "sigma_w", "sigma_b", "learning_rate", "clip_threshold")
+"""Axes that do not change a program."""
+_TRACES = {"loss": "train_loss", "accuracy": "train_accuracy"}
 MOST_TRACED = 256
 QUANTITIES = (
     *("log_error", "log_kernel", "log_kernel_rms", "log_bias", "log_bias_rms", "log_scale", "log_scale_rms"),
@@ -47,7 +49,11 @@ def build(
     extra = _extra_labels(measured.extra, {path: layer for layer, path, *_ in labels})
     labels = [(layer, path, quantity) for layer, path, quantity, _ in labels] + [label for label, _ in extra]
     labels += [(0, "", name) for name in sorted(measured.losses)]
-    columns = [values, *(v[..., None] for _, v in extra), *(measured.losses[n][..., None] for n in sorted(measured.losses))]
+    columns = [
+        values,
+        *(v[..., None] for _, v in extra),
+        *(measured.losses[n][..., None] for n in sorted(measured.losses)),
+    ]
     values = np.concatenate([np.asarray(column, np.float64) for column in columns], axis=-1)
     keep = [i for i, (_, _, quantity) in enumerate(labels) if quantities is None or quantity in quantities]
     labels, values = [labels[i] for i in keep], values[..., keep]
@@ -83,6 +89,44 @@ def build(
     return table.select(list(columns)).cast(columns)
 
 
+def summarize(frame: Any) -> Any:
+    """Reduce the initialisation of a study to a row a cell: medians over runs of log |delta| at both ends, and slopes.
+
+    `slope` is the change of log |delta_l| for one layer towards the input, over the hidden layers, with the 10th and
+    90th percentile over runs; `outside` the share of numbers outside the predicted band (null where there is none).
+    """
+    import polars as pl
+
+    errors = frame.filter(
+        (pl.col("quantity") == "log_error") & pl.col("path").str.ends_with("preactivation") & (pl.col("step") == 0)
+    )
+    hidden = errors.filter(pl.col("layer") <= pl.col("depth") + 1)
+    place = frame.columns.index("step")
+    traced = [name for name in frame.columns[1:place] if name in TRACED]
+    static = [name for name in frame.columns[1:place] if name not in TRACED]
+
+    def end(column, layer):
+        return pl.col(column).filter(pl.col("layer") == layer).first()
+
+    ends = hidden.group_by(["cell", *static, *traced], maintain_order=True).agg(
+        first=end("value", pl.col("layer").min()),
+        last=end("value", pl.col("layer").max()),
+        predicted=(end("predicted", pl.col("layer").min()) - end("predicted", pl.col("layer").max())),
+        steps=pl.col("layer").max() - pl.col("layer").min(),
+        outside=pl.col("outside").mean(),
+    )
+    slope = (pl.col("first") - pl.col("last")) / pl.col("steps")
+    return ends.group_by(["cell", *static], maintain_order=True).agg(
+        first=pl.col("first").median(),
+        last=pl.col("last").median(),
+        slope=slope.median(),
+        slope_low=slope.quantile(0.1),
+        slope_high=slope.quantile(0.9),
+        predicted_slope=(pl.col("predicted") / pl.col("steps")).median(),
+        outside=pl.col("outside").mean(),
+    )
+
+
 def _ends(measured: cell.Measured, steps: Sequence[int]) -> tuple[list[int], list[bool]]:
     """Give each run's last step, and whether it ends there because loss or gradient was not finite."""
     ends, diverged = [], []
@@ -101,10 +145,10 @@ def _traces(measured: cell.Measured, r: int, end: int, diverged: bool, quantitie
 
     rows: list[tuple[int, str, float]] = []
     for name, trace in measured.traces.items():
-        quantity = TRACED.get(name, name)
+        quantity = _TRACES.get(name, name)
         if quantities is None or quantity in quantities:
             shown = np.unique(np.linspace(0, len(trace[r]) - 1, min(MOST_TRACED, len(trace[r]))).round().astype(int))
-            rows += [(int(t), quantity, float(trace[r][t])) for t in shown if t < end or t == end and not diverged]
+            rows += [(int(t), quantity, float(trace[r][t])) for t in shown if t < end or (t == end and not diverged)]
     if quantities is None or "diverged" in quantities:
         rows.append((end, "diverged", float(diverged)))
     step, quantity, value = (list(part) for part in zip(*rows, strict=True)) if rows else ([], [], [])

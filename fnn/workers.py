@@ -1,13 +1,12 @@
 """Run tasks here, in spawned processes, or on anybody's `concurrent.futures.Executor`, and say how it goes."""
 
-import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,11 +43,14 @@ def compilation_cache(folder: str | os.PathLike[str] | None) -> Iterator[None]:
 
 
 @contextmanager
-def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+def pool(workers: int) -> Iterator[Executor]:
     """Start worker processes that share this process's JAX settings, ignore Ctrl-C, and die with their parent.
 
     They are spawned: a fork of a process in which JAX has started threads hangs.
     """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
     settings = {name: getattr(jax.config, name) for name in CONFIG}
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(settings,))
@@ -59,17 +61,20 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _start(settings: dict[str, Any]) -> None:
+    import multiprocessing
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name, value in settings.items():
         jax.config.update(name, value)
     parent = multiprocessing.parent_process()
 
-    def watch():
-        parent.join()  # returns too where the parent was killed and could tell nobody
-        os._exit(1)
-
     if parent is not None:
-        threading.Thread(target=watch, daemon=True).start()
+        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: Any) -> None:
+    parent.join()  # returns too where the parent was killed and could tell nobody
+    os._exit(1)
 
 
 def check_executor(executor: Any) -> None:
@@ -124,8 +129,13 @@ def drive(
                         continue
                     if (error := future.exception()) is None:
                         done(futures[future], future.result())
-                    elif failure is None:
-                        failure = error
+                    elif isinstance(error, BrokenExecutor):
+                        failure = failure or OSError(
+                            f"study: a worker process died, perhaps for want of memory ({error}); use fewer workers or "
+                            "a smaller chunk: what is finished stays, and the same command resumes"
+                        )
+                    else:
+                        failure = failure or error
             except KeyboardInterrupt:
                 if isinstance(failure, Interrupted):
                     raise Interrupted from None
