@@ -248,7 +248,9 @@ def _one_run(
     probe = x[: int(static["batch_size"])], y[: int(static["batch_size"])]
     trains = len(steps) > 1
     tx = optimizer(static, run) if trains else optax.identity()
-    step = train.train_step(net, setup.loss, tx)
+    names = ["loss", *(["accuracy"] if losses.correct(setup.loss) else []), "grad_norm"]
+    names += ["clip_fraction", "clip_removed"] if static["clip"] != "none" else []
+    step = train.train_step(net, setup.loss, tx, metrics=names)
 
     def advance(t, carry):
         at, traces = carry
@@ -279,8 +281,6 @@ def _one_run(
     if not trains:
         record, _ = observe(at, None)
         return (*jax.tree.map(lambda a: a[None], record), {})
-    names = ["loss", *(["accuracy"] if losses.correct(setup.loss) else []), "grad_norm"]
-    names += ["clip_fraction", "clip_removed"] if static["clip"] != "none" else []
     traces = {name: jnp.zeros(steps[-1], jnp.float32) for name in names}
 
     def turn(carry, bounds):
