@@ -53,6 +53,13 @@ class Cell(NamedTuple):
     """How many runs are lanes of one `vmap`; the rest follow in turn, through the same program."""
 
 
+    def settled(self) -> "Cell":
+        """Move traced axes that are 0 throughout to the static ones: biases of zero are not drawn."""
+        zeros = {name: 0.0 for name in self.runs[0] if name != "seed" and not any(run[name] for run in self.runs)}
+        runs = tuple({name: value for name, value in run.items() if name not in zeros} for run in self.runs)
+        return self._replace(static=self.static | zeros, runs=runs)
+
+
 class Setup(NamedTuple):
     """What all cells share."""
 
@@ -94,6 +101,8 @@ def mlp(
     Weights are drawn from N(0, sigma_w²/fan_in), biases from N(0, sigma_b²); with another `init` than "scaled",
     sigma_w counts for nothing.
     """
+    if not isinstance(residual, bool):
+        raise TypeError(f"study: residual must be true or false, got {residual!r}")
     return models.mlp(
         depth,
         width,
@@ -139,7 +148,7 @@ def optimizer(static: Mapping[str, Any], run: Mapping[str, Any]) -> optax.Gradie
 
 def measure(setup: Setup, cell: Cell) -> Measured:
     """Run a cell: compile its program once, feed it chunk after chunk, bring the numbers to the host."""
-    devices = jax.local_devices()
+    devices, cell = jax.local_devices(), cell.settled()
     chunk = min(cell.chunk, len(cell.runs))
     lanes = -(-chunk // len(devices))
     devices = devices[: -(-chunk // lanes)]
@@ -194,6 +203,7 @@ def chunk_size(setup: Setup, cell: Cell) -> int:
     state, and what the forward pass keeps for the backward one. On a CPU the bound is the cache, elsewhere half of the
     memory. The chunks are made equal.
     """
+    cell = cell.settled()
     static, runs = cell.static, cell.runs
     size = int(static["batch_size"])
     batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), tuple(setup.train))

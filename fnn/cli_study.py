@@ -118,8 +118,10 @@ def run_study(options: Study) -> int:
             cache=options.cache or _cache(),
             progress=True,
         )
-    except Interrupted:
-        print(f"study: stopped; finished cells are in {folder}, the same command resumes", file=sys.stderr)
+    except Interrupted as stop:
+        print(f"study: stopped; finished cells are in {folder}, the same command resumes", file=sys.stderr, flush=True)
+        if stop.at_once:
+            os._exit(130)  # an orderly end would wait for the workers; they end with this process
         return 130
     if not options.out:
         _link(folder)

@@ -5,9 +5,10 @@
     FOLDER/cells/00000.parquet   one file per finished cell, numbered as in study.json; written to a temporary name
                                  and renamed, so that a file that is there is whole
 
-`study.json` is an object: `format` (2), `axes` ({"static": [...], "traced": [...]}, names in column order), `cells` (a
-list of {"static": {axis: value}, "runs": [{"seed": 0, "sigma_w": 1.0, ...}, ...], "chunk": runs at once}), `steps` (the
-recorded steps, 0 first), `data`, `loss`, `build`, `quantities`, ...
+`study.json` is an object: `format` (2), `axes` ({"static": [...], "traced": [...]}, names in column order), `types`
+(of the axes), `cells` (a list of {"static": {axis: value}, "runs": [{"seed": 0, "sigma_w": 1.0, ...}, ...], "steps":
+recorded, 0 first, "chunk": runs at once}), `steps` (those of all cells), `data` (shapes and a digest), `loss`, `build`,
+`measure`, `quantities`.
 
 The table is tidy and long: a row for each (cell, run, step, layer, path, quantity); nothing is averaged.
 
@@ -32,7 +33,8 @@ with the gradient at the recorded step before, both for every parameter.
 Quantities of a run: at recorded steps `loss`, `accuracy` on the held-out examples; at every step of training (evenly
 thinned to 256) `train_loss`, `train_accuracy`, `grad_norm`, `clip_fraction`, `clip_removed` on that step's batch; and
 one row `diverged` for each run, 0 at its last step, or 1 at the step whose loss or gradient was not finite: the record
-of that run ends there.
+of that run ends there, with the layers' numbers if the loss still was finite. Measurements of one's own go by their
+names, at layer 0 unless their path is that of a parameter.
 
 Read a folder with `results.read(folder)`: a `Results` with `.description` (study.json), `.sessions`, `.table()` (polars),
 `.finished` (numbers of the finished cells) and `.times()`.

@@ -230,7 +230,15 @@ class Study:
 def work(task: Task) -> tuple[bytes, dict[str, float]]:
     """Measure a cell, in whatever process this is: the bytes of its Parquet file, and the seconds that it took."""
     study = task.study
-    measured = cell.measure(study._setup(), task.cell)
+    try:
+        measured = cell.measure(study._setup(), task.cell)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OSError(
+            f"study: cell {task.number} must fit into the device's memory, got {task.cell.chunk} runs at once; use a "
+            "smaller chunk or batch size"
+        ) from None
     frame = table.build(
         task.number,
         task.cell,

@@ -22,7 +22,10 @@ CONFIG = (
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised when Ctrl-C has stopped a study cleanly."""
+    """Raised when Ctrl-C has stopped a study."""
+
+    at_once = False
+    """Whether it was pressed twice, so that cells may still be in flight."""
 
 
 @contextmanager
@@ -138,7 +141,8 @@ def drive(
                         failure = failure or error
             except KeyboardInterrupt:
                 if isinstance(failure, Interrupted):
-                    raise Interrupted from None
+                    failure.at_once = True
+                    raise failure from None
                 failure = Interrupted()
                 print("\nstudy: finishing the cells in flight; Ctrl-C again stops at once", file=sys.stderr, flush=True)
             except OSError as error:  # a cell could not be stored

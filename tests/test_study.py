@@ -63,7 +63,7 @@ def plain_run(described, static, seed, rate):
 
             gradient = jax.grad(objective)(at.params)
             updates, _ = optimizer.update(gradient, at.opt_state, at.params)
-            ratio = optax.global_norm(updates[-2]["kernel"]) / optax.global_norm(at.params[-2]["kernel"])
+            ratio = jnp.linalg.norm(updates[-2]["kernel"]) / jnp.linalg.norm(at.params[-2]["kernel"])
             now = np.asarray(gradient[-2]["kernel"], np.float64)
             cosine = None if before is None else np.sum(now * before) / np.linalg.norm(now) / np.linalg.norm(before)
             before = now
