@@ -1,11 +1,13 @@
 """Pure-functional neural networks on JAX, made to see how gradients flow."""
 
-from fnn import activations, clip, data, initializers, losses, meanfield, models, plot, study, taps, tree
+from fnn import activations, clip, data, grid, initializers, losses, meanfield, models, plot, results, study, taps, tree
 from fnn.clip import packed, per_depth
+from fnn.compare import compare
 from fnn.core import Layer, function, named, parallel, repeat, residual, serial, stateless
 from fnn.flow import GradientFlow, gradient_flow
 from fnn.layers import activation, dense, dropout, flatten
 from fnn.norm import batch_norm, group_norm, layer_norm, rms_norm
+from fnn.study import Study
 from fnn.taps import tap
 from fnn.train import History, TrainState, TrainStep, evaluate, fit, train_step
 
@@ -15,12 +17,14 @@ __all__ = [
     "GradientFlow",
     "History",
     "Layer",
+    "Study",
     "TrainState",
     "TrainStep",
     "activation",
     "activations",
     "batch_norm",
     "clip",
+    "compare",
     "data",
     "dense",
     "dropout",
@@ -29,6 +33,7 @@ __all__ = [
     "flatten",
     "function",
     "gradient_flow",
+    "grid",
     "group_norm",
     "initializers",
     "layer_norm",
@@ -42,6 +47,7 @@ __all__ = [
     "plot",
     "repeat",
     "residual",
+    "results",
     "rms_norm",
     "serial",
     "stateless",
