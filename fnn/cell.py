@@ -52,7 +52,6 @@ class Cell(NamedTuple):
     chunk: int = 1
     """How many runs are lanes of one `vmap`; the rest follow in turn, through the same program."""
 
-
     def settled(self) -> "Cell":
         """Move traced axes that are 0 throughout to the static ones: biases of zero are not drawn."""
         zeros = {name: 0.0 for name in self.runs[0] if name != "seed" and not any(run[name] for run in self.runs)}
