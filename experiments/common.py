@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import fnn
 from fnn.plot import COLOURS, MARKERS
 
 HERE = Path(__file__).parent
@@ -160,6 +161,60 @@ def device() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kind = f"a CPU with {cores} cores" if first.platform == "cpu" else first.device_kind
     return f"{kind}, JAX {jax.__version__}, Python {platform.python_version()}"
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def signals(
+    net: fnn.Layer,
+    batch: tuple[Any, Any],
+    seeds: int,
+    *,
+    scales: Sequence[float] = (1.0,),
+    loss: Callable[[Any, Any], Any] = fnn.losses.cross_entropy,
+    train: bool = True,
+    chunk: int = 8,
+) -> list[dict[str, np.ndarray]]:
+    """Measure the gradient flow of a net at initialisation, its parameters multiplied by each of the scales.
+
+    One dict for each scale; each quantity is float64[seeds, layers], logs natural, named as in `fnn.GradientFlow`.
+    Layers are those with a kernel, of which the tap next behind it is reported. All seeds run in one program, `chunk`
+    of them at once, all scales on the same draws.
+    """
+
+    @jax.jit
+    def run(keys, factors):
+        def one(key):
+            params, state = net.init(key, batch[0])
+
+            def measure(s):
+                scaled = jax.tree.map(lambda p: s * p, params)
+                return fnn.flow.measure(net, loss, train, scaled, state, *batch, None)
+
+            return jax.lax.map(measure, factors)
+
+        return jax.lax.map(one, keys, batch_size=chunk)
+
+    every = jax.device_get(run(jax.random.split(jax.random.key(1), seeds), np.asarray(scales, np.float32)))
+    names = ("log_error", "log_kernel", "second_moment")
+    results = []
+    for j in range(len(scales)):
+        flows = [fnn.flow.tabulate(jax.tree.map(lambda a, i=i, j=j: a[i, j], every)) for i in range(seeds)]
+        results.append({name: np.stack([flow.profile(name)[1] for flow in flows]) for name in names})
+    return results
+
+
+def log_mean_square(log_norms: np.ndarray) -> np.ndarray:
+    """Take the log of the mean over runs (axis 0) of a norm's square, of its log: exact where squares underflow."""
+    top = np.max(log_norms, axis=0)
+    return 2 * top + np.log(np.mean(np.exp(2 * (log_norms - top)), axis=0))
+
+
+def rate(log_squares: np.ndarray, skip: int = 3) -> float:
+    """Fit the factor of |delta|² for one layer towards the input, leaving out the first `skip` layers."""
+    layers = np.arange(len(log_squares))
+    return float(np.exp(-np.polyfit(layers[skip:], log_squares[skip:], 1)[0]))
 
 
 # Figures --------------------------------------------------------------------------------------------------------------

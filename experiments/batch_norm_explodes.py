@@ -1,0 +1,79 @@
+"""Does batch norm keep gradients from vanishing only by making them explode, at any scale of the weights?
+
+Dense, batch norm, activation, in train mode: |dL/dh|² grows towards the input by (B-2)/(B-3) a layer in linear nets, by
+pi/(pi-1) = 1.467 under ReLU with a large batch, and never less than 1 (Yang et al. 2019, theorem 7). The weights' scale
+cancels. In eval mode with fresh statistics batch norm is the identity.
+"""
+
+import math
+import sys
+
+import common
+import jax
+import numpy as np
+
+import fnn
+
+CASES = (("identity", 8), ("identity", 32), ("relu", 8), ("relu", 32), ("relu", 256), ("tanh", 32))
+
+
+def run(options: common.Options) -> common.Result:
+    depth, width, seeds, tolerance = options.pick((12, 512, 10, 0.015), (8, 128, 4, 0.08))
+    cases = options.pick(CASES, CASES[3:4])
+    figure, axes = common.panels(2)
+    checks = []
+    for i, (activation, batch) in enumerate(cases):
+        # More seeds for a small batch, where few numbers are averaged.
+        error = measure(activation, depth, width, batch, 1.0, seeds * max(1, 32 // batch))
+        predicted = fnn.meanfield.batch_norm_rate(activation, batch)
+        name = f"{activation}, batch {batch}"
+        checks.append(common.close(name, predicted, rate(error), tolerance, relative=True))
+        layers = np.arange(1, depth + 1)
+        common.measured(axes[0, 0], layers, (error - error[:, -1:]) / math.log(10), i, name)
+        common.predicted(axes[0, 0], layers, (depth - layers) * math.log10(predicted) / 2)
+    for i, sigma_w in enumerate(options.pick((0.3, 3.0), (3.0,))):
+        error = measure("relu", depth, width, 32, sigma_w, seeds)
+        name = f"relu, batch 32, sigma_w = {sigma_w}"
+        expected = fnn.meanfield.batch_norm_rate("relu", 32)
+        checks.append(common.close(name, expected, rate(error), tolerance, relative=True))
+        common.measured(axes[0, 1], layers, (error - error[:, -1:]) / math.log(10), i, f"train, sigma_w = {sigma_w}")
+    error = measure("relu", depth, width, 32, 1.0, seeds, train=False)
+    expected = fnn.meanfield.fixed_point("relu", 1.0, 0.0).chi
+    checks.append(common.close("relu, eval mode, sigma_w = 1", expected, rate(error), 2 * tolerance, relative=True))
+    common.measured(axes[0, 1], layers, (error - error[:, -1:]) / math.log(10), 2, "eval, sigma_w = 1")
+    common.finish(axes[0, 0], "train mode", "layer (1 is next to the input)", "log10 |dL/dh|, last layer 0")
+    common.finish(axes[0, 1], "relu, batch 32", "layer (1 is next to the input)", "")
+    remarks = [
+        f"Factor of |dL/dh|² for one layer towards the input, from the mean log norm: width {width}, {depth} layers, "
+        f"{seeds} seeds (four times as many for a batch of 8), without the first 3 layers and the last.",
+        "Norms grow by the root of these factors: 1.21 a layer under ReLU, a million-fold in 72 layers.",
+    ]
+    return common.Result(checks, figure, remarks)
+
+
+def measure(
+    activation: str, depth: int, width: int, batch: int, sigma_w: float, seeds: int, train: bool = True
+) -> np.ndarray:
+    """log |dL/dh| of the hidden layers, float[seeds, depth], for normal inputs."""
+    net = fnn.models.mlp(
+        depth - 1,
+        width,
+        10,
+        activation=activation,
+        norm=fnn.batch_norm(eps=0.0),
+        init=fnn.initializers.scaled(sigma_w),
+        taps=True,
+        unroll=1,
+    )
+    x = jax.random.normal(jax.random.key(0), (batch, width))
+    y = np.arange(batch) % 10
+    (measured,) = common.signals(net, (x, y), seeds, train=train, chunk=2)
+    return measured["log_error"][:, :-1]
+
+
+def rate(error: np.ndarray) -> float:
+    return common.rate(2 * np.mean(error, axis=0)[:-1])
+
+
+if __name__ == "__main__":
+    sys.exit(common.main(__file__, __doc__, run))
