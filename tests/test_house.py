@@ -21,7 +21,9 @@ FLOORS = [
     {"train"},
     {"cell", "results", "workers", "provenance"},
     {"table", "compare"},
-    {"study", "plot"},
+    {"study", "plot", "digest"},
+    {"figures"},
+    {"report"},
     {"cli_study"},
     {"cli"},
 ]
