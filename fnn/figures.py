@@ -70,9 +70,9 @@ def heat(d: Digest, path: str | os.PathLike[str]) -> str | None:
         line = critical.get((row.get("activation"), float(row.get("sigma_b") or 0.0)))
         if line is not None and row.get("norm", "none") == "none" and edges[0] <= line <= edges[-1]:
             axis.axvline(line, color="k", linestyle="--", linewidth=1.2)
-        axis.set_title(digest.label(dict(zip(rest, key, strict=True))) or "all", fontsize=9)
+        axis.set_title(digest.label(dict(zip(rest, key, strict=True))), fontsize=9)
     _labels(figure, r"$\sigma_w$", "depth")
-    figure.colorbar(image, ax=axes.tolist(), label="log of the factor of |dL/dh|² for one layer", shrink=0.8)
+    figure.colorbar(image, ax=axes.tolist(), label="log factor of |dL/dh|² a layer", shrink=0.9)
     _save(figure, path)
     return (
         "Rate of the gradient by depth and sigma_w, medians over seeds: purple grows towards the input (explodes), orange "

@@ -79,7 +79,9 @@ def facts(study: results.Results, d: Digest) -> list[str]:
     if study.sessions:
         last = study.sessions[-1]
         versions = ", ".join(f"{k} {v}" for k, v in (last.get("versions") or {}).items())
-        where = "; ".join(str(part) for part in (last.get("devices"), versions, last.get("commit")) if part)
+        devices = last.get("devices") or []
+        devices = devices if isinstance(devices, str) else ", ".join(map(str, devices))
+        where = "; ".join(str(part) for part in (devices, versions, last.get("commit")) if part)
         sentences.append(f"Measured on {where}." if where else "")
     return [sentence for sentence in sentences if sentence]
 
@@ -120,7 +122,8 @@ def contents(d: Digest, sentences: list[str], title: str) -> dict[str, Any]:
         chosen = np.unique(np.linspace(0, rows.height - 1, min(MOST_LAYERS, rows.height)).round().astype(int))
         layers.setdefault(series, {}).setdefault(str(step), {})[str(network)] = _curve(rows[chosen.tolist()], "layer")
     runs: dict[str, Any] = {}
-    for (series, network), rows in d.runs.group_by("series", "network", maintain_order=True):
+    moving = d.runs.filter(pl.col("step").n_unique().over("series", "network") > 1)
+    for (series, network), rows in moving.group_by("series", "network", maintain_order=True):
         runs.setdefault(series, {})[str(network)] = _curve(rows.sort("step"), "step")
     finals = {
         str(r["network"]): [_number(r[k]) for k in ("low", "middle", "high")] for r in d.finals.iter_rows(named=True)
