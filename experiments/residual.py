@@ -68,13 +68,11 @@ def measure(depth: int, a: float, seeds: int) -> tuple[np.ndarray, np.ndarray]:
 
         return jax.lax.map(one, keys, batch_size=50)
 
-    every = jax.device_get(run(jax.random.split(jax.random.key(1), seeds)))
-    back, forward = [], []
-    for i in range(seeds):
-        rows = fnn.flow.tabulate(jax.tree.map(lambda leaf, i=i: leaf[i], every)).rows
-        back.append([2 * row.value for row in rows if row.quantity == "log_error"])
-        forward.append([math.log(row.value) for row in rows if row.quantity == "second_moment"])
-    back, forward = np.array(back), np.array(forward)
+    labels, values = common.labelled(net, x, run(jax.random.split(jax.random.key(1), seeds)))
+    back, forward = (
+        values[:, [i for i, label in enumerate(labels) if label[2] == name]] for name in ("log_error", "second_moment")
+    )
+    back, forward = 2 * back, np.log(forward)
     return back - back[:, -1:], forward - forward[:, :1]
 
 
