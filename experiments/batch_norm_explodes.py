@@ -31,7 +31,10 @@ def run(options: common.Options) -> common.Result:
         checks.append(common.close(name, predicted, rate(error), tolerance, relative=True))
         layers = np.arange(1, depth + 1)
         common.measured(axes[0, 0], layers, (error - error[:, -1:]) / math.log(10), i, name)
-        common.predicted(axes[0, 0], layers, (depth - layers) * math.log10(predicted) / 2)
+        # The input is normal, so that the first layer's variance over the batch is not that of phi's outputs.
+        setting = {"activation": activation, "sigma_w": 1.0, "sigma_b": 0.0, "norm": "batch_norm", "batch": batch}
+        theory = fnn.meanfield.predict(depth, **setting, q0=1 - 1 / batch)
+        common.predicted(axes[0, 0], layers, theory.log_error / math.log(10))
         if (activation, batch) == ("relu", 32):
             for j, (sigma_w, other) in enumerate(zip(SCALES[1:], others, strict=True)):
                 name = f"relu, batch 32, sigma_w = {sigma_w}"

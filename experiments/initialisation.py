@@ -20,7 +20,7 @@ CHI = {"he_normal": 1.0, "glorot_normal": 0.5, "normal(0.01)": WIDTH / 2 * 1e-4}
 
 
 def run(options: common.Options) -> common.Result:
-    depth, seeds, epochs = options.pick((30, 40, 10), (24, 6, 10))
+    depth, seeds, epochs = options.pick((30, 40, 30), (24, 6, 12))
     train, test = fnn.data.digits(key=jax.random.key(0))
     batch = train.x[:16], train.y[:16]
     figure, axes = common.panels(3)
@@ -41,7 +41,7 @@ def run(options: common.Options) -> common.Result:
         common.predicted(axes[0, 0], layers, curve, "chi" if i == 0 else None)
     for i, init in enumerate(cases):
         net = fnn.models.mlp(depth - 1, WIDTH, 10, activation="relu", init=init, unroll=1)
-        optimizer = optax.sgd(0.01, momentum=0.9)
+        optimizer = optax.sgd(0.005, momentum=0.9)
         state = fnn.TrainState.create(net, optimizer, jax.random.key(1), train.x[:1])
         step = fnn.train_step(net, fnn.losses.cross_entropy, optimizer)
         state, history = fnn.fit(step, state, train, epochs=epochs, batch_size=64, key=jax.random.key(2))
@@ -59,7 +59,7 @@ def run(options: common.Options) -> common.Result:
     remarks = [
         f"{depth} layers of width {WIDTH}. Factors for one layer towards the input of the mean square over {seeds} seeds, "
         "16 digits, fitted without the first 3 layers (weights: without the first one).",
-        f"Training: {epochs} epochs of gradient descent (rate 0.01, momentum 0.9) on the digits, one seed.",
+        f"Training: {epochs} epochs of gradient descent (rate 0.005, momentum 0.9) on the digits, one seed.",
     ]
     return common.Result(checks, figure, remarks)
 
