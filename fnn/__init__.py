@@ -1,6 +1,21 @@
 """Pure-functional neural networks on JAX, made to see how gradients flow."""
 
-from fnn import activations, clip, data, grid, initializers, losses, meanfield, models, plot, results, study, taps, tree
+from fnn import (
+    activations,
+    clip,
+    data,
+    grid,
+    initializers,
+    losses,
+    meanfield,
+    models,
+    plot,
+    report,
+    results,
+    study,
+    taps,
+    tree,
+)
 from fnn.clip import packed, per_depth
 from fnn.compare import compare
 from fnn.core import Layer, function, named, parallel, repeat, residual, serial, stateless
@@ -46,6 +61,7 @@ __all__ = [
     "per_depth",
     "plot",
     "repeat",
+    "report",
     "residual",
     "results",
     "rms_norm",

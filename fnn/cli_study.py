@@ -167,11 +167,10 @@ def run_compare(options: Compare) -> int:
 
 def run_report(options: Report) -> int:
     """Do `fnn report`."""
-    import importlib
+    from fnn.report import report
 
-    written = importlib.import_module("fnn.report").report(options.folder)
-    if written is not None:
-        print(f"wrote {written}")
+    written = report(options.folder)
+    print(f"wrote {', '.join(path.name for path in written)} to {options.folder}; open {written[-1]} in a browser")
     return 0
 
 

@@ -15,13 +15,15 @@ import fnn
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"check", "tree", "grid", "activations", "initializers"},
-    {"core", "losses"},
-    {"layers", "norm", "taps", "data"},
+    {"core", "losses", "gaussian"},
+    {"layers", "norm", "taps", "data", "finite_width", "rates"},
     {"models", "clip", "flow", "meanfield"},
     {"train"},
     {"cell", "results", "workers", "provenance"},
     {"table", "compare"},
-    {"study", "plot"},
+    {"study", "plot", "digest"},
+    {"figures"},
+    {"report"},
     {"cli_study"},
     {"cli"},
 ]
