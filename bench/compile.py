@@ -36,9 +36,9 @@ def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
             say(f"  {name}: " + (record.get("reason") or f"{record['total_s'][1]:.2f} s"))
             gc.collect()
             jax.clear_caches()
-        yield Section(
-            f"{row}, batch {row.batch}", COLUMNS, [_cells(r) for r in records], [], {"row": str(row), "peers": records}
-        )
+        notes = [f"{r['name']}: {r['outcome']}: {r['reason']}" for r in records if "reason" in r]
+        cells = [_cells(record) for record in records]
+        yield Section(f"{row}, batch {row.batch}", COLUMNS, cells, notes, {"row": str(row), "peers": records})
 
 
 def _measure(name: str, work: problem.Problem, options: Namespace) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 def _cells(record: dict[str, Any]) -> tuple[str, ...]:
     if record["outcome"] != "timed":
-        return (record["name"], record["outcome"] + ": " + record["reason"], "", "", "", "")
+        return (record["name"], record["outcome"], "", "", "", "")
     memory = record["temporary_mb"]
     return (
         record["name"],

@@ -55,7 +55,7 @@ def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
                 f"{record['losses'][0]:.6f}",
                 f"{record['losses'][-1]:.6f}",
                 f"{off:.1e}",
-                f"{record['flops'] / 1e9:.3f}",
+                f"{record['flops'] / 1e9:.4g}",
                 str(record["all_reduces"]),
                 f"{record['ms']:.2f}",
             )

@@ -196,13 +196,28 @@ def signals(
 
         return jax.lax.map(one, keys, batch_size=chunk)
 
-    every = jax.device_get(run(jax.random.split(jax.random.key(1), seeds), np.asarray(scales, np.float32)))
-    names = ("log_error", "log_kernel", "second_moment")
-    results = []
-    for j in range(len(scales)):
-        flows = [fnn.flow.tabulate(jax.tree.map(lambda a, i=i, j=j: a[i, j], every)) for i in range(seeds)]
-        results.append({name: np.stack([flow.profile(name)[1] for flow in flows]) for name in names})
-    return results
+    every = run(jax.random.split(jax.random.key(1), seeds), np.asarray(scales, np.float32))
+    labels, values = labelled(net, batch[0], every)
+    results = {}
+    for name in ("log_error", "log_kernel", "second_moment"):
+        first: dict[int, int] = {}
+        for place, (layer, _, quantity) in enumerate(labels):
+            if quantity == name:
+                first.setdefault(layer, place)
+        results[name] = values[..., [first[layer] for layer in sorted(first)]]
+    return [{name: array[:, j] for name, array in results.items()} for j in range(len(scales))]
+
+
+def labelled(net: fnn.Layer, x: Any, measured: Any) -> tuple[list[tuple[int, str, str]], np.ndarray]:
+    """Undo the scales of what `fnn.flow.measure` returned, with any leading axes.
+
+    Returns labels (layer, path, quantity) in forward order, and float64[lead..., labels].
+    """
+    measured = jax.device_get(measured)
+    numbers = fnn.flow.resolve(measured, jax.eval_shape(net.init, jax.random.key(0), x)[0])
+    lead = np.ndim(measured["loss"])
+    rows = fnn.flow.label(numbers, lead)
+    return [row[:3] for row in rows], fnn.flow.flat(numbers, lead)[..., [place for *_, place in rows]]
 
 
 def log_mean_square(log_norms: np.ndarray) -> np.ndarray:

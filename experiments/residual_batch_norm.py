@@ -67,12 +67,8 @@ def measure(block: fnn.Layer, depth: int, seeds: int) -> np.ndarray:
 
         return jax.lax.map(one, keys)
 
-    every = jax.device_get(run(jax.random.split(jax.random.key(1), seeds)))
-    logs = []
-    for i in range(seeds):
-        rows = fnn.flow.tabulate(jax.tree.map(lambda leaf, i=i: leaf[i], every)).rows
-        logs.append([2 * row.value for row in rows if row.quantity == "log_error"])
-    logs = np.array(logs)
+    labels, values = common.labelled(net, x, run(jax.random.split(jax.random.key(1), seeds)))
+    logs = 2 * values[:, [quantity == "log_error" for *_, quantity in labels]]
     return logs - logs[:, -1:]
 
 

@@ -1,8 +1,25 @@
 """Pure-functional neural networks on JAX, made to see how gradients flow."""
 
-from fnn import activations, clip, data, initializers, losses, meanfield, memory, models, plot, study, taps, tree
+from fnn import (
+    activations,
+    clip,
+    data,
+    grid,
+    initializers,
+    losses,
+    meanfield,
+    memory,
+    models,
+    plot,
+    report,
+    results,
+    study,
+    taps,
+    tree,
+)
 from fnn.attention import attention, positions
 from fnn.clip import packed, per_depth
+from fnn.compare import compare
 from fnn.conv import avg_pool, conv, conv_transpose, global_avg_pool, max_pool
 from fnn.core import Layer, function, named, parallel, repeat, residual, serial, stateless
 from fnn.flow import GradientFlow, gradient_flow
@@ -11,6 +28,7 @@ from fnn.layers import activation, dense, dropout, flatten, gain
 from fnn.memory import generate
 from fnn.norm import batch_norm, group_norm, layer_norm, rms_norm
 from fnn.recurrent import bidirectional, gru, lstm, rnn
+from fnn.study import Study
 from fnn.taps import tap
 from fnn.tokens import embed, tied
 from fnn.train import History, TrainState, TrainStep, evaluate, fit, train_step
@@ -22,6 +40,7 @@ __all__ = [
     "History",
     "Layer",
     "Masked",
+    "Study",
     "TrainState",
     "TrainStep",
     "activation",
@@ -33,6 +52,7 @@ __all__ = [
     "bidirectional",
     "branches",
     "clip",
+    "compare",
     "concatenate",
     "conv",
     "conv_transpose",
@@ -48,6 +68,7 @@ __all__ = [
     "generate",
     "global_avg_pool",
     "gradient_flow",
+    "grid",
     "group_norm",
     "gru",
     "initializers",
@@ -67,7 +88,9 @@ __all__ = [
     "positions",
     "positionwise",
     "repeat",
+    "report",
     "residual",
+    "results",
     "rms_norm",
     "rnn",
     "serial",

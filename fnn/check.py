@@ -54,6 +54,19 @@ def above_zero(who: str, **values: Any) -> None:
             raise _refuse(value, numbers.Real)(f"{who}: {name} must be a finite number above 0, got {value!r}")
 
 
+def number(who: str, *, low: float = 0, high: float = 1e100, **values: Any) -> float:
+    """Return one number as a float, on the host; refuse what is none, or lies outside [low, high] (1e100: finite)."""
+    ((name, value),) = values.items()
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{who}: {name} must be a number, got {value!r}; pass a float") from None
+    if not low <= result <= high:
+        rule = f"at least {low}" if high > 1e99 else f"between {low} and {high}"
+        raise ValueError(f"{who}: {name} must be {rule}{' and finite' if high == 1e100 else ''}, got {value!r}")
+    return result
+
+
 def choice(who: str, options: Iterable[str], **values: Any) -> None:
     """Refuse a name that is not among the options, and suggest the nearest one."""
     options = list(options)

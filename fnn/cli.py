@@ -1,10 +1,9 @@
-"""The command line: `fnn train`, `fnn study`; also `python -m fnn`."""
+"""The command line: `fnn train`, `fnn study`, `fnn compare`, `fnn report`; also `python -m fnn`."""
 
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 SENTENCES = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
 
@@ -60,35 +59,6 @@ class Train:
     """write the training curves to this PNG"""
 
 
-@dataclass(frozen=True)
-class Study:
-    """Measure how gradients vanish or explode with depth, at initialisation, on real digits, beside the theory.
-
-    Prints a table, and writes study.parquet (one row for each cell, seed, layer and quantity) and study.png.
-    """
-
-    depth: str = "8,32,64"
-    """depths, separated by commas"""
-    activation: str = "sigmoid,tanh,relu"
-    """activations, separated by commas"""
-    norm: str = "none,batch_norm"
-    """norms, separated by commas: none, batch_norm, layer_norm, rms_norm"""
-    width: int = 128
-    """units of a hidden layer"""
-    seeds: int = 8
-    """random initialisations of each network, run at once"""
-    sigma_w: float = 1.0
-    """weights are drawn from N(0, sigma_w²/fan_in)"""
-    sigma_b: float = 0.0
-    """biases are drawn from N(0, sigma_b²)"""
-    batch_size: int = 32
-    """training examples in the measured batch"""
-    data: str = "digits"
-    """digits, clusters, spirals, a folder of IDX files, or a .npz file"""
-    out: str = "studies/latest"
-    """folder for the results"""
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; bad input gives one sentence on standard error and exit code 2."""
     try:
@@ -96,10 +66,19 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError:
         print("fnn: the command line needs tyro; install fnn[study]", file=sys.stderr)
         return 2
-    Command = Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Study, tyro.conf.subcommand("study")]
-    command = tyro.cli(Command, prog="fnn", args=arguments, description="See how gradients flow.")
+    from fnn import cli_study
+
+    commands = {
+        Train: ("train", run_train),
+        cli_study.Study: ("study", cli_study.run_study),
+        cli_study.Compare: ("compare", cli_study.run_compare),
+        cli_study.Report: ("report", cli_study.run_report),
+    }
+    Command: Any = Union[*(Annotated[kind, tyro.conf.subcommand(name)] for kind, (name, _) in commands.items())]
+    positional = (tyro.conf.PositionalRequiredArgs,)
+    command = tyro.cli(Command, prog="fnn", args=arguments, description="See how gradients flow.", config=positional)
     try:
-        return run_train(command) if isinstance(command, Train) else run_study(command)
+        return commands[type(command)][1](command)
     except SENTENCES as error:
         places = [note for note in getattr(error, "__notes__", []) if note.startswith("in layer ")]
         print("; ".join([str(error), *places]), file=sys.stderr)
@@ -166,70 +145,3 @@ def run_train(options: Train) -> int:
         print(f"mean of {options.seeds} seeds: test {measure} {mean:.4f} ± {spread:.4f} (standard deviation)")
     print(f"{seconds:.1f} s on {jax.devices()[0].platform}")
     return 0
-
-
-def run_study(options: Study) -> int:
-    """Do `fnn study`."""
-    import jax
-
-    from fnn import plot, study
-
-    grid = study.cells(_integers("depth", options.depth), _words(options.activation), _words(options.norm))
-    started = time.perf_counter()
-
-    def on_cell(number: int, cell: Any) -> None:
-        seconds = time.perf_counter() - started
-        text = f"[{seconds:5.1f} s] cell {number + 1}/{len(grid)}: {cell.activation}, {cell.norm}, depth {cell.depth}"
-        print(text, file=sys.stderr, flush=True)
-
-    folder = Path(options.out)
-    table = study.run(
-        grid,
-        width=options.width,
-        seeds=options.seeds,
-        sigma_w=options.sigma_w,
-        sigma_b=options.sigma_b,
-        batch_size=options.batch_size,
-        source=options.data,
-        on_cell=on_cell,
-    )
-    study.save(table, folder / "study.parquet")
-    plot.study(table, path=folder / "study.png")
-    _print_summary(study.summarize(table), options)
-    seconds = time.perf_counter() - started
-    print(f"wrote {folder / 'study.parquet'} ({table.height:,} rows) and {folder / 'study.png'}")
-    print(f"{seconds:.1f} s on {jax.devices()[0].platform}")
-    return 0
-
-
-def _print_summary(summary: Any, options: Study) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    title = f"log |dL/dh| at initialisation: width {options.width}, {options.seeds} seeds, sigma_w {options.sigma_w:g}"
-    table = Table(title=title, caption="slope: change of log |dL/dh| for one layer towards the input (natural log)")
-    for name in ("activation", "norm", "depth", "at layer 1", "at the last hidden", "slope [10 %, 90 %]", "predicted"):
-        table.add_column(name, justify="left" if name in ("activation", "norm") else "right")
-    for row in summary.iter_rows(named=True):
-        predicted = row["predicted_slope"]
-        table.add_row(
-            row["activation"],
-            row["norm"],
-            str(row["depth"]),
-            f"{row['first']:.2f}",
-            f"{row['last']:.2f}",
-            f"{row['slope']:+.3f} [{row['slope_low']:+.3f}, {row['slope_high']:+.3f}]",
-            "" if predicted is None else f"{predicted:+.3f}",
-        )
-    Console().print(table)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _integers(name: str, text: str) -> list[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError:
-        raise ValueError(f"study: {name} must be integers separated by commas, got {text!r}") from None

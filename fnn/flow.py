@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ def gradient_flow(
             "rescale); put fnn.tap() between the blocks, or build the model with taps=True"
         )
     losses.check_targets(loss, output_spec(net, params, net_state, x).shape, y)
-    return tabulate(jax.device_get(measure(net, loss, train, params, net_state, x, y, key)))
+    return tabulate(jax.device_get(measure(net, loss, train, params, net_state, x, y, key)), params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -110,6 +110,13 @@ def measure(net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any,
     which each is to be multiplied stand in `exponents` and in `taps`' own. They are added on the host, in float64:
     a log of -30,000 has no digit to spare in float32.
     """
+    return differentiate(net, loss, train, params, state, x, y, key)[0]
+
+
+def differentiate(
+    net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any, y: Any, key: Any
+) -> tuple[dict[str, Any], Any]:
+    """Do `measure`, and return the gradient too, as the taps rescaled it: to be multiplied by 2^exponents."""
 
     def objective(params, state):
         outputs, new = net.apply(params, state, x, key=key, train=train)
@@ -119,39 +126,80 @@ def measure(net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any,
     (value, new), gradients = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, marked)
     zero = jnp.zeros((), jnp.float32)
     exponents, news, _ = _accumulate(gradients[0], gradients[1], zero)
-    rms = tree.map_depth(lambda k, a: jnp.full(a.shape[:k], -0.5 * np.log(max(1, np.prod(a.shape[k:])))), params)
     logs = tree.log_norms(gradients[0])
-    return {"loss": value, "logs": logs, "exponents": exponents, "rms": rms, "taps": news, "state": new}
+    return {"loss": value, "logs": logs, "exponents": exponents, "taps": news, "state": new}, gradients[0]
 
 
-def tabulate(measured: dict[str, Any]) -> GradientFlow:
+def tabulate(measured: dict[str, Any], params: Any) -> GradientFlow:
     """Do the host's part: undo the scales in float64 and label every number."""
-    kernels: list[Order] = []
-    rows: list[tuple[Order, Row]] = []
-    exponents = jax.tree.map(lambda log, e: np.broadcast_to(e, log.shape), measured["logs"], measured["exponents"])
-    every = zip(*(tree.rows(t) for t in (measured["logs"], exponents, measured["rms"])), strict=True)
-    for parent, group in itertools.groupby(every, key=lambda row: row[0][0].rpartition("/")[0]):
-        leaves = [(path, _unscale(log, e), rms) for (path, log), (_, e), (_, rms) in group]
-        if any(path.rpartition("/")[2] == "kernel" for path, _, _ in leaves):
-            kernels.append(_order(parent))
-        for path, log, rms in leaves:
-            name = path.rpartition("/")[2]
-            rows.append((_order(path), Row(len(kernels), path, f"log_{name}", log)))
-            rows.append((_order(path), Row(len(kernels), path, f"log_{name}_rms", log + float(rms))))
-    pairs = zip(taps.find(measured["state"]), taps.find(measured["taps"]), strict=True)
-    for (path, new), (_, old) in pairs:
-        if new.rescale and old.backward.uses > 1:
+    numbers = resolve(measured, params)
+    values = flat(numbers)
+    rows = [Row(layer, path, quantity, float(values[i])) for layer, path, quantity, i in label(numbers)]
+    return GradientFlow(rows, float(measured["loss"]))
+
+
+class Numbers(NamedTuple):
+    """Measured numbers as trees of float64[lead..., depth...]; the leading axes are those of `vmap`."""
+
+    params: dict[str, Any]
+    """Trees like params, by the pattern of their quantity: `log_{}` becomes `log_kernel`."""
+    taps: Any
+    """Like the net's state; for every tap a dict of quantities."""
+
+
+def resolve(measured: dict[str, Any], params: Any) -> Numbers:
+    """Undo the scales in float64; `measured` may carry leading axes, `params` (or their specs) must not."""
+    logs = jax.tree.map(_unscale, measured["logs"], measured["exponents"])
+    sizes = tree.map_depth(lambda k, a: 0.5 * np.log(max(1, np.prod(a.shape[k:]))), params)
+
+    def one(entries, new, old):
+        if not isinstance(new, TapState):
+            return ()
+        if new.rescale and np.any(old.backward.uses > 1):
             raise ValueError(
-                f"gradient_flow: tap {path} was passed {int(old.backward.uses)} times on the way back, so a weight is "
-                "used on both sides of it and one scale cannot be undone; move the tap out of the part that is reused"
+                f"gradient_flow: tap {tree.path(entries)} was passed {int(np.max(old.backward.uses))} times on the way "
+                "back, so a weight is used on both sides of it and one scale cannot be undone; move the tap out of the "
+                "part that is reused"
             )
-        order = _order(path)
-        layer = bisect.bisect(kernels, order)
         log = _unscale(taps.log_error(old.backward), old.backward.exponent)
-        rows.append((order, Row(layer, path, "log_error", log)))
-        rows += [(order, Row(layer, path, name, float(value))) for name, value in new.forward.items()]
+        return {"log_error": log} | {name: np.asarray(value, np.float64) for name, value in new.forward.items()}
+
+    state, gradients = measured["state"], measured["taps"]
+    news = jax.tree_util.tree_map_with_path(one, state, gradients, is_leaf=lambda node: isinstance(node, TapState))
+    return Numbers({"log_{}": logs, "log_{}_rms": jax.tree.map(np.subtract, logs, sizes)}, news)
+
+
+def flat(numbers: Numbers, lead: int = 0) -> np.ndarray:
+    """Lay all numbers in a row: float64[lead..., n], to be indexed by the positions of `label`."""
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(numbers)]
+    return np.concatenate([leaf.reshape(*leaf.shape[:lead], -1) for leaf in leaves], axis=-1)
+
+
+def label(numbers: Numbers, lead: int = 0) -> list[tuple[int, str, str, int]]:
+    """List (layer, path, quantity, position in `flat`) in forward order."""
+    leaves, treedef = jax.tree.flatten(numbers)
+    shapes = [np.shape(leaf)[lead:] for leaf in leaves]
+    starts = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
+    places = [np.arange(int(np.prod(s))).reshape(s) + start for s, start in zip(shapes, starts, strict=False)]
+    numbered = treedef.unflatten(places)
+    kernels: list[Order] = []
+    rows: list[tuple[Order, tuple[int, str, str, int]]] = []
+    every = zip(*(tree.rows(t) for t in numbered.params.values()), strict=True)
+    for parent, group in itertools.groupby(every, key=lambda row: row[0][0].rpartition("/")[0]):
+        leaves = list(group)
+        if any(found[0][0].rpartition("/")[2] == "kernel" for found in leaves):
+            kernels.append(_order(parent))
+        for found in leaves:
+            path = found[0][0]
+            name, order = path.rpartition("/")[2], _order(path)
+            for pattern, (_, place) in zip(numbered.params, found, strict=True):
+                rows.append((order, (len(kernels), path, pattern.format(name), int(place))))
+    for full, place in tree.rows(numbered.taps):
+        path, _, quantity = full.rpartition("/")
+        order = _order(path)
+        rows.append((order, (bisect.bisect(kernels, order), path, quantity, int(place))))
     rows.sort(key=lambda row: row[0])
-    return GradientFlow([row for _, row in rows], float(measured["loss"]))
+    return [row for _, row in rows]
 
 
 def _marks(state: Any) -> list[tuple[str, TapState]]:
@@ -159,8 +207,8 @@ def _marks(state: Any) -> list[tuple[str, TapState]]:
     return [("", leaf) for leaf in leaves if isinstance(leaf, TapState)]
 
 
-def _unscale(log: Any, exponent: Any) -> float:
-    return float(np.float64(log) + np.log(2) * np.float64(exponent))
+def _unscale(log: Any, exponent: Any) -> np.ndarray:
+    return np.asarray(log, np.float64) + np.log(2) * np.asarray(exponent, np.float64)
 
 
 def _order(path: str) -> Order:

@@ -62,6 +62,7 @@ def study(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
         (pl.col("quantity") == "log_error")
         & pl.col("path").str.ends_with("preactivation")
         & (pl.col("layer") <= pl.col("depth") + 1)
+        & (pl.col("step") == 0)
     )
     activations = hidden["activation"].unique(maintain_order=True).to_list()
     norms = hidden["norm"].unique(maintain_order=True).to_list()
@@ -78,7 +79,7 @@ def study(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
                     middle=pl.col("value").median(),
                     low=pl.col("value").quantile(0.1),
                     high=pl.col("value").quantile(0.9),
-                    predicted=pl.col("predicted").first(),
+                    predicted=pl.col("predicted").median(),
                 )
                 .sort("layer")
             )

@@ -1,205 +1,316 @@
-"""Depth studies: gradient norms by layer over depths, activations and norms, many seeds at once, beside the theory."""
+"""Depth studies: a grid of networks in; gradients, activations and training out, beside the theory, in one tidy table."""
 
-import itertools
+import functools
+import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fnn import check, data, flow, initializers, losses, meanfield, models
+from fnn import cell, check, data, losses, results, table
+from fnn.cell import Cell
+from fnn.grid import Grid, product
+from fnn.provenance import digest, function_name, kind_of, session
+from fnn.table import TRACED, summarize
+from fnn.workers import Progress, check_executor, compilation_cache, drive, pool
+
+TRAINING = {
+    "batch_size": 32,
+    "optimizer": "adam",
+    "clip": "global_norm",
+    "learning_rate": 1e-3,
+    "clip_threshold": 1.0,
+    "seed": 0,
+}
+"""Axes that every study has, whatever its `build=`, and their defaults."""
+DEFAULT = product(activation=["sigmoid", "tanh", "relu"], norm=["none", "batch_norm"], depth=[4, 16, 64, 128, 256])
+
+__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "summarize"]
 
 
-class Cell(NamedTuple):
-    """One network of a study."""
+class Task(NamedTuple):
+    """What a worker needs to measure a cell: no more than can be sent to another machine."""
 
-    depth: int
-    activation: str
-    norm: str
-
-
-QUANTITIES = ("log_error", "log_kernel", "log_kernel_rms", "log_bias", "mean", "second_moment", "dead", "saturated")
-
-
-def cells(depths: Sequence[int], activations: Sequence[str], norms: Sequence[str]) -> list[Cell]:
-    """Lay out the grid depths × activations × norms; refuse an empty axis and unknown names before anything runs."""
-    from fnn.activations import TABLE
-
-    for name, axis in (("depths", depths), ("activations", activations), ("norms", norms)):
-        if not axis:
-            raise ValueError(f"study: {name} must name at least one value, got none")
-    for depth in depths:
-        check.positive("study", depth=depth)
-    for activation in activations:
-        check.choice("study", [name for name, a in TABLE.items() if a.elementwise], activation=activation)
-    for norm in norms:
-        check.choice("study", ["none", *models.NORMS], norm=norm)
-    return [Cell(d, a, n) for a, n, d in itertools.product(activations, norms, depths)]
+    study: "Study"
+    number: int
+    cell: Cell
+    axes: dict[str, str]
+    identity: str
 
 
-def run(
-    grid: Sequence[Cell],
-    *,
-    width: int = 64,
-    seeds: int = 8,
-    sigma_w: float = 1.0,
-    sigma_b: float = 0.0,
-    batch_size: int = 256,
-    source: str = "digits",
-    on_cell: Callable[[int, Cell], None] | None = None,
-) -> Any:
-    """Measure every cell at initialisation on one batch; return a tidy polars table.
+@dataclass(frozen=True)
+class Study:
+    """Describe a grid of networks to be measured at initialisation and at steps of training; `run` measures it.
 
-    Weights are drawn from N(0, sigma_w²/fan_in), biases from N(0, sigma_b²); all seeds of a cell run under `vmap` in
-    one compiled program. One row for each (cell, seed, layer, quantity), quantities as in `GradientFlow`, logs natural;
-    `predicted` is mean-field theory's log_error at the same layer, set to the measured one at the last hidden layer,
-    and null where there is no theory (other norms).
+    Axes of the grid (`fnn.grid`: product, zip, chain) are the arguments of `build` and those of `TRAINING`. Static ones
+    (depth, width, activation, norm, residual, init, batch_size, optimizer, clip) make a cell each: one compiled
+    program. Traced ones (seed, sigma_w, sigma_b, learning_rate, clip_threshold, and what `traced` names) run inside it.
+
+    Measured on the first `batch_size` training examples in train mode, before the first step and after those that
+    `steps` or `epochs` ask for; evaluated on all held-out examples. Quantities and columns: `fnn.results`.
+
+    Guarantees: the same study gives the same numbers, bit for bit, on the same machine, devices and kind of executor,
+    whatever is interrupted and resumed; a run that diverges ends its own record and changes no other.
+    Errors: ValueError and TypeError, before anything runs, for an empty or unknown axis or value or quantity.
     """
-    import polars as pl
 
-    check.positive("study", width=width, seeds=seeds, batch_size=batch_size)
-    check.above_zero("study", sigma_w=sigma_w)
-    if not 0 <= sigma_b < np.inf:
-        raise ValueError(f"study: sigma_b must be finite and at least 0, got {sigma_b}")
-    train, _ = data.load(source, key=jax.random.key(0))
-    if batch_size > train.size:
-        raise ValueError(f"study: batch_size must be at most the {train.size} training examples, got {batch_size}")
-    if not np.issubdtype(train.y.dtype, np.integer):
-        raise ValueError(f"study: needs labelled classes, got targets {check.describe(train.y)}")
-    batch = train.x[:batch_size], train.y[:batch_size]
-    classes = int(train.y.max()) + 1
-    tables, drawn = [], {}
-    for number, cell in enumerate(grid):
-        if on_cell is not None:
-            on_cell(number, cell)
-        flows = list(_flows(cell, width, classes, sigma_w, sigma_b, batch, seeds, drawn))
-        predicted = _predict(cell, width, sigma_w, sigma_b, batch_size, flows)
-        for seed, measured in enumerate(flows):
-            rows = [row for row in measured.rows if row.quantity in QUANTITIES and row.layer > 0]
-            tables.append(
-                pl.DataFrame(
-                    {
-                        "layer": [row.layer for row in rows],
-                        "path": [row.path for row in rows],
-                        "quantity": [row.quantity for row in rows],
-                        "value": [row.value for row in rows],
-                        "predicted": [
-                            predicted.get(row.layer)
-                            if row.quantity == "log_error" and row.path.endswith("preactivation")
-                            else None
-                            for row in rows
-                        ],
-                    },
-                    schema_overrides={"layer": pl.Int32, "predicted": pl.Float64},
-                ).with_columns(
-                    pl.lit(cell.depth).cast(pl.Int32).alias("depth"),
-                    pl.lit(cell.activation).alias("activation"),
-                    pl.lit(cell.norm).alias("norm"),
-                    pl.lit(width).cast(pl.Int32).alias("width"),
-                    pl.lit(float(sigma_w)).alias("sigma_w"),
-                    pl.lit(float(sigma_b)).alias("sigma_b"),
-                    pl.lit(seed).cast(pl.Int32).alias("seed"),
-                )
-            )
-    columns = ["activation", "norm", "depth", "width", "sigma_w", "sigma_b", "seed"]
-    return pl.concat(tables).select(*columns, "layer", "path", "quantity", "value", "predicted")
+    grid: Grid = DEFAULT
+    _: KW_ONLY
+    seeds: int | Sequence[int] = 8
+    """How many seeds, from 0; or which. A `seed` axis in the grid wins."""
+    epochs: int = 3
+    """Passes over the training data, each recorded; 0 measures the initialisation alone."""
+    steps: int | Sequence[int] | None = None
+    """The recorded steps instead, 0 always among them."""
+    data: Any = "digits"
+    """A name or path for `data.load`, a pair (x, y), or a pair of such pairs: training and held-out examples."""
+    build: Callable[..., Any] = cell.mlp
+    """Any function from axes (and `classes`, if it asks) to a Layer; traced axes reach it as tracers."""
+    loss: Callable[[Any, Any], Any] = losses.cross_entropy
+    measure: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """Measurements of one's own, by name: (params, state, batch) -> any tree of numbers, run inside the program."""
+    quantities: Sequence[str] | None = None
+    """Which to keep; all by default."""
+    traced: Sequence[str] = ()
+    """Further axes of `build` that do not change the program."""
+    chunk: int | None = None
+    """Runs that share one `vmap`; by default chosen from the device's memory, once, and kept with the results."""
 
+    def __post_init__(self):
+        if isinstance(self.grid, Mapping):
+            object.__setattr__(self, "grid", product(**self.grid))
+        if not isinstance(self.grid, Grid):
+            raise TypeError(f"study: grid must be a Grid or a dict of axes, got {type(self.grid).__name__}")
+        for name in ("quantities", "traced"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else value and tuple(value))
+        _check_options(self)
 
-def summarize(table: Any) -> Any:
-    """Reduce a study to a row a cell: medians over seeds of log |delta| at both ends, the measured and predicted slope.
+    def cells(self) -> list[Cell]:
+        """Lay out the cells in the grid's order, each with its runs, and check every value; chunks are not chosen."""
+        loaded = _load(self.data)
+        defaults, traced = self._axes()
+        if not len(self.grid):
+            raise ValueError("study: the grid must hold at least one point, got none; give every axis a value")
+        for name in self.grid.axes:
+            check.choice("study", defaults, axis=name)
+        seeds = {} if "seed" in self.grid.axes else {"seed": self._seeds()}
+        found: dict[tuple[Any, ...], tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+        for point in self.grid * product(**seeds):
+            values = defaults | point
+            missing = [name for name, value in values.items() if value is inspect.Parameter.empty]
+            if missing:
+                raise ValueError(f"study: build needs {', '.join(missing)}, got no such axis; add it to the grid")
+            static = {name: value for name, value in values.items() if name not in traced}
+            run = {name: values[name] for name in traced}
+            found.setdefault(tuple(static.values()), (static, []))[1].append(run)
+        cells = []
+        for static, runs in found.values():
+            _check_cell(self, static, runs, loaded)
+            cells.append(Cell(static, tuple(runs), self._steps(static, loaded[0].size)))
+        return cells
 
-    `slope` is the change of log |delta_l| for one layer towards the input, over the hidden layers.
-    """
-    import polars as pl
+    def describe(self) -> dict[str, Any]:
+        """Describe the study as JSON will hold it; chunks are 0 where they are yet to be chosen."""
+        cells = self.cells()
+        names = list(dict.fromkeys((*cells[0].static, *cells[0].runs[0])))
+        values = {n: [c.static[n] if n in c.static else r[n] for c in cells for r in c.runs] for n in names}
+        loaded = _load(self.data)
+        return {
+            "format": results.FORMAT,
+            "axes": {"static": list(cells[0].static), "traced": list(cells[0].runs[0])},
+            "types": {name: kind_of(name, column) for name, column in values.items()},
+            "steps": sorted({step for c in cells for step in c.steps}),
+            "data": [check.describe(part.x) for part in loaded] + [digest(loaded)],
+            "build": function_name(self.build),
+            "loss": function_name(self.loss),
+            "measure": {name: function_name(function) for name, function in self.measure.items()},
+            "quantities": None if self.quantities is None else list(self.quantities),
+            "cells": [
+                {"static": c.static, "runs": list(c.runs), "steps": list(c.steps), "chunk": self.chunk or 0}
+                for c in cells
+            ],
+        }
 
-    errors = table.filter((pl.col("quantity") == "log_error") & pl.col("path").str.ends_with("preactivation"))
-    hidden = errors.filter(pl.col("layer") <= pl.col("depth") + 1)
-    cell = ["activation", "norm", "depth"]
+    def run(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        executor: Executor | None = None,
+        workers: int | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        progress: bool | None = None,
+    ) -> results.Results:
+        """Measure what the folder does not hold yet; return all results. Without a folder they stay in memory.
 
-    def end(column, layer):
-        return pl.col(column).filter(pl.col("layer") == layer).first()
+        Cells run here one after the other; in `workers` spawned processes; or on any `concurrent.futures.Executor`
+        (Dask: `client.get_executor()`). `cache` is a folder for JAX's compiled programs. `progress` shows cells done,
+        running and left on standard error, by default on a terminal only.
 
-    ends = hidden.group_by([*cell, "seed"], maintain_order=True).agg(
-        first=end("value", pl.col("layer").min()),
-        last=end("value", pl.col("layer").max()),
-        predicted=(end("predicted", pl.col("layer").min()) - end("predicted", pl.col("layer").max())),
-        steps=pl.col("layer").max() - pl.col("layer").min(),
-    )
-    slope = (pl.col("first") - pl.col("last")) / pl.col("steps")
-    return ends.group_by(cell, maintain_order=True).agg(
-        first=pl.col("first").median(),
-        last=pl.col("last").median(),
-        slope=slope.median(),
-        slope_low=slope.quantile(0.1),
-        slope_high=slope.quantile(0.9),
-        predicted_slope=(pl.col("predicted") / pl.col("steps")).median(),
-    )
-
-
-def save(table: Any, path: str | os.PathLike[str]) -> None:
-    """Write a table as Parquet under a temporary name and rename it, so that no half-written file is ever seen."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            table.write_parquet(temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"study: cannot write {path}: {reason}; choose another folder with --out") from None
-
-
-def _flows(
-    cell: Cell, width: int, classes: int, sigma_w: float, sigma_b: float, batch: Any, seeds: int, drawn: dict[Any, Any]
-) -> Iterator[flow.GradientFlow]:
-    net = models.mlp(
-        cell.depth,
-        width,
-        classes,
-        activation=cell.activation,
-        norm=cell.norm,
-        init=initializers.scaled(sigma_w),
-        bias_init=initializers.normal(sigma_b) if sigma_b else "zeros",
-        taps=True,
-        unroll=1,  # one small program whatever the depth: a study pays more for compiling than for running
-    )
-
-    @jax.jit
-    @jax.vmap
-    def measure(params, state):
-        return flow.measure(net, losses.cross_entropy, True, params, state, *batch, None)
-
-    # The draws take as long to compile as the gradient does, and do not depend on the activation: cells share them.
-    # A loop over seeds, since the generator compiles three times as fast for one key as under vmap.
-    keys = jax.random.split(jax.random.key(1), seeds)
-    kind = cell.depth, cell.norm
-    if kind not in drawn:
-        drawn[kind] = jax.jit(lambda keys: jax.lax.map(lambda key: net.init(key, batch[0])[0], keys))(keys)
-    state = jax.jit(jax.vmap(lambda key: net.init(key, batch[0])[1]))(keys)
-    measured = jax.device_get(measure(drawn[kind], state))
-    for seed in range(seeds):
-        yield flow.tabulate(jax.tree.map(lambda a, seed=seed: a[seed], measured))
-
-
-def _predict(
-    cell: Cell, width: int, sigma_w: float, sigma_b: float, batch_size: int, flows: Sequence[flow.GradientFlow]
-) -> dict[int, float]:
-    """Predict log_error for the hidden layers 1..depth+1, relative to the measured median at the last of them."""
-    if cell.norm not in ("none", "batch_norm"):
-        return {}
-    hidden = cell.depth + 1
-    if cell.norm == "batch_norm":
-        theory = meanfield.predict(
-            hidden, activation=cell.activation, sigma_w=sigma_w, sigma_b=sigma_b, norm="batch_norm", batch=batch_size
+        Each finished cell is written at once, whole; run again, the study goes on where it was. Errors: those of the
+        study; ValueError for a folder with another study (and how it differs), for damaged files, a pool of forked
+        processes; OSError for a folder that cannot be written: what is finished stays. Ctrl-C raises
+        KeyboardInterrupt when the cells in flight are finished.
+        """
+        if executor is not None:
+            check_executor(executor)
+        if workers is not None:
+            check.positive("study", workers=workers)
+        kind = (
+            type(executor).__name__ if executor is not None else f"{workers} processes" if (workers or 1) > 1 else None
         )
+        show = sys.stderr.isatty() if progress is None else progress
+        with (
+            compilation_cache(cache),
+            results.opened(folder, self.describe(), self._with_chunks, session(kind), self.chunk is not None) as found,
+        ):
+            identity, axes = results.key(found.description), found.description["types"]
+            finished = set(found.finished)
+            tasks = [
+                Task(self, number, Cell(c["static"], tuple(c["runs"]), tuple(c["steps"]), c["chunk"]), axes, identity)
+                for number, c in enumerate(found.description["cells"])
+                if number not in finished
+            ]
+
+            def done(task: Task, result: tuple[bytes, dict[str, float]]) -> None:
+                found.store(task.number, result[0])
+                bar.finish(_name(found.description, task.number), result[1])
+
+            own = executor is None and workers is not None and workers > 1 and len(tasks) > 1
+            with (
+                Progress(len(found.description["cells"]), len(finished), show) as bar,
+                pool(min(workers or 1, len(tasks))) if own else nullcontext(executor) as used,
+            ):
+                drive(tasks, work, done, used, bar.set_running)
+            return found
+
+    def table(self) -> Any:
+        """Run the study in memory and return its table: polars; `.to_pandas()` makes it pandas."""
+        return self.run().table()
+
+    def _axes(self) -> tuple[dict[str, Any], list[str]]:
+        """Return the defaults of all axes in column order, and the names of the traced ones."""
+        build = {name: default for name, default in cell.accepts(self.build).items() if name != "classes"}
+        if clash := [name for name in build if name in TRAINING and build[name] is inspect.Parameter.empty]:
+            build = {name: default for name, default in build.items() if name not in clash}
+        defaults = build | TRAINING
+        if unknown := [name for name in self.traced if name not in build]:
+            raise ValueError(f"study: traced must name arguments of build, got {', '.join(unknown)}")
+        traced = [name for name in ("seed", *defaults) if name in (*TRACED, *self.traced) and name in defaults]
+        return defaults, list(dict.fromkeys(traced))
+
+    def _seeds(self) -> list[int]:
+        return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
+
+    def _steps(self, static: Mapping[str, Any], examples: int) -> tuple[int, ...]:
+        if self.steps is None:
+            per_epoch = examples // int(static["batch_size"])
+            return tuple(epoch * per_epoch for epoch in range(self.epochs + 1))
+        steps = [self.steps] if isinstance(self.steps, int) else self.steps
+        return tuple(sorted({0, *steps}))
+
+    def _with_chunks(self, description: dict[str, Any]) -> dict[str, Any]:
+        """Choose the chunks that are yet to be chosen."""
+        setup, cells = self._setup(), []
+        for c in description["cells"]:
+            chunk = c["chunk"] or cell.chunk_size(setup, Cell(c["static"], tuple(c["runs"]), tuple(c["steps"])))
+            cells.append({**c, "chunk": chunk})
+        return {**description, "cells": cells}
+
+    def _setup(self) -> cell.Setup:
+        return cell.Setup(self.build, self.loss, dict(self.measure), *_load(self.data))
+
+
+def work(task: Task) -> tuple[bytes, dict[str, float]]:
+    """Measure a cell, in whatever process this is: the bytes of its Parquet file, and the seconds that it took."""
+    study = task.study
+    try:
+        measured = cell.measure(study._setup(), task.cell)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OSError(
+            f"study: cell {task.number} must fit into the device's memory, got {task.cell.chunk} runs at once; use a "
+            "smaller chunk or batch size"
+        ) from None
+    frame = table.build(
+        task.number,
+        task.cell,
+        measured,
+        axes=task.axes,
+        quantities=study.quantities,
+        theory=study.build is cell.mlp,
+    )
+    return results.pack(frame, {"study": task.identity, "seconds": measured.seconds}), measured.seconds
+
+
+def _check_options(study: Study) -> None:
+    if isinstance(study.seeds, int):
+        check.positive("study", seeds=study.seeds)
+    check.non_negative("study", epochs=study.epochs)
+    steps = [study.steps] if isinstance(study.steps, int) else study.steps or []
+    for step in steps:
+        check.non_negative("study", steps=step)
+    if study.chunk is not None:
+        check.positive("study", chunk=study.chunk)
+    known = {*table.QUANTITIES, *study.measure}
+    if taken := [name for name in study.measure if name in table.QUANTITIES]:
+        raise ValueError(f"study: a measurement needs a name of its own, got {taken[0]!r}; choose another")
+    for quantity in study.quantities or ():
+        if not quantity.startswith("log_"):  # log_scale and the like, by the names of a net's parameters
+            check.choice("study", known, quantity=quantity)
+
+
+def _check_cell(study: Study, static: dict[str, Any], runs: Sequence[dict[str, Any]], loaded: Any) -> None:
+    train = loaded[0]
+    check.positive("study", batch_size=static["batch_size"])
+    if static["batch_size"] > train.size:
+        got = static["batch_size"]
+        raise ValueError(f"study: batch_size must be at most the {train.size} training examples, got {got}")
+    for run in runs:
+        check.non_negative("study", seed=run["seed"])
+        check.above_zero("study", learning_rate=run["learning_rate"], clip_threshold=run["clip_threshold"])
+        for name in ("sigma_w", "sigma_b"):
+            if name in run and not (isinstance(run[name], int | float) and 0 <= run[name] < np.inf):
+                raise ValueError(f"study: {name} must be finite and at least 0, got {run[name]!r}")
+    setup = cell.Setup(study.build, study.loss, {}, *loaded)
+    cell.network(setup, static, runs[0])
+    cell.optimizer(static, runs[0])
+
+
+@functools.lru_cache(maxsize=4)
+def _named(name: str) -> tuple[data.Dataset, data.Dataset]:
+    return data.load(name, key=jax.random.key(0))
+
+
+def _load(source: Any) -> tuple[data.Dataset, data.Dataset]:
+    """Return training and held-out examples; a lone pair (x, y) is both."""
+    if isinstance(source, str | os.PathLike):
+        parts = _named(os.fspath(source))
     else:
-        q0 = float(np.median([f.profile("second_moment")[1][0] for f in flows]))
-        theory = meanfield.predict(hidden, activation=cell.activation, sigma_w=sigma_w, sigma_b=sigma_b, q0=q0)
-    anchor = float(np.median([f.error[hidden - 1] for f in flows]))
-    return {layer: anchor + float(log) for layer, log in enumerate(theory.log_error, 1)}
+        try:
+            first, second = source
+            parts = (source, source) if hasattr(first, "shape") else (first, second)
+            parts = tuple(data.Dataset(*pair) for pair in parts)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"study: data must be a name, a pair (x, y), or ((x, y), (x, y)), got {type(source).__name__}"
+            ) from None
+    for part in parts:
+        data.check_dataset("study", *part)
+    return parts[0], parts[1]
+
+
+def _name(description: dict[str, Any], number: int) -> str:
+    """Name a cell by the axes that vary."""
+    cells = description["cells"]
+    static = cells[number]["static"]
+    varying = [name for name in static if len({str(c["static"][name]) for c in cells}) > 1] or list(static)[:3]
+    words = (static[n] if isinstance(static[n], str) else f"{n.replace('_', ' ')} {static[n]}" for n in varying)
+    return ", ".join(words)

@@ -268,25 +268,32 @@ def evaluate(
     check_dataset("evaluate", x, y)
     _check_values(net, params, net_state, x)
     losses.check_targets(loss, output_spec(net, params, net_state, x).shape, y)
-    means = _evaluate(net, loss, min(batch_size, y.shape[0]), params, net_state, x, y)
-    return {name: float(value) for name, value in means.items()}
+    totals = _means(net, loss, min(batch_size, y.shape[0]), params, net_state, x, y)
+    return {name: float(value) for name, value in totals.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _evaluate(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: Any) -> dict[str, jax.Array]:
+def means(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: Any) -> dict[str, jax.Array]:
+    """Do the device's part of `evaluate`, `size` examples at a time; may be mapped by `vmap`."""
     n, correct = y.shape[0], losses.correct(loss)
+
+    def values(xs, ys):
+        outputs, _ = net.apply(params, state, xs)
+        return {"loss": loss(outputs, ys)} | ({} if correct is None else {"accuracy": correct(outputs, ys)})
 
     def sums(start):
         # The last window starts early enough to be full; what it shares with the one before counts once.
         begin = jnp.minimum(start, n - size)
         xs, ys = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, begin, size), (x, y))
         fresh = begin + jnp.arange(size) >= start
-        outputs, _ = net.apply(params, state, xs)
-        values = {"loss": loss(outputs, ys)} | ({} if correct is None else {"accuracy": correct(outputs, ys)})
-        return {name: jnp.sum(jnp.where(fresh, value, 0)) for name, value in values.items()}
+        return {name: jnp.sum(jnp.where(fresh, value, 0)) for name, value in values(xs, ys).items()}
 
+    if n <= size:
+        return jax.tree.map(jnp.mean, values(x, y))
     totals = jax.lax.map(sums, jnp.arange(0, n, size))
     return jax.tree.map(lambda total: jnp.sum(total) / n, totals)
+
+
+_means = jax.jit(means, static_argnums=(0, 1, 2))
 
 
 def _epochs(

@@ -69,9 +69,9 @@ def rows(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[tu
         if not isinstance(node, Stacked):
             yield path(entries), node
             continue
-        leaves = jax.tree.leaves(node)
+        leaves, treedef = jax.tree.flatten(node.blocks)
         for i in range(leaves[0].shape[0] if leaves else 0):
-            for inner, leaf in rows(node[i], is_leaf):
+            for inner, leaf in rows(treedef.unflatten(leaf[i] for leaf in leaves), is_leaf):
                 yield "/".join(part for part in (path(entries), f"[{i}]", inner) if part), leaf
 
 

@@ -1,9 +1,20 @@
 """Every test starts from JAX's defaults: float32, one CPU device."""
 
+import chromium
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session):
+    """Let the last line of the run say if the report's page could not be opened in a browser."""
+    result = yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if chromium.find() is None and reporter and not hasattr(session.config, "workerinput"):
+        reporter.write_line("THE REPORT'S PAGE WENT UNTESTED: no Chromium here (on Debian: apt-get install chromium)")
+    return result
 
 
 @pytest.fixture

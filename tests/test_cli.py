@@ -6,26 +6,50 @@ import numpy as np
 import polars as pl
 import pytest
 
-from fnn import cli, study
+from fnn import cli, results, study
 
 
-def test_study_measures_writes_and_draws(tmp_path, capsys):
-    arguments = "study --depth 2,4 --activation tanh,relu --norm none,batch_norm --width 32 --seeds 3 --out"
-    assert cli.main([*arguments.split(), str(tmp_path / "new" / "folder")]) == 0
+def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    command = "study --depth 2,4 --activation relu --norm none --width 32 --seeds 3 --sigma-w 1.0:1.5:2 --epochs 1"
+    assert cli.main([*command.split(), "--workers", "1"]) == 0
     shown = capsys.readouterr()
-    assert "cell 8/8: relu, batch_norm, depth 4" in shown.err and "slope" in shown.out
-    table = pl.read_parquet(tmp_path / "new" / "folder" / "study.parquet")
-    assert (tmp_path / "new" / "folder" / "study.png").read_bytes().startswith(b"\x89PNG")
-    assert [p.name for p in (tmp_path / "new" / "folder").iterdir() if p.name.startswith(".")] == []
+    assert "2 cells, 12 runs, recorded at step 0, 44" in shown.err and "cell 2/2: depth 4" in shown.err
+    assert "compiled in" in shown.err and "all done" in shown.err and "slope" in shown.out
+    folder = (tmp_path / "studies" / "latest").resolve()
+    assert folder.parent == tmp_path / "studies" and list((tmp_path / "cache" / "fnn" / "xla").iterdir())
+    assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
+    table = results.read("studies/latest").table()
     errors = table.filter((pl.col("quantity") == "log_error") & pl.col("path").str.ends_with("preactivation"))
-    # 2 activations x 2 norms x 3 seeds x (2+2 and 4+2 kernels)
-    assert errors.height == 2 * 2 * 3 * (4 + 6)
+    # 2 sigmas x 3 seeds x 2 steps x (2+2 and 4+2 kernels)
+    assert errors.height == 2 * 3 * 2 * (4 + 6)
     assert errors["value"].is_finite().all()
-    hidden = errors.filter(pl.col("layer") <= pl.col("depth") + 1)
+    hidden = errors.filter((pl.col("layer") <= pl.col("depth") + 1) & (pl.col("step") == 0))
     assert hidden["predicted"].is_finite().all()
-    # At init, width 32, a few layers: measured and predicted slopes agree within 0.15 without norm.
-    summary = study.summarize(table).filter(pl.col("norm") == "none")
+    # At init, width 32, a few layers, two sigmas a cell: medians of measured and predicted slopes agree within 0.15.
+    summary = study.summarize(table)
     np.testing.assert_allclose(summary["slope"], summary["predicted_slope"], atol=0.15)
+    accuracy = table.filter((pl.col("quantity") == "accuracy") & (pl.col("step") == 44))["value"]
+    assert accuracy.len() == 12 and accuracy.min() > 0.5  # an epoch of Adam; ten classes
+    assert cli.main(command.split()) == 0
+    assert "2 of 2 cells are there already" in capsys.readouterr().err
+
+
+def test_a_study_from_a_toml_file(tmp_path, capsys):
+    path = tmp_path / "study.toml"
+    path.write_text('seeds = 2\nsteps = 0\ndata = "clusters"\n[[grid]]\ndepth = "1:2:2"\nwidth = 8\nbatch_size = 8\n')
+    assert (
+        cli.main(["study", "--file", str(path), "--seeds", "3", "--quantities", "log_error", "--out", str(tmp_path)])
+        == 0
+    )
+    assert "2 cells, 6 runs, recorded at step 0;" in capsys.readouterr().err
+    assert results.read(tmp_path).table()["quantity"].unique().to_list() == ["log_error"]
+    path.write_text("sedes = 2\n[[grid]]\ndepth = 1\n")
+    assert cli.main(["study", "--file", str(path)]) == 2
+    assert "did you mean 'seeds'?" in capsys.readouterr().err
+    assert cli.main(["study", "--file", str(path), "--depth", "3"]) == 2
+    assert "write it there" in capsys.readouterr().err
 
 
 def test_train_prints_the_test_accuracy(capsys, tmp_path):
@@ -71,11 +95,18 @@ def test_train_takes_every_model(arguments, shown, capsys):
     ("arguments", "sentence"),
     [
         ("study --depth 0", "depth must be a positive integer, got 0"),
-        ("study --depth four", "depth must be integers separated by commas, got 'four'"),
+        ("study --depth four", "depth must be a positive integer, got 'four'"),
+        ("study --depth 1:2", "low:high:count"),
+        ("study --depth 1,2.5", "depth must be a positive integer, got 2.5"),
         ("study --activation tahn", "unknown activation 'tahn'; did you mean 'tanh'?"),
         ("study --norm batchnorm", "did you mean 'batch_norm'?"),
-        ("study --depth ,", "depths must name at least one value"),
+        ("study --depth ,", "depth must name at least one value"),
         ("study --width -4", "width must be a positive integer, got -4"),
+        ("study --quantities log_eror", "unknown quantity 'log_eror'; did you mean 'log_error'?"),
+        ("study --zip depth,widht", "got widht"),
+        ("study --data no/such/folder", "no/such/folder"),
+        ("study --file no/such/file", "no/such/file"),
+        ("compare no/such other", "must hold a study"),
         ("study --batch-size 100000", "batch_size must be at most the 1438 training examples"),
         ("study --depth 2 --activation tanh --norm none --seeds 1 --width 4 --out /dev/null/x", "cannot write"),
         ("train --data digit", "did you mean 'digits'?"),
@@ -102,13 +133,13 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
     assert sentence in last and "Traceback" not in err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["study", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["study", "--help"], ["compare", "--help"]])
 def test_help_explains(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "gradient" in text or "test accuracy" in text
+    assert "gradient" in text or "test accuracy" in text or "studies" in text
 
 
 def test_unknown_option_exits_with_2(capsys):

@@ -1,0 +1,231 @@
+"""Turn what a cell measured into rows of the tidy table (its columns are listed in `results.py`), theory beside it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fnn import cell, flow, meanfield, tree
+from fnn.activations import TABLE
+
+TRACED = ("seed", "sigma_w", "sigma_b", "learning_rate", "clip_threshold")
+"""Axes that do not change a program."""
+_TRACES = {"loss": "train_loss", "accuracy": "train_accuracy"}
+MOST_TRACED = 256
+QUANTITIES = (
+    *("log_error", "log_kernel", "log_kernel_rms", "log_bias", "log_bias_rms", "log_scale", "log_scale_rms"),
+    *("mean", "second_moment", "dead", "saturated", "update_ratio", "cosine"),
+    *("loss", "accuracy", "train_loss", "train_accuracy", "grad_norm", "clip_fraction", "clip_removed", "diverged"),
+)
+
+
+def schema(axes: Mapping[str, str]) -> dict[str, Any]:
+    """Give the columns and their types; `axes` names each axis's type: int, float, bool or str."""
+    import polars as pl
+
+    types = {"int": pl.Int32, "float": pl.Float64, "bool": pl.Boolean, "str": pl.String}
+    place = {"step": pl.Int32, "layer": pl.Int32, "path": pl.String, "quantity": pl.String}
+    numbers = dict.fromkeys(("value", "predicted", "low", "high"), pl.Float64)
+    columns = {name: types[kind] for name, kind in axes.items()}
+    return {"cell": pl.Int32, **columns, **place, **numbers, "outside": pl.Boolean}
+
+
+def build(
+    number: int,
+    task: cell.Cell,
+    measured: cell.Measured,
+    *,
+    axes: Mapping[str, str],
+    quantities: Sequence[str] | None,
+    theory: bool,
+) -> Any:
+    """Make the table of one cell: polars, columns as in `schema`, runs in order, then steps, then the net's order."""
+    import polars as pl
+
+    steps = task.steps
+    labels = flow.label(measured.numbers, lead=2)
+    values = flow.flat(measured.numbers, lead=2)[..., [place for *_, place in labels]]
+    extra = _extra_labels(measured.extra, {path: layer for layer, path, *_ in labels})
+    labels = [(layer, path, quantity) for layer, path, quantity, _ in labels] + [label for label, _ in extra]
+    labels += [(0, "", name) for name in sorted(measured.losses)]
+    columns = [
+        values,
+        *(v[..., None] for _, v in extra),
+        *(measured.losses[n][..., None] for n in sorted(measured.losses)),
+    ]
+    values = np.concatenate([np.asarray(column, np.float64) for column in columns], axis=-1)
+    keep = [i for i, (_, _, quantity) in enumerate(labels) if quantities is None or quantity in quantities]
+    labels, values = [labels[i] for i in keep], values[..., keep]
+    layers, paths, names = (list(part) for part in zip(*labels, strict=True)) if labels else ([], [], [])
+    predicted = _predictions(task, labels, values) if theory else np.full((3, *values.shape), np.nan)
+    predicted[:, :, 1:] = np.nan  # theory speaks of the initialisation
+    places = pl.DataFrame({"layer": layers, "path": paths, "quantity": names}).cast({"layer": pl.Int32})
+    undefined = np.isin(names, ["update_ratio", "cosine"])
+    ends, diverged = _ends(measured, steps)
+    frames = []
+    for r, run in enumerate(task.runs):
+        parts = []
+        for k, step in enumerate(steps):
+            if step > ends[r] or not np.isfinite(measured.probe[r, k]):
+                continue
+            row = values[r, k]
+            # The first record has no gradient before it, and a zero weight no ratio: no row, rather than a NaN.
+            missing = undefined & np.isnan(row) | ((np.array(names, object) == "cosine") & (k == 0))
+            frame = places.with_columns(pl.lit(step).alias("step"), pl.Series("value", row))
+            marks = zip(("predicted", "low", "high"), predicted[:, r, k], strict=True)
+            frame = frame.with_columns(pl.Series(name, mark, nan_to_null=True) for name, mark in marks)
+            parts.append(frame.filter(pl.Series(~missing)) if missing.any() else frame)
+        parts.append(_traces(measured, r, ends[r], diverged[r], quantities))
+        frame = pl.concat(parts, how="diagonal_relaxed")
+        frames.append(frame.with_columns(pl.lit(value).alias(name) for name, value in run.items()))
+    table = pl.concat(frames, how="vertical_relaxed")
+    table = table.with_columns(
+        *(pl.lit(value).alias(name) for name, value in task.static.items()),
+        pl.lit(number).alias("cell"),
+        ((pl.col("value") < pl.col("low")) | (pl.col("value") > pl.col("high"))).alias("outside"),
+    )
+    columns = schema(axes)
+    return table.select(list(columns)).cast(columns)
+
+
+def summarize(frame: Any) -> Any:
+    """Reduce the initialisation of a study to a row a cell: medians over runs of log |delta| at both ends, and slopes.
+
+    `slope` is the change of log |delta_l| for one layer towards the input, over the hidden layers, with the 10th and
+    90th percentile over runs; `outside` the share of numbers outside the predicted band (null where there is none).
+    """
+    import polars as pl
+
+    errors = frame.filter(
+        (pl.col("quantity") == "log_error") & pl.col("path").str.ends_with("preactivation") & (pl.col("step") == 0)
+    )
+    hidden = errors.filter(pl.col("layer") <= pl.col("depth") + 1)
+    place = frame.columns.index("step")
+    traced = [name for name in frame.columns[1:place] if name in TRACED]
+    static = [name for name in frame.columns[1:place] if name not in TRACED]
+
+    def end(column, layer):
+        return pl.col(column).filter(pl.col("layer") == layer).first()
+
+    ends = hidden.group_by(["cell", *static, *traced], maintain_order=True).agg(
+        first=end("value", pl.col("layer").min()),
+        last=end("value", pl.col("layer").max()),
+        predicted=(end("predicted", pl.col("layer").min()) - end("predicted", pl.col("layer").max())),
+        steps=pl.col("layer").max() - pl.col("layer").min(),
+        outside=pl.col("outside").mean(),
+    )
+    slope = (pl.col("first") - pl.col("last")) / pl.col("steps")
+    return ends.group_by(["cell", *static], maintain_order=True).agg(
+        first=pl.col("first").median(),
+        last=pl.col("last").median(),
+        slope=slope.median(),
+        slope_low=slope.quantile(0.1),
+        slope_high=slope.quantile(0.9),
+        predicted_slope=(pl.col("predicted") / pl.col("steps")).median(),
+        outside=pl.col("outside").mean(),
+    )
+
+
+def _ends(measured: cell.Measured, steps: Sequence[int]) -> tuple[list[int], list[bool]]:
+    """Give each run's last step, and whether it ends there because loss or gradient was not finite."""
+    ends, diverged = [], []
+    for r in range(measured.probe.shape[0]):
+        bad = [step for step, loss in zip(steps, measured.probe[r], strict=True) if not np.isfinite(loss)]
+        for name in ("loss", "grad_norm"):
+            if name in measured.traces:
+                bad += np.nonzero(~np.isfinite(measured.traces[name][r]))[0][:1].tolist()
+        ends.append(min(bad, default=steps[-1]))
+        diverged.append(bool(bad))
+    return ends, diverged
+
+
+def _traces(measured: cell.Measured, r: int, end: int, diverged: bool, quantities: Sequence[str] | None) -> Any:
+    import polars as pl
+
+    rows: list[tuple[int, str, float]] = []
+    for name, trace in measured.traces.items():
+        quantity = _TRACES.get(name, name)
+        if quantities is None or quantity in quantities:
+            shown = np.unique(np.linspace(0, len(trace[r]) - 1, min(MOST_TRACED, len(trace[r]))).round().astype(int))
+            rows += [(int(t), quantity, float(trace[r][t])) for t in shown if t < end or (t == end and not diverged)]
+    if quantities is None or "diverged" in quantities:
+        rows.append((end, "diverged", float(diverged)))
+    step, quantity, value = (list(part) for part in zip(*rows, strict=True)) if rows else ([], [], [])
+    frame = pl.DataFrame(
+        {"step": step, "quantity": quantity, "value": value},
+        schema={"step": pl.Int32, "quantity": pl.String, "value": pl.Float64},
+    )
+    return frame.with_columns(pl.lit(0).cast(pl.Int32).alias("layer"), pl.lit("").alias("path"))
+
+
+def _extra_labels(extra: dict[str, Any], layers: dict[str, int]) -> list[tuple[tuple[int, str, str], np.ndarray]]:
+    """Label the user's measurements: the layer is that of the parameter or tap of the same path, else 0."""
+    parents = {path.rpartition("/")[0]: layer for path, layer in layers.items()}
+    found = []
+    for name, measurement in extra.items():
+        leaves, treedef = jax.tree.flatten(measurement)
+        shapes = [np.shape(leaf)[2:] for leaf in leaves]
+        starts = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
+        places = [np.arange(int(np.prod(s))).reshape(s) + start for s, start in zip(shapes, starts, strict=False)]
+        values = [np.asarray(leaf, np.float64).reshape(*np.shape(leaf)[:2], -1) for leaf in leaves]
+        values = np.concatenate(values, axis=-1) if values else np.zeros((0, 0, 0))
+        for path, place in tree.rows(treedef.unflatten(places)):
+            layer = layers.get(path, parents.get(path, 0))
+            for index in np.ndindex(np.shape(place)):
+                full = f"{path}[{','.join(map(str, index))}]" if index else path
+                found.append(((layer, full, name), values[..., place[index]]))
+    return found
+
+
+def _predictions(task: cell.Cell, labels: Sequence[tuple[int, str, str]], values: np.ndarray) -> np.ndarray:
+    """Predict log_error of the hidden layers of every run: float64[3, runs, records, labels], nan where not known.
+
+    The three are the typical curve and the band of 19 seeds in 20, each through the run's own measured error signal at
+    the last hidden layer: theory says how it changes from layer to layer.
+    """
+    hidden = int(task.static.get("depth", 0)) + 1
+    found = {
+        (quantity, layer): i
+        for i, (layer, path, quantity) in enumerate(labels)
+        if path.endswith("preactivation") and 1 <= layer <= hidden
+    }
+    result = np.full((3, *values.shape), np.nan)
+    if any(("log_error", layer) not in found for layer in range(1, hidden + 1)):
+        return result
+    index = [found["log_error", layer] for layer in range(1, hidden + 1)]
+    groups: dict[tuple[float, float], list[int]] = {}
+    for r, run in enumerate(task.runs):
+        groups.setdefault((run.get("sigma_w", 1.0), run.get("sigma_b", 0.0)), []).append(r)
+    for sigmas, members in groups.items():
+        moment = found.get(("second_moment", 1))
+        q0 = None if moment is None else float(np.median(values[members, 0, moment]))
+        curves = _curves(task.static, hidden, *sigmas, q0)
+        if curves is not None:
+            anchors = values[members, 0, index[-1]]
+            result[np.ix_(range(3), members, [0], index)] = (anchors[:, None] + curves[:, None])[:, :, None]
+    return result
+
+
+def _curves(static: Mapping[str, Any], hidden: int, sigma_w: float, sigma_b: float, q0: float | None) -> Any:
+    """Give log |delta_l| less that of the last hidden layer, l = 1..hidden, and its band: float64[3, hidden], or None."""
+    activation, norm = TABLE.get(static["activation"]), static["norm"]
+    gains = {"scaled": sigma_w, "he_normal": np.sqrt(2), "lecun_normal": 1.0}
+    if activation is None or not activation.elementwise or norm not in ("none", "batch_norm"):
+        return None
+    if static["residual"] or static["init"] not in gains:
+        return None
+    kwargs: dict[str, Any] = {"norm": norm, "batch": int(static["batch_size"])} if norm == "batch_norm" else {"q0": q0}
+    try:
+        theory = meanfield.predict(
+            hidden,
+            activation=activation,
+            sigma_w=gains[static["init"]],
+            sigma_b=sigma_b,
+            width=int(static["width"]),
+            **kwargs,
+        )
+    except (ValueError, ArithmeticError):
+        return None  # no theory for this setting: a batch below 4, an integral that does not converge
+    typical = np.where(np.isnan(theory.mean_log_error), theory.log_error, theory.mean_log_error)
+    return np.stack([typical, getattr(theory, "low", typical * np.nan), getattr(theory, "high", typical * np.nan)])

@@ -1,0 +1,218 @@
+"""Run tasks here, in spawned processes, or on anybody's `concurrent.futures.Executor`, and say how it goes."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+CONFIG = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised when Ctrl-C has stopped a study."""
+
+    at_once = False
+    """Whether it was pressed twice, so that cells may still be in flight."""
+
+
+@contextmanager
+def compilation_cache(folder: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Let JAX keep compiled programs in a folder for the next process that needs them; None leaves all as it is."""
+    if folder is None:
+        yield
+        return
+    values = (os.fspath(folder), 0.0, -1)
+    before = {name: getattr(jax.config, name) for name in CONFIG[2:]}
+    for name, value in zip(before, values, strict=True):
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+@contextmanager
+def pool(workers: int) -> Iterator[Executor]:
+    """Start worker processes that share this process's JAX settings, ignore Ctrl-C, and die with their parent.
+
+    They are spawned: a fork of a process in which JAX has started threads hangs.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    settings = {name: getattr(jax.config, name) for name in CONFIG}
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(settings,))
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _start(settings: dict[str, Any]) -> None:
+    import multiprocessing
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    parent = multiprocessing.parent_process()
+
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+
+
+def _follow(parent: Any) -> None:
+    parent.join()  # returns too where the parent was killed and could tell nobody
+    os._exit(1)
+
+
+def check_executor(executor: Any) -> None:
+    """Refuse what is no executor, and pools of forked processes.
+
+    Errors: TypeError, ValueError.
+    """
+    if not isinstance(executor, Executor):
+        raise TypeError(
+            f"study: executor must be a concurrent.futures.Executor, got {type(executor).__name__}; of a Dask client "
+            "pass client.get_executor()"
+        )
+    context = getattr(executor, "_mp_context", None)
+    if context is not None and context.get_start_method() == "fork":
+        raise ValueError(
+            "study: a pool of forked processes hangs once JAX has started threads, got start method 'fork'; pass "
+            "ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn')), or workers=2"
+        )
+
+
+def drive(
+    tasks: Sequence[Any],
+    work: Callable[[Any], Any],
+    done: Callable[[Any, Any], None],
+    executor: Executor | None,
+    running: Callable[[int], None],
+) -> None:
+    """Call `done(task, work(task))` for every task, as they finish; `done` runs here, one at a time.
+
+    Ctrl-C starts no further task, waits for those in flight and raises Interrupted; a second one does not wait. An
+    error of a task stops the rest in the same way and is raised.
+    """
+    if executor is None:
+        for task in tasks:
+            running(1)
+            try:
+                result = work(task)
+            except KeyboardInterrupt:
+                raise Interrupted from None
+            done(task, result)
+        return
+    futures: dict[Future[Any], Any] = {executor.submit(work, task): task for task in tasks}
+    left = set(futures)
+    failure: BaseException | None = None
+    try:
+        while left:
+            try:
+                running(sum(future.running() for future in left))
+                finished, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    if future.cancelled():
+                        continue
+                    if (error := future.exception()) is None:
+                        done(futures[future], future.result())
+                    elif isinstance(error, BrokenExecutor):
+                        failure = failure or OSError(
+                            f"study: a worker process died, perhaps for want of memory ({error}); use fewer workers or "
+                            "a smaller chunk: what is finished stays, and the same command resumes"
+                        )
+                    else:
+                        failure = failure or error
+            except KeyboardInterrupt:
+                if isinstance(failure, Interrupted):
+                    failure.at_once = True
+                    raise failure from None
+                failure = Interrupted()
+                print("\nstudy: finishing the cells in flight; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+            except OSError as error:  # a cell could not be stored
+                failure = failure or error
+            if failure is not None:
+                left = {future for future in left if not future.cancel()}
+    finally:
+        for future in left:
+            future.cancel()
+    if failure is not None:
+        raise failure
+
+
+class Progress:
+    """Say what is done, running and left: one line that moves on a terminal, else a line for each finished cell."""
+
+    def __init__(self, total: int, finished: int, show: bool):
+        self.total, self.before, self.done, self.show = total, finished, 0, show
+        self.started, self.running = time.perf_counter(), 0
+        self.bar: Any = None
+        if show and sys.stderr.isatty():
+            try:
+                from rich.console import Console
+                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            except ImportError:
+                return
+            columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self.bar = Progress(*columns, console=Console(stderr=True))
+
+    def __enter__(self) -> "Progress":
+        if self.bar is not None:
+            self.bar.start()
+            self.task = self.bar.add_task("", total=self.total, completed=self.before)
+        if self.show and self.before:
+            self.say(f"{self.before} of {self.total} cells are there already")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar, or on its own."""
+        if self.bar is not None:
+            self.bar.console.print(text, highlight=False, markup=False)
+        elif self.show:
+            print(text, file=sys.stderr, flush=True)
+
+    def set_running(self, count: int) -> None:
+        """Say how many cells are being worked on."""
+        self.running = count
+        self._refresh()
+
+    def finish(self, name: str, seconds: dict[str, float]) -> None:
+        """Say that a cell is done, and how long it took."""
+        self.done += 1
+        took = f"compiled in {seconds['compile']:.1f} s, ran {seconds['run']:.1f} s"
+        elapsed = time.perf_counter() - self.started
+        count = f"cell {self.before + self.done}/{self.total}"
+        self.say(f"[{elapsed:6.1f} s] {count}: {name}; {took}; {self._left()}")
+        self._refresh()
+
+    def _left(self) -> str:
+        left = self.total - self.before - self.done
+        if not left:
+            return "all done"
+        seconds = (time.perf_counter() - self.started) / max(1, self.done) * left
+        return f"{left} left, about {seconds:.0f} s" if self.done else f"{left} left"
+
+    def _refresh(self) -> None:
+        if self.bar is not None:
+            text = f"{self.running} running, {self._left()}"
+            self.bar.update(self.task, completed=self.before + self.done, description=text)

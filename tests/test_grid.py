@@ -1,0 +1,70 @@
+"""Grids: product, zip and chain from Python, from a command line's words, and from a TOML file."""
+
+import pickle
+
+import pytest
+
+from fnn import grid
+
+
+def test_product_zip_and_chain_are_what_itertools_would_give():
+    product = grid.product(depth=[4, 16], activation=["tanh", "relu"])
+    assert [tuple(p.values()) for p in product] == [(4, "tanh"), (4, "relu"), (16, "tanh"), (16, "relu")]
+    zipped = grid.zip(depth=[4, 16], width=[64, 32])
+    assert list(zipped) == [{"depth": 4, "width": 64}, {"depth": 16, "width": 32}]
+    both = grid.chain(zipped, grid.product(depth=4, width=64), grid.product(depth=8, width=8))
+    assert len(both) == 3  # a point that comes twice counts once
+    times = zipped * grid.product(norm=["none", "batch_norm"])
+    assert list(times)[1] == {"depth": 4, "width": 64, "norm": "batch_norm"} and len(times) == 4
+    assert pickle.loads(pickle.dumps(times)) == times and hash(times) == hash(
+        zipped * grid.product(norm=["none", "batch_norm"])
+    )
+
+
+def test_span_reads_lists_ranges_and_words():
+    assert grid.span("4,16,64") == [4, 16, 64]
+    assert grid.span("tanh, relu") == ["tanh", "relu"]
+    assert grid.span("0.5:2.5:9") == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5]
+    assert grid.span("0.9:1.2:4") == [0.9, 1.0, 1.1, 1.2]  # not 1.0999999999999999
+    assert grid.span("2:10:5,true") == [2, 4, 6, 8, 10, True]
+    assert grid.span("1e-4:1e-1:4:log") == [1e-4, 1e-3, 1e-2, 1e-1]
+
+
+def test_toml_chains_tables_and_zips_axes(tmp_path):
+    path = tmp_path / "study.toml"
+    path.write_text(
+        'seeds = 3\n[[grid]]\ndepth = [4, 16]\nactivation = "tanh,relu"\n'
+        '[[grid]]\ndepth = [32, 64]\nwidth = "64,32"\nnorm = "batch_norm"\nzip = ["depth", "width"]\n'
+    )
+    read = grid.from_toml(path)
+    assert read.options == {"seeds": 3}
+    assert read.grid == grid.product(depth=[4, 16], activation=["tanh", "relu"]) + grid.product(
+        norm="batch_norm"
+    ) * grid.zip(depth=[32, 64], width=[64, 32])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "sentence"),
+    [
+        (lambda _: grid.product(depth=[]), ValueError, "depth must name at least one value"),
+        (lambda _: grid.product(depth=[len]), TypeError, "must be a string, number or bool"),
+        (lambda _: grid.product(sigma_w=[float("nan")]), ValueError, "sigma_w must be finite"),
+        (lambda _: grid.zip(depth=[1, 2], width=[3]), ValueError, "depth 2, width 1"),
+        (lambda _: grid.product(depth=1) * grid.product(depth=2), ValueError, "got depth twice"),
+        (lambda _: grid.span("0:1"), ValueError, "low:high:count"),
+        (lambda _: grid.span("0:1:3:log"), ValueError, "low:high:count"),
+        (lambda _: grid.from_axes({"depth": [1]}, ["width"]), ValueError, "got width"),
+        (lambda tmp: grid.from_toml(tmp / "none.toml"), FileNotFoundError, "must exist"),
+        (lambda tmp: grid.from_toml(_written(tmp, "seeds = = 3")), ValueError, "must be TOML"),
+        (lambda tmp: grid.from_toml(_written(tmp, "grid = 3")), ValueError, r"\[\[grid\]\] tables"),
+    ],
+)
+def test_bad_grids_are_refused_with_a_sentence(make, error, sentence, tmp_path):
+    with pytest.raises(error, match=sentence):
+        make(tmp_path)
+
+
+def _written(folder, text):
+    path = folder / "bad.toml"
+    path.write_text(text)
+    return path

@@ -1,0 +1,209 @@
+"""The report: what the figures are drawn from, the figures, and the page in a browser."""
+
+import json
+import math
+import re
+
+import chromium
+import numpy as np
+import polars as pl
+import pytest
+
+from fnn import digest, figures, meanfield, report, results, table
+
+AXES = {"depth": "int", "activation": "str", "norm": "str", "seed": "int", "sigma_w": "float"}
+DEPTHS, SEEDS = (4, 16, 400), 5
+
+
+def made(folder, sigmas=(0.5, 1.3, 2.0), norms=("none", "batch_norm"), steps=(0, 40), hole=None):
+    """Write a study's folder as a run would: log_error falls by ½ log chi a layer, seed s lies s - 2 hundredths off."""
+    (folder / "cells").mkdir(parents=True)
+    cells, number = [], 0
+    for norm in norms:
+        for depth in DEPTHS:
+            cells.append({"static": {"depth": depth, "activation": "tanh", "norm": norm}, "runs": [], "chunk": 5})
+            rows = []
+            for sigma in sigmas:
+                chi = meanfield.fixed_point("tanh", sigma, 0.0).chi if norm == "none" else 1.3
+                for seed in range(SEEDS):
+                    cells[-1]["runs"].append({"seed": seed, "sigma_w": sigma})
+                    run = {
+                        "cell": number,
+                        "depth": depth,
+                        "activation": "tanh",
+                        "norm": norm,
+                        "seed": seed,
+                        "sigma_w": sigma,
+                    }
+                    for step in steps:
+                        for layer in range(1, depth + 3):
+                            path = "2/preactivation" if layer == 1 else f"5/trunk/[{layer - 2}]/1/preactivation"
+                            mean = (depth + 1 - layer) * math.log(chi) / 2
+                            value = mean + (seed - 2) / 100 + step / 10
+                            if hole == (depth, sigma) and layer == 2:
+                                value = -math.inf
+                            known = step == 0 and layer <= depth + 1
+                            band = {"predicted": mean, "low": mean - 0.015, "high": mean + 0.015} if known else {}
+                            rows.append(
+                                run
+                                | {"step": step, "layer": layer, "path": path, "quantity": "log_error", "value": value}
+                                | band
+                                | ({"outside": abs(seed - 2) > 1} if known else {})
+                            )
+                            kernel = {"path": f"{layer}/kernel", "quantity": "log_kernel", "value": value + 1}
+                            rows.append(run | {"step": step, "layer": layer} | kernel)
+                    whole = {"layer": 0, "path": ""}
+                    for step in range(max(steps) + 1):
+                        loss = {"step": step, "quantity": "train_loss", "value": 2.3 * 0.97**step + seed / 50}
+                        rows.append(run | whole | loss)
+                    for step in steps:
+                        hit = {"step": step, "quantity": "accuracy", "value": 0.1 + step / 50 - seed / 100}
+                        rows.append(run | whole | hit)
+                    end = {"step": max(steps), "quantity": "diverged", "value": float(seed == 4 and sigma == 2.0)}
+                    rows.append(run | whole | end)
+            frame = pl.DataFrame(rows, schema=table.schema(AXES))
+            note = {"study": "x", "seconds": {"compile": 1.0, "run": 1.0}}
+            (folder / "cells" / f"{number:05d}.parquet").write_bytes(results.pack(frame, note))
+            number += 1
+    axes = {"static": ["depth", "activation", "norm"], "traced": ["seed", "sigma_w"]}
+    description = {"format": results.FORMAT, "axes": axes, "cells": cells, "steps": list(steps)}
+    (folder / "study.json").write_text(json.dumps(description))
+    session = {"versions": {"jax": "1.2.3"}, "devices": "cpu </script>", "commit": "abc"}
+    (folder / "sessions.json").write_text(json.dumps([session]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("study") / "tanh <b>&amp;", hole=(16, 0.5))
+
+
+@pytest.fixture(scope="module")
+def reduced(folder):
+    return digest.digest(results.read(folder).table(), list(AXES))
+
+
+def test_digest(reduced):
+    assert reduced.axes == ["depth", "norm", "sigma_w"] and reduced.fixed == {"activation": "tanh"}
+    networks = reduced.networks
+    assert networks.height == 18 and networks["seeds"].unique().to_list() == [SEEDS]
+    row = networks.filter((pl.col("depth") == 400) & (pl.col("norm") == "none") & (pl.col("sigma_w") == 2.0)).row(
+        0, named=True
+    )
+    expected = math.log(meanfield.fixed_point("tanh", 2.0, 0.0).chi)
+    assert row["rate"] == pytest.approx(expected, rel=1e-9) == row["rate_predicted"]
+    assert row["outside"] == pytest.approx(2 / 5) and row["diverged"] == 1
+    assert row["accuracy"] == pytest.approx(0.1 + 40 / 50 - 0.02)
+    curve = reduced.layers.filter(
+        (pl.col("network") == row["network"]) & (pl.col("series") == digest.ERROR) & (pl.col("step") == 0)
+    ).sort("layer")
+    np.testing.assert_allclose(curve["high"] - curve["middle"], 0.016, rtol=1e-6)  # 90 % of -2, -1, 0, 1, 2 hundredths
+    np.testing.assert_allclose(curve["middle"], (401 - np.arange(1, 403)) * expected / 2, atol=1e-9)
+    assert set(reduced.layers["series"].unique()) == {digest.ERROR, "log_kernel"}
+
+
+def test_labels():
+    values = {"activation": "leaky_relu", "norm": "none", "depth": 64, "sigma_w": 1.3, "residual": False}
+    assert digest.label(values) == "leaky relu, no norm, depth 64, sigma_w 1.3, no residual"
+
+
+def test_report_writes_figures_and_a_page(folder):
+    written = {path.name: path for path in report.report(folder)}
+    names = {"gradient.png", "weights.png", "heat.png", "training.png", "accuracy.png", "report.html"}
+    assert (
+        set(written)
+        == names
+        == {path.name for path in folder.iterdir() if path.is_file() and path.suffix in (".png", ".html")}
+    )
+    assert all(path.read_bytes().startswith(b"\x89PNG") for name, path in written.items() if name.endswith("png"))
+    assert not [path for path in folder.iterdir() if ".part" in path.name]
+    page = written["report.html"].read_text()
+    assert "<title>tanh &lt;b&gt;&amp;amp;</title>" in page and page.count("</script>") == 2
+    assert not re.search(r"<(script|link|img|iframe)[^>]*\b(src|href)=", page.split("<script>")[0])
+
+
+def test_contents_are_thinned_and_finite(reduced):
+    contents = report.contents(reduced, [], "t")
+    json.dumps(contents, allow_nan=False)
+    curves = contents["layers"][digest.ERROR]["0"]
+    lengths = [len(curve["x"]) for curve in curves.values()]
+    assert max(lengths) == report.MOST_LAYERS and min(lengths) == 5
+    deep = next(curve for curve in curves.values() if len(curve["x"]) == report.MOST_LAYERS)
+    assert deep["x"][0] == 1 and deep["x"][-1] == 401
+    broken = [curve for curve in curves.values() if None in curve["middle"]]
+    assert broken and all(curve["middle"][1] is None for curve in broken)
+    critical = {network["axes"]["norm"]: network["critical"] for network in contents["networks"]}
+    assert critical == {"none": 1.0, "batch_norm": None}
+
+
+def test_a_study_with_little_in_it(tmp_path):
+    """One network, no training, no error signal: what can be drawn is drawn, nothing else is left lying about."""
+    folder = made(tmp_path / "s", sigmas=(1.0,), norms=("none",), steps=(0,))
+    path = folder / "cells" / "00000.parquet"
+    frame = results.read(folder).table().filter((pl.col("cell") == 0) & (pl.col("quantity") == "log_kernel"))
+    for other in (folder / "cells").iterdir():
+        other.unlink()
+    path.write_bytes(results.pack(frame, {"study": "x", "seconds": {"compile": 1.0, "run": 1.0}}))
+    assert [written.name for written in report.report(folder)] == ["weights.png", "report.html"]
+    assert "1 of 3 cells are finished" in (folder / "report.html").read_text()
+
+
+def test_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must hold a study"):
+        report.report(tmp_path)
+    folder = made(tmp_path / "s", sigmas=(1.0,), norms=("none",), steps=(0,))
+    (folder / "cells" / "00001.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(ValueError, match="00001.parquet is damaged"):
+        report.report(folder)
+    for path in (folder / "cells").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="holds no finished cell"):
+        report.report(folder)
+
+
+def test_many_panels_are_cut_and_said(reduced, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "MOST_PANELS", 2)
+    said = figures.gradient(reduced, tmp_path / "x.png")
+    assert "The first 2 of 6 panels are shown." in said
+
+
+@pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed")
+def test_page_in_a_browser(folder, tmp_path):
+    """It loads without network and console errors; clicks, the slider and hovering change what is drawn."""
+    report.report(folder)
+    state = "JSON.stringify(document.querySelector('#layers').data.map(t => [t.name, t.y]))"
+    with chromium.Page((folder / "report.html").as_uri(), tmp_path / "profile") as page:
+        page.wait("document.querySelectorAll('#layers .scatterlayer .trace').length > 3")
+        assert page.js("document.title") == "tanh <b>&amp;" == page.js("document.querySelector('h1').textContent")
+        assert "cpu </script>" in page.js("document.querySelector('#facts').textContent")
+        first = page.js(state)
+        says = page.js("document.querySelector('#layers-says').textContent")
+        assert "at initialisation" in says and "median over 5 runs" in says and "(40 %)" in says
+        page.click("button[data-axis=sigma_w][data-value='2']")
+        second = page.js(state)
+        assert second != first and "sigma_w 2" in second
+        page.click("#networks tbody tr.shown")
+        third = page.js(state)
+        assert third != second and len(json.loads(third)) < len(json.loads(second))
+        page.js(
+            "(s => { s.value = 'log_kernel'; s.dispatchEvent(new Event('change')) })(document.querySelector('#series'))"
+        )
+        assert "weight gradient" in page.js("document.querySelector('#layers-says').textContent")
+        page.js("(s => { s.value = 1; s.dispatchEvent(new Event('input')) })(document.querySelector('#step'))")
+        assert "after 40 steps" in page.js("document.querySelector('#layers-says').textContent")
+        assert page.js("document.querySelector('#stepnow').textContent") == "40" and page.js(state) != third
+        assert page.js("document.querySelector('#rate').data[0].type") == "heatmap"
+        assert "sigma_w = 1, has no change" in page.js("document.querySelector('#rate-says').textContent")
+        assert "Runs that diverged: 1 of 5" in page.js("document.querySelector('#training-says').textContent")
+        assert page.js("document.querySelector('#accuracy').data.length") == 4
+        box = page.js(
+            "(e => (e.scrollIntoView(), (r => [r.x, r.y, r.width, r.height])(e.querySelector('.nsewdrag').getBoundingClientRect())))(document.querySelector('#accuracy'))"
+        )
+        for share in np.linspace(0.05, 0.95, 60):
+            page.move(box[0] + share * box[2], box[1] + 0.15 * box[3])
+            if page.js("document.querySelectorAll('#accuracy .hovertext').length"):
+                break
+        page.wait("document.querySelectorAll('#accuracy .hovertext').length > 0")
+        page.picture(tmp_path / "page.png")
+        assert page.problems == [] and len(page.requests) >= 1
+    assert (tmp_path / "page.png").stat().st_size > 20_000

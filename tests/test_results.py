@@ -1,0 +1,296 @@
+"""Folders of studies: interrupted, killed, damaged, full; compared; and worked on by several processes."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+import numpy as np
+import polars as pl
+import pytest
+
+import fnn
+import fnn.cli
+from fnn import results, study, workers
+
+
+def tiny(**kwargs):
+    """Three cells, measured at initialisation: the smallest programs."""
+    grid = fnn.grid.product(activation=["tanh", "relu", "sigmoid"], depth=1, width=8, norm="none", batch_size=8)
+    return study.Study(grid, **({"seeds": 3, "steps": 0, "data": "clusters"} | kwargs))
+
+
+ARGUMENTS = [
+    "study",
+    "--activation",
+    "tanh,relu,sigmoid",
+    "--depth",
+    "1",
+    "--width",
+    "8",
+    "--norm",
+    "none",
+    "--batch-size",
+    "8",
+    "--seeds",
+    "3",
+    "--steps",
+    "0",
+    "--data",
+    "clusters",
+    "--out",
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    tiny().run(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(undisturbed, tmp_path):
+    """A folder with all three cells, to be damaged."""
+    target = tmp_path / "study"
+    (target / "cells").mkdir(parents=True)
+    for path in (*undisturbed.glob("*.json"), *undisturbed.glob("cells/*.parquet")):
+        (target / path.relative_to(undisturbed)).write_bytes(path.read_bytes())
+    return target
+
+
+def finished(folder):
+    return sorted(path.name for path in (folder / "cells").glob("*.parquet"))
+
+
+def test_the_folder_holds_what_was_asked_and_who_worked_on_it(undisturbed):
+    found = results.read(undisturbed)
+    assert found.finished == [0, 1, 2] and found.description["axes"]["traced"][0] == "seed"
+    assert [c["static"]["activation"] for c in found.description["cells"]] == ["tanh", "relu", "sigmoid"]
+    session = found.sessions[0]
+    assert session["versions"]["jax"] == __import__("jax").__version__ and session["devices"] == ["cpu cpu"]
+    assert {"started", "commit", "executor"} <= session.keys()
+    times = found.times()
+    assert times.columns == ["cell", "compile", "run"] and (times["compile"] > 0).all()
+    assert found.table().to_pandas().shape == found.table().shape
+    assert not list(undisturbed.rglob("*.part"))
+
+
+def test_finished_cells_are_not_run_again(copied, monkeypatch):
+    monkeypatch.setattr(study, "work", None)  # whatever would run a cell fails
+    before = results.read(copied).table()
+    again = tiny().run(copied)
+    assert again.table().equals(before) and len(again.sessions) == 2
+
+
+def test_a_missing_cell_is_measured_again_to_the_last_bit(copied):
+    before = results.read(copied).table()
+    (copied / "cells" / "00001.parquet").unlink()
+    assert tiny().run(copied).table().equals(before)
+
+
+def test_chunks_of_the_folder_are_reused_and_others_refused(copied, monkeypatch):
+    monkeypatch.setattr(fnn.study.cell, "chunk_size", None)  # would be called for a new study
+    tiny().run(copied)
+    with pytest.raises(ValueError, match="chunk is 3 there, 2 here"):
+        tiny(chunk=2).run(copied)
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ({"seeds": 4}, "seed is 0, 1, 2 there, 0, 1, 2, 3 here"),
+        ({"steps": 3}, "steps is 0 there, 0, 3 here"),
+        ({"data": "spirals"}, "data is"),
+        ({"grid": fnn.grid.product(activation="tanh", depth=1, width=8, norm="none", batch_size=8)}, "activation is tanh, relu, sigmoid there, tanh here"),
+    ],
+)  # fmt: skip
+def test_another_study_is_refused_with_the_difference(undisturbed, other, difference):
+    described = study.Study(**{"grid": tiny().grid, "seeds": 3, "steps": 0, "data": "clusters"} | other)
+    with pytest.raises(ValueError, match=difference):
+        described.run(undisturbed)
+
+
+def damage(path, content=b"PAR1 garbage"):
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (lambda f: damage(f / "cells" / "00001.parquet"), "00001.parquet is damaged"),
+        (lambda f: damage(f / "cells" / "00001.parquet", b""), "00001.parquet is damaged"),
+        (lambda f: damage(f / "study.json", b'{"format": 2, "cells": ['), "study.json is damaged"),
+        (lambda f: damage(f / "study.json", b"[]"), "study.json is damaged"),
+        (lambda f: damage(f / "study.json", b'{"format": 1}'), "must have format 2, got 1"),
+        (lambda f: damage(f / "study.json", b"\xff\xfe"), "study.json is damaged"),
+        (lambda f: damage(f / "sessions.json", b"{}"), "sessions.json is damaged"),
+        (lambda f: (f / "study.json").unlink(), "holds cells but no study.json"),
+    ],
+)
+def test_damage_is_one_sentence_and_exit_code_2_and_nothing_is_lost(copied, harm, sentence, capsys):
+    harm(copied)
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    assert fnn.cli.main([*ARGUMENTS, str(copied)]) == 2
+    assert sentence in capsys.readouterr().err.strip().splitlines()[-1]
+    assert before.items() <= {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}.items()
+
+
+def test_pages_damaged_behind_a_whole_footer_are_found_when_read(copied):
+    path = copied / "cells" / "00002.parquet"
+    content = bytearray(path.read_bytes())
+    content[4:400] = os.urandom(396)
+    damage(path, bytes(content))
+    with pytest.raises(ValueError, match="00002.parquet is damaged"):
+        results.read(copied).table()
+
+
+def test_a_full_disk_loses_no_finished_cell(tmp_path, monkeypatch, capsys, undisturbed):
+    calls, fsync = [], os.fsync
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 3:  # study.json, sessions.json and the first cell find room
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert fnn.cli.main([*ARGUMENTS, str(tmp_path)]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot write" in last and "No space left on device" in last
+    assert finished(tmp_path) == ["00000.parquet"] and not list(tmp_path.rglob("*.part"))
+    monkeypatch.undo()
+    assert tiny().run(tmp_path).table().equals(results.read(undisturbed).table())
+
+
+def test_one_folder_serves_one_run_at_a_time(copied):
+    with results._locked(copied), pytest.raises(OSError, match="in use by another run"):
+        tiny().run(copied)
+    with pytest.raises(OSError, match="cannot write"):
+        tiny().run("/dev/null/x")
+
+
+def test_ctrl_c_here_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
+    work, seen = study.work, []
+
+    def interrupted(task):
+        seen.append(task.number)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return work(task)
+
+    monkeypatch.setattr(study, "work", interrupted)
+    assert fnn.cli.main([*ARGUMENTS, str(tmp_path)]) == 130
+    assert "the same command resumes" in capsys.readouterr().err and finished(tmp_path) == ["00000.parquet"]
+
+
+def test_interrupts_and_kills_end_in_the_undisturbed_table(tmp_path, undisturbed):
+    """Two workers: Ctrl-C after the first cell, `kill -9` after the next, then to the end."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fnn", *ARGUMENTS, str(out), "--workers", "2", "--cache", str(tmp_path / "xla")]
+
+    def until(count):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
+        for _ in range(1200):
+            if len(finished(out)) >= count or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        return process
+
+    process = until(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    # The first cell done, Ctrl-C lets the other in flight finish; the third may have begun by then.
+    assert process.returncode in (0, 130), err
+    assert process.returncode == 0 or "the same command resumes" in err
+    count = len(finished(out))
+    (out / "cells" / finished(out)[-1]).unlink()
+    process = until(count)
+    process.kill()
+    process.communicate(timeout=120)
+    subprocess.run(command, check=True, capture_output=True)
+    found = results.read(out)
+    assert found.table().equals(results.read(undisturbed).table())
+    assert not list(out.rglob("*.part"))
+
+
+def test_executors_of_all_kinds(undisturbed):
+    table = results.read(undisturbed).table()
+    with ThreadPoolExecutor(2) as executor:
+        assert tiny().run(executor=executor).table().equals(table)
+    fork = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
+    with pytest.raises(ValueError, match="forked processes hangs"):
+        tiny().run(executor=fork)
+    with pytest.raises(TypeError, match=r"client.get_executor\(\)"):
+        tiny().run(executor=3)
+
+
+DASK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+
+def main():
+    from distributed import Client, LocalCluster
+    from test_results import tiny
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+        client.run(sys.path.insert, 0, sys.argv[1])
+        tiny().run(sys.argv[2], executor=client.get_executor())
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_dask_cluster_of_two_workers(tmp_path, undisturbed):
+    script = tmp_path / "script.py"
+    script.write_text(DASK)
+    subprocess.run(
+        [sys.executable, str(script), os.path.dirname(__file__), str(tmp_path / "out")], check=True, timeout=300
+    )
+    found = results.read(tmp_path / "out")
+    assert found.sessions[0]["executor"] == "ClientExecutor"
+    ours, theirs = results.read(undisturbed).table(), found.table()
+    assert ours.drop("value").equals(theirs.drop("value"))
+    np.testing.assert_allclose(ours["value"], theirs["value"], rtol=1e-5)
+
+
+def test_a_worker_that_dies_is_a_sentence():
+    with workers.pool(1) as executor, pytest.raises(OSError, match="a worker process died"):
+        workers.drive([9], os._exit, lambda *_: None, executor, lambda _: None)
+
+
+def test_compare_finds_what_differs_beyond_the_seeds(undisturbed, tmp_path, capsys):
+    table = results.read(undisturbed).table()
+    same = fnn.compare(table, undisturbed)
+    assert not same["beyond"].any() and (same["difference"] == 0).all()
+    assert same["seeds_a"].unique().to_list() == [3]
+    # A study that differs in one axis: that axis is what is compared.
+    moved = table.with_columns(
+        pl.lit(2.0).alias("sigma_w"),
+        pl.when(pl.col("quantity") == "log_error").then(pl.col("value") + 9).otherwise(pl.col("value")).alias("value"),
+    )
+    joined = fnn.compare(table, moved)
+    assert set(joined.filter("beyond")["quantity"]) == {"log_error"} and joined["beyond"][0]
+    np.testing.assert_allclose(joined.filter("beyond")["difference"], 9)
+    row = joined.filter(pl.col("beyond")).row(0, named=True)
+    values = table.filter(
+        (pl.col("activation") == row["activation"]) & (pl.col("path") == row["path"]) & (pl.col("quantity") == "log_error")
+    )["value"].to_numpy()  # fmt: skip
+    np.testing.assert_allclose([row["a"], row["a_low"], row["a_high"]], np.quantile(values, [0.5, 0.1, 0.9]))
+    with pytest.raises(ValueError, match="must share a row"):
+        fnn.compare(table, table.with_columns(pl.lit("x").alias("path")))
+    assert fnn.cli.main(["compare", str(undisturbed), str(undisturbed)]) == 0
+    assert "0 of" in capsys.readouterr().out
+    assert fnn.cli.main(["compare", str(undisturbed), str(tmp_path)]) == 2
+    assert "must hold a study" in capsys.readouterr().err
+
+
+def test_descriptions_are_json_and_have_names():
+    description = tiny().describe()
+    assert json.loads(json.dumps(description)) == description
+    assert results.key(description) != results.key(tiny(seeds=4).describe())
