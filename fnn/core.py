@@ -232,6 +232,13 @@ def output_spec(layer: Layer, params: Any, state: Any, spec: Any) -> Any:
     return jax.eval_shape(lambda p, s, x: layer.apply(p, s, x)[0], params, state, spec)
 
 
+def check_values(layer: Layer, params: Any, state: Any, x: Any) -> None:
+    """Trace a layer with whole numbers as constants, so that layers which look at values on the host (embed) see them."""
+    if any(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(x)):
+        x = as_arrays(x)
+        jax.eval_shape(lambda p, s: layer.apply(p, s, x)[0], *as_spec((params, state)))
+
+
 def as_spec(tree: Any) -> Any:
     """Replace every array by its `jax.ShapeDtypeStruct`."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), tree)

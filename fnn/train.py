@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from fnn import check, clip, losses, tree
-from fnn.core import Layer, as_arrays, as_spec, output_spec, same_spec
+from fnn.core import Layer, as_arrays, as_spec, check_values, output_spec, same_spec
 from fnn.dataset import Dataset, check_dataset, shuffled
 from fnn.inputs import Masked
 from fnn.taps import TapState
@@ -74,7 +74,7 @@ class TrainStep:
         x, y = batch
         kind = tuple(map(np.shape, jax.tree.leaves(batch)))
         if new := kind not in self._output_shapes:
-            _check_values(self.net, state.params, state.state, x)
+            check_values(self.net, state.params, state.state, x)
             self._output_shapes[kind] = output_spec(self.net, state.params, state.state, x).shape
         if new or isinstance(y, np.ndarray):
             losses.check_targets(self.loss, self._output_shapes[kind], y)
@@ -266,7 +266,7 @@ def evaluate(
     params, net_state = (state.params, state.state) if isinstance(state, TrainState) else state
     x, y = as_arrays(tuple(data))
     check_dataset("evaluate", x, y)
-    _check_values(net, params, net_state, x)
+    check_values(net, params, net_state, x)
     losses.check_targets(loss, output_spec(net, params, net_state, x).shape, y)
     totals = _means(net, loss, min(batch_size, y.shape[0]), params, net_state, x, y)
     return {name: float(value) for name, value in totals.items()}
@@ -356,16 +356,9 @@ def _chunks(batches: Iterable[Any], most: int) -> Iterator[list[Any]]:
 def _dataset(who: str, step: TrainStep, state: TrainState, pair: Any) -> Dataset:
     data = Dataset(*as_arrays(tuple(pair)))
     check_dataset(who, data.x, data.y)
-    _check_values(step.net, state.params, state.state, data.x)
+    check_values(step.net, state.params, state.state, data.x)
     losses.check_targets(step.loss, output_spec(step.net, state.params, state.state, data.x).shape, data.y)
     return data
-
-
-def _check_values(net: Layer, params: Any, state: Any, x: Any) -> None:
-    """Trace the net with whole numbers as constants, so that layers which look at values on the host (embed) see them."""
-    if any(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(x)):
-        x = as_arrays(x)
-        jax.eval_shape(lambda p, s: net.apply(p, s, x)[0], *as_spec((params, state)))
 
 
 def _has_taps(state: Any) -> bool:
