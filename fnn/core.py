@@ -232,6 +232,15 @@ def output_spec(layer: Layer, params: Any, state: Any, spec: Any) -> Any:
     return jax.eval_shape(lambda p, s, x: layer.apply(p, s, x)[0], params, state, spec)
 
 
+def output_shape(layer: Layer, params: Any, state: Any, spec: Any) -> tuple[int, ...]:
+    """Return the shape of a net's output, which losses need to be one array."""
+    output = output_spec(layer, params, state, spec)
+    if not hasattr(output, "shape"):
+        got = check.describe(output)
+        raise ValueError(f"net: a loss needs one array, got {got}; end in unmasked(), last(), concatenate() or add()")
+    return output.shape
+
+
 def check_values(layer: Layer, params: Any, state: Any, x: Any) -> None:
     """Trace a layer with whole numbers as constants, so that layers which look at values on the host (embed) see them."""
     if any(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(x)):

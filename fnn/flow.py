@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import losses, taps, tree
-from fnn.core import Layer, as_arrays, output_spec
+from fnn.core import Layer, as_arrays, output_shape
 from fnn.taps import Row, TapState
 from fnn.tree import Stacked
 
@@ -98,7 +98,7 @@ def gradient_flow(
             "gradient_flow: the trunk must hold a tap, got none (taps inside residual and parallel branches cannot "
             "rescale); put fnn.tap() between the blocks, or build the model with taps=True"
         )
-    losses.check_targets(loss, output_spec(net, params, net_state, x).shape, y)
+    losses.check_targets(loss, output_shape(net, params, net_state, x), y)
     return tabulate(jax.device_get(measure(net, loss, train, params, net_state, x, y, key)), params)
 
 

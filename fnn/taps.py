@@ -53,8 +53,9 @@ def tap(*, bounds: tuple[float, float] | None = None) -> Layer:
     Forward, over batch and units, float[]: `mean`; `second_moment` E[x²]; `dead`, the fraction of units that are zero
     for the whole batch; with `bounds` (an activation's asymptotes, both finite) `saturated`, the fraction of numbers
     within 1 % of their distance to either. With `axis_name` all average over the mapped axis, so that the state is
-    unbatched. Backward: see `Backward`; the loss must be the mean of per-example losses over the batch of `x` (with
-    `axis_name`: over the local batch, gradients averaged over the axis afterwards).
+    unbatched. Of a `Masked` sequence padded positions count too. Backward: see `Backward`; the loss must be the mean of
+    per-example losses over the batch of `x` (with `axis_name`: over the local batch, gradients averaged over the axis
+    afterwards).
     """
     if bounds is not None and not (np.all(np.isfinite(bounds)) and bounds[0] < bounds[1]):
         raise ValueError(f"tap: bounds must be finite and (low, high), got {bounds}; leave them out for open functions")

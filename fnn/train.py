@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from fnn import check, clip, losses, tree
-from fnn.core import Layer, as_arrays, as_spec, check_values, output_spec, same_spec
+from fnn.core import Layer, as_arrays, as_spec, check_values, output_shape, same_spec
 from fnn.dataset import Dataset, check_dataset, shuffled
 from fnn.inputs import Masked
 from fnn.taps import TapState
@@ -75,7 +75,7 @@ class TrainStep:
         kind = tuple(map(np.shape, jax.tree.leaves(batch)))
         if new := kind not in self._output_shapes:
             check_values(self.net, state.params, state.state, x)
-            self._output_shapes[kind] = output_spec(self.net, state.params, state.state, x).shape
+            self._output_shapes[kind] = output_shape(self.net, state.params, state.state, x)
         if new or isinstance(y, np.ndarray):
             losses.check_targets(self.loss, self._output_shapes[kind], y)
 
@@ -267,7 +267,7 @@ def evaluate(
     x, y = as_arrays(tuple(data))
     check_dataset("evaluate", x, y)
     check_values(net, params, net_state, x)
-    losses.check_targets(loss, output_spec(net, params, net_state, x).shape, y)
+    losses.check_targets(loss, output_shape(net, params, net_state, x), y)
     totals = _means(net, loss, min(batch_size, y.shape[0]), params, net_state, x, y)
     return {name: float(value) for name, value in totals.items()}
 
@@ -357,7 +357,7 @@ def _dataset(who: str, step: TrainStep, state: TrainState, pair: Any) -> Dataset
     data = Dataset(*as_arrays(tuple(pair)))
     check_dataset(who, data.x, data.y)
     check_values(step.net, state.params, state.state, data.x)
-    losses.check_targets(step.loss, output_spec(step.net, state.params, state.state, data.x).shape, data.y)
+    losses.check_targets(step.loss, output_shape(step.net, state.params, state.state, data.x), data.y)
     return data
 
 

@@ -115,3 +115,18 @@ def test_refusals():
     with pytest.raises(ValueError, match="a tap inside a branch must not rescale"):
         rescaled = fnn.taps.rescaling((), fnn.tap().init(KEY, drawn(2, 3))[1])
         fnn.branches({"a": fnn.tap()}).apply({"a": ()}, fnn.core.Branch({"a": rescaled}), {"a": drawn(2, 3)})
+
+
+def test_a_net_that_ends_in_a_mask_is_refused_by_training():
+    net = fnn.serial(fnn.embed(5, 3, padding=0), fnn.gru(3), fnn.dense(2))
+    x, y = jnp.array([[1, 2, 0], [3, 4, 1]]), jnp.zeros((2, 3), int)
+    optimizer = optax.sgd(0.1)
+    state = fnn.TrainState.create(net, optimizer, KEY, x)
+    step = fnn.train_step(net, fnn.losses.cross_entropy, optimizer)
+    for call in (
+        lambda: step(state, (x, y)),
+        lambda: fnn.fit(step, state, (x, y), epochs=1, batch_size=2, key=KEY),
+        lambda: fnn.evaluate(net, state, (x, y)),
+    ):
+        with pytest.raises(ValueError, match=r"a loss needs one array, got Masked.*end in unmasked\(\)"):
+            call()
