@@ -20,7 +20,7 @@ WIDTH, TOKENS = 128, 32
 def run(options: common.Options) -> common.Result:
     depths = np.array(options.pick((1, 2, 4, 8, 16, 32, 64), (1, 4, 16)))
     seeds = options.pick(12, 4)
-    figure, axes = common.panels(1)
+    figure, axes = common.panels(1, size=(4.5, 3))
     checks = []
     cases = (
         ("Pre-LN with its last norm", True, True, -0.5),
@@ -35,6 +35,8 @@ def run(options: common.Options) -> common.Result:
         common.measured(axes[0, 0], 1 + depths / 2, np.exp(logs), i, label)
         common.predicted(axes[0, 0], 1 + depths / 2, np.exp(logs.mean()) * np.exp(predicted * (place - place.mean())))
     common.finish(axes[0, 0], "second weight of the last block", "1 + L/2", "|dL/dW|", log_x=True, log_y=True)
+    axes[0, 0].set_xticks(1 + depths / 2, [f"{1 + depth / 2:g}" for depth in depths])
+    axes[0, 0].minorticks_off()
     remarks = [
         f"Width {WIDTH}, {TOKENS} tokens, {seeds} seeds; Frobenius norms, L the mean of a random linear readout."
     ]
