@@ -42,7 +42,7 @@ def measure(options: common.Options) -> common.Result:
     for i, (label, activation, init, gamma) in enumerate(CASES):
         layer = fnn.rnn(WIDTH, activation=activation, recurrent_init=init, kernel_init="scaled(0.5)", tap=fnn.tap())
         logs, largest = error_signals(layer, x, ends, seeds)
-        logs -= logs[:, -1:]
+        logs = logs - logs[:, -1:]
         bound = back * np.log(gamma * largest)[:, None]
         checks.append(
             common.at_most(f"{label}: log |dL/dh_t| above its bound, worst of all t", 1e-4, np.max(logs - bound))
@@ -68,7 +68,7 @@ def measure(options: common.Options) -> common.Result:
         common.measured(axes[0, 1], back, (live - live[:, -1:]) / math.log(10), i, f"LSTM, bias {bias:g}")
         common.predicted(axes[0, 1], back, rate * back / math.log(10))
     plain = input_gradients(fnn.rnn(WIDTH, recurrent_init="scaled(1.0)"), x, ends, seeds)
-    plain -= plain[:, -1:]
+    plain = plain - plain[:, -1:]
     common.measured(axes[0, 1], back, plain / math.log(10), 4, "tanh, U ~ N(0, 1/n)")
     gain = np.median(live[:, 0] - live[:, -1]) - np.median(plain[:, 0])
     checks.append(
