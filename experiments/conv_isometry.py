@@ -43,8 +43,9 @@ def run(options: common.Options) -> common.Result:
             )
         elif init == "third":
             slope = (logs[:, 0].mean() - logs[:, -1].mean()) / (logs.shape[1] - 1)
-            # The mean of the log lies below the log of the mean by a few 1/fan_in; borders with zeros lose more.
-            checks.append(common.at_most(f"{label}, linear: change of log |dL/dh| a layer", np.log(1 / 3) / 2, slope))
+            # Seeds and channels are few: the mean of the log scatters around half the log of the mean factor.
+            rate = np.log(1 / 3) / 2
+            checks.append(common.close(f"{label}, linear: change of log |dL/dh| a layer", rate, slope, 0.02))
         common.measured(axes[0, 0], np.arange(logs.shape[1]), logs, i, label)
         curves = np.array([train(network(depth, kernel_init, "tanh"), epochs, seed) for seed in range(seeds)])
         reached[label] = curves[:, -1].mean()
