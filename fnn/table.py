@@ -61,7 +61,9 @@ def build(
     predicted = _predictions(task, labels, values) if theory else np.full((3, *values.shape), np.nan)
     predicted[:, :, 1:] = np.nan  # theory speaks of the initialisation
     places = pl.DataFrame({"layer": layers, "path": paths, "quantity": names}).cast({"layer": pl.Int32})
-    undefined = np.isin(names, ["update_ratio", "cosine"])
+    # The first record has no gradient before it, and a zero weight no ratio: no row, rather than a NaN.
+    cosine = np.isin(names, ["cosine"])
+    ratio = np.isin(names, ["update_ratio"])
     ends, diverged = _ends(measured, steps)
     frames = []
     for r, run in enumerate(task.runs):
@@ -70,8 +72,7 @@ def build(
             if step > ends[r] or not np.isfinite(measured.probe[r, k]):
                 continue
             row = values[r, k]
-            # The first record has no gradient before it, and a zero weight no ratio: no row, rather than a NaN.
-            missing = undefined & np.isnan(row) | ((np.array(names, object) == "cosine") & (k == 0))
+            missing = (ratio | cosine) & np.isnan(row) | (cosine & (k == 0))
             frame = places.with_columns(pl.lit(step).alias("step"), pl.Series("value", row))
             marks = zip(("predicted", "low", "high"), predicted[:, r, k], strict=True)
             frame = frame.with_columns(pl.Series(name, mark, nan_to_null=True) for name, mark in marks)
@@ -213,9 +214,14 @@ def _curves(static: Mapping[str, Any], hidden: int, sigma_w: float, sigma_b: flo
     gains = {"scaled": sigma_w, "he_normal": np.sqrt(2), "lecun_normal": 1.0}
     if activation is None or not activation.elementwise or norm not in ("none", "batch_norm"):
         return None
-    if static["residual"] or static["init"] not in gains:
+    if static["init"] not in gains:
         return None
-    kwargs: dict[str, Any] = {"norm": norm, "batch": int(static["batch_size"])} if norm == "batch_norm" else {"q0": q0}
+    settings: dict[str, Any] = {"q0": q0, "residual": 1.0 if static["residual"] else None}
+    if norm == "batch_norm":
+        # What the first layer is divided by is its variance over the batch: the second moment less that of the mean.
+        batch = int(static["batch_size"])
+        centred = None if q0 is None or sigma_b else q0 * (1 - 1 / batch)
+        settings |= {"norm": norm, "batch": batch, "q0": centred}
     try:
         theory = meanfield.predict(
             hidden,
@@ -223,9 +229,9 @@ def _curves(static: Mapping[str, Any], hidden: int, sigma_w: float, sigma_b: flo
             sigma_w=gains[static["init"]],
             sigma_b=sigma_b,
             width=int(static["width"]),
-            **kwargs,
+            **settings,
         )
     except (ValueError, ArithmeticError):
         return None  # no theory for this setting: a batch below 4, an integral that does not converge
     typical = np.where(np.isnan(theory.mean_log_error), theory.log_error, theory.mean_log_error)
-    return np.stack([typical, getattr(theory, "low", typical * np.nan), getattr(theory, "high", typical * np.nan)])
+    return np.stack([typical, theory.low, theory.high])

@@ -34,15 +34,19 @@ def compilation_cache(folder: str | os.PathLike[str] | None) -> Iterator[None]:
     if folder is None:
         yield
         return
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
     values = (os.fspath(folder), 0.0, -1)
     before = {name: getattr(jax.config, name) for name in CONFIG[2:]}
     for name, value in zip(before, values, strict=True):
         jax.config.update(name, value)
+    reset_cache()  # JAX looks at the settings once, when it first compiles
     try:
         yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+        reset_cache()
 
 
 @contextmanager
