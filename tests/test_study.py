@@ -14,6 +14,8 @@ import pytest
 import fnn
 from fnn import cell, study, tree
 
+# One worker: the tests share the fixtures, and those the compilations.
+pytestmark = pytest.mark.xdist_group("study")
 STEPS = (0, 2, 5)
 
 
