@@ -114,6 +114,7 @@ class Study:
         for static, runs in found.values():
             _check_cell(self, static, runs, loaded)
             cells.append(Cell(static, tuple(runs), self._steps(static, loaded[0].size)))
+        _check_quantities(self, cells[0])
         return cells
 
     def describe(self) -> dict[str, Any]:
@@ -259,12 +260,17 @@ def _check_options(study: Study) -> None:
         check.non_negative("study", steps=step)
     if study.chunk is not None:
         check.positive("study", chunk=study.chunk)
-    known = {*table.QUANTITIES, *study.measure}
     if taken := [name for name in study.measure if name in table.QUANTITIES]:
         raise ValueError(f"study: a measurement needs a name of its own, got {taken[0]!r}; choose another")
-    for quantity in study.quantities or ():
-        if not quantity.startswith("log_"):  # log_scale and the like, by the names of a net's parameters
-            check.choice("study", known, quantity=quantity)
+
+
+def _check_quantities(study: Study, first: Cell) -> None:
+    known = {*table.QUANTITIES, *study.measure}
+    if study.quantities and not known.issuperset(study.quantities):  # the net may have parameters of other names
+        names = cell.parameter_names(study._setup(), first)
+        known |= {pattern.format(name) for name in names for pattern in ("log_{}", "log_{}_rms")}
+        for quantity in study.quantities:
+            check.choice("study", sorted(known), quantity=quantity)
 
 
 def _check_cell(study: Study, static: dict[str, Any], runs: Sequence[dict[str, Any]], loaded: Any) -> None:
