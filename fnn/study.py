@@ -198,9 +198,8 @@ class Study:
     def _axes(self) -> tuple[dict[str, Any], list[str]]:
         """Return the defaults of all axes in column order, and the names of the traced ones."""
         build = {name: default for name, default in cell.accepts(self.build).items() if name != "classes"}
-        if clash := [name for name in build if name in TRAINING and build[name] is inspect.Parameter.empty]:
-            build = {name: default for name, default in build.items() if name not in clash}
-        defaults = build | TRAINING
+        own = {name: default for name, default in build.items() if default is not inspect.Parameter.empty}
+        defaults = build | TRAINING | own
         if unknown := [name for name in self.traced if name not in build]:
             raise ValueError(f"study: traced must name arguments of build, got {', '.join(unknown)}")
         traced = [name for name in ("seed", *defaults) if name in (*TRACED, *self.traced) and name in defaults]
