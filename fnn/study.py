@@ -231,7 +231,8 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
     """Measure a cell, in whatever process this is: the bytes of its Parquet file, and the seconds that it took."""
     study = task.study
     try:
-        measured = cell.measure(study._setup(), task.cell)
+        setup = study._setup()
+        measured = cell.measure(setup, task.cell)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -245,7 +246,7 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
         measured,
         axes=task.axes,
         quantities=study.quantities,
-        theory=study.build is cell.mlp,
+        inputs=np.asarray(setup.train.x[: task.cell.static["batch_size"]]) if study.build is cell.mlp else None,
     )
     return results.pack(frame, {"study": task.identity, "seconds": measured.seconds}), measured.seconds
 
