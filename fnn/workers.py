@@ -213,10 +213,10 @@ class Progress:
         left = self.total - self.before - self.done
         if not left:
             return "all done"
+        running = f"{min(self.running, left)} running, {left} left"
         seconds = (time.perf_counter() - self.started) / max(1, self.done) * left
-        return f"{left} left, about {seconds:.0f} s" if self.done else f"{left} left"
+        return f"{running}, about {seconds:.0f} s" if self.done else running
 
     def _refresh(self) -> None:
         if self.bar is not None:
-            text = f"{self.running} running, {self._left()}"
-            self.bar.update(self.task, completed=self.before + self.done, description=text)
+            self.bar.update(self.task, completed=self.before + self.done, description=self._left())
