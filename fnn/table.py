@@ -213,14 +213,9 @@ def _curves(static: Mapping[str, Any], hidden: int, sigma_w: float, sigma_b: flo
     gains = {"scaled": sigma_w, "he_normal": np.sqrt(2), "lecun_normal": 1.0}
     if activation is None or not activation.elementwise or norm not in ("none", "batch_norm"):
         return None
-    if static["init"] not in gains:
+    if static["residual"] or static["init"] not in gains:
         return None
-    kwargs: dict[str, Any] = {"q0": q0, "residual": 1.0 if static["residual"] else None}
-    if norm == "batch_norm":
-        batch = int(static["batch_size"])
-        # Of inputs that are centred, as the library's data sets are, what varies over the batch is all but one part of B.
-        first = None if q0 is None else max(0.0, q0 - sigma_b**2) * (1 - 1 / batch)
-        kwargs |= {"norm": norm, "batch": batch, "q0": first or None}
+    kwargs: dict[str, Any] = {"norm": norm, "batch": int(static["batch_size"])} if norm == "batch_norm" else {"q0": q0}
     try:
         theory = meanfield.predict(
             hidden,
@@ -233,4 +228,4 @@ def _curves(static: Mapping[str, Any], hidden: int, sigma_w: float, sigma_b: flo
     except (ValueError, ArithmeticError):
         return None  # no theory for this setting: a batch below 4, an integral that does not converge
     typical = np.where(np.isnan(theory.mean_log_error), theory.log_error, theory.mean_log_error)
-    return np.stack([typical, theory.low, theory.high])
+    return np.stack([typical, getattr(theory, "low", typical * np.nan), getattr(theory, "high", typical * np.nan)])
