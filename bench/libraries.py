@@ -28,13 +28,13 @@ DENSE = {"kernel": "kernel", "bias": "bias"}
 NORM = {"scale": "scale", "bias": "shift"}
 
 
-def _linen(problem: Problem, net: Any, params: Any) -> Run:
-    """Train a Linen net with starting params given as NumPy arrays."""
-    optimizer, variables = _optimizer(), jax.jit(net.init)(jax.random.key(0), problem.xs[0])
+def linen_run(net: Any, params: Any, batches: list[tuple[jax.Array, jax.Array]]) -> Run:
+    """Train a Linen net from given starting params, by one jitted step in a Python loop."""
+    optimizer, variables = _optimizer(), jax.jit(net.init)(jax.random.key(0), batches[0][0])
     params = on_device(params)
     same = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, variables["params"])
     assert same, "the starting weights do not have the shape of Linen's own"
-    state = (params, variables["batch_stats"], optimizer.init(params))
+    state = (params, variables.get("batch_stats", {}), optimizer.init(params))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, batch):
@@ -42,13 +42,13 @@ def _linen(problem: Problem, net: Any, params: Any) -> Run:
 
         def loss(params):
             logits, new = net.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
-            return _cross_entropy(logits, y), new["batch_stats"]
+            return _cross_entropy(logits, y), new.get("batch_stats", {})
 
         (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), stats, opt_state), value
 
-    return Run(step, state, problem.batches)
+    return Run(step, state, batches)
 
 
 def _linen_block(width: int) -> Any:
@@ -82,7 +82,7 @@ def linen_plain(problem: Problem) -> Run:
             return linen.Dense(CLASSES, name="output")(x)
 
     hidden = {f"block_{i}": _linen_weights(weights) for i, weights in enumerate(problem.weights.hidden)}
-    return _linen(problem, Net(), hidden | {"output": problem.weights.output})
+    return linen_run(Net(), hidden | {"output": problem.weights.output}, problem.batches)
 
 
 @peer("linen-scan", "Flax Linen, nn.scan over depth, one jitted step", needs="flax")
@@ -101,7 +101,7 @@ def linen_scan(problem: Problem) -> Run:
 
     first, *rest = problem.weights.hidden
     params = {"input": _linen_weights(first), "hidden": _linen_weights(stack(rest)), "output": problem.weights.output}
-    return _linen(problem, Net(), params)
+    return linen_run(Net(), params, problem.batches)
 
 
 @peer("nnx", "Flax NNX, the documented functional training loop: split once, merge inside", needs="flax", max_depth=64)

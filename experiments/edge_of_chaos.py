@@ -27,8 +27,8 @@ def run(options: common.Options) -> common.Result:
         "the first 3 layers."
         if not options.tiny
         else "Tiny nets: width 100, 15 layers, 6 seeds, three times the tolerance.",
-        f"Training: width {WIDTH}, {steps(options)} steps of gradient descent on batches of 32 digits; the best of the rates "
-        "0.01, 0.03 and 0.1, one seed, accuracy on the test digits. Chance is 0.1.",
+        f"Training: width {WIDTH}, {steps(options)} steps of gradient descent (momentum 0.9) on batches of 32 digits; best of the "
+        "rates 0.001, 0.003 and 0.01, one seed, accuracy on the test digits. Chance is 0.1.",
     ]
     return common.Result(checks, figure, remarks)
 
@@ -55,11 +55,11 @@ def slopes(options: common.Options, axis: object) -> list[common.Check]:
 
 
 def steps(options: common.Options) -> int:
-    return options.pick(300, 80)
+    return options.pick(400, 80)
 
 
 def training(options: common.Options, axis: object) -> list[common.Check]:
-    depths = options.pick((4, 8, 16, 32, 64, 96), (2, 24))
+    depths = options.pick((4, 8, 16, 32, 64), (2, 24))
     variances = options.pick((0.7, 1.0, 1.3, 1.76095464, 2.5, 4.0), (0.5, 1.76095464))
     train, test = fnn.data.digits(key=jax.random.key(0))
     scores = np.array([[accuracy(depth, variances, train, test, steps(options))] for depth in depths])[:, 0]
@@ -74,23 +74,24 @@ def training(options: common.Options, axis: object) -> list[common.Check]:
     y = np.interp(np.log(np.minimum(limits, 2 * depths[-1])), np.log(depths), np.arange(len(depths)) + 0.5)
     common.predicted(axis, x, np.where(np.array(limits) < depths[-1], y, np.nan), "6 xi")
     common.finish(axis, "what trains", "sigma_w²", "depth")
+    axis.legend(fontsize=8)  # in a frame: it lies on the map
     critical, deep, ordered = variances.index(1.76095464), len(depths) - 1, variances.index(variances[0])
     xi = fnn.meanfield.fixed_point("tanh", math.sqrt(variances[ordered]), math.sqrt(BIAS)).xi_grad
     far = f"ordered (sigma_w² = {variances[ordered]}, 6 xi = {6 * xi:.0f})"
-    good = options.pick(0.85, 0.5)
+    good = options.pick(0.8, 0.5)
     checks = [
         common.at_least(f"accuracy, critical, depth {depths[deep]}", good, scores[deep, critical]),
         common.at_most(f"accuracy, {far}, depth {depths[deep]}", 0.3, scores[deep, ordered]),
         common.at_least(f"accuracy, {far}, depth {depths[0]}", good, scores[0, ordered]),
     ]
     if not options.tiny:
-        checks.append(common.at_most("accuracy, chaotic (sigma_w² = 4), depth 96", 0.3, scores[deep, -1]))
+        checks.append(common.at_most("accuracy, chaotic (sigma_w² = 4), depth 64", 0.3, scores[deep, -1]))
     return checks
 
 
 def accuracy(depth: int, variances: tuple[float, ...], train: object, test: object, count: int) -> list[float]:
     """Train every variance and rate at once; return for each variance the best test accuracy over the rates."""
-    rates = np.array([0.01, 0.03, 0.1], np.float32)
+    rates = np.array([0.001, 0.003, 0.01], np.float32)
     net = fnn.models.mlp(depth - 1, WIDTH, 10, activation="tanh", init="scaled(1)", bias_init="normal(1)", unroll=1)
     params, state = net.init(jax.random.key(2), train.x[:1])
 
@@ -98,7 +99,7 @@ def accuracy(depth: int, variances: tuple[float, ...], train: object, test: obje
         def scaled(path, p):
             return p * jnp.where(path[-1].key == "bias", math.sqrt(BIAS), jnp.sqrt(variance))
 
-        optimizer = optax.sgd(rate)
+        optimizer = optax.sgd(rate, momentum=0.9)
         first = jax.tree_util.tree_map_with_path(scaled, params)
         step = fnn.train_step(net, fnn.losses.cross_entropy, optimizer)
         carry = fnn.TrainState(first, state, optimizer.init(first), jax.random.key(3), jnp.zeros((), jnp.int32))

@@ -20,7 +20,7 @@ def run(options: common.Options) -> common.Result:
     figure, axes = common.panels(2)
     checks = []
     layers = np.arange(1, depth + 1)
-    for i, width in enumerate(options.pick((25, 100, 200), (25, 100))):
+    for i, width in enumerate(options.pick((25, 100, 200), (100,))):
         error, kernel = measure("relu", math.sqrt(2), width, depth, seeds)
         moments = fnn.meanfield.he_relu_log_moments(width)
         mean, variance = moments[0] * (depth - layers + 1), moments[1] * (depth - layers + 1)

@@ -195,6 +195,13 @@ def measure(setup: Setup, cell: Cell) -> Measured:
     return Measured(resolved, heldout, extra, traces, numbers["flow"]["loss"], seconds)
 
 
+def parameter_names(setup: Setup, cell: Cell) -> set[str]:
+    """Name the kinds of parameters that a cell's net has: kernel, bias, ..."""
+    cell = cell.settled()
+    params = jax.eval_shape(functools.partial(_drawn, setup, cell.static), _specs(cell))[0]
+    return {path.rpartition("/")[2] for path in tree.paths(params)}
+
+
 def chunk_size(setup: Setup, cell: Cell) -> int:
     """Choose how many runs are lanes of one `vmap`, from the device's memory and the bytes that one run touches.
 

@@ -126,10 +126,13 @@ def run_study(options: Study) -> int:
     if not options.out:
         _link(folder)
     table = found.table()
-    _print_summary(study.summarize(table), described)
-    plot.study(table, path=folder / "study.png")
+    summary = study.summarize(table)
+    if summary.height:  # log_error is among the quantities
+        _print_summary(summary)
+        plot.study(table, path=folder / "study.png")
     seconds = time.perf_counter() - started
-    print(f"{folder}: {table.height:,} rows in cells/*.parquet, and study.png; fnn report {folder} draws the rest")
+    figure = ", and study.png" if summary.height else ""
+    print(f"{folder}: {table.height:,} rows in cells/*.parquet{figure}; fnn report {folder} draws the rest")
     print(f"{seconds:.1f} s on {jax.devices()[0].platform}")
     return 0
 
@@ -220,7 +223,7 @@ def _cache() -> str | None:
     return str(Path(root) / "fnn" / "xla")
 
 
-def _print_summary(summary: Any, described: Any) -> None:
+def _print_summary(summary: Any) -> None:
     from rich.table import Table
 
     table = Table(

@@ -123,7 +123,9 @@ def label(values: dict[str, Any]) -> str:
     """Name a network by its axes: `tanh, batch norm, depth 64, sigma_w 1.3`."""
     words = []
     for name, value in values.items():
-        if isinstance(value, bool):
+        if value is None:
+            words.append(f"no {name}")
+        elif isinstance(value, bool):
             words.append(name if value else f"no {name}")
         elif isinstance(value, str):
             words.append(

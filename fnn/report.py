@@ -134,7 +134,7 @@ def contents(d: Digest, sentences: list[str], title: str) -> dict[str, Any]:
         "facts": sentences,
         "axes": {name: [_plain(v) for v in d.networks[name].unique(maintain_order=True).to_list()] for name in d.axes},
         "networks": networks,
-        "steps": sorted({int(step) for steps in layers.values() for step in steps}),
+        "steps": sorted({int(step) for steps in layers.values() for step in steps}) or [0],
         "series": [{"id": n, "about": ABOUT.get(n, n)} for n in [*first, *sorted(set(layers) - set(first))]],
         "layers": layers,
         "runs": {n: runs[n] for n in sorted(runs, key=lambda n: (n != "train_loss", n))},
@@ -158,6 +158,8 @@ def _number(value: Any) -> float | int | None:
 
 
 def _plain(value: Any) -> Any:
+    if value is None:
+        return "none"
     return value if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 

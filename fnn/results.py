@@ -70,7 +70,8 @@ class Results:
         return [number for number in range(len(self.description["cells"])) if self._path(number).is_file()]
 
     def table(self) -> Any:
-        """Read all finished cells as one polars table, cells in order; `.to_pandas()` makes it pandas.
+        """Read all finished cells as one polars table, cells in order; `.to_pandas()` makes it pandas, where
+        pandas and pyarrow are there.
 
         Errors: ValueError, naming the file, for one that cannot be read; FileNotFoundError where no cell is finished.
         """

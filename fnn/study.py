@@ -114,6 +114,7 @@ class Study:
         for static, runs in found.values():
             _check_cell(self, static, runs, loaded)
             cells.append(Cell(static, tuple(runs), self._steps(static, loaded[0].size)))
+        _check_quantities(self, cells[0])
         return cells
 
     def describe(self) -> dict[str, Any]:
@@ -197,9 +198,8 @@ class Study:
     def _axes(self) -> tuple[dict[str, Any], list[str]]:
         """Return the defaults of all axes in column order, and the names of the traced ones."""
         build = {name: default for name, default in cell.accepts(self.build).items() if name != "classes"}
-        if clash := [name for name in build if name in TRAINING and build[name] is inspect.Parameter.empty]:
-            build = {name: default for name, default in build.items() if name not in clash}
-        defaults = build | TRAINING
+        own = {name: default for name, default in build.items() if default is not inspect.Parameter.empty}
+        defaults = build | TRAINING | own
         if unknown := [name for name in self.traced if name not in build]:
             raise ValueError(f"study: traced must name arguments of build, got {', '.join(unknown)}")
         traced = [name for name in ("seed", *defaults) if name in (*TRACED, *self.traced) and name in defaults]
@@ -231,7 +231,8 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
     """Measure a cell, in whatever process this is: the bytes of its Parquet file, and the seconds that it took."""
     study = task.study
     try:
-        measured = cell.measure(study._setup(), task.cell)
+        setup = study._setup()
+        measured = cell.measure(setup, task.cell)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -245,7 +246,7 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
         measured,
         axes=task.axes,
         quantities=study.quantities,
-        theory=study.build is cell.mlp,
+        inputs=np.asarray(setup.train.x[: task.cell.static["batch_size"]]) if study.build is cell.mlp else None,
     )
     return results.pack(frame, {"study": task.identity, "seconds": measured.seconds}), measured.seconds
 
@@ -259,12 +260,17 @@ def _check_options(study: Study) -> None:
         check.non_negative("study", steps=step)
     if study.chunk is not None:
         check.positive("study", chunk=study.chunk)
-    known = {*table.QUANTITIES, *study.measure}
     if taken := [name for name in study.measure if name in table.QUANTITIES]:
         raise ValueError(f"study: a measurement needs a name of its own, got {taken[0]!r}; choose another")
-    for quantity in study.quantities or ():
-        if not quantity.startswith("log_"):  # log_scale and the like, by the names of a net's parameters
-            check.choice("study", known, quantity=quantity)
+
+
+def _check_quantities(study: Study, first: Cell) -> None:
+    known = {*table.QUANTITIES, *study.measure}
+    if study.quantities and not known.issuperset(study.quantities):  # the net may have parameters of other names
+        names = cell.parameter_names(study._setup(), first)
+        known |= {pattern.format(name) for name in names for pattern in ("log_{}", "log_{}_rms")}
+        for quantity in study.quantities:
+            check.choice("study", sorted(known), quantity=quantity)
 
 
 def _check_cell(study: Study, static: dict[str, Any], runs: Sequence[dict[str, Any]], loaded: Any) -> None:

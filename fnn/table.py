@@ -38,9 +38,12 @@ def build(
     *,
     axes: Mapping[str, str],
     quantities: Sequence[str] | None,
-    theory: bool,
+    inputs: np.ndarray | None,
 ) -> Any:
-    """Make the table of one cell: polars, columns as in `schema`, runs in order, then steps, then the net's order."""
+    """Make the table of one cell: polars, columns as in `schema`, runs in order, then steps, then the net's order.
+
+    `inputs` are those of the measured batch; None for a net that theory does not know.
+    """
     import polars as pl
 
     steps = task.steps
@@ -58,10 +61,14 @@ def build(
     keep = [i for i, (_, _, quantity) in enumerate(labels) if quantities is None or quantity in quantities]
     labels, values = [labels[i] for i in keep], values[..., keep]
     layers, paths, names = (list(part) for part in zip(*labels, strict=True)) if labels else ([], [], [])
-    predicted = _predictions(task, labels, values) if theory else np.full((3, *values.shape), np.nan)
+    predicted = (
+        _predictions(task, labels, values, inputs) if inputs is not None else np.full((3, *values.shape), np.nan)
+    )
     predicted[:, :, 1:] = np.nan  # theory speaks of the initialisation
     places = pl.DataFrame({"layer": layers, "path": paths, "quantity": names}).cast({"layer": pl.Int32})
-    undefined = np.isin(names, ["update_ratio", "cosine"])
+    # The first record has no gradient before it, and a zero weight no ratio: no row, rather than a NaN.
+    cosine = np.isin(names, ["cosine"])
+    ratio = np.isin(names, ["update_ratio"])
     ends, diverged = _ends(measured, steps)
     frames = []
     for r, run in enumerate(task.runs):
@@ -70,8 +77,7 @@ def build(
             if step > ends[r] or not np.isfinite(measured.probe[r, k]):
                 continue
             row = values[r, k]
-            # The first record has no gradient before it, and a zero weight no ratio: no row, rather than a NaN.
-            missing = undefined & np.isnan(row) | ((np.array(names, object) == "cosine") & (k == 0))
+            missing = (ratio | cosine) & np.isnan(row) | (cosine & (k == 0))
             frame = places.with_columns(pl.lit(step).alias("step"), pl.Series("value", row))
             marks = zip(("predicted", "low", "high"), predicted[:, r, k], strict=True)
             frame = frame.with_columns(pl.Series(name, mark, nan_to_null=True) for name, mark in marks)
@@ -178,7 +184,9 @@ def _extra_labels(extra: dict[str, Any], layers: dict[str, int]) -> list[tuple[t
     return found
 
 
-def _predictions(task: cell.Cell, labels: Sequence[tuple[int, str, str]], values: np.ndarray) -> np.ndarray:
+def _predictions(
+    task: cell.Cell, labels: Sequence[tuple[int, str, str]], values: np.ndarray, inputs: np.ndarray
+) -> np.ndarray:
     """Predict log_error of the hidden layers of every run: float64[3, runs, records, labels], nan where not known.
 
     The three are the typical curve and the band of 19 seeds in 20, each through the run's own measured error signal at
@@ -200,22 +208,26 @@ def _predictions(task: cell.Cell, labels: Sequence[tuple[int, str, str]], values
     for sigmas, members in groups.items():
         moment = found.get(("second_moment", 1))
         q0 = None if moment is None else float(np.median(values[members, 0, moment]))
-        curves = _curves(task.static, hidden, *sigmas, q0)
+        curves = _curves(task.static, hidden, *sigmas, q0, inputs)
         if curves is not None:
             anchors = values[members, 0, index[-1]]
             result[np.ix_(range(3), members, [0], index)] = (anchors[:, None] + curves[:, None])[:, :, None]
     return result
 
 
-def _curves(static: Mapping[str, Any], hidden: int, sigma_w: float, sigma_b: float, q0: float | None) -> Any:
+def _curves(
+    static: Mapping[str, Any], hidden: int, sigma_w: float, sigma_b: float, q0: float | None, inputs: np.ndarray
+) -> Any:
     """Give log |delta_l| less that of the last hidden layer, l = 1..hidden, and its band: float64[3, hidden], or None."""
     activation, norm = TABLE.get(static["activation"]), static["norm"]
     gains = {"scaled": sigma_w, "he_normal": np.sqrt(2), "lecun_normal": 1.0}
     if activation is None or not activation.elementwise or norm not in ("none", "batch_norm"):
         return None
-    if static["residual"] or static["init"] not in gains:
+    if static["init"] not in gains:
         return None
-    kwargs: dict[str, Any] = {"norm": norm, "batch": int(static["batch_size"])} if norm == "batch_norm" else {"q0": q0}
+    settings: dict[str, Any] = {"q0": q0, "residual": 1.0 if static["residual"] else None}
+    if norm == "batch_norm":
+        settings |= {"norm": norm, "batch": len(inputs), "q0": _first_variance(inputs, gains[static["init"]])}
     try:
         theory = meanfield.predict(
             hidden,
@@ -223,9 +235,27 @@ def _curves(static: Mapping[str, Any], hidden: int, sigma_w: float, sigma_b: flo
             sigma_w=gains[static["init"]],
             sigma_b=sigma_b,
             width=int(static["width"]),
-            **kwargs,
+            **settings,
         )
     except (ValueError, ArithmeticError):
         return None  # no theory for this setting: a batch below 4, an integral that does not converge
     typical = np.where(np.isnan(theory.mean_log_error), theory.log_error, theory.mean_log_error)
-    return np.stack([typical, getattr(theory, "low", typical * np.nan), getattr(theory, "high", typical * np.nan)])
+    return np.stack([typical, theory.low, theory.high])
+
+
+def _first_variance(inputs: np.ndarray, sigma_w: float) -> float | None:
+    """Find what batch norm divides the first layer's error signal by: 1/E[1/v], v a unit's variance over the batch.
+
+    v is a quadratic form of the unit's weights, sum_i lambda_i z_i² with z ~ N(0, 1) and lambda the eigenvalues of
+    sigma_w²/d times the inputs' covariance; E[1/v] is the integral of E[exp(-t v)] = prod_i (1 + 2 t lambda_i)^(-1/2)
+    over t > 0. Inputs vary in few directions (the digits in about ten), so that this is well below E[v].
+    """
+    x = np.asarray(inputs, np.float64).reshape(len(inputs), -1)
+    x = x - x.mean(0)
+    values = np.linalg.eigvalsh(x @ x.T / len(x)) * sigma_w**2 / x.shape[1]
+    values = values[values > 1e-12 * values.max()]
+    if len(values) < 3:
+        return None  # the mean of 1/v is infinite
+    # In log t the trapezium rule converges faster than any power of its step.
+    s = np.arange(-40, 80, 0.05) - np.log(values.sum())
+    return float(1 / (0.05 * np.sum(np.exp(s - 0.5 * np.sum(np.log1p(2 * np.exp(s)[:, None] * values), axis=1)))))

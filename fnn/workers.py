@@ -34,15 +34,19 @@ def compilation_cache(folder: str | os.PathLike[str] | None) -> Iterator[None]:
     if folder is None:
         yield
         return
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
     values = (os.fspath(folder), 0.0, -1)
     before = {name: getattr(jax.config, name) for name in CONFIG[2:]}
     for name, value in zip(before, values, strict=True):
         jax.config.update(name, value)
+    reset_cache()  # JAX looks at the settings once, when it first compiles
     try:
         yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+        reset_cache()
 
 
 @contextmanager
@@ -209,10 +213,10 @@ class Progress:
         left = self.total - self.before - self.done
         if not left:
             return "all done"
+        running = f"{min(self.running, left)} running, {left} left"
         seconds = (time.perf_counter() - self.started) / max(1, self.done) * left
-        return f"{left} left, about {seconds:.0f} s" if self.done else f"{left} left"
+        return f"{running}, about {seconds:.0f} s" if self.done else running
 
     def _refresh(self) -> None:
         if self.bar is not None:
-            text = f"{self.running} running, {self._left()}"
-            self.bar.update(self.task, completed=self.before + self.done, description=text)
+            self.bar.update(self.task, completed=self.before + self.done, description=self._left())

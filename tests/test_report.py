@@ -146,6 +146,12 @@ def test_a_study_with_little_in_it(tmp_path):
     path.write_bytes(results.pack(frame, {"study": "x", "seconds": {"compile": 1.0, "run": 1.0}}))
     assert [written.name for written in report.report(folder)] == ["weights.png", "report.html"]
     assert "1 of 3 cells are finished" in (folder / "report.html").read_text()
+    (folder / "weights.png").unlink()
+    bare = frame.filter(pl.col("step") < 0)  # nothing by layer at all, and an axis without values
+    row = {"cell": 0, "depth": 4, "seed": 0, "step": 0, "layer": 0, "path": "", "quantity": "accuracy", "value": 0.5}
+    bare = pl.concat([bare, pl.DataFrame([row | dict.fromkeys(set(bare.columns) - set(row))], schema=bare.schema)])
+    path.write_bytes(results.pack(bare, {"study": "x", "seconds": {"compile": 1.0, "run": 1.0}}))
+    assert [written.name for written in report.report(folder)] == ["report.html"]
 
 
 def test_errors(tmp_path):
