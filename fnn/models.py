@@ -253,7 +253,7 @@ def transformer(
     activation: str | Callable[..., Any] = "gelu",
     dropout: float = 0.0,
     taps: bool = False,
-    unroll: int | bool = 1,
+    unroll: int | bool | None = None,
     checkpoint: int | None = None,
 ) -> Layer:
     """Build a transformer: `depth` blocks of attention and a feed-forward net of `hidden` units (4·width by default).
@@ -265,7 +265,7 @@ def transformer(
 
     `norm_position`: "pre" x + f(norm x) with a last norm, or "post" norm(x + f(x)) (Xiong et al. 2020, figure 1).
     `positions`: "rotary", "learned" (up to `longest`), "none". Dropout acts on each branch. `taps=True` puts taps
-    behind each sum, attention and feed-forward alike. Source: Vaswani et al. 2017.
+    behind each sum, attention and feed-forward alike. `unroll` as in `mlp`. Source: Vaswani et al. 2017.
     """
     who = "transformer"
     hidden = 4 * width if hidden is None else hidden
@@ -293,6 +293,8 @@ def transformer(
         _dense(width, initializers.lecun_normal),
     ]
     block = core.serial(*block_part("attention", see), *block_part("feed_forward", *forward))
+    if unroll is None:
+        unroll = True if depth <= 16 else 1
     trunk = core.named("trunk", core.repeat(block, depth, unroll=unroll, checkpoint=checkpoint))
     place = [] if longest is None else [attention.positions(longest)]
     body = [*place, trunk, *(_norm(norm) if pre else [])]

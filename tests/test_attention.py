@@ -166,7 +166,7 @@ def recomputed(apply, params, state, prompt, lengths, steps):
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
 def test_transformer_by_hand(norm_position):
     net = fnn.models.transformer(
-        9, 1, D, HEADS, norm_position=norm_position, positions="learned", longest=TIME, causal=True
+        9, 1, D, HEADS, norm_position=norm_position, positions="learned", longest=TIME, causal=True, unroll=1
     )
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 9, size=(BATCH, TIME)))
     params, state = net.init(KEY, tokens)
