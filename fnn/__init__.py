@@ -9,6 +9,7 @@ from fnn import (
     losses,
     meanfield,
     models,
+    noise,
     plot,
     report,
     results,
@@ -19,9 +20,11 @@ from fnn import (
 from fnn.clip import packed, per_depth
 from fnn.compare import compare
 from fnn.core import Layer, function, named, parallel, repeat, residual, serial, stateless
+from fnn.example_gradients import PerExampleGradients
 from fnn.flow import GradientFlow, gradient_flow
 from fnn.layers import activation, dense, dropout, flatten
 from fnn.norm import batch_norm, group_norm, layer_norm, rms_norm
+from fnn.per_example import example_loss, per_example
 from fnn.study import Study
 from fnn.taps import tap
 from fnn.train import History, TrainState, TrainStep, evaluate, fit, train_step
@@ -32,6 +35,7 @@ __all__ = [
     "GradientFlow",
     "History",
     "Layer",
+    "PerExampleGradients",
     "Study",
     "TrainState",
     "TrainStep",
@@ -44,6 +48,7 @@ __all__ = [
     "dense",
     "dropout",
     "evaluate",
+    "example_loss",
     "fit",
     "flatten",
     "function",
@@ -56,9 +61,11 @@ __all__ = [
     "meanfield",
     "models",
     "named",
+    "noise",
     "packed",
     "parallel",
     "per_depth",
+    "per_example",
     "plot",
     "repeat",
     "report",

@@ -14,10 +14,10 @@ import fnn
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"check", "tree", "grid", "activations", "initializers"},
-    {"core", "losses", "gaussian"},
-    {"layers", "norm", "taps", "data", "finite_width", "rates"},
-    {"models", "clip", "flow", "meanfield"},
+    {"check", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
+    {"core", "losses", "gaussian", "products"},
+    {"layers", "norm", "taps", "data", "finite_width", "rates", "cuts", "example_gradients"},
+    {"models", "clip", "flow", "meanfield", "per_example", "noise"},
     {"train"},
     {"cell", "results", "workers", "provenance"},
     {"table", "compare"},
