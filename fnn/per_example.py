@@ -127,6 +127,7 @@ def step_gradients(
     With a state of None `params` is a pair (params, state), and both are differentiated; norms and clips are those of params.
     """
     outer = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    axes = ("examples", *outer) if outer else "examples"
 
     def average(a):
         return jax.lax.pmean(a, outer) if outer else a
@@ -134,7 +135,7 @@ def step_gradients(
     def of_example(diff, example, state):
         params, state = (diff, state) if state is not None else diff
         x, y = jax.tree.map(lambda a: a[None], example)
-        outputs, new = net.apply(params, state, x, key=key, train=True, axis_name=("examples", *outer))
+        outputs, new = net.apply(params, state, x, key=key, train=True, axis_name=axes)
         values = loss(outputs, y)
         if jnp.ndim(values) != 1:
             raise ValueError(f"train_step: the loss must return float[batch], got {check.describe(values)}")

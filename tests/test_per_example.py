@@ -543,7 +543,7 @@ def test_the_price_of_one_backward_pass():
 
 
 def test_sharded_over_devices_adds_no_large_collective():
-    code = """
+    code = r"""
 import re, jax, jax.numpy as jnp, numpy as np, fnn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 assert len(jax.devices()) == 8
@@ -563,11 +563,11 @@ for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 def collectives(f):
     text = jax.jit(f).lower(placed, batch).compile().as_text()
-    return re.findall(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\\\\(", text)
+    return re.findall(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text)
 assert not [c for c in collectives(lambda p, b: every(p, b).norms())], collectives(lambda p, b: every(p, b).norms())
 assert {kind for _, kind in collectives(lambda p, b: every(p, b).mean())} == {"all-reduce"}
 print("same")
-""".replace("\\\\\\\\", "\\\\")
+"""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": flags}
