@@ -93,7 +93,6 @@ class PerExampleGradients:
         w = jnp.asarray(w)
         return self.weighted_sum(w / jnp.sum(w))
 
-    @functools.partial(jax.jit, static_argnames="per_layer")
     def clipped_mean(self, max_norm: Any, per_layer: bool = False) -> Clipped:
         """Clip every example's gradient, then average: sum_i g_i·min(1, max_norm/|g_i|) / batch.
 
@@ -101,6 +100,10 @@ class PerExampleGradients:
         Source: Abadi et al. 2016, algorithm 1 (without its noise).
         """
         check.above_zero("clipped_mean", max_norm=max_norm)
+        return self._clipped_mean(max_norm, per_layer)
+
+    @functools.partial(jax.jit, static_argnames="per_layer")
+    def _clipped_mean(self, max_norm: Any, per_layer: bool) -> Clipped:
         squares = self._squares()
         norms = [tree.safe_sqrt(s) for s in (squares if per_layer else [self._total(squares)])]
         factors = [max_norm / jnp.maximum(norm, max_norm) for norm in norms]
