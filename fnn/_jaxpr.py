@@ -93,7 +93,7 @@ class Program:
         return output
 
     def spec(self, atom: Atom) -> Any:
-        aval = atom.value if isinstance(atom, Const) else self.avals[atom]
+        aval: Any = atom.value if isinstance(atom, Const) else self.avals[atom]
         return jax.ShapeDtypeStruct(jnp.shape(aval), aval.dtype)
 
 
@@ -208,7 +208,8 @@ def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, open_up: bool) -
                 # What JAX itself does there: without it the forward pass would be kept instead of computed anew.
                 inputs = _barrier(program, inputs)
             opened = _opened(inner)
-            local = dict(zip(opened.constvars, map(Const, getattr(inner, "consts", ())), strict=True))
+            consts = getattr(inner, "consts", ())
+            local: dict[Any, Atom] = {var: Const(c) for var, c in zip(opened.constvars, consts, strict=True)}
             local.update(zip(opened.invars, inputs, strict=True))
             _inline(opened, local, program, open_up)
             env.update({var: _atom(local, out) for var, out in zip(eqn.outvars, opened.outvars, strict=True)})

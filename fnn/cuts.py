@@ -227,8 +227,8 @@ def _sum_of_squares(a: jax.Array) -> jax.Array:
 
 def _joined(cuts: Sequence[Cut | None]) -> Cut | None:
     """Add gradients: terms of one form are one term with more positions."""
-    present = [cut for cut in cuts if cut is None or cut.terms]
-    if None in present:
+    present = [cut for cut in cuts if cut is not None and cut.terms]
+    if None in cuts:
         return None
     if len(present) <= 1:
         return present[0] if present else Cut()

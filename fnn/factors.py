@@ -205,8 +205,8 @@ def recognise(name: str, params: dict[str, Any], specs: Sequence[Any], out: Any)
     if name == "dot_general":
         contracted, batched = params["dimension_numbers"]
         left, right = (tuple(spec.shape) for spec in specs)
-        sides = [(tuple(axes[0]), tuple(axes[1])) for axes in (contracted, batched)]
-        return Term(Product(left, right, *sides))
+        (c, other_c), (b, other_b) = contracted, batched
+        return Term(Product(left, right, (tuple(c), tuple(other_c)), (tuple(b), tuple(other_b))))
     if name == "conv_general_dilated" and params["feature_group_count"] == 1:
         numbers = params["dimension_numbers"]
         kind = Convolution(

@@ -216,7 +216,7 @@ def _by_path(value_and_aux: Any, axis_name: Any, params: Any, batch: Any, *, fro
         plans[:] = [specs, found, leaves, share]
         return outputs
 
-    outputs = jax.vmap(one, axis_name=axis_name)(batch)
+    outputs: Any = jax.vmap(one, axis_name=axis_name)(batch)
     specs, found, leaves, share = plans
     position, built = 0, []
     for leaf in leaves:
