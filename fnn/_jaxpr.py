@@ -295,7 +295,10 @@ def _opened(jaxpr: Any) -> Any:
 
 
 def _atom(env: dict[Any, Atom], var: Any) -> Atom:
-    return Const(np.asarray(var.val, var.aval.dtype)) if isinstance(var, Literal) else env[var]
+    if not isinstance(var, Literal):
+        return env[var]
+    aval: Any = var.aval
+    return Const(np.asarray(var.val, aval.dtype))
 
 
 def _rank(var: Any) -> int:
