@@ -13,10 +13,18 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from bench import compile, depth, models, report, scale, step, sweep
+from bench import compile, depth, models, per_example, report, scale, step, sweep
 from bench.problem import ROWS, Row
 
-SUITES = {"step": step, "models": models, "compile": compile, "depth": depth, "sweep": sweep, "scale": scale}
+SUITES = {
+    "step": step,
+    "models": models,
+    "compile": compile,
+    "depth": depth,
+    "sweep": sweep,
+    "scale": scale,
+    "per_example": per_example,
+}
 
 
 def rows(text: str) -> list[Row]:

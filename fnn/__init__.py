@@ -10,6 +10,7 @@ from fnn import (
     meanfield,
     memory,
     models,
+    noise,
     plot,
     report,
     results,
@@ -22,11 +23,13 @@ from fnn.clip import packed, per_depth
 from fnn.compare import compare
 from fnn.conv import avg_pool, conv, conv_transpose, global_avg_pool, max_pool
 from fnn.core import Layer, function, named, parallel, repeat, residual, serial, stateless
+from fnn.example_gradients import PerExampleGradients
 from fnn.flow import GradientFlow, gradient_flow
 from fnn.inputs import Masked, add, branches, concatenate, last, positionwise, unmasked
 from fnn.layers import activation, dense, dropout, flatten, gain
 from fnn.memory import generate
 from fnn.norm import batch_norm, group_norm, layer_norm, rms_norm
+from fnn.per_example import example_loss, per_example
 from fnn.recurrent import bidirectional, gru, lstm, rnn
 from fnn.study import Study
 from fnn.taps import tap
@@ -40,6 +43,7 @@ __all__ = [
     "History",
     "Layer",
     "Masked",
+    "PerExampleGradients",
     "Study",
     "TrainState",
     "TrainStep",
@@ -61,6 +65,7 @@ __all__ = [
     "dropout",
     "embed",
     "evaluate",
+    "example_loss",
     "fit",
     "flatten",
     "function",
@@ -81,9 +86,11 @@ __all__ = [
     "memory",
     "models",
     "named",
+    "noise",
     "packed",
     "parallel",
     "per_depth",
+    "per_example",
     "plot",
     "positions",
     "positionwise",

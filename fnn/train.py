@@ -16,6 +16,7 @@ from fnn import check, clip, losses, tree
 from fnn.core import Layer, as_arrays, as_spec, check_values, output_shape, same_spec
 from fnn.dataset import Dataset, check_dataset, shuffled
 from fnn.inputs import Masked
+from fnn.per_example import check_step, step_gradients
 from fnn.taps import TapState
 
 
@@ -102,6 +103,8 @@ def train_step(
     compute_dtype: Any = None,
     metrics: Sequence[str] = METRICS,
     per_layer: bool = False,
+    per_example: str | None = None,
+    max_norm: Any = None,
     axis_name: Any = None,
 ) -> TrainStep:
     """Compile `(state, batch) -> (state, metrics)`: gradient of the mean loss, clipping and update through optax.
@@ -114,6 +117,13 @@ def train_step(
     the gradient with respect to the old one, for `fnn.taps.read`. `metrics` names those to keep (`loss` always is):
     what is left out is not computed, and a few per cent of a step are spent on `update_ratio` and `accuracy`.
 
+    `per_example="norms"` adds, from the same backward pass, the norms of single examples' gradients:
+    `per_example_norms` float[batch], their five quartiles `per_example_quantiles`, and the unbiased `noise_trace` and
+    `noise_signal` of this batch for `noise.scale`, with `per_layer` each by layer too. `per_example="clip"` also clips
+    every example's gradient to `max_norm` before they are averaged, and reports `examples_clipped` and `clip_bias`, by
+    how much that moved the mean. Under batch norm an example's gradient is that of its own path (`fnn.per_example`),
+    and the noise scale takes groups (`noise.groups`). Under an outer `axis_name` norms are those of the local batch.
+
     `compute_dtype=jnp.bfloat16` casts the input, and so all layers; parameters, optimiser and statistics stay float32.
     With `axis_name` (under `vmap` or `shard_map`) gradients and metrics are averaged over the mapped batch axis.
 
@@ -124,6 +134,7 @@ def train_step(
     for name in metrics:
         check.choice("train_step", METRICS, metrics=name)
     correct = losses.correct(loss) if "accuracy" in metrics else None
+    check_step(per_example, max_norm)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         x, y = batch
@@ -141,11 +152,18 @@ def train_step(
             mean = jnp.mean(per_example)
             return mean, (new, {"loss": mean} | hits)
 
-        tapped = per_layer and _has_taps(state.state)
-        value_and_grad = jax.value_and_grad(objective, argnums=(0, 1) if tapped else 0, has_aux=True)
-        (_, (net_state, values)), grads = value_and_grad(state.params, state.state)
-        if axis_name is not None:
-            grads, values = jax.lax.pmean((grads, values), axis_name)
+        tapped, of_examples = per_layer and _has_taps(state.state), {}
+        if per_example is None:
+            value_and_grad = jax.value_and_grad(objective, argnums=(0, 1) if tapped else 0, has_aux=True)
+            (_, (net_state, values)), grads = value_and_grad(state.params, state.state)
+            if axis_name is not None:
+                grads, values = jax.lax.pmean((grads, values), axis_name)
+        else:
+            gradients = step_gradients(
+                net, loss, correct, (x, y), key=key, axis_name=axis_name, max_norm=max_norm, per_layer=per_layer
+            )
+            both = (state.params, state.state)
+            grads, net_state, values, of_examples = gradients(*((both, None) if tapped else both))
         grads, news = grads if tapped else (grads, None)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=values["loss"], grad=grads)
         params = optax.apply_updates(state.params, updates)
@@ -160,6 +178,7 @@ def train_step(
                 "clip_removed": 1 - after / jnp.where(before > 0, before, 1),
             }
         values = {name: v.astype(jnp.float32) for name, v in values.items() if name == "loss" or name in metrics}
+        values |= of_examples
         if per_layer:
             values |= {"grad_norms": tree.norms(grads)} | ({"taps": (net_state, news)} if tapped else {})
         return TrainState(params, net_state, opt_state, state.key, state.step + 1), values

@@ -14,12 +14,15 @@ import fnn
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"check", "tree", "grid", "activations", "initializers"},
-    {"core", "losses", "gaussian"},
+    {"check", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
+    {"core", "losses", "gaussian", "products"},
     {"inputs", "dataset"},
     {"memory"},
-    {"layers", "norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic", "finite_width", "rates"},
-    {"models", "clip", "flow", "meanfield", "data"},
+    {
+        *("layers", "norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic"),
+        *("finite_width", "rates", "cuts", "example_gradients"),
+    },
+    {"models", "clip", "flow", "meanfield", "data", "per_example", "noise"},
     {"train"},
     {"cell", "results", "workers", "provenance"},
     {"table", "compare"},

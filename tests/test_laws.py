@@ -21,6 +21,8 @@ def table(cases):
 every = table(CASES)
 # A repeat of `repeat` says all that a repeat of its variants would, and those compile for long.
 repeatable = table([case for case in CASES if case.keeps_shape and not case.name.startswith("repeat_")])
+bare = ("activation", "flatten", "dropout", "tap", "serial_empty")
+parametric = table([case for case in CASES if not case.name.startswith(bare)])
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -173,6 +175,26 @@ def test_bfloat16_in_and_out_with_float32_statistics(case):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((params, new)))
     # bfloat16 has 8 bits: 2^-8 a rounding, and a few layers of them. Masks are the same in either dtype.
     close((y, new), (trained, exact), rtol=0.06)
+
+
+@parametric
+def test_per_example_gradients_equal_vmap_of_grad(case):
+    x, params, state, *_ = prepared(case.name)
+
+    def loss(params, x):
+        y, _ = case.layer.apply(params, state, x[None], key=keys()[2], train=True, axis_name="batch")
+        return sum(jnp.sum(jnp.sin(3 * a)) for a in jax.tree.leaves(y))
+
+    @jax.jit
+    def both(params, x):
+        gradients = fnn.per_example(loss, axis_name="batch")(params, x)
+        want = jax.vmap(jax.grad(loss), in_axes=(None, 0), axis_name="batch")(params, x)
+        squares = fnn.tree.map_depth(lambda k, g: jnp.moveaxis(jnp.sum(g**2, tuple(range(k + 1, g.ndim))), 0, k), want)
+        got = gradients.squared_norms(per_leaf=True), gradients.mean()
+        return got, (squares, jax.tree.map(lambda g: jnp.mean(g, axis=0), want))
+
+    for a, b in zip(*both(params, x), strict=True):
+        close(a, b)
 
 
 @every

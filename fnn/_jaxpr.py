@@ -1,0 +1,341 @@
+"""The one file that looks into jaxprs: write a traced function out as a `Program` that can be searched, cut and run.
+
+Calls are inlined; loops are read by the shapes of their arguments, since versions of JAX name them differently, and a
+loop that reads otherwise stays one opaque operation. Only public names of JAX are used.
+"""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+
+COLLECTIVES = {"psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "reduce_scatter"}
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+REMATS = {"checkpoint", "remat", "remat2"}
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True, eq=False)
+class Const:
+    """A value that is known where the program is written: a literal, or an array (a tracer) that a loss closes over."""
+
+    value: Any
+
+
+Atom = int | Const
+
+
+@dataclass(eq=False)
+class Op:
+    """One equation: `call(*values) -> list of values`."""
+
+    name: str
+    params: dict[str, Any]
+    inputs: list[Atom]
+    outputs: list[int]
+    call: Callable[..., Sequence[Any]]
+    effects: bool = False
+    """It must run even if nobody reads its results."""
+
+
+@dataclass(eq=False)
+class Loop(Op):
+    """A scan; its inputs are constants, carries and sequences, its outputs carries and sequences, in this order."""
+
+    body: "Program" = None  # type: ignore[assignment]
+    consts: int = 0
+    carries: int = 0
+
+    def run(self, *values: Any) -> list[Any]:
+        consts, carry = values[: self.consts], values[self.consts : self.consts + self.carries]
+
+        def body(carry, xs):
+            outs = execute(self.body, [*consts, *carry, *xs])
+            return tuple(outs[: self.carries]), tuple(outs[self.carries :])
+
+        xs = values[self.consts + self.carries :]
+        options = {name: self.params[name] for name in ("length", "reverse", "unroll")}
+        carry, ys = jax.lax.scan(body, tuple(carry), tuple(xs), **options)
+        return [*carry, *ys]
+
+
+@dataclass(eq=False)
+class Program:
+    """A jaxpr written out: `inputs`, then `ops` in order, then `outputs`."""
+
+    inputs: list[int] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=list)
+    outputs: list[Atom] = field(default_factory=list)
+    avals: dict[int, Any] = field(default_factory=dict)
+    makers: dict[int, tuple[Op, int]] = field(default_factory=dict)
+
+    def variable(self, aval: Any) -> int:
+        number = next(_numbers)
+        self.avals[number] = aval
+        return number
+
+    def append(self, op: Op) -> None:
+        self.ops.append(op)
+        self.makers.update({output: (op, i) for i, output in enumerate(op.outputs)})
+
+    def compute(self, function: Callable[..., Any], *inputs: Atom) -> int:
+        """Append a function of some atoms, with one result."""
+        specs = [self.spec(atom) for atom in inputs]
+        output = self.variable(jax.eval_shape(function, *specs))
+        self.append(Op("function", {}, list(inputs), [output], lambda *values: [function(*values)]))
+        return output
+
+    def spec(self, atom: Atom) -> Any:
+        aval: Any = atom.value if isinstance(atom, Const) else self.avals[atom]
+        return jax.ShapeDtypeStruct(jnp.shape(aval), aval.dtype)
+
+
+def trace(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    """Trace `function(*args)` to a closed jaxpr, to be read by `read` or run by `call`; and the specs of its results."""
+    return jax.make_jaxpr(function, return_shape=True)(*args)
+
+
+def call(closed: Any, values: Sequence[Any]) -> list[Any]:
+    """Run a traced function on flat arguments."""
+    return list(jaxpr_as_fun(closed)(*values))
+
+
+def read(closed: Any, open_up: bool = False) -> Program:
+    """Write a traced function out; `open_up` also what has a derivative rule and a collective in it, without the rule."""
+    jaxpr, program, env = _opened(closed), Program(), {}
+    env.update(zip(jaxpr.constvars, map(Const, closed.consts), strict=True))
+    for var in jaxpr.invars:
+        env[var] = program.variable(var.aval)
+        program.inputs.append(env[var])
+    _inline(jaxpr, env, program, open_up)
+    program.outputs = [_atom(env, var) for var in jaxpr.outvars]
+    return program
+
+
+def has_custom_vjp(function: Callable[..., Any], *args: Any) -> bool:
+    """Whether a function has a derivative rule of its own in reverse mode, which need not be linear."""
+    return any(name.startswith("custom_vjp") for name in _primitives(_opened(trace(function, *args)[0])))
+
+
+def execute(program: Program, values: Sequence[Any]) -> list[Any]:
+    """Run a program; under `vmap`, `jit` and `grad` like any function."""
+    known = dict(zip(program.inputs, values, strict=True))
+
+    def value(atom):
+        return atom.value if isinstance(atom, Const) else known[atom]
+
+    for op in program.ops:
+        known.update(zip(op.outputs, op.call(*map(value, op.inputs)), strict=True))
+    return [value(atom) for atom in program.outputs]
+
+
+def prune(program: Program) -> Program:
+    """Drop what no output needs, inside loops too."""
+    live = {atom for atom in program.outputs if not isinstance(atom, Const)}
+    kept = Program(program.inputs, [], program.outputs, program.avals)
+    ops = []
+    for op in reversed(program.ops):
+        wanted = [output in live for output in op.outputs]
+        if not (op.effects or any(wanted)):
+            continue
+        if isinstance(op, Loop) and not op.effects:
+            op = _pruned_loop(op, wanted)
+        live.update(atom for atom in op.inputs if not isinstance(atom, Const))
+        ops.append(op)
+    for op in reversed(ops):
+        kept.append(op)
+    return kept
+
+
+def collectives(program: Program, axis_name: Any) -> bool:
+    """Whether a program averages over a mapped axis, in a loop or a branch too."""
+    names = set(axis_name) if isinstance(axis_name, tuple | list) else {axis_name}
+
+    def uses(op):
+        if isinstance(op, Loop):
+            return collectives(op.body, axis_name)
+        if op.name not in COLLECTIVES:
+            return any(uses_inside(inner) for inner in _inner(op.params))
+        return uses_axes(op.params)
+
+    def uses_axes(params):
+        axes = params.get("axes", params.get("axis_name", ()))
+        return bool(names & set(axes if isinstance(axes, tuple | list) else (axes,)))
+
+    def uses_inside(jaxpr):
+        return any(
+            (e.primitive.name in COLLECTIVES and uses_axes(e.params)) or any(map(uses_inside, _inner(e.params)))
+            for e in jaxpr.eqns
+        )
+
+    return any(map(uses, program.ops))
+
+
+def freeze(program: Program) -> Program:
+    """Stop gradients at the results of collectives.
+
+    Errors: NotImplementedError for a collective inside a branch, a while loop or a custom derivative.
+    """
+    frozen = replace(program, ops=[], makers={})
+    for op in program.ops:
+        if isinstance(op, Loop):
+            op = _loop(op, freeze(op.body), op.inputs, op.outputs, op.consts, op.carries)
+        elif op.name in COLLECTIVES:
+            op = replace(op, call=lambda *values, call=op.call: [jax.lax.stop_gradient(out) for out in call(*values)])
+        elif any(e in COLLECTIVES for inner in _inner(op.params) for e in _primitives(inner)):
+            raise NotImplementedError(
+                f"per_example: batch_norm='frozen' cannot reach the collective inside a {op.name}; use 'path' or 'loss'"
+            )
+        frozen.append(op)
+    return frozen
+
+
+def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, open_up: bool) -> None:
+    for eqn in jaxpr.eqns:
+        name, inputs = eqn.primitive.name, [_atom(env, var) for var in eqn.invars]
+        inner = eqn.params.get("jaxpr" if name in REMATS else CALLS.get(name, ""))
+        if inner is None and open_up and name.startswith("custom_"):
+            inner = next((i for i in _inner(eqn.params) if COLLECTIVES & _primitives(i)), None)
+        if inner is not None:
+            if name in REMATS and eqn.params.get("differentiated", True) and _any(eqn.params.get("prevent_cse", True)):
+                # What JAX itself does there: without it the forward pass would be kept instead of computed anew.
+                inputs = _barrier(program, inputs)
+            opened = _opened(inner)
+            consts = getattr(inner, "consts", ())
+            local: dict[Any, Atom] = {var: Const(c) for var, c in zip(opened.constvars, consts, strict=True)}
+            local.update(zip(opened.invars, inputs, strict=True))
+            _inline(opened, local, program, open_up)
+            env.update({var: _atom(local, out) for var, out in zip(eqn.outvars, opened.outvars, strict=True)})
+            continue
+        outputs = [program.variable(var.aval) for var in eqn.outvars]
+        env.update(zip(eqn.outvars, outputs, strict=True))
+        program.append(
+            (_read_loop(eqn, inputs, outputs, open_up) if name == "scan" else None) or _op(jaxpr, eqn, inputs, outputs)
+        )
+
+
+def _op(jaxpr: Any, eqn: Any, inputs: list[Atom], outputs: list[int]) -> Op:
+    """Run one equation as JAX would run it, in its context."""
+    free = [i for i, var in enumerate(eqn.invars) if not isinstance(var, Literal)]
+    fresh = dict.fromkeys(eqn.invars[i] for i in free)  # an argument that comes twice is one variable
+    first = [next(i for i in free if eqn.invars[i] is var) for var in fresh]
+    params = {name: eqn.params[name] for name in eqn.params}
+
+    def call(*values):
+        single = jaxpr.replace(constvars=[], invars=list(fresh), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
+        return jaxpr_as_fun(ClosedJaxpr(single, ()))(*(values[i] for i in first))
+
+    effects = any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
+    return Op(eqn.primitive.name, params, inputs, outputs, lambda *values: list(call(*values)), effects)
+
+
+def _read_loop(eqn: Any, inputs: list[Atom], outputs: list[int], open_up: bool) -> Loop | None:
+    """Understand a scan by its shapes: what it maps over has one axis more outside than inside."""
+    closed = eqn.params.get("jaxpr")
+    if closed is None or not all(isinstance(eqn.params.get(n), int | bool) for n in ("length", "reverse", "unroll")):
+        return warn(f"a scan with parameters {', '.join(eqn.params)}")
+    jaxpr = _opened(closed)
+    pairs = [list(zip(a, b, strict=True)) for a, b in ((eqn.invars, jaxpr.invars), (eqn.outvars, jaxpr.outvars))]
+    mapped = [[_rank(outer) - _rank(inner) for outer, inner in side] for side in pairs]
+    carries, sequences = mapped[1].count(0), mapped[0].count(1)
+    consts = len(inputs) - carries - sequences
+    wrong = (
+        consts < 0
+        or mapped[1] != [0] * carries + [1] * (len(outputs) - carries)
+        or mapped[0] != [0] * (consts + carries) + [1] * sequences
+        or any(
+            (a.aval.shape, a.aval.dtype) != (b.aval.shape, b.aval.dtype)
+            for a, b in zip(jaxpr.invars[consts : consts + carries], jaxpr.outvars[:carries], strict=True)
+        )
+    )
+    if wrong:
+        return warn("a scan with arguments in another order")
+    effects = any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
+    template = Loop("scan", {**eqn.params}, inputs, outputs, list, effects)
+    return _loop(template, read(closed, open_up), inputs, outputs, consts, carries)
+
+
+def _loop(old: Loop, body: Program, inputs: list[Atom], outputs: list[int], consts: int, carries: int) -> Loop:
+    new = Loop(old.name, old.params, inputs, outputs, old.call, old.effects, body, consts, carries)
+    new.call = new.run
+    return new
+
+
+def _pruned_loop(loop: Loop, wanted: list[bool]) -> Loop:
+    """Drop outputs that nobody reads, the carries that only they needed, and what these were computed from."""
+    first, last = loop.consts, loop.consts + loop.carries
+    carried = wanted[: loop.carries]
+    while True:
+        keep = [*carried, *wanted[loop.carries :]]
+        outputs = [atom for atom, k in zip(loop.body.outputs, keep, strict=True) if k]
+        body = prune(replace(loop.body, outputs=outputs))
+        used = {atom for op in body.ops for atom in op.inputs if not isinstance(atom, Const)}
+        used |= {atom for atom in outputs if not isinstance(atom, Const)}
+        needed = [k or var in used for k, var in zip(carried, loop.body.inputs[first:last], strict=True)]
+        if needed == carried:
+            break
+        carried = needed
+    stay = [var in used for var in loop.body.inputs]
+    stay[first:last] = carried
+    body.inputs = [var for var, s in zip(loop.body.inputs, stay, strict=True) if s]
+    inputs = [atom for atom, s in zip(loop.inputs, stay, strict=True) if s]
+    names = [var for var, k in zip(loop.outputs, keep, strict=True) if k]
+    return _loop(loop, body, inputs, names, sum(stay[:first]), sum(carried))
+
+
+def _opened(jaxpr: Any) -> Any:
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _atom(env: dict[Any, Atom], var: Any) -> Atom:
+    if not isinstance(var, Literal):
+        return env[var]
+    aval: Any = var.aval
+    return Const(np.asarray(var.val, aval.dtype))
+
+
+def _rank(var: Any) -> int:
+    return len(getattr(var.aval, "shape", ()))
+
+
+def _any(flags: Any) -> bool:
+    return any(flags) if isinstance(flags, tuple | list) else bool(flags)
+
+
+def _barrier(program: Program, inputs: list[Atom]) -> list[Atom]:
+    free = [a for a in inputs if not isinstance(a, Const)]
+    outputs = [program.variable(program.avals[a]) for a in free]
+    program.append(Op("barrier", {}, list(free), outputs, lambda *values: list(jax.lax.optimization_barrier(values))))
+    new = iter(outputs)
+    return [a if isinstance(a, Const) else next(new) for a in inputs]
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    """List the jaxprs among an equation's parameters."""
+    found = []
+    for value in params.values():
+        parts = value if isinstance(value, tuple | list) else [value]
+        found += [opened for part in parts if hasattr(opened := _opened(part), "eqns")]
+    return found
+
+
+def _primitives(jaxpr: Any) -> set[str]:
+    names = {eqn.primitive.name for eqn in jaxpr.eqns}
+    return names.union(*(_primitives(inner) for eqn in jaxpr.eqns for inner in _inner(eqn.params)))
+
+
+@functools.cache
+def warn(reason: str) -> None:
+    """Say, once for each reason, that gradients are stored whole."""
+    warnings.warn(
+        f"per_example: a gradient's trace reads otherwise than known ({reason}), so that it is materialised: right, but "
+        "as slow and large as vmap(grad)",
+        stacklevel=2,
+    )

@@ -1,0 +1,284 @@
+"""Gradients of single examples at about the price of one backward pass, for any JAX loss.
+
+Defined by `vmap(grad(loss))`, computed from what each gradient is a product of: see `factors`, `cuts` and `products`.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnn import _jaxpr, check, cuts, tree
+from fnn.core import Layer
+from fnn.example_gradients import PerExampleGradients, Route, total, unbiased
+from fnn.products import Full, Pair, Rows
+
+SEMANTICS = ("path", "loss", "frozen", "running")
+
+
+def per_example(
+    loss: Callable[[Any, Any], Any],
+    *,
+    has_aux: bool = False,
+    axis_name: Any = None,
+    batch_norm: str = "path",
+    eval_loss: Callable[[Any, Any], Any] | None = None,
+) -> Callable[[Any, Any], Any]:
+    """Make `(params, batch) -> PerExampleGradients` of `loss(params, example) -> float[]`, at the price of one gradient.
+
+    An example is any pytree, a batch the same with a leading axis. The result stands for `vmap(grad(loss))`, whose
+    values all of its methods have; `explain()` tells what is held as factors and what, not recognised, as it is.
+    With `has_aux` the loss returns (value, aux) and the call (gradients, aux of all examples). `axis_name` names the
+    batch axis, for collectives in the loss (batch norm): `net.apply(..., x[None], train=True, axis_name=axis_name)`.
+
+    Where examples depend on one another, `batch_norm` says what an example's gradient is:
+
+    | name | statistics | sums to the batch gradient |
+    |---|---|---|
+    | path | of the batch; example i has its own copy of the weights: `vmap(grad(loss), axis_name=...)` | yes |
+    | loss | of the batch; the gradient of example i's loss through them; costs `batch` backward passes | yes |
+    | frozen | of the batch, but held constant: no gradient through the results of collectives | no |
+    | running | those of training: differentiates `eval_loss(params, example)` in the place of `loss` | no |
+
+    Errors: ValueError for leaves without a common batch axis, a loss that is no scalar, and a batch of one whose
+    gradient passes a statistic over the batch (batch norm makes it zero). Compiled once for each shape.
+    """
+    check.choice("per_example", SEMANTICS, batch_norm=batch_norm)
+    if batch_norm == "running":
+        if eval_loss is None:
+            raise ValueError("per_example: batch_norm='running' differentiates eval_loss, got None; pass the eval loss")
+        loss, axis_name = eval_loss, None
+    elif batch_norm != "path" and axis_name is None:
+        raise ValueError(f"per_example: batch_norm={batch_norm!r} is about a named batch axis, got axis_name=None")
+
+    def value_and_aux(params, example):
+        out = loss(params, example)
+        value, aux = out if has_aux else (out, ())
+        if jnp.shape(value) != ():
+            raise ValueError(
+                f"per_example: the loss of one example must be a scalar, got {check.describe(jnp.asarray(value))}; "
+                "average over what is left, or index the batch axis of one: loss(...)[0]"
+            )
+        return value, aux
+
+    compute = _by_loss if batch_norm == "loss" else functools.partial(_by_path, frozen=batch_norm == "frozen")
+    compiled = jax.jit(functools.partial(compute, value_and_aux, axis_name))
+
+    def gradients(params, batch):
+        _batch_size(batch)
+        found, aux = compiled(params, batch)
+        return (found, aux) if has_aux else found
+
+    return gradients
+
+
+def example_loss(
+    net: Layer,
+    loss: Callable[[Any, Any], Any],
+    state: Any,
+    *,
+    key: Any = None,
+    train: bool = True,
+    axis_name: Any = None,
+) -> Callable[[Any, Any], Any]:
+    """Make `(params, (x, y)) -> float[]`, the loss of a net on one example, for `per_example`.
+
+    `loss(outputs, targets) -> float[batch]` as in `train_step`; pass the same `axis_name` to `per_example`.
+    """
+
+    def of_example(params, example):
+        x, y = jax.tree.map(lambda a: jnp.asarray(a)[None], example)
+        outputs, _ = net.apply(params, state, x, key=key, train=train, axis_name=axis_name)
+        return loss(outputs, y)[0]
+
+    return of_example
+
+
+def check_step(per_example: Any, max_norm: Any) -> None:
+    """Refuse options of a train step that do not go together."""
+    if per_example is not None:
+        check.choice("train_step", ("norms", "clip"), per_example=per_example)
+    if (per_example == "clip") != (max_norm is not None):
+        raise ValueError(
+            f"train_step: max_norm belongs to per_example='clip', got per_example={per_example!r} and "
+            f"max_norm={max_norm!r}; pass both or neither"
+        )
+    if max_norm is not None:
+        check.above_zero("train_step", max_norm=max_norm)
+
+
+def step_gradients(
+    net: Layer,
+    loss: Callable[[Any, Any], Any],
+    correct: Callable[[Any, Any], Any] | None,
+    batch: tuple[Any, Any],
+    *,
+    key: Any,
+    axis_name: Any,
+    max_norm: Any,
+    per_layer: bool,
+) -> Callable[..., tuple[Any, Any, dict[str, Any], dict[str, Any]]]:
+    """Make `(params, state) -> (gradient, new state, means, of examples)` for a train step, from single examples' gradients.
+
+    With a state of None `params` is a pair (params, state), and both are differentiated; norms and clips are those of params.
+    """
+    outer = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    axes = ("examples", *outer) if outer else "examples"
+
+    def average(a):
+        return jax.lax.pmean(a, outer) if outer else a
+
+    def of_example(diff, example, state):
+        params, state = (diff, state) if state is not None else diff
+        x, y = jax.tree.map(lambda a: a[None], example)
+        outputs, new = net.apply(params, state, x, key=key, train=True, axis_name=axes)
+        values = loss(outputs, y)
+        if jnp.ndim(values) != 1:
+            raise ValueError(f"train_step: the loss must return float[batch], got {check.describe(values)}")
+        hits = {} if correct is None else {"accuracy": correct(outputs, y)[0]}
+        return values[0], (new, {"loss": values[0]} | hits)
+
+    def gradients(diff, state):
+        function = functools.partial(of_example, state=state)
+        every, (new, values) = per_example(function, has_aux=True, axis_name="examples")(diff, batch)
+        own = every if state is not None else every[0]
+        news = None if state is not None else every[1].mean()
+        new = jax.tree.map(lambda a: a[0], new)  # averaged over the axis by the net, and so the same for all
+        values = jax.tree.map(lambda a: average(jnp.mean(a)), values)
+        norms, mean = own.norms(), average(own.mean())
+        n = own.batch * math.prod(jax.lax.axis_size(name) for name in outer)
+        squares = own.squared_norms(per_leaf=True)
+        pairs = [
+            unbiased(average(jnp.mean(s, axis=-1)), jnp.square(m), n)
+            for s, m in zip(jax.tree.leaves(squares), jax.tree.leaves(tree.norms(mean)), strict=True)
+        ]
+        trace, signal = (jax.tree.unflatten(jax.tree.structure(mean), part) for part in zip(*pairs, strict=True))
+        found = {
+            "per_example_norms": norms,
+            "per_example_quantiles": jnp.quantile(norms, jnp.linspace(0, 1, 5)),
+            "noise_trace": total(trace),
+            "noise_signal": total(signal),
+        }
+        if per_layer:
+            found |= {
+                "per_example_norms_by_layer": own.norms(per_leaf=True),
+                "noise_traces": trace,
+                "noise_signals": signal,
+            }
+        if max_norm is not None:
+            clipped = own.clipped_mean(max_norm)
+            unclipped, mean = mean, average(clipped.mean)
+            bias = tree.norm(jax.tree.map(jnp.subtract, mean, unclipped))
+            found |= {"examples_clipped": average(clipped.fraction), "clip_bias": bias}
+        return (mean if news is None else (mean, news)), new, values, found
+
+    return gradients
+
+
+def _by_path(value_and_aux: Any, axis_name: Any, params: Any, batch: Any, *, frozen: bool) -> tuple[Any, Any]:
+    size = _batch_size(batch)
+    plans: list[Any] = []
+
+    def one(example):
+        function = _frozen(value_and_aux, params, example) if frozen else value_and_aux
+
+        def shared(params, example):
+            value, aux = function(params, example)
+            return value / share, aux
+
+        share = 1 if _jaxpr.has_custom_vjp(function, params, example) else size
+        closed, specs = _jaxpr.trace(jax.grad(shared, has_aux=True), params, example)
+        depths = jax.tree.leaves(tree.map_depth(lambda k, _: k, specs[0]))
+        found = list(zip(jax.tree.leaves(specs[0]), depths, strict=True))
+        values = jax.tree.leaves((params, example))
+        try:
+            program = _jaxpr.read(closed)
+            leaves = [cuts.plan(program, atom, *at, size) for atom, at in zip(program.outputs, found, strict=False)]
+            wanted = [atom for leaf in leaves for atom in leaf.atoms]
+            gradient = _jaxpr.prune(replace(program, outputs=wanted))
+            lone = size == 1 and axis_name is not None and _jaxpr.collectives(gradient, axis_name)
+            program = _jaxpr.prune(replace(program, outputs=[*wanted, *program.outputs[len(found) :]]))
+            outputs = None if lone else _jaxpr.execute(program, values)
+        except Exception as error:  # a jaxpr that reads otherwise than known: never a wrong number
+            _jaxpr.warn(f"{type(error).__name__}: {error}")
+            lone, outputs = False, _jaxpr.call(closed, values)
+            leaves = [cuts.whole((atom,), "materialized", k) for atom, (_, k) in enumerate(found)]
+        if lone:
+            raise ValueError(
+                "per_example: the gradient passes a statistic over the batch axis, which must hold at least two "
+                "examples, got one: batch norm takes a lone example to its bias, and the gradient below it is zero; "
+                "use a larger batch, or batch_norm='running'"
+            )
+        plans[:] = [specs, found, leaves, share]
+        return outputs
+
+    outputs: Any = jax.vmap(one, axis_name=axis_name)(batch)
+    specs, found, leaves, share = plans
+    position, built = 0, []
+    for leaf in leaves:
+        built.append(leaf.build(outputs[position : position + len(leaf.atoms)]))
+        position += len(leaf.atoms)
+    aux = jax.tree.unflatten(jax.tree.structure(specs[1]), outputs[position:])
+    return _assembled(params, built, [leaf.route for leaf in leaves], found, size, share), aux
+
+
+def _by_loss(value_and_aux: Any, axis_name: Any, params: Any, batch: Any) -> tuple[Any, Any]:
+    size = _batch_size(batch)
+    if size == 1:
+        raise ValueError(
+            "per_example: batch_norm='loss' needs at least two examples, got one; use batch_norm='running'"
+        )
+    losses, pull, aux = jax.vjp(
+        lambda params: jax.vmap(lambda e: value_and_aux(params, e), axis_name=axis_name)(batch), params, has_aux=True
+    )
+
+    def one(i):
+        (gradients,) = pull((jnp.arange(size) == i).astype(losses.dtype))
+        return jax.tree.leaves(gradients), jax.tree.leaves(jax.tree.map(jnp.square, tree.norms(gradients)))
+
+    values, squares = jax.lax.map(one, jnp.arange(size))
+    depths = jax.tree.leaves(tree.map_depth(lambda k, _: k, params))
+    found = [(jax.ShapeDtypeStruct(v.shape[1:], v.dtype), k) for v, k in zip(values, depths, strict=True)]
+    built = [
+        Full(jnp.moveaxis(v, 0, k), jnp.moveaxis(s, 0, k), k) for v, s, k in zip(values, squares, depths, strict=True)
+    ]
+    return _assembled(params, built, ["a backward pass each"] * len(built), found, size, 1), aux
+
+
+def _assembled(
+    params: Any, leaves: list[Any], routes: list[str], found: list[Any], size: int, share: int
+) -> PerExampleGradients:
+    rows = []
+    for path, leaf, route, (spec, _) in zip(tree.paths(params), leaves, routes, found, strict=True):
+        kept = jax.tree.leaves(leaf.arrays if isinstance(leaf, Pair | Rows) else leaf)
+        whole = size * math.prod(spec.shape) * spec.dtype.itemsize
+        rows.append(Route(path, route, sum(a.size * a.dtype.itemsize for a in kept), whole))
+    specs = tuple((jax.ShapeDtypeStruct(spec.shape, spec.dtype), k) for spec, k in found)
+    return PerExampleGradients(leaves, size, share, jax.tree.structure(params), specs, tuple(rows))
+
+
+def _frozen(value_and_aux: Any, params: Any, example: Any) -> Any:
+    closed, specs = _jaxpr.trace(value_and_aux, params, example)
+    program = _jaxpr.freeze(_jaxpr.read(closed, open_up=True))
+
+    def function(params, example):
+        return jax.tree.unflatten(
+            jax.tree.structure(specs), _jaxpr.execute(program, jax.tree.leaves((params, example)))
+        )
+
+    return function
+
+
+def _batch_size(batch: Any) -> int:
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    sizes = {shape[0] if shape else 0 for shape in shapes}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(
+            "per_example: every array of the batch must have the same leading axis, one entry for each example, "
+            f"got {check.describe(batch)}"
+        )
+    return sizes.pop()
