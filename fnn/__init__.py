@@ -24,6 +24,7 @@ from fnn.compare import compare
 from fnn.conv import avg_pool, conv, conv_transpose, global_avg_pool, max_pool
 from fnn.core import Layer, function, named, parallel, repeat, residual, serial, stateless
 from fnn.example_gradients import PerExampleGradients
+from fnn.fitting import History, fit
 from fnn.flow import GradientFlow, gradient_flow
 from fnn.inputs import Masked, add, branches, concatenate, last, positionwise, unmasked
 from fnn.layers import activation, dense, dropout, flatten, gain
@@ -34,7 +35,7 @@ from fnn.recurrent import bidirectional, gru, lstm, rnn
 from fnn.study import Study
 from fnn.taps import tap
 from fnn.tokens import embed, tied
-from fnn.train import History, TrainState, TrainStep, evaluate, fit, train_step
+from fnn.train import TrainState, TrainStep, evaluate, train_step
 
 __version__ = "0.1.0"
 

@@ -24,6 +24,7 @@ FLOORS = [
     },
     {"models", "clip", "flow", "meanfield", "data", "per_example", "noise"},
     {"train"},
+    {"fitting"},
     {"cell", "results", "workers", "provenance"},
     {"table", "compare"},
     {"study", "plot", "digest", "recipes"},
