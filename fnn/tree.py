@@ -110,11 +110,25 @@ def norm(tree: Any) -> jax.Array:
     """
     if not jax.tree.leaves(tree):
         return jnp.zeros(())
-    leaves = pack([_wide(a) for a in jax.tree.leaves(tree)])
+    return _norm(pack([_wide(a) for a in jax.tree.leaves(tree)]))
+
+
+@jax.custom_jvp
+def _norm(leaves: list[jax.Array]) -> jax.Array:
     total = squared_norm(leaves)
     info = jnp.finfo(total.dtype)
     inside = (total > info.tiny / info.eps) & (total < info.max)
     return jax.lax.cond(inside, _plain_norm, _relative_norm, total, leaves)
+
+
+@_norm.defjvp
+def _norm_jvp(primals, tangents):
+    # a/|a| by hand: through the squares the derivative would be 0·inf where they leave the range.
+    (leaves,), (directions,) = primals, tangents
+    size = _norm(leaves)
+    peak = divisor(size)
+    rest = jnp.where(size > 0, size / peak, 1)
+    return size, sum(jnp.sum(a / peak / rest * t) for a, t in zip(leaves, directions, strict=True))
 
 
 # Not local to `norm`: JAX recognises a branch by its function, and would compile new ones at every eager call.

@@ -15,10 +15,9 @@ import fnn
 @pytest.fixture(scope="module", autouse=True)
 def compiled_quickly():
     """Laws are about values, and most of their time is compiling: XLA need not optimise."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def table(cases):
