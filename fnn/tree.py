@@ -128,7 +128,8 @@ def _norm_jvp(primals, tangents):
     size = _norm(leaves)
     peak = divisor(size)
     rest = jnp.where(size > 0, size / peak, 1)
-    return size, sum(jnp.sum(a / peak / rest * t) for a, t in zip(leaves, directions, strict=True))
+    slopes = [jnp.sum(a / peak / rest * t) for a, t in zip(leaves, directions, strict=True)]
+    return size, sum(slopes, start=jnp.zeros((), size.dtype))
 
 
 # Not local to `norm`: JAX recognises a branch by its function, and would compile new ones at every eager call.
