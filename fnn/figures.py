@@ -120,7 +120,8 @@ def accuracy(d: Digest, path: str | os.PathLike[str]) -> str | None:
     depths = rows["depth"].unique().sort().to_list()
     axes[0].set_xticks(depths, [str(n) for n in depths])
     axes[0].set_ylim(0, 1)
-    axes[0].legend(frameon=False, fontsize=7)
+    if axes[0].get_legend_handles_labels()[0]:  # a lone line has nothing to be told from
+        axes[0].legend(frameon=False, fontsize=7)
     _labels(figure, "depth (hidden layers behind the first)", "accuracy on held-out examples")
     _save(figure, path)
     return (
