@@ -1,5 +1,7 @@
 """Convolutions and pools: the same weights in Flax and PyTorch, sums by hand, and refusals."""
 
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -47,10 +49,52 @@ def test_conv_equals_flax(case, dtype, tolerance):
             feature_group_count=groups,
             dtype=dtype,
         )
-        y, _ = layer.apply(params, (), x)
         expected = theirs.apply({"params": params}, x)
-        assert y.dtype == dtype and y.shape == expected.shape
-        np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance)
+        for implementation in ("patches", "xla"):
+            y, _ = fnn.conv(8, window, **options, implementation=implementation).apply(params, (), x)
+            assert y.dtype == dtype and y.shape == expected.shape
+            np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", CASES[1:4], ids=str)
+def test_implementations_have_the_same_derivatives(case, x64):
+    """Forward, backward, and forward over backward; a transposed convolution too."""
+    rank, window, stride, dilation, groups, padding, _ = case
+    x = image(rank)
+    for make in (
+        lambda kind: fnn.conv(
+            8, window, stride=stride, dilation=dilation, groups=groups, padding=padding, implementation=kind
+        ),
+        lambda kind: fnn.conv_transpose(3, window, stride=3, implementation=kind),
+    ):
+        params = randomized(make("xla").init(jax.random.key(0), x)[0])
+
+        def derivatives(kind, make=make, params=params):
+            def loss(params, x):
+                return jnp.sum(jnp.sin(make(kind).apply(params, (), x)[0]))
+
+            gradient = jax.grad(loss, (0, 1))
+            return jax.jvp(gradient, (params, x), jax.tree.map(jnp.cos, (params, x)))
+
+        ours, theirs = jax.tree.leaves(derivatives("patches")), jax.tree.leaves(derivatives("xla"))
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_on_a_cpu_convolutions_are_products_of_patches_that_the_backward_pass_makes_anew(monkeypatch):
+    """Kept patches of all 20 blocks would be 9 times their inputs."""
+    x = jnp.ones((4, 8, 8, 16))
+    net = fnn.repeat(fnn.serial(fnn.conv(16, 3), fnn.activation("tanh")), 20)
+    params, state = net.init(jax.random.key(0), x)
+
+    def compiled():
+        return jax.jit(jax.grad(lambda params, x: jnp.sum(net.apply(params, state, x)[0]))).lower(params, x)
+
+    assert ("convolution" not in compiled().as_text()) == (jax.default_backend() == "cpu")
+    if jax.default_backend() == "cpu":
+        assert compiled().compile().memory_analysis().temp_size_in_bytes < 20 * 5 * x.nbytes
+    monkeypatch.setattr(sys.modules["fnn.conv"], "PATCHES_LIMIT", 1000)
+    assert "convolution" in compiled().as_text()
 
 
 @pytest.mark.parametrize(

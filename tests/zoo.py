@@ -76,6 +76,7 @@ CASES = [
     Case("conv_1d", fnn.conv(4, 3, dilation=2, groups=2), (3, 6, 4)),
     Case("conv_2d", fnn.conv(4, (3, 2), stride=(2, 1), padding=((1, 0), (1, 1))), (3, 6, 5, 2), keeps_shape=False),
     Case("conv_2d_circular", fnn.conv(3, 3, padding="circular", kernel_init="delta_orthogonal"), (2, 5, 4, 3)),
+    Case("conv_2d_by_xla", fnn.conv(3, 3, stride=2, implementation="xla"), (2, 5, 4, 3), keeps_shape=False),
     Case("conv_3d", fnn.conv(2, 2, stride=2, padding="valid"), (2, 4, 4, 5, 3), keeps_shape=False),
     Case("conv_transpose", fnn.conv_transpose(2, 3, stride=2), (2, 3, 4, 3), keeps_shape=False),
     Case("max_pool", fnn.max_pool(2, padding="same"), (3, 5, 4, 2), keeps_shape=False),
