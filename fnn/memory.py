@@ -127,7 +127,8 @@ def generate(
     `net` maps tokens int[batch, time] to logits float[batch, time, vocabulary] (`models.transformer`, or a recurrent
     net with a `dense` on top). `prompt` is int[batch, time] or `Masked`; each example continues behind its last real
     token. For an encoder-decoder it is {"source": ..., "target": ...}, of which the target, with at least a start token,
-    is continued; the source is read once. After `end` an example repeats `end`. The state that comes in stays as it is; compiled once for each shape.
+    is continued; the source is read once. After `end` an example repeats `end`. The state that comes in stays as it is;
+    compiled once for each shape.
     """
     check.positive("generate", steps=steps)
     if isinstance(prompt, Mapping) and sorted(prompt) != ["source", "target"]:
