@@ -18,7 +18,7 @@ from fnn import (
     taps,
     tree,
 )
-from fnn.attention import attention, positions
+from fnn.attention import attention, cross_attention, positions
 from fnn.clip import packed, per_depth
 from fnn.compare import compare
 from fnn.conv import avg_pool, conv, conv_transpose, global_avg_pool, max_pool
@@ -61,6 +61,7 @@ __all__ = [
     "concatenate",
     "conv",
     "conv_transpose",
+    "cross_attention",
     "data",
     "dense",
     "dropout",

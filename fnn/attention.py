@@ -1,6 +1,6 @@
 """Attention, and the positions that it cannot see by itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -34,30 +34,15 @@ def attention(
     piece attends to them. Errors: ValueError if heads do not divide d, or for a piece longer than the memory.
     Source: Vaswani et al. 2017; Su et al. 2021 (rotary, base 10,000, halves paired); Ainslie et al. 2023 (kv_heads).
     """
-    who, kv = "attention", heads if kv_heads is None else kv_heads
-    check.positive(who, heads=heads, kv_heads=kv)
-    if heads % kv:
-        raise ValueError(f"{who}: kv_heads must divide heads, got {kv} and {heads}")
-    kernel_init, zeros = initializers.get(kernel_init), initializers.get("zeros")
-    out_init = kernel_init if out_init is None else initializers.get(out_init)
+    who = "attention"
+    kv, draw = _heads(who, heads, kv_heads, bias, kernel_init, out_init)
     refusal = (
         "" if causal else f"{who}: without causal=True a position looks ahead, so a sequence cannot come in pieces"
     )
 
     def init(key, spec):
         values, _ = sequence(who, as_spec(spec))
-        d, dtype = values.shape[-1], statistics_dtype(values.dtype)
-        if d % heads or (rotary and d // heads % 2):
-            rule = "heads must divide the width" + (", with an even quotient for rotary positions" if rotary else "")
-            raise ValueError(f"{who}: {rule}, got {heads} heads and {check.describe(values)}")
-        size = d // heads
-        inits = {"query": kernel_init, "key": kernel_init, "value": kernel_init, "out": out_init}
-        params = {}
-        for k, (name, draw) in zip(jax.random.split(key, 4), inits.items(), strict=True):
-            width = kv * size if name in ("key", "value") else d
-            params[name] = {"kernel": draw(k, (d, width), dtype)}
-            if bias:
-                params[name]["bias"] = zeros(k, (width,), dtype)
+        params, size = draw(key, values, values, rotary)
         cached = ("length", kv, size)
         return params, memory.empty([("key", cached), ("value", cached)], refusal=refusal)
 
@@ -67,13 +52,8 @@ def attention(
         d = params["query"]["kernel"].shape[0]
         if values.shape[-1] != d:
             raise ValueError(f"{who}: the input's last axis must be {d}, as at init, got {check.describe(values)}")
-        batch, time, size = *values.shape[:2], d // heads
-
-        def project(name, n):
-            y = _affine(params[name], values)
-            return y.reshape(batch, time, n, size)
-
-        q, k, v = project("query", heads), project("key", kv), project("value", kv)
+        batch, time, _ = values.shape
+        q, k, v = (_project(params[name], values, n) for name, n in (("query", heads), ("key", kv), ("value", kv)))
         if rotary or state.started:
             places = memory.place(state, batch, time, mask)
         if rotary:
@@ -87,6 +67,63 @@ def attention(
         if mask is not None:
             y = jnp.where(mask[..., None], y, 0)
         return like(x, y), state
+
+    return Layer(init, apply)
+
+
+def cross_attention(
+    heads: int,
+    *,
+    kv_heads: int | None = None,
+    bias: bool = True,
+    kernel_init: str | Callable[..., Any] = "lecun_normal",
+    out_init: str | Callable[..., Any] | None = None,
+) -> Layer:
+    """Attend to another sequence: `attention` with queries from the target, keys and values from the source.
+
+    x: {"source": float[batch, s, e], "target": float[batch, time, d]}, each alone or in `Masked` -> the new target, as it
+    came; params as in `attention`, kernels of key and value float[e, ...]. Only real positions of the source are seen (an
+    example without any adds the bias of `out` alone); padded ones of the target come out as zero. Residual:
+    `residual(cross_attention(4), of="target")`.
+
+    With a started memory the source's keys and values are computed once, in the call that brings the source, and kept for
+    those that bring none of it, float[batch, 0, e]. Errors: ValueError for other names, other widths than at init, or a
+    piece of a source. Source: Vaswani et al. 2017, section 3.2.3.
+    """
+    who = "cross_attention"
+    kv, draw = _heads(who, heads, kv_heads, bias, kernel_init, out_init)
+
+    def pair(x):
+        if not isinstance(x, Mapping) or sorted(x) != ["source", "target"]:
+            got = sorted(x) if isinstance(x, Mapping) else check.describe(x)
+            raise ValueError(f"{who}: the input must be a dict with the names ['source', 'target'], got {got}")
+        (source, real), (target, mask) = sequence(who, x["source"]), sequence(who, x["target"])
+        if source.shape[0] != target.shape[0]:
+            raise ValueError(f"{who}: source and target must be of one batch, got {check.describe(dict(x))}")
+        return source, real, target, mask
+
+    def init(key, spec):
+        source, _, target, _ = pair(as_spec(spec))
+        params, size = draw(key, target, source, False)
+        cached = ("source", kv, size)
+        return params, memory.empty([("key", cached), ("value", cached), ("real", ("source",))])
+
+    def apply(params, state, x, *, key=None, train=False, axis_name=None):
+        x = as_arrays(x)
+        source, real, target, mask = pair(x)
+        for name, values, weights in (("source", source, params["key"]), ("target", target, params["query"])):
+            if values.shape[-1] != (d := weights["kernel"].shape[0]):
+                raise ValueError(f"{who}: the {name}'s last axis must be {d}, as at init, got {check.describe(values)}")
+        q, k, v = _project(params["query"], target, heads), *(_project(params[n], source, kv) for n in ("key", "value"))
+        if state.started:
+            k, v, real, state = _kept(who, state, k, v, real)
+        y = _attend(q, k, v, None if real is None else real[:, None, None, :], False)
+        if real is not None:
+            y = jnp.where(jnp.any(real, axis=1)[:, None, None, None], y, 0)
+        y = _affine(params["out"], y.reshape(target.shape))
+        if mask is not None:
+            y = jnp.where(mask[..., None], y, 0)
+        return like(x["target"], y), state
 
     return Layer(init, apply)
 
@@ -140,6 +177,45 @@ def rotate(x: jax.Array, places: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def _heads(who: str, heads: int, kv_heads: Any, bias: bool, kernel_init: Any, out_init: Any) -> tuple[int, Any]:
+    """Return the number of heads of keys and values, and what draws the parameters and tells the size of a head."""
+    kv = heads if kv_heads is None else kv_heads
+    check.positive(who, heads=heads, kv_heads=kv)
+    if heads % kv:
+        raise ValueError(f"{who}: kv_heads must divide heads, got {kv} and {heads}")
+    kernel_init, zeros = initializers.get(kernel_init), initializers.get("zeros")
+    out_init = kernel_init if out_init is None else initializers.get(out_init)
+    inits = {"query": kernel_init, "key": kernel_init, "value": kernel_init, "out": out_init}
+
+    def draw(key, target, source, rotary):
+        d, dtype = target.shape[-1], statistics_dtype(target.dtype)
+        if d % heads or (rotary and d // heads % 2):
+            rule = "heads must divide the width" + (", with an even quotient for rotary positions" if rotary else "")
+            raise ValueError(f"{who}: {rule}, got {heads} heads and {check.describe(target)}")
+        params = {}
+        for k, (name, init) in zip(jax.random.split(key, 4), inits.items(), strict=True):
+            rows, width = (source.shape[-1], kv * d // heads) if name in ("key", "value") else (d, d)
+            params[name] = {"kernel": init(k, (rows, width), dtype)}
+            if bias:
+                params[name]["bias"] = zeros(k, (width,), dtype)
+        return params, d // heads
+
+    return kv, draw
+
+
+def _kept(who: str, state: Any, k: Any, v: Any, real: Any) -> tuple[Any, Any, Any, Any]:
+    """Keep the keys and values of a source that comes; take those kept for one without positions."""
+    batch, length = state.held["real"].shape
+    if k.shape[0] != batch or k.shape[1] not in (0, length):
+        rule = f"memory was started for {batch} sources of {length}, which come whole or with no position"
+        raise ValueError(f"{who}: {rule}, got {k.shape[0]} of {k.shape[1]}")
+    if k.shape[1]:
+        held = {"key": k, "value": v, "real": jnp.ones((batch, length)) if real is None else real}
+        held = {name: a.astype(state.held[name].dtype) for name, a in held.items()}
+        state = memory.advance(state, held, length, real)
+    return state.held["key"].astype(k.dtype), state.held["value"].astype(v.dtype), state.held["real"] > 0, state
+
+
 def _cached(who: str, state: Any, q: Any, k: Any, v: Any, places: Any, mask: Any) -> tuple[Any, Any]:
     """Write the new keys and values behind the old, and attend to all that lie at or before each query."""
     batch, time = places.shape
@@ -160,6 +236,8 @@ def _cached(who: str, state: Any, q: Any, k: Any, v: Any, places: Any, mask: Any
 
 
 def _attend(q: Any, k: Any, v: Any, mask: Any, causal: bool) -> jax.Array:
+    if 0 in (q.shape[1], k.shape[1]):
+        return jnp.zeros_like(q)
     if q.dtype != jnp.float64:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
     # JAX's own takes the softmax in float32, whatever its inputs.
@@ -169,6 +247,11 @@ def _attend(q: Any, k: Any, v: Any, mask: Any, causal: bool) -> jax.Array:
         logits = jnp.where(jnp.tril(jnp.ones(logits.shape[2:], bool)), logits, -1e300)
     weights = jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, -1e300), axis=-1)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def _project(params: dict[str, Any], x: jax.Array, heads: int) -> jax.Array:
+    y = _affine(params, x)
+    return y.reshape(*y.shape[:2], heads, y.shape[-1] // heads)
 
 
 def _affine(params: dict[str, Any], x: jax.Array) -> jax.Array:

@@ -39,6 +39,8 @@ class Train:
     """of a transformer"""
     norm_position: str = "pre"
     """of a transformer: pre or post"""
+    encoder: int | None = None
+    """of a transformer on number_words: so many more blocks that read the source, to which all others attend"""
     dropout: float | None = None
     """probability of dropping a unit; 0.1 by default for mlp, 0.3 for convnet, else 0"""
     epochs: int = 30
@@ -105,13 +107,13 @@ def run_train(options: Train) -> int:
     started = time.perf_counter()
     for seed in range(options.seed, options.seed + options.seeds):
         split_key, init_key, fit_key = jax.random.split(jax.random.key(seed), 3)
-        train, test = recipes.load(options.data, options.model, key=split_key)
+        train, test = recipes.load(options.data, options.model, key=split_key, encoder=options.encoder)
         net, loss, measure, dropout = recipes.recipe(options, train)
         steps = options.epochs * (train.size // options.batch_size)
         rate = optax.cosine_decay_schedule(options.learning_rate, max(1, steps))
         clips = [fnn.clip.by_global_norm(options.clip)] if options.clip else []
         optimizer = optax.chain(*clips, optax.adam(rate))
-        state = fnn.TrainState.create(net, optimizer, init_key, train.x[:1])
+        state = fnn.TrainState.create(net, optimizer, init_key, train.take(slice(1)).x)
         step = fnn.train_step(net, loss, optimizer)
         state, history = fnn.fit(
             step,

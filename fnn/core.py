@@ -13,7 +13,7 @@ of one entry for `named`, a `tree.Stacked` for `repeat`, the inner layer's own f
 the trunk, where paths meet again, are wrapped in `Branch`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -130,16 +130,23 @@ def parallel(*layers: Layer) -> Layer:
     return Layer(init, apply)
 
 
-def residual(layer: Layer, *, scale: float = 1.0) -> Layer:
+def residual(layer: Layer, *, scale: float = 1.0, of: str | None = None) -> Layer:
     """Add a branch to its input: y = x + scale·f(x). Parameters are the branch's own.
 
-    Of a tree, every floating leaf is added; the others (a mask) are x's. Errors: ValueError if f changes the shape.
+    Of a tree, every floating leaf is added; the others (a mask) are x's. `of` names one of several inputs, which alone is
+    replaced, by x[of] + scale·f(x): the branch sees all. Errors: ValueError if f changes the shape.
     """
     _check_layers("residual", (layer,))
 
+    def own(x):
+        if of is not None and (not isinstance(x, Mapping) or of not in x):
+            raise ValueError(f"residual: the input must be a dict with the name {of!r}, got {check.describe(x)}")
+        return x if of is None else x[of]
+
     def init(key, spec):
+        spec_of = own(spec)
         params, state = layer.init(key, spec)
-        _same_shape("residual: the branch", spec, output_spec(layer, params, state, spec))
+        _same_shape("residual: the branch", spec_of, output_spec(layer, params, state, spec))
         return params, Branch(state)
 
     def plus(x, y):
@@ -148,9 +155,11 @@ def residual(layer: Layer, *, scale: float = 1.0) -> Layer:
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
         refuse_rescaling("residual", state)
+        x_of = own(x)
         y, inner = layer.apply(params, state.inner, x, key=key, train=train, axis_name=axis_name)
-        _same_shape("residual: the branch", x, y)
-        return jax.tree.map(plus, x, y), Branch(inner)
+        _same_shape("residual: the branch", x_of, y)
+        y = jax.tree.map(plus, x_of, y)
+        return y if of is None else {**x, of: y}, Branch(inner)
 
     return Layer(init, apply)
 

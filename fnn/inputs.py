@@ -2,9 +2,9 @@
 
 A sequence is float[batch, time, d], every position of which is real, or `Masked(values, mask)`. It is a pytree and
 travels as any x does: through `serial`, `repeat`, `residual`, `parallel` and `vmap`, without another argument to `apply`.
-Layers that act on each position alone (dense, activation, dropout, layer_norm, rms_norm, tap, embed) see the values,
-and the mask passes by; layers that mix positions (recurrent ones, attention, pooling over time) read it; all others
-refuse it. Several inputs are a dict of them, for `branches`.
+Layers that act on each position alone (dense, activation, dropout, layer_norm, rms_norm, embed) see the values, and the
+mask passes by; layers that mix positions (recurrent ones, attention, pooling over time) and those that take statistics
+over them (batch_norm, tap) read it; all others refuse it. Several inputs are a dict of them, for `branches`.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,11 +46,17 @@ def check_mask(who: str, x: Masked) -> None:
         raise ValueError(f"{who}: a mask must be bool[batch, time] of the values' first two axes, got {got}")
 
 
-def sequence(who: str, x: Any) -> tuple[Any, Any]:
-    """Take a sequence apart: (values float[batch, time, d], mask or None). Anything else is refused."""
+def parts(who: str, x: Any) -> tuple[Any, Any]:
+    """Take apart what may be masked: (values, mask or None)."""
     if isinstance(x, Masked):
         check_mask(who, x)
-    values, mask = x if isinstance(x, Masked) else (x, None)
+        return x.values, x.mask
+    return x, None
+
+
+def sequence(who: str, x: Any) -> tuple[Any, Any]:
+    """Take a sequence apart: (values float[batch, time, d], mask or None). Anything else is refused."""
+    values, mask = parts(who, x)
     if not hasattr(values, "dtype") or not jnp.issubdtype(values.dtype, jnp.floating) or len(values.shape) != 3:
         raise ValueError(
             f"{who}: the input must be a sequence float[batch, time, d], alone or in Masked, got {check.describe(x)}"
@@ -187,7 +193,4 @@ def _joining(who: str, join: Callable[[list[Any]], Any], common: slice) -> Layer
 
 
 def _values(x: Any) -> Any:
-    if isinstance(x, Masked):
-        check_mask("Masked", x)
-        return x.values
-    return x
+    return parts("Masked", x)[0]

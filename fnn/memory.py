@@ -10,6 +10,7 @@ a state is: whole numbers are exact up to 2^24 in float32, far beyond any cache.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -17,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from fnn import check
-from fnn.core import Layer
-from fnn.inputs import Masked
+from fnn.core import Layer, as_arrays
+from fnn.inputs import Masked, parts
 
 
 @flax.struct.dataclass
@@ -29,11 +30,14 @@ class Memory:
     """Real positions seen so far: float[], or float[batch] once started."""
     held: Any = ()
     shapes: tuple[tuple[str, tuple[int | str, ...]], ...] = flax.struct.field(pytree_node=False, default=())
-    """Name and shape of what is held, behind the batch axis; "length" stands for the longest sequence."""
+    """Name and shape of what is held, behind the batch axis; "length" stands for the longest sequence, "source" for
+    that of the source."""
     limit: int | None = flax.struct.field(pytree_node=False, default=None)
     """The longest sequence that the layer has positions for."""
     refusal: str = flax.struct.field(pytree_node=False, default="")
     """Why this layer cannot take a sequence in pieces, if so."""
+    whole: bool = flax.struct.field(pytree_node=False, default=False)
+    """Whether its sequence never comes in pieces, so that `start` leaves it alone."""
 
     @property
     def started(self) -> bool:
@@ -46,30 +50,48 @@ def empty(shapes: Any = (), *, limit: int | None = None, refusal: str = "") -> M
     return Memory(jnp.zeros((), jnp.float32), (), tuple(shapes), limit, refusal)
 
 
-def start(state: Any, batch: int, length: int, *, dtype: Any = jnp.float32) -> Any:
+def whole(layer: Layer) -> Layer:
+    """Let a layer see its whole sequence at once, while another comes in pieces: an encoder. `start` leaves it alone."""
+
+    def mark(node):
+        return dataclasses.replace(node, whole=True) if isinstance(node, Memory) else node
+
+    def init(key, spec):
+        params, state = layer.init(key, spec)
+        return params, jax.tree.map(mark, state, is_leaf=lambda node: isinstance(node, Memory))
+
+    return Layer(init, layer.apply)
+
+
+def start(state: Any, batch: int, length: int, *, source: int | None = None, dtype: Any = jnp.float32) -> Any:
     """Make room in a net's state for sequences of up to `length` positions; `dtype` is that of the activations.
 
     The next calls of `apply` in eval mode then continue where the last one stopped: the outputs are those of one call
     with the whole sequence, to rounding. Positions beyond `length` give NaN where they would need a place.
 
+    A net that attends to a source (`cross_attention`) needs its length, `source`. The first call brings it whole; its keys
+    and values are then held, and later calls bring none of it: an array without positions, [batch, 0].
+
     Errors: ValueError if no layer can remember, if one cannot take its sequence in pieces (backwards in time, or
-    attention that looks ahead), or if one has positions for fewer than `length`.
+    attention that looks ahead), if one has positions for fewer than `length`, or if the length of the source is missing.
     """
     check.positive("memory.start", batch=batch, length=length)
+    sizes: dict[Any, Any] = {"length": length, "source": source}
     found = []
 
     def fill(node):
-        if not isinstance(node, Memory):
+        if not isinstance(node, Memory) or node.whole:
             return node
         if node.refusal:
             raise ValueError(f"memory.start: {node.refusal}")
         if node.limit is not None and length > node.limit:
             raise ValueError(f"memory.start: the net has positions for {node.limit}, got length={length}")
+        if source is None and any("source" in shape for _, shape in node.shapes):
+            raise ValueError("memory.start: the net attends to a source, got source=None; pass its length")
         found.append(node)
         depth = node.seen.shape[: node.seen.ndim - node.started]
         held = {
-            name: jnp.zeros((*depth, batch, *(length if n == "length" else int(n) for n in shape)), dtype)
-            for name, shape in node.shapes
+            name: jnp.zeros((*depth, batch, *(sizes.get(n, n) for n in shape)), dtype) for name, shape in node.shapes
         }
         return dataclasses.replace(node, seen=jnp.zeros((*depth, batch), jnp.float32), held=held)
 
@@ -104,20 +126,28 @@ def generate(
 
     `net` maps tokens int[batch, time] to logits float[batch, time, vocabulary] (`models.transformer`, or a recurrent
     net with a `dense` on top). `prompt` is int[batch, time] or `Masked`; each example continues behind its last real
-    token. After `end` an example repeats `end`. The state that comes in stays as it is; compiled once for each shape.
+    token. For an encoder-decoder it is {"source": ..., "target": ...}, of which the target, with at least a start token,
+    is continued; the source is read once. After `end` an example repeats `end`. The state that comes in stays as it is;
+    compiled once for each shape.
     """
     check.positive("generate", steps=steps)
-    tokens = prompt.values if isinstance(prompt, Masked) else jnp.asarray(prompt)
-    if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"generate: the prompt must be int[batch, time], time > 0, got {check.describe(prompt)}")
-    return _generate(net, steps, end, dtype, params, state, prompt)
+    if isinstance(prompt, Mapping) and sorted(prompt) != ["source", "target"]:
+        raise ValueError(f"generate: the names of the prompt must be 'source' and 'target', got {sorted(prompt)}")
+    for part in prompt.values() if isinstance(prompt, Mapping) else [prompt]:
+        tokens = part.values if isinstance(part, Masked) else jnp.asarray(part)
+        if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"generate: the prompt must be int[batch, time], time > 0, got {check.describe(part)}")
+    return _generate(net, steps, end, dtype, params, state, as_arrays(prompt))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _generate(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> jax.Array:
-    tokens, mask = prompt if isinstance(prompt, Masked) else (jnp.asarray(prompt), None)
+    source, target = (prompt["source"], prompt["target"]) if isinstance(prompt, Mapping) else (None, prompt)
+    tokens, mask = parts("generate", target)
     batch, time = tokens.shape
-    memory = start(state, batch, time + steps, dtype=dtype)
+    length = None if source is None else parts("generate", source)[0].shape[1]
+    memory = start(state, batch, time + steps, source=length, dtype=dtype)
+    known = jax.tree.map(lambda a: a[:, :0], source)
     last = jnp.full(batch, time - 1) if mask is None else jnp.max(jnp.where(mask, jnp.arange(time), 0), axis=1)
     logits, memory = net.apply(params, memory, prompt)
     logits = logits.values if isinstance(logits, Masked) else logits
@@ -125,7 +155,8 @@ def _generate(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, 
 
     def body(carry, _):
         token, memory = carry
-        logits, memory = net.apply(params, memory, token[:, None])
+        piece = token[:, None] if source is None else {"source": known, "target": token[:, None]}
+        logits, memory = net.apply(params, memory, piece)
         logits = logits.values if isinstance(logits, Masked) else logits
         new = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
         new = new if end is None else jnp.where(token == end, end, new)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fnn import activations, attention, check, conv, core, initializers, inputs, layers, norm, recurrent, tokens
+from fnn import activations, attention, check, conv, core, initializers, inputs, layers, memory, norm, recurrent, tokens
 from fnn.core import Layer
 from fnn.taps import tap
 
@@ -252,6 +252,7 @@ def transformer(
     norm_position: str = "pre",
     activation: str | Callable[..., Any] = "gelu",
     dropout: float = 0.0,
+    encoder: int | None = None,
     taps: bool = False,
     unroll: int | bool | None = None,
     checkpoint: int | None = None,
@@ -263,9 +264,14 @@ def transformer(
     float[batch, outputs], an encoder with `causal=False`. `vocabulary=None` takes float[batch, time, d] through a dense
     layer. Tokens `padding` are masked; so are the False positions of a `Masked` input.
 
+    With `encoder`, a number of blocks, it is an encoder-decoder on {"source": int[batch, s], "target": int[batch, time]}, one
+    vocabulary and embedding for both: each of its decoder's blocks attends to the encoded source (`cross_attention`)
+    between its two other parts. -> float[batch, time, vocabulary], position t from the target up to t.
+
     `norm_position`: "pre" x + f(norm x) with a last norm, or "post" norm(x + f(x)) (Xiong et al. 2020, figure 1).
     `positions`: "rotary", "learned" (up to `longest`), "none". Dropout acts on each branch. `taps=True` puts taps
-    behind each sum, attention and feed-forward alike. `unroll` as in `mlp`. Source: Vaswani et al. 2017.
+    behind each sum, attention and feed-forward alike, and behind tied logits: the one tap that rescales there, since the
+    paths in front of it meet again in the embedding. `unroll` as in `mlp`. Source: Vaswani et al. 2017.
     """
     who = "transformer"
     hidden = 4 * width if hidden is None else hidden
@@ -279,6 +285,11 @@ def transformer(
         raise ValueError(f"{who}: without a vocabulary it needs outputs= and no padding=, got {outputs!r}, {padding!r}")
     if not _norm(norm):
         raise ValueError(f"{who}: blocks need a norm, got {norm!r}")
+    if encoder is not None:
+        check.positive(who, encoder=encoder)
+        if vocabulary is None or outputs is not None or not causal:
+            got = f"vocabulary={vocabulary!r}, outputs={outputs!r}, causal={causal!r}"
+            raise ValueError(f"{who}: with an encoder it needs a vocabulary, no outputs=, and causal=True, got {got}")
     phi, pre = activations.get(activation), norm_position == "pre"
     rest = [layers.dropout(dropout)] if dropout else []
 
@@ -286,21 +297,38 @@ def transformer(
         branch = core.residual(core.serial(*(_norm(norm) if pre else []), core.named(name, core.serial(*inner)), *rest))
         return [branch, *_tap(taps, "sum"), *([] if pre else _norm(norm))]
 
-    see = attention.attention(heads, causal=causal, rotary=positions == "rotary")
+    def trunk(name: str, block: list[Layer], n: int) -> Layer:
+        times = unroll if unroll is not None else True if n <= 16 else 1
+        return core.named(name, core.repeat(core.serial(*block), n, unroll=times, checkpoint=checkpoint))
+
+    def see(causal: bool) -> list[Layer]:
+        return block_part("attention", attention.attention(heads, causal=causal, rotary=positions == "rotary"))
+
     forward = [
         _dense(hidden, initializers.lecun_normal),
         layers.activation(phi),
         _dense(width, initializers.lecun_normal),
     ]
-    block = core.serial(*block_part("attention", see), *block_part("feed_forward", *forward))
-    if unroll is None:
-        unroll = True if depth <= 16 else 1
-    trunk = core.named("trunk", core.repeat(block, depth, unroll=unroll, checkpoint=checkpoint))
+    forward = block_part("feed_forward", *forward)
     place = [] if longest is None else [attention.positions(longest)]
-    body = [*place, trunk, *(_norm(norm) if pre else [])]
+    end = _norm(norm) if pre else []
+    if encoder is None:
+        body = [*place, trunk("trunk", [*see(causal), *forward], depth), *end]
+    else:
+
+        def target(*inner: Layer) -> Layer:
+            return inputs.branches({"source": core.serial(), "target": core.serial(*inner)})
+
+        encode = core.serial(*place, trunk("encoder", [*see(False), *forward], encoder), *end)
+        cross = [*([target(*_norm(norm))] if pre else []), core.named("cross", attention.cross_attention(heads)), *rest]
+        behind = [*_tap(taps, "sum"), *([] if pre else _norm(norm)), *forward]
+        block = [target(*see(True)), core.residual(core.serial(*cross), of="target"), target(*behind)]
+        first = inputs.branches({"source": memory.whole(encode), "target": core.serial(*place)})
+        body = [first, trunk("trunk", block, depth), core.function(lambda x: x["target"]), *end]
     if outputs is None:
         assert vocabulary is not None
-        return tokens.tied(vocabulary, width, core.serial(*body, inputs.unmasked()), padding=padding)
+        net = tokens.tied(vocabulary, width, core.serial(*body, inputs.unmasked()), padding=padding)
+        return core.serial(net, *_tap(taps, "logits")) if taps else net
     check.positive(who, outputs=outputs)
     draw = initializers.lecun_normal
     first = _dense(width, draw) if vocabulary is None else tokens.embed(vocabulary, width, padding=padding)

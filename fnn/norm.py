@@ -9,19 +9,23 @@ import jax.numpy as jnp
 
 from fnn import check
 from fnn.core import Layer, as_arrays, as_spec, stateless
-from fnn.inputs import positionwise
+from fnn.inputs import Masked, like, positionwise, sequence
 from fnn.tree import statistics_dtype
 
 
 def batch_norm(*, decay: float = 0.9, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> Layer:
     """Normalise every unit over the batch: y = scale·(x - mean)/sqrt(var + eps) + bias.
 
-    x: float[batch, ..., d] -> the same; params: scale, bias float[d]; state: mean, var float[d], weight float[].
+    x: float[batch, ..., d], or a sequence in `Masked` -> the same; params: scale, bias float[d]; state: mean, var
+    float[d], weight float[].
 
     In train mode mean and biased variance are those of the batch (with `axis_name`, over the mapped axis too), and the
     running moments move: m <- decay·m + (1 - decay)·m_batch, weight <- decay·weight + (1 - decay). They start at zero;
     eval mode divides them by their accumulated weight, so that it is right after 1, 10 and 100 steps alike, and is the
     identity (up to scale and bias) before the first.
+
+    Of a masked sequence only real positions count, as if they stood in one array [n, d]; padded ones come out as zero. A
+    batch with fewer than two of them leaves the running moments as they are (a lone one is normalised to zero).
 
     Errors: ValueError in train mode for a single value per unit, whose normalised value and gradient would be zero.
     Source: Ioffe and Szegedy 2015; debiasing as in Kingma and Ba 2015, section 3.
@@ -30,16 +34,20 @@ def batch_norm(*, decay: float = 0.9, eps: float = 1e-5, scale: bool = True, bia
     _non_negative("batch_norm", eps=eps)
 
     def init(key, spec):
-        spec = as_spec(spec)
+        spec, _ = _maybe_masked(as_spec(spec))
         _units("batch_norm", spec)
         d, dtype = spec.shape[-1], statistics_dtype(spec.dtype)
         state = {"mean": jnp.zeros(d, dtype), "var": jnp.zeros(d, dtype), "weight": jnp.zeros((), dtype)}
         return _affine(d, dtype, scale, bias), state
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
-        x = as_arrays(x)
+        given = as_arrays(x)
+        x, mask = _maybe_masked(given)
         _width("batch_norm", state["mean"].shape[0], x)
-        wide = x.astype(statistics_dtype(x.dtype))
+        wide, real, keep = x.astype(statistics_dtype(x.dtype)), None, jnp.asarray(decay, state["weight"].dtype)
+        if mask is not None:
+            real = _real(mask, axis_name)
+            wide, keep = jnp.where(real[0], wide, 0), jnp.where(real[1] < 2, 1, keep)
         if train:
             axes = tuple(range(x.ndim - 1))
             count = x.size // x.shape[-1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
@@ -48,21 +56,19 @@ def batch_norm(*, decay: float = 0.9, eps: float = 1e-5, scale: bool = True, bia
                     f"batch_norm: train mode needs at least two values per unit, got {check.describe(x)}: a batch of "
                     "one is normalised to zero and its gradient vanishes; use a larger batch or pass axis_name"
                 )
-            y, mean, var = _standardised(wide, params.get("scale"), params.get("bias"), eps, axes, axis_name)
-            keep = jnp.asarray(decay, state["weight"].dtype)
+            y, mean, var = _standardised(wide, params.get("scale"), params.get("bias"), real, eps, axes, axis_name)
             state = {
                 "mean": keep * state["mean"] + (1 - keep) * mean.astype(keep.dtype),
                 "var": keep * state["var"] + (1 - keep) * var.astype(keep.dtype),
                 "weight": keep * state["weight"] + (1 - keep),
             }
-            return y.astype(x.dtype), state
+            return _padded(given, real, y.astype(x.dtype)), state
         seen = state["weight"] > 0
         weight = jnp.where(seen, state["weight"], 1)
         mean = (state["mean"] / weight).astype(wide.dtype)
         var = jnp.where(seen, state["var"] / weight, 1 - eps).astype(wide.dtype)
-        return _scaled(
-            (wide - mean) * jax.lax.rsqrt(var + eps), params.get("scale"), params.get("bias"), x.dtype
-        ), state
+        y = (wide - mean) * jax.lax.rsqrt(var + eps)
+        return _padded(given, real, _scaled(y, params.get("scale"), params.get("bias"), x.dtype)), state
 
     return Layer(init, apply)
 
@@ -141,20 +147,35 @@ def _scaled(y: jax.Array, scale: jax.Array | None, bias: jax.Array | None, dtype
     return y.astype(dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def _standardised(x: Any, scale: Any, bias: Any, eps: float, axes: tuple[int, ...], axis_name: Any) -> Any:
+def _maybe_masked(x: Any) -> tuple[Any, Any]:
+    return sequence("batch_norm", x) if isinstance(x, Masked) else (x, None)
+
+
+def _real(mask: jax.Array, axis_name: Any) -> tuple[jax.Array, jax.Array]:
+    """Return the mask, to be broadcast over units, and the count of real positions, over the mapped axis too."""
+    count = jnp.sum(mask)
+    return mask[..., None], count if axis_name is None else jax.lax.psum(count, axis_name)
+
+
+def _padded(given: Any, real: Any, y: jax.Array) -> Any:
+    return y if real is None else like(given, jnp.where(real[0], y, 0))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
+def _standardised(x: Any, scale: Any, bias: Any, real: Any, eps: float, axes: tuple[int, ...], axis_name: Any) -> Any:
     """Return (scale·xhat + bias, mean, var), xhat = (x - mean)/sqrt(var + eps).
 
     The derivative of xhat is written out, `root·(t - E[t] - xhat E[xhat t])`: autodiff would also send a cotangent
-    through the mean inside the variance, which is zero. Forward and reverse mode both follow from it.
+    through the mean inside the variance, which is zero. Forward and reverse mode both follow from it. `real` is None or
+    the mask and count of real positions, to which E is then confined.
     """
-    return _standardise(x, scale, bias, eps, axes, axis_name)[0]
+    return _standardise(x, scale, bias, real, eps, axes, axis_name)[0]
 
 
-def _standardise(x, scale, bias, eps, axes, axis_name):
-    mean = _average(x, axes, axis_name)
+def _standardise(x, scale, bias, real, eps, axes, axis_name):
+    mean = _average(x, real, axes, axis_name)
     centred = x - mean
-    var = _average(jnp.square(centred), axes, axis_name)
+    var = _average(jnp.square(centred), real, axes, axis_name)
     root = jax.lax.rsqrt(var + eps)
     xhat = centred * root
     return (_scaled(xhat, scale, bias, x.dtype), mean, var), xhat, root
@@ -162,23 +183,28 @@ def _standardise(x, scale, bias, eps, axes, axis_name):
 
 @_standardised.defjvp
 def _standardised_jvp(eps, axes, axis_name, primals, tangents):
-    x, scale, bias = primals
-    t, scale_t, bias_t = tangents
-    out, xhat, root = _standardise(x, scale, bias, eps, axes, axis_name)
+    x, scale, bias, real = primals
+    t, scale_t, bias_t, _ = tangents
+    out, xhat, root = _standardise(x, scale, bias, real, eps, axes, axis_name)
     # The factor first, and signs on the averages: so the sums over the batch going back are, to the letter, those of
     # the gradients of bias and scale, and XLA takes them once.
     u = t * (root if scale is None else root * scale.astype(x.dtype))
-    y_t = u + -_average(u, axes, axis_name) + xhat * -_average(u * xhat, axes, axis_name)
+    y_t = u + -_average(u, real, axes, axis_name) + xhat * -_average(u * xhat, real, axes, axis_name)
     if scale is not None:
         y_t = y_t + scale_t.astype(x.dtype) * xhat
     if bias is not None:
         y_t = y_t + bias_t.astype(x.dtype)
-    return out, (y_t, _average(t, axes, axis_name), 2 * _average(t * (xhat / root), axes, axis_name))
+    mean_t = _average(t, real, axes, axis_name)
+    return out, (y_t, mean_t, 2 * _average(t * (xhat / root), real, axes, axis_name))
 
 
-def _average(x: jax.Array, axes: tuple[int, ...], axis_name: Any) -> jax.Array:
-    mean = jnp.mean(x, axis=axes)
-    return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+def _average(x: jax.Array, real: Any, axes: tuple[int, ...], axis_name: Any) -> jax.Array:
+    if real is None:
+        mean = jnp.mean(x, axis=axes)
+        return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+    total = jnp.sum(jnp.where(real[0], x, 0), axis=axes)
+    total = total if axis_name is None else jax.lax.psum(total, axis_name)
+    return total / jnp.maximum(1, real[1]).astype(x.dtype)
 
 
 def _units(who: str, x: Any) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,13 +41,19 @@ class Recipe(NamedTuple):
     dropout: float
 
 
-def load(name: str, model: str, *, key: Any) -> Parts:
-    """Load data by name or path; images as they are for convolutions, pixel by pixel for sequence models."""
+def load(name: str, model: str, *, key: Any, encoder: int | None = None) -> Parts:
+    """Load data by name or path; images as they are for convolutions, pixel by pixel for sequence models.
+
+    With an `encoder`, x of `data.number_words` is {"source": ..., "target": ...}: what it translates, and what follows.
+    """
     check.choice("train", DEFAULTS, model=model)
+    if encoder is not None and (name, model) != ("number_words", "transformer"):
+        got = f"model {model!r} and data {name!r}"
+        raise ValueError(f"train: an encoder belongs to a transformer on number_words, got {got}; leave it out")
     train, test = data.load(name, key=key, image=model != "mlp")
     if model in ("rnn", "transformer") and train.x.ndim == 4:
         return _pixels(train), _pixels(test)
-    return train, test
+    return (train, test) if encoder is None else (_two_sided(train), _two_sided(test))
 
 
 def recipe(options: Any, train: Dataset) -> Recipe:
@@ -56,9 +63,11 @@ def recipe(options: Any, train: Dataset) -> Recipe:
     """
     sequences = options.model in ("rnn", "transformer")
     integer, y = np.issubdtype(train.y.dtype, np.integer), train.y
-    tokens = np.issubdtype(train.x.dtype, np.integer)
+    xs = jax.tree.leaves(train.x)
+    tokens = all(np.issubdtype(x.dtype, np.integer) for x in xs)
     if integer and y.ndim == 2 and sequences and tokens:
-        loss, measure, outputs = losses.sequence_cross_entropy, "exact match", int(max(train.x.max(), y.max())) + 1
+        outputs = 1 + max(int(a.max()) for a in (*xs, y))
+        loss, measure = losses.sequence_cross_entropy, "exact match"
     elif integer and y.ndim == 1:
         loss, measure, outputs = losses.cross_entropy, "accuracy", int(y.max()) + 1
     elif not integer and y.ndim == 2:
@@ -67,7 +76,7 @@ def recipe(options: Any, train: Dataset) -> Recipe:
         got = f"targets {check.describe(y)} for {check.describe(train.x)}"
         raise ValueError(f"train: {options.model} needs labelled classes, numbers, or token sequences, got {got}")
     wanted = {"convnet": (3, 4, 5), "resnet": (3, 4, 5), "rnn": (3,), "transformer": (3,)}.get(options.model)
-    if wanted and train.x.ndim not in wanted and not (sequences and tokens):
+    if wanted and not (sequences and tokens) and train.x.ndim not in wanted:
         rule = "sequences float[n, time, d]" if sequences else "images float[n, *positions, c]"
         raise ValueError(f"train: {options.model} needs {rule}, got {check.describe(train.x)}; choose other data")
     default = DEFAULTS[options.model]
@@ -83,14 +92,21 @@ def decoded_exactly(net: Layer, state: Any, test: Dataset, *, batch_size: int = 
     prompt, steps = synthetic.PROMPT, synthetic.ANSWER
     for i in range(0, test.size, batch_size):
         x, y = test.take(slice(i, i + batch_size))
-        answers = memory.generate(net, state.params, state.state, x[:, :prompt], steps, end=synthetic.END)
-        targets = y[:, prompt - 1 :]
+        question = {**x, "target": x["target"][:, :1]} if isinstance(x, dict) else x[:, :prompt]
+        answers = memory.generate(net, state.params, state.state, question, steps, end=synthetic.END)
+        targets = y[:, -steps:]
         right += float(jnp.sum(jnp.all((answers == targets) | (targets == -1), axis=1)))
     return right / test.size
 
 
 def _pixels(part: Dataset) -> Dataset:
     return Dataset(part.x.reshape(part.size, -1, part.x.shape[-1]), part.y)
+
+
+def _two_sided(part: Dataset) -> Dataset:
+    """The target starts with the direction, from which the answer follows."""
+    start = synthetic.PROMPT - 1
+    return Dataset({"source": part.x[:, :start], "target": part.x[:, start:]}, part.y[:, start:])
 
 
 def _model(options: Any, size: Defaults, outputs: int, every: bool) -> Layer:
@@ -141,6 +157,7 @@ def _model(options: Any, size: Defaults, outputs: int, every: bool) -> Layer:
         padding=padding,
         norm=norm,
         norm_position=options.norm_position,
+        encoder=options.encoder,
         activation=options.activation,
         dropout=dropout,
         taps=taps,

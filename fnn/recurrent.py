@@ -6,7 +6,8 @@ nothing at the real positions. The product with the inputs is one matrix product
 
 The hidden state starts at zero, at a learned value (`initial="learned"`), or where the last piece of the sequence left
 it (see `memory`). `reverse=True` runs backwards in time, outputs in their places; `bidirectional` joins both. They stack
-with `repeat` where d = width. A `tap` inside the loop sees every h_t and the error signal dL/dh_t that arrives at it.
+with `repeat` where d = width. A `tap` inside the loop sees every h_t and the error signal dL/dh_t that arrives at it: at
+a padded step with real ones behind it, that which passes through the held state, which the forward statistics leave out.
 
 Kernels of several gates stand side by side on the last axis, in PyTorch's order. Recurrent kernels are drawn gate by
 gate.
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 from fnn import activations, check, initializers, memory
 from fnn.core import Branch, Layer, as_arrays, as_spec, parallel, serial
-from fnn.inputs import concatenate, like, sequence
+from fnn.inputs import Masked, concatenate, like, sequence
 from fnn.tree import Stacked, statistics_dtype
 
 Init = str | Callable[..., Any]
@@ -194,8 +195,10 @@ def _over_time(
             if real is not None:
                 new = tuple(jnp.where(real[:, None], a, b) for a, b in zip(new, carry, strict=True))
             if tap is not None:
-                h, tapped = tap.apply((), tapped, new[0], key=key, train=train, axis_name=axis_name)
-                new = (h, *new[1:])
+                # Of a padded sequence the tap sees one of length 1, so that held states do not count.
+                seen = new[0] if real is None else Masked(new[0][:, None], real[:, None])
+                h, tapped = tap.apply((), tapped, seen, key=key, train=train, axis_name=axis_name)
+                new = (h.values[:, 0] if isinstance(h, Masked) else h, *new[1:])
             return new, (new[0] if real is None else jnp.where(real[:, None], new[0], 0), tapped)
 
         if tap is not None and (steps := jax.tree.leaves(taps)[0].shape[0]) != values.shape[1]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from fnn import tree
 from fnn.core import Layer, as_arrays, as_spec
-from fnn.inputs import positionwise
+from fnn.inputs import like, parts
 from fnn.tree import Stacked, statistics_dtype
 
 
@@ -53,38 +53,62 @@ def tap(*, bounds: tuple[float, float] | None = None) -> Layer:
     Forward, over batch and units, float[]: `mean`; `second_moment` E[x²]; `dead`, the fraction of units that are zero
     for the whole batch; with `bounds` (an activation's asymptotes, both finite) `saturated`, the fraction of numbers
     within 1 % of their distance to either. With `axis_name` all average over the mapped axis, so that the state is
-    unbatched. Of a `Masked` sequence padded positions count too. Backward: see `Backward`; the loss must be the mean of
-    per-example losses over the batch of `x` (with `axis_name`: over the local batch, gradients averaged over the axis
-    afterwards).
+    unbatched. Of a `Masked` sequence only real positions count (`dead`: units, each of its own position, of which one
+    example or more is real); without any, all are 0.
+
+    Backward: see `Backward`; the loss must be the mean of per-example losses over the batch of `x` (with `axis_name`:
+    over the local batch, gradients averaged over the axis afterwards). Padded positions add nothing: no layer lets them
+    reach the loss, so that their cotangents are zero.
     """
     if bounds is not None and not (np.all(np.isfinite(bounds)) and bounds[0] < bounds[1]):
         raise ValueError(f"tap: bounds must be finite and (low, high), got {bounds}; leave them out for open functions")
 
     def init(key, spec):
-        zero = jnp.zeros((), statistics_dtype(as_spec(spec).dtype))
+        values, _ = parts("tap", as_spec(spec))
+        zero = jnp.zeros((), statistics_dtype(values.dtype))
         names = ["mean", "second_moment", "dead"] + (["saturated"] if bounds else [])
         return (), TapState(dict.fromkeys(names, zero), Backward(zero, zero, zero, zero))
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
         x = as_arrays(x)
-        dtype = state.backward.log.dtype
-        forward = jax.tree.map(lambda a: a.astype(dtype), _forward(jax.lax.stop_gradient(x), bounds, axis_name))
-        return _pass(state.rescale, axis_name, x, state.backward), dataclasses.replace(state, forward=forward)
+        values, mask = parts("tap", x)
+        old, dtype = state, state.backward.log.dtype
+        forward = _forward(jax.lax.stop_gradient(values), mask, bounds, axis_name)
+        state = dataclasses.replace(state, forward=jax.tree.map(lambda a: a.astype(dtype), forward))
+        return like(x, _pass(old.rescale, axis_name, values, old.backward)), state
 
-    return positionwise(Layer(init, apply))
+    return Layer(init, apply)
 
 
-def _forward(x: jax.Array, bounds: tuple[float, float] | None, axis_name: Any) -> dict[str, jax.Array]:
+def _forward(x: jax.Array, mask: Any, bounds: tuple[float, float] | None, axis_name: Any) -> dict[str, jax.Array]:
     wide = x.astype(statistics_dtype(x.dtype))
     dead = jnp.all(x == 0, axis=0).astype(wide.dtype)
-    means = {"mean": jnp.mean(wide), "second_moment": jnp.mean(jnp.square(wide))}
+    each = {"mean": wide, "second_moment": jnp.square(wide)}
     if bounds is not None:
         margin = 0.01 * (bounds[1] - bounds[0])
         outside = (wide < bounds[0] + margin) | (wide > bounds[1] - margin)
-        means["saturated"] = jnp.mean(outside.astype(wide.dtype))
+        each["saturated"] = outside.astype(wide.dtype)
+    if mask is not None:
+        return _masked(x, mask, each, axis_name)
+    means = {name: jnp.mean(a) for name, a in each.items()}
     if axis_name is not None:
         means, dead = jax.lax.pmean(means, axis_name), jax.lax.pmin(dead, axis_name)
     return means | {"dead": jnp.mean(dead)}
+
+
+def _masked(x: jax.Array, mask: jax.Array, each: dict[str, jax.Array], axis_name: Any) -> dict[str, jax.Array]:
+    """Average over real positions alone."""
+    real = mask.reshape(mask.shape + (1,) * (x.ndim - 2))
+    sums = {name: jnp.sum(jnp.where(real, a, 0)) for name, a in each.items()}
+    dtype, units = sums["mean"].dtype, x.size // mask.size
+    count, idle, seen = jnp.sum(mask), jnp.all((x == 0) | ~real, axis=0), jnp.any(real, axis=0)
+    idle, seen = idle.astype(dtype), seen.astype(dtype)
+    if axis_name is not None:
+        sums, count = jax.lax.psum((sums, count), axis_name)
+        idle, seen = jax.lax.pmin(idle, axis_name), jax.lax.pmax(seen, axis_name)
+    sums["dead"] = jnp.sum(idle * seen)
+    counts = dict.fromkeys(sums, count.astype(dtype)) | {"dead": jnp.sum(seen)}
+    return {name: total / (units * jnp.maximum(1, counts[name])) for name, total in sums.items()}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,6 +1,6 @@
 """Layers that take token numbers: embeddings, and embeddings tied to the output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from fnn import check, initializers
 from fnn.core import Layer, as_arrays, as_spec, stateless
-from fnn.inputs import Masked, check_mask, like
+from fnn.inputs import Masked, check_mask, like, sequence
 
 
 def embed(
@@ -40,24 +40,23 @@ def embed(
 def tied(vocabulary: int, width: int, body: Layer, *, padding: int | None = None) -> Layer:
     """Embed, apply, and read out with the same matrix: y = body(E[x]) Eᵀ: int[batch, time] -> float[batch, time, vocabulary].
 
-    Params: embedding and the body's. Taps inside measure, but do not rescale: E is used on both sides of them.
+    Of several inputs, a dict, each is embedded; the body makes one sequence of them. Params: embedding and the body's. Taps inside measure, but do not rescale: E is used on both sides of them.
     Source: Press and Wolf 2017.
     """
     draw = _table("tied", vocabulary, width, None)
 
     def init(key, spec):
         spec = as_spec(spec)
-        _tokens("tied", spec)
         embed_key, body_key = jax.random.split(key)
         embedding = draw(embed_key)
-        inner = jax.eval_shape(lambda e, x: _look_up("tied", e, x, padding), embedding, spec)
+        inner = jax.eval_shape(lambda e, x: _each("tied", e, x, padding), embedding, spec)
         params, state = body.init(body_key, inner)
         return {"embedding": embedding, "body": params}, {"body": state}
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
-        h = _look_up("tied", params["embedding"], as_arrays(x), padding)
+        h = _each("tied", params["embedding"], as_arrays(x), padding)
         h, inner = body.apply(params["body"], state["body"], h, key=key, train=train, axis_name=axis_name)
-        values = h.values if isinstance(h, Masked) else h
+        values, _ = sequence("tied: the body's output", h)
         return like(h, values @ params["embedding"].T.astype(values.dtype)), {"body": inner}
 
     return Layer(init, apply)
@@ -76,6 +75,12 @@ def _tokens(who: str, x: Any) -> Any:
     if not hasattr(tokens, "dtype") or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"{who}: the input must be token numbers, int[batch, ...], got {check.describe(x)}")
     return tokens
+
+
+def _each(who: str, embedding: jax.Array, x: Any, padding: int | None) -> Any:
+    if isinstance(x, Mapping):
+        return {name: _look_up(who, embedding, a, padding) for name, a in x.items()}
+    return _look_up(who, embedding, x, padding)
 
 
 def _look_up(who: str, embedding: jax.Array, x: Any, padding: int | None) -> Any:

@@ -87,6 +87,10 @@ def test_train_prints_the_test_accuracy(capsys, tmp_path):
         ("--model rnn --width 8 --cell gru", "test accuracy"),
         ("--model rnn --width 4 --data adding --batch-size 512", "test mean squared error"),
         ("--model transformer --width 8 --depth 1 --heads 2 --data number_words --batch-size 512", "decoded greedily"),
+        (
+            "--model transformer --width 8 --depth 1 --heads 2 --data number_words --encoder 1 --batch-size 512",
+            "decoded greedily",
+        ),
     ],
 )
 def test_train_takes_every_model(arguments, shown, capsys):
@@ -125,6 +129,11 @@ def test_train_takes_every_model(arguments, shown, capsys):
             "train --data number_words",
             "needs labelled classes, numbers, or token sequences, got targets int32[16000,13]",
         ),
+        (
+            "train --model rnn --data adding --encoder 1",
+            "an encoder belongs to a transformer on number_words, got model",
+        ),
+        ("train --model transformer --data number_words --encoder 0", "encoder must be a positive integer, got 0"),
         ("train --model transformer --norm none", "blocks need a norm"),
         ("train --learning-rate -1", "learning_rate must be a finite number above 0"),
     ],

@@ -112,3 +112,69 @@ def test_a_batch_of_one_is_refused_in_train_mode():
     with pytest.raises(ValueError, match="batch_norm: train mode needs at least two values per unit"):
         layer.apply(params, state, jnp.ones((1, 3)), train=True)
     layer.apply(params, state, jnp.ones((1, 3)))  # eval mode is fine
+
+
+def masked_sequences():
+    """Padding on either side and a hole, filled with numbers that must not matter; and the real positions, packed."""
+    rng = np.random.default_rng(6)
+    x = jnp.asarray(rng.normal(2, 3, size=(4, 5, 3)))
+    mask = jnp.arange(5) < jnp.array([5, 1, 3, 0])[:, None]
+    mask = mask.at[0, 2].set(False).at[2].set(mask[2, ::-1])
+    return x, mask, [jnp.where(mask[..., None], x, fill) for fill in (1e30, -7.0)], x[mask]
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["batch", "axis_name"])
+def test_batch_norm_of_a_masked_sequence_equals_that_of_its_real_positions(mapped, x64):
+    _, mask, (x, other), packed = masked_sequences()
+    layer = fnn.batch_norm()
+    params, state = layer.init(jax.random.key(0), fnn.Masked(x, mask))
+    params = {"scale": jnp.linspace(0.5, 2, 3), "bias": jnp.linspace(-1, 1, 3)}
+    weight = jnp.cos(jnp.arange(packed.size)).reshape(packed.shape)
+
+    def ours(params, state, x, train):
+        def one(x, mask):
+            return layer.apply(params, state, fnn.Masked(x, mask), train=train, axis_name="batch" if mapped else None)
+
+        if mapped:
+            y, new = jax.vmap(lambda x, m: one(x[None], m[None]), axis_name="batch", out_axes=(0, None))(x, mask)
+            y = jax.tree.map(lambda a: a[:, 0], y)
+        else:
+            y, new = one(x, mask)
+        np.testing.assert_array_equal(y.mask, mask)
+        scalar = jnp.sum(jnp.sin(y.values[mask]) * weight) + sum(jnp.sum(jnp.sin(a)) for a in new.values())
+        return scalar, (y.values, new)
+
+    def reference(params, state, x, train):
+        y, new = layer.apply(params, state, x, train=train)
+        return jnp.sum(jnp.sin(y) * weight) + sum(jnp.sum(jnp.sin(a)) for a in new.values()), (y, new)
+
+    for train in (True, True, False):
+        both = [jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True) for f in (ours, reference)]
+        (value, (y, new)), (*slopes, slope_x) = both[0](params, state, x, train)
+        (want, (y_packed, new_packed)), (*slopes_packed, slope_packed) = both[1](params, state, packed, train)
+        got = (value, y[mask], new, slopes, slope_x[mask])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13),
+            got,
+            (want, y_packed, new_packed, slopes_packed, slope_packed),
+        )
+        assert not np.any(y[~mask]) and not np.any(slope_x[~mask])
+        again = both[0](params, state, other, train)
+        jax.tree.map(np.testing.assert_array_equal, again, ((value, (y, new)), (*slopes, slope_x)))
+        state = new
+
+
+def test_batch_norm_of_fewer_than_two_real_positions_leaves_the_running_moments():
+    layer, x = fnn.batch_norm(), jnp.ones((2, 3, 4)).at[0].set(jnp.nan)
+    full = fnn.Masked(jnp.asarray(batch(0, shape=(2, 3, 4))), jnp.ones((2, 3), bool))
+    params, state = layer.init(jax.random.key(0), full)
+    _, state = layer.apply(params, state, full, train=True)
+    none = jnp.zeros((2, 3), bool)
+    for mask in (none, none.at[1, 0].set(True)):
+        y, new = layer.apply(params, state, fnn.Masked(x, mask), train=True)
+        np.testing.assert_array_equal(y.values, 0)
+        jax.tree.map(np.testing.assert_array_equal, new, state)
+    with pytest.raises(ValueError, match="train mode needs at least two values per unit"):
+        layer.apply(params, state, fnn.Masked(x[:1, :1], none[:1, :1]), train=True)
+    with pytest.raises(ValueError, match=r"batch_norm: the input must be a sequence float\[batch, time, d\]"):
+        layer.init(jax.random.key(0), fnn.Masked(x[..., 0], none))

@@ -35,6 +35,71 @@ def test_forward_statistics_by_hand():
     assert float(new.forward["saturated"]) == pytest.approx(3 / 8)  # 0.995, 2 and -1 lie within 0.02 of ±1 or beyond
 
 
+@pytest.mark.parametrize("mapped", [False, True], ids=["batch", "axis_name"])
+def test_forward_statistics_of_a_masked_sequence_are_those_of_its_real_positions(mapped):
+    x = np.array([[[0, 0.995], [0, 2], [3, 4]], [[0, 0], [0, -1], [5, 6]], [[0.5, 0], [0, 0], [0, 0]]], np.float32)
+    mask = np.array([[True, True, False], [True, False, False], [False, True, False]])
+    wide = x[mask].astype(np.float64)
+    layer = fnn.tap(bounds=(-1.0, 1.0))
+    for fill in (7.0, np.inf, np.nan):
+        padded = fnn.Masked(jnp.where(mask[..., None], x, fill), jnp.asarray(mask))
+        _, state = layer.init(jax.random.key(0), padded)
+
+        def one(padded, state=state):
+            y, new = layer.apply((), state, padded, axis_name="batch" if mapped else None)
+            return y, new.forward
+
+        if mapped:
+            lane = jax.vmap(lambda a: one(jax.tree.map(lambda b: b[None], a)), axis_name="batch", out_axes=(0, None))
+            y, forward = lane(padded)
+            y = jax.tree.map(lambda a: a[:, 0], y)
+        else:
+            y, forward = one(padded)
+        jax.tree.map(np.testing.assert_array_equal, y, padded)
+        # Of four units (two features at each of two positions with a real example) both first ones are zero.
+        want = {"mean": wide.mean(), "second_moment": (wide**2).mean(), "dead": 2 / 4, "saturated": 2 / 8}
+        assert {name: float(a) for name, a in forward.items()} == pytest.approx(want, rel=1e-6)
+    nothing = fnn.Masked(jnp.full((2, 3, 4), jnp.nan), jnp.zeros((2, 3), bool))
+    _, new = layer.apply((), state, nothing)
+    assert {name: float(a) for name, a in new.forward.items()} == dict.fromkeys(want, 0)
+
+
+def test_no_layer_sends_a_cotangent_to_padding_and_a_masked_tap_reports_the_real_ones():
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.normal(size=(4, 5, 6)), jnp.float32), jnp.arange(4) % 3
+    mask = jnp.arange(5) < jnp.array([5, 2, 3, 0])[:, None]
+    mask = mask.at[0, 1].set(False).at[2].set(mask[2, ::-1])
+    ends = [fnn.last(), fnn.global_avg_pool(), fnn.serial(fnn.unmasked(), fnn.flatten())]
+    bodies = [fnn.serial(fnn.dense(6), fnn.batch_norm()), fnn.gru(6), fnn.attention(2), fnn.lstm(6, reverse=True)]
+    for end in ends:
+        trunk = [fnn.residual(body) for body in bodies]
+        net = fnn.serial(fnn.tap(), *trunk, end, fnn.dense(3))
+        params, state = net.init(jax.random.key(0), fnn.Masked(x, mask))
+
+        def loss(state, x, net=net, params=params):
+            outputs, new = net.apply(params, state, fnn.Masked(x, mask), train=True)
+            return jnp.mean(fnn.losses.cross_entropy(outputs, y)), new
+
+        (news, slope), new = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(state, x)
+        empty = mask.at[:, 0].set(mask[:, 0] | ~mask.any(1))  # `last` takes the first position of an empty example
+        assert not np.any(slope[~empty]) and np.any(slope[mask])
+        (row,) = (row for row in fnn.taps.read(new, news) if row.quantity == "log_error")
+        wide = np.asarray(slope, np.float64)[np.asarray(empty)] * 4  # d l_i/dh, l_i the loss of one of 4 examples
+        assert row.value == pytest.approx(0.5 * np.log(np.sum(wide**2) / 4), abs=1e-5)
+
+
+def test_a_tap_inside_a_recurrent_loop_leaves_held_states_out():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 2)), jnp.float32)
+    mask = jnp.array([[True, True, False, False], [False, True, False, True], [True, False, False, False]])
+    net = fnn.rnn(5, tap=fnn.tap())
+    params, state = net.init(jax.random.key(0), fnn.Masked(x, mask))
+    y, new = net.apply(params, state, fnn.Masked(x, mask))
+    moments = [row.value for row in fnn.taps.read(new, state) if row.quantity == "second_moment"]
+    squares = np.asarray(y.values, np.float64) ** 2
+    want = [squares[:, t][np.asarray(mask[:, t])].mean() if mask[:, t].any() else 0 for t in range(4)]
+    np.testing.assert_allclose(moments, want, rtol=1e-6)
+
+
 def test_error_signal_is_the_root_mean_over_examples_inside_repeat_residual_and_serial():
     """The reference takes dL/dh from the gradient with respect to an offset added in the tap's place."""
     x, y = problem()

@@ -36,6 +36,12 @@ def tokens(x: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round(3 + 2 * x), 0, 6).astype(jnp.int32)
 
 
+def pair(x: jax.Array) -> dict[str, Any]:
+    """Make a source and a target of other length and width, both masked, the last example's source without a real one."""
+    source = masked(x[:, 1:, 2:])
+    return {"source": source._replace(mask=source.mask.at[-1].set(False)), "target": masked(x[::-1])}
+
+
 def _block() -> fnn.Layer:
     return fnn.serial(fnn.dense(8), fnn.batch_norm(), fnn.activation("tanh"), fnn.tap(bounds=(-1, 1)))
 
@@ -97,13 +103,17 @@ CASES = [
     Case("positions", fnn.positions(6), (4, 5, 3), make=masked),
     Case("attention", fnn.attention(2, kv_heads=1, bias=False), (4, 5, 6)),
     Case("attention_masked", fnn.attention(2, causal=True, rotary=True), (4, 5, 8), make=masked),
+    Case("cross_attention", fnn.cross_attention(2, kv_heads=1), (4, 5, 6), keeps_shape=False, make=pair),
+    Case("residual_of_one_input", fnn.residual(fnn.cross_attention(2), scale=0.5, of="target"), (4, 5, 6), make=pair),
     Case("batch_norm", fnn.batch_norm(), mixes=True),
     Case("batch_norm_plain", fnn.batch_norm(scale=False, bias=False, decay=0.5), (5, 3, 8), mixes=True),
+    Case("batch_norm_masked", fnn.batch_norm(), (4, 5, 3), mixes=True, make=masked),
     Case("layer_norm", fnn.layer_norm()),
     Case("rms_norm", fnn.rms_norm()),
     Case("group_norm", fnn.group_norm(2), (4, 3, 8)),
     Case("tap", fnn.tap()),
     Case("tap_with_bounds", fnn.tap(bounds=(-1.0, 1.0))),
+    Case("tap_masked", fnn.tap(bounds=(-1.0, 1.0)), (4, 5, 3), make=masked),
     Case("serial", fnn.serial(fnn.dense(4), fnn.activation("tanh"), fnn.dense(8))),
     Case("serial_empty", fnn.serial()),
     Case("parallel", fnn.parallel(fnn.dense(3), fnn.serial(fnn.dense(2), fnn.tap())), keeps_shape=False),
@@ -156,6 +166,13 @@ CASES = [
         noisy=True,
         keeps_shape=False,
         make=masked,
+    ),
+    Case(
+        "transformer_encoder_decoder",
+        fnn.models.transformer(7, 1, 4, 2, encoder=1, padding=0, norm_position="post", taps=True),
+        (4, 5),
+        keeps_shape=False,
+        make=lambda x: {"source": tokens(x[:, :4]), "target": tokens(x)},
     ),
     Case(
         "mlp_residual_scanned",
