@@ -1,6 +1,8 @@
 """The suite `sweep`: many seeds in one compiled program, against loops over the seeds."""
 
 import functools
+import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +22,12 @@ Milliseconds for one step of one run, when many seeds are trained (the net of th
 of its own, all on the same batches). `fnn-sweep` maps one train step over the seeds with `vmap` and scans over the
 steps: one program, in which learning rate and clipping threshold are traced, so that they may differ as well. The
 others go through the seeds in a Python loop. Before timing, the losses of every seed agreed on the first step (1e-4)
-and on the third (1e-3 relative). Rounds are interleaved; medians, with the fastest and the slowest round."""
+and on the third (1e-3 relative). Rounds are interleaved; medians, with the fastest and the slowest round.
+
+`fnn-study` is `fnn.Study` itself on the first row: the same net with taps, batches drawn anew in each epoch, all
+quantities measured before the first and after the last step, the held-out loss, a Parquet file; `the whole` adds its
+compilation (anew in every round) and all that `Study.run` does around it. Beside it the Python loop of hand-written
+steps over as many seeds and steps, which measures nothing."""
 
 COLUMNS = ("variant", "ms per run and step", "[min..max]", "first call, s", "x fnn-sweep")
 NAMES = {
@@ -63,6 +70,50 @@ def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
             f"{row}, batch {row.batch}, {seeds} seeds", COLUMNS, cells, notes, {"row": str(row), "variants": records}
         )
         jax.clear_caches()
+    if not options.peers:
+        say("\nfnn.Study")
+        yield _study(rows[0][0], rows[0][1], 16 if options.quick else 512, options.rounds or (2 if options.quick else 7))
+
+
+def _study(row: Row, seeds: int, steps: int, rounds: int) -> Section:
+    """Time a study of some seeds, as its users run it, and the loop of hand-written steps."""
+    works = [problem.make(row, 8, key=jax.random.key(seed)) for seed in range(seeds)]
+    loop = _each(_jax_loop)(works)
+    loop.advance(loop.items)
+    x, y = (np.asarray(a).reshape(-1, *a.shape[2:]) for a in (works[0].xs, works[0].ys))
+    grid = fnn.grid.product(
+        depth=row.depth,
+        width=row.width,
+        activation="relu",
+        norm="batch_norm",
+        init="orthogonal",
+        batch_size=row.batch,
+        optimizer="adam",
+        learning_rate=problem.RATE,
+        clip="global_norm",
+        clip_threshold=MAX_NORM,
+    )
+    study = fnn.Study(grid, seeds=seeds, steps=steps, data=((x, y), (x, y)))
+    taken: dict[str, list[float]] = {"fnn-study": [], "fnn-study, the whole": [], "jax-loop": []}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            done = study.run(f"{folder}/study", progress=False)
+            taken["fnn-study, the whole"].append(time.perf_counter() - start)
+            taken["fnn-study"].append(float(done.times()["run"].sum()))
+        repeats = -(-steps // len(works[0].batches))
+        seconds = sum(loop.advance(loop.items)[0] for _ in range(repeats))
+        taken["jax-loop"].append(seconds * steps / (repeats * len(works[0].batches)))
+    times = {name: timing.Times(tuple(1e3 * s / steps / seeds for s in took)) for name, took in taken.items()}
+    base, cells, records = times["fnn-study"], [], []
+    for name, t in times.items():
+        ratio = timing.ratio(t, base)
+        cells.append((name, f"{t.median:.3f}", f"[{t.low:.3f}..{t.high:.3f}]", f"{ratio.median:.2f}"))
+        records.append({"name": name, "ms": t.rounds, "ratio": ratio._asdict()})
+    columns = ("variant", "ms per run and step", "[min..max]", "x fnn-study")
+    notes = [f"{steps} steps, {rounds} rounds"]
+    title = f"fnn.Study: {row}, batch {row.batch}, {seeds} seeds"
+    return Section(title, columns, cells, notes, {"row": str(row), "steps": steps, "variants": records})
 
 
 def _sweep(works: list[Problem]) -> Run:

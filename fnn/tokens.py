@@ -40,8 +40,8 @@ def embed(
 def tied(vocabulary: int, width: int, body: Layer, *, padding: int | None = None) -> Layer:
     """Embed, apply, and read out with the same matrix: y = body(E[x]) Eᵀ: int[batch, time] -> float[batch, time, vocabulary].
 
-    Of several inputs, a dict, each is embedded; the body makes one sequence of them. Params: embedding and the body's. Taps inside measure, but do not rescale: E is used on both sides of them.
-    Source: Press and Wolf 2017.
+    Of several inputs, a dict, each is embedded; the body makes one sequence of them. Params: embedding and the body's.
+    Taps inside measure, but do not rescale: E is used on both sides of them. Source: Press and Wolf 2017.
     """
     draw = _table("tied", vocabulary, width, None)
 

@@ -17,6 +17,16 @@ def pytest_sessionfinish(session):
     return result
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly(request):
+    """Where most of a module's time is compiling, XLA need not optimise: `COMPILED_QUICKLY = True` in the module."""
+    quick = getattr(request.module, "COMPILED_QUICKLY", False)
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", quick or before)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture
 def x64():
     """Compute in float64 for one test."""

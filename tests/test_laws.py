@@ -11,13 +11,7 @@ from zoo import CASES, floating, sample
 
 import fnn
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """Laws are about values, and most of their time is compiling: XLA need not optimise."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+COMPILED_QUICKLY = True
 
 
 def table(cases):

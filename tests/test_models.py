@@ -9,6 +9,8 @@ from conftest import randomized
 
 import fnn
 
+COMPILED_QUICKLY = True
+
 KEY = jax.random.key(0)
 
 
