@@ -72,7 +72,9 @@ def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
         jax.clear_caches()
     if not options.peers:
         say("\nfnn.Study")
-        yield _study(rows[0][0], rows[0][1], 16 if options.quick else 512, options.rounds or (2 if options.quick else 7))
+        yield _study(
+            rows[0][0], rows[0][1], 16 if options.quick else 512, options.rounds or (2 if options.quick else 7)
+        )
 
 
 def _study(row: Row, seeds: int, steps: int, rounds: int) -> Section:

@@ -127,7 +127,13 @@ def _pass_backward(rescale, axis_name, backward, cotangent):
     squared = batch * tree.squared_norm(cotangent)
     exponent = jnp.zeros_like(log)
     if axis_name is not None:
-        squared = jax.lax.pmean(squared, axis_name)
+        try:
+            squared = jax.lax.pmean(squared, axis_name)
+        except NameError:  # JAX runs this rule outside of the map
+            raise ValueError(
+                f"tap: the gradient must be taken inside the function that is mapped over {axis_name!r} (vmap(grad(f)), "
+                "not grad(vmap(f))), for the tap averages over that axis; or build the net without taps"
+            ) from None
         peak = jax.lax.pmax(log, axis_name)
         usable = jnp.isfinite(peak)
         mean = jax.lax.pmean(jnp.exp(2 * jnp.where(usable, log - peak, 0)), axis_name)

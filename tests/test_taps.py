@@ -280,3 +280,15 @@ def test_rescaling_inside_a_branch_and_nets_without_trunk_taps_are_refused():
     with pytest.raises(ValueError, match=r"cross_entropy: labels must lie in 0..2, got 0..7"):
         tapped = fnn.serial(fnn.dense(3), fnn.tap())
         fnn.gradient_flow(tapped, tapped.init(jax.random.key(0), x), (x, y.at[0].set(7)))
+
+
+def test_a_gradient_outside_of_the_mapped_function_is_refused(key):
+    net, x = fnn.serial(fnn.dense(4), fnn.tap()), jnp.ones((3, 2))
+    params, state = net.init(key, x)
+
+    def loss(params):
+        one = lambda x: jnp.sum(net.apply(params, state, x[None], axis_name="b")[0])  # noqa: E731
+        return jnp.mean(jax.vmap(one, axis_name="b")(x))
+
+    with pytest.raises(ValueError, match="tap: the gradient must be taken inside the function that is mapped over 'b'"):
+        jax.grad(loss)(params)
