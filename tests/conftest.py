@@ -20,11 +20,12 @@ def pytest_sessionfinish(session):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_quickly(request):
     """Where most of a module's time is compiling, XLA need not optimise: `COMPILED_QUICKLY = True` in the module."""
-    quick = getattr(request.module, "COMPILED_QUICKLY", False)
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", quick or before)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    if getattr(request.module, "COMPILED_QUICKLY", False):
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+    else:
+        yield
 
 
 @pytest.fixture
