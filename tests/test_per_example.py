@@ -7,7 +7,7 @@ import pytest
 from subjects import SUBJECTS, B, draw, flat
 
 import fnn
-from fnn import _jaxpr
+from fnn import _jaxpr, products
 
 THOROUGH = {"mlp", "nested", "recurrent", "embedding"}
 
@@ -208,3 +208,20 @@ def test_a_trace_that_reads_otherwise_is_materialised_with_one_warning(monkeypat
     assert "materialized" in {r.route for r in g.routes}
     np.testing.assert_allclose(g.norms(), right.norms(), rtol=1e-6)
     np.testing.assert_allclose(flat(g.materialize()), flat(right.materialize()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["conv_groups", "sequences", "recurrent"])
+def test_gradients_made_in_parts_are_the_same(monkeypatch, name):
+    subject = SUBJECTS[name]()
+
+    def sums():
+        g = fnn.per_example(subject.loss)(subject.params, subject.batch)
+        clipped = g.clipped_mean(jnp.median(g.norms())).mean
+        return g.norms(), g.mean(), clipped
+
+    whole = sums()
+    jax.clear_caches()
+    monkeypatch.setattr(products, "CHUNK", 100)
+    for a, b in zip(jax.tree.leaves(sums()), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    jax.clear_caches()

@@ -12,7 +12,10 @@ import fnn
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-6), ("float64", 1e-14)])
 def test_path_and_loss_sum_to_the_batch_gradient(dtype, rounding):
-    """Relative to the gradient's norm: in float32 the batch gradient itself is 3e-7 off its value in float64."""
+    """Relative to the gradient's norm: in float32 the batch gradient itself is 3e-7 off its value in float64.
+
+    In float64 also: what `loss` and `running` stand for, example by example.
+    """
     with jax.enable_x64(dtype == "float64"):
         layer = fnn.models.mlp(2, 8, 3, activation="tanh", norm="batch_norm", unroll=1)
         params, state = layer.init(jax.random.key(1), draw(B, 5))
@@ -28,14 +31,15 @@ def test_path_and_loss_sum_to_the_batch_gradient(dtype, rounding):
 
         @jax.jit
         def compute(p):
+            exact = dtype == "float64"
             every = {
                 name: fnn.per_example(loss, axis_name="batch", batch_norm=name, eval_loss=evaluated)(p, (x, y))
-                for name in ("path", "loss", "running")
+                for name in ("path", "loss", *["running"] * exact)
             }
-            wanted = {
-                "loss": jax.jacrev(batch_losses)(p),
-                "running": jax.vmap(jax.grad(evaluated), in_axes=(None, 0))(p, (x, y)),
-            }
+            wanted = {}
+            if exact:
+                running = jax.vmap(jax.grad(evaluated), in_axes=(None, 0))(p, (x, y))
+                wanted = {"loss": jax.jacrev(batch_losses)(p), "running": running}
             whole = jax.grad(lambda p: jnp.mean(batch_losses(p)))(p)
             misses = [jax.tree.map(jnp.subtract, every[name].mean(), whole) for name in ("path", "loss")]
             stored = {name: every[name].materialize() for name in wanted}
@@ -44,7 +48,7 @@ def test_path_and_loss_sum_to_the_batch_gradient(dtype, rounding):
         misses, stored, wanted = compute(params)
     assert max(map(float, misses)) < rounding, misses
     for name, want in wanted.items():
-        np.testing.assert_allclose(flat(stored[name]), flat(want), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(flat(stored[name]), flat(want), rtol=1e-10, atol=1e-12)
 
 
 def test_frozen_statistics_against_a_norm_with_constants():
