@@ -20,8 +20,10 @@ from fnn.tree import statistics_dtype
 
 GRAM_SHARE = 0.25
 """|G|² is taken from Gram matrices over positions below this share of the cost of G: they cancel badly in float32."""
+STORED_SHARE = 0.5
+"""From this share on, at which G is at most twice its factors, sums come from the G that |G|² has made already."""
 CHUNK = 2**21
-"""How many numbers of all the examples' G are held at a time."""
+"""How many numbers of all the examples' G are held at a time, where only norms are asked for."""
 
 
 def arrange(terms: Sequence[Term], arrays: Sequence[tuple[Any, Any]]) -> tuple[jax.Array, jax.Array]:
@@ -35,21 +37,19 @@ def arrange(terms: Sequence[Term], arrays: Sequence[tuple[Any, Any]]) -> tuple[j
 def squared_norm(terms: Sequence[Term], arrays: Sequence[tuple[Any, Any]], examples: int) -> jax.Array:
     """Take |sum_t a_t d_tᵀ|² of one example, `examples` of which are at work at a time.
 
-    One position: |a|²·|d|². Many: directly, rows of G in chunks, or from Gram matrices where they are much cheaper.
+    One position: |a|²·|d|², 2(m + n) operations. Many: of G itself, in chunks, 2tmn operations; or from the Gram matrices
+    over positions, 2t²(m + n), where that is much less.
     """
     a, d = arrange(terms, arrays)
     if isinstance(terms[0].kind, Lookup):
         return _lookup_square(a, d)
-    (groups, t, m), n = a.shape, d.shape[-1]
+    (_, t, m), n = a.shape, d.shape[-1]
     if t == 1:
         return jnp.sum(_square(a) * _square(d))
     if t * (m + n) < GRAM_SHARE * m * n:
         grams = [_dot(x, x, ((2,), (2,)), ((0,), (0,))) for x in (a, d)]
         return jnp.maximum(jnp.sum(grams[0] * grams[1]), 0)
-    if m > n:  # in parts of the longer side, which also makes the better matrix product
-        a, d, m, n = d, a, n, m
-    parts = _parts(d, CHUNK // (examples * groups * m))
-    return sum((_square(_dot(a, part, ((1,), (1,)), ((0,), (0,))), 0) for part in parts), start=jnp.zeros(()))
+    return sum((_square(part, 0) for part in _outer(a, d, examples)), start=jnp.zeros(()))
 
 
 @flax.struct.dataclass
@@ -73,9 +73,7 @@ class Full:
         return _square(self.value, self.lead + 1)
 
     def weighted(self, w: jax.Array | None) -> jax.Array:
-        if w is None:
-            return jnp.sum(_widened(self.value), axis=self.lead)
-        return _depth(lambda w, value: _dot(w, _widened(value), ((0,), (0,)), ((), ())), self.lead)(w, self.value)
+        return _depth(_combined, self.lead)(w, self.value)
 
     def gram(self) -> jax.Array:
         value = jnp.moveaxis(self.value, self.lead, 0).reshape(self.value.shape[self.lead], -1)
@@ -135,6 +133,11 @@ class Pair:
         return one(self.arrays)
 
     def weighted(self, w: jax.Array | None) -> jax.Array:
+        if self._stored():
+            batch, (_, m, _) = self.arrays[0][0].shape[0], self.terms[0].kind.shape
+            parts = jax.vmap(lambda arrays: _outer(*arrange(self.terms, arrays), batch))(self.arrays)
+            g = jnp.concatenate([_combined(w, part) for part in parts], axis=-1)
+            return self._moved(g if g.shape[1] == m else g.swapaxes(1, 2))
         if isinstance(self.terms[0].kind, Convolution) and len(self.terms) == 1 and not self.terms[0].times:
             one = self._convolved
             for _ in range(self.lead):  # a loop: XLA would make one slow grouped convolution of them
@@ -167,6 +170,18 @@ class Pair:
 
         one = jax.vmap(_depth(one, self.lead), in_axes=self.lead)
         return jax.vmap(self._moved)(one(self.arrays))
+
+    def _stored(self) -> bool:
+        """Whether a sum comes from every example's G: 2mn operations, where the factors would take 2tmn once more.
+
+        `squares` needs the same products, and XLA computes them once. Not below `repeat`, where norms are taken inside
+        the loop: stacking G there took more memory and no less time.
+        """
+        if self.lead:
+            return False
+        a, d = jax.eval_shape(self._arranged, self.arrays)
+        (_, _, t, m), n = a.shape, d.shape[-1]
+        return t > 1 and t * (m + n) >= STORED_SHARE * m * n
 
     def _arranged(self, arrays: Any) -> tuple[jax.Array, jax.Array]:
         return jax.vmap(lambda arrays: arrange(self.terms, arrays))(arrays)
@@ -255,6 +270,21 @@ def _lookup_square(ids: jax.Array, d: jax.Array) -> jax.Array:
     segment = jnp.cumsum(jnp.concatenate([jnp.zeros(1, bool), ids[1:] != ids[:-1]]).astype(jnp.int32))
     rows = jax.ops.segment_sum(d, segment, num_segments=ids.size, indices_are_sorted=True)
     return jnp.sum(jnp.square(rows))
+
+
+def _outer(a: jax.Array, d: jax.Array, examples: int) -> list[jax.Array]:
+    """Make G of one example in parts of its longer side, which comes last: the better matrix product."""
+    if a.shape[-1] > d.shape[-1]:
+        a, d = d, a
+    parts = _parts(d, CHUNK // (examples * a.shape[0] * a.shape[-1]))
+    return [_dot(a, part, ((1,), (1,)), ((0,), (0,))) for part in parts]
+
+
+def _combined(w: jax.Array | None, g: jax.Array) -> jax.Array:
+    """Take sum_i w_i g_i, with weights of 1 for None: as a product too, since XLA adds up examples slowly on CPUs."""
+    g = _widened(g)
+    w = jnp.ones(g.shape[0], g.dtype) if w is None else w.astype(g.dtype)
+    return jax.lax.dot_general(w, g, (((0,), (0,)), ((), ())), precision="highest")
 
 
 def _parts(a: jax.Array, size: int) -> list[jax.Array]:

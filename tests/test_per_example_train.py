@@ -1,0 +1,73 @@
+"""Gradients of single examples in the train step and in `fit`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from subjects import B, draw, labels
+
+import fnn
+from fnn import noise
+
+
+def test_train_step_with_norms_and_clip():
+    x, y = draw(B, 5), labels()
+    layer = fnn.models.mlp(2, 8, 3, activation="tanh", norm="batch_norm", taps=True, unroll=1)
+    optimizer = optax.sgd(0.1)
+    state = fnn.TrainState.create(layer, optimizer, jax.random.key(0), x)
+    loss = fnn.example_loss(layer, fnn.losses.cross_entropy, state.state, axis_name="batch")
+
+    @jax.jit
+    def by_hand(params):
+        every = fnn.per_example(loss, axis_name="batch")(params, (x, y))
+        norms = every.norms()
+        max_norm = jnp.median(norms)
+        return norms, max_norm, every.clipped_mean(max_norm), every.variance(), every.signal_to_noise()
+
+    norms, max_norm, want, variance, signal_to_noise = by_hand(state.params)
+    max_norm = float(max_norm)
+
+    def run(**options):
+        step = fnn.train_step(layer, fnn.losses.cross_entropy, optimizer, per_layer=True, **options)
+        return step(jax.tree.map(jnp.copy, state), (x, y))
+
+    plain, with_norms = run(), run(per_example="norms")
+    for a, b in zip(jax.tree.leaves(plain[0].params), jax.tree.leaves(with_norms[0].params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    for a, b in zip(jax.tree.leaves(plain[0].state), jax.tree.leaves(with_norms[0].state), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    rows = [fnn.taps.read(*metrics["taps"]) for _, metrics in (plain, with_norms)]
+    for a, b in zip(*rows, strict=True):
+        if a.quantity != "dead":  # of a batch of one, then averaged
+            np.testing.assert_allclose(a.value, b.value, atol=1e-5)
+    metrics = with_norms[1]
+    for name in ("loss", "accuracy", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], plain[1][name], rtol=1e-5)
+    np.testing.assert_allclose(metrics["per_example_norms"], norms, rtol=1e-5)
+    np.testing.assert_allclose(metrics["per_example_quantiles"], np.quantile(norms, [0, 0.25, 0.5, 0.75, 1]), rtol=1e-5)
+    np.testing.assert_allclose(metrics["noise_trace"], variance, rtol=1e-4)
+    trace = sum(jnp.sum(a) for a in jax.tree.leaves(metrics["noise_traces"]))
+    np.testing.assert_allclose(trace, metrics["noise_trace"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["noise_signal"] / metrics["noise_trace"], signal_to_noise, rtol=1e-3)
+    clipped, metrics = run(per_example="clip", max_norm=max_norm)
+    moved = jax.tree.map(lambda old, new: (old - new) / 0.1, state.params, clipped.params)
+    for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(want.mean), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    np.testing.assert_allclose(metrics["examples_clipped"], 0.5)
+    np.testing.assert_allclose(metrics["clip_bias"], want.bias, rtol=1e-4)
+    for options in ({"per_example": "clip"}, {"max_norm": 1.0}, {"per_example": "norm"}):
+        with pytest.raises(ValueError, match="train_step"):
+            run(**options)
+
+
+def test_fit_carries_noise_and_the_scale_follows():
+    train = draw(64, 5), jnp.arange(64) % 3
+    layer = fnn.models.mlp(1, 8, 3)
+    optimizer = optax.sgd(0.01)
+    state = fnn.TrainState.create(layer, optimizer, jax.random.key(0), train[0][:8])
+    step = fnn.train_step(layer, fnn.losses.cross_entropy, optimizer, per_example="norms")
+    _, history = fnn.fit(step, state, train, epochs=2, batch_size=16, key=jax.random.key(1))
+    assert history.train["per_example_norms"].shape == (8, 16)
+    found = noise.scale(history.train["noise_trace"], history.train["noise_signal"])
+    np.testing.assert_allclose(found.value, history.train["noise_trace"].mean() / history.train["noise_signal"].mean())
