@@ -9,6 +9,8 @@ from subjects import SUBJECTS, B, draw, flat
 import fnn
 from fnn import _jaxpr, products
 
+COMPILED_QUICKLY = True
+
 THOROUGH = {"mlp", "nested", "recurrent", "embedding"}
 
 
