@@ -59,6 +59,7 @@ def run(options: common.Options) -> common.Result:
         checks.append(common.at_least(f"delta-orthogonal ahead of N(0, 1/fan_in): {after}", 0.05, ahead))
     common.finish(axes[0, 0], f"linear, {depth} layers", "layer", "log |dL/dh|, last 0")
     common.finish(axes[0, 1], f"tanh, {depth} layers", "epoch", "test accuracy")
+    axes[0, 1].get_legend().remove()  # the same lines as on the left; here there is no room for it
     remarks = [
         f"Digits, stratified split, {CHANNELS} channels at 4×4 positions, {seeds} seeds; Adam, one rate for all.",
     ]

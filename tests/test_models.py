@@ -128,9 +128,9 @@ def test_normless_resnet_trains_at_depth_64():
 def test_models_report_gradient_flow():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 9, (4, 6)))
     x, y = image(jnp.float32), jnp.array([0, 1, 2, 3])
-    deep = fnn.models.convnet([4], 4, convs=20, taps=True)
+    deep = fnn.models.convnet([4], 4, convs=8, taps=True)
     cases = [
-        (deep, x, 21),
+        (deep, x, 9),
         (fnn.models.resnet([2, 1], 4, width=2, taps=True), x, 3),
         (fnn.models.transformer(9, 3, 8, 2, outputs=4, causal=False, taps=True), tokens, 6),
         (fnn.models.rnn(3, 4, 4, vocabulary=9, taps=True), tokens, 3),
