@@ -72,10 +72,9 @@ def tap(*, bounds: tuple[float, float] | None = None) -> Layer:
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
         x = as_arrays(x)
         values, mask = parts("tap", x)
-        old, dtype = state, state.backward.log.dtype
+        y, dtype = _pass(state.rescale, axis_name, values, state.backward), state.backward.log.dtype
         forward = _forward(jax.lax.stop_gradient(values), mask, bounds, axis_name)
-        state = dataclasses.replace(state, forward=jax.tree.map(lambda a: a.astype(dtype), forward))
-        return like(x, _pass(old.rescale, axis_name, values, old.backward)), state
+        return like(x, y), dataclasses.replace(state, forward=jax.tree.map(lambda a: a.astype(dtype), forward))
 
     return Layer(init, apply)
 

@@ -44,3 +44,14 @@ def randomized(tree, seed=0):
     """Move every floating leaf off its initial value, so that zeros and ones hide nothing."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda a: jnp.asarray(a + 0.1 * rng.normal(size=a.shape), a.dtype), tree)
+
+
+def by_layer(rows):
+    """Group pairs of path and array by layer, in order: [{"kernel": ...}, {"scale": ..., "bias": ...}, ...]."""
+    found = []
+    for path, leaf in rows:
+        parent, _, name = path.rpartition("/")
+        if not found or found[-1][0] != parent:
+            found.append((parent, {}))
+        found[-1][1][name] = leaf
+    return [arrays for _, arrays in found]

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomized
+from conftest import by_layer, randomized
 
 import fnn
 
@@ -125,22 +125,11 @@ def translation(dtype=jnp.float32, **options):
     return net, jax.tree.map(lambda a: a.astype(dtype), randomized(params)), state, x
 
 
-def leaves_of(params):
-    """List the dicts of arrays of every layer in forward order, the depth axis written out."""
-    found = []
-    for path, leaf in fnn.tree.rows(params):
-        parent, _, name = path.rpartition("/")
-        if not found or found[-1][0] != parent:
-            found.append((parent, {}))
-        found[-1][1][name] = leaf
-    return [arrays for _, arrays in found]
-
-
 class Weights:
     """Hand out our arrays in the order in which the textbook's model needs them: encoder blocks, then the decoder's."""
 
     def __init__(self, params, pre):
-        layers = leaves_of(params["body"])
+        layers = by_layer(fnn.tree.rows(params["body"]))
         norms = [a for a in layers if "scale" in a]
         affine = [a for a in layers if "kernel" in a]
         self.norms, self.affine, self.pre = norms, affine, pre
@@ -217,7 +206,7 @@ def test_decoder_block_equals_pytorch(norm_position):
     module = torch.nn.TransformerDecoderLayer(
         D, HEADS, 16, dropout=0.0, batch_first=True, norm_first=norm_position == "pre"
     )
-    layers = leaves_of(params)
+    layers = by_layer(fnn.tree.rows(params))
     norms, affine = ([a for a in layers if name in a] for name in ("scale", "kernel"))
     weights = {}
     for name in ("self_attn", "multihead_attn"):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomized
+from conftest import by_layer, randomized
 
 import fnn
 
@@ -18,22 +18,11 @@ def image(dtype=jnp.float64):
     return jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 6, 2)), dtype)
 
 
-def groups(params):
-    """List the arrays of each layer, {"kernel": ...} or {"scale": ..., "bias": ...}, in the order of the net."""
-    found = []
-    for path, leaf in zip(fnn.tree.paths(params), jax.tree.leaves(params), strict=True):
-        parent, _, name = path.rpartition("/")
-        if not found or found[-1][0] != parent:
-            found.append((parent, {}))
-        found[-1][1][name] = leaf
-    return [arrays for _, arrays in found]
-
-
 class Weights:
     """Apply Flax's layers with our arrays, one after another."""
 
     def __init__(self, params):
-        self.left = groups(params)
+        self.left = by_layer(zip(fnn.tree.paths(params), jax.tree.leaves(params), strict=True))
 
     def take(self, module, x):
         params = self.left.pop(0)
