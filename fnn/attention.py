@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fnn import check, initializers, memory
 from fnn.core import Layer, as_arrays, as_spec
 from fnn.inputs import like, sequence
+from fnn.layers import affine
 from fnn.tree import statistics_dtype
 
 
@@ -63,7 +64,7 @@ def attention(
         else:
             seen = None if mask is None else mask[:, None, None, :]
             y = _attend(q, k, v, seen, causal)
-        y = _affine(params["out"], y.reshape(batch, time, d))
+        y = affine(params["out"], y.reshape(batch, time, d))
         if mask is not None:
             y = jnp.where(mask[..., None], y, 0)
         return like(x, y), state
@@ -120,7 +121,7 @@ def cross_attention(
         y = _attend(q, k, v, None if real is None else real[:, None, None, :], False)
         if real is not None:
             y = jnp.where(jnp.any(real, axis=1)[:, None, None, None], y, 0)
-        y = _affine(params["out"], y.reshape(target.shape))
+        y = affine(params["out"], y.reshape(target.shape))
         if mask is not None:
             y = jnp.where(mask[..., None], y, 0)
         return like(x["target"], y), state
@@ -238,22 +239,20 @@ def _cached(who: str, state: Any, q: Any, k: Any, v: Any, places: Any, mask: Any
 def _attend(q: Any, k: Any, v: Any, mask: Any, causal: bool) -> jax.Array:
     if 0 in (q.shape[1], k.shape[1]):
         return jnp.zeros_like(q)
-    if q.dtype != jnp.float64:
+    # JAX's own takes the softmax in float32, whatever its inputs; and on a CPU it is a map over groups of heads, slower
+    # than these lines: its worth is the fused kernel of an accelerator.
+    plain = jax.default_backend() == "cpu" and q.shape[2] == k.shape[2]
+    if q.dtype != jnp.float64 and not plain:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
-    # JAX's own takes the softmax in float32, whatever its inputs.
     k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=statistics_dtype(q.dtype))
+    unseen, logits = 0.7 * jnp.finfo(logits.dtype).min, logits / q.shape[-1] ** 0.5
     if causal:
-        logits = jnp.where(jnp.tril(jnp.ones(logits.shape[2:], bool)), logits, -1e300)
-    weights = jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, -1e300), axis=-1)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        logits = jnp.where(jnp.tril(jnp.ones(logits.shape[2:], bool)), logits, unseen)
+    weights = jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, unseen), axis=-1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
 
 
 def _project(params: dict[str, Any], x: jax.Array, heads: int) -> jax.Array:
-    y = _affine(params, x)
+    y = affine(params, x)
     return y.reshape(*y.shape[:2], heads, y.shape[-1] // heads)
-
-
-def _affine(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    y = x @ params["kernel"].astype(x.dtype)
-    return y + params["bias"].astype(x.dtype) if "bias" in params else y

@@ -13,6 +13,7 @@ import numpy as np
 from fnn import check, initializers
 from fnn.core import Layer, stateless
 from fnn.inputs import Masked, sequence
+from fnn.layers import product
 from fnn.tree import statistics_dtype
 
 Window = int | Sequence[int]
@@ -211,7 +212,7 @@ def _slide(
 
     # The backward pass of a loop keeps x and makes its patches anew; outside of loops XLA may find the two alike.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def product(x, kernel):
+    def of_patches(x, kernel):
         edges = [(*pad, far - 1) for pad, far in zip(pads, spread, strict=True)]
         x, shifted = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)]), []
         for place in itertools.product(*map(range, window)):
@@ -219,12 +220,12 @@ def _slide(
             last = [f + (n - 1) * s + 1 for f, n, s in zip(first, sizes, strides, strict=True)]
             shifted.append(jax.lax.slice(x, (0, *first, 0), (x.shape[0], *last, x.shape[-1]), (1, *strides, 1)))
         if groups == 1:
-            return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, channels)
+            return product(jnp.concatenate(shifted, axis=-1), kernel.reshape(-1, channels))
         patches = jnp.concatenate([piece.reshape(*piece.shape[:-1], groups, c) for piece in shifted], axis=-1)
         y = jnp.einsum("...gi,igo->...go", patches, kernel.reshape(-1, groups, channels // groups))
         return y.reshape(*y.shape[:-2], channels)
 
-    return product(x, kernel)
+    return of_patches(x, kernel)
 
 
 def _pool(who: str, window: Window, stride: Window | None, padding: Padding, pool: Callable[..., Any]) -> Layer:

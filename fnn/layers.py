@@ -44,10 +44,26 @@ def dense(
                 f"dense: the input's last axis must be {kernel.shape[0]}, as at init, "
                 f"expected {x.dtype}[batch, ..., {kernel.shape[0]}], got {check.describe(x)}"
             )
-        y = x @ kernel.astype(x.dtype)
-        return y + params["bias"].astype(x.dtype) if bias else y
+        return affine(params, x)
 
     return positionwise(stateless(init, apply))
+
+
+def affine(params: dict[str, Any], x: jax.Array) -> jax.Array:
+    """x W + b over the last axis, in x's dtype; b only where params have a bias."""
+    y = product(x, params["kernel"].astype(x.dtype))
+    return y + params["bias"].astype(x.dtype) if "bias" in params else y
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x W over the last axis, as a product of two matrices.
+
+    The gradient of W is then xᵀ dy of two matrices as they lie. With more axes JAX writes it as (dyᵀ x)ᵀ, for which XLA on
+    a CPU copies dy, and computes anew, in the copy, all sums that lead to it: down a residual net ever longer ones.
+    """
+    if x.ndim <= 2:
+        return x @ kernel
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def activation(f: str | Callable[..., Any], **options: Any) -> Layer:

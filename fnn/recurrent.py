@@ -2,7 +2,8 @@
 
 All take a sequence float[batch, time, d], alone or in `Masked`, and return float[batch, time, width] likewise. At a
 padded position the hidden state is held and the output is zero, so that padding on either side, or holes, change
-nothing at the real positions. The product with the inputs is one matrix product over all times, outside the loop.
+nothing at the real positions. The product with the inputs is one matrix product over all times, outside the loop, and
+so is the gradient of the recurrent kernel (`_loop` says how).
 
 The hidden state starts at zero, at a learned value (`initial="learned"`), or where the last piece of the sequence left
 it (see `memory`). `reverse=True` runs backwards in time, outputs in their places; `bidirectional` joins both. They stack
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from fnn import activations, check, initializers, memory
 from fnn.core import Branch, Layer, as_arrays, as_spec, parallel, serial
 from fnn.inputs import Masked, concatenate, like, sequence
+from fnn.layers import product
 from fnn.tree import Stacked, statistics_dtype
 
 Init = str | Callable[..., Any]
@@ -31,12 +33,16 @@ class _Cell(NamedTuple):
     who: str
     gates: int
     step: Callable[[Any, Any, Any], Any]
-    """(params in x's dtype, carry, x W + b at one time) -> carry"""
+    """(carry, x_t W + b, h_{t-1} U + c) -> (carry, slopes): the slopes of the new carry, which `tangent` reads"""
+    tangent: Callable[..., Any] | None
+    """(slopes, d carry, d of the two products' sum) -> d of the new carry, linear; None: JAX derives it step by step."""
     carried: tuple[str, ...] = ("hidden",)
     """The carry's arrays, float[batch, width] each; the first is the output."""
     biases: Callable[[Any, Any, int, Any], dict[str, Any]] = lambda key, init, n, dtype: {
         "bias": init(key, (n,), dtype)
     }
+    apart: bool = False
+    """`tangent` takes the two products' tangents one by one, not their sum."""
 
 
 def rnn(
@@ -58,10 +64,16 @@ def rnn(
     """
     phi = activations.get(activation)
 
-    def step(params, carry, fed):
-        return (phi(fed + carry[0] @ params["recurrent_kernel"]),)
+    def step(carry, fed, back):
+        z = fed + back
+        h, slope = jax.jvp(phi, (z,), (jnp.ones_like(z),))
+        return (h,), slope
 
-    cell = _Cell("rnn", 1, step)
+    def tangent(slope, carry, z):
+        return (slope * z,)
+
+    # The slope number by number is the derivative only where phi acts on each number by itself, as all named ones do.
+    cell = _Cell("rnn", 1, step, tangent if isinstance(activation, str) else None)
     return _over_time(cell, width, kernel_init, recurrent_init, bias_init, initial, reverse, tap, unroll)
 
 
@@ -82,18 +94,24 @@ def gru(
     float[width]: PyTorch's weights, with its two biases of r and z summed. Source: Cho et al. 2014, in cuDNN's form.
     """
 
-    def step(params, carry, fed):
+    def step(carry, fed, back):
         (h,) = carry
-        back = h @ params["recurrent_kernel"]
         r, z, _ = jnp.split(jax.nn.sigmoid(fed + back), 3, axis=-1)
-        n = jnp.tanh(fed[..., -h.shape[-1] :] + r * (back[..., -h.shape[-1] :] + params["recurrent_bias"]))
-        return ((1 - z) * n + z * h,)
+        b = back[..., -h.shape[-1] :]
+        n = jnp.tanh(fed[..., -h.shape[-1] :] + r * b)
+        by_n = (1 - z) * (1 - n) * (1 + n)
+        return ((1 - z) * n + z * h,), (z, by_n * b * r * (1 - r), (h - n) * z * (1 - z), by_n, by_n * r)
+
+    def tangent(slopes, carry, fed, back):
+        by_h, by_r, by_z, by_fed, by_back = slopes
+        (r, z, _), fed_n, back_n = jnp.split(fed + back, 3, axis=-1), fed[..., -width:], back[..., -width:]
+        return (by_h * carry[0] + by_r * r + by_z * z + by_fed * fed_n + by_back * back_n,)
 
     def biases(key, init, n, dtype):
         first, second = jax.random.split(key)
         return {"bias": init(first, (n,), dtype), "recurrent_bias": init(second, (n // 3,), dtype)}
 
-    cell = _Cell("gru", 3, step, biases=biases)
+    cell = _Cell("gru", 3, step, tangent, biases=biases, apart=True)
     return _over_time(cell, width, kernel_init, recurrent_init, bias_init, initial, reverse, tap, unroll)
 
 
@@ -120,17 +138,31 @@ def lstm(
     Source: Hochreiter and Schmidhuber 1997; Gers et al. 2000; Jozefowicz et al. 2015 for the bias.
     """
 
-    def step(params, carry, fed):
-        h, c = carry
-        i, f, g, o = jnp.split(fed + h @ params["recurrent_kernel"], 4, axis=-1)
-        c = jax.nn.sigmoid(f).astype(c.dtype) * c + (jax.nn.sigmoid(i) * jnp.tanh(g)).astype(c.dtype)
-        return jax.nn.sigmoid(o) * jnp.tanh(c).astype(h.dtype), c
+    def step(carry, fed, back):
+        _, c = carry
+        z = fed + back
+        # One sigmoid over all gates and the parts taken then: four of parts take XLA four times as long on a CPU.
+        i, f, _, o = jnp.split(jax.nn.sigmoid(z), 4, axis=-1)
+        g = jnp.tanh(z[..., 2 * width : 3 * width])
+        old, by_c = c, f.astype(c.dtype)
+        c = by_c * old + (i * g).astype(c.dtype)
+        t = jnp.tanh(c).astype(z.dtype)
+        by_f = old.astype(z.dtype) * f * (1 - f)
+        by_z = (g * i * (1 - i), by_f, i * (1 - g) * (1 + g))
+        return (o * t, c), (by_c, by_z, o * (1 - t) * (1 + t), t * o * (1 - o))
+
+    def tangent(slopes, carry, z):
+        by_old, by_z, by_c, by_o = slopes
+        *gates, o = jnp.split(z, 4, axis=-1)
+        old = carry[1]
+        c = by_old * old + sum(a * b for a, b in zip(by_z, gates, strict=True)).astype(old.dtype)
+        return by_c * c.astype(z.dtype) + by_o * o, c
 
     def biases(key, init, n, dtype):
         bias = init(key, (n,), dtype)
         return {"bias": bias.at[n // 4 : n // 2].add(jnp.asarray(forget_bias, dtype))}
 
-    cell = _Cell("lstm", 4, step, ("hidden", "cell"), biases)
+    cell = _Cell("lstm", 4, step, tangent, ("hidden", "cell"), biases)
     return _over_time(cell, width, kernel_init, recurrent_init, bias_init, initial, reverse, tap, unroll)
 
 
@@ -185,28 +217,31 @@ def _over_time(
         if values.shape[-1] != d:
             raise ValueError(f"{who}: the input's last axis must be {d}, as at init, got {check.describe(values)}")
         remembered, taps = (state, None) if tap is None else (state["memory"], state["tap"].inner.blocks)
+        for steps in {a.shape[0] for a in jax.tree.leaves(taps)} - {values.shape[1]}:
+            raise ValueError(f"{who}: its taps were built for {steps} steps, got {check.describe(values)}")
         narrow = jax.tree.map(lambda p: p.astype(values.dtype), params)
         carry = _first(cell, remembered, narrow, values, width)
-        fed = jnp.swapaxes(values @ narrow["kernel"] + narrow["bias"], 0, 1)
-
-        def body(carry, now):
-            fed, real, tapped = now
-            new = cell.step(narrow, carry, fed)
-            if real is not None:
-                new = tuple(jnp.where(real[:, None], a, b) for a, b in zip(new, carry, strict=True))
-            if tap is not None:
-                # Of a padded sequence the tap sees one of length 1, so that held states do not count.
-                seen = new[0] if real is None else Masked(new[0][:, None], real[:, None])
-                h, tapped = tap.apply((), tapped, seen, key=key, train=train, axis_name=axis_name)
-                new = (h.values[:, 0] if isinstance(h, Masked) else h, *new[1:])
-            return new, (new[0] if real is None else jnp.where(real[:, None], new[0], 0), tapped)
-
-        if tap is not None and (steps := jax.tree.leaves(taps)[0].shape[0]) != values.shape[1]:
-            raise ValueError(f"{who}: its taps were built for {steps} steps, got {check.describe(values)}")
+        fed = product(jnp.swapaxes(values, 0, 1), narrow["kernel"]) + narrow["bias"]
         real = None if mask is None else mask.T
-        carry, (ys, taps) = jax.lax.scan(
-            body, carry, (fed, real, taps), reverse=reverse, unroll=max(1, min(unroll, values.shape[1]))
-        )
+        back = narrow["recurrent_kernel"], None
+        if (bias := narrow.get("recurrent_bias")) is not None:
+            back = back[0], jnp.pad(bias, (back[0].shape[1] - width, 0))
+        how = {"reverse": reverse, "unroll": max(1, min(unroll, values.shape[1]))}
+        if tap is None and cell.tangent is not None:
+            carry, ys = _loop(cell, how, back, carry, fed, real)
+        else:
+
+            def body(carry, now):
+                fed, real, tapped = now
+                new = _held(real, cell.step(carry, fed, _product(back, carry[0]))[0], carry)
+                if tap is not None:
+                    # Of a padded sequence the tap sees one of length 1, so that held states do not count.
+                    seen = new[0] if real is None else Masked(new[0][:, None], real[:, None])
+                    h, tapped = tap.apply((), tapped, seen, key=key, train=train, axis_name=axis_name)
+                    new = (h.values[:, 0] if isinstance(h, Masked) else h, *new[1:])
+                return new, (_shown(real, new[0]), tapped)
+
+            carry, (ys, taps) = jax.lax.scan(body, carry, (fed, real, taps), **how)
         if remembered.started:
             held = {n: a.astype(remembered.held[n].dtype) for n, a in zip(cell.carried, carry, strict=True)}
             remembered = memory.advance(remembered, held, values.shape[1], mask)
@@ -214,6 +249,60 @@ def _over_time(
         return y, remembered if tap is None else {"memory": remembered, "tap": Branch(Stacked(taps))}
 
     return Layer(init, apply)
+
+
+def _loop(cell: _Cell, how: dict[str, Any], back: Any, carry: Any, fed: jax.Array, real: Any) -> tuple[Any, jax.Array]:
+    """Run a cell over time: (last carry, outputs float[time, batch, width]); back is (U, None or a bias).
+
+    The derivative is given here as JAX would find it, but for two things: the loop keeps the cell's slopes alone, half
+    of what it would keep for their factors; and h_{t-1} dU is one product over all times, ahead of the tangents' loop,
+    so that the gradient of U is one product behind the loop of the backward pass, not one added up in each of its turns.
+    """
+
+    def forward(back, carry, fed, real):
+        def body(carry, now):
+            fed, real = now
+            new, slopes = cell.step(carry, fed, _product(back, carry[0]))
+            new = _held(real, new, carry)
+            return new, (_shown(real, new[0]), carry[0], slopes)
+
+        return jax.lax.scan(body, carry, (fed, real), **how)
+
+    @jax.custom_jvp
+    def run(back, carry, fed, real):
+        carry, (ys, *_) = forward(back, carry, fed, real)
+        return carry, ys
+
+    @run.defjvp
+    def tangents(primals, tangents):
+        (kernel, _), *_, real = primals
+        d_back, d_carry, d_fed, _ = tangents
+        carry, (ys, before, slopes) = forward(*primals)
+        d_products = _product(d_back, before)
+        ahead = (d_fed, d_products) if cell.apart else (d_fed + d_products,)
+
+        def body(d_carry, now):
+            slopes, (*fed, last), real = now
+            new = cell.tangent(slopes, d_carry, *fed, last + d_carry[0] @ kernel)
+            new = _held(real, new, d_carry)
+            return new, _shown(real, new[0])
+
+        return (carry, ys), jax.lax.scan(body, d_carry, (slopes, ahead, real), **how)
+
+    return run(back, carry, fed, real)
+
+
+def _product(back: Any, h: jax.Array) -> jax.Array:
+    kernel, bias = back
+    return product(h, kernel) if bias is None else product(h, kernel) + bias
+
+
+def _held(real: jax.Array | None, new: Any, old: Any) -> Any:
+    return new if real is None else tuple(jnp.where(real[:, None], a, b) for a, b in zip(new, old, strict=True))
+
+
+def _shown(real: jax.Array | None, h: jax.Array) -> jax.Array:
+    return h if real is None else jnp.where(real[:, None], h, 0)
 
 
 def _first(cell: _Cell, remembered: Any, params: Any, values: jax.Array, width: int) -> tuple[jax.Array, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 from fnn import check, initializers
 from fnn.core import Layer, as_arrays, as_spec, stateless
 from fnn.inputs import Masked, check_mask, like, sequence
+from fnn.layers import product
 
 
 def embed(
@@ -57,7 +58,7 @@ def tied(vocabulary: int, width: int, body: Layer, *, padding: int | None = None
         h = _each("tied", params["embedding"], as_arrays(x), padding)
         h, inner = body.apply(params["body"], state["body"], h, key=key, train=train, axis_name=axis_name)
         values, _ = sequence("tied: the body's output", h)
-        return like(h, values @ params["embedding"].T.astype(values.dtype)), {"body": inner}
+        return like(h, product(values, params["embedding"].T.astype(values.dtype))), {"body": inner}
 
     return Layer(init, apply)
 

@@ -238,3 +238,51 @@ def test_refusals():
         fnn.gru(3, initial="zero")
     with pytest.raises(ValueError, match="must have no parameters"):
         fnn.rnn(3, tap=fnn.dense(3)).init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_written_derivative_is_that_of_the_loop(kind):
+    """A layer inside makes JAX derive the loop step by step: forward, backward and twice, in float64."""
+    with jax.enable_x64(True):
+        layer, params, state, x = prepared(kind, jnp.float64, reverse=True, initial="learned")
+        stepwise = LAYERS[kind](WIDTH, reverse=True, initial="learned", tap=fnn.activation("identity"))
+        tapped = stepwise.init(jax.random.key(0), x)[1]
+        x = fnn.Masked.of_lengths(x, LENGTHS)
+        along = jax.tree.map(jnp.cos, params)
+
+        def loss(params, layer, state):
+            return jnp.sum(jnp.sin(layer.apply(params, state, x)[0].values))
+
+        def derivatives(layer, state):
+            gradient = jax.grad(loss)
+            first = jax.jvp(lambda p: loss(p, layer, state), (params,), (along,))
+            return first, gradient(params, layer, state), twice(lambda p: gradient(p, layer, state))
+
+        def twice(gradient):
+            return jax.grad(lambda p: sum(jnp.vdot(a, jnp.sin(a)) for a in jax.tree.leaves(gradient(p))))(params)
+
+        ours, theirs = derivatives(layer, state), derivatives(stepwise, tapped)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-11, 1e-12), ours, theirs)
+
+
+def test_the_loop_keeps_the_slopes_and_no_product_adds_up_the_kernels_gradient():
+    """6 arrays of slopes and h for an lstm's backward pass, and one product for U outside of the loop."""
+    layer, params, state, x = prepared("lstm")
+    gradient = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(layer.apply(p, state, x)[0])))(params)
+    forward, backward = [e for e in gradient.eqns if e.primitive.name == "scan"]
+    assert sum(v.aval.shape[:1] == (TIME,) for v in forward.outvars) == 8  # and the outputs
+    inside = [e.outvars[0].aval.shape for e in backward.params["jaxpr"].eqns if e.primitive.name == "dot_general"]
+    assert inside == [(BATCH, WIDTH)]
+
+
+def test_an_activation_that_mixes_numbers_is_derived_by_jax():
+    layer, params, state, x = prepared("rnn", activation=jax.nn.softmax)
+
+    def by_hand(params):
+        h = jnp.zeros((BATCH, WIDTH))
+        for t in range(TIME):
+            h = jax.nn.softmax(x[:, t] @ params["kernel"] + h @ params["recurrent_kernel"] + params["bias"])
+        return jnp.sum(jnp.sin(5 * h))
+
+    ours = jax.grad(lambda p: jnp.sum(jnp.sin(5 * layer.apply(p, state, x)[0][:, -1])))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), ours, jax.grad(by_hand)(params))
