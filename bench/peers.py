@@ -46,11 +46,14 @@ def fnn_fit_metrics(problem: Problem) -> Run:
 
 def _fit(problem: Problem, step: fnn.TrainStep, state: fnn.TrainState) -> Run:
     key, batch = jax.random.key(3), problem.row.batch
-    # Laid out so that the epoch's shuffle brings back everybody's batches; the losses prove that it does.
-    order = fnn.data.shuffled(key, problem.steps * batch)
-    x, y = problem.xs.reshape(-1, FEATURES), problem.ys.reshape(-1)
-    data = fnn.data.Dataset(jnp.zeros_like(x).at[order].set(x), jnp.zeros_like(y).at[order].set(y))
+    data = fnn.data.Dataset(*_laid_out(problem, fnn.data.shuffled(key, problem.steps * batch)))
     return Run(lambda s, d: step.epoch(s, d, key, batch), state, [data], lambda metrics: metrics["loss"])
+
+
+def _laid_out(problem: Problem, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Lay out data so that an epoch's shuffle brings back everybody's batches; the losses prove that it does."""
+    x, y = problem.xs.reshape(-1, FEATURES), problem.ys.reshape(-1)
+    return jnp.zeros_like(x).at[order].set(x), jnp.zeros_like(y).at[order].set(y)
 
 
 @peer("fnn-stretch", "TrainStep.stretch: steps inside lax.scan over batches laid out beforehand")
@@ -89,6 +92,27 @@ def jax_steps(problem: Problem) -> Run:
 @peer("jax-steps-unrolled", "plain JAX, layers written out inside lax.scan over steps", max_depth=64)
 def jax_steps_unrolled(problem: Problem) -> Run:
     return _stretch(problem, *handwritten.unrolled(problem))
+
+
+@peer(
+    "jax-epoch-unrolled", "the same with what fit does besides: shuffle, gather batches inside the scan", max_depth=64
+)
+def jax_epoch_unrolled(problem: Problem) -> Run:
+    step, state = handwritten.unrolled(problem)
+    n, batch = problem.steps * problem.row.batch, problem.row.batch
+
+    def order(key):
+        return jnp.argsort(jax.random.bits(key, (n,)))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def epoch(state, data):
+        def body(state, index):
+            return step(state, jax.tree.map(lambda a: a.at[index].get(mode="promise_in_bounds"), data[1:]))
+
+        return jax.lax.scan(body, state, order(data[0]).reshape(-1, batch))
+
+    key = jax.random.key(3)
+    return Run(epoch, state, [(key, *_laid_out(problem, order(key)))])
 
 
 from bench import libraries as libraries  # noqa: E402  (enters its peers behind these)
