@@ -17,9 +17,9 @@ FLOORS = [
     {"check", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
     {"core", "losses", "gaussian", "products"},
     {"inputs", "dataset"},
-    {"memory"},
+    {"memory", "layers"},
     {
-        *("layers", "norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic"),
+        *("norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic"),
         *("finite_width", "rates", "cuts", "example_gradients"),
     },
     {"models", "clip", "flow", "meanfield", "data", "per_example", "noise"},
