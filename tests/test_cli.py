@@ -8,6 +8,8 @@ import pytest
 
 from fnn import cli, results, study
 
+COMPILED_QUICKLY = True
+
 
 def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

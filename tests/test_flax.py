@@ -9,6 +9,7 @@ import pytest
 
 import fnn
 
+COMPILED_QUICKLY = True
 DEPTH, WIDTH, CLASSES = 3, 16, 5
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import fnn
 
+COMPILED_QUICKLY = True
 KEY = jax.random.key(0)
 
 

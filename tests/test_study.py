@@ -15,6 +15,7 @@ import fnn
 from fnn import cell, study, tree
 from fnn import table as table_of
 
+COMPILED_QUICKLY = True
 # One worker: the tests share the fixtures, and those the compilations.
 pytestmark = pytest.mark.xdist_group("study")
 STEPS = (0, 2, 5)
