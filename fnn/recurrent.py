@@ -72,8 +72,9 @@ def rnn(
     def tangent(slope, carry, z):
         return (slope * z,)
 
-    # The slope number by number is the derivative only where phi acts on each number by itself, as all named ones do.
-    cell = _Cell("rnn", 1, step, tangent if isinstance(activation, str) else None)
+    # The slope number by number is the derivative only where phi acts on each by itself, which of a function who knows.
+    known = isinstance(activation, str | activations.Activation) and phi.elementwise
+    cell = _Cell("rnn", 1, step, tangent if known else None)
     return _over_time(cell, width, kernel_init, recurrent_init, bias_init, initial, reverse, tap, unroll)
 
 

@@ -278,8 +278,9 @@ def test_the_loop_keeps_the_slopes_and_no_product_adds_up_the_kernels_gradient()
     assert inside == [(BATCH, WIDTH)]
 
 
-def test_an_activation_that_mixes_numbers_is_derived_by_jax():
-    layer, params, state, x = prepared("rnn", activation=jax.nn.softmax)
+@pytest.mark.parametrize("phi", ["softmax", jax.nn.softmax], ids=["by_name", "a_function"])
+def test_an_activation_that_mixes_numbers_is_derived_by_jax(phi):
+    layer, params, state, x = prepared("rnn", activation=phi)
 
     def by_hand(params):
         h = jnp.zeros((BATCH, WIDTH))
