@@ -218,6 +218,7 @@ def devices_study():
 
 def test_runs_sharded_over_eight_devices_agree_with_one(tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(COMPILED_QUICKLY))  # as in this process
     command = [sys.executable, "-c", EIGHT, os.path.dirname(__file__), str(tmp_path)]
     subprocess.run(command, check=True, env=environment)
     found = fnn.results.read(tmp_path)
