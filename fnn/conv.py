@@ -18,7 +18,9 @@ from fnn.tree import statistics_dtype
 
 Window = int | Sequence[int]
 Padding = str | int | Sequence[int | tuple[int, int]]
-IMPLEMENTATIONS = ("patches", "xla")
+IMPLEMENTATIONS = ("patches", "turned", "xla")
+FEW = 32
+"""Numbers in a patch up to which a product of patches was faster than a convolution on a CPU."""
 PATCHES_LIMIT = 1 << 28
 """Bytes of patches beyond which a convolution is left to XLA unless `implementation` asks for them."""
 _LAYOUT = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
@@ -46,10 +48,11 @@ def conv(
     a number of zeros on either side, or one number or pair (before, after) for each axis. With groups, output channels
     g·channels/groups and on see input channels g·c/groups and on; depthwise is groups = c.
 
-    `implementation`: "xla" is XLA's own convolution; "patches" one product of the window's patches with the kernel
-    (Chellapilla et al. 2006), made anew in the backward pass of a loop. None takes patches on a CPU as long as they need
-    at most `PATCHES_LIMIT` bytes: inside a loop (`repeat`, `fit`, a study) XLA's own gradients took 6 to 40 times as
-    long there, outside of loops 0.6 to 1.1 times.
+    `implementation`: "xla" is XLA's own convolution, whose gradients inside a loop (`repeat`, `fit`, a study) take a CPU 10
+    to 100 times as long as outside; "turned" the same convolution with gradients that do not; "patches" one product of
+    the window's patches with the kernel (Chellapilla et al. 2006), made anew in the backward pass of a loop. On a CPU
+    None takes patches where they are small (at most `FEW` numbers), and for strides and groups up to `PATCHES_LIMIT`
+    bytes of them; else turned. Elsewhere None is "xla".
 
     Errors: ValueError for channels that groups do not divide, and for a window larger than the padded input.
     """
@@ -195,10 +198,15 @@ def _slide(
     padded = [(n - 1) * far + 1 + sum(pad) for n, far, pad in zip(x.shape[1:-1], spread, pads, strict=True)]
     sizes = [(n - (w - 1) * d - 1) // s + 1 for n, w, d, s in zip(padded, window, dilations, strides, strict=True)]
     if implementation is None:
-        count = x.shape[0] * math.prod(sizes) * math.prod(window) * x.shape[-1]
-        small = count * x.dtype.itemsize <= PATCHES_LIMIT
-        implementation = "patches" if small and jax.default_backend() == "cpu" else "xla"
-    if implementation == "xla":
+        patch = math.prod(window) * x.shape[-1]
+        small = x.shape[0] * math.prod(sizes) * patch * x.dtype.itemsize <= PATCHES_LIMIT
+        plain = groups == 1 and {*strides, *spread} == {1} and patch > FEW
+        implementation = "turned" if plain else "patches" if small else "xla"
+        implementation = implementation if jax.default_backend() == "cpu" else "xla"
+
+    layout = _LAYOUT[len(window)]
+
+    def xla(x, kernel, layout=layout):
         return jax.lax.conv_general_dilated(
             x,
             kernel,
@@ -206,9 +214,14 @@ def _slide(
             pads,
             lhs_dilation=spread,
             rhs_dilation=dilations,
-            dimension_numbers=_LAYOUT[len(window)],
+            dimension_numbers=layout,
             feature_group_count=groups,
         )
+
+    if implementation == "xla":
+        return xla(x, kernel)
+    if implementation == "turned":
+        return _turned(xla, len(window))(x, kernel)
 
     # The backward pass of a loop keeps x and makes its patches anew; outside of loops XLA may find the two alike.
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -226,6 +239,27 @@ def _slide(
         return y.reshape(*y.shape[:-2], channels)
 
     return of_patches(x, kernel)
+
+
+def _turned(xla: Any, axes: int) -> Any:
+    """Give a convolution tangents whose transposes are convolutions in the layout that XLA runs fast inside of loops.
+
+    The backward pass convolves dy with the kernel, and x with dy, examples in the place of channels. JAX's own leaves the
+    arrays as they lie and names their axes otherwise, which XLA on a CPU puts in order outside of loops alone.
+    """
+    space = "DHW"[-axes:]
+    layouts = (f"N{space}C", f"{space}OI", f"N{space}C"), (f"C{space}N", f"I{space}O", f"{space}NC")
+    run = jax.custom_jvp(lambda x, kernel: xla(x, kernel))
+
+    @run.defjvp
+    def tangents(primals, tangents):
+        (x, kernel), (dx, d_kernel) = primals, tangents
+        last = axes + 1
+        by_x = xla(dx, jnp.swapaxes(kernel, axes, last), layouts[0])
+        by_kernel = xla(jnp.swapaxes(x, 0, last), jnp.moveaxis(d_kernel, axes, 0), layouts[1])
+        return xla(*primals), by_x + jnp.moveaxis(by_kernel, axes, 0)
+
+    return run
 
 
 def _pool(who: str, window: Window, stride: Window | None, padding: Padding, pool: Callable[..., Any]) -> Layer:

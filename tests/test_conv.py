@@ -52,7 +52,7 @@ def test_conv_equals_flax(case, dtype, tolerance):
             dtype=dtype,
         )
         expected = theirs.apply({"params": params}, x)
-        for implementation in ("patches", "xla"):
+        for implementation in ("patches", "turned", "xla"):
             y, _ = fnn.conv(8, window, **options, implementation=implementation).apply(params, (), x)
             assert y.dtype == dtype and y.shape == expected.shape
             np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance)
@@ -78,25 +78,36 @@ def test_implementations_have_the_same_derivatives(case, x64):
             gradient = jax.grad(loss, (0, 1))
             return jax.jvp(gradient, (params, x), jax.tree.map(jnp.cos, (params, x)))
 
-        ours, theirs = jax.tree.leaves(derivatives("patches")), jax.tree.leaves(derivatives("xla"))
-        for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+        theirs = derivatives("xla")
+        for ours in derivatives("patches"), derivatives("turned"):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), ours, theirs)
 
 
-def test_on_a_cpu_convolutions_are_products_of_patches_that_the_backward_pass_makes_anew(monkeypatch):
-    """Kept patches of all 20 blocks would be 9 times their inputs."""
-    x = jnp.ones((4, 8, 8, 16))
-    net = fnn.repeat(fnn.serial(fnn.conv(16, 3), fnn.activation("tanh")), 20)
-    params, state = net.init(jax.random.key(0), x)
+def test_on_a_cpu_no_convolution_lies_otherwise_than_in_a_forward_pass(monkeypatch):
+    """Few channels and strides go as patches, made anew in the backward pass: kept they would be 9 times their inputs."""
 
-    def compiled():
-        return jax.jit(jax.grad(lambda params, x: jnp.sum(net.apply(params, state, x)[0]))).lower(params, x)
+    def compiled(channels, stride=1):
+        net = fnn.repeat(fnn.serial(fnn.conv(channels, 3, stride=stride), fnn.activation("tanh")), 20)
+        x = jnp.ones((4, 8, 8, channels))
+        if stride > 1:
+            net = fnn.conv(channels, 3, stride=stride)
+        params, state = net.init(jax.random.key(0), x)
+        gradient = jax.jit(jax.grad(lambda params, x: jnp.sum(net.apply(params, state, x)[0]), (0, 1)))
+        return gradient.lower(params, x), x
 
-    assert ("convolution" not in compiled().as_text()) == (jax.default_backend() == "cpu")
+    def layouts(lowered):
+        return [text.split("{")[0].strip() for text in lowered.as_text().split("dim_numbers = ")[1:]]
+
     if jax.default_backend() == "cpu":
-        assert compiled().compile().memory_analysis().temp_size_in_bytes < 20 * 5 * x.nbytes
-    monkeypatch.setattr(sys.modules["fnn.conv"], "PATCHES_LIMIT", 1000)
-    assert "convolution" in compiled().as_text()
+        turned, x = compiled(16)
+        assert {layout.split(", window")[0] for layout in layouts(turned)} == {
+            "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"
+        }
+        for lowered in turned, compiled(3)[0]:
+            assert lowered.compile().memory_analysis().temp_size_in_bytes < 20 * 5 * x.nbytes
+        assert not layouts(compiled(3)[0]) and not layouts(compiled(16, 2)[0])
+        monkeypatch.setattr(sys.modules["fnn.conv"], "PATCHES_LIMIT", 1000)
+    assert layouts(compiled(16, 2)[0])
 
 
 @pytest.mark.parametrize(

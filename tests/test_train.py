@@ -246,11 +246,17 @@ def test_nets_of_xlas_convolutions_are_trained_step_by_step_on_a_cpu_with_the_sa
     """XLA's CPU code for the gradient of a convolution is some 30 times slower inside a loop than outside of it."""
     rng = np.random.default_rng(0)
     data = jnp.asarray(rng.normal(size=(12, 4, 4, 1)), jnp.float32), jnp.asarray(rng.integers(0, 2, 12), jnp.int32)
-    net = fnn.serial(fnn.conv(2, 3, implementation="xla"), fnn.batch_norm(), fnn.flatten(), fnn.dense(2))
-    key = jax.random.key(3)
-    step = fnn.train_step(net, fnn.losses.cross_entropy, OPTIMIZER)
-    state = fnn.TrainState.create(net, OPTIMIZER, jax.random.key(0), data[0])
+
+    def ready(implementation):
+        conv = fnn.conv(2, 3, implementation=implementation)
+        net = fnn.serial(conv, fnn.batch_norm(), fnn.flatten(), fnn.dense(2))
+        step = fnn.train_step(net, fnn.losses.cross_entropy, OPTIMIZER)
+        return step, fnn.TrainState.create(net, OPTIMIZER, jax.random.key(0), data[0])
+
+    (step, state), key = ready("xla"), jax.random.key(3)
     assert step.loops(state, data) and not STEP.loops(fresh(), clusters())
+    for scannable, start in map(ready, ("turned", "patches")):
+        assert not scannable.loops(start, data)
     one_by_one, history = fnn.fit(step, state, data, epochs=1, batch_size=4, key=key)
     scanned, metrics = step.epoch(state, fnn.data.Dataset(*data), jax.random.split(key, 1)[0], 4)
     np.testing.assert_allclose(history.train["loss"], metrics["loss"], rtol=1e-5)
