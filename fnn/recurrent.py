@@ -154,9 +154,10 @@ def lstm(
 
     def tangent(slopes, carry, z):
         by_old, by_z, by_c, by_o = slopes
-        *gates, o = jnp.split(z, 4, axis=-1)
+        by_i, by_f, by_g = by_z
+        i, f, g, o = jnp.split(z, 4, axis=-1)
         old = carry[1]
-        c = by_old * old + sum(a * b for a, b in zip(by_z, gates, strict=True)).astype(old.dtype)
+        c = by_old * old + (by_i * i + by_f * f + by_g * g).astype(old.dtype)
         return by_c * c.astype(z.dtype) + by_o * o, c
 
     def biases(key, init, n, dtype):
@@ -260,6 +261,9 @@ def _loop(cell: _Cell, how: dict[str, Any], back: Any, carry: Any, fed: jax.Arra
     so that the gradient of U is one product behind the loop of the backward pass, not one added up in each of its turns.
     """
 
+    tangent = cell.tangent
+    assert tangent is not None
+
     def forward(back, carry, fed, real):
         def body(carry, now):
             fed, real = now
@@ -284,7 +288,7 @@ def _loop(cell: _Cell, how: dict[str, Any], back: Any, carry: Any, fed: jax.Arra
 
         def body(d_carry, now):
             slopes, (*fed, last), real = now
-            new = cell.tangent(slopes, d_carry, *fed, last + d_carry[0] @ kernel)
+            new = tangent(slopes, d_carry, *fed, last + d_carry[0] @ kernel)
             new = _held(real, new, d_carry)
             return new, _shown(real, new[0])
 
