@@ -200,8 +200,8 @@ def _slide(
     if implementation is None:
         patch = math.prod(window) * x.shape[-1]
         small = x.shape[0] * math.prod(sizes) * patch * x.dtype.itemsize <= PATCHES_LIMIT
-        plain = groups == 1 and {*strides, *spread} == {1} and patch > FEW
-        implementation = "turned" if plain else "patches" if small else "xla"
+        plain = groups == 1 and {*strides, *spread} == {1}
+        implementation = "turned" if plain and (patch > FEW or not small) else "patches" if small else "xla"
         implementation = implementation if jax.default_backend() == "cpu" else "xla"
 
     layout = _LAYOUT[len(window)]
