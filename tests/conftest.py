@@ -1,10 +1,32 @@
-"""Every test starts from JAX's defaults: float32, one CPU device."""
+"""Every test starts from JAX's defaults: float32, one CPU device.
+
+Most of the tests' time is compiling. So XLA optimises little, unless a test asks for `optimised`, and what one process has
+compiled is kept for the others until the run ends; in a folder that JAX_COMPILATION_CACHE_DIR names, for the next run too.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
 
 import chromium
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+SETTINGS = {
+    "jax_disable_most_optimizations": True,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    SETTINGS["jax_compilation_cache_dir"] = tempfile.mkdtemp(prefix="fnn-tests-")
+    atexit.register(shutil.rmtree, SETTINGS["jax_compilation_cache_dir"], ignore_errors=True)
+for name, value in SETTINGS.items():
+    if name.upper() not in os.environ:
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # child processes compile as this one, or would differ in the last bits
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -17,15 +39,12 @@ def pytest_sessionfinish(session):
     return result
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly(request):
-    """Where most of a module's time is compiling, XLA need not optimise: `COMPILED_QUICKLY = True` in the module."""
-    if getattr(request.module, "COMPILED_QUICKLY", False):
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
-    else:
-        yield
+@pytest.fixture
+def optimised():
+    """Compile as users do."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from scipy import special
 
 from fnn import activations
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 PHI = special.ndtr
 DENSITY = math.sqrt(2 * math.pi)
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805

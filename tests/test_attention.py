@@ -11,8 +11,6 @@ from conftest import randomized
 import fnn
 from fnn.attention import rotate
 
-COMPILED_QUICKLY = True
-
 BATCH, TIME, D, HEADS = 3, 6, 8, 2
 LENGTHS = jnp.array([6, 2, 4])
 KEY = jax.random.key(0)

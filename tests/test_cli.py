@@ -8,11 +8,10 @@ import pytest
 
 from fnn import cli, results, study
 
-COMPILED_QUICKLY = True
-
 
 def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     command = (
         "study --depth 2,4 --activation relu --norm none --width 32 --seeds 3 --sigma-w 1.0:1.5:2 --learning-rate 0.01 "

@@ -13,6 +13,8 @@ import fnn
 from fnn import clip, tree
 from fnn.tree import Stacked
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 DEPTH = 5
 # Compile trees of many arrays in two thirds of the time. Tests of extreme numbers use the ordinary `jax.jit`.
 quick_jit = functools.partial(

@@ -11,8 +11,6 @@ from conftest import randomized
 
 import fnn
 
-COMPILED_QUICKLY = True
-
 CASES = [
     # rank, window, stride, dilation, groups, padding, Flax's padding
     (1, 3, 1, 2, 1, "same", "SAME"),

@@ -9,6 +9,8 @@ import pytest
 
 import fnn
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 X = jax.ShapeDtypeStruct((2, 4), jnp.float32)
 
 

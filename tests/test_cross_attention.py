@@ -14,14 +14,6 @@ KEY = jax.random.key(0)
 PRECISIONS = pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 1e-5), (jnp.float64, 1e-10)], ids=["f32", "f64"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """Most of the time of these tests is compiling: XLA need not optimise."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def drawn(dtype=jnp.float32, source_width=E):
     """A source with padding in front and a hole, a target with padding behind."""
     rng = np.random.default_rng(0)

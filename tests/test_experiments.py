@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-COMPILED_QUICKLY = True
 FOLDER = Path(__file__).parent.parent / "experiments"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 

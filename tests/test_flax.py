@@ -9,7 +9,6 @@ import pytest
 
 import fnn
 
-COMPILED_QUICKLY = True
 DEPTH, WIDTH, CLASSES = 3, 16, 5
 
 

@@ -8,7 +8,6 @@ import pytest
 
 import fnn
 
-COMPILED_QUICKLY = True
 KEY = jax.random.key(0)
 
 

@@ -11,8 +11,6 @@ from zoo import CASES, floating, sample
 
 import fnn
 
-COMPILED_QUICKLY = True
-
 
 def table(cases):
     return pytest.mark.parametrize(

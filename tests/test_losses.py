@@ -10,6 +10,8 @@ from scipy import special
 
 from fnn import losses
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 LOGITS = np.array(
     [[0.3, -1.2, 2.0], [5.0, 5.0, -40.0], [0.0, 0.0, 0.0], [1e4, -1e4, 0.0], [1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]]
 )

@@ -9,8 +9,6 @@ from conftest import by_layer, randomized
 
 import fnn
 
-COMPILED_QUICKLY = True
-
 KEY = jax.random.key(0)
 
 

@@ -8,6 +8,8 @@ import pytest
 
 import fnn
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 def batch(seed, mean=0.0, std=1.0, shape=(64, 5)):
     return (mean + std * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)

@@ -9,8 +9,6 @@ from subjects import SUBJECTS, B, draw, flat
 import fnn
 from fnn import _jaxpr, products
 
-COMPILED_QUICKLY = True
-
 THOROUGH = {"mlp", "nested", "recurrent", "embedding"}
 
 

@@ -9,8 +9,6 @@ from subjects import B, draw, flat, labels
 
 import fnn
 
-COMPILED_QUICKLY = True
-
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-6), ("float64", 1e-14)])
 def test_path_and_loss_sum_to_the_batch_gradient(dtype, rounding):

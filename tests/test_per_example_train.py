@@ -10,8 +10,6 @@ from subjects import B, draw, labels
 import fnn
 from fnn import noise
 
-COMPILED_QUICKLY = True
-
 
 def test_train_step_with_norms_and_clip():
     x, y = draw(B, 5), labels()

@@ -9,7 +9,6 @@ from conftest import randomized
 
 import fnn
 
-COMPILED_QUICKLY = True
 WIDTH, D, BATCH, TIME = 5, 3, 4, 6
 LENGTHS = jnp.array([6, 1, 4, 3])
 LAYERS = {"rnn": fnn.rnn, "gru": fnn.gru, "lstm": fnn.lstm}

@@ -52,15 +52,9 @@ ARGUMENTS = [
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A folder for compiled programs: the same three cells serve every test."""
-    return str(tmp_path_factory.mktemp("xla"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, cache):
+def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    tiny().run(folder, cache=cache)
+    tiny().run(folder)
     return folder
 
 
@@ -99,10 +93,10 @@ def test_finished_cells_are_not_run_again(copied, monkeypatch):
     assert again.table().equals(before) and len(again.sessions) == 2
 
 
-def test_a_missing_cell_is_measured_again_to_the_last_bit(copied, cache):
+def test_a_missing_cell_is_measured_again_to_the_last_bit(copied):
     before = results.read(copied).table()
     (copied / "cells" / "00001.parquet").unlink()
-    assert tiny().run(copied, cache=cache).table().equals(before)
+    assert tiny().run(copied).table().equals(before)
 
 
 def test_chunks_of_the_folder_are_reused_and_others_refused(copied, monkeypatch):
@@ -161,7 +155,7 @@ def test_pages_damaged_behind_a_whole_footer_are_found_when_read(copied):
         results.read(copied).table()
 
 
-def test_a_full_disk_loses_no_finished_cell(tmp_path, monkeypatch, capsys, undisturbed, cache):
+def test_a_full_disk_loses_no_finished_cell(tmp_path, monkeypatch, capsys, undisturbed):
     calls, fsync = [], os.fsync
 
     def full(descriptor):
@@ -171,12 +165,12 @@ def test_a_full_disk_loses_no_finished_cell(tmp_path, monkeypatch, capsys, undis
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    assert fnn.cli.main([*ARGUMENTS, str(tmp_path), "--cache", cache]) == 2
+    assert fnn.cli.main([*ARGUMENTS, str(tmp_path)]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "cannot write" in last and "No space left on device" in last
     assert finished(tmp_path) == ["00000.parquet"] and not list(tmp_path.rglob("*.part"))
     monkeypatch.undo()
-    assert tiny().run(tmp_path, cache=cache).table().equals(results.read(undisturbed).table())
+    assert tiny().run(tmp_path).table().equals(results.read(undisturbed).table())
 
 
 def test_one_folder_serves_one_run_at_a_time(copied):
@@ -186,7 +180,7 @@ def test_one_folder_serves_one_run_at_a_time(copied):
         tiny().run("/dev/null/x")
 
 
-def test_ctrl_c_here_keeps_what_is_finished(tmp_path, monkeypatch, capsys, cache):
+def test_ctrl_c_here_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     work, seen = study.work, []
 
     def interrupted(task):
@@ -196,14 +190,14 @@ def test_ctrl_c_here_keeps_what_is_finished(tmp_path, monkeypatch, capsys, cache
         return work(task)
 
     monkeypatch.setattr(study, "work", interrupted)
-    assert fnn.cli.main([*ARGUMENTS, str(tmp_path), "--cache", cache]) == 130
+    assert fnn.cli.main([*ARGUMENTS, str(tmp_path)]) == 130
     assert "the same command resumes" in capsys.readouterr().err and finished(tmp_path) == ["00000.parquet"]
 
 
-def test_interrupts_and_kills_end_in_the_undisturbed_table(tmp_path, undisturbed, cache):
+def test_interrupts_and_kills_end_in_the_undisturbed_table(tmp_path, undisturbed):
     """Two workers: Ctrl-C after the first cell, `kill -9` after the next, then to the end."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "fnn", *ARGUMENTS, str(out), "--workers", "2", "--cache", cache]
+    command = [sys.executable, "-m", "fnn", *ARGUMENTS, str(out), "--workers", "2"]
 
     def until(count):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
@@ -230,10 +224,10 @@ def test_interrupts_and_kills_end_in_the_undisturbed_table(tmp_path, undisturbed
     assert not list(out.rglob("*.part"))
 
 
-def test_executors_of_all_kinds(undisturbed, cache):
+def test_executors_of_all_kinds(undisturbed):
     table = results.read(undisturbed).table()
     with ThreadPoolExecutor(2) as executor:
-        assert tiny().run(executor=executor, cache=cache).table().equals(table)
+        assert tiny().run(executor=executor).table().equals(table)
     fork = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
     with pytest.raises(ValueError, match="forked processes hangs"):
         tiny().run(executor=fork)
@@ -257,15 +251,11 @@ if __name__ == "__main__":
 """
 
 
-def test_a_dask_cluster_of_two_workers(tmp_path, undisturbed, cache):
+def test_a_dask_cluster_of_two_workers(tmp_path, undisturbed):
     script = tmp_path / "script.py"
     script.write_text(DASK)
-    # The workers take JAX's settings from the environment.
-    settings = {"DIR": cache, "MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "-1"}
-    names = {"DIR": "JAX_COMPILATION_CACHE_DIR"}
-    environment = os.environ | {names.get(n, f"JAX_PERSISTENT_CACHE_{n}"): value for n, value in settings.items()}
     command = [sys.executable, str(script), os.path.dirname(__file__), str(tmp_path / "out")]
-    subprocess.run(command, check=True, timeout=300, env=environment)
+    subprocess.run(command, check=True, timeout=300)
     found = results.read(tmp_path / "out")
     assert found.sessions[0]["executor"] == "ClientExecutor"
     ours, theirs = results.read(undisturbed).table(), found.table()

@@ -15,7 +15,6 @@ import fnn
 from fnn import cell, study, tree
 from fnn import table as table_of
 
-COMPILED_QUICKLY = True
 # One worker: the tests share the fixtures, and those the compilations.
 pytestmark = pytest.mark.xdist_group("study")
 STEPS = (0, 2, 5)
@@ -218,7 +217,6 @@ def devices_study():
 
 def test_runs_sharded_over_eight_devices_agree_with_one(tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(COMPILED_QUICKLY))  # as in this process
     command = [sys.executable, "-c", EIGHT, os.path.dirname(__file__), str(tmp_path)]
     subprocess.run(command, check=True, env=environment)
     found = fnn.results.read(tmp_path)

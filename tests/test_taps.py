@@ -227,7 +227,7 @@ def test_gradient_flow_through_batch_norm_residual_and_nested_repeat_equals_floa
     assert [row.layer for row in kernels] == list(range(1, 12))
 
 
-def test_sigmoid_at_depth_2000_is_finite_in_float32_and_bfloat16_with_the_predicted_slope():
+def test_sigmoid_at_depth_2000_is_finite_in_float32_and_bfloat16_with_the_predicted_slope(optimised):
     x, y = problem(n=32, features=64)
     net = fnn.models.mlp(2000, 64, 3, activation="sigmoid", init="scaled(1.0)", taps=True)
     params, state = jax.jit(lambda k: net.init(k, x))(jax.random.key(1))

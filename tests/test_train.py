@@ -8,7 +8,6 @@ import pytest
 
 import fnn
 
-COMPILED_QUICKLY = True
 NET = fnn.models.mlp(1, 8, 3, norm="batch_norm", activation="tanh", taps=True)
 OPTIMIZER = optax.chain(fnn.clip.by_global_norm(0.5), optax.sgd(0.1))
 STEP = fnn.train_step(NET, fnn.losses.cross_entropy, OPTIMIZER, per_layer=True)

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from fnn import tree
 from fnn.tree import Stacked
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 RNG = np.random.default_rng(0)
 
 
