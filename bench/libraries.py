@@ -281,21 +281,27 @@ def _torch_fill(module: Any, weights: dict[str, np.ndarray]) -> None:
             getattr(module, name).copy_(torch.tensor(value.T.copy()))  # Linear's weight is (out, in)
 
 
-def _torch(problem: Problem, compile_net: Callable[[Any], Any]) -> Run:
+def torch_run(net: Any, xs: Any, ys: Any, compile_net: Callable[[Any], Any] = lambda net: net) -> Run:
+    """Make a Python loop of steps of a net whose weights are set; xs, ys: data with a leading axis of steps."""
     import torch
     from torch.nn import functional, utils
 
     device = _torch_device()
-    net = _torch_net(problem).to(device).train()
-    params = list(net.parameters())
+    net = net.to(device).train()
+    params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(params, lr=RATE, fused=True)
     forward = compile_net(net)
-    xs = torch.tensor(np.asarray(problem.xs), device=device)
-    ys = torch.tensor(np.asarray(problem.ys), dtype=torch.int64, device=device)
+
+    def moved(a):
+        a = torch.tensor(np.asarray(a), device=device)
+        return a if a.is_floating_point() else a.long()
+
+    xs, ys = jax.tree.map(moved, (xs, ys))
+    batches = [(jax.tree.map(lambda a, i=i: a[i], xs), y) for i, y in enumerate(ys)]
 
     def step(state, batch):
         optimizer.zero_grad(set_to_none=True)
-        loss = functional.cross_entropy(forward(batch[0]), batch[1])
+        loss = functional.cross_entropy(forward(batch[0]).flatten(0, -2), batch[1].flatten())
         loss.backward()
         utils.clip_grad_norm_(params, MAX_NORM)
         optimizer.step()
@@ -305,7 +311,11 @@ def _torch(problem: Problem, compile_net: Callable[[Any], Any]) -> Run:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return Run(step, None, list(zip(xs, ys, strict=True)), lambda loss: loss.item(), wait)
+    return Run(step, None, batches, lambda loss: loss.item(), wait)
+
+
+def _torch(problem: Problem, compile_net: Callable[[Any], Any]) -> Run:
+    return torch_run(_torch_net(problem), problem.xs, problem.ys, compile_net)
 
 
 @peer("torch", "PyTorch eager, fused Adam", needs="torch")

@@ -1,7 +1,8 @@
-"""The suite `models`: milliseconds per training step of a conv net, a transformer and an LSTM, against Flax Linen."""
+"""The suite `models`: milliseconds per training step of conv nets, transformers and recurrent nets, against Flax and PyTorch."""
 
 import functools
 import gc
+import importlib.util
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,16 +15,17 @@ import optax
 
 import fnn
 from bench import nets, timing
-from bench.libraries import linen_run
+from bench.libraries import linen_run, torch_run
 from bench.nets import HEADS, LAYERS, LENGTH, VOCABULARY, WIDTH
 from bench.problem import MAX_NORM, RATE, on_device
+from bench.registry import Skip
 from bench.report import Section
 from bench.timing import Run
 
 ABOUT = """\
 Milliseconds per training step of six models, with cross entropy, clipping by the global norm at 1 and Adam, float32.
-Flax Linen's nets are the same nets from the same weights; before timing, the losses of steps 1 and 3 agreed (1e-4, and
-1e-3 relative). Rounds are interleaved; the median round, with the fastest and the slowest. `fnn-stretch` and
+Flax Linen's and PyTorch's are the same nets from the same weights; before timing, the losses of steps 1 and 3 agreed
+(1e-4, and 1e-3 relative). Rounds are interleaved; the median round, with the fastest and the slowest. `fnn-stretch` and
 `linen-steps` scan over the steps inside one program; the others are loops of jitted steps in Python."""
 
 COLUMNS = ("peer", "ms/step", "[min..max]", "first call, s", "x best")
@@ -32,6 +34,7 @@ NAMES = {
     "fnn-stretch": "what fnn.fit runs: steps inside lax.scan",
     "linen": "Flax Linen, one jitted step in a Python loop",
     "linen-steps": "Flax Linen, the same step inside lax.scan",
+    "torch": "PyTorch eager, fused Adam",
 }
 
 
@@ -72,7 +75,13 @@ def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
     """Go through the models; yield each one's section as soon as it is done."""
     for name, model in MODELS.items():
         say(f"\n{name}: {model.about}")
-        runs = {peer: build(model) for peer, build in BUILDERS.items() if peer in (options.peers or NAMES)}
+        runs, missing = {}, []
+        for peer in (peer for peer in NAMES if peer in (options.peers or NAMES)):
+            try:
+                runs[peer] = BUILDERS[peer](name, model)
+            except Skip as skip:
+                missing.append(f"{peer}: skipped, {skip}")
+                say(f"  {missing[-1]}")
         first, losses = {}, {}
         for peer, ready in runs.items():
             first[peer], losses[peer] = ready.first_round()
@@ -92,7 +101,7 @@ def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
             seconds = max(0.0, first[peer] - t.median / 1e3 * model.steps / len(runs[peer].items))
             cells.append((peer, f"{t.median:.3f}", f"[{t.low:.3f}..{t.high:.3f}]", f"{seconds:.2f}", shown))
             records.append({"name": peer, "ms": t.rounds, "ratio": ratio._asdict(), "first_s": seconds})
-        notes = [model.about, *(f"{peer}: {NAMES[peer]}" for peer in times)]
+        notes = [model.about, *(f"{peer}: {NAMES[peer]}" for peer in times), *missing]
         yield Section(name, COLUMNS, cells, notes, {"model": name, "peers": records})
         gc.collect()
         jax.clear_caches()
@@ -126,11 +135,20 @@ def _apart(xs: Any, ys: jax.Array) -> list[tuple[Any, jax.Array]]:
     return [(jax.tree.map(lambda a, i=i: a[i], xs), y) for i, y in enumerate(ys)]
 
 
+def _torch(name: str, model: Model) -> Run:
+    if importlib.util.find_spec("torch") is None:
+        raise Skip("torch is not installed")
+    from bench.torch_nets import NETS
+
+    return torch_run(NETS[name](model.weights(jax.device_get(_start(model)[2].params))), *model.batches())
+
+
 BUILDERS = {
-    "fnn-loop": lambda model: _fnn(model, True),
-    "fnn-stretch": lambda model: _fnn(model, False),
-    "linen": lambda model: _linen(model, True),
-    "linen-steps": lambda model: _linen(model, False),
+    "fnn-loop": lambda name, model: _fnn(model, True),
+    "fnn-stretch": lambda name, model: _fnn(model, False),
+    "linen": lambda name, model: _linen(model, True),
+    "linen-steps": lambda name, model: _linen(model, False),
+    "torch": _torch,
 }
 
 
