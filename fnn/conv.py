@@ -21,6 +21,8 @@ Padding = str | int | Sequence[int | tuple[int, int]]
 IMPLEMENTATIONS = ("patches", "turned", "xla")
 FEW = 32
 """Numbers in a patch up to which a product of patches was faster than a convolution on a CPU."""
+COMPARED = 16
+"""Numbers in a window up to which a pool compares them one by one: an eighth of a conv net's step on a CPU."""
 PATCHES_LIMIT = 1 << 28
 """Bytes of patches beyond which a convolution is left to XLA unless `implementation` asks for them."""
 _LAYOUT = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
@@ -147,7 +149,7 @@ def max_pool(window: Window, *, stride: Window | None = None, padding: Padding =
     `stride` is the window by default; padding as in `conv` (no "circular"), with -inf, which never wins. The gradient
     goes to the first of equals.
     """
-    return _pool("max_pool", window, stride, padding, lambda x, *args: _reduce(x, -np.inf, jax.lax.max, *args))
+    return _pool("max_pool", window, stride, padding, _largest)
 
 
 def avg_pool(window: Window, *, stride: Window | None = None, padding: Padding = "valid") -> Layer:
@@ -278,6 +280,21 @@ def _pool(who: str, window: Window, stride: Window | None, padding: Padding, poo
         return pool(x, window_, strides, pads)
 
     return stateless(lambda key, spec: (), apply)
+
+
+def _largest(x: jax.Array, window: Any, strides: Any, pads: Any) -> jax.Array:
+    """Compare the numbers of small windows that lie side by side one after the other, which XLA fuses; it reduces others."""
+    if tuple(window) != tuple(strides) or any(map(any, pads)) or math.prod(window) > COMPARED:
+        return _reduce(x, -np.inf, jax.lax.max, window, strides, pads)
+    counts = [size // w for size, w in zip(x.shape[1:], window, strict=False)]
+    x = x[:, *(slice(n * w) for n, w in zip(counts, window, strict=True))]
+    x = x.reshape(len(x), *(a for pair in zip(counts, window, strict=True) for a in pair), x.shape[-1])
+    first, *rest = (
+        x[:, *(a for i in place for a in (slice(None), i))] for place in itertools.product(*map(range, window))
+    )
+    for other in rest:  # not `maximum`, whose gradient two equals share
+        first = jnp.where((other > first) | jnp.isnan(other), other, first)
+    return first
 
 
 def _reduce(x: jax.Array, start: float, operation: Any, window: Any, strides: Any, pads: Any) -> jax.Array:

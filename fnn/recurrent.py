@@ -284,11 +284,14 @@ def _loop(cell: _Cell, how: dict[str, Any], back: Any, carry: Any, fed: jax.Arra
         d_back, d_carry, d_fed, _ = tangents
         carry, (ys, before, slopes) = forward(*primals)
         d_products = _product(d_back, before)
+        turned = kernel.T  # once: the backward pass multiplies by it in every turn, and XLA would turn it in every turn
         ahead = (d_fed, d_products) if cell.apart else (d_fed + d_products,)
 
         def body(d_carry, now):
             slopes, (*fed, last), real = now
-            new = tangent(slopes, d_carry, *fed, last + d_carry[0] @ kernel)
+            new = tangent(
+                slopes, d_carry, *fed, last + jax.lax.dot_general(d_carry[0], turned, (((1,), (1,)), ((), ())))
+            )
             new = _held(real, new, d_carry)
             return new, _shown(real, new[0])
 

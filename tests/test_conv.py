@@ -143,6 +143,21 @@ def test_pools_equal_flax(window, stride, padding, their_padding):
     np.testing.assert_allclose(mean, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [2, (1, 3), (3, 2), 5])
+def test_the_largest_number_of_windows_side_by_side(window):
+    """As a window's reduction has it: the first of equals takes the gradient, NaN wins, what does not fill a window is cut."""
+    x = jnp.asarray(np.random.default_rng(0).integers(-2, 2, (3, 11, 7, 2)), jnp.float32)  # three in four windows tie
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=nn.max_pool(x, each(window, 2), each(window, 2)).shape))
+    ours, pull = jax.vjp(lambda x: fnn.max_pool(window).apply((), (), x)[0], x)
+    theirs, their_pull = jax.vjp(lambda x: nn.max_pool(x, each(window, 2), each(window, 2)), x)
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(pull(dy)[0], their_pull(dy)[0])
+    broken = x.at[0, 0, 0, 0].set(jnp.nan).at[1, 1, 0, 1].set(jnp.nan)
+    ours, theirs = fnn.max_pool(window).apply((), (), broken)[0], nn.max_pool(broken, each(window, 2), each(window, 2))
+    assert jnp.isnan(theirs).any()
+    np.testing.assert_array_equal(ours, theirs)
+
+
 def test_conv_and_transpose_by_hand():
     x = jnp.arange(1.0, 6)[None, :, None]
     kernel = jnp.array([1.0, 10, 100])[:, None, None]
