@@ -82,6 +82,9 @@ def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
             except Skip as skip:
                 missing.append(f"{peer}: skipped, {skip}")
                 say(f"  {missing[-1]}")
+        if not runs:
+            yield Section(name, COLUMNS, [], [model.about, *missing], {"model": name, "peers": []})
+            continue
         first, losses = {}, {}
         for peer, ready in runs.items():
             first[peer], losses[peer] = ready.first_round()
