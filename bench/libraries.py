@@ -262,23 +262,13 @@ def _torch_device() -> Any:
 def _torch_net(problem: Problem) -> Any:
     from torch import nn
 
-    row, layers = problem.row, []
-    for i, weights in enumerate(problem.weights.hidden):
-        dense, norm = nn.Linear(row.width if i else FEATURES, row.width), nn.BatchNorm1d(row.width, EPS, 1 - DECAY)
-        _torch_fill(dense, rename(weights, {"weight": "kernel", "bias": "bias"}))
-        _torch_fill(norm, rename(weights, {"weight": "scale", "bias": "shift"}))
-        layers += [dense, norm, nn.ReLU()]
-    output = nn.Linear(row.width, CLASSES)
-    _torch_fill(output, rename(problem.weights.output, {"weight": "kernel", "bias": "bias"}))
-    return nn.Sequential(*layers, output)
+    from bench.torch_nets import filled, linear
 
-
-def _torch_fill(module: Any, weights: dict[str, np.ndarray]) -> None:
-    import torch
-
-    with torch.no_grad():
-        for name, value in weights.items():
-            getattr(module, name).copy_(torch.tensor(value.T.copy()))  # Linear's weight is (out, in)
+    layers = []
+    for weights in problem.weights.hidden:
+        norm = nn.BatchNorm1d(problem.row.width, EPS, 1 - DECAY)
+        layers += [linear(weights), filled(norm, weight=weights["scale"], bias=weights["shift"]), nn.ReLU()]
+    return nn.Sequential(*layers, linear(problem.weights.output))
 
 
 def torch_run(net: Any, xs: Any, ys: Any, compile_net: Callable[[Any], Any] = lambda net: net) -> Run:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from bench.nets import HEADS, LAYERS, LENGTH, VOCABULARY, WIDTH
+from bench.problem import DECAY, EPS
 
 Weights = dict[str, Any]
 
@@ -36,7 +37,7 @@ def conv(p: Weights, stride: int = 1) -> Any:
 
 
 def batch_norm(p: Weights) -> Any:
-    return filled(nn.BatchNorm2d(len(p["scale"]), 1e-5, 0.1), weight=p["scale"], bias=p["bias"])
+    return filled(nn.BatchNorm2d(len(p["scale"]), EPS, 1 - DECAY), weight=p["scale"], bias=p["bias"])
 
 
 def layer_norm(p: Weights) -> Any:

@@ -42,9 +42,10 @@ def pytest_sessionfinish(session):
 @pytest.fixture
 def optimised():
     """Compile as users do."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Clipping against NumPy and optax; on stacked parameters every transformation does what it does on `serial`."""
 
-import functools
 import math
 
 import jax
@@ -13,13 +12,7 @@ import fnn
 from fnn import clip, tree
 from fnn.tree import Stacked
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 DEPTH = 5
-# Compile trees of many arrays in two thirds of the time. Tests of extreme numbers use the ordinary `jax.jit`.
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 
 
 def clipped(transformation, updates, params=None):
@@ -137,7 +130,7 @@ def test_equals_optax():
         (clip.adaptive(0.8, eps=2.0), optax.adaptive_grad_clip(0.8, eps=2.0)),
     ]
 
-    @quick_jit
+    @jax.jit
     def run(grads, params):
         return [[tx.update(grads, tx.init(params), params)[0] for tx in pair] for pair in pairs]
 
@@ -153,7 +146,7 @@ def test_stacked_equals_serial(name):
     # two depth axes, where a clip must tell depths apart
     nested = name in ("by_block_norm", "adaptive")
 
-    @quick_jit
+    @jax.jit
     def run(*pairs):
         return [transformation.update(g, transformation.init(p), p) for p, g in pairs]
 
@@ -181,6 +174,7 @@ def test_the_trees_of_these_tests_are_those_of_the_nets():
     assert max(norms) > 3 * min(norms)
 
 
+@pytest.mark.usefixtures("optimised")
 @each
 def test_zero_stays_zero(name):
     updates, report = clipped(CLIPS[name], FORM, FORM)
@@ -188,6 +182,7 @@ def test_zero_stays_zero(name):
     np.testing.assert_array_equal(report, [0, 0, 0])
 
 
+@pytest.mark.usefixtures("optimised")
 @each
 def test_nan_passes_through_and_is_not_counted_as_clipped(name):
     bad = jax.tree.map(lambda a: a + np.float32(0.1), FORM)
@@ -202,6 +197,7 @@ def test_nan_passes_through_and_is_not_counted_as_clipped(name):
     assert np.isnan(report.before) and np.isnan(report.after) and report.fraction == 0
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("name", ["by_global_norm", "by_block_norm", "adaptive"])
 @pytest.mark.parametrize("size", [1e-30, 1e25, 2e38])
 def test_norms_whose_squares_leave_float32(name, size):
@@ -253,7 +249,7 @@ def test_reports_by_hand():
         clip.adaptive(1.5): (2 / 3, before, math.sqrt(13.25 + 9 + 2.25e-6)),
     }
 
-    @quick_jit
+    @jax.jit
     def run(g, w):
         return [tx.update(g, tx.init(w), w)[1] for tx in wanted]
 
@@ -270,7 +266,7 @@ def test_reports_are_found_in_chains_and_below_per_depth():
     g = {"out": np.array([3.0, 4.0], np.float32), "in": Stacked(np.array([[0.1, 0], [0.6, 0.8]], np.float32))}
     state = transformation.init(g)
     assert [type(r) for r in clip.reports(state)] == [clip.ClipState] * 4
-    _, state = quick_jit(transformation.update)(g, state)
+    _, state = jax.jit(transformation.update)(g, state)
     by_value, by_norm, outside, inside = clip.reports({"optimizer": [state]})
     after = math.sqrt(1 + 1 + 0.01 + 1)
     np.testing.assert_allclose(by_value, [2 / 6, math.sqrt(25 + 0.01 + 1), after], rtol=1e-6)
@@ -288,8 +284,8 @@ def test_traced_thresholds_under_jit_and_vmap_equal_constants():
         txs = [make(limit) for make in makers]
         return [tx.update(g, tx.init(g), g) for tx in txs]
 
-    mapped = quick_jit(jax.vmap(run))(jnp.array([0.3, 1e6]))
-    constant = quick_jit(lambda: [run(limit) for limit in (0.3, 1e6)])()
+    mapped = jax.jit(jax.vmap(run))(jnp.array([0.3, 1e6]))
+    constant = jax.jit(lambda: [run(limit) for limit in (0.3, 1e6)])()
     for i, wanted in enumerate(constant):
         for (updates, report), (other, other_report) in zip(mapped, wanted, strict=True):
             assert updates["h"].dtype == other["h"].dtype == jnp.bfloat16
@@ -314,7 +310,7 @@ def test_thresholds_may_be_hyperparameters_and_schedules():
 
 def test_dtypes_are_kept_and_norms_taken_in_float32():
     g = {"a": jnp.full((300, 8), 100.0, jnp.bfloat16), "b": jnp.full((300, 8), 100.0, jnp.float16)}
-    run = quick_jit(lambda g: [tx.update(g, tx.init(g), g) for tx in CLIPS.values()])
+    run = jax.jit(lambda g: [tx.update(g, tx.init(g), g) for tx in CLIPS.values()])
     for updates, report in run(g):
         assert updates["a"].dtype == jnp.bfloat16 and updates["b"].dtype == jnp.float16
         assert report.before == pytest.approx(100 * math.sqrt(4800), rel=1e-6)  # the square is beyond float16
@@ -368,7 +364,7 @@ MIXED = {
 )
 def test_packed_changes_no_number_and_packs_all_small_arrays(tx):
     grads = jax.tree.map(lambda w: jnp.stack([jnp.asarray(c * w + 0.2, w.dtype) for c in (1, -0.5, 2)]), MIXED)
-    run = quick_jit(lambda *a: [three_steps(t)(*a) for t in (tx, fnn.packed(tx))])
+    run = jax.jit(lambda *a: [three_steps(t)(*a) for t in (tx, fnn.packed(tx))])
     plain, packed = run(MIXED, grads)
     assert jax.tree.structure(plain) == jax.tree.structure(packed)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(packed), strict=True):
@@ -398,7 +394,7 @@ def test_packed_passes_extra_arguments_and_works_without_params():
 def test_per_depth_on_repeat_equals_the_bare_transformation_on_serial(name):
     transformation = LAYERWISE[name]()
 
-    @quick_jit
+    @jax.jit
     def run(params, gradients, stacked, stacked_gradients):
         return (
             three_steps(transformation)(params, gradients),
@@ -419,7 +415,7 @@ def test_per_depth_on_repeat_equals_the_bare_transformation_on_serial(name):
 def test_per_depth_without_stacks_changes_nothing(name):
     transformation = LAYERWISE[name]()
     params, gradients = PARAMS[0], in_a_row([g[0] for g in GRADIENTS])
-    run = quick_jit(lambda *a: [three_steps(tx)(*a) for tx in (transformation, fnn.per_depth(transformation))])
+    run = jax.jit(lambda *a: [three_steps(tx)(*a) for tx in (transformation, fnn.per_depth(transformation))])
     bare, wrapped = jax.device_get(run(params, gradients))
     assert furthest(bare, wrapped) == 0 and furthest(bare, params) > 0.01
 
@@ -437,7 +433,7 @@ def test_per_depth_below_a_global_norm_and_on_nested_stacks():
 
     gradients = [NESTED_GRADS, random_like(NESTED_SHAPES, 20)]
 
-    @quick_jit
+    @jax.jit
     def run(params, gradients, stacked, stacked_gradients):
         return (
             three_steps(optimizer(lambda tx: tx))(params, gradients),

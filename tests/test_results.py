@@ -197,7 +197,7 @@ def test_ctrl_c_here_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
 def test_interrupts_and_kills_end_in_the_undisturbed_table(tmp_path, undisturbed):
     """Two workers: Ctrl-C after the first cell, `kill -9` after the next, then to the end."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "fnn", *ARGUMENTS, str(out), "--workers", "2"]
+    command = [sys.executable, "-m", "fnn", *ARGUMENTS, str(out), "--workers", "2", "--cache", str(tmp_path / "xla")]
 
     def until(count):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
@@ -221,13 +221,14 @@ def test_interrupts_and_kills_end_in_the_undisturbed_table(tmp_path, undisturbed
     subprocess.run(command, check=True, capture_output=True)
     found = results.read(out)
     assert found.table().equals(results.read(undisturbed).table())
-    assert not list(out.rglob("*.part"))
+    assert not list(out.rglob("*.part")) and list((tmp_path / "xla").iterdir())
 
 
-def test_executors_of_all_kinds(undisturbed):
+def test_executors_of_all_kinds(tmp_path, undisturbed):
     table = results.read(undisturbed).table()
     with ThreadPoolExecutor(2) as executor:
-        assert tiny().run(executor=executor).table().equals(table)
+        assert tiny().run(executor=executor, cache=tmp_path).table().equals(table)
+    assert list(tmp_path.iterdir())
     fork = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
     with pytest.raises(ValueError, match="forked processes hangs"):
         tiny().run(executor=fork)
