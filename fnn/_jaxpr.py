@@ -107,14 +107,17 @@ def call(closed: Any, values: Sequence[Any]) -> list[Any]:
     return list(jaxpr_as_fun(closed)(*values))
 
 
-def read(closed: Any, open_up: bool = False) -> Program:
-    """Write a traced function out; `open_up` also what has a derivative rule and a collective in it, without the rule."""
+def read(closed: Any, open_up: bool = False, keep: frozenset[str] = frozenset()) -> Program:
+    """Write a traced function out; `open_up` also what has a derivative rule and a collective in it, without the rule.
+
+    Jitted functions whose name is in `keep` stay one operation.
+    """
     jaxpr, program, env = _opened(closed), Program(), {}
     env.update(zip(jaxpr.constvars, map(Const, closed.consts), strict=True))
     for var in jaxpr.invars:
         env[var] = program.variable(var.aval)
         program.inputs.append(env[var])
-    _inline(jaxpr, env, program, open_up)
+    _inline(jaxpr, env, program, open_up, keep)
     program.outputs = [_atom(env, var) for var in jaxpr.outvars]
     return program
 
@@ -197,11 +200,13 @@ def freeze(program: Program) -> Program:
     return frozen
 
 
-def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, open_up: bool) -> None:
+def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, open_up: bool, keep: frozenset[str]) -> None:
     for eqn in jaxpr.eqns:
         name, inputs = eqn.primitive.name, [_atom(env, var) for var in eqn.invars]
         inner = eqn.params.get("jaxpr" if name in REMATS else CALLS.get(name, ""))
-        if inner is None and open_up and name.startswith("custom_"):
+        if name in CALLS and eqn.params.get("name") in keep:
+            inner = None
+        elif inner is None and open_up and name.startswith("custom_"):
             inner = next((i for i in _inner(eqn.params) if COLLECTIVES & _primitives(i)), None)
         if inner is not None:
             if name in REMATS and eqn.params.get("differentiated", True) and _any(eqn.params.get("prevent_cse", True)):
@@ -211,7 +216,7 @@ def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, open_up: bool) -
             consts = getattr(inner, "consts", ())
             local: dict[Any, Atom] = {var: Const(c) for var, c in zip(opened.constvars, consts, strict=True)}
             local.update(zip(opened.invars, inputs, strict=True))
-            _inline(opened, local, program, open_up)
+            _inline(opened, local, program, open_up, keep)
             env.update({var: _atom(local, out) for var, out in zip(eqn.outvars, opened.outvars, strict=True)})
             continue
         outputs = [program.variable(var.aval) for var in eqn.outvars]

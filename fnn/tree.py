@@ -108,9 +108,30 @@ def norm(tree: Any) -> jax.Array:
     Squares that leave float32's range are taken again, relative to the largest number: exact for exploded and vanished
     gradients too.
     """
-    if not jax.tree.leaves(tree):
-        return jnp.zeros(())
-    return _norm(pack([_wide(a) for a in jax.tree.leaves(tree)]))
+    return _of_all(fnn_norm, tree) if jax.tree.leaves(tree) else jnp.zeros(())
+
+
+def count(tree: Any) -> jax.Array:
+    """Count the numbers in a tree, as `size` does, but as a float32[] that stands in the program: see `WHOLE`."""
+    return _of_all(fnn_count, tree) if jax.tree.leaves(tree) else jnp.zeros(())
+
+
+def fnn_norm(leaves: Sequence[Any]) -> jax.Array:
+    return _norm(pack([_wide(a) for a in leaves]))
+
+
+def fnn_count(leaves: Sequence[Any]) -> jax.Array:
+    return jnp.asarray(sum(jnp.size(a) for a in leaves), jnp.float32)
+
+
+WHOLE: dict[str, Callable[[Sequence[Any]], jax.Array]] = {"fnn_norm": fnn_norm, "fnn_count": fnn_count}
+"""Functions of all arrays of a tree at once, the same however these are cut or stacked. They stand in a program as one
+operation of that name, by which `lift` knows them."""
+_JITTED = {function: jax.jit(function) for function in WHOLE.values()}
+
+
+def _of_all(function: Callable[[Sequence[Any]], jax.Array], tree: Any) -> jax.Array:
+    return _JITTED[function](jax.tree.leaves(tree))
 
 
 @jax.custom_jvp
