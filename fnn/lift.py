@@ -13,90 +13,18 @@ arrays, `repeat(block, n)` one with a leading axis, and whatever looks at shapes
    block by block, which is always right.
 """
 
-import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.tree_util import keystr
 
-from fnn import _jaxpr, tree
+from fnn.alike import Blocks, Names, Reading, Unlike, Value, specs
 from fnn.tree import Stacked
 
 MANY = 64
 """From this depth on, a function that must be traced or run block by block is worth a sentence."""
-SUMS = {"add": jnp.sum, "add_any": jnp.sum, "mul": jnp.prod, "max": jnp.max, "min": jnp.min, "and": jnp.all, "or": jnp.any}
-REDUCTIONS = {"reduce_sum": "add", "reduce_prod": "mul", "reduce_max": "max", "reduce_min": "min"}
-REDUCTIONS |= {"reduce_and": "and", "reduce_or": "or"}
-_numbers_read: list[bool] = [False]
-
-
-class _Number(jax.tree_util.SequenceKey):
-    """The place of a block in a path, as in a tuple; takes note of being read."""
-
-    @property
-    def idx(self) -> int:
-        # JAX writes paths too, to name what it traces; that does not count.
-        frame = sys._getframe(1)
-        while frame is not None and frame.f_code.co_filename in (__file__, keystr.__code__.co_filename):
-            frame = frame.f_back
-        _numbers_read[0] |= frame is None or not frame.f_globals.get("__name__", "").startswith("jax.")
-        return super().idx
-
-    def __str__(self) -> str:
-        return f"[{self.idx}]"
-
-    __repr__ = __str__
-
-
-@jax.tree_util.register_pytree_with_keys_class
-class Blocks(tuple):
-    """The blocks of a stack as f sees them: the tuple that `serial` would hold, or some of it (a stand-in)."""
-
-    depth: int
-    places: tuple[int, ...]
-
-    def __new__(cls, blocks: Any, depth: int, places: Sequence[int]) -> "Blocks":
-        new = super().__new__(cls, blocks)
-        new.depth, new.places = depth, tuple(places)
-        return new
-
-    @property
-    def complete(self) -> bool:
-        """Whether all blocks are there."""
-        return len(self.places) == self.depth
-
-    def tree_flatten_with_keys(self):
-        children = list(super().__iter__())
-        return [(_Number(i), child) for i, child in zip(self.places, children, strict=True)], (self.depth, self.places)
-
-    def tree_flatten(self):
-        return list(super().__iter__()), (self.depth, self.places)
-
-    @classmethod
-    def tree_unflatten(cls, aux, children):
-        return cls(children, *aux)
-
-    def __iter__(self) -> Iterator[Any]:
-        _numbers_read[0] = True
-        return super().__iter__()
-
-    def __getitem__(self, i: Any) -> Any:
-        _numbers_read[0] = True
-        return super().__getitem__(i)
-
-    def __len__(self) -> int:
-        _numbers_read[0] = True
-        return super().__len__()
-
-
-class Unlike(Exception):
-    """Blocks go different ways, or meet in something other than a sum over all of them."""
 
 
 def lifted(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,7 +61,7 @@ def lifted(f: Callable[..., Any]) -> Callable[..., Any]:
 
 def _as_one(f: Callable[..., Any], nodes: list[Any], treedef: Any, depths: list[int]) -> Any:
     """Run the first block's part of f under `vmap`; see the module's text. Errors: Unlike."""
-    table = _Names()
+    table = Names()
     first = _stood_in(f, nodes, treedef, 2, table)
     if first.numbers_read and depths[-1] > 2:
         if depths[-1] > MANY:
@@ -148,15 +76,15 @@ def _as_one(f: Callable[..., Any], nodes: list[Any], treedef: Any, depths: list[
     return first.run()
 
 
-def _stood_in(f: Callable[..., Any], nodes: list[Any], treedef: Any, count: int, table: "_Names") -> "_Reading":
+def _stood_in(f: Callable[..., Any], nodes: list[Any], treedef: Any, count: int, table: "Names") -> "Reading":
     """Trace f on stand-ins of `count` blocks."""
-    inputs: list[_Value] = []
+    inputs: list[Value] = []
 
     def stand_in(number, node):
         if not isinstance(node, Stacked):
             if not _is_array(node):
                 return node
-            inputs.append(_Value(table("input", number, 0), node))
+            inputs.append(Value(table("input", number, 0), node))
             return _spec(node, 0)
         depth = _depth(node)
         leaves, structure = jax.tree.flatten(node.blocks)
@@ -164,300 +92,13 @@ def _stood_in(f: Callable[..., Any], nodes: list[Any], treedef: Any, count: int,
             for i, leaf in enumerate(leaves):
                 # A stack of one block is no stack: its block lies beside it like any other array.
                 value = (leaf, depth, rep) if depth > 1 else (leaf[0], 0, 0)
-                inputs.append(_Value(table("input", number, i), *value))
+                inputs.append(Value(table("input", number, i), *value))
         block = structure.unflatten(_spec(leaf, 1) for leaf in leaves)
         return Blocks([block] * min(count, depth), depth, range(min(count, depth)))
 
     args = treedef.unflatten([stand_in(number, node) for number, node in enumerate(nodes)])
     reps = {depth: min(count, depth) for depth in map(_depth, filter(_is_stack, nodes)) if depth > 1}
-    return _Reading(f, args, inputs, reps, table)
-
-
-class _Names(dict[Any, int]):
-    """Number expressions: equal ones get equal numbers."""
-
-    def __call__(self, *key: Any) -> int:
-        return self.setdefault(key, len(self))
-
-
-class _Value:
-    """A value of the program: of no block (`depth` 0), or of block `rep` of the stacks of some depth."""
-
-    __slots__ = ("array", "depth", "made", "name", "rep")
-
-    def __init__(self, name: int, array: Any = None, depth: int = 0, rep: int = 0, made: Any = None):
-        self.name, self.array, self.depth, self.rep, self.made = name, array, depth, rep, made
-
-    @property
-    def place(self) -> tuple[int, int]:
-        return self.depth, self.rep
-
-
-class _Meeting:
-    """Values of several blocks on their way into one sum: `op` joins the terms, whose number and order do not count.
-
-    `axis` is set for a concatenation, which a reduction over that axis turns into a sum.
-    """
-
-    __slots__ = ("axis", "op", "terms")
-
-    def __init__(self, op: str, terms: list[_Value], axis: int | None = None):
-        self.op, self.terms, self.axis = op, terms, axis
-
-
-class _Reading:
-    """One traced program of f on stand-ins, and what is known of its values."""
-
-    def __init__(self, f: Callable[..., Any], args: Any, inputs: list[_Value], reps: dict[int, int], table: _Names):
-        self.inputs, self.reps, self.table = inputs, reps, table
-        leaves, structure = jax.tree.flatten(args)
-        traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
-
-        def flat(*values):
-            filled = list(leaves)
-            for i, value in zip(traced, values, strict=True):
-                filled[i] = value
-            return f(*structure.unflatten(filled))
-
-        before, _numbers_read[0] = _numbers_read[0], False
-        closed, self.out = _jaxpr.trace(flat, *(leaves[i] for i in traced))
-        self.numbers_read = _numbers_read[0]
-        _numbers_read[0] |= before
-        self.program = _jaxpr.read(closed, keep=frozenset(tree.WHOLE))
-        self.known: dict[int, dict[int, _Value]] = {}
-
-    def names(self) -> list[int]:
-        """Number what each output is, blocks of a stack as one; two programs with equal lists do the same."""
-        return [value.name for value in self._outputs(dry=True)[0]]
-
-    def run(self) -> Any:
-        """Compute the outputs, stacks as `Stacked` nodes."""
-        values, nodes, structure = self._outputs(dry=False)
-        arrays = iter(values)
-
-        def filled(node):
-            if not isinstance(node, Blocks):
-                return next(arrays).array
-            one = jax.tree.structure(tuple.__getitem__(node, 0))
-            return Stacked(one.unflatten(self._stacked(next(arrays), node.depth) for _ in range(one.num_leaves)))
-
-        return structure.unflatten([filled(node) for node in nodes])
-
-    def _stacked(self, value: _Value, depth: int) -> Any:
-        return value.array if value.depth else jnp.broadcast_to(value.array, (depth, *jnp.shape(value.array)))
-
-    def _outputs(self, dry: bool) -> tuple[list[_Value], list[Any], Any]:
-        self.known = {}
-        found = self._execute(self.program, [self._noted(value) for value in self.inputs], dry)
-        values = iter([self._settled(value, dry) for value in found])
-        nodes, structure = jax.tree.flatten(self.out, is_leaf=lambda node: isinstance(node, Blocks))
-        outputs = []
-        for node in nodes:
-            if not isinstance(node, Blocks):
-                value = next(values)
-                if value.depth:
-                    raise Unlike("a value of one block leaves it without a stack around it")
-                outputs.append(value)
-                continue
-            children = list(tuple.__iter__(node))
-            if any(_specs(child) != _specs(children[0]) for child in children):
-                raise Unlike("it keeps other arrays for some blocks than for others")
-            rows = [[next(values) for _ in jax.tree.leaves(child)] for child in children]
-            for rep, row in enumerate(rows):
-                for one, other in zip(rows[0], row, strict=True):
-                    if one.name != other.name or (other.depth, other.rep) not in ((0, 0), (node.depth, rep)):
-                        raise Unlike("it treats some blocks otherwise than others")
-            outputs += rows[0]
-        return outputs, nodes, structure
-
-    def _execute(self, program: Any, inputs: Sequence[Any], dry: bool) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(program.inputs, inputs, strict=True))
-
-        def value(atom):
-            if not isinstance(atom, _jaxpr.Const):
-                return env[atom]
-            return _Value(self.table(*_constant(atom.value)), atom.value)
-
-        for op in program.ops:
-            env.update(zip(op.outputs, self._apply(op, [value(atom) for atom in op.inputs], dry), strict=True))
-        return [value(atom) for atom in program.outputs]
-
-    def _apply(self, op: Any, inputs: list[Any], dry: bool) -> list[Any]:
-        """Apply one operation to values, of which those of later blocks are only compared with the first's."""
-        if op.name in REDUCTIONS and isinstance(inputs[0], _Meeting) and inputs[0].axis is not None:
-            return [self._reduced(op, inputs[0], dry)]
-        if op.name not in SUMS and op.name != "concatenate":
-            inputs = [self._settled(v, dry) for v in inputs]
-        places = {v.place for v in inputs if isinstance(v, _Value) and v.depth}
-        if len(places) > 1 or any(isinstance(v, _Meeting) for v in inputs):
-            if op.name in _jaxpr.CALLS:
-                return [self._whole(op.params["name"], inputs, dry)]
-            return self._meet(op, inputs, dry)
-        depth, rep = next(iter(places), (0, 0))
-        names = [self.table(op.name, _canon(op.params), *(v.name for v in inputs), i) for i in range(len(op.outputs))]
-        known = self.known.setdefault(depth, {})
-        if rep:
-            if any(name not in known for name in names):
-                if op.name in SUMS or op.name == "concatenate":  # a part of a sum that the first block's does not have
-                    return self._meet(op, inputs, dry)
-                raise Unlike("it treats some blocks otherwise than others")
-            return [_Value(name, None, depth, rep, known[name].made) for name in names]
-        if not all(name in known for name in names):
-            arrays = [None] * len(names) if dry else self._computed(op, inputs, depth)
-            made = (op.name, inputs) if op.name in SUMS or op.name == "concatenate" else None
-            known.update(
-                {name: _Value(name, a, depth, 0, made) for name, a in zip(names, arrays, strict=True) if name not in known}
-            )
-        return [known[name] for name in names]
-
-    def _noted(self, value: _Value) -> _Value:
-        if not value.rep:
-            self.known.setdefault(value.depth, {})[value.name] = value
-        return value
-
-    def _computed(self, op: Any, inputs: list[_Value], depth: int) -> list[Any]:
-        arrays = [v.array for v in inputs]
-        if not depth:
-            return list(op.call(*arrays))
-        axes = [0 if v.depth else None for v in inputs]
-        return list(jax.vmap(lambda *values: tuple(op.call(*values)), in_axes=axes, axis_size=depth)(*arrays))
-
-    def _opened(self, value: _Value) -> list[_Value]:
-        """The terms that a sum of one block's values, or a concatenation of them, was made of."""
-        return [_Value(v.name, None, v.depth, value.rep, v.made) if v.depth and value.rep else v for v in value.made[1]]
-
-    def _meet(self, op: Any, inputs: list[Any], dry: bool) -> list[Any]:
-        if op.name in SUMS:
-            parts = [v.terms if isinstance(v, _Meeting) and v.op == op.name else [self._settled(v, dry)] for v in inputs]
-            return [_Meeting(op.name, [term for part in parts for term in part])]
-        if op.name == "concatenate":
-            axis = op.params["dimension"]
-            terms: list[_Value] = []
-            for v in inputs:
-                if isinstance(v, _Meeting) and v.axis == axis:
-                    terms += v.terms
-                elif isinstance(v, _Value) and v.depth and v.made is not None and v.made[0] == op.name:
-                    terms += self._opened(v)
-                else:
-                    terms.append(self._settled(v, dry))
-            return [_Meeting(op.name, terms, axis)]
-        if op.name == "cond" and not inputs[0].depth:
-            return self._branched(op, inputs, dry)
-        inner = op.params.get("call_jaxpr", op.params.get("fun_jaxpr"))
-        if op.name.startswith("custom_") and inner is not None:
-            return self._execute(_jaxpr.read(inner, keep=frozenset(tree.WHOLE)), inputs, dry)
-        raise Unlike(f"blocks meet in an operation {op.name!r}")
-
-    def _branched(self, op: Any, inputs: list[_Value], dry: bool) -> list[Any]:
-        """A conditional on a value of no block, around values of several."""
-        programs = [_jaxpr.read(branch, keep=frozenset(tree.WHOLE)) for branch in op.params["branches"]]
-
-        def outputs(program, dry):
-            return [self._settled(v, dry) for v in self._execute(program, inputs[1:], dry)]
-
-        known = {depth: dict(values) for depth, values in self.known.items()}
-        sides = [outputs(program, True) for program in programs]
-        places = []
-        for values in zip(*sides, strict=True):
-            found = {v.place for v in values if v.depth} or {(0, 0)}
-            if len(found) > 1:
-                raise Unlike("a conditional exchanges blocks")
-            places.append(found.pop())
-        names = [self.table("cond", inputs[0].name, *(v.name for v in values)) for values in zip(*sides, strict=True)]
-        first = [i for i, (_, rep) in enumerate(places) if not rep]
-        arrays: list[Any] = [None] * len(first)
-        if not dry:
-
-            def branch(program):
-                def run():
-                    self.known = {depth: dict(values) for depth, values in known.items()}
-                    values = outputs(program, False)
-                    return [self._stacked(values[i], d) if (d := places[i][0]) else values[i].array for i in first]
-
-                return run
-
-            arrays = jax.lax.switch(inputs[0].array, [branch(program) for program in programs])
-        self.known = known
-        found: list[_Value] = [None] * len(names)  # type: ignore[list-item]
-        for i, array in zip(first, arrays, strict=True):
-            found[i] = self._noted(_Value(names[i], array, places[i][0]))
-        for i, (depth, rep) in enumerate(places):
-            if rep:
-                if names[i] not in self.known.get(depth, {}):
-                    raise Unlike("it treats some blocks otherwise than others")
-                found[i] = _Value(names[i], None, depth, rep)
-        return found
-
-    def _reduced(self, op: Any, meeting: _Meeting, dry: bool) -> _Meeting:
-        if tuple(op.params["axes"]) != (meeting.axis,):
-            raise Unlike(f"blocks meet in an operation {op.name!r} of another axis")
-        terms = [self._apply(op, [term], dry)[0] for term in meeting.terms]
-        return _Meeting(REDUCTIONS[op.name], terms)
-
-    def _settled(self, value: Any, dry: bool) -> _Value:
-        """Turn a finished meeting into one value of no block: a sum over all blocks."""
-        if isinstance(value, _Value):
-            return value
-        if value.axis is not None:
-            raise Unlike("blocks meet in an operation 'concatenate'")
-        terms, own = self._balanced(value.terms, value.op)
-        name = self.table("sum", value.op, *sorted(v.name for v in terms), *sorted((v.depth, v.name) for v in own))
-        if name in self.known.setdefault(0, {}):
-            return self.known[0][name]
-        array = None
-        if not dry:
-            reduce = SUMS[value.op]
-            parts = [v.array for v in terms] + [reduce(v.array, axis=0) for v in own]
-            array = parts[0]
-            for part in parts[1:]:
-                array = _JOIN[value.op](array, part)
-        return self._noted(_Value(name, array))
-
-    def _whole(self, name: str, inputs: list[_Value], dry: bool) -> _Value:
-        """A function of all arrays at once that does not see how they are cut into blocks: see `tree.WHOLE`."""
-        terms, own = self._balanced(inputs, None)
-        number = self.table("whole", name, *sorted(v.name for v in terms), *sorted((v.depth, v.name) for v in own))
-        array = None if dry else tree.WHOLE[name]([v.array for v in (*terms, *own)])
-        return self._noted(_Value(number, array))
-
-    def _balanced(self, values: list[_Value], op: str | None) -> tuple[list[_Value], list[_Value]]:
-        """Split values into those of no block and those of the first block, each of which every other block has too.
-
-        A running sum ((0 + a_0) + a_1) + ... holds the first terms already added up: it is opened where that is needed.
-        """
-        values = list(values)
-        while True:
-            by_place: dict[tuple[int, int], Counter[int]] = {}
-            for v in values:
-                if v.depth:
-                    by_place.setdefault(v.place, Counter())[v.name] += 1
-            wrong = []
-            for depth in {depth for depth, _ in by_place}:
-                counts = [by_place.get((depth, rep), Counter()) for rep in range(self.reps[depth])]
-                least = Counter(counts[0])
-                for count in counts[1:]:
-                    least &= count
-                wrong += [(depth, rep, name) for rep, count in enumerate(counts) for name in count - least]
-            if not wrong:
-                shared = [v for v in values if not v.depth]
-                return shared, [v for v in values if v.depth and not v.rep]
-            for i, v in enumerate(values):
-                if (*v.place, v.name) in wrong and v.made is not None and v.made[0] == op:
-                    values[i : i + 1] = self._opened(v)
-                    break
-            else:
-                raise Unlike("it treats some blocks otherwise than others")
-
-
-_JOIN = {
-    "add": jnp.add,
-    "add_any": jnp.add,
-    "mul": jnp.multiply,
-    "max": jnp.maximum,
-    "min": jnp.minimum,
-    "and": jnp.logical_and,
-    "or": jnp.logical_or,
-}
+    return Reading(f, args, inputs, reps, table)
 
 
 def _is_stack(node: Any) -> bool:
@@ -480,10 +121,6 @@ def _spec(leaf: Any, drop: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape[drop:], leaf.dtype, **options)
 
 
-def _specs(node: Any) -> tuple[Any, ...]:
-    return jax.tree.structure(node), *((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(node))
-
-
 def _all_blocks(node: Stacked) -> Blocks:
     depth = _depth(node)
     return Blocks([node[i] for i in range(depth)], depth, range(depth))
@@ -499,22 +136,8 @@ def _restacked(result: Any) -> Any:
         if not isinstance(node, Blocks):
             return node
         children = list(tuple.__iter__(node))
-        if any(_specs(child) != _specs(children[0]) for child in children):
+        if any(specs(child) != specs(children[0]) for child in children):
             return node
         return Stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *children))
 
     return jax.tree.map(one, result, is_leaf=lambda node: isinstance(node, Blocks))
-
-
-def _constant(value: Any) -> tuple[Any, ...]:
-    """Name a constant by its numbers where that is cheap, else by the object that it is."""
-    if not isinstance(value, jax.core.Tracer) and np.size(value) <= 64:
-        a = np.asarray(value)
-        if a.dtype != object:
-            return "constant", str(a.dtype), a.shape, a.tobytes()
-    return "object", id(value)
-
-
-def _canon(params: dict[str, Any]) -> str:
-    """Write an operation's parameters; functions in them (rules for derivatives) do not count."""
-    return ";".join(f"{name}={value}" for name, value in sorted(params.items()) if not callable(value))
