@@ -19,7 +19,6 @@ from fnn import (
     tree,
 )
 from fnn.attention import attention, cross_attention, positions
-from fnn.clip import packed, per_depth
 from fnn.compare import compare
 from fnn.conv import avg_pool, conv, conv_transpose, global_avg_pool, max_pool
 from fnn.core import Layer, function, named, parallel, repeat, residual, serial, stateless
@@ -30,6 +29,7 @@ from fnn.inputs import Masked, add, branches, concatenate, last, positionwise, u
 from fnn.layers import activation, dense, dropout, flatten, gain
 from fnn.memory import generate
 from fnn.norm import batch_norm, group_norm, layer_norm, rms_norm
+from fnn.optimizers import packed, per_depth
 from fnn.per_example import example_loss, per_example
 from fnn.recurrent import bidirectional, gru, lstm, rnn
 from fnn.study import Study

@@ -29,7 +29,25 @@ SUMS = {
 }
 REDUCTIONS = {"reduce_sum": "add", "reduce_prod": "mul", "reduce_max": "max", "reduce_min": "min"}
 REDUCTIONS |= {"reduce_and": "and", "reduce_or": "or"}
-_numbers_read: list[bool] = [False]
+_order_read: list[bool] = [False]
+LIBRARIES = ("jax", "optax", "flax", "fnn")
+"""What these do with trees does not depend on where an array stands among the others, except as a program shows."""
+
+
+def _note(by_path: bool) -> None:
+    """Note that somebody asks for the place of a block: in a path, or in the list of a tree's arrays.
+
+    JAX writes paths to name what it traces, and everybody maps over trees; neither counts.
+    """
+    frame, entry = sys._getframe(2), ""
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        inside = frame.f_code.co_filename in (__file__, keystr.__code__.co_filename)
+        if not (inside or (module.startswith("jax.") and not by_path)):
+            break
+        frame, entry = frame.f_back, frame.f_code.co_name
+    library = frame is not None and module.partition(".")[0] in (LIBRARIES[:1] if by_path else LIBRARIES)
+    _order_read[0] |= not library and (by_path or "map" not in entry)
 
 
 class _Number(jax.tree_util.SequenceKey):
@@ -37,11 +55,7 @@ class _Number(jax.tree_util.SequenceKey):
 
     @property
     def idx(self) -> int:
-        # JAX writes paths too, to name what it traces; that does not count.
-        frame = sys._getframe(1)
-        while frame is not None and frame.f_code.co_filename in (__file__, keystr.__code__.co_filename):
-            frame = frame.f_back
-        _numbers_read[0] |= frame is None or not frame.f_globals.get("__name__", "").startswith("jax.")
+        _note(by_path=True)
         return super().idx
 
     def __str__(self) -> str:
@@ -52,7 +66,10 @@ class _Number(jax.tree_util.SequenceKey):
 
 @jax.tree_util.register_pytree_with_keys_class
 class Blocks(tuple):
-    """The blocks of a stack as f sees them: the tuple that `serial` would hold, or some of it (a stand-in)."""
+    """The blocks of a stack as f sees them: the tuple that `serial` would hold, or some of it (a stand-in).
+
+    Takes note if somebody asks which block is which, or how many there are.
+    """
 
     depth: int
     places: tuple[int, ...]
@@ -68,10 +85,12 @@ class Blocks(tuple):
         return len(self.places) == self.depth
 
     def tree_flatten_with_keys(self):
+        _note(by_path=False)
         children = list(super().__iter__())
         return [(_Number(i), child) for i, child in zip(self.places, children, strict=True)], (self.depth, self.places)
 
     def tree_flatten(self):
+        _note(by_path=False)
         return list(super().__iter__()), (self.depth, self.places)
 
     @classmethod
@@ -79,15 +98,15 @@ class Blocks(tuple):
         return cls(children, *aux)
 
     def __iter__(self) -> Iterator[Any]:
-        _numbers_read[0] = True
+        _order_read[0] = True
         return super().__iter__()
 
     def __getitem__(self, i: Any) -> Any:
-        _numbers_read[0] = True
+        _order_read[0] = True
         return super().__getitem__(i)
 
     def __len__(self) -> int:
-        _numbers_read[0] = True
+        _order_read[0] = True
         return super().__len__()
 
 
@@ -130,6 +149,9 @@ class Meeting:
 class Reading:
     """One traced program of f on stand-ins, and what is known of its values."""
 
+    ignored: frozenset[str] | set[str] = frozenset()
+    """Parameters of operations that do not count."""
+
     def __init__(self, f: Callable[..., Any], args: Any, inputs: list[Value], reps: dict[int, int], table: Names):
         self.inputs, self.reps, self.table = inputs, reps, table
         leaves, structure = jax.tree.flatten(args)
@@ -141,12 +163,13 @@ class Reading:
                 filled[i] = value
             return f(*structure.unflatten(filled))
 
-        before, _numbers_read[0] = _numbers_read[0], False
+        before, _order_read[0] = _order_read[0], False
         closed, self.out = _jaxpr.trace(flat, *(leaves[i] for i in traced))
-        self.numbers_read = _numbers_read[0]
-        _numbers_read[0] |= before
+        self.order_read = _order_read[0]
+        _order_read[0] |= before
         self.program = _jaxpr.read(closed, keep=frozenset(tree.WHOLE))
         self.known: dict[int, dict[int, Value]] = {}
+        self.avals: dict[Any, Any] = {}
 
     def names(self) -> list[int]:
         """Number what each output is, blocks of a stack as one; two programs with equal lists do the same."""
@@ -194,15 +217,19 @@ class Reading:
 
     def _execute(self, program: Any, inputs: Sequence[Any], dry: bool) -> list[Any]:
         env: dict[Any, Any] = dict(zip(program.inputs, inputs, strict=True))
+        self.avals |= program.avals
 
         def value(atom):
             if not isinstance(atom, _jaxpr.Const):
                 return env[atom]
-            return Value(self.table(*_constant(atom.value)), atom.value)
+            return Value(self.table(*self._constant(atom.value)), atom.value)
 
         for op in program.ops:
             env.update(zip(op.outputs, self._apply(op, [value(atom) for atom in op.inputs], dry), strict=True))
         return [value(atom) for atom in program.outputs]
+
+    def _constant(self, value: Any) -> tuple[Any, ...]:
+        return constant(value)
 
     def _apply(self, op: Any, inputs: list[Any], dry: bool) -> list[Any]:
         """Apply one operation to values, of which those of later blocks are only compared with the first's."""
@@ -216,7 +243,8 @@ class Reading:
                 return [self._whole(op.params["name"], inputs, dry)]
             return self._meet(op, inputs, dry)
         depth, rep = next(iter(places), (0, 0))
-        names = [self.table(op.name, _canon(op.name, op.params), *(v.name for v in inputs), i) for i in range(len(op.outputs))]
+        text = _canon(op.name, {name: value for name, value in op.params.items() if name not in self.ignored})
+        names = [self.table(op.name, text, *(v.name for v in inputs), i) for i in range(len(op.outputs))]
         known = self.known.setdefault(depth, {})
         if rep:
             if any(name not in known for name in names):
@@ -332,6 +360,8 @@ class Reading:
             return self.known[0][name]
         array = None
         if not dry:
+            if value.op in ("and", "or") and any(v.array.dtype != bool for v in own):
+                raise Unlike(f"blocks meet in an operation {value.op!r} on bits")
             reduce = SUMS[value.op]
             parts = [v.array for v in terms] + [reduce(v.array, axis=0) for v in own]
             array = parts[0]
@@ -386,7 +416,7 @@ _JOIN = {
 }
 
 
-def _constant(value: Any) -> tuple[Any, ...]:
+def constant(value: Any) -> tuple[Any, ...]:
     """Name a constant by its numbers where they are to be had, else by the object that it is."""
     if not isinstance(value, jax.core.Tracer) and np.size(value) <= 2**16:
         a = np.asarray(value)
@@ -403,7 +433,7 @@ def _canon(name: str, params: dict[str, Any]) -> str:
             return "" if name.startswith("custom_") else str(id(value))
         if isinstance(value, tuple | list):
             return ",".join(map(text, value))
-        return f"{value}{[_constant(c) for c in getattr(value, 'consts', ())]}"
+        return f"{value}{[constant(c) for c in getattr(value, 'consts', ())]}"
 
     return ";".join(f"{key}={text(value)}" for key, value in sorted(params.items()))
 

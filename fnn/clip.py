@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 
 from fnn import check, tree
-from fnn.tree import Stacked
 
 
 class ClipState(NamedTuple):
@@ -85,91 +84,10 @@ def adaptive(clipping: Any, eps: float = 1e-3) -> optax.GradientTransformation:
     return _scaling(factor, needs_params="clip.adaptive")
 
 
-class PerDepthState(NamedTuple):
-    """Optimiser states: of everything outside `repeat`, and of every `repeat`, its leaves with a leading depth axis."""
-
-    outside: Any
-    stacks: tuple[Any, ...]
-
-
-def per_depth(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Let an optax transformation see every depth of `repeat` as an array of its own, as on `serial`.
-
-    For transformations that treat parameter arrays one by one (LAMB, LARS, adaptive clipping, Adafactor, ...): on bare
-    stacked arrays they would take one norm over all depths. Elementwise ones (Adam, SGD) need no wrapping. What looks
-    at several arrays at once (global norm) would see one block at a time: leave it outside, as in
-    `optax.chain(fnn.clip.by_global_norm(1.0), fnn.per_depth(optax.lamb(1e-3)))`.
-    """
-    inner = optax.with_extra_args_support(transformation)
-
-    def split(tree):
-        nodes, treedef = jax.tree.flatten(tree, is_leaf=_is_stack)
-        outside = treedef.unflatten(_Hole() if _is_stack(node) else node for node in nodes)
-        return outside, [node.blocks for node in nodes if _is_stack(node)]
-
-    def init(params):
-        outside, stacks = split(params)
-        return PerDepthState(inner.init(outside), tuple(jax.vmap(per_depth(inner).init)(s) for s in stacks))
-
-    def update(updates, state, params=None, **extra):
-        outside, stacks = split(updates)
-        outside_params, stack_params = (None, [None] * len(stacks)) if params is None else split(params)
-        outside, outside_state = inner.update(outside, state.outside, outside_params, **extra)
-
-        def one_depth(u, s, p):
-            return per_depth(inner).update(u, s, p, **extra)
-
-        done = [jax.vmap(one_depth)(*args) for args in zip(stacks, state.stacks, stack_params, strict=True)]
-        blocks = iter(done)
-        updates = jax.tree.map(
-            lambda node: Stacked(next(blocks)[0]) if isinstance(node, _Hole) else node,
-            outside,
-            is_leaf=lambda node: isinstance(node, _Hole),
-        )
-        return updates, PerDepthState(outside_state, tuple(s for _, s in done))
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
 def reports(opt_state: Any) -> list[ClipState]:
     """Find the reports of all of fnn's clips in an optimiser's state, in the order of the chain."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, ClipState))
     return [node for node in nodes if isinstance(node, ClipState)]
-
-
-def packed(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Let an optax transformation see all small arrays as one vector: the same update from far fewer kernels.
-
-    For transformations that treat every number alike (SGD, Adam, weight decay, `by_value`) or look at all of them at
-    once (`by_global_norm`), alone or chained: small nets spend most of a step on starting kernels. What looks at arrays
-    one by one (LAMB, `adaptive`, `by_block_norm`, masks) must stay outside. Its state holds packed arrays.
-    """
-    inner = optax.with_extra_args_support(transformation)
-
-    def init(params):
-        return inner.init(tree.pack(jax.tree.leaves(params)))
-
-    def update(updates, state, params=None, **extra):
-        leaves, treedef = jax.tree.flatten(updates)
-
-        def pack(node):
-            return tree.pack(treedef.flatten_up_to(node)) if jax.tree.structure(node) == treedef else node
-
-        extra = {name: pack(value) for name, value in extra.items()}
-        packed_params = None if params is None else pack(params)
-        new: Any
-        new, state = inner.update(tree.pack(leaves), state, packed_params, **extra)
-        return treedef.unflatten(tree.unpack(new, leaves)), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-class _Hole(NamedTuple):
-    """An empty node in the place of a stack, while the transformation sees the rest of the tree."""
-
-
-def _is_stack(node: Any) -> bool:
-    return isinstance(node, Stacked) and bool(jax.tree.leaves(node))
 
 
 def _transformation(clip: Callable[[Any, Any], tuple[Any, ClipState]]) -> optax.GradientTransformation:

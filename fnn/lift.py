@@ -9,8 +9,8 @@ arrays, `repeat(block, n)` one with a leading axis, and whatever looks at shapes
    maxima, ...) over all of them? Do both programs agree, so that nothing depends on how many blocks there are?
 3. If so, the operations of the first block run under `vmap` over the stack, and sums over blocks become sums over its
    leading axis: one small program at any depth.
-4. If not, or if f asks for the number of a block, f is traced on all blocks; if they still differ, it runs written out,
-   block by block, which is always right.
+4. If f asks which block is which (its place in a path, or in the list of all arrays), it is traced on all blocks. If
+   they differ, it runs written out, block by block, which is always right.
 """
 
 import warnings
@@ -63,11 +63,11 @@ def _as_one(f: Callable[..., Any], nodes: list[Any], treedef: Any, depths: list[
     """Run the first block's part of f under `vmap`; see the module's text. Errors: Unlike."""
     table = Names()
     first = _stood_in(f, nodes, treedef, 2, table)
-    if first.numbers_read and depths[-1] > 2:
+    if first.order_read and depths[-1] > 2:
         if depths[-1] > MANY:
             warnings.warn(
-                f"per_depth: the optimiser asks for the numbers or paths of {depths[-1]} blocks, each of which is looked "
-                "at: right, but slow to compile; choose parameters by shape where that will do",
+                f"per_depth: the optimiser asks which of {depths[-1]} blocks is which, so that each is looked at: right, but "
+                "slow to compile; choose parameters by shape where that will do",
                 stacklevel=3,
             )
         first = _stood_in(f, nodes, treedef, depths[-1], table)
@@ -99,6 +99,32 @@ def _stood_in(f: Callable[..., Any], nodes: list[Any], treedef: Any, count: int,
     args = treedef.unflatten([stand_in(number, node) for number, node in enumerate(nodes)])
     reps = {depth: min(count, depth) for depth in map(_depth, filter(_is_stack, nodes)) if depth > 1}
     return Reading(f, args, inputs, reps, table)
+
+
+def stand_ins(args: Any, count: int | None) -> Any:
+    """Replace every array by its spec, and every stack by `count` of its blocks (None: by all)."""
+
+    def one(node):
+        if not _is_stack(node):
+            return _spec(node, 0) if _is_array(node) else node
+        depth = _depth(node)
+        places = range(depth if count is None else min(count, depth))
+        block = jax.tree.map(lambda a: _spec(a, 1), node.blocks)
+        return Blocks([stand_ins(block, count) for _ in places], depth, places)
+
+    return jax.tree.map(one, args, is_leaf=_is_stack)
+
+
+def again_stacked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function of the net's own trees (a loss) be called with trees whose blocks are shown one by one."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        if not all(node.complete for node in _outer_blocks((args, options))):
+            raise Unlike("it evaluates the loss")
+        args, options = _restacked((args, options))
+        return function(*args, **options)
+
+    return call
 
 
 def _is_stack(node: Any) -> bool:
