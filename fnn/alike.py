@@ -29,6 +29,8 @@ SUMS = {
 }
 REDUCTIONS = {"reduce_sum": "add", "reduce_prod": "mul", "reduce_max": "max", "reduce_min": "min"}
 REDUCTIONS |= {"reduce_and": "and", "reduce_or": "or"}
+JOINS = {"concatenate": "dimension", "stack": "axis"}
+"""Operations that lay arrays side by side, and what they call the axis."""
 _order_read: list[bool] = [False]
 LIBRARIES = ("jax", "optax", "flax", "fnn")
 """What these do with trees does not depend on where an array stands among the others, except as a program shows."""
@@ -42,7 +44,7 @@ def _note(by_path: bool) -> None:
     frame, entry = sys._getframe(2), ""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        inside = frame.f_code.co_filename in (__file__, keystr.__code__.co_filename)
+        inside = frame.f_code.co_filename in (__file__, keystr.__code__.co_filename) or module == "functools"
         if not (inside or (module.startswith("jax.") and not by_path)):
             break
         frame, entry = frame.f_back, frame.f_code.co_name
@@ -62,6 +64,24 @@ class _Number(jax.tree_util.SequenceKey):
         return f"[{self.idx}]"
 
     __repr__ = __str__
+
+
+def paths(shown: Any) -> frozenset[str]:
+    """Name the arrays of a tree as `tree.paths` does, `[:]` standing for all blocks, shown one by one or stacked.
+
+    What is there for some blocks alone goes by their places: `trunk/[3]/kernel`.
+    """
+    found = set()
+    for entries, node in jax.tree_util.tree_leaves_with_path(shown, is_leaf=lambda node: isinstance(node, Blocks)):
+        if not isinstance(node, Blocks):
+            found.add(tree.path(entries))
+            continue
+        each = [paths(block) for block in tuple.__iter__(node)]
+        everywhere = frozenset.intersection(*each)
+        named = {("[:]", inner) for inner in everywhere}
+        named |= {(f"[{i}]", inner) for i, one in zip(node.places, each, strict=True) for inner in one - everywhere}
+        found |= {"/".join(filter(None, (tree.path(entries), *parts))) for parts in named}
+    return frozenset(found)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -110,6 +130,25 @@ class Blocks(tuple):
         return super().__len__()
 
 
+def split(shown: Any, level: int) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """Flatten a tree down to the `Blocks` that lie inside of `level` others; return its nodes, and what puts them back."""
+    nodes, structure = jax.tree.flatten(shown, is_leaf=lambda node: isinstance(node, Blocks))
+    if not level:
+        return nodes, structure.unflatten
+    inner = [split(tuple(tuple.__iter__(node)), level - 1) if isinstance(node, Blocks) else None for node in nodes]
+
+    def rebuild(flat):
+        flat, built = iter(flat), []
+        for node, part in zip(nodes, inner, strict=True):
+            if part is None:
+                built.append(next(flat))
+            else:
+                built.append(Blocks(part[1]([next(flat) for _ in part[0]]), node.depth, node.places))
+        return structure.unflatten(built)
+
+    return [n for node, part in zip(nodes, inner, strict=True) for n in ([node] if part is None else part[0])], rebuild
+
+
 class Unlike(Exception):
     """Blocks go different ways, or meet in something other than a sum over all of them."""
 
@@ -137,7 +176,7 @@ class Value:
 class Meeting:
     """Values of several blocks on their way into one sum: `op` joins the terms, whose number and order do not count.
 
-    `axis` is set for a concatenation, which a reduction over that axis turns into a sum.
+    `axis` is set for arrays laid side by side (`JOINS`), which a reduction over that axis turns into a sum.
     """
 
     __slots__ = ("axis", "op", "terms")
@@ -151,6 +190,9 @@ class Reading:
 
     ignored: frozenset[str] | set[str] = frozenset()
     """Parameters of operations that do not count."""
+
+    level = 0
+    """How many levels of blocks, shown already, lie around those of this reading."""
 
     def __init__(self, f: Callable[..., Any], args: Any, inputs: list[Value], reps: dict[int, int], table: Names):
         self.inputs, self.reps, self.table = inputs, reps, table
@@ -171,13 +213,13 @@ class Reading:
         self.known: dict[int, dict[int, Value]] = {}
         self.avals: dict[Any, Any] = {}
 
-    def names(self) -> list[int]:
+    def names(self) -> list[Any]:
         """Number what each output is, blocks of a stack as one; two programs with equal lists do the same."""
         return [value.name for value in self._outputs(dry=True)[0]]
 
     def run(self) -> Any:
         """Compute the outputs, stacks as `Stacked` nodes."""
-        values, nodes, structure = self._outputs(dry=False)
+        values, nodes, rebuild = self._outputs(dry=False)
         arrays = iter(values)
 
         def filled(node):
@@ -186,7 +228,7 @@ class Reading:
             one = jax.tree.structure(tuple.__getitem__(node, 0))
             return Stacked(one.unflatten(self._stacked(next(arrays), node.depth) for _ in range(one.num_leaves)))
 
-        return structure.unflatten([filled(node) for node in nodes])
+        return rebuild([filled(node) for node in nodes])
 
     def _stacked(self, value: Value, depth: int) -> Any:
         return value.array if value.depth else jnp.broadcast_to(value.array, (depth, *jnp.shape(value.array)))
@@ -195,7 +237,7 @@ class Reading:
         self.known = {}
         found = self._execute(self.program, [self._noted(value) for value in self.inputs], dry)
         values = iter([self._settled(value, dry) for value in found])
-        nodes, structure = jax.tree.flatten(self.out, is_leaf=lambda node: isinstance(node, Blocks))
+        nodes, rebuild = split(self.out, self.level)
         outputs = []
         for node in nodes:
             if not isinstance(node, Blocks):
@@ -213,7 +255,7 @@ class Reading:
                     if one.name != other.name or (other.depth, other.rep) not in ((0, 0), (node.depth, rep)):
                         raise Unlike("it treats some blocks otherwise than others")
             outputs += rows[0]
-        return outputs, nodes, structure
+        return outputs, nodes, rebuild
 
     def _execute(self, program: Any, inputs: Sequence[Any], dry: bool) -> list[Any]:
         env: dict[Any, Any] = dict(zip(program.inputs, inputs, strict=True))
@@ -235,7 +277,7 @@ class Reading:
         """Apply one operation to values, of which those of later blocks are only compared with the first's."""
         if op.name in REDUCTIONS and isinstance(inputs[0], Meeting) and inputs[0].axis is not None:
             return [self._reduced(op, inputs[0], dry)]
-        if op.name not in SUMS and op.name != "concatenate":
+        if op.name not in SUMS and op.name not in JOINS:
             inputs = [self._settled(v, dry) for v in inputs]
         places = {v.place for v in inputs if isinstance(v, Value) and v.depth}
         if len(places) > 1 or any(isinstance(v, Meeting) for v in inputs):
@@ -248,13 +290,13 @@ class Reading:
         known = self.known.setdefault(depth, {})
         if rep:
             if any(name not in known for name in names):
-                if op.name in SUMS or op.name == "concatenate":  # a part of a sum that the first block's does not have
+                if op.name in SUMS or op.name in JOINS:  # a part of a sum that the first block's does not have
                     return self._meet(op, inputs, dry)
                 raise Unlike("it treats some blocks otherwise than others")
             return [Value(name, None, depth, rep, known[name].made) for name in names]
         if not all(name in known for name in names):
             arrays = [None] * len(names) if dry else self._computed(op, inputs, depth)
-            made = (op.name, inputs) if op.name in SUMS or op.name == "concatenate" else None
+            made = (op.name, inputs) if op.name in SUMS or op.name in JOINS else None
             known.update(
                 {
                     name: Value(name, a, depth, 0, made)
@@ -284,11 +326,11 @@ class Reading:
         if op.name in SUMS:
             parts = [v.terms if isinstance(v, Meeting) and v.op == op.name else [self._settled(v, dry)] for v in inputs]
             return [Meeting(op.name, [term for part in parts for term in part])]
-        if op.name == "concatenate":
-            axis = op.params["dimension"]
+        if op.name in JOINS:
+            axis = op.params[JOINS[op.name]]
             terms: list[Value] = []
             for v in inputs:
-                if isinstance(v, Meeting) and v.axis == axis:
+                if isinstance(v, Meeting) and (v.op, v.axis) == (op.name, axis):
                     terms += v.terms
                 elif isinstance(v, Value) and v.depth and v.made is not None and v.made[0] == op.name:
                     terms += self._opened(v)
@@ -345,7 +387,9 @@ class Reading:
     def _reduced(self, op: Any, meeting: Meeting, dry: bool) -> Meeting:
         if tuple(op.params["axes"]) != (meeting.axis,):
             raise Unlike(f"blocks meet in an operation {op.name!r} of another axis")
-        terms = [self._apply(op, [term], dry)[0] for term in meeting.terms]
+        terms = meeting.terms
+        if meeting.op == "concatenate":
+            terms = [self._apply(op, [term], dry)[0] for term in terms]
         return Meeting(REDUCTIONS[op.name], terms)
 
     def _settled(self, value: Any, dry: bool) -> Value:
@@ -353,7 +397,7 @@ class Reading:
         if isinstance(value, Value):
             return value
         if value.axis is not None:
-            raise Unlike("blocks meet in an operation 'concatenate'")
+            raise Unlike(f"blocks meet in an operation {value.op!r}")
         terms, own = self._balanced(value.terms, value.op)
         name = self.table("sum", value.op, *sorted(v.name for v in terms), *sorted((v.depth, v.name) for v in own))
         if name in self.known.setdefault(0, {}):

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fnn import check, clip, flow, initializers, losses, models, taps, train, tree
 from fnn.core import Layer, as_spec
 from fnn.data import Dataset
+from fnn.optimizers import per_depth
 
 CLIPS: dict[str, Callable[[Any], Any]] = {
     "value": clip.by_value,
@@ -34,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "adam": optax.adam,
     "adamw": optax.adamw,
     "rmsprop": optax.rmsprop,
-    "lamb": lambda rate: clip.per_depth(optax.lamb(rate)),
+    "lamb": optax.lamb,
 }
 CPU_BUDGET = 12 << 20
 """Bytes that the lanes of one `vmap` may touch on a CPU: about a core's cache. At depth 256 one lane after the other was
@@ -142,7 +143,7 @@ def optimizer(static: Mapping[str, Any], run: Mapping[str, Any]) -> optax.Gradie
     check.choice("study", ["none", *CLIPS], clip=kind)
     check.choice("study", OPTIMIZERS, optimizer=name)
     clips = [] if kind == "none" else [CLIPS[kind](run["clip_threshold"])]
-    return optax.chain(*clips, OPTIMIZERS[name](run["learning_rate"]))
+    return per_depth(optax.chain(*clips, OPTIMIZERS[name](run["learning_rate"])))
 
 
 def measure(setup: Setup, cell: Cell) -> Measured:

@@ -13,7 +13,7 @@ from fnn import check, losses
 from fnn.core import as_arrays, check_values, output_shape, same_spec
 from fnn.dataset import Dataset, check_dataset, shuffled
 from fnn.inputs import Masked
-from fnn.train import TrainState, TrainStep, evaluate
+from fnn.train import CLIPPING, TrainState, TrainStep, evaluate
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,15 @@ class History:
     stopped_early: bool
 
     def by_epoch(self, name: str) -> np.ndarray:
-        """Average a metric of the training steps over each epoch, to lay beside `validation`."""
+        """Average a metric of the training steps over each epoch, to lay beside `validation`.
+
+        Reports of clips are averaged over the steps that have one (not those that only accumulate, or are skipped).
+        """
         ends = np.cumsum(self.steps_per_epoch)
-        return np.array([np.mean(part) for part in np.split(np.asarray(self.train[name]), ends[:-1])])
+        parts = np.split(np.asarray(self.train[name]), ends[:-1])
+        if name in CLIPPING:
+            parts = [part[~np.isnan(part)] for part in parts]
+        return np.array([np.mean(part) if len(part) else np.nan for part in parts])
 
 
 def fit(

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn.alike import Blocks, Names, Reading, Unlike, Value, specs
+from fnn.alike import Blocks, Names, Reading, Unlike, Value, specs, split
 from fnn.tree import Stacked
 
 MANY = 64
@@ -35,44 +35,45 @@ def lifted(f: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def call(*args: Any) -> Any:
-        nodes, treedef = jax.tree.flatten(args, is_leaf=_is_stack)
-        depths = sorted({_depth(node) for node in nodes if isinstance(node, Stacked)})
-        if not depths:
+        level = _level(args)
+        if level is None:
             return f(*args)
+        nodes, treedef = jax.tree.flatten(args, is_leaf=_is_stack)
+        deepest = max(_depth(node) for node in nodes if isinstance(node, Stacked))
         inner = lifted(f)  # for stacks inside of stacks
-        apart = any(isinstance(node, Blocks) and node.complete for node in _outer_blocks(args))
-        reason = "its state differs from block to block" if apart else None
-        if not apart:
+        reason = "its state differs from block to block"
+        if not any(isinstance(node, Blocks) for node in split(args, level)[0]):
             try:
-                return _as_one(inner, nodes, treedef, depths)
+                return _as_one(inner, nodes, treedef, level)
             except Unlike as error:
                 reason = str(error)
-        if depths[-1] > MANY:
+        if deepest > MANY:
             warnings.warn(
-                f"per_depth: the optimiser runs block by block on {depths[-1]} blocks, since {reason}: right, but slow to "
+                f"per_depth: the optimiser runs block by block on {deepest} blocks, since {reason}: right, but slow to "
                 "compile; use one that treats all blocks alike",
                 stacklevel=2,
             )
         shown = [_all_blocks(node) if isinstance(node, Stacked) else node for node in nodes]
-        return _restacked(inner(*treedef.unflatten(shown)))
+        return _restacked(inner(*treedef.unflatten(shown)), level)
 
     return call
 
 
-def _as_one(f: Callable[..., Any], nodes: list[Any], treedef: Any, depths: list[int]) -> Any:
+def _as_one(f: Callable[..., Any], nodes: list[Any], treedef: Any, level: int) -> Any:
     """Run the first block's part of f under `vmap`; see the module's text. Errors: Unlike."""
-    table = Names()
+    table, depth = Names(), max(_depth(node) for node in nodes if isinstance(node, Stacked))
     first = _stood_in(f, nodes, treedef, 2, table)
-    if first.order_read and depths[-1] > 2:
-        if depths[-1] > MANY:
+    if first.order_read and depth > 2:
+        if depth > MANY:
             warnings.warn(
-                f"per_depth: the optimiser asks which of {depths[-1]} blocks is which, so that each is looked at: right, but "
+                f"per_depth: the optimiser asks which of {depth} blocks is which, so that each is looked at: right, but "
                 "slow to compile; choose parameters by shape where that will do",
                 stacklevel=3,
             )
-        first = _stood_in(f, nodes, treedef, depths[-1], table)
-    elif depths[-1] > 2 and first.names() != _stood_in(f, nodes, treedef, 3, table).names():
+        first = _stood_in(f, nodes, treedef, depth, table)
+    elif depth > 2 and first.names() != _stood_in(f, nodes, treedef, 3, table).names():
         raise Unlike("what it does depends on how many blocks there are")
+    first.level = level
     return first.run()
 
 
@@ -119,12 +120,28 @@ def again_stacked(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let a function of the net's own trees (a loss) be called with trees whose blocks are shown one by one."""
 
     def call(*args: Any, **options: Any) -> Any:
-        if not all(node.complete for node in _outer_blocks((args, options))):
-            raise Unlike("it evaluates the loss")
-        args, options = _restacked((args, options))
-        return function(*args, **options)
+        given: Any = (args, options)
+        for level in reversed(range(_levels(given))):
+            if any(isinstance(node, Blocks) and not node.complete for node in split(given, level)[0]):
+                raise Unlike("it evaluates the loss")
+            given = _restacked(given, level)
+        return function(*given[0], **given[1])
 
     return call
+
+
+def _level(args: Any) -> int | None:
+    """How many levels of blocks, shown already, lie around the next stacks; None if there are none."""
+    nodes = jax.tree.leaves(args, is_leaf=lambda node: _is_stack(node) or isinstance(node, Blocks))
+    if any(isinstance(node, Stacked) for node in nodes):
+        return 0
+    levels = [_level(tuple(tuple.__iter__(node))) for node in nodes if isinstance(node, Blocks)]
+    return min((1 + level for level in levels if level is not None), default=None)
+
+
+def _levels(args: Any) -> int:
+    nodes = jax.tree.leaves(args, is_leaf=lambda node: isinstance(node, Blocks))
+    return max((1 + _levels(tuple(tuple.__iter__(node))) for node in nodes if isinstance(node, Blocks)), default=0)
 
 
 def _is_stack(node: Any) -> bool:
@@ -152,12 +169,7 @@ def _all_blocks(node: Stacked) -> Blocks:
     return Blocks([node[i] for i in range(depth)], depth, range(depth))
 
 
-def _outer_blocks(args: Any) -> list[Blocks]:
-    nodes = jax.tree.leaves(args, is_leaf=lambda node: isinstance(node, Blocks))
-    return [node for node in nodes if isinstance(node, Blocks)]
-
-
-def _restacked(result: Any) -> Any:
+def _restacked(result: Any, level: int) -> Any:
     def one(node):
         if not isinstance(node, Blocks):
             return node
@@ -166,4 +178,5 @@ def _restacked(result: Any) -> Any:
             return node
         return Stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *children))
 
-    return jax.tree.map(one, result, is_leaf=lambda node: isinstance(node, Blocks))
+    nodes, rebuild = split(result, level)
+    return rebuild([one(node) for node in nodes])

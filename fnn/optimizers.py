@@ -4,14 +4,15 @@
 train alike.
 """
 
+from collections import Counter
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-from fnn import tree
-from fnn.alike import REDUCTIONS, SUMS, Blocks, Meeting, Names, Reading, Unlike, Value, constant
+from fnn import clip, tree
+from fnn.alike import JOINS, REDUCTIONS, SUMS, Blocks, Meeting, Names, Reading, Unlike, Value, constant
 from fnn.lift import again_stacked, lifted, stand_ins
 
 
@@ -74,7 +75,7 @@ def packed(transformation: optax.GradientTransformation) -> optax.GradientTransf
         if _shown(params):
             return inner.init(params)
         try:
-            return inner.init(tree.pack(jax.tree.leaves(params)))
+            return clip.retold(inner.init(tree.pack(jax.tree.leaves(params))), params)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise _refusal("one that needs the parameters' own tree") from error
 
@@ -180,7 +181,7 @@ ELEMENTWISE = {
 }
 
 
-PASSED = {"broadcast_in_dim", "concatenate", "convert_element_type", "expand_dims", "reshape", "squeeze"}
+PASSED = {"broadcast_in_dim", "convert_element_type", "expand_dims", "reshape", "squeeze", *JOINS}
 """What the sum over one array may go through on its way into a sum over all."""
 
 
@@ -194,39 +195,53 @@ class _Each(Reading):
     @classmethod
     def of(cls, inner: Any, updates: Any, params: Any, extra: Any, table: Names) -> "_Each":
         structure = jax.tree.structure(updates)
+
+        def with_axes(node):  # a lone number is its own sum, without an operation that says so
+            if jax.tree.structure(node) != structure:
+                return node
+            return jax.tree.map(lambda a: a if a.shape else jax.ShapeDtypeStruct((1,), a.dtype), node)
+
+        updates, params = with_axes(updates), with_axes(params)
+        extra = {name: with_axes(value) for name, value in extra.items()}
         state = jax.eval_shape(inner.init, updates if params is None else params)
         args = (updates, state, params, extra)
+        dtypes = [str(leaf.dtype) for leaf in jax.tree.leaves(updates)]
+        # Packed by dtype: arrays of one dtype are the blocks of one stack.
+        groups = sorted(set(dtypes))
+        places = [(1 + groups.index(dtype), dtypes[:i].count(dtype)) for i, dtype in enumerate(dtypes)]
         inputs: list[Value] = []
         for number, node in enumerate(_groups(args, structure)):
             whole = jax.tree.structure(node) == structure
-            for rep, leaf in enumerate(jax.tree.leaves(node)):
+            for leaf, place in zip(jax.tree.leaves(node), places if whole else [(0, 0)], strict=True):
                 if isinstance(leaf, jax.ShapeDtypeStruct):
-                    inputs.append(Value(table("input", number), None, int(whole), rep if whole else 0))
+                    inputs.append(Value(table("input", number), None, *place))
 
         def update(updates, state, params, extra):
             return inner.update(updates, state, params, **extra)
 
-        reading = cls(update, args, inputs, {1: structure.num_leaves}, table)
-        reading.structure = structure
+        reading = cls(update, args, inputs, dict(Counter(group for group, _ in places)), table)
+        reading.structure, reading.places = structure, places
         return reading
 
     structure: Any
+    places: list[tuple[int, int]]
     sums: dict[int, str]
     ignored = SHAPES
 
-    def names(self) -> list[int]:
+    def names(self) -> list[Any]:
         """Number what is done to each number of the updates and of what the state keeps of it."""
         self.known, self.sums = {}, {}
         found = self._execute(self.program, [self._noted(value) for value in self.inputs], True)
         values = iter(found)
         names = []
         for node in _groups(self.out, self.structure):
-            row = [self._complete(next(values), dry=True) for _ in jax.tree.leaves(node)]
-            whole = jax.tree.structure(node) == self.structure
-            for rep, value in enumerate(row):
-                if value.name != row[0].name or value.place not in ((0, 0), (int(whole), rep if whole else 0)):
+            places = self.places if jax.tree.structure(node) == self.structure else [(0, 0)]
+            first: dict[int, int] = {}
+            for place in places:
+                value = self._complete(next(values), dry=True)
+                if value.name != first.setdefault(place[0], value.name) or value.place not in ((0, 0), place):
                     raise Unlike("it tells arrays apart")
-            names += [value.name for value in row[:1]]
+            names += sorted(first.items())
         return names
 
     def _apply(self, op: Any, inputs: list[Any], dry: bool) -> list[Any]:
@@ -239,11 +254,11 @@ class _Each(Reading):
         own = any(isinstance(v, Meeting) or v.depth for v in inputs)
         if op.name in ("jit", "pjit") and own:
             return [self._whole(op.params["name"], [self._settled(v, dry) for v in inputs], dry)]
-        if op.name.startswith("custom_") and own:
+        if own and (op.name.startswith("custom_") or op.name == "cond"):
             return self._meet(op, inputs, dry)
         if op.name in SUMS and kind:
             return [Meeting(op.name, [t for v in inputs for t in (v.terms if isinstance(v, Meeting) else [v])])]
-        known = op.name in ELEMENTWISE or op.name in SUMS or op.name in REDUCTIONS or op.name in ("cond", "concatenate")
+        known = op.name in ELEMENTWISE or op.name in SUMS or op.name in REDUCTIONS or op.name in JOINS
         if own and not kind and not known:
             raise Unlike(f"it passes arrays through an operation {op.name!r}")
         results = super()._apply(op, inputs, dry)

@@ -14,6 +14,7 @@ import optax
 from fnn import check, clip, losses, tree
 from fnn.core import Layer, as_arrays, as_spec, check_values, output_shape
 from fnn.dataset import Dataset, check_dataset, shuffled
+from fnn.optimizers import per_depth
 from fnn.per_example import check_step, step_gradients
 from fnn.taps import TapState
 
@@ -37,7 +38,7 @@ class TrainState:
         # are kept for the next net with arrays of the same shapes.
         init_key, train_key = jax.random.split(key)
         params, state = net.init(init_key, as_spec(spec))
-        created = cls(params, state, optimizer.init(params), train_key, jnp.zeros((), jnp.int32))
+        created = cls(params, state, per_depth(optimizer).init(params), train_key, jnp.zeros((), jnp.int32))
         return jax.tree.map(jnp.copy, created)  # an array that two leaves share could not be donated
 
 
@@ -103,7 +104,8 @@ class TrainStep:
 
 
 IN_ORDER = re.compile(r"\[b, [\d, ]+, f\]x\[[\d, ]+, i, o\]->\[b, [\d, ]+, f\]")
-METRICS = ("loss", "accuracy", "grad_norm", "grad_norm_clipped", "clip_fraction", "clip_removed", "update_ratio")
+CLIPPING = ("grad_norm_clipped", "clip_fraction", "clip_removed")
+METRICS = ("loss", "accuracy", "grad_norm", *CLIPPING, "update_ratio")
 
 
 def train_step(
@@ -123,7 +125,8 @@ def train_step(
     `batch` is a pair (x, y); `loss(outputs, y) -> float[batch]`. Metrics, float32[]: `loss`; `accuracy` where the loss
     has one; `grad_norm`, the global norm before clipping, and with a clip of `fnn.clip` in the optimiser
     `grad_norm_clipped`, `clip_fraction` (share of numbers, units or blocks; 0 or 1 for the global norm) and
-    `clip_removed` = 1 - after/before; `update_ratio` = |update|/|params|. With `per_layer=True` also
+    `clip_removed` = 1 - after/before (0 for a zero gradient), NaN in a step that the optimiser skips or only accumulates
+    (`MultiSteps`, `apply_if_finite`); several clips are reported as one (`clip.summary`). `update_ratio` = |update|/|params|. With `per_layer=True` also
     `grad_norms`, a tree like params (float[depth] below `repeat`) and, if the net has taps, `taps`: the new state and
     the gradient with respect to the old one, for `fnn.taps.read`. `metrics` names those to keep (`loss` always is):
     what is left out is not computed, and a few per cent of a step are spent on `update_ratio` and `accuracy`.
@@ -135,13 +138,16 @@ def train_step(
     how much that moved the mean. Under batch norm an example's gradient is that of its own path (`fnn.per_example`),
     and the noise scale takes groups (`noise.groups`). Under an outer `axis_name` norms are those of the local batch.
 
+    The optimiser sees each block of `repeat` as arrays of its own (`per_depth`): depth as a loop and depth written out
+    train alike.
+
     `compute_dtype=jnp.bfloat16` casts the input, and so all layers; parameters, optimiser and statistics stay float32.
     With `axis_name` (under `vmap` or `shard_map`) gradients and metrics are averaged over the mapped batch axis.
 
     Guarantees: traced once for each batch shape; the state's buffers are donated (do not use the old state again); the
     same state and batch give the same result, bit for bit, on one device.
     """
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = per_depth(optimizer)
     for name in metrics:
         check.choice("train_step", METRICS, metrics=name)
     correct = losses.correct(loss) if "accuracy" in metrics else None
@@ -176,17 +182,18 @@ def train_step(
             both = (state.params, state.state)
             grads, net_state, values, of_examples = gradients(*((both, None) if tapped else both))
         grads, news = grads if tapped else (grads, None)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=values["loss"], grad=grads)
+        before = clip.unreported(state.opt_state)
+        updates, opt_state = optimizer.update(grads, before, state.params, value=values["loss"], grad=grads)
         params = optax.apply_updates(state.params, updates)
         # No care for squares out of range: an update below 1e-19 changes no parameter.
         ratio = jnp.sqrt(tree.squared_norm(updates)) / jnp.sqrt(tree.squared_norm(state.params))
         values |= {"grad_norm": tree.norm(grads), "update_ratio": ratio}
-        if clips := clip.reports(opt_state):
-            before, after = clips[0].before, clips[-1].after
+        if (report := clip.summary(opt_state, grads)) is not None:
+            removed = 1 - report.after / jnp.where(report.before == 0, 1, report.before)
             values |= {
-                "grad_norm_clipped": after,
-                "clip_fraction": clips[-1].fraction,
-                "clip_removed": 1 - after / jnp.where(before > 0, before, 1),
+                "grad_norm_clipped": report.after,
+                "clip_fraction": report.fraction,
+                "clip_removed": jnp.where(report.before == 0, 0, removed),
             }
         values = {name: v.astype(jnp.float32) for name, v in values.items() if name == "loss" or name in metrics}
         values |= of_examples

@@ -108,23 +108,25 @@ def norm(tree: Any) -> jax.Array:
     Squares that leave float32's range are taken again, relative to the largest number: exact for exploded and vanished
     gradients too.
     """
-    return _of_all(fnn_norm, tree) if jax.tree.leaves(tree) else jnp.zeros(())
+    return _of_all(norm_of_all, tree) if jax.tree.leaves(tree) else jnp.zeros(())
 
 
 def count(tree: Any) -> jax.Array:
     """Count the numbers in a tree, as `size` does, but as a float32[] that stands in the program: see `WHOLE`."""
-    return _of_all(fnn_count, tree) if jax.tree.leaves(tree) else jnp.zeros(())
+    return _of_all(count_of_all, tree) if jax.tree.leaves(tree) else jnp.zeros(())
 
 
-def fnn_norm(leaves: Sequence[Any]) -> jax.Array:
+def norm_of_all(leaves: Sequence[Any]) -> jax.Array:
+    """`norm` of a list of arrays."""
     return _norm(pack([_wide(a) for a in leaves]))
 
 
-def fnn_count(leaves: Sequence[Any]) -> jax.Array:
+def count_of_all(leaves: Sequence[Any]) -> jax.Array:
+    """`count` of a list of arrays."""
     return jnp.asarray(sum(jnp.size(a) for a in leaves), jnp.float32)
 
 
-WHOLE: dict[str, Callable[[Sequence[Any]], jax.Array]] = {"fnn_norm": fnn_norm, "fnn_count": fnn_count}
+WHOLE: dict[str, Callable[[Sequence[Any]], jax.Array]] = {"norm_of_all": norm_of_all, "count_of_all": count_of_all}
 """Functions of all arrays of a tree at once, the same however these are cut or stacked. They stand in a program as one
 operation of that name, by which `lift` knows them."""
 _JITTED = {function: jax.jit(function) for function in WHOLE.values()}

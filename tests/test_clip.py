@@ -157,7 +157,7 @@ def test_stacked_equals_serial(name):
         forms, done[: len(forms)], done[len(forms) :], strict=True
     ):
         close(stacked, form(flat))
-        close(stacked_report, report)
+        close(stacked_report[:3], report[:3])
         assert report.fraction > 0
 
 
@@ -179,7 +179,7 @@ def test_the_trees_of_these_tests_are_those_of_the_nets():
 def test_zero_stays_zero(name):
     updates, report = clipped(CLIPS[name], FORM, FORM)
     close(updates, FORM, atol=0)
-    np.testing.assert_array_equal(report, [0, 0, 0])
+    np.testing.assert_array_equal(report[:3], [0, 0, 0])
 
 
 @pytest.mark.usefixtures("optimised")
@@ -209,7 +209,7 @@ def test_norms_whose_squares_leave_float32(name, size):
     updates, report = clipped(CLIPS[name], g, w)
     if size < 1:
         close(updates, g, rtol=0, atol=0)
-        np.testing.assert_allclose(report, [0, size, size], rtol=1e-6)
+        np.testing.assert_allclose(report[:3], [0, size, size], rtol=1e-6)
         return
     wanted, fraction = {
         "by_global_norm": (direction * 3, 1),
@@ -217,7 +217,7 @@ def test_norms_whose_squares_leave_float32(name, size):
         "adaptive": (np.sign(direction) * [20, 15, 0, 0] * 0.8, 2 / (4 + 5 + 1 + 1)),  # units
     }[name]
     close(updates, FORM | {"dense": wanted})
-    np.testing.assert_allclose(report, [fraction, size, np.linalg.norm(wanted)], rtol=1e-6)
+    np.testing.assert_allclose(report[:3], [fraction, size, np.linalg.norm(wanted)], rtol=1e-6)
 
 
 def test_infinity_is_clipped_by_value_and_shown_by_norms():
@@ -229,6 +229,7 @@ def test_infinity_is_clipped_by_value_and_shown_by_norms():
     np.testing.assert_array_equal(above[0]["a"], [0.5, -np.inf, 0.25])
     np.testing.assert_array_equal(scaled["a"], [np.nan, np.nan, 0])
     assert report.before == np.inf and report.fraction == 1
+    assert np.isnan(report.after)  # as the update is
 
 
 def test_reports_by_hand():
@@ -254,25 +255,25 @@ def test_reports_by_hand():
         return [tx.update(g, tx.init(w), w)[1] for tx in wanted]
 
     for report, numbers in zip(run(g, w), wanted.values(), strict=True):
-        np.testing.assert_allclose(report, numbers, rtol=1e-6)
-        assert {leaf.dtype for leaf in report} == {jnp.dtype("float32")}
+        np.testing.assert_allclose(report[:3], numbers, rtol=1e-6)
+        assert {leaf.dtype for leaf in report[:3]} == {jnp.dtype("float32")}
 
 
-def test_reports_are_found_in_chains_and_below_per_depth():
+def test_reports_are_found_in_chains_and_per_depth_gives_scalars():
     inner = optax.chain(clip.by_value(1.0), optax.trace(0.9))
     transformation = optax.chain(
         inner, clip.by_global_norm(2.0), fnn.per_depth(clip.by_block_norm(0.5)), optax.sgd(0.1)
     )
     g = {"out": np.array([3.0, 4.0], np.float32), "in": Stacked(np.array([[0.1, 0], [0.6, 0.8]], np.float32))}
     state = transformation.init(g)
-    assert [type(r) for r in clip.reports(state)] == [clip.ClipState] * 4
+    assert [type(r) for r in clip.reports(state)] == [clip.ClipState] * 3
     _, state = jax.jit(transformation.update)(g, state)
-    by_value, by_norm, outside, inside = clip.reports({"optimizer": [state]})
+    by_value, by_norm, by_block = clip.reports({"optimizer": [state]})
     after = math.sqrt(1 + 1 + 0.01 + 1)
-    np.testing.assert_allclose(by_value, [2 / 6, math.sqrt(25 + 0.01 + 1), after], rtol=1e-6)
-    np.testing.assert_allclose(by_norm, [0, after, after], rtol=1e-6)
-    np.testing.assert_allclose(outside, [1, math.sqrt(2), 0.5], rtol=1e-6)
-    np.testing.assert_allclose(inside, [[0, 1], [0.1, 1], [0.1, 0.5]], rtol=1e-6)  # one report a depth
+    np.testing.assert_allclose(by_value[:3], [2 / 6, math.sqrt(25 + 0.01 + 1), after], rtol=1e-6)
+    np.testing.assert_allclose(by_norm[:3], [0, after, after], rtol=1e-6)
+    # two of three blocks, of norms sqrt 2 and 1, to a half each
+    np.testing.assert_allclose(by_block[:3], [2 / 3, after, math.sqrt(0.25 + 0.01 + 0.25)], rtol=1e-6)
     assert clip.reports(optax.adam(0.1).init(g)) == [] and clip.reports(()) == []
 
 
@@ -293,7 +294,7 @@ def test_traced_thresholds_under_jit_and_vmap_equal_constants():
             for name, rtol in (("k", 1e-6), ("h", 1 / 256)):
                 a, b = jax.tree.leaves((updates[name], other[name]))
                 np.testing.assert_allclose(np.asarray(a[i], np.float32), np.asarray(b, np.float32), rtol=rtol)
-            np.testing.assert_allclose([r[i] for r in report], other_report, rtol=1e-3)
+            np.testing.assert_allclose([r[i] for r in report[:3]], other_report[:3], rtol=1e-3)
 
 
 def test_thresholds_may_be_hyperparameters_and_schedules():
@@ -315,153 +316,6 @@ def test_dtypes_are_kept_and_norms_taken_in_float32():
         assert updates["a"].dtype == jnp.bfloat16 and updates["b"].dtype == jnp.float16
         assert report.before == pytest.approx(100 * math.sqrt(4800), rel=1e-6)  # the square is beyond float16
         assert report.after == pytest.approx(norm64(jax.tree.map(lambda u: u.astype(np.float32), updates)), rel=0.01)
-
-
-def three_steps(transformation):
-    """Parameters after a step with each of the gradients, which lie on a leading axis."""
-
-    def run(params, gradients):
-        def step(carry, grads):
-            params, state = carry
-            updates, state = transformation.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, transformation.init(params)), gradients)[0][0]
-
-    return run
-
-
-def in_a_row(trees):
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-
-
-GRADIENTS = [random_like(SHAPES, seed, spread=2.0) for seed in (10, 11, 12)]
-LAYERWISE = {
-    "lamb": lambda: optax.lamb(0.1, weight_decay=0.01),
-    "lars": lambda: optax.lars(0.1, trust_coefficient=0.5),
-    "adaptive_grad_clip": lambda: optax.chain(optax.adaptive_grad_clip(0.5), optax.sgd(0.1)),
-    "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=4),
-    "clip_by_block_rms": lambda: optax.chain(optax.clip_by_block_rms(0.5), optax.sgd(0.1)),
-}
-
-
-MIXED = {
-    "wide": np.linspace(-1, 1, 200 * 100, dtype=np.float32).reshape(200, 100),
-    "stack": Stacked(np.linspace(0.5, 2, 12, dtype=np.float32).reshape(3, 4)),
-    "half": jnp.linspace(-2, 1, 10, dtype=jnp.bfloat16),
-    "one": np.float32(3),
-}
-"""One large array among small ones, of two dtypes."""
-
-
-@pytest.mark.parametrize(
-    "tx",
-    [
-        optax.chain(clip.by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.1)),
-        optax.chain(clip.by_value(0.3), optax.sgd(0.1, momentum=0.9, nesterov=True)),
-    ],
-    ids=["adamw", "momentum"],
-)
-def test_packed_changes_no_number_and_packs_all_small_arrays(tx):
-    grads = jax.tree.map(lambda w: jnp.stack([jnp.asarray(c * w + 0.2, w.dtype) for c in (1, -0.5, 2)]), MIXED)
-    run = jax.jit(lambda *a: [three_steps(t)(*a) for t in (tx, fnn.packed(tx))])
-    plain, packed = run(MIXED, grads)
-    assert jax.tree.structure(plain) == jax.tree.structure(packed)
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(packed), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        tolerance = 1e-2 if a.dtype == jnp.bfloat16 else 1e-6
-        np.testing.assert_allclose(np.asarray(b, np.float64), np.asarray(a, np.float64), rtol=tolerance, atol=1e-7)
-    shapes = {leaf.shape for leaf in jax.tree.leaves(fnn.packed(tx).init(MIXED)) if jnp.ndim(leaf)}
-    assert shapes == {(200, 100), (13,), (10,)}  # the large array; float32 numbers; bfloat16 numbers
-
-
-def test_packed_passes_extra_arguments_and_works_without_params():
-    seen = {}
-
-    def update(updates, state, params=None, *, value, grad):
-        seen.update(params=params, value=value, grad=grad)
-        return updates, state
-
-    tx = fnn.packed(optax.GradientTransformationExtraArgs(lambda params: (), update))
-    g = {"a": jnp.ones((2, 2)), "b": jnp.zeros(3)}
-    updates, _ = tx.update(g, tx.init(g), value=jnp.float32(7), grad=g)
-    assert jax.tree.map(jnp.shape, updates) == {"a": (2, 2), "b": (3,)}
-    assert seen["params"] is None and seen["value"] == 7
-    np.testing.assert_array_equal(seen["grad"][0], [1, 1, 1, 1, 0, 0, 0])
-
-
-@pytest.mark.parametrize("name", LAYERWISE)
-def test_per_depth_on_repeat_equals_the_bare_transformation_on_serial(name):
-    transformation = LAYERWISE[name]()
-
-    @jax.jit
-    def run(params, gradients, stacked, stacked_gradients):
-        return (
-            three_steps(transformation)(params, gradients),
-            three_steps(fnn.per_depth(transformation))(stacked, stacked_gradients),
-            three_steps(transformation)(stacked[1], stacked_gradients[1]),
-        )
-
-    flat, wrapped, bare = jax.device_get(
-        run(PARAMS, in_a_row(GRADIENTS), looped_form(PARAMS), in_a_row(map(looped_form, GRADIENTS)))
-    )
-    wanted = looped_form(flat)
-    assert furthest(wrapped, wanted) < 1e-6
-    # and the bare transformation is noticeably off on stacks, so that this test can fail
-    assert furthest(bare, wanted[1]) > 0.02 * furthest(wanted, looped_form(PARAMS))
-
-
-@pytest.mark.parametrize("name", ["lamb", "adafactor"])
-def test_per_depth_without_stacks_changes_nothing(name):
-    transformation = LAYERWISE[name]()
-    params, gradients = PARAMS[0], in_a_row([g[0] for g in GRADIENTS])
-    run = jax.jit(lambda *a: [three_steps(tx)(*a) for tx in (transformation, fnn.per_depth(transformation))])
-    bare, wrapped = jax.device_get(run(params, gradients))
-    assert furthest(bare, wrapped) == 0 and furthest(bare, params) > 0.01
-
-
-def test_adafactor_factors_in_these_tests():
-    state = jax.eval_shape(fnn.per_depth(LAYERWISE["adafactor"]()).init, looped_form(PARAMS))
-    shapes = {leaf.shape for leaf in jax.tree.leaves(state.stacks)}
-    # rows and columns of an 8×8 kernel, and no full second moment of one
-    assert (DEPTH, 8) in shapes and (DEPTH, 8, 8) not in shapes
-
-
-def test_per_depth_below_a_global_norm_and_on_nested_stacks():
-    def optimizer(wrap):
-        return optax.chain(clip.by_global_norm(1.0), wrap(optax.lars(0.1, trust_coefficient=0.5)))
-
-    gradients = [NESTED_GRADS, random_like(NESTED_SHAPES, 20)]
-
-    @jax.jit
-    def run(params, gradients, stacked, stacked_gradients):
-        return (
-            three_steps(optimizer(lambda tx: tx))(params, gradients),
-            three_steps(optimizer(fnn.per_depth))(stacked, stacked_gradients),
-        )
-
-    forms = nested_form(NESTED_PARAMS), in_a_row(map(nested_form, gradients))
-    flat, wrapped = jax.device_get(run(NESTED_PARAMS, in_a_row(gradients), *forms))
-    assert furthest(wrapped, nested_form(flat)) < 1e-6
-    assert furthest(flat, NESTED_PARAMS) > 0.05
-
-
-def test_per_depth_passes_extra_arguments_and_works_without_params():
-    def update(updates, state, params=None, *, value, **extra):
-        assert params is None and not extra
-        return jax.tree.map(lambda u: value * u, updates), jax.tree.map(lambda s: s + 1, state)
-
-    scale = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update)
-    transformation = fnn.per_depth(scale)
-    grads = looped_form(GRADS)
-    updates, state = jax.jit(transformation.update)(grads, transformation.init(grads), value=3.0)
-    close(updates, jax.tree.map(lambda g: 3 * g, grads))
-    assert state.outside == 1
-    np.testing.assert_array_equal(state.stacks[0].outside, np.ones(DEPTH))
-    # a stack without arrays (a block of activations) stays what it is
-    empty = ({"a": np.ones(2, np.float32)}, Stacked(()))
-    updates, _ = transformation.update(empty, transformation.init(empty), value=2.0)
-    close(updates, ({"a": np.full(2, 2.0)}, Stacked(())))
 
 
 @pytest.mark.parametrize("name", CLIPS)
@@ -489,4 +343,4 @@ def test_the_empty_tree():
     for transformation in CLIPS.values():
         updates, report = transformation.update((), transformation.init(()), ())
         assert updates == ()
-        np.testing.assert_array_equal(report, [0, 0, 0])
+        np.testing.assert_array_equal(report[:3], [0, 0, 0])

@@ -15,14 +15,15 @@ import fnn
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"check", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
-    {"core", "losses", "gaussian", "products"},
-    {"inputs", "dataset"},
+    {"core", "losses", "gaussian", "products", "alike"},
+    {"inputs", "dataset", "lift"},
     {"memory", "layers"},
     {
         *("norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic"),
         *("finite_width", "rates", "cuts", "example_gradients"),
     },
     {"models", "clip", "flow", "meanfield", "data", "per_example", "noise"},
+    {"optimizers"},
     {"train"},
     {"fitting"},
     {"cell", "results", "workers", "provenance"},
