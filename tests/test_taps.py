@@ -57,7 +57,13 @@ def test_forward_statistics_of_a_masked_sequence_are_those_of_its_real_positions
             y, forward = one(padded)
         jax.tree.map(np.testing.assert_array_equal, y, padded)
         # Of four units (two features at each of two positions with a real example) both first ones are zero.
-        want = {"mean": wide.mean(), "second_moment": (wide**2).mean(), "peak": np.abs(wide).max(), "dead": 2 / 4, "saturated": 2 / 8}
+        want = {
+            "mean": wide.mean(),
+            "second_moment": (wide**2).mean(),
+            "peak": np.abs(wide).max(),
+            "dead": 2 / 4,
+            "saturated": 2 / 8,
+        }
         assert {name: float(a) for name, a in forward.items()} == pytest.approx(want, rel=1e-6)
     nothing = fnn.Masked(jnp.full((2, 3, 4), jnp.nan), jnp.zeros((2, 3), bool))
     _, new = layer.apply((), state, nothing)
