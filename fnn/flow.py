@@ -106,7 +106,8 @@ def gradient_flow(
 
     Where a signal comes near an end of the net's float type, or a gradient is zero, all is measured again with
     parameters, state and batch in float64: the result's `precision` and `note` say so. What leaves float64 too is NaN,
-    with a warning that names the layer. Every measurement is made a second time with other scales, which must drop out.
+    with a warning that names the layer; a `second_moment` whose squares alone leave it is NaN without one. Every
+    measurement is made a second time with other scales, which must drop out.
 
     Errors: ValueError if no tap lies on the trunk; if a tap is passed more than once (a weight is used on both sides
     of it), where one scale cannot be undone; if the paths of two taps meet again in a combinator that does not say so
