@@ -363,7 +363,7 @@ def _direction(a: jax.Array, log: jax.Array) -> jax.Array:
     return a * _behind(jnp.exp(-log), a).astype(a.dtype)
 
 
-def _behind(per_array: jax.Array, a: jax.Array) -> jax.Array:
+def _behind(per_array: Any, a: Any) -> Any:
     """Give a number for each array of a stack the axes that broadcast against the arrays."""
     return per_array.reshape(per_array.shape + (1,) * (a.ndim - per_array.ndim))
 

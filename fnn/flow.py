@@ -67,13 +67,11 @@ class GradientFlow:
         return self.profile("log_bias")[1]
 
     def __str__(self) -> str:
-        shown = {
-            name: (name,) for name in ("log_error", "log_kernel", "log_bias", "second_moment", "dead", "saturated")
-        }
-        shown["log_kernel"] = self.weights
-        columns = {name: dict(zip(*self.profile(*names), strict=True)) for name, names in shown.items()}
+        names = ("log_error", "log_kernel", "log_bias", "second_moment", "dead", "saturated")
+        profiles = {name: self.profile(*(self.weights if name == "log_kernel" else [name])) for name in names}
+        columns = {name: dict(zip(*profile, strict=True)) for name, profile in profiles.items()}
         columns = {name: column for name, column in columns.items() if column}
-        layers: list[int | None] = sorted({row.layer for row in self.rows})
+        layers: list[int | None] = [*sorted({row.layer for row in self.rows})]
         more = len(layers) - 24
         if more > 0:
             layers = [*layers[:12], None, *layers[-12:]]
@@ -123,7 +121,7 @@ def gradient_flow(
         )
     losses.check_targets(loss, output_shape(net, params, net_state, x), y)
     dtype, note = _narrowest((x, params)), ""
-    arguments = (net, loss, train, params, net_state, x, y, key)
+    arguments: tuple[Any, ...] = (net, loss, train, params, net_state, x, y, key)
     measured = jax.device_get(measure(*arguments))
     numbers, verdict = settle(measured, params, dtype=dtype)
     wider, hint = nullcontext(), "use fewer layers, or weights nearer to their critical scale"
@@ -148,7 +146,7 @@ def gradient_flow(
         note = f"the signal left the range of {dtype}{_place(verdict)}, and what depends on it is NaN; {hint}"
         warnings.warn(f"gradient_flow: {note}", stacklevel=2)
     values = flat(numbers)
-    rows = [Row(layer, path, quantity, float(values[i])) for layer, path, quantity, i in label(numbers)]
+    rows = [Row(layer, path, quantity, float(values[i])) for layer, path, quantity, i in verdict.rows]
     return GradientFlow(rows, float(measured["loss"]), numbers.weights, str(dtype), note)
 
 

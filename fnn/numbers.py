@@ -38,6 +38,8 @@ class Verdict(NamedTuple):
     """Some number was set to NaN."""
     first: tuple[int, str] | None
     """(layer, path) where the forward pass first left the range, or else where gradients did, on the way back."""
+    rows: list[tuple[int, str, str, int]]
+    """The numbers' labels, as `label` gives them."""
 
 
 def resolve(measured: dict[str, Any], params: Any) -> Numbers:
@@ -106,8 +108,14 @@ def settle(
     marked = (backward & lost[..., None]) | faint | bad | behind | outside
     steady = np.where(backward, sizes > low, np.abs(sizes) < -low / 2) & np.isfinite(sizes)
     every[..., index] = np.where(marked, np.nan, values)
-    verdict = Verdict(~np.isfinite(loss) | ~np.all(steady, axis=-1), lost, lost | some(marked & ~square), None)
-    return _filled(numbers, every, lead), verdict._replace(first=_first(rows, bad, faint))
+    verdict = Verdict(
+        ~np.isfinite(loss) | ~np.all(steady, axis=-1),
+        lost,
+        lost | some(marked & ~square),
+        _first(rows, bad, faint),
+        rows,
+    )
+    return _filled(numbers, every, lead), verdict
 
 
 def disagreement(first: tuple[dict[str, Any], Numbers], again: tuple[dict[str, Any], Numbers]) -> str | None:
@@ -118,18 +126,18 @@ def disagreement(first: tuple[dict[str, Any], Numbers], again: tuple[dict[str, A
     be rounding errors, which differ from run to run on some devices.
     """
     values, others = flat(first[1]), flat(again[1])
-    low = [flat(_held(measured, numbers)) for measured, numbers in (first, again)]
-    dtype = jnp.finfo(np.asarray(first[0]["loss"]).dtype)
-    floor = np.log(float(dtype.tiny) / float(dtype.eps)) + 10
+    held = np.minimum(*(flat(_held(measured, numbers)) for measured, numbers in (first, again)))
+    info = jnp.finfo(np.asarray(first[0]["loss"]).dtype)
+    usable = np.isfinite(values) & np.isfinite(others) & (held > np.log(float(info.tiny) / float(info.eps)) + 10)
+    differ = usable & (np.abs(np.where(usable, values, 0) - np.where(usable, others, 0)) > 1e-3)
+    if not differ.any():
+        return None
     logs = [(path, i) for _, path, quantity, i in label(first[1]) if quantity.startswith("log_")]
     largest: dict[str, float] = {}
     for path, i in logs:
         largest[_group(path)] = max(largest.get(_group(path), -np.inf), values[i])
-    for path, i in reversed(logs):
-        usable = np.isfinite([values[i], others[i]]).all() and min(part[i] for part in low) > floor
-        if usable and values[i] > largest[_group(path)] - 9 and abs(values[i] - others[i]) > 1e-3:
-            return path
-    return None
+    found = [path for path, i in logs if differ[i] and values[i] > largest[_group(path)] - 9]
+    return found[-1] if found else None
 
 
 def flat(numbers: Numbers, lead: int = 0) -> np.ndarray:
