@@ -112,7 +112,7 @@ def left_range(frame: Any) -> str | None:
     first = (rows if forward.is_empty() else forward).row(0, named=True)
     numbers = rows["cell"].unique().sort().to_list()
     cells = f"cell{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-    wide = jax.config.jax_enable_x64
+    wide = jax.config.read("jax_enable_x64")
     hint = "use fewer layers" if wide else "JAX_ENABLE_X64=1 measures them in float64"
     return (
         f"study: {rows.select(run).n_unique()} runs of {cells} left the range of {'float64' if wide else 'float32'}, first "
