@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fnn import check, clip, flow, initializers, losses, models, taps, train, tree
+from fnn import activations, check, clip, flow, gaussian, initializers, losses, models, taps, train, tree
 from fnn.core import Layer, as_spec
 from fnn.data import Dataset
 from fnn.optimizers import per_depth
@@ -185,15 +185,39 @@ def measure(setup: Setup, cell: Cell) -> Measured:
         index = np.minimum(np.arange(start, start + size), len(cell.runs) - 1)
         runs = {name: np.stack([_number(cell.runs[i][name]) for i in index]) for name in cell.runs[0]}
         drawn = call("draw", draw, runs)
+        if start == 0 and setup.build is not mlp:
+            _check_scales(setup, cell, drawn)
         result = jax.device_get(call("measure", measure_chunk, runs, drawn, orders[index], data))
         chunks.append(result)
     n = len(cell.runs)
     whole: Any = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *chunks)
     numbers, heldout, extra, traces = whole
     params = jax.eval_shape(functools.partial(_drawn, setup, cell.static), _specs(cell))[0]
-    resolved = flow.resolve(numbers["flow"], params)
+    resolved, verdict = flow.settle(numbers["flow"], params, **_range(setup, cell.static))
     resolved.params.update({name: numbers[name] for name in ("update_ratio", "cosine") if name in numbers})
+    if "cosine" in numbers:  # of two directions
+        lost = verdict.lost | np.roll(verdict.lost, 1, axis=1)
+        resolved.params["cosine"] = jax.tree.map(lambda a: np.where(_behind(lost, a), np.nan, a), numbers["cosine"])
     return Measured(resolved, heldout, extra, traces, numbers["flow"]["loss"], seconds)
+
+
+def _check_scales(setup: Setup, cell: Cell, drawn: Any) -> None:
+    """Refuse a net of one's own in which cotangents of different scales meet, by its first run."""
+    run, (params, state) = cell.runs[0], jax.tree.map(lambda a: a[0], drawn)
+    size = int(cell.static["batch_size"])
+    net, key = network(setup, cell.static, run), jax.random.key(2 * run["seed"] + 1)
+    flow.check_scales(net, setup.loss, True, params, state, setup.train.x[:size], setup.train.y[:size], key)
+
+
+def _range(setup: Setup, static: Mapping[str, Any]) -> dict[str, bool]:
+    """Say of the built-in nets what `flow.settle` may rely on: a smooth phi, no norm that takes squares."""
+    if setup.build is not mlp:
+        return {}
+    phi, squares = activations.get(static["activation"]), static["norm"] != "none"
+    if not phi.elementwise:
+        return {"squares": squares}
+    above, below = gaussian.evaluate(phi, np.array([1e-9, -1e-9]))[1]
+    return {"smooth": bool(abs(above - below) < 1e-6 < abs(above)), "squares": squares}
 
 
 def parameter_names(setup: Setup, cell: Cell) -> set[str]:
@@ -340,7 +364,7 @@ def _direction(a: jax.Array, log: jax.Array) -> jax.Array:
     return a * _behind(jnp.exp(-log), a).astype(a.dtype)
 
 
-def _behind(per_array: jax.Array, a: jax.Array) -> jax.Array:
+def _behind(per_array: Any, a: Any) -> Any:
     """Give a number for each array of a stack the axes that broadcast against the arrays."""
     return per_array.reshape(per_array.shape + (1,) * (a.ndim - per_array.ndim))
 

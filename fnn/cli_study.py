@@ -130,6 +130,8 @@ def run_study(options: Study) -> int:
     if summary.height:  # log_error is among the quantities
         _print_summary(summary)
         plot.study(table, path=folder / "study.png")
+    if sentence := study.left_range(table):
+        print(sentence, file=sys.stderr, flush=True)
     seconds = time.perf_counter() - started
     figure = ", and study.png" if summary.height else ""
     print(f"{folder}: {table.height:,} rows in cells/*.parquet{figure}; fnn report {folder} draws the rest")

@@ -52,7 +52,7 @@ def digest(table: Any, axes: Sequence[str]) -> Digest:
     inner = table.filter(pl.col("layer") > 0).unique(
         [*run, "step", "series", "layer"], keep="first", maintain_order=True
     )
-    spread = [pl.col("value").quantile(q, "linear").alias(name) for name, q in QUANTILES.items()]
+    spread = [pl.col("value").drop_nans().quantile(q, "linear").alias(name) for name, q in QUANTILES.items()]
     layers = inner.group_by("network", "step", "series", "layer", maintain_order=True).agg(
         *spread, predicted=pl.col("predicted").median()
     )

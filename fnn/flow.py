@@ -1,54 +1,65 @@
 """`gradient_flow`: true log norms of error signals and gradients, layer by layer, finite at any depth."""
 
-import bisect
 import dataclasses
 import functools
-import itertools
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fnn import losses, taps, tree
-from fnn.core import Layer, as_arrays, output_shape
+from fnn.core import Layer, as_arrays, output_shape, output_spec
+from fnn.numbers import Numbers, Verdict, disagreement, flat, label, resolve, settle
 from fnn.taps import Row, TapState
 from fnn.tree import Stacked
 
-Order = tuple[tuple[int, str], ...]
+__all__ = ["GradientFlow", "Numbers", "check_scales", "flat", "gradient_flow", "label", "resolve", "settle"]
 
 
 @dataclass(frozen=True)
 class GradientFlow:
     """What `gradient_flow` measured: `rows` in long form, the usual profiles as arrays over layers. Logs are natural.
 
-    Layers are counted by their kernels, 1 being the first. Quantities: `log_error`, the root mean over examples of
-    |d l_i/dh|, at every tap; `log_kernel`, `log_bias`, ..., the Frobenius norm of the mean loss's gradient, and the
-    same with `_rms`, per number; `mean`, `second_moment`, `dead`, `saturated` of what a tap saw on the way forward.
+    Layers are counted from the input, 1 being the first. A layer is a group of arrays side by side (of one dict) that
+    holds a weight, an array of two axes or more that is not called bias or scale: a dense or convolutional layer, an
+    embedding, a recurrent cell with its two kernels; norms and gains belong to the layer before them.
+
+    Quantities: `log_error`, the root mean over examples of |d l_i/dh|, at every tap; `log_kernel`, `log_bias`, ..., the
+    Frobenius norm of the mean loss's gradient, and the same with `_rms`, per number; `mean`, `second_moment`, `peak`,
+    `dead`, `saturated` of what a tap saw on the way forward.
     """
 
     rows: list[Row]
     loss: float
+    weights: tuple[str, ...] = ("log_kernel",)
+    """The quantities that belong to the layers' weights."""
+    precision: str = "float32"
+    """The float type of the measurement: float64 where the net's own would have been left."""
+    note: str = ""
+    """Why it was measured in float64, or which numbers are NaN because not even that reached; "" for neither."""
 
-    def profile(self, quantity: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return (layers, values); where a layer has several rows of the quantity, the first in forward order."""
+    def profile(self, *quantities: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return (layers, values); where a layer has several rows of the quantities, the first in forward order."""
         first: dict[int, float] = {}
         for row in self.rows:
-            if row.quantity == quantity:
+            if row.quantity in quantities:
                 first.setdefault(row.layer, row.value)
-        return np.array(sorted(first)), np.array([first[layer] for layer in sorted(first)])
+        return np.array(sorted(first), int), np.array([first[layer] for layer in sorted(first)])
 
     @property
     def error(self) -> np.ndarray:
-        """log_error by layer: at the first tap behind each kernel."""
+        """log_error by layer: at the first tap behind each layer's weights."""
         return self.profile("log_error")[1]
 
     @property
     def kernel(self) -> np.ndarray:
-        """log_kernel by layer."""
-        return self.profile("log_kernel")[1]
+        """Log norm of the gradient of each layer's weights, log_kernel in fnn's layers."""
+        return self.profile(*self.weights)[1]
 
     @property
     def bias(self) -> np.ndarray:
@@ -56,15 +67,19 @@ class GradientFlow:
         return self.profile("log_bias")[1]
 
     def __str__(self) -> str:
-        names = ["log_error", "log_kernel", "log_bias", "second_moment", "dead", "saturated"]
-        columns = {name: dict(zip(*self.profile(name), strict=True)) for name in names}
+        names = ("log_error", "log_kernel", "log_bias", "second_moment", "dead", "saturated")
+        profiles = {name: self.profile(*(self.weights if name == "log_kernel" else [name])) for name in names}
+        columns = {name: dict(zip(*profile, strict=True)) for name, profile in profiles.items()}
         columns = {name: column for name, column in columns.items() if column}
-        layers = sorted({row.layer for row in self.rows})
-        shown = layers if len(layers) <= 24 else [*layers[:12], None, *layers[-12:]]
-        lines = [f"loss {self.loss:.6g}", "layer  " + "  ".join(f"{name:>13}" for name in columns)]
-        for layer in shown:
+        layers: list[int | None] = [*sorted({row.layer for row in self.rows})]
+        more = len(layers) - 24
+        if more > 0:
+            layers = [*layers[:12], None, *layers[-12:]]
+        lines = [self.note] if self.note else []
+        lines += [f"loss {self.loss:.6g}", "layer  " + "  ".join(f"{name:>13}" for name in columns)]
+        for layer in layers:
             if layer is None:
-                lines.append(f"  ... {len(layers) - 24} more")
+                lines.append(f"  ... {more} more")
                 continue
             cells = (f"{c[layer]:13.5g}" if layer in c else " " * 13 for c in columns.values())
             lines.append(f"{layer:5d}  " + "  ".join(cells))
@@ -87,19 +102,85 @@ def gradient_flow(
     1e-10000 come out as finite logs in float32; put a tap into every block (`models.mlp(..., taps=True)`). A zero
     gradient reports -inf, a non-finite one NaN or inf.
 
-    Errors: ValueError if no tap lies on the trunk, or if a tap is passed more than once (a weight is used on both sides
-    of it), where one scale cannot be undone.
+    Where a signal comes near an end of the net's float type, or a gradient is zero, all is measured again with
+    parameters, state and batch in float64: the result's `precision` and `note` say so. What leaves float64 too is NaN,
+    with a warning that names the layer; a `second_moment` whose squares alone leave it is NaN without one. Every
+    measurement is made a second time with other scales, which must drop out.
+
+    Errors: ValueError if no tap lies on the trunk; if a tap is passed more than once (a weight is used on both sides
+    of it), where one scale cannot be undone; if the paths of two taps meet again in a combinator that does not say so
+    by `core.Branch`.
     """
     params, net_state = (state.params, state.state) if hasattr(state, "params") else state
     x, y = batch
     x = as_arrays(x)
-    if not any(node.rescale for _, node in _marks(taps.rescaling(params, net_state))):
+    if not _rescales(params, net_state):
         raise ValueError(
             "gradient_flow: the trunk must hold a tap, got none (taps inside residual and parallel branches cannot "
             "rescale); put fnn.tap() between the blocks, or build the model with taps=True"
         )
     losses.check_targets(loss, output_shape(net, params, net_state, x), y)
-    return tabulate(jax.device_get(measure(net, loss, train, params, net_state, x, y, key)), params)
+    dtype, note = _narrowest((x, params)), ""
+    arguments: tuple[Any, ...] = (net, loss, train, params, net_state, x, y, key)
+    measured = jax.device_get(measure(*arguments))
+    numbers, verdict = settle(measured, params, dtype=dtype)
+    wider, hint = nullcontext(), "use fewer layers, or weights nearer to their critical scale"
+    if verdict.strained and dtype != jnp.float64:
+        try:
+            with jax.enable_x64(True):
+                wide = (net, loss, train, *_cast(as_arrays((params, net_state, x, y)), jnp.float64), key)
+                if output_spec(net, *wide[3:6]).dtype != jnp.float64:
+                    raise TypeError("it casts to another type itself")
+                again = jax.device_get(measure(*wide))
+        except (TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            hint = f"let the net compute in the dtype of its input, for in float64 it cannot be measured ({reason})"
+        else:
+            what = "left" if verdict.first else "came near an end of"
+            note = f"measured in float64: the signal {what} the range of {dtype}{_place(verdict)}"
+            arguments, measured, dtype, wider = wide, again, jnp.dtype(jnp.float64), jax.enable_x64(True)
+            numbers, verdict = settle(measured, params)
+    with wider:
+        check_scales(*arguments, measured=measured)
+    if verdict.left:
+        note = f"the signal left the range of {dtype}{_place(verdict)}, and what depends on it is NaN; {hint}"
+        warnings.warn(f"gradient_flow: {note}", stacklevel=2)
+    values = flat(numbers)
+    rows = [Row(layer, path, quantity, float(values[i])) for layer, path, quantity, i in verdict.rows]
+    return GradientFlow(rows, float(measured["loss"]), numbers.weights, str(dtype), note)
+
+
+def check_scales(
+    net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any, y: Any, key: Any, *, measured: Any = None
+) -> None:
+    """Refuse a net in which cotangents of different scales meet: measure again with other scales, and compare.
+
+    The program is the same, the scales are an input of it. Errors: ValueError that names the first place on the way back
+    where they do not drop out.
+    """
+    if not _rescales(params, state):
+        return
+    rng, used = np.random.default_rng(0), []
+
+    def shift(node):
+        if not isinstance(node, TapState):
+            return node
+        shape = jnp.shape(node.backward.exponent)
+        while len(used) < np.prod(shape):  # numbers of neighbours differ, for those of paths that meet have to
+            used.extend(rng.permutation([n for n in range(-8, 9) if n]))
+        drawn, used[: int(np.prod(shape))] = np.array(used[: int(np.prod(shape))], float).reshape(shape), []
+        exponent = jnp.asarray(drawn, node.backward.exponent.dtype)
+        return dataclasses.replace(node, backward=node.backward._replace(exponent=exponent))
+
+    first = jax.device_get(measure(net, loss, train, params, state, x, y, key)) if measured is None else measured
+    shifted = jax.tree.map(shift, state, is_leaf=lambda node: isinstance(node, TapState))
+    again = jax.device_get(measure(net, loss, train, params, shifted, x, y, key))
+    if path := disagreement((first, resolve(first, params)), (again, resolve(again, params))):
+        raise ValueError(
+            f"gradient_flow: the taps that rescale must lie one behind the other, got paths of different scales that "
+            f"meet again, or a backward pass that is not linear, around {path}; where a combinator of your own splits "
+            "a path (y = f(x) + g(x)), let it wrap its state in fnn.core.Branch, or put its taps outside"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -130,91 +211,24 @@ def differentiate(
     return {"loss": value, "logs": logs, "exponents": exponents, "taps": news, "state": new}, gradients[0]
 
 
-def tabulate(measured: dict[str, Any], params: Any) -> GradientFlow:
-    """Do the host's part: undo the scales in float64 and label every number."""
-    numbers = resolve(measured, params)
-    values = flat(numbers)
-    rows = [Row(layer, path, quantity, float(values[i])) for layer, path, quantity, i in label(numbers)]
-    return GradientFlow(rows, float(measured["loss"]))
+def _rescales(params: Any, state: Any) -> bool:
+    leaves = jax.tree.leaves(taps.rescaling(params, state), is_leaf=lambda node: isinstance(node, TapState))
+    return any(isinstance(leaf, TapState) and leaf.rescale for leaf in leaves)
 
 
-class Numbers(NamedTuple):
-    """Measured numbers as trees of float64[lead..., depth...]; the leading axes are those of `vmap`."""
-
-    params: dict[str, Any]
-    """Trees like params, by the pattern of their quantity: `log_{}` becomes `log_kernel`."""
-    taps: Any
-    """Like the net's state; for every tap a dict of quantities."""
+def _narrowest(values: Any) -> Any:
+    """Find the float type whose range ends first."""
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(values) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    return max(kinds, key=lambda kind: float(jnp.finfo(kind).tiny) / float(jnp.finfo(kind).eps), default=np.dtype("f4"))
 
 
-def resolve(measured: dict[str, Any], params: Any) -> Numbers:
-    """Undo the scales in float64; `measured` may carry leading axes, `params` (or their specs) must not."""
-    logs = jax.tree.map(_unscale, measured["logs"], measured["exponents"])
-    sizes = tree.map_depth(lambda k, a: 0.5 * np.log(max(1, np.prod(a.shape[k:]))), params)
-
-    def one(entries, new, old):
-        if not isinstance(new, TapState):
-            return ()
-        if new.rescale and np.any(old.backward.uses > 1):
-            raise ValueError(
-                f"gradient_flow: tap {tree.path(entries)} was passed {int(np.max(old.backward.uses))} times on the way "
-                "back, so a weight is used on both sides of it and one scale cannot be undone; move the tap out of the "
-                "part that is reused"
-            )
-        log = _unscale(taps.log_error(old.backward), old.backward.exponent)
-        return {"log_error": log} | {name: np.asarray(value, np.float64) for name, value in new.forward.items()}
-
-    state, gradients = measured["state"], measured["taps"]
-    news = jax.tree_util.tree_map_with_path(one, state, gradients, is_leaf=lambda node: isinstance(node, TapState))
-    return Numbers({"log_{}": logs, "log_{}_rms": jax.tree.map(np.subtract, logs, sizes)}, news)
+def _place(verdict: Verdict) -> str:
+    return " at layer {} ({})".format(*verdict.first) if verdict.first else ""
 
 
-def flat(numbers: Numbers, lead: int = 0) -> np.ndarray:
-    """Lay all numbers in a row: float64[lead..., n], to be indexed by the positions of `label`."""
-    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(numbers)]
-    return np.concatenate([leaf.reshape(*leaf.shape[:lead], -1) for leaf in leaves], axis=-1)
-
-
-def label(numbers: Numbers, lead: int = 0) -> list[tuple[int, str, str, int]]:
-    """List (layer, path, quantity, position in `flat`) in forward order."""
-    leaves, treedef = jax.tree.flatten(numbers)
-    shapes = [np.shape(leaf)[lead:] for leaf in leaves]
-    starts = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
-    places = [np.arange(int(np.prod(s))).reshape(s) + start for s, start in zip(shapes, starts, strict=False)]
-    numbered = treedef.unflatten(places)
-    kernels: list[Order] = []
-    rows: list[tuple[Order, tuple[int, str, str, int]]] = []
-    every = zip(*(tree.rows(t) for t in numbered.params.values()), strict=True)
-    for parent, group in itertools.groupby(every, key=lambda row: row[0][0].rpartition("/")[0]):
-        leaves = list(group)
-        if any(found[0][0].rpartition("/")[2] == "kernel" for found in leaves):
-            kernels.append(_order(parent))
-        for found in leaves:
-            path = found[0][0]
-            name, order = path.rpartition("/")[2], _order(path)
-            for pattern, (_, place) in zip(numbered.params, found, strict=True):
-                rows.append((order, (len(kernels), path, pattern.format(name), int(place))))
-    for full, place in tree.rows(numbered.taps):
-        path, _, quantity = full.rpartition("/")
-        order = _order(path)
-        rows.append((order, (bisect.bisect(kernels, order), path, quantity, int(place))))
-    rows.sort(key=lambda row: row[0])
-    return [row for _, row in rows]
-
-
-def _marks(state: Any) -> list[tuple[str, TapState]]:
-    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, TapState))
-    return [("", leaf) for leaf in leaves if isinstance(leaf, TapState)]
-
-
-def _unscale(log: Any, exponent: Any) -> np.ndarray:
-    return np.asarray(log, np.float64) + np.log(2) * np.asarray(exponent, np.float64)
-
-
-def _order(path: str) -> Order:
-    """Order paths by their place in the net: numbers count; names, which only branches have beside others, by letter."""
-    parts = (part.strip("[]") for part in path.split("/"))
-    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in parts)
+def _cast(values: Any, dtype: Any) -> Any:
+    """Cast the floating leaves; numbers of tokens and masks stay."""
+    return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, values)
 
 
 def _accumulate(params: Any, state: Any, above: jax.Array) -> tuple[Any, Any, jax.Array]:

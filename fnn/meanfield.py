@@ -44,7 +44,7 @@ class FixedPoint(NamedTuple):
     """Where the length and correlation maps end, and how gradients fare there."""
 
     q: float
-    """limit of the length map from q = 1; inf if it diverges, nan if it ends in a cycle"""
+    """limit of the length map from q = q0; inf if it diverges, nan if it ends in a cycle"""
     chi: float
     """factor of E|delta|² per layer, towards the input"""
     c: float
@@ -111,35 +111,38 @@ def correlation_map(activation: str | Callable[..., Any], c: float, q: float, si
     return 1 - sw**2 * gaussian.pair(phi, q, 1 - c)[0] / after if after else math.nan
 
 
-def fixed_point(activation: str | Callable[..., Any], sigma_w: float, sigma_b: float) -> FixedPoint:
+def fixed_point(activation: str | Callable[..., Any], sigma_w: float, sigma_b: float, *, q0: float = 1.0) -> FixedPoint:
     """Find q*, `chi = sigma_w² E[phi'(sqrt(q*) Z)²]`, c* and `xi_grad = 1/|log chi|` (Schoenholz et al. 2017).
 
-    q* is the limit of the length map from q = 1, found by bracketing, so that it is right where the iteration
-    itself takes for ever: tanh at (1, 0) gives 0, ReLU at (sqrt 2, 0) keeps 1. The correlation map is a power series
+    q* is the limit of the length map from q = `q0`, found by bracketing, so that it is right where the iteration
+    itself takes for ever: tanh at (1, 0) gives 0, ReLU at (sqrt 2, 0) keeps q0. Where the map has several fixed points
+    (GELU), another start may end at another one. The correlation map is a power series
     with positive coefficients, hence convex: c* = 1 if chi <= 1, and otherwise its one root below 1.
 
     Edges: at q* = 0, chi is sigma_w² phi'(0)² (at a kink of phi the mean of the two one-sided squares, the limit
     q -> 0: ReLU sigma_w²/2) and c is nan. No finite q* gives q = inf with chi its limit and c = 1. c is nan for
     linear nets whose correlation never changes. |chi - 1| < 1e-10 counts as critical: xi_grad = inf.
-    Errors: ValueError for a negative or infinite sigma, an unknown name, and softmax; ArithmeticError for a function
+    Errors: ValueError for a negative or infinite sigma or q0, an unknown name, and softmax; ArithmeticError for a function
     of your own with a kink away from 0, for which c* cannot be integrated well (`predict` does not need it).
     """
     phi = gaussian.elementwise("fixed_point", activation)
     sw, sb = check.number("fixed_point", sigma_w=sigma_w), check.number("fixed_point", sigma_b=sigma_b)
-    q = _length_limit(phi, sw, sb)
+    q = _length_limit(phi, sw, sb, check.number("fixed_point", q0=q0))
     if math.isnan(q):
         return FixedPoint(q, q, q, q)
     chi = sw**2 * gaussian.moments(phi, q).derivative
     return FixedPoint(q, chi, _correlation_limit(phi, q, chi, sw, sb), _depth(chi))
 
 
-def depth_scales(activation: str | Callable[..., Any], sigma_w: float, sigma_b: float) -> DepthScales:
+def depth_scales(
+    activation: str | Callable[..., Any], sigma_w: float, sigma_b: float, *, q0: float = 1.0
+) -> DepthScales:
     """Give the depth scales xi_q, xi_c and xi_grad of the fixed point, in layers (Schoenholz et al. 2017, eq. 7-9).
 
     `1/|log r|` with r the slope of the length map at q*, of the correlation map at c*, and chi; xi_c = xi_grad in
     the ordered phase, where c* = 1. nan where q* or c* is 0/0 or infinite. Errors: as in `fixed_point`.
     """
-    point = fixed_point(activation, sigma_w, sigma_b)
+    point = fixed_point(activation, sigma_w, sigma_b, q0=q0)
     q, c, chi = point.q, point.c, point.chi
     if not 0 < q < math.inf:
         return DepthScales(math.nan, math.nan, point.xi_grad)
@@ -148,15 +151,17 @@ def depth_scales(activation: str | Callable[..., Any], sigma_w: float, sigma_b: 
     return DepthScales(_depth(float(sigma_w) ** 2 * gaussian.moments(phi, q).slope), _depth(slope), point.xi_grad)
 
 
-def critical(activation: str | Callable[..., Any], sigma_b: float) -> float:
+def critical(activation: str | Callable[..., Any], sigma_b: float, *, q0: float = 1.0) -> float:
     """Find the smallest sigma_w with chi = 1 at a finite q*, the edge of chaos (Poole et al. 2016).
 
     On the line `sigma_w² = 1/E[phi'²]`, so that q* solves `q - E[phi²]/E[phi'²] = sigma_b²`. That is searched for
-    1e-18 < q < 1e18, and for q = 0 where sigma_b = 0; a root counts if the length map really goes there from q = 1.
-    Errors: ValueError where nothing crosses, as for ReLU and softplus with sigma_b > 0.
+    1e-18 < q < 1e18, and for q = 0 where sigma_b = 0; a root counts if the length map goes there from q = `q0`, or if q0
+    is that root to 1e-3: some are unstable, and only a net that starts there is critical.
+    Errors: ValueError where nothing crosses, as for ReLU and softplus with sigma_b > 0, and where chi = 1 only at
+    lengths that the map does not go to from q0, as for GELU with sigma_b = 0.4158 from 1; it names the first of them.
     """
     phi = gaussian.elementwise("critical", activation)
-    sb = check.number("critical", sigma_b=sigma_b)
+    sb, start = check.number("critical", sigma_b=sigma_b), check.number("critical", q0=q0)
 
     def excess(q):
         return q - gaussian.moments(phi, q).second / gaussian.moments(phi, q).derivative - sb**2
@@ -173,11 +178,19 @@ def critical(activation: str | Callable[..., Any], sigma_b: float) -> float:
             root = _bisect(excess, last[0], q)
             found.append((root, gaussian.moments(phi, root).derivative ** -0.5))
         last = q, value
+    ends = []
     for root, sw in sorted(found, key=lambda pair: pair[1]):
-        q = _length_limit(phi, sw, sb)
-        # A homogeneous phi keeps any q on its critical line, so that q = 1 also stands for the root 0.
-        if abs(q - root) <= 1e-4 * root or (root == 0 and q == 1):
+        ends.append(_length_limit(phi, sw, sb, start))
+        # A homogeneous phi keeps any q on its critical line, so that q0 also stands for the root 0.
+        near = abs(ends[-1] - root) <= 1e-4 * root or abs(start - root) <= 1e-3 * root
+        if near or (root == 0 and ends[-1] == start):
             return sw
+    if found:
+        (root, sw), end = min(found, key=lambda pair: pair[1]), ends[0]
+        raise ValueError(
+            f"critical: the length map must go to the length where chi = 1, but for {phi.name} with sigma_b = {sb!r} that "
+            f"is q = {root!r} (at sigma_w = {sw:.6g}), and from q0 = {start!r} the map goes to {end:.6g}; pass q0={root!r}"
+        )
     raise ValueError(
         f"critical: chi crosses 1 at no finite length for {phi.name} with sigma_b = {sb!r}; "
         "choose another sigma_b (0 for ReLU) or a saturating activation"
@@ -285,9 +298,9 @@ def _length(phi: Activation, q: float, sw: float, sb: float) -> float:
     return sw**2 * gaussian.moments(phi, q).second + sb**2 if sw else sb**2
 
 
-def _length_limit(phi: Activation, sw: float, sb: float) -> float:
-    """Limit of the length map from q = 1: some plain steps, then bracket the next root in their direction."""
-    q = 1.0
+def _length_limit(phi: Activation, sw: float, sb: float, start: float = 1.0) -> float:
+    """Limit of the length map from q = start: some plain steps, then bracket the next root in their direction."""
+    q = start
     for _ in range(64):
         after = _length(phi, q, sw, sb)
         if abs(after - q) <= _NOISE * q:
@@ -297,18 +310,36 @@ def _length_limit(phi: Activation, sw: float, sb: float) -> float:
             return 0.0 if q < 1 else math.inf
     up = _length(phi, q, sw, sb) > q
     floor = _length(phi, 0.0, sw, sb)
+
     # An increasing map cannot step over its root, so the next one is the limit. A lattice of 16 points an octave
-    # makes the moments found here serve the next call too.
+    # makes the moments found here serve the next call too; where the gain is least, two roots may lie between its points.
+    def ahead(v):
+        return (_length(phi, v, sw, sb) - v) * (1 if up else -1)
+
     position, root = round(16 * math.log2(q)), None
+    passed = [(q, ahead(q))]
     while root is None:
-        last, position = q, position + (1 if up else -1)
+        position += 1 if up else -1
         q = 2.0 ** (position / 16)
         if q > 1e30 or q < 0.9 * (floor or 1e-30):
             return math.inf if up else floor
-        gain = _length(phi, q, sw, sb) - q
-        if abs(gain) > _NOISE * q and (gain > 0) != up:
-            root = _bisect(lambda v: _length(phi, v, sw, sb) - v, last, q)
+        passed = [*passed[-2:], (q, ahead(q))]
+        if passed[-1][1] < -_NOISE * q:
+            root = _bisect(ahead, passed[-2][0], q)
+        elif len(passed) == 3 and passed[1][1] < min(passed[0][1], passed[2][1]):
+            least = _least(ahead, passed[0][0], q)
+            if ahead(least) < -_NOISE * q:
+                root = _bisect(ahead, passed[0][0], least)
     return root if sw**2 * gaussian.moments(phi, root).slope >= -1 else math.nan
+
+
+def _least(function: Callable[[float], float], low: float, high: float) -> float:
+    """Find the minimum of a function with one valley by golden section."""
+    part = (math.sqrt(5) - 1) / 2
+    for _ in range(40):
+        inner, outer = high - part * (high - low), low + part * (high - low)
+        low, high = (low, outer) if function(inner) < function(outer) else (inner, high)
+    return (low + high) / 2
 
 
 def _bisect(function: Callable[[float], float], low: float, high: float) -> float:

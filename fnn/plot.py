@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fnn.flow import GradientFlow
+from fnn.meanfield import Prediction
 
 # Okabe and Ito's palette, distinct to the colour-blind; with markers, so that print in grey keeps the lines apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -14,24 +15,45 @@ _LABEL = r"$\log_{10}\,|\partial L/\partial h_l|$"
 
 
 def flow(measured: GradientFlow, *, theory: Any = None, path: str | os.PathLike[str] | None = None) -> Any:
-    """Draw log10 of the error signal and of the kernel gradients against the layer; `theory` is dashed.
+    """Draw log10 of the error signal and of the weight gradients against the layer; `theory` is dashed.
 
-    `theory` is a `meanfield.Prediction`, laid through the measured error signal at its last layer.
+    `theory` is a `meanfield.Prediction` for layers 1..n of the net, n its depth; it speaks of the error signal at a
+    layer's pre-activation, so taps belong right behind the weights. It says how the signal changes from layer to layer, so
+    it is laid through the measured one at the last of its layers that has a tap. Errors: TypeError for anything else,
+    ValueError where the net has fewer than n layers, or none of the n has a tap.
     """
     figure, axes = _figure(1, 1)
     axis = axes[0, 0]
-    for i, (name, quantity) in enumerate((("error signal", "log_error"), ("kernel gradient", "log_kernel"))):
-        layers, values = measured.profile(quantity)
+    for i, (name, quantities) in enumerate((("error signal", ("log_error",)), ("weight gradient", measured.weights))):
+        layers, values = measured.profile(*quantities)
         axis.plot(layers, values / np.log(10), color=COLOURS[i], marker=MARKERS[i], markersize=3, label=name)
     if theory is not None:
-        n = len(theory.log_error)
-        _, values = measured.profile("log_error")
-        line = values[n - 1] + theory.log_error
-        axis.plot(np.arange(1, n + 1), line / np.log(10), "k--", linewidth=1, label="mean field")
+        axis.plot(*_theory(measured, theory), "k--", linewidth=1, label="mean field")
     axis.set_xlabel("layer $l$ (1 is next to the input)")
     axis.set_ylabel(r"$\log_{10}$ norm")
     axis.legend(frameon=False)
     return _done(figure, path)
+
+
+def _theory(measured: GradientFlow, theory: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Lay theory's curve through the last measured error signal of its layers: (layers, log10)."""
+    if not isinstance(theory, Prediction):
+        raise TypeError(f"plot.flow: theory must be what meanfield.predict returns, got {type(theory).__name__}")
+    n, depth = len(theory.layer), max((row.layer for row in measured.rows), default=0)
+    if n > depth:
+        raise ValueError(
+            f"plot.flow: theory must speak of layers that the net has, got {n} of theory for a net of {depth}; call "
+            f"meanfield.predict({depth}, ...) or less"
+        )
+    layers, values = measured.profile("log_error")
+    usable = (layers <= n) & np.isfinite(values) & np.isin(layers, theory.layer[np.isfinite(theory.log_error)])
+    if not usable.any():
+        raise ValueError(
+            f"plot.flow: theory must share a layer with a finite measured error signal, got layers 1 to {n} of theory and "
+            f"{layers.tolist()} measured; put a tap behind the weights of one of them"
+        )
+    last, value = layers[usable][-1], values[usable][-1]
+    return theory.layer, (value + theory.log_error - theory.log_error[last - 1]) / np.log(10)
 
 
 def curves(history: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
@@ -76,9 +98,9 @@ def study(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
                 part.filter(pl.col("depth") == depth)
                 .group_by("layer")
                 .agg(
-                    middle=pl.col("value").median(),
-                    low=pl.col("value").quantile(0.1),
-                    high=pl.col("value").quantile(0.9),
+                    middle=pl.col("value").drop_nans().median(),
+                    low=pl.col("value").drop_nans().quantile(0.1),
+                    high=pl.col("value").drop_nans().quantile(0.9),
                     predicted=pl.col("predicted").median(),
                 )
                 .sort("layer")

@@ -18,17 +18,17 @@ The table is tidy and long: a row for each (cell, run, step, layer, path, quanti
 | depth width activation norm residual clip batch_size optimizer init | Int32 Int32 String String Boolean String Int32 String String | static axes; with a `build=` of one's own, that function's axes instead |
 | seed sigma_w sigma_b learning_rate clip_threshold | Int32 Float64 ... | traced axes: a run is one value of each |
 | step | Int32 | updates done before the measurement; 0 is initialisation |
-| layer | Int32 | counted by kernels, 1 next to the input; 0 for quantities of the whole run |
+| layer | Int32 | counted by their weights (arrays of two axes or more), 1 next to the input; 0 for quantities of the whole run |
 | path | String | of the parameter or tap, "" for quantities of the whole run |
 | quantity | String | see below |
-| value | Float64 | as measured; logs are natural; -inf is the log of zero |
+| value | Float64 | as measured; logs are natural; -inf is the log of zero, NaN a number that the signal's leaving the float range has spoiled |
 | predicted low high | Float64 | theory at that layer and the band that 19 of 20 seeds stay in; null where there is none |
 | outside | Boolean | whether value lies outside low..high; null where there is no band |
 
 Quantities of a layer: `log_error`, log root mean over examples of |d l_i/dh|, at every tap (theory speaks of those
 whose path ends in "preactivation", layers 1..depth+1, step 0); `log_kernel`, `log_bias` (and other parameters), log
 Frobenius norm of the mean loss's gradient, and `log_kernel_rms`, per number; `mean`, `second_moment`, `dead`,
-`saturated` at every tap; `update_ratio`, |update|/|weights| of the update that the optimiser takes next, and `cosine`
+`saturated` (and `peak`, if asked for) at every tap; `update_ratio`, |update|/|weights| of the update that the optimiser takes next, and `cosine`
 with the gradient at the recorded step before, both for every parameter.
 Quantities of a run: at recorded steps `loss`, `accuracy` on the held-out examples; at every step of training (evenly
 thinned to 256) `train_loss`, `train_accuracy`, `grad_norm`, `clip_fraction`, `clip_removed` on that step's batch; and

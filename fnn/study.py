@@ -4,6 +4,7 @@ import functools
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from fnn import cell, check, data, losses, results, table
 from fnn.cell import Cell
 from fnn.grid import Grid, product
 from fnn.provenance import digest, function_name, kind_of, session
-from fnn.table import TRACED, summarize
+from fnn.table import TRACED, left_range, summarize
 from fnn.workers import Progress, check_executor, compilation_cache, drive, pool
 
 TRAINING = {
@@ -31,7 +32,7 @@ TRAINING = {
 """Axes that every study has, whatever its `build=`, and their defaults."""
 DEFAULT = product(activation=["sigmoid", "tanh", "relu"], norm=["none", "batch_norm"], depth=[4, 16, 64, 128, 256])
 
-__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "summarize"]
+__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range", "summarize"]
 
 
 class Task(NamedTuple):
@@ -192,8 +193,14 @@ class Study:
             return found
 
     def table(self) -> Any:
-        """Run the study in memory and return its table: polars; `.to_pandas()` makes it pandas."""
-        return self.run().table()
+        """Run the study in memory and return its table: polars; `.to_pandas()` makes it pandas.
+
+        Warns where numbers are NaN because a signal left the range of the float type.
+        """
+        frame = self.run().table()
+        if sentence := left_range(frame):
+            warnings.warn(sentence, stacklevel=2)
+        return frame
 
     def _axes(self) -> tuple[dict[str, Any], list[str]]:
         """Return the defaults of all axes in column order, and the names of the traced ones."""

@@ -1,5 +1,6 @@
 """Turn what a cell measured into rows of the tidy table (its columns are listed in `results.py`), theory beside it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ TRACED = ("seed", "sigma_w", "sigma_b", "learning_rate", "clip_threshold")
 """Axes that do not change a program."""
 _TRACES = {"loss": "train_loss", "accuracy": "train_accuracy"}
 MOST_TRACED = 256
+FORWARD = ("mean", "second_moment", "peak", "dead", "saturated")
 QUANTITIES = (
     *("log_error", "log_kernel", "log_kernel_rms", "log_bias", "log_bias_rms", "log_scale", "log_scale_rms"),
-    *("mean", "second_moment", "dead", "saturated", "update_ratio", "cosine"),
+    *(*FORWARD, "update_ratio", "cosine"),
     *("loss", "accuracy", "train_loss", "train_accuracy", "grad_norm", "clip_fraction", "clip_removed", "diverged"),
 )
 
@@ -58,7 +60,7 @@ def build(
         *(measured.losses[n][..., None] for n in sorted(measured.losses)),
     ]
     values = np.concatenate([np.asarray(column, np.float64) for column in columns], axis=-1)
-    keep = [i for i, (_, _, quantity) in enumerate(labels) if quantities is None or quantity in quantities]
+    keep = [i for i, (*_, name) in enumerate(labels) if (name != "peak" if quantities is None else name in quantities)]
     labels, values = [labels[i] for i in keep], values[..., keep]
     layers, paths, names = (list(part) for part in zip(*labels, strict=True)) if labels else ([], [], [])
     predicted = (
@@ -89,10 +91,33 @@ def build(
     table = table.with_columns(
         *(pl.lit(value).alias(name) for name, value in task.static.items()),
         pl.lit(number).alias("cell"),
-        ((pl.col("value") < pl.col("low")) | (pl.col("value") > pl.col("high"))).alias("outside"),
+        pl.when(pl.col("value").is_not_nan())
+        .then((pl.col("value") < pl.col("low")) | (pl.col("value") > pl.col("high")))
+        .alias("outside"),
     )
     columns = schema(axes)
     return table.select(list(columns)).cast(columns)
+
+
+def left_range(frame: Any) -> str | None:
+    """Say in a sentence which cells hold NaN because their signal left the range of the float type; None if none does."""
+    import polars as pl
+
+    measured = pl.col("quantity").str.starts_with("log_") | pl.col("quantity").is_in(FORWARD)
+    rows = frame.filter(measured & pl.col("value").is_nan())
+    if rows.is_empty():
+        return None
+    run = [name for name in frame.columns[: frame.columns.index("step")] if name == "cell" or name in TRACED]
+    forward = rows.filter(pl.col("quantity").is_in(FORWARD))
+    first = (rows if forward.is_empty() else forward).row(0, named=True)
+    numbers = rows["cell"].unique().sort().to_list()
+    cells = f"cell{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+    wide = jax.config.read("jax_enable_x64")
+    hint = "use fewer layers" if wide else "JAX_ENABLE_X64=1 measures them in float64"
+    return (
+        f"study: {rows.select(run).n_unique()} runs of {cells} left the range of {'float64' if wide else 'float32'}, first "
+        f"at layer {first['layer']} ({first['path']}), and what depends on it is NaN; {hint}"
+    )
 
 
 def summarize(frame: Any) -> Any:
@@ -122,12 +147,11 @@ def summarize(frame: Any) -> Any:
         outside=pl.col("outside").mean(),
     )
     slope = (pl.col("first") - pl.col("last")) / pl.col("steps")
+    known = {"first": pl.col("first").drop_nans(), "last": pl.col("last").drop_nans(), "slope": slope.drop_nans()}
     return ends.group_by(["cell", *static], maintain_order=True).agg(
-        first=pl.col("first").median(),
-        last=pl.col("last").median(),
-        slope=slope.median(),
-        slope_low=slope.quantile(0.1),
-        slope_high=slope.quantile(0.9),
+        *(column.median().fill_null(math.nan).alias(name) for name, column in known.items()),
+        slope_low=known["slope"].quantile(0.1).fill_null(math.nan),
+        slope_high=known["slope"].quantile(0.9).fill_null(math.nan),
         predicted_slope=(pl.col("predicted") / pl.col("steps")).median(),
         outside=pl.col("outside").mean(),
     )

@@ -33,7 +33,8 @@ class Backward(NamedTuple):
     log: Any
     """Natural log of the root mean over examples of |d l_i/dh|, as it arrived: -inf for a zero cotangent."""
     exponent: Any
-    """e, where the cotangent left multiplied by 2^-e; 0 unless rescaling is on."""
+    """e, where the cotangent left multiplied by 2^-e; 0 unless rescaling is on. What the state holds here is added to e:
+    0, or another whole number to see whether the scales really drop out (`gradient_flow` does so)."""
     uses: Any
     """How often the tap was passed on the way back."""
 
@@ -50,9 +51,9 @@ class TapState:
 def tap(*, bounds: tuple[float, float] | None = None) -> Layer:
     """Return x unchanged and report its statistics; see the module's text for how.
 
-    Forward, over batch and units, float[]: `mean`; `second_moment` E[x²]; `dead`, the fraction of units that are zero
-    for the whole batch; with `bounds` (an activation's asymptotes, both finite) `saturated`, the fraction of numbers
-    within 1 % of their distance to either. With `axis_name` all average over the mapped axis, so that the state is
+    Forward, over batch and units, float[]: `mean`; `second_moment` E[x²]; `peak`, the largest |x|, which stays in range
+    where squares do not; `dead`, the fraction of units that are zero for the whole batch; with `bounds` (an activation's asymptotes, both finite) `saturated`, the fraction of numbers
+    within 1 % of their distance to either. With `axis_name` all are those of the whole mapped axis, so that the state is
     unbatched. Of a `Masked` sequence only real positions count (`dead`: units, each of its own position, of which one
     example or more is real); without any, all are 0.
 
@@ -66,7 +67,7 @@ def tap(*, bounds: tuple[float, float] | None = None) -> Layer:
     def init(key, spec):
         values, _ = parts("tap", as_spec(spec))
         zero = jnp.zeros((), statistics_dtype(values.dtype))
-        names = ["mean", "second_moment", "dead"] + (["saturated"] if bounds else [])
+        names = ["mean", "second_moment", "peak", "dead"] + (["saturated"] if bounds else [])
         return (), TapState(dict.fromkeys(names, zero), Backward(zero, zero, zero, zero))
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
@@ -89,10 +90,14 @@ def _forward(x: jax.Array, mask: Any, bounds: tuple[float, float] | None, axis_n
         each["saturated"] = outside.astype(wide.dtype)
     if mask is not None:
         return _masked(x, mask, each, axis_name)
-    means = {name: jnp.mean(a) for name, a in each.items()}
+    means, peak = {name: jnp.mean(a) for name, a in each.items()}, _peak(wide)
     if axis_name is not None:
-        means, dead = jax.lax.pmean(means, axis_name), jax.lax.pmin(dead, axis_name)
-    return means | {"dead": jnp.mean(dead)}
+        means, dead, peak = (
+            jax.lax.pmean(means, axis_name),
+            jax.lax.pmin(dead, axis_name),
+            jax.lax.pmax(peak, axis_name),
+        )
+    return means | {"peak": peak, "dead": jnp.mean(dead)}
 
 
 def _masked(x: jax.Array, mask: jax.Array, each: dict[str, jax.Array], axis_name: Any) -> dict[str, jax.Array]:
@@ -101,13 +106,17 @@ def _masked(x: jax.Array, mask: jax.Array, each: dict[str, jax.Array], axis_name
     sums = {name: jnp.sum(jnp.where(real, a, 0)) for name, a in each.items()}
     dtype, units = sums["mean"].dtype, x.size // mask.size
     count, idle, seen = jnp.sum(mask), jnp.all((x == 0) | ~real, axis=0), jnp.any(real, axis=0)
-    idle, seen = idle.astype(dtype), seen.astype(dtype)
+    idle, seen, peak = idle.astype(dtype), seen.astype(dtype), _peak(jnp.where(real, each["mean"], 0))
     if axis_name is not None:
         sums, count = jax.lax.psum((sums, count), axis_name)
-        idle, seen = jax.lax.pmin(idle, axis_name), jax.lax.pmax(seen, axis_name)
+        idle, seen, peak = jax.lax.pmin(idle, axis_name), *jax.lax.pmax((seen, peak), axis_name)
     sums["dead"] = jnp.sum(idle * seen)
     counts = dict.fromkeys(sums, count.astype(dtype)) | {"dead": jnp.sum(seen)}
-    return {name: total / (units * jnp.maximum(1, counts[name])) for name, total in sums.items()}
+    return {name: total / (units * jnp.maximum(1, counts[name])) for name, total in sums.items()} | {"peak": peak}
+
+
+def _peak(x: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(x), initial=0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -139,7 +148,7 @@ def _pass_backward(rescale, axis_name, backward, cotangent):
         log = jnp.where(usable, peak + 0.5 * jnp.log(mean), peak)
     if rescale:
         # One scale for all lanes of a mapped axis: their cotangents meet again in the collectives of batch norm.
-        exponent = jnp.where(jnp.isfinite(log), jnp.round(log / np.log(2)), 0)
+        exponent = jnp.where(jnp.isfinite(log), jnp.round(log / np.log(2)) + backward.exponent, 0)
         cotangent = ldexp(cotangent, -exponent.astype(jnp.int32))
     news = Backward(squared, log, exponent, jnp.ones_like(log))
     return cotangent, jax.tree.map(lambda n, b: n.astype(b.dtype), news, backward)
@@ -203,7 +212,7 @@ class Row(NamedTuple):
 def read(state: Any, state_gradients: Any) -> list[Row]:
     """Turn a new state, and the gradient of the loss with respect to the old one, into labelled rows.
 
-    Rows come in forward order: the forward statistics of every tap, then `log_error`, the natural log of the root mean
+    Rows come in forward order: the forward statistics of every tap (`mean`, `second_moment`, `peak`, ...), then `log_error`, the natural log of the root mean
     over examples of |d l_i/dh|, as it arrived at the tap (true for every state that does not rescale). `layer` counts
     taps here. A tap used k times reports the root of the summed squares, one that the loss does not reach -inf.
     """

@@ -168,6 +168,42 @@ def test_chi_is_one_on_the_critical_line_and_crosses_there(name, sigma_b):
     assert meanfield.fixed_point(name, 1.001 * sigma_w, sigma_b).chi > 1
 
 
+@pytest.mark.parametrize("name, sigma_b", [("gelu", 0.4158), ("gelu", 0.3), ("silu", 0.4)])
+def test_a_critical_length_that_the_start_does_not_lead_to_is_named_and_found_from_another(name, sigma_b):
+    with pytest.raises(
+        ValueError, match=rf"chi = 1, but for {name} .* from q0 = 1.0 the map goes to .*; pass q0="
+    ) as error:
+        meanfield.critical(name, sigma_b)
+    root = float(str(error.value).rpartition("q0=")[2])
+    assert f"goes to {meanfield.fixed_point(name, meanfield.critical(name, sigma_b, q0=root), sigma_b).q:.6g}" in str(
+        error.value
+    )
+    sigma_w = meanfield.critical(name, sigma_b, q0=1.0003 * root)
+    assert meanfield.length_map(name, root, sigma_w, sigma_b) == pytest.approx(root, rel=1e-9)
+    point = meanfield.fixed_point(name, sigma_w, sigma_b, q0=root)
+    assert point.q == pytest.approx(root, rel=1e-9) and point.chi == pytest.approx(1, abs=1e-9)
+    # E[phi'²] by a plain sum, independent of the library's quadrature.
+    z = np.linspace(-12, 12, 20001)
+    weights = np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
+    assert sigma_w**2 * weights @ numpy_phi(name, math.sqrt(root) * z)[1] ** 2 == pytest.approx(1, rel=1e-8)
+    if (name, sigma_b) == ("gelu", 0.4158):
+        assert root == pytest.approx(3.5616, abs=2e-3)
+
+
+def test_a_start_chooses_among_fixed_points():
+    """GELU at sigma_w = 1.40822, sigma_b = 0.4158: the map's gain q' - q is +, 0, -, 0, + 0, - as q grows."""
+    sigma_w = meanfield.critical("gelu", 0.4158, q0=3.5616)
+    ends = [meanfield.fixed_point("gelu", sigma_w, 0.4158, q0=start).q for start in (0.0, 1.0, 3.5, 3.57, 20.0)]
+    for end in ends:
+        assert meanfield.length_map("gelu", end, sigma_w, 0.4158) == pytest.approx(end, rel=1e-10)
+    assert ends[0] == pytest.approx(ends[1]) and ends[1] == pytest.approx(ends[2], rel=1e-6)
+    assert ends[3] == pytest.approx(ends[4], rel=1e-6) and ends[2] < 3.56 < ends[3]
+    relu = meanfield.fixed_point("relu", math.sqrt(2), 0.0, q0=7.0)
+    assert relu.q == 7 and relu.chi == pytest.approx(1) and meanfield.critical("relu", 0.0, q0=7.0) == math.sqrt(2)
+    near = meanfield.depth_scales("gelu", sigma_w, 0.4158, q0=20.0)
+    assert near.grad == meanfield.fixed_point("gelu", sigma_w, 0.4158, q0=20.0).xi_grad
+
+
 def test_sigmoid_critical_by_a_fine_grid():
     """Saturating, q* = 45: a 100-node Gauss-Hermite rule puts sigma_w² 11 % off."""
     sigma_w = meanfield.critical("sigmoid", 0.0)
@@ -407,6 +443,12 @@ def test_inside_a_trace_and_in_float32():
         (lambda: meanfield.critical("relu", 0.1), ValueError, "chi crosses 1 at no finite length for relu"),
         (lambda: meanfield.critical("softplus", 0.0), ValueError, "no finite length"),
         (lambda: meanfield.critical("tanh", -0.1), ValueError, "sigma_b must be at least 0"),
+        (lambda: meanfield.critical("tanh", 0.1, q0=-1.0), ValueError, "critical: q0 must be at least 0"),
+        (
+            lambda: meanfield.fixed_point("tanh", 1.0, 0.1, q0=math.nan),
+            ValueError,
+            "fixed_point: q0 must be at least 0",
+        ),
         (lambda: meanfield.batch_norm_rate("relu", 3), ValueError, "batch must be at least 4, got 3"),
         (lambda: meanfield.batch_norm_rate("relu", math.nan), ValueError, "batch must be at least 4"),
         (lambda: meanfield.batch_norm_rate("relu", 8.5), ValueError, "whole number"),

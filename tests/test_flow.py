@@ -1,0 +1,351 @@
+"""`gradient_flow` at the ends of the float range, with combinators of one's own, and how it counts layers."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import polars as pl
+import pytest
+from test_taps import float64_flow, problem
+
+import fnn
+from fnn import cell, flow, study
+
+KEY = jax.random.key(0)
+
+
+def deep(depth, activation, gain, width=12):
+    """Hidden layers 1..depth + 1 with taps, and the output layer."""
+
+    def dense(n):
+        return fnn.dense(n, kernel_init=f"scaled({gain})")
+
+    block = fnn.serial(dense(width), fnn.tap(), fnn.activation(activation))
+    return fnn.serial(block, fnn.repeat(block, depth), dense(3), fnn.tap())
+
+
+def sparse(depth):
+    """One tap behind the trunk: nothing rescales inside it."""
+    block = fnn.serial(fnn.dense(6, kernel_init="scaled(1.0)"), fnn.activation("sigmoid"))
+    return fnn.serial(fnn.repeat(block, depth), fnn.tap(), fnn.dense(3))
+
+
+def normed():
+    """A norm takes squares, which leave the range long before the signal does."""
+    return fnn.serial(fnn.dense(6), fnn.tap(), fnn.batch_norm(), fnn.activation("relu"), fnn.dense(3), fnn.tap())
+
+
+def errors_of(measured):
+    return [row.value for row in measured.rows if row.quantity == "log_error"]
+
+
+def equals_float64(measured, net, params, state, batch, atol=1e-4):
+    errors, norms = float64_flow(net, params, state, batch)
+    np.testing.assert_allclose(errors_of(measured), errors, atol=atol, rtol=0)
+    names = {f"log_{path.rpartition('/')[2]}" for path, _ in norms}
+    logs = {row.path: row.value for row in measured.rows if row.quantity in names}
+    for path, value in norms:
+        if path.endswith("kernel"):  # below batch norm a bias has a gradient of rounding errors
+            assert logs[path] == pytest.approx(value, abs=atol), path
+
+
+@pytest.mark.parametrize(
+    ("net", "scale"),
+    [
+        (deep(300, "leaky_relu", 0.3), 1),
+        (deep(50, "relu", 14.14), 1),
+        (deep(256, "relu", 1.0), 1),
+        (sparse(60), 1),
+        (normed(), 1e25),
+        (normed(), 1e-30),
+    ],
+    ids=["leaky_relu", "exploding", "relu", "few_taps", "huge_inputs", "tiny_inputs"],
+)
+def test_a_signal_that_leaves_float32_is_measured_in_float64(net, scale):
+    x, y = problem(n=8)
+    x = x * scale
+    params, state = net.init(KEY, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measured = fnn.gradient_flow(net, (params, state), (x, y))
+    assert measured.precision == "float64" and "measured in float64: the signal" in str(measured)
+    equals_float64(measured, net, params, state, (x, y))
+    peaks = measured.profile("peak")[1]
+    assert np.all(peaks > 0) and np.all(np.isfinite(peaks))
+
+
+def test_a_signal_of_normal_size_stays_in_float32_and_a_dead_layer_is_zero_not_lost():
+    x, y = problem(n=8)
+    net = deep(4, "relu", 1.4)
+    params, state = net.init(KEY, x)
+    measured = fnn.gradient_flow(net, (params, state), (x, y))
+    assert (measured.precision, measured.note) == ("float32", "")
+    first, *rest = params
+    dead = ((first[0] | {"bias": jnp.full_like(first[0]["bias"], -100)}, *first[1:]), *rest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measured = fnn.gradient_flow(net, (dead, state), (x, y))
+    assert measured.error[0] == measured.kernel[0] == -np.inf  # below the dead layer
+    assert np.isfinite(measured.error[-1]) and not np.isnan([row.value for row in measured.rows]).any()
+
+
+@pytest.mark.parametrize(("gain", "low", "high"), [(1e-3, 80, 105), (1e4, 36, 46)])
+def test_what_leaves_float64_too_is_nan_and_the_layer_is_named(gain, low, high):
+    """A layer is a factor gain/sqrt(2), within what a width of 12 scatters.
+
+    A signal is lost below 2e-308/2e-16, so behind layer 292/3.15 = 93, and above 1e154, behind layer 154/3.85 = 40.
+    """
+    x, y = problem(n=8)
+    net = deep(150, "relu", gain)
+    params, state = net.init(KEY, x)
+    with pytest.warns(UserWarning, match=r"left the range of float64 at layer \d+ \(1/\[\d+\]/1\)") as record:
+        measured = fnn.gradient_flow(net, (params, state), (x, y))
+    assert len(record) == 1 and measured.note in str(record[0].message)
+    assert np.isnan([row.value for row in measured.rows if row.quantity.startswith("log_")]).all()
+    layers, peaks = measured.profile("peak")
+    first = layers[np.isnan(peaks)][0]
+    assert low < first < high and f"layer {first} " in measured.note
+    assert np.all(np.isfinite(peaks[layers < first])) and np.all(np.isnan(peaks[layers > first]))
+
+
+def test_a_net_that_casts_to_float32_itself_is_nan_and_says_so():
+    x, y = problem(n=8)
+    net = fnn.serial(deep(100, "relu", 0.3), fnn.function(lambda h: h.astype(jnp.float32)))
+    with pytest.warns(
+        UserWarning, match=r"range of float32 at layer \d+ \(.*in float64 it cannot be measured \(it casts"
+    ):
+        measured = fnn.gradient_flow(net, net.init(KEY, x), (x, y))
+    assert np.isnan(measured.error).all() and measured.precision == "float32"
+
+
+def test_under_x64_the_way_that_the_sentence_names_gives_float64s_numbers():
+    x, y = problem(n=8)
+    net = deep(100, "leaky_relu", 0.3)
+    params, state = net.init(KEY, x)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: a.astype(jnp.float64), (params, state))
+        measured = fnn.gradient_flow(net, wide, (x.astype(jnp.float64), y))
+        assert (measured.precision, measured.note) == ("float64", "")
+    equals_float64(measured, net, params, state, (x, y), 1e-9)
+
+
+# Combinators of one's own ---------------------------------------------------------------------------------------------
+
+
+def own(apply_both, *layers, branch=False):
+    """Make a combinator whose parameters and state look like those of `serial`."""
+
+    def init(key, spec):
+        made = [layer.init(key, spec) for layer in layers]
+        params, states = (tuple(part) for part in zip(*made, strict=True))
+        return params, fnn.core.Branch(states) if branch else states
+
+    def apply(params, state, x, *, key=None, train=False, axis_name=None):
+        news, states = [None] * len(layers), state.inner if branch else state
+
+        def run(i, x):
+            y, news[i] = layers[i].apply(params[i], states[i], x, train=train)
+            return y
+
+        y = apply_both(run, x)
+        return y, fnn.core.Branch(tuple(news)) if branch else tuple(news)
+
+    return fnn.Layer(init, apply)
+
+
+def block(gain=1.0):
+    return fnn.serial(fnn.dense(6, kernel_init=f"scaled({gain})"), fnn.tap(), fnn.activation("tanh"))
+
+
+def quiet():
+    return fnn.serial(fnn.dense(6), fnn.activation("tanh"))
+
+
+def around(middle):
+    return fnn.serial(fnn.dense(6), fnn.tap(), middle, fnn.dense(6), fnn.tap(), fnn.dense(3))
+
+
+MEETING = {
+    "sum": around(own(lambda run, x: run(0, x) + run(1, x), block(), block(1e-3))),
+    "product": around(own(lambda run, x: run(0, x) * run(1, x), block(), block())),
+    "skip": around(own(lambda run, x: x + run(0, x), block())),
+    "one_tap": around(own(lambda run, x: run(0, x) + run(1, x), quiet(), block())),
+    "no_tap_outside": fnn.serial(own(lambda run, x: run(0, x) + run(1, x), block(), block(0.1)), fnn.dense(3)),
+    "three": around(own(lambda run, x: run(0, x) + run(1, x) + run(2, x), quiet(), block(), block(3.0))),
+    "repeated": around(fnn.repeat(own(lambda run, x: run(0, x) + 0.1 * run(1, x), block(), block()), 3)),
+    "backwards": around(own(lambda run, x: run(0, run(1, x)), block(), block(0.2))),
+    "inside_serial": around(fnn.serial(quiet(), own(lambda run, x: run(1, x) - run(0, x), block(), quiet()), block())),
+    "not_linear": around(fnn.serial(fnn.tap(), fnn.function(lambda x: clipped(x)))),
+}
+
+
+@jax.custom_vjp
+def clipped(x):
+    return x
+
+
+clipped.defvjp(lambda x: (x, None), lambda _, cotangent: (jnp.clip(cotangent, -0.01, 0.01),))
+
+
+@pytest.mark.parametrize("name", MEETING)
+def test_paths_of_different_scales_that_meet_are_refused(name):
+    x, y = problem(n=8)
+    net = MEETING[name]
+    with pytest.raises(
+        ValueError, match=r"gradient_flow: the taps that rescale must lie one behind the other.*core.Branch"
+    ):
+        fnn.gradient_flow(net, net.init(KEY, x), (x, y))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        around(own(lambda run, x: run(1, run(0, x)), block(), block(0.1))),
+        around(own(lambda run, x: run(0, x) + run(1, x), block(), block(1e-3), branch=True)),
+        around(own(lambda run, x: run(0, x) + run(1, x), quiet(), quiet())),
+        around(fnn.repeat(own(lambda run, x: run(1, run(0, x)), block(), block(1e-6)), 30)),
+    ],
+    ids=["serial", "branch", "no_taps", "deep_serial"],
+)
+def test_combinators_of_ones_own_whose_scales_drop_out_are_right(net):
+    x, y = problem(n=8)
+    params, state = net.init(KEY, x)
+    equals_float64(fnn.gradient_flow(net, (params, state), (x, y)), net, params, state, (x, y))
+
+
+def test_shifts_of_the_scales_change_no_number_of_a_net_in_a_row():
+    """Neighbours' shifts differ, so that paths that meet cannot hide behind equal ones."""
+    x, y = problem(n=8)
+    net = deep(30, "sigmoid", 1.0)
+    params, state = net.init(KEY, x)
+    seen, measure = [], flow.measure
+
+    def spy(*arguments):
+        seen.append([np.asarray(tap.backward.exponent) for _, tap in fnn.taps.find(arguments[4])])
+        return measure(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "measure", spy)
+        fnn.gradient_flow(net, (params, state), (x, y))
+    plain, shifted = (np.concatenate([np.ravel(exponent) for exponent in part]) for part in seen)
+    assert not plain.any() and shifted.all() and np.abs(shifted).max() == 8
+    assert all(len(set(shifted[i : i + 16])) == 16 for i in (0, 16)) and len(shifted) == 32
+
+
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+
+def weight(width, *, bare=False, name="w"):
+    """Make a dense layer under other names, or with a bare array for its parameters."""
+
+    def init(key, spec):
+        w = jax.random.normal(key, (spec.shape[-1], width)) / spec.shape[-1] ** 0.5
+        return w if bare else {name: w, "offset": jnp.zeros(width)}
+
+    def apply(params, x):
+        return x @ params if bare else x @ params[name] + params["offset"]
+
+    return fnn.core.stateless(init, apply)
+
+
+def gained(width):
+    """Scale by an array of three axes, which is no layer."""
+    return fnn.core.stateless(
+        lambda key, spec: {"scale": jnp.ones((1, 1, width))}, lambda params, x: x * params["scale"][0]
+    )
+
+
+def taps_of(measured):
+    return [row.layer for row in measured.rows if row.quantity == "log_error"]
+
+
+SEQUENCE = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 6)), jnp.float32)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 5, (8, 4)))
+TAIL = [fnn.tap(), fnn.last(), fnn.dense(3), fnn.tap()]
+
+
+@pytest.mark.parametrize(
+    ("net", "x", "layers"),
+    [
+        (fnn.models.mlp(2, 6, 3, taps=True), None, [1, 1, 2, 2, 3, 3, 4]),
+        (fnn.serial(weight(6), fnn.tap(), fnn.activation("tanh"), weight(3), fnn.tap()), None, [1, 2]),
+        (fnn.serial(fnn.repeat(fnn.serial(weight(6), fnn.tap()), 3), weight(3), fnn.tap()), None, [1, 2, 3, 4]),
+        (fnn.serial(weight(6, bare=True), weight(5, bare=True), fnn.tap(), weight(3), fnn.tap()), None, [2, 3]),
+        (fnn.serial(fnn.repeat(weight(6, bare=True), 3), fnn.tap(), fnn.dense(3)), None, [3]),
+        (fnn.serial(fnn.dense(6), fnn.tap(), fnn.batch_norm(), fnn.tap(), fnn.gain(), fnn.tap(), fnn.dense(3)), None, [1, 1, 1]),
+        (fnn.serial(fnn.gain(), fnn.tap(), fnn.dense(6), gained(6), fnn.tap(), fnn.dense(3)), None, [0, 1]),
+        (fnn.serial(fnn.dense(1), fnn.tap(), fnn.dense(3, bias=False), fnn.tap()), None, [1, 2]),
+        (fnn.serial(fnn.embed(5, 6), fnn.tap(), fnn.lstm(6, initial="learned"), *TAIL), TOKENS, [1, 2, 3]),
+        (fnn.serial(fnn.gru(6), fnn.repeat(fnn.rnn(6), 2), *TAIL), SEQUENCE, [3, 4]),
+        (fnn.serial(fnn.attention(2), *TAIL), SEQUENCE, [4, 5]),
+        (fnn.serial(fnn.conv(4, 3), fnn.tap(), fnn.group_norm(2), fnn.conv(2, 3), *TAIL), SEQUENCE, [1, 2, 3]),
+    ],
+    ids=["mlp", "w", "stacked_w", "bare", "stacked_bare", "norms", "gains", "one_unit", "lstm", "cells", "attention", "conv"],
+)  # fmt: skip
+def test_layers_are_counted_by_their_weights(net, x, layers):
+    features, y = problem(n=8)
+    x = features if x is None else x
+    measured = fnn.gradient_flow(net, net.init(KEY, x), (x, y))
+    assert taps_of(measured) == layers
+    weights = [row for row in measured.rows if row.quantity in measured.weights]
+    assert sorted({row.layer for row in weights}) == list(range(1, len(measured.kernel) + 1))
+    assert len(measured.kernel) >= max(layers) and np.isfinite(measured.kernel).all()
+
+
+def test_the_weights_gradient_of_a_net_with_other_names_is_there():
+    x, y = problem(n=8)
+    net = fnn.serial(weight(6), fnn.tap(), weight(3, name="matrix"))
+    params, state = net.init(KEY, x)
+    measured = fnn.gradient_flow(net, (params, state), (x, y))
+
+    def objective(params):
+        return jnp.mean(fnn.losses.cross_entropy(net.apply(params, state, x)[0], y))
+
+    grads = jax.grad(objective)(params)
+    expected = [np.log(np.linalg.norm(grads[0]["w"])), np.log(np.linalg.norm(grads[2]["matrix"]))]
+    np.testing.assert_allclose(measured.kernel, expected, atol=1e-5)
+    assert measured.weights == ("log_w", "log_matrix") and "log_kernel" in str(measured)
+
+
+# Studies --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_marks_what_left_float32_and_keeps_what_is_right():
+    points = fnn.grid.product(
+        depth=40, width=8, activation=["leaky_relu", "tanh"], norm="none", sigma_w=[0.1, 1.0], batch_size=8
+    )
+    described = study.Study(points, seeds=1, steps=0, data="clusters")
+    with pytest.warns(UserWarning, match=r"2 runs of cells 0, 1 left the range of float32.*JAX_ENABLE_X64=1"):
+        table = described.table()
+    assert table.filter(pl.col("sigma_w") == 1.0)["value"].is_finite().all()
+    assert not table["value"].is_infinite().any() and "peak" not in table["quantity"]
+    lost = table.filter(pl.col("sigma_w") == 0.1)
+    logs = lost.filter(pl.col("quantity").str.starts_with("log_") & (pl.col("activation") == "leaky_relu"))
+    assert logs["value"].is_nan().all() and lost.filter(pl.col("value").is_nan())["outside"].null_count() > 0
+    # tanh is smooth at 0: its error signals are right, whether or not the signal is there; gradients need the signal.
+    setup, (_, smooth) = described._setup(), described.cells()
+    net = cell.network(setup, smooth.static, smooth.runs[0] | {"sigma_w": 0.1})
+    x, y = setup.train.x[:8], setup.train.y[:8]
+    params, state = net.init(jax.random.key(0), x)
+    errors, norms = float64_flow(net, params, state, (x, y))
+    mine = lost.filter((pl.col("activation") == "tanh") & (pl.col("quantity") == "log_error"))
+    np.testing.assert_allclose(mine["value"], errors, atol=1e-3)
+    kernels = lost.filter((pl.col("activation") == "tanh") & (pl.col("quantity") == "log_kernel"))["value"].to_numpy()
+    expected = np.array([value for path, value in norms if path.endswith("kernel")])
+    known = ~np.isnan(kernels)
+    assert 0 < known.sum() < len(known)
+    np.testing.assert_allclose(kernels[known], expected[known], atol=1e-3)
+    summary = study.summarize(table)
+    assert summary["first"].is_finite().all()
+
+
+def meeting(gain):
+    both = own(lambda run, x: run(0, x) + run(1, x), block(), block(gain))
+    return fnn.serial(fnn.flatten(), fnn.dense(6), both, fnn.tap(), fnn.dense(4))
+
+
+def test_a_study_refuses_a_net_of_ones_own_in_which_scales_meet():
+    points = fnn.grid.product(gain=0.1, batch_size=8, optimizer="sgd", clip="none")
+    with pytest.raises(ValueError, match="one behind the other"):
+        study.Study(points, seeds=1, steps=0, data="clusters", build=meeting).run()
