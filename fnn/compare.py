@@ -22,7 +22,8 @@ def compare(
     axis that has one value in a and another one in b is what is being compared, and is not joined on; where both hold
     one seed the bands are points, and every difference lies beyond them.
 
-    Errors: ValueError for studies that share no row, or a level outside [0, 0.5).
+    Errors: ValueError for studies that share no row, an axis of two types, a table that is no study's, or a level
+    outside [0, 0.5).
     """
     import polars as pl
 
@@ -31,6 +32,15 @@ def compare(
     left, right = _table(a), _table(b)
     varied = different_axes(left, right)
     keys = [name for name in left.columns if name in right.columns and name not in (*OWN, *varied)]
+    for name in keys:
+        kinds = left.schema[name], right.schema[name]
+        if kinds[0] != kinds[1]:
+            if not all(kind.is_numeric() for kind in kinds):
+                raise ValueError(
+                    f"compare: {name} must have one type in both studies, got {kinds[0]} in a and {kinds[1]} in b; "
+                    "give the axis another name in one of them"
+                )
+            left, right = (table.with_columns(pl.col(name).cast(pl.Float64)) for table in (left, right))
 
     def bands(table, name):
         value = pl.col("value")
@@ -70,6 +80,9 @@ def different_axes(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _table(source: Any) -> Any:
-    if hasattr(source, "columns"):
-        return source
-    return (source if isinstance(source, results.Results) else results.read(source)).table()
+    if not hasattr(source, "columns"):
+        return (source if isinstance(source, results.Results) else results.read(source)).table()
+    needed = ("cell", "step", "layer", "path", "quantity", "value")
+    if missing := [name for name in needed if name not in source.columns]:
+        raise ValueError(f"compare: a table must be that of a study, got one without the column {missing[0]}")
+    return source

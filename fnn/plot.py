@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from fnn import files
 from fnn.flow import GradientFlow
 
 # Okabe and Ito's palette, distinct to the colour-blind; with markers, so that print in grey keeps the lines apart.
@@ -94,7 +95,7 @@ def study(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
             axis.plot(layers, middle, markersize=3.5, linewidth=1.2, label=f"{depth} layers", **style)
             if np.isfinite(predicted).any():
                 axis.plot(layers, predicted, "k--", linewidth=0.9, label="mean field" if k == len(depths) - 1 else None)
-        axis.set_title(activation if norm == "none" else f"{activation}, {norm.replace('_', ' ')}", fontsize=10)
+        axis.set_title(words(activation if norm == "none" else f"{activation}, {norm.replace('_', ' ')}"), fontsize=10)
         if i == len(norms) - 1:
             axis.set_xlabel("layer $l$ (1 is next to the input)")
         if j == 0:
@@ -102,6 +103,11 @@ def study(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
         axis.margins(x=0.03)
     axes[0, 0].legend(frameon=False, fontsize=8)
     return _done(figure, path)
+
+
+def words(text: str) -> str:
+    """Make matplotlib show a text as it stands, dollars and all."""
+    return text.replace("$", r"\$")
 
 
 def _figure(rows: int, columns: int) -> tuple[Any, Any]:
@@ -113,5 +119,5 @@ def _figure(rows: int, columns: int) -> tuple[Any, Any]:
 
 def _done(figure: Any, path: str | os.PathLike[str] | None) -> Any:
     if path is not None:
-        figure.savefig(path, dpi=130)
+        files.save_figure(figure, path, 130)
     return figure

@@ -14,7 +14,7 @@ import fnn
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"check", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
+    {"check", "files", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
     {"core", "losses", "gaussian", "products"},
     {"inputs", "dataset"},
     {"memory", "layers"},
@@ -25,9 +25,10 @@ FLOORS = [
     {"models", "clip", "flow", "meanfield", "data", "per_example", "noise"},
     {"train"},
     {"fitting"},
-    {"cell", "results", "workers", "provenance"},
-    {"table", "compare"},
-    {"study", "plot", "digest", "recipes"},
+    {"cell", "workers", "provenance"},
+    {"table"},
+    {"results"},
+    {"study", "plot", "digest", "recipes", "compare"},
     {"figures"},
     {"report"},
     {"cli_study"},

@@ -18,17 +18,17 @@ DEPTHS, SEEDS = (4, 16, 400), 5
 def made(folder, sigmas=(0.5, 1.3, 2.0), norms=("none", "batch_norm"), steps=(0, 40), hole=None):
     """Write a study's folder as a run would: log_error falls by ½ log chi a layer, seed s lies s - 2 hundredths off."""
     (folder / "cells").mkdir(parents=True)
-    cells, number = [], 0
+    cells, frames = [], []
     for norm in norms:
         for depth in DEPTHS:
-            cells.append({"static": {"depth": depth, "activation": "tanh", "norm": norm}, "runs": [], "chunk": 5})
+            cells.append({"static": {"depth": depth, "activation": "tanh", "norm": norm}, "runs": [], "steps": list(steps), "chunk": 5})
             rows = []
             for sigma in sigmas:
                 chi = meanfield.fixed_point("tanh", sigma, 0.0).chi if norm == "none" else 1.3
                 for seed in range(SEEDS):
                     cells[-1]["runs"].append({"seed": seed, "sigma_w": sigma})
                     run = {
-                        "cell": number,
+                        "cell": len(frames),
                         "depth": depth,
                         "activation": "tanh",
                         "norm": norm,
@@ -61,16 +61,22 @@ def made(folder, sigmas=(0.5, 1.3, 2.0), norms=("none", "batch_norm"), steps=(0,
                         rows.append(run | whole | hit)
                     end = {"step": max(steps), "quantity": "diverged", "value": float(seed == 4 and sigma == 2.0)}
                     rows.append(run | whole | end)
-            frame = pl.DataFrame(rows, schema=table.schema(AXES))
-            note = {"study": "x", "seconds": {"compile": 1.0, "run": 1.0}}
-            (folder / "cells" / f"{number:05d}.parquet").write_bytes(results.pack(frame, note))
-            number += 1
+            frames.append(pl.DataFrame(rows, schema=table.schema(AXES)))
     axes = {"static": ["depth", "activation", "norm"], "traced": ["seed", "sigma_w"]}
-    description = {"format": results.FORMAT, "axes": axes, "cells": cells, "steps": list(steps)}
+    description = {"format": results.FORMAT, "axes": axes, "types": AXES, "cells": cells, "steps": list(steps)}
     (folder / "study.json").write_text(json.dumps(description))
+    for number, frame in enumerate(frames):
+        put(folder, number, frame)
     session = {"versions": {"jax": "1.2.3"}, "devices": "cpu </script>", "commit": "abc"}
     (folder / "sessions.json").write_text(json.dumps([session]))
     return folder
+
+
+def put(folder, number, frame):
+    """Write a cell as a run would."""
+    key = results.key(json.loads((folder / "study.json").read_text()))
+    note = {"study": key, "cell": number, "seconds": {"compile": 1.0, "run": 1.0}}
+    (folder / "cells" / f"{number:05d}.parquet").write_bytes(results.pack(frame, note))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +124,7 @@ def test_report_writes_figures_and_a_page(folder):
     assert all(path.read_bytes().startswith(b"\x89PNG") for name, path in written.items() if name.endswith("png"))
     assert not [path for path in folder.iterdir() if ".part" in path.name]
     page = written["report.html"].read_text()
-    assert "<title>tanh &lt;b&gt;&amp;amp;</title>" in page and page.count("</script>") == 2
+    assert "<title>tanh &lt;b&gt;&amp;amp;</title>" in page and page.count("</script>") == 3
     assert not re.search(r"<(script|link|img|iframe)[^>]*\b(src|href)=", page.split("<script>")[0])
 
 
@@ -139,18 +145,17 @@ def test_contents_are_thinned_and_finite(reduced):
 def test_a_study_with_little_in_it(tmp_path):
     """One network, no training, no error signal: what can be drawn is drawn, nothing else is left lying about."""
     folder = made(tmp_path / "s", sigmas=(1.0,), norms=("none",), steps=(0,))
-    path = folder / "cells" / "00000.parquet"
     frame = results.read(folder).table().filter((pl.col("cell") == 0) & (pl.col("quantity") == "log_kernel"))
     for other in (folder / "cells").iterdir():
         other.unlink()
-    path.write_bytes(results.pack(frame, {"study": "x", "seconds": {"compile": 1.0, "run": 1.0}}))
+    put(folder, 0, frame)
     assert [written.name for written in report.report(folder)] == ["weights.png", "report.html"]
     assert "1 of 3 cells are finished" in (folder / "report.html").read_text()
     (folder / "weights.png").unlink()
     bare = frame.filter(pl.col("step") < 0)  # nothing by layer at all, and an axis without values
     row = {"cell": 0, "depth": 4, "seed": 0, "step": 0, "layer": 0, "path": "", "quantity": "accuracy", "value": 0.5}
     bare = pl.concat([bare, pl.DataFrame([row | dict.fromkeys(set(bare.columns) - set(row))], schema=bare.schema)])
-    path.write_bytes(results.pack(bare, {"study": "x", "seconds": {"compile": 1.0, "run": 1.0}}))
+    put(folder, 0, bare)
     assert [written.name for written in report.report(folder)] == ["report.html"]
 
 
@@ -159,8 +164,10 @@ def test_errors(tmp_path):
         report.report(tmp_path)
     folder = made(tmp_path / "s", sigmas=(1.0,), norms=("none",), steps=(0,))
     (folder / "cells" / "00001.parquet").write_bytes(b"PAR1 torn")
-    with pytest.raises(ValueError, match="00001.parquet is damaged"):
+    with pytest.warns(results.LeftOut, match="00001.parquet is damaged"):
         report.report(folder)
+    said = (folder / "report.html").read_text()
+    assert "2 of 3 cells are finished" in said and "Left out: " in said and "00001.parquet is damaged" in said
     for path in (folder / "cells").iterdir():
         path.unlink()
     with pytest.raises(FileNotFoundError, match="holds no finished cell"):
