@@ -128,10 +128,8 @@ def run_study(options: Study) -> int:
             print(
                 f"study: stopped; finished cells are in {folder}, the same command resumes", file=sys.stderr, flush=True
             )
-            if stop.at_once:
-                os._exit(130)  # an orderly end would wait for the workers; they end with this process
             found, stopped = stop.results, True
-            if not found.finished:
+            if stop.at_once or not found.finished:
                 return 130
         if not options.out:
             _link(folder)

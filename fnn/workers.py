@@ -71,6 +71,10 @@ def pool(workers: int) -> Iterator[Executor]:
     executor = Pool(workers, mp_context=context, initializer=_start, initargs=(settings,))
     try:
         yield executor
+    except BaseException:  # what is still in flight is not waited for, and this process could not end before it
+        for process in list((executor._processes or {}).values()):
+            process.terminate()
+        raise
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
@@ -171,7 +175,8 @@ def drive(
         try:
             while True:
                 while waiting and len(flying) < width and not failure and not presses:
-                    flying[executor.submit(work, waiting[0])] = waiting.popleft()
+                    task = waiting.popleft()
+                    flying[executor.submit(work, task)] = task
                 if not flying:
                     break
                 running(sum(future.running() for future in flying))

@@ -90,7 +90,7 @@ def test_finished_cells_are_not_run_again(copied, monkeypatch):
     monkeypatch.setattr(study, "work", None)  # whatever would run a cell fails
     before = results.read(copied).table()
     again = tiny().run(copied)
-    assert again.table().equals(before) and len(again.sessions) == 2
+    assert again.table().equals(before) and len(again.sessions) == 1  # nobody had to work on it
 
 
 def test_a_missing_cell_is_measured_again_to_the_last_bit(copied):
@@ -128,11 +128,13 @@ def damage(path, content=b"PAR1 garbage"):
 @pytest.mark.parametrize(
     ("harm", "sentence"),
     [
-        (lambda f: damage(f / "cells" / "00001.parquet"), "00001.parquet is damaged"),
-        (lambda f: damage(f / "cells" / "00001.parquet", b""), "00001.parquet is damaged"),
         (lambda f: damage(f / "study.json", b'{"format": 2, "cells": ['), "study.json is damaged"),
         (lambda f: damage(f / "study.json", b"[]"), "study.json is damaged"),
-        (lambda f: damage(f / "study.json", b'{"format": 1}'), "must have format 2, got 1"),
+        (lambda f: damage(f / "study.json", b'{"format": 1}'), "must have format 3, got 1"),
+        (lambda f: damage(f / "study.json", b'{"format": 3}'), "study.json is damaged (it must have 'axes')"),
+        (lambda f: damage(f / "study.json", b'{"format": ' + b"[" * 99_999), "study.json is damaged (nested too deeply)"),
+        (lambda f: damage(f / "sessions.json", b"[" * 99_999), "sessions.json is damaged (nested too deeply)"),
+        (lambda f: damage(f / "sessions.json", b"[[]]"), "sessions.json is damaged (it[0] must be of type dict, got list)"),
         (lambda f: damage(f / "study.json", b"\xff\xfe"), "study.json is damaged"),
         (lambda f: damage(f / "sessions.json", b"{}"), "sessions.json is damaged"),
         (lambda f: (f / "study.json").unlink(), "holds cells but no study.json"),
@@ -140,19 +142,11 @@ def damage(path, content=b"PAR1 garbage"):
 )
 def test_damage_is_one_sentence_and_exit_code_2_and_nothing_is_lost(copied, harm, sentence, capsys):
     harm(copied)
+    (copied / "cells" / "00002.parquet").unlink()  # something is left to do
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     assert fnn.cli.main([*ARGUMENTS, str(copied)]) == 2
     assert sentence in capsys.readouterr().err.strip().splitlines()[-1]
     assert before.items() <= {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}.items()
-
-
-def test_pages_damaged_behind_a_whole_footer_are_found_when_read(copied):
-    path = copied / "cells" / "00002.parquet"
-    content = bytearray(path.read_bytes())
-    content[4:400] = os.urandom(396)
-    damage(path, bytes(content))
-    with pytest.raises(ValueError, match="00002.parquet is damaged"):
-        results.read(copied).table()
 
 
 def test_a_full_disk_loses_no_finished_cell(tmp_path, monkeypatch, capsys, undisturbed):
@@ -174,6 +168,7 @@ def test_a_full_disk_loses_no_finished_cell(tmp_path, monkeypatch, capsys, undis
 
 
 def test_one_folder_serves_one_run_at_a_time(copied):
+    (copied / "cells" / "00001.parquet").unlink()
     with results._locked(copied), pytest.raises(OSError, match="in use by another run"):
         tiny().run(copied)
     with pytest.raises(OSError, match="cannot write"):
@@ -222,6 +217,23 @@ def test_interrupts_and_kills_end_in_the_undisturbed_table(tmp_path, undisturbed
     found = results.read(out)
     assert found.table().equals(results.read(undisturbed).table())
     assert not list(out.rglob("*.part")) and list((tmp_path / "xla").iterdir())
+
+
+def test_ctrl_c_in_the_workers_first_second(tmp_path):
+    """As a terminal sends it, to parent and workers: what was begun is finished and shown, nothing else is begun."""
+    out = tmp_path / "out"
+    arguments = [word.replace("sigmoid", "sigmoid,elu,selu,gelu") for word in ARGUMENTS]
+    command = [sys.executable, "-m", "fnn", *arguments, str(out), "--workers", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    while not (out / "sessions.json").exists() and process.poll() is None:  # the workers are started next
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    shown, err = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert 1 <= len(finished(out)) <= 2 and "the same command resumes" in err
+    assert "at layer 1" in shown and "tanh" in shown and (out / "study.png").exists()
 
 
 def test_executors_of_all_kinds(tmp_path, undisturbed):
