@@ -112,7 +112,7 @@ class Results:
             try:
                 frames.append(self._read(number))
             except ValueError as error:
-                warnings.warn(LeftOut(f"{error}; it is left out, and the study, run again, measures it"), stacklevel=2)
+                warnings.warn(LeftOut(f"{error}; it is left out; move it away and run the study again"), stacklevel=2)
         if not frames:
             raise FileNotFoundError(f"study: {self.folder or 'this study'} holds no finished cell; run it first")
         return pl.concat(frames)

@@ -21,7 +21,14 @@ def made(folder, sigmas=(0.5, 1.3, 2.0), norms=("none", "batch_norm"), steps=(0,
     cells, frames = [], []
     for norm in norms:
         for depth in DEPTHS:
-            cells.append({"static": {"depth": depth, "activation": "tanh", "norm": norm}, "runs": [], "steps": list(steps), "chunk": 5})
+            cells.append(
+                {
+                    "static": {"depth": depth, "activation": "tanh", "norm": norm},
+                    "runs": [],
+                    "steps": list(steps),
+                    "chunk": 5,
+                }
+            )
             rows = []
             for sigma in sigmas:
                 chi = meanfield.fixed_point("tanh", sigma, 0.0).chi if norm == "none" else 1.3

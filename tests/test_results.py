@@ -132,9 +132,15 @@ def damage(path, content=b"PAR1 garbage"):
         (lambda f: damage(f / "study.json", b"[]"), "study.json is damaged"),
         (lambda f: damage(f / "study.json", b'{"format": 1}'), "must have format 3, got 1"),
         (lambda f: damage(f / "study.json", b'{"format": 3}'), "study.json is damaged (it must have 'axes')"),
-        (lambda f: damage(f / "study.json", b'{"format": ' + b"[" * 99_999), "study.json is damaged (nested too deeply)"),
+        (
+            lambda f: damage(f / "study.json", b'{"format": ' + b"[" * 99_999),
+            "study.json is damaged (nested too deeply)",
+        ),
         (lambda f: damage(f / "sessions.json", b"[" * 99_999), "sessions.json is damaged (nested too deeply)"),
-        (lambda f: damage(f / "sessions.json", b"[[]]"), "sessions.json is damaged (it[0] must be of type dict, got list)"),
+        (
+            lambda f: damage(f / "sessions.json", b"[[]]"),
+            "sessions.json is damaged (it[0] must be of type dict, got list)",
+        ),
         (lambda f: damage(f / "study.json", b"\xff\xfe"), "study.json is damaged"),
         (lambda f: damage(f / "sessions.json", b"{}"), "sessions.json is damaged"),
         (lambda f: (f / "study.json").unlink(), "holds cells but no study.json"),
