@@ -5,6 +5,7 @@ from typing import Any
 
 from fnn import results
 
+ADDED = ("a", "b", "a_low", "a_high", "b_low", "b_high", "seeds_a", "seeds_b", "difference", "beyond")
 OWN = ("cell", "seed", "value", "predicted", "low", "high", "outside")
 
 
@@ -20,7 +21,8 @@ def compare(
     `a`, `b` (medians over seeds), `a_low`, `a_high`, `b_low`, `b_high`, `seeds_a`, `seeds_b`, `difference` = b - a, and
     `beyond`, whether one band ends before the other begins; the largest differences beyond the bands come first. An
     axis that has one value in a and another one in b is what is being compared, and is not joined on; where both hold
-    one seed the bands are points, and every difference lies beyond them.
+    one seed the bands are points, and every difference lies beyond them. An axis with the name of a column of the result
+    is there as `a (axis)`.
 
     Errors: ValueError for studies that share no row, an axis of two types, a table that is no study's, or a level
     outside [0, 0.5).
@@ -29,7 +31,7 @@ def compare(
 
     if not 0 <= level < 0.5:
         raise ValueError(f"compare: level must lie in [0, 0.5), got {level}; 0.1 gives bands of four seeds in five")
-    left, right = _table(a), _table(b)
+    left, right = (_renamed(_table(source)) for source in (a, b))
     varied = different_axes(left, right)
     keys = [name for name in left.columns if name in right.columns and name not in (*OWN, *varied)]
     for name in keys:
@@ -77,6 +79,11 @@ def different_axes(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
         if len(ours) == len(theirs) == 1 and ours[0] != theirs[0]:
             found[name] = (ours[0], theirs[0])
     return found
+
+
+def _renamed(table: Any) -> Any:
+    axes = table.columns[1 : table.columns.index("step")]
+    return table.rename({name: f"{name} (axis)" for name in axes if name in ADDED})
 
 
 def _table(source: Any) -> Any:

@@ -67,7 +67,7 @@ def heat(d: Digest, path: str | os.PathLike[str]) -> str | None:
         image = axis.pcolormesh(edges, np.arange(len(depths) + 1), z, cmap="PuOr", vmin=-reach, vmax=reach)
         axis.set_yticks(np.arange(len(depths)) + 0.5, [str(n) for n in depths])
         row = d.fixed | group.row(0, named=True)
-        line = critical.get((row.get("activation"), float(row.get("sigma_b") or 0.0)))
+        line = critical.get(digest.line_of(row))
         if line is not None and row.get("norm", "none") == "none" and edges[0] <= line <= edges[-1]:
             axis.axvline(line, color="k", linestyle="--", linewidth=1.2)
         axis.set_title(words(digest.label(dict(zip(rest, key, strict=True)))), fontsize=9)
@@ -95,7 +95,10 @@ def training(d: Digest, path: str | os.PathLike[str], series: str = "train_loss"
             low, middle, high = (rows[c].to_numpy() for c in ("low", "middle", "high"))
             _line(axis, rows["step"].to_numpy(), low, middle, high, i, name)
         axis.set_title(words(title), fontsize=9)
-        axis.set_yscale("log")
+        if part.filter(
+            (pl.col("middle") > 0) & pl.col("middle").is_finite()
+        ).height:  # a loss of one's own may be negative
+            axis.set_yscale("log")
         axis.legend(frameon=False, fontsize=7, title=words(lines), title_fontsize=7)
     _labels(figure, "step", "loss of the step's batch")
     _save(figure, path)
@@ -116,7 +119,8 @@ def accuracy(d: Digest, path: str | os.PathLike[str]) -> str | None:
         part = groups[key]
         low, middle, high = (part[c].to_numpy() for c in ("low", "middle", "high"))
         _line(axes[0], part["depth"].to_numpy(), low, middle, high, i, digest.label(dict(zip(rest, key, strict=True))))
-    axes[0].set_xscale("log", base=2)
+    if rows["depth"].min() > 0:
+        axes[0].set_xscale("log", base=2)
     depths = rows["depth"].unique().sort().to_list()
     axes[0].set_xticks(depths, [str(n) for n in depths])
     axes[0].set_ylim(0, 1)

@@ -106,8 +106,8 @@ def study(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
 
 
 def words(text: str) -> str:
-    """Make matplotlib show a text as it stands, dollars and all."""
-    return text.replace("$", r"\$")
+    """Make matplotlib show a text as it stands, dollars and all, and what no font holds by its escape."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).replace("$", r"\$")
 
 
 def _figure(rows: int, columns: int) -> tuple[Any, Any]:

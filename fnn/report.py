@@ -41,17 +41,10 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
     Errors: FileNotFoundError for a folder without a study or finished cells, ValueError for a damaged description,
     OSError for a folder that cannot be written, ImportError without matplotlib, polars and plotly (`fnn[study]`).
     """
-    import polars as pl
-
     study = results.read(folder)
     folder = Path(folder)
     table = study.table()
     axes = [*study.description["axes"]["static"], *study.description["axes"]["traced"]]
-    try:
-        d = digest.digest(table, axes)
-    except pl.exceptions.PolarsError as error:
-        first = str(error).partition("\n")[0]
-        raise ValueError(f"report: {folder} must hold a table that can be reduced, got {first:.200}") from None
     draws = {
         "gradient.png": figures.gradient,
         "weights.png": lambda d, path: figures.gradient(d, path, "log_kernel"),
@@ -60,8 +53,16 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
         "accuracy.png": figures.accuracy,
     }
     files.sweep(folder)
-    written = [folder / name for name, draw in draws.items() if draw(d, folder / name) is not None]
-    files.write(folder / "report.html", page(d, facts(study, d), _name(folder)).encode(), "report")
+    try:
+        d = digest.digest(table, axes)
+        written = [folder / name for name, draw in draws.items() if draw(d, folder / name) is not None]
+        text = page(d, facts(study, d), _name(folder))
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # whatever a table of no study's may hold
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"report: {folder} must hold a study that can be drawn, got {first:.200}") from error
+    files.write(folder / "report.html", text.encode(), "report")
     return [*written, folder / "report.html"]
 
 
@@ -111,8 +112,8 @@ def contents(d: Digest, sentences: list[str], title: str) -> dict[str, Any]:
     for row in d.networks.iter_rows(named=True):
         whole = d.fixed | row
         plain = whole.get("norm", "none") == "none" and not whole.get("residual")
-        pair = whole.get("activation"), float(whole.get("sigma_b") or 0.0)
-        numbers = {k: _number(row[k]) for k in row if k not in d.axes and k != "network"}
+        pair = digest.line_of(whole)
+        numbers = {k: _number(row[k]) for k in digest.OWN if k in row and k != "network"}
         axes = {k: _plain(row[k]) for k in d.axes}
         name = digest.label({k: row[k] for k in d.axes}) or "the network"
         networks.append(
