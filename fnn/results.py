@@ -42,7 +42,7 @@ of that run ends there, with the layers' numbers if the loss still was finite. M
 names, at layer 0 unless their path is that of a parameter.
 
 Read a folder with `results.read(folder)`: a `Results` with `.description` (study.json), `.sessions`, `.table()` (polars),
-`.finished` (numbers of the finished cells) and `.times()`.
+`.finished` (numbers of the finished cells), `.left_out` (what is wrong with the files of others) and `.times()`.
 """
 
 import functools
@@ -57,7 +57,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fnn import files, table
+from fnn import files, sealed, table
+from fnn.sealed import pack as pack
 
 FORMAT = 3
 _VALUE = (int, float, bool, str, type(None))
@@ -67,10 +68,6 @@ _SHAPE = {
     "steps": [int],
     "cells": [{"static": {str: _VALUE}, "runs": [{str: _VALUE}], "chunk": int}],
 }
-_SESSION = {str: object}
-_NOTE = {"study": str, "cell": int, "seconds": {"compile": float, "run": float}}
-_MARK = b'{"sha256": "'
-_HOLE = b"0" * 64
 _REMEDY = "make room or choose another folder with --out (what is finished stays, and the same command resumes)"
 
 
@@ -161,24 +158,12 @@ class Results:
 
         name = self._name(number)
         content = self.frames[number] if self.folder is None else _content(self._path(number), name)
-        at = content.rfind(_MARK) + len(_MARK)
-        end = at + len(_HOLE)
-        if at < len(_MARK):
-            raise ValueError(f"{name} is damaged or foreign (it holds no digest)")
-        digest = hashlib.sha256(content[:at])
-        for part in (_HOLE, memoryview(content)[end:]):
-            digest.update(part)
-        if digest.hexdigest().encode() != content[at:end]:
-            raise ValueError(f"{name} is damaged (its bytes are not those of its digest)")
-        with _foreign(name):
-            note, _ = json.JSONDecoder().raw_decode(content[at - len(_MARK) :].decode(errors="replace"))
-            if wrong := files.misfit(note, _NOTE):
-                raise ValueError(wrong)
+        note = sealed.check(content, name)
         if note["study"] != self._key:
             raise ValueError(f"{name} belongs to another study")
         if note["cell"] != number:
             raise ValueError(f"{name} is a copy of cell {note['cell']}")
-        with _foreign(name):
+        with sealed.foreign(name):
             if dict(pl.read_parquet_schema(io.BytesIO(content))) != dict(self._columns()):
                 raise ValueError("its columns are not those of the study")
         return content, note
@@ -187,7 +172,7 @@ class Results:
         import polars as pl
 
         content, _ = self._whole(number)
-        with _foreign(self._name(number)):
+        with sealed.foreign(self._name(number)):
             return pl.read_parquet(content).select(list(self._columns()))
 
     def _columns(self) -> Any:
@@ -197,18 +182,6 @@ class Results:
 
     def _name(self, number: int) -> str:
         return f"study: cell {number}" if self.folder is None else f"study: {self._path(number)}"
-
-
-def pack(table: Any, note: dict[str, Any]) -> bytes:
-    """Write the table of a cell as the bytes of a Parquet file, with a note and their digest in its metadata.
-
-    `note` is {"study": key of its description, "cell": its number, "seconds": {"compile": ..., "run": ...}}.
-    """
-    buffer = io.BytesIO()
-    table.write_parquet(buffer, metadata={"fnn": json.dumps({"sha256": _HOLE.decode(), **note})})
-    content = buffer.getvalue()
-    at = content.rfind(_MARK) + len(_MARK)
-    return content[:at] + hashlib.sha256(content).hexdigest().encode() + content[at + len(_HOLE) :]
 
 
 def read(folder: str | os.PathLike[str]) -> Results:
@@ -230,7 +203,7 @@ def read(folder: str | os.PathLike[str]) -> Results:
             f"study: {path} is damaged (axes, types and chunks do not fit together); restore it, or choose another folder"
         )
     sessions = folder / "sessions.json"
-    return Results(description, files.load_json(sessions, [_SESSION]) if sessions.is_file() else [], folder)
+    return Results(description, files.load_json(sessions, [{str: object}]) if sessions.is_file() else [], folder)
 
 
 @contextmanager
@@ -343,18 +316,6 @@ def _content(path: Path, name: str) -> bytes:
         return path.read_bytes()
     except (OSError, MemoryError) as error:
         raise ValueError(f"{name} cannot be read ({getattr(error, 'strerror', None) or 'out of memory'})") from None
-
-
-@contextmanager
-def _foreign(name: str) -> Iterator[None]:
-    """Say in a sentence what is wrong with a file that another program gave a digest; a panic in Rust is no Exception."""
-    import polars as pl
-
-    try:
-        yield
-    except (Exception, pl.exceptions.PanicException) as error:
-        first = str(error).partition("\n")[0]
-        raise ValueError(f"{name} is foreign ({first:.200})") from None
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 import fnn
-from fnn import cli, files, results, table
+from fnn import cli, files, results, sealed, table
 
 AXES = {"depth": "int", "activation": "str", "norm": "str", "seed": "int"}
 
@@ -158,7 +158,7 @@ def test_a_panic_in_rust_is_a_sentence_too(folder, monkeypatch):
 
 def test_the_names_of_a_hostile_axis_value_do_not_hide_the_digest(folder):
     """Its minimum stands in the footer before the note."""
-    mark = results._MARK.decode() + "0" * 64
+    mark = sealed._MARK.decode() + "0" * 64
     frame = pl.read_parquet(path(folder)).with_columns(pl.lit(mark).alias("path"))
     put(folder, 1, frame)
     assert results.read(folder).table().filter(pl.col("cell") == 1)["path"].unique().to_list() == [mark]

@@ -15,7 +15,7 @@ import fnn
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"check", "files", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
-    {"core", "losses", "gaussian", "products"},
+    {"core", "losses", "gaussian", "products", "sealed"},
     {"inputs", "dataset"},
     {"memory", "layers"},
     {

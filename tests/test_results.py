@@ -17,7 +17,7 @@ import pytest
 
 import fnn
 import fnn.cli
-from fnn import results, study, workers
+from fnn import files, results, study, workers
 
 # One worker: the tests share the fixtures, and those the compilations.
 pytestmark = pytest.mark.xdist_group("results")
@@ -173,6 +173,31 @@ def test_a_full_disk_loses_no_finished_cell(tmp_path, monkeypatch, capsys, undis
     assert tiny().run(tmp_path).table().equals(results.read(undisturbed).table())
 
 
+def test_a_finished_study_on_a_read_only_mount_prints_its_table(copied, monkeypatch, capsys):
+    def refuse(path, *_, **__):
+        raise files.cannot_write(path, OSError(errno.EROFS, os.strerror(errno.EROFS)))
+
+    monkeypatch.setattr(files, "write", refuse)
+    monkeypatch.setattr(results, "_locked", refuse)
+    assert fnn.cli.main([*ARGUMENTS, str(copied)]) == 0
+    shown = capsys.readouterr()
+    assert "at layer 1" in shown.out and "and study.png" not in shown.out
+    assert "study.png: Read-only file system" in shown.err.splitlines()[-1]
+    (copied / "cells" / "00001.parquet").unlink()  # now there is something to measure
+    assert fnn.cli.main([*ARGUMENTS, str(copied)]) == 2
+    assert "Read-only file system" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_damaged_and_foreign_cells_are_named_set_aside_and_measured_again(copied, undisturbed, capsys):
+    (copied / "cells" / "00000.parquet").replace(copied / "cells" / "00002.parquet")
+    damage(copied / "cells" / "00001.parquet")
+    assert fnn.cli.main([*ARGUMENTS, str(copied)]) == 0
+    err = capsys.readouterr().err
+    assert "00001.parquet is damaged or foreign (it holds no digest); it is kept as 00001.parquet.aside" in err
+    assert "00002.parquet is a copy of cell 0; it is kept as 00002.parquet.aside" in err
+    assert results.read(copied).table().equals(results.read(undisturbed).table())
+
+
 def test_one_folder_serves_one_run_at_a_time(copied):
     (copied / "cells" / "00001.parquet").unlink()
     with results._locked(copied), pytest.raises(OSError, match="in use by another run"):
@@ -192,7 +217,24 @@ def test_ctrl_c_here_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(study, "work", interrupted)
     assert fnn.cli.main([*ARGUMENTS, str(tmp_path)]) == 130
-    assert "the same command resumes" in capsys.readouterr().err and finished(tmp_path) == ["00000.parquet"]
+    shown = capsys.readouterr()
+    assert "the same command resumes" in shown.err and finished(tmp_path) == ["00000.parquet"]
+    assert "tanh" in shown.out and "relu" not in shown.out and (tmp_path / "study.png").exists()
+
+
+def test_what_is_finished_comes_with_what_stops_a_study_in_memory(monkeypatch, undisturbed):
+    frames = [path.read_bytes() for path in sorted(undisturbed.glob("cells/*.parquet"))]
+    for error in (KeyboardInterrupt, ValueError):
+
+        def stopped(task, error=error):
+            if task.number == 2:
+                raise error
+            return frames[task.number], {"compile": 0.0, "run": 0.0}
+
+        monkeypatch.setattr(study, "work", stopped)
+        with pytest.raises(error) as caught:
+            tiny().run()
+        assert caught.value.results.table()["cell"].unique().to_list() == [0, 1]
 
 
 def test_interrupts_and_kills_end_in_the_undisturbed_table(tmp_path, undisturbed):
@@ -307,6 +349,15 @@ def test_compare_finds_what_differs_beyond_the_seeds(undisturbed, tmp_path, caps
     np.testing.assert_allclose([row["a"], row["a_low"], row["a_high"]], np.quantile(values, [0.5, 0.1, 0.9]))
     with pytest.raises(ValueError, match="must share a row"):
         fnn.compare(table, table.with_columns(pl.lit("x").alias("path")))
+    with pytest.raises(ValueError, match="width must have one type in both studies, got Int32 in a and String in b"):
+        fnn.compare(table, table.with_columns(pl.col("width").cast(pl.String)))
+    assert fnn.compare(table, table.with_columns(pl.col("width").cast(pl.Float64))).height == same.height
+    with pytest.raises(ValueError, match="without the column step"):
+        fnn.compare(table, table.drop("step"))
+    named = table.rename({"width": "a", "norm": "beyond"})  # axes of one's own may be called anything
+    assert fnn.compare(named, named)["a (axis)"].unique().to_list() == [8]
+    odd = table.with_columns(pl.lit("[/b]\x1b]0;x").alias("path"), value=pl.col("value") + pl.col("seed") * 0.0)
+    assert fnn.compare(odd, odd).height
     assert fnn.cli.main(["compare", str(undisturbed), str(undisturbed)]) == 0
     assert "0 of" in capsys.readouterr().out
     assert fnn.cli.main(["compare", str(undisturbed), str(tmp_path)]) == 2
