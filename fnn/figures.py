@@ -37,7 +37,7 @@ def gradient(d: Digest, path: str | os.PathLike[str], series: str = ERROR, step:
                 axis.plot(x, theory, "k--", linewidth=0.9)
         axis.set_title(words(title), fontsize=9)
         axis.margins(x=0.03)
-        axis.legend(frameon=False, fontsize=7, title=words(lines), title_fontsize=7)
+        _legend(axis, lines)
     _labels(figure, "layer (1 is next to the input)", r"$\log_{10}\,$" + ("|dL/dh|" if series == ERROR else series))
     _save(figure, path)
     more = f" The first {MOST_PANELS} of {len(panels)} panels are shown." if len(panels) > MOST_PANELS else ""
@@ -99,7 +99,7 @@ def training(d: Digest, path: str | os.PathLike[str], series: str = "train_loss"
             (pl.col("middle") > 0) & pl.col("middle").is_finite()
         ).height:  # a loss of one's own may be negative
             axis.set_yscale("log")
-        axis.legend(frameon=False, fontsize=7, title=words(lines), title_fontsize=7)
+        _legend(axis, lines)
     _labels(figure, "step", "loss of the step's batch")
     _save(figure, path)
     return "Training loss against the step: medians over seeds, shaded from the 10th to the 90th percentile."
@@ -124,8 +124,7 @@ def accuracy(d: Digest, path: str | os.PathLike[str]) -> str | None:
     depths = rows["depth"].unique().sort().to_list()
     axes[0].set_xticks(depths, [str(n) for n in depths])
     axes[0].set_ylim(0, 1)
-    if axes[0].get_legend_handles_labels()[0]:  # a lone line has nothing to be told from
-        axes[0].legend(frameon=False, fontsize=7)
+    _legend(axes[0], "")
     _labels(figure, "depth (hidden layers behind the first)", "accuracy on held-out examples")
     _save(figure, path)
     return (
@@ -168,6 +167,11 @@ def _line(axis: Any, x: Any, low: Any, middle: Any, high: Any, i: int, name: str
     style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markevery": max(1, len(x) // 8)}
     axis.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
     axis.plot(x, middle, markersize=3.5, linewidth=1.2, label=words(name), **style)
+
+
+def _legend(axis: Any, title: str) -> None:
+    if axis.get_legend_handles_labels()[0]:  # a lone line has nothing to be told from
+        axis.legend(frameon=False, fontsize=7, title=words(title), title_fontsize=7)
 
 
 def _edges(x: np.ndarray) -> np.ndarray:

@@ -106,8 +106,13 @@ def study(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
 
 
 def words(text: str) -> str:
-    """Make matplotlib show a text as it stands, dollars and all, and what no font holds by its escape."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).replace("$", r"\$")
+    """Make matplotlib show a text as it stands: dollars, a leading _ (a label that it would hide), unprintable letters.
+
+    What is longer than 60 letters is cut, or it would leave no room for the figure.
+    """
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = text if len(text) <= 60 else text[:59] + "…"
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _figure(rows: int, columns: int) -> tuple[Any, Any]:

@@ -268,6 +268,20 @@ def test_wrong_content_is_a_sentence_and_exit_code_2(folder, harm, said, capsys)
         assert said in err[-1] and all(line.startswith("study: ") and len(line) < 600 for line in err)
 
 
+def test_names_and_values_cannot_steer_the_terminal(tmp_path, capsys):
+    """Nor are they markup to the library that draws the table, or patterns to the one that reads files."""
+    folders = [made(tmp_path / name) for name in ("[b]", "[/red]")]
+    for shift, folder in enumerate(folders):
+        assert results.read(folder).finished == [0, 1, 2]
+        frame = (
+            results.read(folder)._read(1).with_columns(pl.lit("[/b]\x1b]0;t\a").alias("path"), pl.col("value") + shift)
+        )
+        put(folder, 1, frame)
+    assert cli.main(["compare", *map(str, folders)]) == 0
+    shown = capsys.readouterr().out
+    assert "[/b]\\x1b]0;t\\x07" in shown and "[/red]" in shown and "\x1b" not in shown
+
+
 def test_sessions_of_any_content_are_shown_as_they_are(folder):
     for session in ({}, {"versions": [3], "devices": {"a": 1}, "commit": 7}, {"versions": {"jax": None}, "devices": 3}):
         (folder / "sessions.json").write_text(json.dumps([session]))
