@@ -81,9 +81,9 @@ def pool(workers: int) -> Iterator[Executor]:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Let Ctrl-C wait until this is over, where the system can; what is started meanwhile never gets it.
+    """Keep Ctrl-C from every process that is started meanwhile, for good, where the system can.
 
-    A worker ignores Ctrl-C from its first line on, but spends its first second before that, importing.
+    A worker ignores it from its first line on, but spends its first second before that, importing.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -159,7 +159,7 @@ def drive(
 
     An executor that says how many workers it has is given as many tasks at a time: what a pool of processes has taken
     into its queue can no longer be cancelled. Ctrl-C starts no further task, waits for those in flight and raises
-    Interrupted; a second one does not wait. An error of a task stops the rest in the same way and is raised.
+    Interrupted; a second one does not wait. An error of a task stops the rest in the same way; the first one is raised.
     """
     if executor is None:
         try:
@@ -170,7 +170,7 @@ def drive(
             raise Interrupted from None
         return
     width = getattr(executor, "_max_workers", None) or len(tasks)
-    waiting, flying, failure = deque(tasks), {}, None
+    waiting, flying, failure, told = deque(tasks), {}, None, False
     with _counted_sigint() as presses:
         try:
             while True:
@@ -181,13 +181,13 @@ def drive(
                     break
                 running(sum(future.running() for future in flying))
                 for future in wait(flying, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                    failure = _finish(future, flying.pop(future), done) or failure
-                if presses and not isinstance(failure, Interrupted):
-                    failure = Interrupted()
+                    wrong = _finish(future, flying.pop(future), done)
+                    failure = failure or wrong
+                if presses and not told:
                     words = "finishing the cells in flight; Ctrl-C again stops at once"
                     print(f"\nstudy: {words}", file=sys.stderr, flush=True)
-                if isinstance(failure, Interrupted) and len(presses) > 1:
-                    failure.at_once = True
+                    failure, told = failure or Interrupted(), True
+                if len(presses) > 1:
                     break
                 if failure:
                     flying = {future: task for future, task in flying.items() if not future.cancel()}
@@ -196,8 +196,10 @@ def drive(
         finally:
             for future in flying:
                 future.cancel()
-    if presses and not isinstance(failure, Interrupted):
-        failure = Interrupted()
+    if presses:
+        failure = failure or Interrupted()
+    if isinstance(failure, Interrupted):
+        failure.at_once = len(presses) > 1
     if failure:
         raise failure
 

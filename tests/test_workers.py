@@ -112,6 +112,18 @@ def test_a_failure_begins_nothing_and_stores_what_is_in_flight(error):
     assert executor.begun == [0, 1] and found == [1]
 
 
+def test_the_first_failure_is_the_one_that_is_raised_and_a_full_disk_is_one():
+    executor, tried = Queueing(), []
+
+    def full(task, _):
+        tried.append(task)
+        raise OSError(f"no room for {task}")
+
+    with pytest.raises(OSError, match="no room for 0"):
+        drive(lambda task: time.sleep(0.1 * task), full, executor)
+    assert tried == [0, 1]  # room may have come
+
+
 def test_ctrl_c_here_is_interrupted_whether_it_hits_the_work_or_the_storing():
     def interrupt(*_):
         raise KeyboardInterrupt
