@@ -1,9 +1,13 @@
 """The command line of studies: `fnn study`, `fnn compare`, `fnn report`."""
 
+import errno
 import math
 import os
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -111,60 +115,75 @@ def run_study(options: Study) -> int:
     started = time.perf_counter()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     alone = jax.default_backend() != "cpu" or cells < 4
-    try:
-        found = described.run(
-            folder,
-            workers=options.workers or (1 if alone else cores),
-            cache=options.cache or _cache(),
-            progress=True,
-        )
-    except Interrupted as stop:
-        print(f"study: stopped; finished cells are in {folder}, the same command resumes", file=sys.stderr, flush=True)
-        if stop.at_once:
-            os._exit(130)  # an orderly end would wait for the workers; they end with this process
-        return 130
-    if not options.out:
-        _link(folder)
-    table = found.table()
+    with _plain_warnings():
+        try:
+            found = described.run(
+                folder,
+                workers=options.workers or (1 if alone else cores),
+                cache=options.cache or _cache(),
+                progress=True,
+            )
+            stopped = False
+        except Interrupted as stop:
+            print(
+                f"study: stopped; finished cells are in {folder}, the same command resumes", file=sys.stderr, flush=True
+            )
+            found, stopped = stop.results, True
+            if stop.at_once or not found.finished:
+                return 130
+        if not options.out:
+            _link(folder)
+        table = found.table()
     summary = study.summarize(table)
+    figure = ""
     if summary.height:  # log_error is among the quantities
         _print_summary(summary)
-        plot.study(table, path=folder / "study.png")
+        try:
+            plot.study(table, path=folder / "study.png")
+            figure = ", and study.png"
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            print(
+                error, file=sys.stderr
+            )  # the folder is read-only, so it was finished before: the table is what counts
     if sentence := study.left_range(table):
         print(sentence, file=sys.stderr, flush=True)
     seconds = time.perf_counter() - started
-    figure = ", and study.png" if summary.height else ""
-    print(f"{folder}: {table.height:,} rows in cells/*.parquet{figure}; fnn report {folder} draws the rest")
+    print(_shown(f"{folder}: {table.height:,} rows in cells/*.parquet{figure}; fnn report {folder} draws the rest"))
     print(f"{seconds:.1f} s on {jax.devices()[0].platform}")
-    return 0
+    return 130 if stopped else 0
 
 
 def run_compare(options: Compare) -> int:
     """Do `fnn compare`."""
     import polars as pl
     from rich.table import Table
+    from rich.text import Text
 
     from fnn import check, results
     from fnn.compare import compare, different_axes
 
     check.positive("compare", rows=options.rows)
-    left, right = (results.read(folder).table() for folder in (options.a, options.b))
+    with _plain_warnings():
+        left, right = (results.read(folder).table() for folder in (options.a, options.b))
     for name, (ours, theirs) in different_axes(left, right).items():
-        print(f"{name} is {ours} in {options.a}, {theirs} in {options.b}")
+        print(_shown(f"{name} is {ours} in {options.a}, {theirs} in {options.b}"))
     joined = compare(left, right)
     beyond = joined.filter(pl.col("beyond"))
     print(f"{beyond.height:,} of {joined.height:,} shared rows differ by more than the bands over seeds (10 to 90 %)")
     counts = joined.group_by("quantity").agg(pl.len(), pl.col("beyond").sum()).filter(pl.col("beyond") > 0)
     for quantity, total, number in counts.sort("beyond", descending=True).iter_rows():
-        print(f"  {quantity}: {number:,} of {total:,}")
+        print(_shown(f"  {quantity}: {number:,} of {total:,}"))
     axes = joined.columns[: joined.columns.index("step")]
     shown = [name for name in axes if joined[name].n_unique() > 1] + ["step", "layer", "path", "quantity"]
-    table = Table(title=f"the largest differences, b - a, of {options.b} from {options.a}")
+    table = Table(title=Text(_shown(f"the largest differences, b - a, of {options.b} from {options.a}")))
     for name in (*shown, "a [10 %, 90 %]", "b [10 %, 90 %]", "b - a"):
-        table.add_column(name)
+        table.add_column(Text(name))
     for row in beyond.head(options.rows).iter_rows(named=True):
         bands = [f"{row[n]:.4g} [{row[f'{n}_low']:.4g}, {row[f'{n}_high']:.4g}]" for n in ("a", "b")]
-        table.add_row(*(str(row[name]) for name in shown), *bands, f"{row['difference']:+.4g}")
+        words = (*(str(row[name]) for name in shown), *bands, f"{row['difference']:+.4g}")
+        table.add_row(*(Text(_shown(word)) for word in words))
     if beyond.height:
         _console().print(table)
     return 0
@@ -174,8 +193,10 @@ def run_report(options: Report) -> int:
     """Do `fnn report`."""
     from fnn.report import report
 
-    written = report(options.folder)
-    print(f"wrote {', '.join(path.name for path in written)} to {options.folder}; open {written[-1]} in a browser")
+    with _plain_warnings():
+        written = report(options.folder)
+    names = ", ".join(path.name for path in written)
+    print(_shown(f"wrote {names} to {options.folder}; open {written[-1]} in a browser"))
     return 0
 
 
@@ -198,6 +219,30 @@ def _described(options: Study) -> Any:
     if options.quantities:
         arguments["quantities"] = tuple(word.strip() for word in options.quantities.split(","))
     return study.Study(points, **arguments)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print the warnings about cells that are left out as sentences, without a line of the program."""
+    from fnn.results import LeftOut
+
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, LeftOut):
+                print(message, file=sys.stderr, flush=True)
+            else:
+                before(message, category, *rest, **more)
+
+        warnings.simplefilter("always", LeftOut)
+        warnings.showwarning = show
+        yield
+
+
+def _shown(text: str) -> str:
+    """Write a text of somebody else's so that it cannot steer the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _folder(description: dict[str, Any]) -> Path:
@@ -226,6 +271,7 @@ def _cache() -> str | None:
 
 
 def _print_summary(summary: Any) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(
@@ -244,7 +290,7 @@ def _print_summary(summary: Any) -> None:
         if row["first"] == row["last"] == -math.inf:  # the signal itself has vanished from float32
             slopes = predicted = None
         table.add_row(
-            *(str(row[name]) for name in static),
+            *(escape(str(row[name])) for name in static),
             f"{row['first']:.2f}",
             f"{row['last']:.2f}",
             "" if slopes is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*slopes),

@@ -5,6 +5,7 @@ from typing import Any
 
 from fnn import results
 
+ADDED = ("a", "b", "a_low", "a_high", "b_low", "b_high", "seeds_a", "seeds_b", "difference", "beyond")
 OWN = ("cell", "seed", "value", "predicted", "low", "high", "outside")
 
 
@@ -20,17 +21,28 @@ def compare(
     `a`, `b` (medians over seeds), `a_low`, `a_high`, `b_low`, `b_high`, `seeds_a`, `seeds_b`, `difference` = b - a, and
     `beyond`, whether one band ends before the other begins; the largest differences beyond the bands come first. An
     axis that has one value in a and another one in b is what is being compared, and is not joined on; where both hold
-    one seed the bands are points, and every difference lies beyond them.
+    one seed the bands are points, and every difference lies beyond them. An axis with the name of a column of the result
+    is there as `a (axis)`.
 
-    Errors: ValueError for studies that share no row, or a level outside [0, 0.5).
+    Errors: ValueError for studies that share no row, an axis of two types, a table that is no study's, or a level
+    outside [0, 0.5).
     """
     import polars as pl
 
     if not 0 <= level < 0.5:
         raise ValueError(f"compare: level must lie in [0, 0.5), got {level}; 0.1 gives bands of four seeds in five")
-    left, right = _table(a), _table(b)
+    left, right = (_renamed(_table(source)) for source in (a, b))
     varied = different_axes(left, right)
     keys = [name for name in left.columns if name in right.columns and name not in (*OWN, *varied)]
+    for name in keys:
+        kinds = left.schema[name], right.schema[name]
+        if kinds[0] != kinds[1]:
+            if not all(kind.is_numeric() for kind in kinds):
+                raise ValueError(
+                    f"compare: {name} must have one type in both studies, got {kinds[0]} in a and {kinds[1]} in b; "
+                    "give the axis another name in one of them"
+                )
+            left, right = (table.with_columns(pl.col(name).cast(pl.Float64)) for table in (left, right))
 
     def bands(table, name):
         value = pl.col("value")
@@ -69,7 +81,15 @@ def different_axes(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
     return found
 
 
+def _renamed(table: Any) -> Any:
+    axes = table.columns[1 : table.columns.index("step")]
+    return table.rename({name: f"{name} (axis)" for name in axes if name in ADDED})
+
+
 def _table(source: Any) -> Any:
-    if hasattr(source, "columns"):
-        return source
-    return (source if isinstance(source, results.Results) else results.read(source)).table()
+    if not hasattr(source, "columns"):
+        return (source if isinstance(source, results.Results) else results.read(source)).table()
+    needed = ("cell", "step", "layer", "path", "quantity", "value")
+    if missing := [name for name in needed if name not in source.columns]:
+        raise ValueError(f"compare: a table must be that of a study, got one without the column {missing[0]}")
+    return source

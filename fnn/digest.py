@@ -4,11 +4,17 @@ Columns are those that `results` lists. A *network* is one value of every axis b
 the tap or parameter that it belongs to where a layer has several.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 LOG = ("log_error", "log_kernel", "log_bias", "log_scale")
 ERROR = "log_error at preactivation"
+OWN = (
+    *("network", "series", "low", "middle", "high", "predicted", "seeds", "outside", "diverged", "accuracy"),
+    *("rate", "rate_low", "rate_high", "rate_predicted"),
+)
+"""Columns that a digest adds."""
 QUANTILES = {"low": 0.1, "middle": 0.5, "high": 0.9}
 
 
@@ -33,10 +39,13 @@ def digest(table: Any, axes: Sequence[str]) -> Digest:
 
     `rate` is log |dL/dh_1|² - log |dL/dh_L|² over L - 1 at initialisation, for L hidden layers: the log of the factor of
     the squared error signal for one layer towards the input. `outside` is the share of predicted numbers whose seed lies
-    outside theory's band, where 1 in 20 is expected; null where there is no theory.
+    outside theory's band, where 1 in 20 is expected; null where there is no theory. An axis with the name of a column
+    of these tables is there as `rate (axis)`.
     """
     import polars as pl
 
+    renamed = {name: f"{name} (axis)" for name in axes if name in OWN}
+    table, axes = table.rename(renamed), [renamed.get(name, name) for name in axes]
     others = [name for name in axes if name != "seed"]
     many = [name for name in others if table[name].n_unique() > 1]
     fixed = {name: table[name][0] for name in others if name not in many}
@@ -109,7 +118,7 @@ def critical_lines(digest: Digest) -> dict[tuple[str, float], float]:
     rows = [digest.fixed | row for row in digest.networks.iter_rows(named=True)]
     for row in rows:
         plain = row.get("norm", "none") == "none" and not row.get("residual") and row.get("init", "scaled") == "scaled"
-        pair = row.get("activation"), float(row.get("sigma_b") or 0.0)
+        pair = line_of(row)
         if not plain or pair in found or pair[0] not in TABLE or not TABLE[pair[0]].elementwise:
             continue
         try:
@@ -117,6 +126,12 @@ def critical_lines(digest: Digest) -> dict[tuple[str, float], float]:
         except (ValueError, ArithmeticError):
             continue  # nothing crosses
     return found
+
+
+def line_of(row: dict[str, Any]) -> tuple[Any, float]:
+    """Name the critical line of a network: its activation and sigma_b; nets of one's own may call other things so."""
+    sigma_b = row.get("sigma_b") or 0.0
+    return row.get("activation"), float(sigma_b) if isinstance(sigma_b, int | float) else math.nan
 
 
 def label(values: dict[str, Any]) -> str:

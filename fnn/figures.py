@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fnn import digest
+from fnn import digest, files
 from fnn.digest import ERROR, Digest
-from fnn.plot import COLOURS, MARKERS
+from fnn.plot import COLOURS, MARKERS, words
 
 MOST_PANELS = 24
 
@@ -35,9 +35,9 @@ def gradient(d: Digest, path: str | os.PathLike[str], series: str = ERROR, step:
             _line(axis, x, low, middle, high, i, name)
             if np.isfinite(theory).any():
                 axis.plot(x, theory, "k--", linewidth=0.9)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(words(title), fontsize=9)
         axis.margins(x=0.03)
-        axis.legend(frameon=False, fontsize=7, title=lines, title_fontsize=7)
+        _legend(axis, lines)
     _labels(figure, "layer (1 is next to the input)", r"$\log_{10}\,$" + ("|dL/dh|" if series == ERROR else series))
     _save(figure, path)
     more = f" The first {MOST_PANELS} of {len(panels)} panels are shown." if len(panels) > MOST_PANELS else ""
@@ -50,7 +50,7 @@ def gradient(d: Digest, path: str | os.PathLike[str], series: str = ERROR, step:
 def heat(d: Digest, path: str | os.PathLike[str]) -> str | None:
     """Draw the gradient's rate over depth and sigma_w, with the critical line."""
 
-    if not {"depth", "sigma_w"} <= set(d.axes):
+    if not ({"depth", "sigma_w"} <= set(d.axes) and _numeric(d, "depth") and _numeric(d, "sigma_w")):
         return None
     rest = [name for name in d.axes if name not in ("depth", "sigma_w")]
     critical = digest.critical_lines(d)
@@ -67,10 +67,10 @@ def heat(d: Digest, path: str | os.PathLike[str]) -> str | None:
         image = axis.pcolormesh(edges, np.arange(len(depths) + 1), z, cmap="PuOr", vmin=-reach, vmax=reach)
         axis.set_yticks(np.arange(len(depths)) + 0.5, [str(n) for n in depths])
         row = d.fixed | group.row(0, named=True)
-        line = critical.get((row.get("activation"), float(row.get("sigma_b") or 0.0)))
+        line = critical.get(digest.line_of(row))
         if line is not None and row.get("norm", "none") == "none" and edges[0] <= line <= edges[-1]:
             axis.axvline(line, color="k", linestyle="--", linewidth=1.2)
-        axis.set_title(digest.label(dict(zip(rest, key, strict=True))), fontsize=9)
+        axis.set_title(words(digest.label(dict(zip(rest, key, strict=True)))), fontsize=9)
     _labels(figure, r"$\sigma_w$", "depth")
     figure.colorbar(image, ax=axes.tolist(), label="log factor of |dL/dh|² a layer", shrink=0.9)
     _save(figure, path)
@@ -94,9 +94,12 @@ def training(d: Digest, path: str | os.PathLike[str], series: str = "train_loss"
             rows = part.filter(pl.col("network") == network).sort("step")
             low, middle, high = (rows[c].to_numpy() for c in ("low", "middle", "high"))
             _line(axis, rows["step"].to_numpy(), low, middle, high, i, name)
-        axis.set_title(title, fontsize=9)
-        axis.set_yscale("log")
-        axis.legend(frameon=False, fontsize=7, title=lines, title_fontsize=7)
+        axis.set_title(words(title), fontsize=9)
+        if part.filter(
+            (pl.col("middle") > 0) & pl.col("middle").is_finite()
+        ).height:  # a loss of one's own may be negative
+            axis.set_yscale("log")
+        _legend(axis, lines)
     _labels(figure, "step", "loss of the step's batch")
     _save(figure, path)
     return "Training loss against the step: medians over seeds, shaded from the 10th to the 90th percentile."
@@ -105,7 +108,7 @@ def training(d: Digest, path: str | os.PathLike[str], series: str = "train_loss"
 def accuracy(d: Digest, path: str | os.PathLike[str]) -> str | None:
     """Draw the last recorded accuracy against depth, a line for each combination of the other axes."""
 
-    if d.finals.is_empty() or "depth" not in d.axes:
+    if d.finals.is_empty() or "depth" not in d.axes or not _numeric(d, "depth"):
         return None
     rest = [name for name in d.axes if name != "depth"]
     rows = d.finals.join(d.networks.select("network", *d.axes), on="network").sort("depth")
@@ -116,18 +119,23 @@ def accuracy(d: Digest, path: str | os.PathLike[str]) -> str | None:
         part = groups[key]
         low, middle, high = (part[c].to_numpy() for c in ("low", "middle", "high"))
         _line(axes[0], part["depth"].to_numpy(), low, middle, high, i, digest.label(dict(zip(rest, key, strict=True))))
-    axes[0].set_xscale("log", base=2)
+    if rows["depth"].min() > 0:
+        axes[0].set_xscale("log", base=2)
     depths = rows["depth"].unique().sort().to_list()
     axes[0].set_xticks(depths, [str(n) for n in depths])
     axes[0].set_ylim(0, 1)
-    if axes[0].get_legend_handles_labels()[0]:  # a lone line has nothing to be told from
-        axes[0].legend(frameon=False, fontsize=7)
+    _legend(axes[0], "")
     _labels(figure, "depth (hidden layers behind the first)", "accuracy on held-out examples")
     _save(figure, path)
     return (
         "Accuracy on held-out examples at the last recorded step against depth: medians over seeds, shaded from the 10th "
         "to the 90th percentile."
     )
+
+
+def _numeric(d: Digest, axis: str) -> bool:
+    """Whether an axis is one of numbers; a net of one's own may call anything `depth`."""
+    return d.networks[axis].dtype.is_numeric()
 
 
 def _panels(d: Digest, networks: Sequence[int]) -> tuple[str, dict[str, list[tuple[str, int]]]]:
@@ -158,7 +166,12 @@ def _grid(n: int, size: tuple[float, float] = (3.3, 2.6)) -> tuple[Any, np.ndarr
 def _line(axis: Any, x: Any, low: Any, middle: Any, high: Any, i: int, name: str) -> None:
     style = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markevery": max(1, len(x) // 8)}
     axis.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
-    axis.plot(x, middle, markersize=3.5, linewidth=1.2, label=name, **style)
+    axis.plot(x, middle, markersize=3.5, linewidth=1.2, label=words(name), **style)
+
+
+def _legend(axis: Any, title: str) -> None:
+    if axis.get_legend_handles_labels()[0]:  # a lone line has nothing to be told from
+        axis.legend(frameon=False, fontsize=7, title=words(title), title_fontsize=7)
 
 
 def _edges(x: np.ndarray) -> np.ndarray:
@@ -172,7 +185,7 @@ def _labels(figure: Any, x: str, y: str) -> None:
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    figure.savefig(path, dpi=110)
+    files.save_figure(figure, path, 110, "report")
 
 
 def _what(series: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from fnn import files
 from fnn.flow import GradientFlow
 from fnn.meanfield import Prediction
 
@@ -116,7 +117,7 @@ def study(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
             axis.plot(layers, middle, markersize=3.5, linewidth=1.2, label=f"{depth} layers", **style)
             if np.isfinite(predicted).any():
                 axis.plot(layers, predicted, "k--", linewidth=0.9, label="mean field" if k == len(depths) - 1 else None)
-        axis.set_title(activation if norm == "none" else f"{activation}, {norm.replace('_', ' ')}", fontsize=10)
+        axis.set_title(words(activation if norm == "none" else f"{activation}, {norm.replace('_', ' ')}"), fontsize=10)
         if i == len(norms) - 1:
             axis.set_xlabel("layer $l$ (1 is next to the input)")
         if j == 0:
@@ -124,6 +125,16 @@ def study(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
         axis.margins(x=0.03)
     axes[0, 0].legend(frameon=False, fontsize=8)
     return _done(figure, path)
+
+
+def words(text: str) -> str:
+    """Make matplotlib show a text as it stands: dollars, a leading _ (a label that it would hide), unprintable letters.
+
+    What is longer than 60 letters is cut, or it would leave no room for the figure.
+    """
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = text if len(text) <= 60 else text[:59] + "…"
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _figure(rows: int, columns: int) -> tuple[Any, Any]:
@@ -135,5 +146,5 @@ def _figure(rows: int, columns: int) -> tuple[Any, Any]:
 
 def _done(figure: Any, path: str | os.PathLike[str] | None) -> Any:
     if path is not None:
-        figure.savefig(path, dpi=130)
+        files.save_figure(figure, path, 130)
     return figure

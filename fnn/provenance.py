@@ -2,10 +2,13 @@
 
 import hashlib
 import inspect
+import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -68,9 +71,33 @@ def session(executor: str | None) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Name the commit of the working directory, with a mark if it holds changes; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Name the commit of the working directory, -dirty if tracked files differ; None outside a repository.
+
+    A repository is anybody's, and its configuration may name programs that git is to run: monitors, filters, hooks.
+    To resolve HEAD runs none. Whether files differ is asked from an empty repository beside, with the index, objects
+    and files of this one and nobody's configuration: where only a filter makes files differ, they are marked.
+    Where that fails the mark is -unchecked.
+    """
+
+    def git(*command: str, **environment: str) -> str:
+        settings = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1"} | environment
+        options: Any = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(["git", *command], env=settings, stdin=subprocess.DEVNULL, **options).stdout
+
+    failures = (OSError, ValueError, subprocess.SubprocessError)
+    places = ("--show-toplevel", "--git-path", "index", "--git-path", "objects")
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
+        commit, top, index, objects = git("-c", "core.fsmonitor=false", "rev-parse", "HEAD", *places).splitlines()
+    except failures:
         return None
+    try:
+        with tempfile.TemporaryDirectory() as empty:
+            bare = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_COUNT": "0"}
+            git("init", "--quiet", "--bare", "--template=", empty, **bare)
+            (Path(empty) / "HEAD").write_text(commit)
+            bare |= {"GIT_DIR": empty, "GIT_WORK_TREE": top, "GIT_INDEX_FILE": os.path.abspath(index)}
+            bare |= {"GIT_OBJECT_DIRECTORY": os.path.abspath(objects)}
+            changed = git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all", **bare)
+    except failures:
+        return f"{commit}-unchecked"
+    return f"{commit}-dirty" if changed else commit

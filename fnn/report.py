@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fnn import digest, figures, results
+from fnn import digest, figures, files, results
 from fnn.digest import ERROR, Digest
 from fnn.plot import COLOURS
 
@@ -36,14 +36,15 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
     networks, quantity and step. It asks nothing of any network. Lines are medians over seeds, bands the 10th to 90th
     percentile. A study that is still running is reported as far as it is.
 
-    Errors: FileNotFoundError for a folder without a study or finished cells, ValueError for a damaged file, OSError for a
-    folder that cannot be written, ImportError without matplotlib, polars and plotly (`fnn[study]`).
+    A cell's file that is damaged or foreign is left out, and named in a warning and on the page.
+
+    Errors: FileNotFoundError for a folder without a study or finished cells, ValueError for a damaged description,
+    OSError for a folder that cannot be written, ImportError without matplotlib, polars and plotly (`fnn[study]`).
     """
     study = results.read(folder)
     folder = Path(folder)
     table = study.table()
     axes = [*study.description["axes"]["static"], *study.description["axes"]["traced"]]
-    d = digest.digest(table, axes)
     draws = {
         "gradient.png": figures.gradient,
         "weights.png": lambda d, path: figures.gradient(d, path, "log_kernel"),
@@ -51,20 +52,23 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
         "training.png": figures.training,
         "accuracy.png": figures.accuracy,
     }
-    written = []
-    for name, draw in draws.items():
-        part = folder / f".{name}.{os.getpid()}.part.png"
-        try:
-            said = draw(d, part)
-            if said is not None:
-                os.replace(part, folder / name)
-                written.append(folder / name)
-        except OSError as error:
-            raise OSError(f"report: cannot write {folder / name}: {error.strerror or error}; make room there") from None
-        finally:
-            part.unlink(missing_ok=True)
-    results.write(folder / "report.html", page(d, facts(study, d), folder.resolve().name).encode())
+    files.sweep(folder)
+    try:
+        d = digest.digest(table, axes)
+        written = [folder / name for name, draw in draws.items() if draw(d, folder / name) is not None]
+        text = page(d, facts(study, d), _name(folder))
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # whatever a table of no study's may hold
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"report: {folder} must hold a study that can be drawn, got {first:.200}") from error
+    files.write(folder / "report.html", text.encode(), "report")
     return [*written, folder / "report.html"]
+
+
+def _name(folder: Path) -> str:
+    """Name a folder in letters that a page can hold, whatever bytes its name has."""
+    return folder.resolve().name.encode(errors="replace").decode()
 
 
 def facts(study: results.Results, d: Digest) -> list[str]:
@@ -74,13 +78,14 @@ def facts(study: results.Results, d: Digest) -> list[str]:
     count = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     done = "All" if len(study.finished) == cells else f"{len(study.finished)} of"
     sentences = [f"{d.networks.height} networks, {count} runs each. {done} {cells} cells are finished."]
+    sentences += [f"Left out: {why.removeprefix('study: ')}." for why in study.left_out.values()]
     if d.fixed:
         sentences.append("The same for all: " + ", ".join(f"{k} {_plain(v)}" for k, v in d.fixed.items()) + ".")
     if study.sessions:
         last = study.sessions[-1]
-        versions = ", ".join(f"{k} {v}" for k, v in (last.get("versions") or {}).items())
-        devices = last.get("devices") or []
-        devices = devices if isinstance(devices, str) else ", ".join(map(str, devices))
+        versions, devices = last.get("versions"), last.get("devices")  # a file that anybody may have written
+        versions = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else versions
+        devices = ", ".join(map(str, devices)) if isinstance(devices, list) else devices
         where = "; ".join(str(part) for part in (devices, versions, last.get("commit")) if part)
         sentences.append(f"Measured on {where}." if where else "")
     return [sentence for sentence in sentences if sentence]
@@ -92,8 +97,8 @@ def page(d: Digest, sentences: list[str], title: str) -> str:
 
     template = resources.files("fnn").joinpath("page.html").read_text()
     data = json.dumps(contents(d, sentences, title), separators=(",", ":"), allow_nan=False)
-    # `</script>` inside a string would end the page's program.
-    parts = {"TITLE": _escaped(title), "DATA": data.replace("</", "<\\/"), "PLOTLY": get_plotlyjs()}
+    # `</script>` inside a string would end the data, and `<!--<script>` hide its end: no string may hold a tag at all.
+    parts = {"TITLE": _escaped(title), "DATA": data.replace("<", "\\u003c"), "PLOTLY": get_plotlyjs()}
     head, *rest = template.split("{{")
     return head + "".join(parts[name] + text for name, text in (piece.split("}}", 1) for piece in rest))
 
@@ -107,8 +112,8 @@ def contents(d: Digest, sentences: list[str], title: str) -> dict[str, Any]:
     for row in d.networks.iter_rows(named=True):
         whole = d.fixed | row
         plain = whole.get("norm", "none") == "none" and not whole.get("residual")
-        pair = whole.get("activation"), float(whole.get("sigma_b") or 0.0)
-        numbers = {k: _number(row[k]) for k in row if k not in d.axes and k != "network"}
+        pair = digest.line_of(whole)
+        numbers = {k: _number(row[k]) for k in digest.OWN if k in row and k != "network"}
         axes = {k: _plain(row[k]) for k in d.axes}
         name = digest.label({k: row[k] for k in d.axes}) or "the network"
         networks.append(

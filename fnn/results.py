@@ -5,7 +5,12 @@
     FOLDER/cells/00000.parquet   one file per finished cell, numbered as in study.json; written to a temporary name
                                  and renamed, so that a file that is there is whole
 
-`study.json` is an object: `format` (2), `axes` ({"static": [...], "traced": [...]}, names in column order), `types`
+Each cell's file is plain Parquet. Its metadata `fnn` names the study and the cell that it belongs to, and holds a
+SHA-256 of all its bytes (those of the SHA-256 itself taken as "0"): what is damaged, or of another study or cell, is
+found before any of it is parsed, named, and left out of the table. A study that is run again sets such a file aside
+(00000.parquet.aside) and measures the cell again.
+
+`study.json` is an object: `format` (3), `axes` ({"static": [...], "traced": [...]}, names in column order), `types`
 (of the axes), `cells` (a list of {"static": {axis: value}, "runs": [{"seed": 0, "sigma_w": 1.0, ...}, ...], "steps":
 recorded, 0 first, "chunk": runs at once}), `steps` (those of all cells), `data` (shapes and a digest), `loss`, `build`,
 `measure`, `quantities`.
@@ -37,19 +42,37 @@ of that run ends there, with the layers' numbers if the loss still was finite. M
 names, at layer 0 unless their path is that of a parameter.
 
 Read a folder with `results.read(folder)`: a `Results` with `.description` (study.json), `.sessions`, `.table()` (polars),
-`.finished` (numbers of the finished cells) and `.times()`.
+`.finished` (numbers of the finished cells), `.left_out` (what is wrong with the files of others) and `.times()`.
 """
 
+import functools
+import hashlib
 import io
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2
+from fnn import files, sealed, table
+from fnn.sealed import pack as pack
+
+FORMAT = 3
+_VALUE = (int, float, bool, str, type(None))
+_SHAPE = {
+    "axes": {"static": [str], "traced": [str]},
+    "types": {str: str},
+    "steps": [int],
+    "cells": [{"static": {str: _VALUE}, "runs": [{str: _VALUE}], "chunk": int}],
+}
+_REMEDY = "make room or choose another folder with --out (what is finished stays, and the same command resumes)"
+
+
+class LeftOut(UserWarning):
+    """Names a cell's file that is damaged or foreign, and says what became of it."""
 
 
 @dataclass
@@ -64,28 +87,38 @@ class Results:
 
     @property
     def finished(self) -> list[int]:
-        """Numbers of the finished cells, in order."""
-        if self.folder is None:
-            return sorted(self.frames)
-        return [number for number in range(len(self.description["cells"])) if self._path(number).is_file()]
+        """Numbers of the finished cells, in order; every byte of theirs is checked."""
+        return [number for number, why in self._checked() if why is None]
+
+    @property
+    def left_out(self) -> dict[int, str]:
+        """What is wrong with the files that are damaged or foreign: {number of the cell: a sentence's beginning}."""
+        return {number: why for number, why in self._checked() if why is not None}
 
     def table(self) -> Any:
         """Read all finished cells as one polars table, cells in order; `.to_pandas()` makes it pandas, where
         pandas and pyarrow are there.
 
-        Errors: ValueError, naming the file, for one that cannot be read; FileNotFoundError where no cell is finished.
+        A file that is damaged or foreign is left out, and named in a warning (`LeftOut`).
+        Errors: FileNotFoundError where no cell is finished.
         """
         import polars as pl
 
-        if not self.finished:
+        frames = []
+        for number in self._present():
+            try:
+                frames.append(self._read(number))
+            except ValueError as error:
+                warnings.warn(LeftOut(f"{error}; it is left out; move it away and run the study again"), stacklevel=2)
+        if not frames:
             raise FileNotFoundError(f"study: {self.folder or 'this study'} holds no finished cell; run it first")
-        return pl.concat([self._read(number) for number in self.finished])
+        return pl.concat(frames)
 
     def times(self) -> Any:
         """List the seconds that each finished cell took: polars, columns cell, compile, run."""
         import polars as pl
 
-        rows = [{"cell": number, **self._note(number)["seconds"]} for number in self.finished]
+        rows = [{"cell": number, **self._whole(number)[1]["seconds"]} for number in self.finished]
         return pl.DataFrame(rows, schema={"cell": pl.Int32, "compile": pl.Float64, "run": pl.Float64})
 
     def store(self, number: int, parquet: bytes) -> None:
@@ -93,34 +126,62 @@ class Results:
         if self.folder is None:
             self.frames[number] = parquet
         else:
-            write(self._path(number), parquet)
+            _write(self._path(number), parquet)
+
+    @functools.cached_property
+    def _key(self) -> str:
+        return key(self.description)
 
     def _path(self, number: int) -> Path:
         assert self.folder is not None
         return self.folder / "cells" / f"{number:05d}.parquet"
 
-    def _source(self, number: int) -> Any:
-        return io.BytesIO(self.frames[number]) if self.folder is None else self._path(number)
+    def _present(self) -> list[int]:
+        if self.folder is None:
+            return sorted(self.frames)
+        return [number for number in range(len(self.description["cells"])) if self._path(number).exists()]
+
+    def _checked(self) -> Iterator[tuple[int, str | None]]:
+        for number in self._present():
+            try:
+                self._whole(number)
+                yield number, None
+            except ValueError as error:
+                yield number, str(error)
+
+    def _whole(self, number: int) -> tuple[bytes, dict[str, Any]]:
+        """Return a cell's bytes and note when its digest has been found right, and it is this cell of this study.
+
+        Errors: ValueError, naming the file.
+        """
+        import polars as pl
+
+        name = self._name(number)
+        content = self.frames[number] if self.folder is None else _content(self._path(number), name)
+        note = sealed.check(content, name)
+        if note["study"] != self._key:
+            raise ValueError(f"{name} belongs to another study")
+        if note["cell"] != number:
+            raise ValueError(f"{name} is a copy of cell {note['cell']}")
+        with sealed.foreign(name):
+            if dict(pl.read_parquet_schema(io.BytesIO(content))) != dict(self._columns()):
+                raise ValueError("its columns are not those of the study")
+        return content, note
 
     def _read(self, number: int) -> Any:
         import polars as pl
 
-        with _whole(self._source(number)):
-            return pl.read_parquet(self._source(number))
+        content, _ = self._whole(number)
+        with sealed.foreign(self._name(number)):
+            return pl.read_parquet(content).select(list(self._columns()))
 
-    def _note(self, number: int) -> dict[str, Any]:
-        """Read what stands beside the table of a cell: its seconds, and the study that it belongs to."""
+    def _columns(self) -> Any:
         import polars as pl
 
-        with _whole(self._source(number)):
-            return json.loads(pl.read_parquet_metadata(self._source(number))["fnn"])
+        return pl.Schema(table.schema(self.description["types"]))
 
-
-def pack(table: Any, note: dict[str, Any]) -> bytes:
-    """Write the table of a cell as the bytes of a Parquet file, with a note in its metadata."""
-    buffer = io.BytesIO()
-    table.write_parquet(buffer, metadata={"fnn": json.dumps(note)})
-    return buffer.getvalue()
+    def _name(self, number: int) -> str:
+        return f"study: cell {number}" if self.folder is None else f"study: {self._path(number)}"
 
 
 def read(folder: str | os.PathLike[str]) -> Results:
@@ -132,13 +193,17 @@ def read(folder: str | os.PathLike[str]) -> Results:
     path = folder / "study.json"
     if not path.is_file():
         raise FileNotFoundError(f"study: {folder} must hold a study, got no study.json there; check the folder's name")
-    description = _json(path, dict)
-    if description.get("format") != FORMAT:
+    version = files.load_json(path, {str: object}).get("format")
+    if version != FORMAT:
+        raise ValueError(f"study: {path} must have format {FORMAT}, got {version!r:.40}; choose another folder")
+    description = files.load_json(path, _SHAPE)
+    axes = [*description["axes"]["static"], *description["axes"]["traced"]]
+    if sorted(axes) != sorted(description["types"]) or any(cell["chunk"] < 0 for cell in description["cells"]):
         raise ValueError(
-            f"study: {path} must have format {FORMAT}, got {description.get('format')!r}; choose another folder"
+            f"study: {path} is damaged (axes, types and chunks do not fit together); restore it, or choose another folder"
         )
     sessions = folder / "sessions.json"
-    return Results(description, _json(sessions, list) if sessions.is_file() else [], folder)
+    return Results(description, files.load_json(sessions, [{str: object}]) if sessions.is_file() else [], folder)
 
 
 @contextmanager
@@ -152,35 +217,28 @@ def opened(
     """Start a study in a folder, or take up the one that is there, and keep others out meanwhile.
 
     `complete` chooses the chunk sizes of a new study; one that is taken up keeps its own, and refuses others if they
-    were `chosen`. Errors: ValueError for a study that differs, with the
-    differences; for a damaged file; OSError for a folder that cannot be written, or in use.
+    were `chosen`. Where all cells are finished nothing is written, so that the folder may be read-only. What is damaged
+    or foreign in the place of a cell is set aside, with a warning (`LeftOut`), and the cell is measured again.
+    Errors: ValueError for a study that differs, with the differences, and for a damaged description; OSError for a
+    folder that cannot be written, or in use.
     """
     if folder is None:
         yield Results(complete(description), [session])
         return
     folder = Path(folder)
+    results = _taken_up(folder, description, chosen)
+    if results is not None and len(results.finished) == len(results.description["cells"]):
+        files.sweep(folder, folder / "cells")
+        yield results
+        return
     try:
         (folder / "cells").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _cannot_write(folder, error) from None
+        raise files.cannot_write(folder, error, remedy=_REMEDY) from None
     with _locked(folder):
-        for left in (*folder.glob(".*.part"), *(folder / "cells").glob(".*.part")):
-            left.unlink(missing_ok=True)  # of a run that was killed while it wrote
-        if (folder / "study.json").is_file():
-            results = read(folder)
-            if differences := difference(results.description, description, chosen):
-                raise ValueError(
-                    f"study: {folder} holds another study: {'; '.join(differences)}; choose another folder, or ask "
-                    "for the same study to resume it"
-                )
-            identity = key(results.description)
-            for number in results.finished:
-                if results._note(number).get("study") != identity:
-                    raise ValueError(
-                        f"study: {results._path(number)} belongs to another study; move it away, and the cell is "
-                        "measured again"
-                    )
-        else:
+        files.sweep(folder, folder / "cells")
+        results = _taken_up(folder, description, chosen)
+        if results is None:
             strangers = sorted((folder / "cells").glob("*.parquet"))
             if strangers:
                 raise ValueError(
@@ -188,17 +246,31 @@ def opened(
                     "another folder"
                 )
             description = complete(description)
-            write(folder / "study.json", json.dumps(description, indent=1).encode())
+            _write(folder / "study.json", json.dumps(description, indent=1).encode())
             results = Results(description, [], folder)
+        for number, why in results.left_out.items():
+            aside = files.set_aside(results._path(number))
+            warnings.warn(LeftOut(f"{why}; it is kept as {aside.name}, and the cell is measured again"), stacklevel=2)
         results.sessions = [*results.sessions, session]
-        write(folder / "sessions.json", json.dumps(results.sessions, indent=1).encode())
+        _write(folder / "sessions.json", json.dumps(results.sessions, indent=1).encode())
         yield results
+
+
+def _taken_up(folder: Path, description: dict[str, Any], chosen: bool) -> Results | None:
+    """Read the study that a folder holds, if it holds one, and refuse it if it is another one than described."""
+    if not (folder / "study.json").is_file():
+        return None
+    results = read(folder)
+    if differences := difference(results.description, description, chosen):
+        raise ValueError(
+            f"study: {folder} holds another study: {'; '.join(differences)}; choose another folder, or ask for the "
+            "same study to resume it"
+        )
+    return results
 
 
 def key(description: dict[str, Any]) -> str:
     """Give a short name that two descriptions share only if their numbers must be the same."""
-    import hashlib
-
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -236,71 +308,18 @@ def difference(there: dict[str, Any], here: dict[str, Any], chosen: bool = False
     return found
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that no half-written file is ever seen."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+def _content(path: Path, name: str) -> bytes:
+    """Read the file in a cell's place; a pipe or a device could be read for ever."""
+    if not path.is_file():
+        raise ValueError(f"{name} is damaged (it is no file)")
     try:
-        try:
-            with open(part, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise _cannot_write(path, error) from None
+        return path.read_bytes()
+    except (OSError, MemoryError) as error:
+        raise ValueError(f"{name} cannot be read ({getattr(error, 'strerror', None) or 'out of memory'})") from None
 
 
-def _cannot_write(path: Path, error: OSError) -> OSError:
-    return OSError(
-        f"study: cannot write {path}: {error.strerror or error}; make room or choose another folder with --out (what "
-        "is finished stays, and the same command resumes)"
-    )
+def _write(path: Path, content: bytes) -> None:
+    files.write(path, content, remedy=_REMEDY)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system gives back however this process ends."""
-    try:
-        import fcntl
-    except ImportError:  # not on this system: two runs at once would do work twice, but break nothing
-        yield
-        return
-    try:
-        (folder / ".lock").touch()
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OSError(f"study: {folder} is in use by another run; wait for it, or choose another folder") from None
-        yield
-
-
-@contextmanager
-def _whole(source: Any) -> Iterator[None]:
-    import polars as pl
-
-    try:
-        yield
-    except (pl.exceptions.PolarsError, KeyError, ValueError, OSError) as error:
-        first = str(error).partition("\n")[0]
-        raise ValueError(
-            f"study: {source} is damaged ({first}); move it away, and the cell is measured again"
-        ) from None
-
-
-def _json(path: Path, kind: type) -> Any:
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, kind):
-            raise ValueError(f"holds a {type(content).__name__}")
-        return content
-    except ValueError as error:
-        raise ValueError(
-            f"study: {path} is damaged ({error}); restore it, or choose another folder: the finished cells beside it "
-            "are as they were"
-        ) from None
+_locked = files.locked

@@ -19,7 +19,7 @@ from fnn.cell import Cell
 from fnn.grid import Grid, product
 from fnn.provenance import digest, function_name, kind_of, session
 from fnn.table import TRACED, left_range, summarize
-from fnn.workers import Progress, check_executor, compilation_cache, drive, pool
+from fnn.workers import Interrupted, Progress, check_executor, compilation_cache, drive, pool
 
 TRAINING = {
     "batch_size": 32,
@@ -156,9 +156,11 @@ class Study:
         running and left on standard error, by default on a terminal only.
 
         Each finished cell is written at once, whole; run again, the study goes on where it was. Errors: those of the
-        study; ValueError for a folder with another study (and how it differs), for damaged files, a pool of forked
-        processes; OSError for a folder that cannot be written: what is finished stays. Ctrl-C raises
-        KeyboardInterrupt when the cells in flight are finished.
+        study; ValueError for a folder with another study (and how it differs), for a damaged description, a pool of
+        forked processes; OSError for a folder that cannot be written: what is finished stays. A cell's file that is
+        damaged or foreign is set aside, with a warning, and the cell is measured again. Ctrl-C raises
+        KeyboardInterrupt when the cells in flight are finished; one that runs here is not waited for. What is raised
+        while cells run has `.results`, those that are finished.
         """
         if executor is not None:
             check_executor(executor)
@@ -189,7 +191,11 @@ class Study:
                 Progress(len(found.description["cells"]), len(finished), show) as bar,
                 pool(min(workers or 1, len(tasks))) if own else nullcontext(executor) as used,
             ):
-                drive(tasks, work, done, used, bar.set_running)
+                try:
+                    drive(tasks, work, done, used, bar.set_running)
+                except (Exception, Interrupted) as stop:
+                    stop.results = found  # pyright: ignore[reportAttributeAccessIssue]
+                    raise
             return found
 
     def table(self) -> Any:
@@ -255,7 +261,8 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
         quantities=study.quantities,
         inputs=np.asarray(setup.train.x[: task.cell.static["batch_size"]]) if study.build is cell.mlp else None,
     )
-    return results.pack(frame, {"study": task.identity, "seconds": measured.seconds}), measured.seconds
+    note = {"study": task.identity, "cell": task.number, "seconds": measured.seconds}
+    return results.pack(frame, note), measured.seconds
 
 
 def _check_options(study: Study) -> None:

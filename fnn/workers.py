@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ class Interrupted(KeyboardInterrupt):
 
     at_once = False
     """Whether it was pressed twice, so that cells may still be in flight."""
+    results: Any = None
+    """Of the cells that were finished."""
 
 
 @contextmanager
@@ -58,13 +61,56 @@ def pool(workers: int) -> Iterator[Executor]:
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
+    class Pool(ProcessPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+            with _sigint_blocked():  # a worker may be started here, and inherits what is blocked
+                return super().submit(*args, **kwargs)
+
     settings = {name: getattr(jax.config, name) for name in CONFIG}
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(settings,))
+    executor = Pool(workers, mp_context=context, initializer=_start, initargs=(settings,))
     try:
         yield executor
+    except BaseException:  # what is still in flight is not waited for, and this process could not end before it
+        for process in list((executor._processes or {}).values()):
+            process.terminate()
+        raise
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Keep Ctrl-C from every process that is started meanwhile, for good, where the system can.
+
+    A worker ignores it from its first line on, but spends its first second before that, importing.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _counted_sigint() -> Iterator[list[int]]:
+    """Collect Ctrl-C in a list instead of raising KeyboardInterrupt wherever the program is.
+
+    So no result is lost between a worker's answer and the folder. Other threads than the main one get no Ctrl-C.
+    """
+    presses: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield presses
+        return
+    signal.signal(signal.SIGINT, lambda number, _: presses.append(number))
+    try:
+        yield presses
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _start(settings: dict[str, Any]) -> None:
@@ -111,53 +157,74 @@ def drive(
 ) -> None:
     """Call `done(task, work(task))` for every task, as they finish; `done` runs here, one at a time.
 
-    Ctrl-C starts no further task, waits for those in flight and raises Interrupted; a second one does not wait. An
-    error of a task stops the rest in the same way and is raised.
+    An executor that says how many workers it has is given as many tasks at a time: what a pool of processes has taken
+    into its queue can no longer be cancelled. Ctrl-C starts no further task, waits for those in flight and raises
+    Interrupted; a second one does not wait. An error of a task stops the rest in the same way; the first one is raised.
     """
     if executor is None:
-        for task in tasks:
-            running(1)
-            try:
-                result = work(task)
-            except KeyboardInterrupt:
-                raise Interrupted from None
-            done(task, result)
+        try:
+            for task in tasks:
+                running(1)
+                done(task, work(task))
+        except KeyboardInterrupt:
+            raise Interrupted from None
         return
-    futures: dict[Future[Any], Any] = {executor.submit(work, task): task for task in tasks}
-    left = set(futures)
-    failure: BaseException | None = None
-    try:
-        while left:
-            try:
-                running(sum(future.running() for future in left))
-                finished, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    if future.cancelled():
-                        continue
-                    if (error := future.exception()) is None:
-                        done(futures[future], future.result())
-                    elif isinstance(error, BrokenExecutor):
-                        failure = failure or OSError(
-                            f"study: a worker process died, perhaps for want of memory ({error}); use fewer workers or "
-                            "a smaller chunk: what is finished stays, and the same command resumes"
-                        )
-                    else:
-                        failure = failure or error
-            except KeyboardInterrupt:
-                if isinstance(failure, Interrupted):
-                    failure.at_once = True
-                    raise failure from None
-                failure = Interrupted()
-                print("\nstudy: finishing the cells in flight; Ctrl-C again stops at once", file=sys.stderr, flush=True)
-            except OSError as error:  # a cell could not be stored
-                failure = failure or error
-            if failure is not None:
-                left = {future for future in left if not future.cancel()}
-    finally:
-        for future in left:
-            future.cancel()
-    if failure is not None:
+    width = getattr(executor, "_max_workers", None) or len(tasks)
+    waiting, flying, failure, told = deque(tasks), {}, None, False
+    with _counted_sigint() as presses:
+        try:
+            while True:
+                while waiting and len(flying) < width and not failure and not presses:
+                    task = waiting.popleft()
+                    flying[executor.submit(work, task)] = task
+                if not flying:
+                    break
+                running(sum(future.running() for future in flying))
+                for future in wait(flying, timeout=0.2, return_when=FIRST_COMPLETED).done:
+                    wrong = _finish(future, flying.pop(future), done)
+                    failure = failure or wrong
+                if presses and not told:
+                    words = "finishing the cells in flight; Ctrl-C again stops at once"
+                    print(f"\nstudy: {words}", file=sys.stderr, flush=True)
+                    failure, told = failure or Interrupted(), True
+                if len(presses) > 1:
+                    break
+                if failure:
+                    flying = {future: task for future, task in flying.items() if not future.cancel()}
+        except BrokenExecutor as error:  # at once on submit
+            failure = failure or _died(error)
+        finally:
+            for future in flying:
+                future.cancel()
+    if presses:
+        failure = failure or Interrupted()
+    if isinstance(failure, Interrupted):
+        failure.at_once = len(presses) > 1
+    if failure:
         raise failure
+
+
+def _finish(future: Future[Any], task: Any, done: Callable[[Any, Any], None]) -> BaseException | None:
+    """Hand a finished task's result on; return what went wrong, with the task or with storing it."""
+    if future.cancelled():
+        return None
+    if (error := future.exception()) is None:
+        try:
+            done(task, future.result())
+        except OSError as unwritten:
+            return unwritten
+    elif isinstance(error, BrokenExecutor):
+        return _died(error)
+    elif isinstance(error, KeyboardInterrupt):  # in a worker of somebody's own pool
+        return Interrupted()
+    return error
+
+
+def _died(error: BaseException) -> OSError:
+    return OSError(
+        f"study: a worker process died, perhaps for want of memory ({error}); use fewer workers or a smaller chunk: "
+        "what is finished stays, and the same command resumes"
+    )
 
 
 class Progress:

@@ -14,8 +14,8 @@ import fnn
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"check", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
-    {"core", "losses", "gaussian", "products", "alike"},
+    {"check", "files", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
+    {"core", "losses", "gaussian", "products", "alike", "sealed"},
     {"inputs", "dataset", "lift"},
     {"memory", "layers"},
     {
@@ -26,9 +26,10 @@ FLOORS = [
     {"flow", "optimizers"},
     {"train"},
     {"fitting"},
-    {"cell", "results", "workers", "provenance"},
-    {"table", "compare"},
-    {"study", "plot", "digest", "recipes"},
+    {"cell", "workers", "provenance"},
+    {"table"},
+    {"results"},
+    {"study", "plot", "digest", "recipes", "compare"},
     {"figures"},
     {"report"},
     {"cli_study"},

@@ -1,7 +1,9 @@
 """The report: what the figures are drawn from, the figures, and the page in a browser."""
 
+import html.parser
 import json
 import math
+import os
 import re
 
 import chromium
@@ -18,17 +20,24 @@ DEPTHS, SEEDS = (4, 16, 400), 5
 def made(folder, sigmas=(0.5, 1.3, 2.0), norms=("none", "batch_norm"), steps=(0, 40), hole=None):
     """Write a study's folder as a run would: log_error falls by ½ log chi a layer, seed s lies s - 2 hundredths off."""
     (folder / "cells").mkdir(parents=True)
-    cells, number = [], 0
+    cells, frames = [], []
     for norm in norms:
         for depth in DEPTHS:
-            cells.append({"static": {"depth": depth, "activation": "tanh", "norm": norm}, "runs": [], "chunk": 5})
+            cells.append(
+                {
+                    "static": {"depth": depth, "activation": "tanh", "norm": norm},
+                    "runs": [],
+                    "steps": list(steps),
+                    "chunk": 5,
+                }
+            )
             rows = []
             for sigma in sigmas:
                 chi = meanfield.fixed_point("tanh", sigma, 0.0).chi if norm == "none" else 1.3
                 for seed in range(SEEDS):
                     cells[-1]["runs"].append({"seed": seed, "sigma_w": sigma})
                     run = {
-                        "cell": number,
+                        "cell": len(frames),
                         "depth": depth,
                         "activation": "tanh",
                         "norm": norm,
@@ -61,16 +70,22 @@ def made(folder, sigmas=(0.5, 1.3, 2.0), norms=("none", "batch_norm"), steps=(0,
                         rows.append(run | whole | hit)
                     end = {"step": max(steps), "quantity": "diverged", "value": float(seed == 4 and sigma == 2.0)}
                     rows.append(run | whole | end)
-            frame = pl.DataFrame(rows, schema=table.schema(AXES))
-            note = {"study": "x", "seconds": {"compile": 1.0, "run": 1.0}}
-            (folder / "cells" / f"{number:05d}.parquet").write_bytes(results.pack(frame, note))
-            number += 1
+            frames.append(pl.DataFrame(rows, schema=table.schema(AXES)))
     axes = {"static": ["depth", "activation", "norm"], "traced": ["seed", "sigma_w"]}
-    description = {"format": results.FORMAT, "axes": axes, "cells": cells, "steps": list(steps)}
+    description = {"format": results.FORMAT, "axes": axes, "types": AXES, "cells": cells, "steps": list(steps)}
     (folder / "study.json").write_text(json.dumps(description))
+    for number, frame in enumerate(frames):
+        put(folder, number, frame)
     session = {"versions": {"jax": "1.2.3"}, "devices": "cpu </script>", "commit": "abc"}
     (folder / "sessions.json").write_text(json.dumps([session]))
     return folder
+
+
+def put(folder, number, frame):
+    """Write a cell as a run would."""
+    key = results.key(json.loads((folder / "study.json").read_text()))
+    note = {"study": key, "cell": number, "seconds": {"compile": 1.0, "run": 1.0}}
+    (folder / "cells" / f"{number:05d}.parquet").write_bytes(results.pack(frame, note))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +133,7 @@ def test_report_writes_figures_and_a_page(folder):
     assert all(path.read_bytes().startswith(b"\x89PNG") for name, path in written.items() if name.endswith("png"))
     assert not [path for path in folder.iterdir() if ".part" in path.name]
     page = written["report.html"].read_text()
-    assert "<title>tanh &lt;b&gt;&amp;amp;</title>" in page and page.count("</script>") == 2
+    assert "<title>tanh &lt;b&gt;&amp;amp;</title>" in page and page.count("</script>") == 3
     assert not re.search(r"<(script|link|img|iframe)[^>]*\b(src|href)=", page.split("<script>")[0])
 
 
@@ -139,18 +154,17 @@ def test_contents_are_thinned_and_finite(reduced):
 def test_a_study_with_little_in_it(tmp_path):
     """One network, no training, no error signal: what can be drawn is drawn, nothing else is left lying about."""
     folder = made(tmp_path / "s", sigmas=(1.0,), norms=("none",), steps=(0,))
-    path = folder / "cells" / "00000.parquet"
     frame = results.read(folder).table().filter((pl.col("cell") == 0) & (pl.col("quantity") == "log_kernel"))
     for other in (folder / "cells").iterdir():
         other.unlink()
-    path.write_bytes(results.pack(frame, {"study": "x", "seconds": {"compile": 1.0, "run": 1.0}}))
+    put(folder, 0, frame)
     assert [written.name for written in report.report(folder)] == ["weights.png", "report.html"]
     assert "1 of 3 cells are finished" in (folder / "report.html").read_text()
     (folder / "weights.png").unlink()
     bare = frame.filter(pl.col("step") < 0)  # nothing by layer at all, and an axis without values
     row = {"cell": 0, "depth": 4, "seed": 0, "step": 0, "layer": 0, "path": "", "quantity": "accuracy", "value": 0.5}
     bare = pl.concat([bare, pl.DataFrame([row | dict.fromkeys(set(bare.columns) - set(row))], schema=bare.schema)])
-    path.write_bytes(results.pack(bare, {"study": "x", "seconds": {"compile": 1.0, "run": 1.0}}))
+    put(folder, 0, bare)
     assert [written.name for written in report.report(folder)] == ["report.html"]
 
 
@@ -159,12 +173,134 @@ def test_errors(tmp_path):
         report.report(tmp_path)
     folder = made(tmp_path / "s", sigmas=(1.0,), norms=("none",), steps=(0,))
     (folder / "cells" / "00001.parquet").write_bytes(b"PAR1 torn")
-    with pytest.raises(ValueError, match="00001.parquet is damaged"):
+    with pytest.warns(results.LeftOut, match="00001.parquet is damaged"):
         report.report(folder)
+    said = (folder / "report.html").read_text()
+    assert "2 of 3 cells are finished" in said and "Left out: " in said and "00001.parquet is damaged" in said
     for path in (folder / "cells").iterdir():
         path.unlink()
     with pytest.raises(FileNotFoundError, match="holds no finished cell"):
         report.report(folder)
+
+
+HOSTILE = (
+    *("<!--<script>", "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "__proto__", "constructor"),
+    *("$x$ $", "$\\frac$", "\u2028\u2029", "a & b &amp; <b>", "{{DATA}}", "%{x}", "\0\x1b[31m", "'\"\\`${1}", "rate", "low_"),
+    *("<a href='https://example.org'>l</a>", "javascript:alert(1)", "seeds", "accuracy", "network", "series", "middle"),
+)  # fmt: skip
+
+
+def hostile(folder):
+    """Write a study whose folder, axes, values, quantities, paths and sessions are called what could be more than a name."""
+    types = {"depth": "int"} | dict.fromkeys(HOSTILE, "str") | {"seed": "int"}
+    static = [
+        {"depth": depth} | {name: HOSTILE[(i + k) % len(HOSTILE)] for k, name in enumerate(HOSTILE)}
+        for i in range(3)
+        for depth in (1, 2)
+    ]
+    runs = [{"seed": 0}, {"seed": 1}]
+    cells = [{"static": part, "runs": runs, "steps": [0, 1], "chunk": 2} for part in static]
+    axes = {"static": ["depth", *HOSTILE], "traced": ["seed"]}
+    description = {"format": results.FORMAT, "axes": axes, "types": types, "cells": cells, "steps": [0, 1]}
+    (folder / "cells").mkdir(parents=True)
+    (folder / "study.json").write_text(json.dumps(description))
+    session = {"versions": dict.fromkeys(HOSTILE, HOSTILE[0]), "devices": HOSTILE, "commit": HOSTILE[0]}
+    (folder / "sessions.json").write_text(json.dumps([session]))
+    places = [(layer, name, f"{layer}/{name}") for layer in (1, 2, 3) for name in HOSTILE]
+    places += [(layer, "log_error", f"{layer}/preactivation") for layer in (1, 2, 3, 4)]
+    places += [(0, name, "") for name in ("train_loss", "accuracy", "diverged", *HOSTILE)]
+    for number, part in enumerate(static):
+        rows = [
+            {"cell": number, **part, **run, "step": step, "layer": layer, "quantity": quantity, "path": path}
+            | {"value": 0.0 if quantity == "diverged" else 0.5 + layer + run["seed"]}
+            for run in runs
+            for step in (0, 1)
+            for layer, quantity, path in places
+        ]
+        put(folder, number, pl.DataFrame(rows, schema=table.schema(types)))
+    return folder
+
+
+class Scripts(html.parser.HTMLParser):
+    """Collects what a page's elements hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.at = [], None
+
+    def handle_starttag(self, tag, attrs):
+        self.at = (tag, dict(attrs).get("id"))
+
+    def handle_data(self, data):
+        if self.at and data.strip():
+            self.found.append((*self.at, data))
+            self.at = None
+
+
+def test_a_name_is_only_a_name(tmp_path):
+    """Nothing that a study holds ends the page's data, or is a formula to matplotlib, or another axis to a table."""
+    folder = hostile(tmp_path / os.fsdecode(b"<!--<script> $\\frac$ \xff"))
+    assert {p.name for p in report.report(folder)} >= {"gradient.png", "training.png", "accuracy.png", "report.html"}
+    parser = Scripts()
+    parser.feed((folder / "report.html").read_text())
+    (data,) = (text for tag, name, text in parser.found if name == "data")
+    assert "<" not in data and data.isascii()
+    contents = json.loads(data)
+    shown = {name: f"{name} (axis)" if name in digest.OWN else name for name in HOSTILE}
+    assert contents["title"] == "<!--<script> $\\frac$ ?" and list(contents["axes"]) == ["depth", *shown.values()]
+    for k, name in enumerate(HOSTILE):
+        assert contents["axes"][shown[name]] == [HOSTILE[(i + k) % len(HOSTILE)] for i in range(3)]
+    assert set(HOSTILE) <= set(contents["runs"]) and all(network["seeds"] == 2 for network in contents["networks"])
+    assert {network["accuracy"] for network in contents["networks"]} == {1.0}
+
+
+def test_axes_of_other_kinds_than_ours_are_no_obstacle(tmp_path):
+    """A net of one's own may call a word `depth` or `sigma_w`, have one network named by a word, a loss below zero."""
+    for i, values in enumerate(([{"sigma_w": "x", "depth": "y"}, {"sigma_w": "z", "depth": "w"}], [{"first": "only"}])):
+        folder = tmp_path / str(i)
+        (folder / "cells").mkdir(parents=True)
+        types = dict.fromkeys(values[0], "str") | {"sigma_b": "str", "seed": "int"}
+        cells = [{"static": v | {"sigma_b": "b"}, "runs": [{"seed": 0}], "steps": [0], "chunk": 1} for v in values]
+        axes = {"static": [*values[0], "sigma_b"], "traced": ["seed"]}
+        description = {"format": results.FORMAT, "axes": axes, "types": types, "cells": cells, "steps": [0]}
+        (folder / "study.json").write_text(json.dumps(description))
+        for number, part in enumerate(cells):
+            rows = [
+                {
+                    "cell": number,
+                    **part["static"],
+                    "seed": 0,
+                    "step": step,
+                    "layer": 0,
+                    "path": "",
+                    "quantity": quantity,
+                }
+                | {"value": -1.0}
+                for step in (0, 1)
+                for quantity in ("train_loss", "accuracy")
+            ]
+            put(folder, number, pl.DataFrame(rows, schema=table.schema(types)))
+        assert [p.name for p in report.report(folder)] == ["training.png", "report.html"]
+
+
+@pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed")
+def test_a_name_is_only_a_name_in_a_browser(tmp_path):
+    report.report(hostile(tmp_path / "<!--<script>"))
+    address = (tmp_path / "<!--<script>" / "report.html").as_uri()
+    choose = """
+        for (const id of ['series', 'run']) for (const o of document.getElementById(id).options) {
+          o.parentElement.value = o.value; o.parentElement.dispatchEvent(new Event('change')); }
+        for (const button of document.querySelectorAll('.axis button')) button.click();
+    """
+    with chromium.Page(address, tmp_path / "profile") as page:
+        page.wait("document.querySelectorAll('#layers .scatterlayer .trace').length > 0")
+        axes = json.loads(page.js("JSON.stringify([...document.querySelectorAll('.axis b')].map(b => b.textContent))"))
+        assert axes == ["depth", *(f"{name} (axis)" if name in digest.OWN else name for name in HOSTILE)]
+        assert page.js("document.querySelectorAll('#networks tbody tr').length") == 6
+        assert "<!--<script>" in page.js("document.querySelector('.legendtext').textContent")
+        page.js(f"(() => {{ {choose} }})()")
+        assert page.js("document.querySelectorAll('.figure a, .figure b, .figure img, #facts *:not(p)').length") == 0
+        assert page.problems == []
 
 
 def test_many_panels_are_cut_and_said(reduced, tmp_path, monkeypatch):

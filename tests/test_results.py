@@ -17,7 +17,7 @@ import pytest
 
 import fnn
 import fnn.cli
-from fnn import results, study, workers
+from fnn import files, results, study, workers
 
 # One worker: the tests share the fixtures, and those the compilations.
 pytestmark = pytest.mark.xdist_group("results")
@@ -90,7 +90,7 @@ def test_finished_cells_are_not_run_again(copied, monkeypatch):
     monkeypatch.setattr(study, "work", None)  # whatever would run a cell fails
     before = results.read(copied).table()
     again = tiny().run(copied)
-    assert again.table().equals(before) and len(again.sessions) == 2
+    assert again.table().equals(before) and len(again.sessions) == 1  # nobody had to work on it
 
 
 def test_a_missing_cell_is_measured_again_to_the_last_bit(copied):
@@ -128,11 +128,19 @@ def damage(path, content=b"PAR1 garbage"):
 @pytest.mark.parametrize(
     ("harm", "sentence"),
     [
-        (lambda f: damage(f / "cells" / "00001.parquet"), "00001.parquet is damaged"),
-        (lambda f: damage(f / "cells" / "00001.parquet", b""), "00001.parquet is damaged"),
         (lambda f: damage(f / "study.json", b'{"format": 2, "cells": ['), "study.json is damaged"),
         (lambda f: damage(f / "study.json", b"[]"), "study.json is damaged"),
-        (lambda f: damage(f / "study.json", b'{"format": 1}'), "must have format 2, got 1"),
+        (lambda f: damage(f / "study.json", b'{"format": 1}'), "must have format 3, got 1"),
+        (lambda f: damage(f / "study.json", b'{"format": 3}'), "study.json is damaged (it must have 'axes')"),
+        (
+            lambda f: damage(f / "study.json", b'{"format": ' + b"[" * 99_999),
+            "study.json is damaged (nested too deeply)",
+        ),
+        (lambda f: damage(f / "sessions.json", b"[" * 99_999), "sessions.json is damaged (nested too deeply)"),
+        (
+            lambda f: damage(f / "sessions.json", b"[[]]"),
+            "sessions.json is damaged (it[0] must be of type dict, got list)",
+        ),
         (lambda f: damage(f / "study.json", b"\xff\xfe"), "study.json is damaged"),
         (lambda f: damage(f / "sessions.json", b"{}"), "sessions.json is damaged"),
         (lambda f: (f / "study.json").unlink(), "holds cells but no study.json"),
@@ -140,19 +148,11 @@ def damage(path, content=b"PAR1 garbage"):
 )
 def test_damage_is_one_sentence_and_exit_code_2_and_nothing_is_lost(copied, harm, sentence, capsys):
     harm(copied)
+    (copied / "cells" / "00002.parquet").unlink()  # something is left to do
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     assert fnn.cli.main([*ARGUMENTS, str(copied)]) == 2
     assert sentence in capsys.readouterr().err.strip().splitlines()[-1]
     assert before.items() <= {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}.items()
-
-
-def test_pages_damaged_behind_a_whole_footer_are_found_when_read(copied):
-    path = copied / "cells" / "00002.parquet"
-    content = bytearray(path.read_bytes())
-    content[4:400] = os.urandom(396)
-    damage(path, bytes(content))
-    with pytest.raises(ValueError, match="00002.parquet is damaged"):
-        results.read(copied).table()
 
 
 def test_a_full_disk_loses_no_finished_cell(tmp_path, monkeypatch, capsys, undisturbed):
@@ -173,7 +173,33 @@ def test_a_full_disk_loses_no_finished_cell(tmp_path, monkeypatch, capsys, undis
     assert tiny().run(tmp_path).table().equals(results.read(undisturbed).table())
 
 
+def test_a_finished_study_on_a_read_only_mount_prints_its_table(copied, monkeypatch, capsys):
+    def refuse(path, *_, **__):
+        raise files.cannot_write(path, OSError(errno.EROFS, os.strerror(errno.EROFS)))
+
+    monkeypatch.setattr(files, "write", refuse)
+    monkeypatch.setattr(results, "_locked", refuse)
+    assert fnn.cli.main([*ARGUMENTS, str(copied)]) == 0
+    shown = capsys.readouterr()
+    assert "at layer 1" in shown.out and "and study.png" not in shown.out
+    assert "study.png: Read-only file system" in shown.err.splitlines()[-1]
+    (copied / "cells" / "00001.parquet").unlink()  # now there is something to measure
+    assert fnn.cli.main([*ARGUMENTS, str(copied)]) == 2
+    assert "Read-only file system" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_damaged_and_foreign_cells_are_named_set_aside_and_measured_again(copied, undisturbed, capsys):
+    (copied / "cells" / "00000.parquet").replace(copied / "cells" / "00002.parquet")
+    damage(copied / "cells" / "00001.parquet")
+    assert fnn.cli.main([*ARGUMENTS, str(copied)]) == 0
+    err = capsys.readouterr().err
+    assert "00001.parquet is damaged or foreign (it holds no digest); it is kept as 00001.parquet.aside" in err
+    assert "00002.parquet is a copy of cell 0; it is kept as 00002.parquet.aside" in err
+    assert results.read(copied).table().equals(results.read(undisturbed).table())
+
+
 def test_one_folder_serves_one_run_at_a_time(copied):
+    (copied / "cells" / "00001.parquet").unlink()
     with results._locked(copied), pytest.raises(OSError, match="in use by another run"):
         tiny().run(copied)
     with pytest.raises(OSError, match="cannot write"):
@@ -191,7 +217,24 @@ def test_ctrl_c_here_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(study, "work", interrupted)
     assert fnn.cli.main([*ARGUMENTS, str(tmp_path)]) == 130
-    assert "the same command resumes" in capsys.readouterr().err and finished(tmp_path) == ["00000.parquet"]
+    shown = capsys.readouterr()
+    assert "the same command resumes" in shown.err and finished(tmp_path) == ["00000.parquet"]
+    assert "tanh" in shown.out and "relu" not in shown.out and (tmp_path / "study.png").exists()
+
+
+def test_what_is_finished_comes_with_what_stops_a_study_in_memory(monkeypatch, undisturbed):
+    frames = [path.read_bytes() for path in sorted(undisturbed.glob("cells/*.parquet"))]
+    for error in (KeyboardInterrupt, ValueError):
+
+        def stopped(task, error=error):
+            if task.number == 2:
+                raise error
+            return frames[task.number], {"compile": 0.0, "run": 0.0}
+
+        monkeypatch.setattr(study, "work", stopped)
+        with pytest.raises(error) as caught:
+            tiny().run()
+        assert caught.value.results.table()["cell"].unique().to_list() == [0, 1]
 
 
 def test_interrupts_and_kills_end_in_the_undisturbed_table(tmp_path, undisturbed):
@@ -222,6 +265,23 @@ def test_interrupts_and_kills_end_in_the_undisturbed_table(tmp_path, undisturbed
     found = results.read(out)
     assert found.table().equals(results.read(undisturbed).table())
     assert not list(out.rglob("*.part")) and list((tmp_path / "xla").iterdir())
+
+
+def test_ctrl_c_in_the_workers_first_second(tmp_path):
+    """As a terminal sends it, to parent and workers: what was begun is finished and shown, nothing else is begun."""
+    out = tmp_path / "out"
+    arguments = [word.replace("sigmoid", "sigmoid,elu,selu,gelu") for word in ARGUMENTS]
+    command = [sys.executable, "-m", "fnn", *arguments, str(out), "--workers", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    while not (out / "sessions.json").exists() and process.poll() is None:  # the workers are started next
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    shown, err = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert 1 <= len(finished(out)) <= 2 and "the same command resumes" in err
+    assert "at layer 1" in shown and "tanh" in shown and (out / "study.png").exists()
 
 
 def test_executors_of_all_kinds(tmp_path, undisturbed):
@@ -289,6 +349,15 @@ def test_compare_finds_what_differs_beyond_the_seeds(undisturbed, tmp_path, caps
     np.testing.assert_allclose([row["a"], row["a_low"], row["a_high"]], np.quantile(values, [0.5, 0.1, 0.9]))
     with pytest.raises(ValueError, match="must share a row"):
         fnn.compare(table, table.with_columns(pl.lit("x").alias("path")))
+    with pytest.raises(
+        ValueError, match="activation must have one type in both studies, got String in a and Int32 in b"
+    ):
+        fnn.compare(table, table.with_columns(activation=pl.col("cell")))
+    assert fnn.compare(table, table.with_columns(pl.col("width").cast(pl.Float64))).height == same.height
+    with pytest.raises(ValueError, match="without the column step"):
+        fnn.compare(table, table.drop("step"))
+    named = table.rename({"width": "a", "norm": "beyond"})  # axes of one's own may be called anything
+    assert fnn.compare(named, named)["a (axis)"].unique().to_list() == [8]
     assert fnn.cli.main(["compare", str(undisturbed), str(undisturbed)]) == 0
     assert "0 of" in capsys.readouterr().out
     assert fnn.cli.main(["compare", str(undisturbed), str(tmp_path)]) == 2

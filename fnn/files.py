@@ -1,0 +1,159 @@
+"""Files that are there whole or not at all: written aside and renamed, locked while in use, read with a sentence."""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not on this system
+    fcntl = None
+
+
+def write(path: Path, content: bytes, who: str = "study", remedy: str = "make room, or choose another folder") -> None:
+    """Write a file under a temporary name and rename it, so that no half-written file is ever seen.
+
+    Errors: OSError, naming the file; what was there before is then still there.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            with open(part, "wb") as file:
+                with suppress(OSError):  # this file system may know no locks
+                    _claim(file)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                if fcntl:
+                    os.replace(part, path)  # still claimed, or `sweep` could take it for a left one
+            if not fcntl:
+                os.replace(part, path)  # this system renames no open file
+        except BaseException:
+            with suppress(OSError):  # or it would hide the reason
+                part.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise cannot_write(path, error, who, remedy) from None
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str], dpi: int, who: str = "plot") -> None:
+    """Write a matplotlib figure, in the format that the name ends in (.png where it has no end), whole or not at all."""
+    path = Path(path)
+    if not path.suffix:
+        path = path.with_name(path.name + ".png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, format=path.suffix[1:])
+    write(path, drawn.getvalue(), who)
+
+
+def sweep(*folders: Path) -> None:
+    """Remove the temporary files that killed processes have left in folders, and none that is still being written."""
+    for part in (part for folder in folders for part in folder.glob(".*.part")):
+        with suppress(OSError), open(part, "r+b") as file:
+            _claim(file)
+            if fcntl:
+                part.unlink()
+                continue
+        if not fcntl:
+            with suppress(OSError):  # this system removes no open file
+                part.unlink()
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is in a file's place to a free name beside it, and return that name.
+
+    Errors: OSError, naming the file.
+    """
+    names = (path.with_name(f"{path.name}.aside{n or ''}") for n in range(10_000))
+    try:
+        aside = next(name for name in names if not os.path.lexists(name))
+        os.rename(path, aside)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    return aside
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system gives back however this process ends."""
+    if not fcntl:  # two runs at once would do work twice, but break nothing
+        yield
+        return
+    try:
+        file = open(folder / ".lock", "a")  # noqa: SIM115, or an error of the caller's would be taken for ours
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    with file:
+        try:
+            _claim(file)
+        except (BlockingIOError, PermissionError):
+            raise OSError(f"study: {folder} is in use by another run; wait for it, or choose another folder") from None
+        except OSError:
+            pass  # this file system knows no locks
+        yield
+
+
+def load_json(path: Path, shape: Any) -> Any:
+    """Read a JSON file whose content has the `shape` that `misfit` understands.
+
+    Errors: ValueError for one that is damaged or of another shape, OSError for one that cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes().decode())
+        wrong = misfit(content, shape)
+    except OSError as error:
+        raise type(error)(f"study: cannot read {path}: {error.strerror or error}; check its permissions") from None
+    except RecursionError:
+        wrong = "nested too deeply"
+    except ValueError as error:
+        wrong = str(error)
+    if wrong:
+        raise ValueError(
+            f"study: {path} is damaged ({wrong:.200}); restore it, or choose another folder: the finished cells beside it "
+            "are as they were"
+        )
+    return content
+
+
+def misfit(value: Any, shape: Any, name: str = "it") -> str | None:
+    """Say where a value differs from a shape; None where it does not.
+
+    A shape is a type, or a tuple of types (`object` is any); [shape], a list of such values; {name: shape}, an object
+    that has at least these names; {str: shape}, an object with any names and such values.
+    """
+    kind = type(shape) if isinstance(shape, list | dict) else shape
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if type(value) not in kinds and object not in kinds:
+        words = " or ".join({"NoneType": "null"}.get(k.__name__, k.__name__) for k in kinds)
+        return f"{name} must be of type {words}, got {type(value).__name__}"
+    if isinstance(shape, list):
+        parts = ((f"{name}[{i}]", item, shape[0]) for i, item in enumerate(value))
+    elif isinstance(shape, dict) and str in shape:
+        parts = ((f"{name}[{key!r}]", item, shape[str]) for key, item in value.items())
+    elif isinstance(shape, dict):
+        if missing := [key for key in shape if key not in value]:
+            return f"{name} must have {missing[0]!r}"
+        parts = ((f"{name}[{key!r}]", value[key], inner) for key, inner in shape.items())
+    else:
+        return None
+    return next((wrong for n, item, inner in parts if (wrong := misfit(item, inner, n))), None)
+
+
+def cannot_write(path: Path, error: OSError, who: str = "study", remedy: str = "make room, or choose another folder"):
+    """Return the error that says in a sentence which file could not be written, and why; its errno is kept."""
+    said = OSError(f"{who}: cannot write {path}: {error.strerror or error}; {remedy}")
+    said.errno = error.errno
+    return said
+
+
+def _claim(file: Any) -> None:
+    """Take the file's lock, which ends with the process.
+
+    Errors: OSError where another process has it.
+    """
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
