@@ -4,7 +4,9 @@ import os
 from typing import Any
 
 from fnn import results
+from fnn.axes import apart
 
+BANDS = ("a", "a_low", "a_high", "b", "b_low", "b_high", "seeds_a", "seeds_b", "difference", "beyond")
 OWN = ("cell", "seed", "value", "predicted", "low", "high", "outside")
 
 
@@ -28,7 +30,9 @@ def compare(
 
     if not 0 <= level < 0.5:
         raise ValueError(f"compare: level must lie in [0, 0.5), got {level}; 0.1 gives bands of four seeds in five")
-    left, right = _table(a), _table(b)
+    left, right = (
+        apart(table, table.columns[1 : table.columns.index("step")], BANDS)[0] for table in (_table(a), _table(b))
+    )
     varied = different_axes(left, right)
     keys = [name for name in left.columns if name in right.columns and name not in (*OWN, *varied)]
 

@@ -7,8 +7,11 @@ the tap or parameter that it belongs to where a layer has several.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from fnn.axes import apart
+
 LOG = ("log_error", "log_kernel", "log_bias", "log_scale")
 ERROR = "log_error at preactivation"
+TAKEN = ("series", "middle", "seeds", "rate", "rate_low", "rate_high", "rate_predicted", "diverged", "accuracy")
 QUANTILES = {"low": 0.1, "middle": 0.5, "high": 0.9}
 
 
@@ -37,6 +40,7 @@ def digest(table: Any, axes: Sequence[str]) -> Digest:
     """
     import polars as pl
 
+    table, axes = apart(table, axes, TAKEN)
     others = [name for name in axes if name != "seed"]
     many = [name for name in others if table[name].n_unique() > 1]
     fixed = {name: table[name][0] for name in others if name not in many}

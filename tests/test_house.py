@@ -14,9 +14,9 @@ import fnn
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"check", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
-    {"core", "losses", "gaussian", "products"},
-    {"inputs", "dataset"},
+    {"check", "tree", "grid", "activations", "initializers", "_jaxpr", "factors", "spawning"},
+    {"core", "losses", "gaussian", "products", "axes"},
+    {"inputs", "dataset", "identity"},
     {"memory", "layers"},
     {
         *("norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic"),
@@ -27,6 +27,7 @@ FLOORS = [
     {"fitting"},
     {"cell", "results", "workers", "provenance"},
     {"table", "compare"},
+    {"asked"},
     {"study", "plot", "digest", "recipes"},
     {"figures"},
     {"report"},

@@ -132,7 +132,7 @@ def damage(path, content=b"PAR1 garbage"):
         (lambda f: damage(f / "cells" / "00001.parquet", b""), "00001.parquet is damaged"),
         (lambda f: damage(f / "study.json", b'{"format": 2, "cells": ['), "study.json is damaged"),
         (lambda f: damage(f / "study.json", b"[]"), "study.json is damaged"),
-        (lambda f: damage(f / "study.json", b'{"format": 1}'), "must have format 2, got 1"),
+        (lambda f: damage(f / "study.json", b'{"format": 2}'), "must have format 3, got 2"),
         (lambda f: damage(f / "study.json", b"\xff\xfe"), "study.json is damaged"),
         (lambda f: damage(f / "sessions.json", b"{}"), "sessions.json is damaged"),
         (lambda f: (f / "study.json").unlink(), "holds cells but no study.json"),
