@@ -104,7 +104,7 @@ def arrays(source: Any) -> tuple[data.Dataset, data.Dataset]:
             raise _no_data(source)
         pairs = (first, second)
     flat = [_array(name, a) for name, a in zip(_PARTS, (a for pair in pairs for a in pair), strict=False)]
-    parts = [data.Dataset(*flat[i : i + 2]) for i in range(0, len(flat), 2)]
+    parts: list[Any] = [data.Dataset(*flat[i : i + 2]) for i in range(0, len(flat), 2)]
     for part in parts:
         data.check_dataset("study", *part)
     if len(parts) > 1 and any(a.shape[1:] != b.shape[1:] for a, b in zip(*parts, strict=True)):
@@ -126,7 +126,7 @@ def _is_pair(part: Any) -> bool:
     return isinstance(part, tuple) or any(hasattr(a, "shape") and np.ndim(a) > 0 for a in part)
 
 
-def _array(name: str, a: Any) -> np.ndarray:
+def _array(name: str, a: Any) -> Any:
     if isinstance(a, Mapping | str | bytes) or (jax.tree.structure(a) != jax.tree.structure(0) and not _is_list(a)):
         raise TypeError(f"study: {name} must be one array, got {type(a).__name__}; a study takes no trees of arrays")
     try:

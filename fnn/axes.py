@@ -31,12 +31,12 @@ def arguments(build: Callable[..., Any], given: Iterable[str]) -> dict[str, Any]
             raise ValueError(
                 f"study: an argument of build must not be named like a column of the tables, got {name!r}; rename it"
             )
-        default = parameter.default
+        default: Any = parameter.default
         plain = default is inspect.Parameter.empty or _is_plain(default)
         if name != "classes" and (plain or name in given):
             found[name] = inspect.Parameter.empty
             if plain and default is not inspect.Parameter.empty:
-                found[name] = grid.product(x=default).points[0]["x"]
+                found[name] = grid.product(**{name: default}).points[0][name]
     if "classes" in given:
         raise ValueError("study: classes is no axis, for the data say how many there are; take it out of the grid")
     return found
@@ -119,7 +119,7 @@ def _check_range(name: str, value: float, kind: str, traced: bool) -> None:
         raise ValueError(f"study: {name} must be an integer that fits in int32, got {value!r}; choose another value")
     dtype = jax.dtypes.canonicalize_dtype(np.float64) if traced else np.dtype(np.float64)
     info = np.finfo(dtype)
-    if kind == "float" and value and not info.tiny <= abs(value) <= info.max:
+    if kind == "float" and value and not float(info.tiny) <= abs(value) <= float(info.max):
         raise ValueError(f"study: {name} must lie in {dtype}'s range, got {value!r}; choose another value")
 
 

@@ -184,15 +184,16 @@ class Study:
             check_executor(executor)
         if workers is not None:
             check.positive("study", workers=workers)
-        functions = {"build": self.build, "loss": self.loss} | {f"measure {n}": f for n, f in self.measure.items()}
-        check_spawning(executor, workers or 1, functions)
         kind = (
             type(executor).__name__ if executor is not None else f"{workers} processes" if (workers or 1) > 1 else None
         )
+        described = self.describe()
+        functions = {"build": self.build, "loss": self.loss} | {f"measure {n}": f for n, f in self.measure.items()}
+        check_spawning(executor, workers or 1 if len(described["cells"]) > 1 else 1, functions)
         show = sys.stderr.isatty() if progress is None else progress
         with (
             compilation_cache(cache),
-            results.opened(folder, self.describe(), self._with_chunks, session(kind), self.chunk is not None) as found,
+            results.opened(folder, described, self._with_chunks, session(kind), self.chunk is not None) as found,
         ):
             identity, types = results.key(found.description), found.description["types"]
             config = {name: found.description[name] for name in settings()}

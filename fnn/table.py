@@ -65,7 +65,9 @@ def build(
     labels, values = [labels[i] for i in keep], values[..., keep]
     layers, paths, names = (list(part) for part in zip(*labels, strict=True)) if labels else ([], [], [])
     predicted = (
-        _predictions(task, labels, values, inputs) if inputs is not None else np.full((3, *values.shape), np.nan)
+        _predictions(task, labels, values, inputs, np.isfinite(measured.probe[:, 0]))
+        if inputs is not None
+        else np.full((3, *values.shape), np.nan)
     )
     predicted[:, :, 1:] = np.nan  # theory speaks of the initialisation
     columns = schema(axes)
@@ -192,12 +194,12 @@ def _extra_labels(extra: dict[str, Any], layers: dict[str, int]) -> list[tuple[t
 
 
 def _predictions(
-    task: cell.Cell, labels: Sequence[tuple[int, str, str]], values: np.ndarray, inputs: np.ndarray
+    task: cell.Cell, labels: Sequence[tuple[int, str, str]], values: np.ndarray, inputs: np.ndarray, good: Any
 ) -> np.ndarray:
     """Predict log_error of the hidden layers of every run: float64[3, runs, records, labels], nan where not known.
 
     The three are the typical curve and the band of 19 seeds in 20, each through the run's own measured error signal at
-    the last hidden layer: theory says how it changes from layer to layer.
+    the last hidden layer: theory says how it changes from layer to layer. Runs that are not `good` have no say in it.
     """
     hidden = int(task.static.get("depth", 0)) + 1
     found = {
@@ -213,12 +215,13 @@ def _predictions(
     for r, run in enumerate(task.runs):
         groups.setdefault((run.get("sigma_w", 1.0), run.get("sigma_b", 0.0)), []).append(r)
     for sigmas, members in groups.items():
-        # Runs that overflow have no say in what theory predicts for the others.
-        good = [r for r in members if np.isfinite(values[r, 0, index]).all()]
+        members = [r for r in members if good[r]]
         moment = found.get(("second_moment", 1))
-        if not good or (moment is not None and not np.isfinite(values[good, 0, moment]).all()):
+        squares = np.ones(len(members)) if moment is None else values[members, 0, moment]
+        squares = squares[np.isfinite(squares)]
+        if not squares.size:
             continue
-        q0 = None if moment is None else float(np.median(values[good, 0, moment]))
+        q0 = None if moment is None else float(np.median(squares))
         curves = _curves(task.static, hidden, *sigmas, q0, inputs)
         if curves is not None:
             anchors = values[members, 0, index[-1]]
