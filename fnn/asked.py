@@ -121,9 +121,11 @@ def _named(name: str) -> tuple[data.Dataset, data.Dataset]:
 
 def _is_pair(part: Any) -> bool:
     """Tell a pair (x, y) from examples: a tuple of two, or a list of two arrays."""
-    if not isinstance(part, tuple | list) or len(part) != 2:
+    if isinstance(part, data.Dataset):
+        return True
+    if type(part) not in (tuple, list) or len(part) != 2:
         return False
-    return isinstance(part, tuple) or any(hasattr(a, "shape") and np.ndim(a) > 0 for a in part)
+    return type(part) is tuple or any(hasattr(a, "shape") and np.ndim(a) > 0 for a in part)
 
 
 def _array(name: str, a: Any) -> Any:
