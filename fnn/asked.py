@@ -34,6 +34,7 @@ def check_options(study: Any) -> None:
             put(name, whole[0])
     if isinstance(study.seeds, int):
         check.positive("study", seeds=study.seeds)
+        grid.listed("seeds", range(study.seeds))
     if study.chunk is not None:
         check.positive("study", chunk=study.chunk)
     if study.epochs > grid.MOST:
