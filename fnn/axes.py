@@ -25,18 +25,15 @@ def arguments(build: Callable[..., Any], given: Iterable[str]) -> dict[str, Any]
     `classes` is none: the data say how many. An argument whose default is no plain value (a function, an array) keeps it,
     unless the grid has `given` it values.
     """
-    found = {}
+    found, empty = {}, inspect.Parameter.empty
     for name, parameter in parameters(build).items():
         if name in RESERVED:
             raise ValueError(
                 f"study: an argument of build must not be named like a column of the tables, got {name!r}; rename it"
             )
         default: Any = parameter.default
-        plain = default is inspect.Parameter.empty or _is_plain(default)
-        if name != "classes" and (plain or name in given):
-            found[name] = inspect.Parameter.empty
-            if plain and default is not inspect.Parameter.empty:
-                found[name] = grid.product(**{name: default}).points[0][name]
+        if name != "classes" and (default is empty or _is_plain(default) or name in given):
+            found[name] = grid.product(**{name: default}).points[0][name] if _is_plain(default) else empty
     if "classes" in given:
         raise ValueError("study: classes is no axis, for the data say how many there are; take it out of the grid")
     return found

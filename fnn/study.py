@@ -124,7 +124,13 @@ class Study:
         }
         found: dict[tuple[Any, ...], tuple[dict[str, Any], list[dict[str, Any]]]] = {}
         for point in points:
-            values = {name: axes.convert(types[name], value) for name, value in point.items()}
+            # What should be whole and is not (depth 1 beside 2.5) goes to build as it was given, which refuses it or not.
+            values = {
+                name: value
+                if types[name] == "float" and hints.get(name) is int and name not in traced
+                else axes.convert(types[name], value)
+                for name, value in point.items()
+            }
             static = {name: value for name, value in values.items() if name not in traced}
             run = {name: values[name] for name in traced}
             found.setdefault(tuple(static.values()), (static, []))[1].append(run)
