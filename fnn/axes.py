@@ -33,7 +33,8 @@ def arguments(build: Callable[..., Any], given: Iterable[str]) -> dict[str, Any]
             )
         default: Any = parameter.default
         if name != "classes" and (default is empty or _is_plain(default) or name in given):
-            found[name] = grid.product(**{name: default}).points[0][name] if _is_plain(default) else empty
+            one: dict[str, Any] = {name: default}
+            found[name] = grid.product(**one).points[0][name] if _is_plain(default) else empty
     if "classes" in given:
         raise ValueError("study: classes is no axis, for the data say how many there are; take it out of the grid")
     return found
