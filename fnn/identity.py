@@ -271,7 +271,7 @@ def _is_ours(value: Any) -> bool:
     """Whether a value is one of fnn's own, which its name and fnn's version stand for."""
     if isinstance(value, losses.Loss):
         return any(value is own for own in vars(losses).values())
-    if not isinstance(value, types.FunctionType) or value.__closure__ or not value.__module__.startswith("fnn."):
+    if not isinstance(value, types.FunctionType) or value.__closure__ or not str(value.__module__).startswith("fnn."):
         return False
     module = sys.modules.get(value.__module__)
     return getattr(module, value.__name__, None) is value and _package(value.__code__.co_filename) == "fnn"

@@ -169,6 +169,15 @@ def test_what_cannot_be_read_is_a_doubt(tmp_path):
     assert jax.jit(lambda x: 0 * x + bool(identify(closed(x)).doubts))(1.0) == 1  # a tracer
 
 
+def test_functions_without_a_module_or_a_file_have_names_too():
+    """As a notebook or `exec` makes them."""
+    scopes: list[dict] = [{}, {}, {}]
+    for scope, scale in zip(scopes, (1, 2, 1), strict=True):
+        exec(f"def loss(outputs, targets):\n    return {scale} * outputs", scope)
+    one, two, again = (identify(scope["loss"]) for scope in scopes)
+    assert one == again != two and not one.doubts
+
+
 def test_fnn_and_installed_packages_go_by_name():
     assert identify(fnn.losses.mse).name == f"Loss(mse) {fnn.__version__}"
     assert identify(study.cell.mlp).name == f"fnn.cell.mlp {fnn.__version__}"
