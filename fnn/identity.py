@@ -30,6 +30,8 @@ MOST = 200_000
 """Values that are looked at; a function that reaches more has no name."""
 RECORDED = ("fnn", "jax", "jaxlib", "optax", "flax", "numpy", "polars")
 """Packages whose versions each session records."""
+HEAP_TYPE = 1 << 9
+"""Python's flag of classes that a `class` statement has made."""
 _HOME = Path(__file__).parent
 _MEMBERS = (
     *(types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType),
@@ -225,7 +227,10 @@ class _Walk:
 
     def _class(self, cls: type, where: str) -> bytes:
         module = sys.modules.get(cls.__module__)
-        package = _package(getattr(module, "__file__", None) or ("<frozen>" if cls.__module__ != "__main__" else "?"))
+        # Without a file: a builtin, which its module holds or C has made, or a class of a notebook or of `exec`.
+        held = cls.__module__ != "__main__" and getattr(module, cls.__qualname__, None) is cls
+        builtin = held or not cls.__flags__ & HEAP_TYPE
+        package = _package(getattr(module, "__file__", None) or ("<frozen>" if builtin else "?"))
         if package is not None:
             return _hash("class", _label(cls), _version(package))
         members = {

@@ -176,6 +176,10 @@ def test_functions_without_a_module_or_a_file_have_names_too():
         exec(f"def loss(outputs, targets):\n    return {scale} * outputs", scope)
     one, two, again = (identify(scope["loss"]) for scope in scopes)
     assert one == again != two and not one.doubts
+    for scope, scale in zip(scopes, (1, 2, 1), strict=True):
+        exec(f"class Loss:\n    def __call__(self, outputs, targets):\n        return {scale} * outputs", scope)
+    one, two, again = (identify(scope["Loss"]()) for scope in scopes)
+    assert one == again != two and not one.doubts
 
 
 def test_fnn_and_installed_packages_go_by_name():
