@@ -6,7 +6,6 @@ and then measuring, so that gradient and optimiser are compiled once however man
 """
 
 import functools
-import inspect
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fnn import activations, check, clip, flow, gaussian, initializers, losses, models, taps, train, tree
+from fnn import activations, axes, check, clip, flow, gaussian, initializers, losses, models, taps, train, tree
 from fnn.core import Layer, as_spec
 from fnn.data import Dataset
 from fnn.optimizers import per_depth
@@ -117,21 +116,10 @@ def mlp(
     )
 
 
-def accepts(build: Callable[..., Any]) -> dict[str, Any]:
-    """List the arguments of a build function and their defaults (`inspect.Parameter.empty` where there is none)."""
-    try:
-        parameters = inspect.signature(build).parameters.values()
-    except (TypeError, ValueError):
-        raise TypeError(f"study: build must be a function whose arguments are axes, got {build!r}") from None
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY) for p in parameters):
-        raise TypeError("study: build must name each axis as an argument, got one with *, ** or /; write them out")
-    return {p.name: p.default for p in parameters}
-
-
 def network(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> Layer:
     """Build the net of a cell; the values of `run` may be traced."""
     values = {"classes": _classes(setup.train), **static, **run}
-    net = setup.build(**{name: values[name] for name in accepts(setup.build) if name in values})
+    net = setup.build(**{name: values[name] for name in axes.parameters(setup.build) if name in values})
     if not isinstance(net, Layer):
         raise TypeError(f"study: build must return a Layer, got {type(net).__name__}; return fnn.serial(...)")
     return net
@@ -220,6 +208,32 @@ def _range(setup: Setup, static: Mapping[str, Any]) -> dict[str, bool]:
     return {"smooth": bool(abs(above - below) < 1e-6 < abs(above)), "squares": squares}
 
 
+def traced(setup: Setup, cell: Cell) -> tuple[Any, Any, Any, Any]:
+    """Trace a cell's net: the specs of its parameters, state, outputs in train mode, and measured batch."""
+    cell = cell.settled()
+    size, specs = int(cell.static["batch_size"]), _specs(cell)
+    params, state = jax.eval_shape(functools.partial(_drawn, setup, cell.static), specs)
+    probe = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), tuple(setup.train))
+
+    def outputs(params, state, x, run):
+        net = network(setup, cell.static, run)
+        return net.apply(params, state, x, key=jax.random.key(0), train=True)[0]
+
+    return params, state, jax.eval_shape(outputs, params, state, probe[0], specs), probe
+
+
+def is_x64() -> bool:
+    """Whether JAX's default float is float64, here and now."""
+    return jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+
+
+def widened(data: Dataset) -> Dataset:
+    """Cast float32 to float64 under x64, so that a study really measures in it."""
+    if not is_x64():
+        return data
+    return jax.tree.map(lambda a: np.asarray(a, np.float64) if a.dtype == np.float32 else a, data)
+
+
 def parameter_names(setup: Setup, cell: Cell) -> set[str]:
     """Name the kinds of parameters that a cell's net has: kernel, bias, ..."""
     cell = cell.settled()
@@ -276,8 +290,14 @@ def _program(setup: Setup, cell: Cell, lanes: int) -> tuple[Callable[..., Any], 
 
 
 def _drawn(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[Any, Any]:
-    spec = jax.ShapeDtypeStruct((int(static["batch_size"]), *setup.train.x.shape[1:]), setup.train.x.dtype)
-    return network(setup, static, run).init(jax.random.key(2 * run["seed"]), spec)
+    """Draw parameters and state; under x64 too in float32, and cast up: the same net."""
+    x = setup.train.x
+    dtype = np.float32 if x.dtype == np.float64 else x.dtype
+    spec = jax.ShapeDtypeStruct((int(static["batch_size"]), *x.shape[1:]), dtype)
+    drawn = network(setup, static, run).init(jax.random.key(2 * run["seed"]), spec)
+    # bfloat16 inputs are asked for by those who want less.
+    wide = is_x64() and not (jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4)
+    return jax.tree.map(lambda a: a.astype(np.float64) if wide and a.dtype == np.float32 else a, drawn)
 
 
 def _one_run(
@@ -296,7 +316,7 @@ def _one_run(
     def advance(t, carry):
         at, traces = carry
         new, metrics = step.pure(at, (x[order[t]], y[order[t]]))
-        if reports := clip.reports(new.opt_state):
+        if (reports := clip.reports(new.opt_state)) and not is_x64():  # reports are float32
             metrics["grad_norm"] = reports[0].before  # the same number, from the clip, which has to take it anyway
         return new, {name: trace.at[t].set(metrics[name]) for name, trace in traces.items()}
 
@@ -315,6 +335,7 @@ def _one_run(
                 lambda k, a, b: jnp.sum(a * b, axis=tuple(range(k, a.ndim))), gradient, before
             )
         extra = {name: function(at.params, at.state, probe) for name, function in setup.measure.items()}
+        extra = jax.tree.map(jnp.asarray, extra)
         heldout = train.means(net, setup.loss, min(1024, test_x.shape[0]), at.params, at.state, test_x, test_y)
         return (results, heldout, extra), gradient
 
@@ -322,7 +343,7 @@ def _one_run(
     if not trains:
         record, _ = observe(at, None)
         return (*jax.tree.map(lambda a: a[None], record), {})
-    traces = {name: jnp.zeros(steps[-1], jnp.float32) for name in names}
+    traces = {name: jnp.zeros(steps[-1]) for name in names}
 
     def turn(carry, bounds):
         at, before, traces = carry
@@ -374,7 +395,8 @@ def _specs(cell: Cell) -> dict[str, Any]:
 
 
 def _number(value: Any) -> np.ndarray:
-    return np.asarray(value, np.int32 if isinstance(value, int) and not isinstance(value, bool) else np.float32)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return np.asarray(value, np.int32 if whole else jax.dtypes.canonicalize_dtype(np.float64))
 
 
 def _classes(data: Dataset) -> int:

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from fnn import results
+from fnn.axes import apart
 
 ADDED = ("a", "b", "a_low", "a_high", "b_low", "b_high", "seeds_a", "seeds_b", "difference", "beyond")
 OWN = ("cell", "seed", "value", "predicted", "low", "high", "outside")
@@ -31,7 +32,9 @@ def compare(
 
     if not 0 <= level < 0.5:
         raise ValueError(f"compare: level must lie in [0, 0.5), got {level}; 0.1 gives bands of four seeds in five")
-    left, right = (_renamed(_table(source)) for source in (a, b))
+    left, right = (
+        apart(table, table.columns[1 : table.columns.index("step")], ADDED)[0] for table in (_table(a), _table(b))
+    )
     varied = different_axes(left, right)
     keys = [name for name in left.columns if name in right.columns and name not in (*OWN, *varied)]
     for name in keys:
@@ -79,11 +82,6 @@ def different_axes(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
         if len(ours) == len(theirs) == 1 and ours[0] != theirs[0]:
             found[name] = (ours[0], theirs[0])
     return found
-
-
-def _renamed(table: Any) -> Any:
-    axes = table.columns[1 : table.columns.index("step")]
-    return table.rename({name: f"{name} (axis)" for name in axes if name in ADDED})
 
 
 def _table(source: Any) -> Any:

@@ -73,7 +73,7 @@ def shuffled(key: jax.Array, n: int) -> jax.Array:
 
     Half the work of `jax.random.permutation`, which sorts again lest equal bits keep their order: n²/2^33 pairs do.
     """
-    return jnp.argsort(jax.random.bits(key, (n,)))
+    return jnp.argsort(jax.random.bits(key, (n,), jnp.uint32))  # by default 64 bits under x64: another order
 
 
 def split(x: Any, y: Any, *, key: jax.Array, test: float = 0.2, stratify: bool = True) -> Parts:

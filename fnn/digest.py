@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from fnn.axes import apart
+
 LOG = ("log_error", "log_kernel", "log_bias", "log_scale")
 ERROR = "log_error at preactivation"
 OWN = (
@@ -44,8 +46,7 @@ def digest(table: Any, axes: Sequence[str]) -> Digest:
     """
     import polars as pl
 
-    renamed = {name: f"{name} (axis)" for name in axes if name in OWN}
-    table, axes = table.rename(renamed), [renamed.get(name, name) for name in axes]
+    table, axes = apart(table, axes, OWN)
     others = [name for name in axes if name != "seed"]
     many = [name for name in others if table[name].n_unique() > 1]
     fixed = {name: table[name][0] for name in others if name not in many}

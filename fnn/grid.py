@@ -10,7 +10,7 @@ import builtins
 import itertools
 import math
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,20 +18,23 @@ import numpy as np
 
 Value = str | int | float | bool | None
 Point = dict[str, Value]
+MOST = 1_000_000
+"""Points of a grid, and values of an axis: what is more is refused from the counts, before a list is made."""
 
 
 class Grid:
     """Hold the points of a study in order: an immutable sequence of {axis: value}.
 
     `a * b` merges every point of a with every one of b (they may not share an axis), `a + b` puts b's points behind
-    a's. A point that comes twice counts once.
+    a's. A point that comes twice counts once; 1 and 1.0 are one value, true is another.
+
+    Errors: ValueError for more than `MOST` points, from the counts alone.
     """
 
     __slots__ = ("points",)
 
     def __init__(self, points: Iterable[Mapping[str, Value]]):
-        unique = {tuple(sorted(point.items(), key=lambda item: item[0])): dict(point) for point in points}
-        object.__setattr__(self, "points", tuple(unique.values()))
+        object.__setattr__(self, "points", tuple({_key(point): dict(point) for point in points}.values()))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError("a Grid does not change; build a new one of it with * and +")
@@ -46,18 +49,20 @@ class Grid:
         return len(self.points)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Grid) and self.points == other.points
+        return isinstance(other, Grid) and list(map(_key, self)) == list(map(_key, other))
 
     def __hash__(self) -> int:
-        return hash(tuple(tuple(point.items()) for point in self.points))
+        return hash(tuple(map(_key, self)))
 
     def __mul__(self, other: "Grid") -> "Grid":
         shared = sorted(set(self.axes) & set(other.axes))
         if shared:
             raise ValueError(f"grid: a product needs axes that differ, got {', '.join(shared)} twice; use + or zip")
+        _bounded(len(self) * len(other))
         return Grid({**a, **b} for a in self.points for b in other.points)
 
     def __add__(self, other: "Grid") -> "Grid":
+        _bounded(len(self) + len(other))
         return Grid((*self.points, *other.points))
 
     @property
@@ -72,9 +77,11 @@ class Grid:
 def product(**axes: Iterable[Value] | Value) -> Grid:
     """Make a point of every combination of values; the last axis varies fastest. A single value is an axis of one.
 
-    Errors: ValueError for an empty axis, TypeError for a value that is no string, number or bool.
+    Errors: ValueError for an empty axis, or more than `MOST` points; TypeError for a value that is no string, number or
+    bool.
     """
     lists = {name: _values(name, values) for name, values in axes.items()}
+    _bounded(math.prod(map(len, lists.values())))
     return Grid(
         dict(builtins.zip(lists, combination, strict=True)) for combination in itertools.product(*lists.values())
     )
@@ -102,11 +109,12 @@ def span(text: str) -> list[Value]:
     """Read the values of an axis: `4,16,64`, `tanh,relu`, `0.5:2.5:9` (evenly spaced, ends included), or a mix.
 
     `1e-4:1e-1:4:log` spaces them by equal ratios. Numbers become int or float, `true` and `false` bool.
-    Errors: ValueError for a malformed range.
+    Errors: ValueError for a malformed range, or more than `MOST` values.
     """
     values: list[Value] = []
     for word in filter(None, (part.strip() for part in text.split(","))):
         values += _range(word) if ":" in word else [_number(word)]
+        _bounded(len(values), "an axis", "values")
     return values
 
 
@@ -140,7 +148,7 @@ def from_toml(path: str | Path) -> Recipe:
         raise FileNotFoundError(f"study: the file must exist, got {str(path)!r}; check its spelling")
     try:
         options = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"study: {path} must be TOML, got an error: {error}; correct it there") from None
     tables = options.pop("grid", [])
     tables = [tables] if isinstance(tables, dict) else tables
@@ -151,6 +159,8 @@ def from_toml(path: str | Path) -> Recipe:
 
 def from_axes(axes: Mapping[str, Sequence[Value]], zipped: Sequence[str] = ()) -> Grid:
     """Multiply axes, but let those named in `zipped` advance together."""
+    if not all(isinstance(name, str) for name in zipped):
+        raise TypeError(f"grid: zip must name axes, got {zipped!r}; write their names as strings")
     if unknown := [name for name in zipped if name not in axes]:
         raise ValueError(
             f"grid: zip must name axes of this grid, got {', '.join(unknown)}; there are {', '.join(axes)}"
@@ -167,14 +177,36 @@ def _table(table: dict[str, Any]) -> Grid:
 
 
 def _values(name: str, values: Any) -> list[Value]:
-    values = [values] if isinstance(values, str | bool | int | float) or values is None else list(values)
+    single = isinstance(values, str | Mapping) or not isinstance(values, Iterable) or getattr(values, "shape", 1) == ()
+    values = [values] if single else listed(name, values)
     if not values:
         raise ValueError(f"study: {name} must name at least one value, got none; give values such as {name}=[...]")
     return [_plain(name, value) for value in values]
 
 
+def listed(name: str, values: Iterable[Any]) -> list[Any]:
+    """Make a list of the values of an axis or option, and refuse more than `MOST` before there is one."""
+    _bounded(len(values) if isinstance(values, Sized) else 0, name, "values")
+    values = list(itertools.islice(values, MOST + 1))
+    _bounded(len(values), name, "values")
+    return values
+
+
+def _bounded(count: int, what: str = "a grid", unit: str = "points") -> None:
+    if count > MOST:
+        got = f"{count:,}" if count < 10**15 else "far more"
+        raise ValueError(
+            f"study: {what} must have at most {MOST:,} {unit}, got {got}; choose fewer, or split the study"
+        )
+
+
+def _key(point: Mapping[str, Value]) -> tuple[Any, ...]:
+    """Tell points apart whatever their order; Python takes true for 1."""
+    return tuple(sorted((name, isinstance(value, bool), value) for name, value in point.items()))
+
+
 def _plain(name: str, value: Any) -> Value:
-    value = value.item() if isinstance(value, np.generic) else value
+    value = value.item() if getattr(value, "shape", None) == () else value  # of NumPy or JAX
     if not isinstance(value, str | bool | int | float | None):
         raise TypeError(
             f"study: a value of {name} must be a string, number or bool, got {type(value).__name__}; "
@@ -194,7 +226,8 @@ def _range(word: str) -> list[Value]:
         if count < 1 or not (math.isfinite(low) and math.isfinite(high)) or (parts[3:] and min(low, high) <= 0):
             raise ValueError
     except ValueError:
-        raise ValueError(f"study: a range must read low:high:count or low:high:count:log, got {word!r}") from None
+        raise ValueError(f"study: a range must read low:high:count or low:high:count:log, got {word[:80]!r}") from None
+    _bounded(count, f"the range {word[:80]!r}", "values")
     space = np.geomspace if parts[3:] else np.linspace
     # Twelve digits: 0.5:2.5:9 gives 1.1, not 1.1000000000000001, which would be another study.
     points = [float(f"{value:.12g}") for value in space(low, high, count)]

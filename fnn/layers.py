@@ -98,7 +98,7 @@ def dropout(rate: float) -> Layer:
             )
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+        keep = jax.random.bernoulli(key, jnp.float32(1 - rate), x.shape)  # the same mask with x64 and without
         return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype)), state
 
     return positionwise(Layer(init, apply))

@@ -1,44 +1,42 @@
-"""What a study was made of: names of functions, digests of data, versions, devices, commit."""
+"""What a study was made of: digests of data, JAX's settings, versions, devices, commit."""
 
 import hashlib
-import inspect
 import os
 import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from fnn import losses
+from fnn.identity import RECORDED
+
+SETTINGS = {
+    "x64": ("jax_enable_x64", jax.enable_x64),
+    "matmul_precision": ("jax_default_matmul_precision", jax.default_matmul_precision),
+    "prng": ("jax_default_prng_impl", jax.default_prng_impl),
+    "threefry_partitionable": ("jax_threefry_partitionable", jax.threefry_partitionable),
+}
+"""By their names in `study.json`: the option of `jax.config`, and the context that sets it."""
 
 
-def kind_of(name: str, values: Iterable[Any]) -> str:
-    """Name the one type that the values of an axis have: int, float, bool or str."""
-    kinds = {type(value) for value in values}
-    if name in ("sigma_w", "sigma_b", "learning_rate", "clip_threshold") or kinds == {int, float}:
-        return "float"
-    if len(kinds) > 1:
-        raise TypeError(
-            f"study: values of {name} must have one type, got {', '.join(sorted(k.__name__ for k in kinds))}"
-        )
-    return kinds.pop().__name__
+@contextmanager
+def configured(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Compute under the settings that a study's description holds, in whatever process or thread this is."""
+    with ExitStack() as stack:
+        for name, (_, context) in SETTINGS.items():
+            stack.enter_context(context(settings[name]))
+        yield
 
 
-def function_name(function: Any) -> str:
-    """Name a function, and tell two of one name apart by their source where it is to be had."""
-    if isinstance(function, losses.Loss):
-        return repr(function)
-    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-    try:
-        source = "" if name.startswith("fnn.") else inspect.getsource(function)
-    except (OSError, TypeError):
-        source = ""
-    return f"{name} {hashlib.sha256(source.encode()).hexdigest()[:12]}" if source else name
+def settings() -> dict[str, Any]:
+    """Read JAX's settings that change a study's numbers: they are part of what it is."""
+    return {name: getattr(jax.config, option) for name, (option, _) in SETTINGS.items()}
 
 
 def digest(parts: Iterable[Iterable[Any]]) -> str:
@@ -60,11 +58,14 @@ def session(executor: str | None) -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    packages = ("fnn", "jax", "jaxlib", "optax", "flax", "numpy", "polars")
+    devices = jax.local_devices()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
-        "devices": [f"{device.platform} {device.device_kind}" for device in jax.local_devices()],
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in RECORDED}},
+        "devices": [f"{device.platform} {device.device_kind}" for device in devices],
+        "device_kind": ", ".join(sorted({device.device_kind for device in devices})),
+        **settings(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "commit": _commit(),
         "executor": executor or "this process",
     }

@@ -1,7 +1,8 @@
 """A study's folder: description, finished cells, and the table that they make up.
 
     FOLDER/study.json            what was asked: axes, cells with their runs, recorded steps, data, chunk sizes
-    FOLDER/sessions.json         who worked on it: a list of {started, versions, devices, commit, executor}
+    FOLDER/sessions.json         who worked on it: a list of {started, versions, devices, device_kind, x64, ..., xla_flags,
+                                 commit, executor}
     FOLDER/cells/00000.parquet   one file per finished cell, numbered as in study.json; written to a temporary name
                                  and renamed, so that a file that is there is whole
 
@@ -13,7 +14,9 @@ found before any of it is parsed, named, and left out of the table. A study that
 `study.json` is an object: `format` (3), `axes` ({"static": [...], "traced": [...]}, names in column order), `types`
 (of the axes), `cells` (a list of {"static": {axis: value}, "runs": [{"seed": 0, "sigma_w": 1.0, ...}, ...], "steps":
 recorded, 0 first, "chunk": runs at once}), `steps` (those of all cells), `data` (shapes and a digest), `loss`, `build`,
-`measure`, `quantities`.
+`measure` (functions, by name and a digest of their content), `unpromised` (what in them has no content that can be read:
+such a study is not resumed), `quantities`, `x64`, `matmul_precision`, `prng`, `threefry_partitionable` (JAX's settings
+that change numbers).
 
 The table is tidy and long: a row for each (cell, run, step, layer, path, quantity); nothing is averaged.
 
@@ -58,6 +61,7 @@ from pathlib import Path
 from typing import Any
 
 from fnn import files, sealed, table
+from fnn.identity import canonical
 from fnn.sealed import pack as pack
 
 FORMAT = 3
@@ -261,6 +265,11 @@ def _taken_up(folder: Path, description: dict[str, Any], chosen: bool) -> Result
     if not (folder / "study.json").is_file():
         return None
     results = read(folder)
+    if doubts := description.get("unpromised"):
+        raise ValueError(
+            f"study: cannot promise that {folder} holds this study, for its content cannot be read: {'; '.join(doubts)}; "
+            "pass a function without it, or choose another folder"
+        )
     if differences := difference(results.description, description, chosen):
         raise ValueError(
             f"study: {folder} holds another study: {'; '.join(differences)}; choose another folder, or ask for the "
@@ -270,8 +279,8 @@ def _taken_up(folder: Path, description: dict[str, Any], chosen: bool) -> Result
 
 
 def key(description: dict[str, Any]) -> str:
-    """Give a short name that two descriptions share only if their numbers must be the same."""
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+    """Give a short name that two descriptions share only if their numbers must be the same: 1 and 1.0 are one."""
+    return hashlib.sha256(_text({**description, "types": None}).encode()).hexdigest()[:16]
 
 
 def difference(there: dict[str, Any], here: dict[str, Any], chosen: bool = False) -> list[str]:
@@ -287,25 +296,29 @@ def difference(there: dict[str, Any], here: dict[str, Any], chosen: bool = False
         axes: dict[str, Any] = {}
         for cell in cells:
             for name, value in (*cell["static"].items(), *(pair for run in cell["runs"] for pair in run.items())):
-                axes.setdefault(name, {})[value] = None
+                axes.setdefault(name, {})[_text(value)] = value
         rest = {name: value for name, value in description.items() if name not in ("cells", "axes", "types")}
-        return {name: list(values) for name, values in axes.items()} | rest
+        return {name: list(values.values()) for name, values in axes.items()} | rest
 
     a, b = parts(there), parts(here)
     found = [
         f"{name} is {shown(a.get(name, 'missing'))} there, {shown(b.get(name, 'missing'))} here"
         for name in dict.fromkeys((*a, *b))
-        if a.get(name) != b.get(name)
+        if _text(a.get(name, "missing")) != _text(b.get(name, "missing"))
     ]
 
     def grid(description, chunks):
         return [cell if chunks else {**cell, "chunk": 0} for cell in description["cells"]]
 
-    if not found and grid(there, False) != grid(here, False):
+    if not found and _text(grid(there, False)) != _text(grid(here, False)):
         found.append("the same axes are combined in another way or order")
-    if not found and chosen and grid(there, True) != grid(here, True):
+    if not found and chosen and _text(grid(there, True)) != _text(grid(here, True)):
         found.append(f"chunk is {there['cells'][0]['chunk']} there, {here['cells'][0]['chunk']} here")
     return found
+
+
+def _text(part: Any) -> str:
+    return json.dumps(canonical(part), sort_keys=True)
 
 
 def _content(path: Path, name: str) -> bytes:

@@ -1,6 +1,5 @@
 """Depth studies: a grid of networks in; gradients, activations and training out, beside the theory, in one tidy table."""
 
-import functools
 import inspect
 import os
 import sys
@@ -14,10 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fnn import cell, check, data, losses, results, table
+from fnn import axes, cell, check, losses, results, table
+from fnn.asked import arrays, check_functions, check_options
 from fnn.cell import Cell
 from fnn.grid import Grid, product
-from fnn.provenance import digest, function_name, kind_of, session
+from fnn.identity import identify
+from fnn.provenance import configured, digest, session, settings
+from fnn.spawning import check_spawning
 from fnn.table import TRACED, left_range, summarize
 from fnn.workers import Interrupted, Progress, check_executor, compilation_cache, drive, pool
 
@@ -30,6 +32,8 @@ TRAINING = {
     "seed": 0,
 }
 """Axes that every study has, whatever its `build=`, and their defaults."""
+MOST_EXAMPLES = 2**28
+"""That a run may train on: their order is drawn beforehand, 4 bytes for each."""
 DEFAULT = product(activation=["sigmoid", "tanh", "relu"], norm=["none", "batch_norm"], depth=[4, 16, 64, 128, 256])
 
 __all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range", "summarize"]
@@ -43,6 +47,8 @@ class Task(NamedTuple):
     cell: Cell
     axes: dict[str, str]
     identity: str
+    settings: dict[str, Any]
+    """JAX's, as the study's description holds them."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,13 @@ class Study:
     Measured on the first `batch_size` training examples in train mode, before the first step and after those that
     `steps` or `epochs` ask for; evaluated on all held-out examples. Quantities and columns: `fnn.results`.
 
+    Every axis has one type: whole numbers beside decimals are floats, as are traced axes, unless their argument has an
+    int as default or annotation. Under x64 a study computes in float64, from the same draws and data.
+
     Guarantees: the same study gives the same numbers, bit for bit, on the same machine, devices and kind of executor,
     whatever is interrupted and resumed; a run that diverges ends its own record and changes no other.
-    Errors: ValueError and TypeError, before anything runs, for an empty or unknown axis or value or quantity.
+    Errors: ValueError and TypeError, before anything runs, for an empty or unknown axis or value or quantity, an argument
+    of `build` that is named like a column, more than a million runs, functions that do not return what they should.
     """
 
     grid: Grid = DEFAULT
@@ -70,7 +80,8 @@ class Study:
     steps: int | Sequence[int] | None = None
     """The recorded steps instead, 0 always among them."""
     data: Any = "digits"
-    """A name or path for `data.load`, a pair (x, y), or a pair of such pairs: training and held-out examples."""
+    """A name or path for `data.load`, a pair (x, y), or a pair of such pairs: training and held-out examples. Arrays,
+    frames or lists."""
     build: Callable[..., Any] = cell.mlp
     """Any function from axes (and `classes`, if it asks) to a Layer; traced axes reach it as tracers."""
     loss: Callable[[Any, Any], Any] = losses.cross_entropy
@@ -88,26 +99,39 @@ class Study:
             object.__setattr__(self, "grid", product(**self.grid))
         if not isinstance(self.grid, Grid):
             raise TypeError(f"study: grid must be a Grid or a dict of axes, got {type(self.grid).__name__}")
-        for name in ("quantities", "traced"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else value and tuple(value))
-        _check_options(self)
+        check_options(self)
 
     def cells(self) -> list[Cell]:
         """Lay out the cells in the grid's order, each with its runs, and check every value; chunks are not chosen."""
-        loaded = _load(self.data)
+        return self._laid_out()[0]
+
+    def _laid_out(self) -> tuple[list[Cell], dict[str, str]]:
+        """Return the cells, and the type of every axis."""
+        loaded = arrays(self.data)
         defaults, traced = self._axes()
         if not len(self.grid):
             raise ValueError("study: the grid must hold at least one point, got none; give every axis a value")
         for name in self.grid.axes:
             check.choice("study", defaults, axis=name)
         seeds = {} if "seed" in self.grid.axes else {"seed": self._seeds()}
+        points = [defaults | point for point in self.grid * product(**seeds)]
+        missing = {name: None for point in points for name, v in point.items() if v is inspect.Parameter.empty}
+        if missing:
+            raise ValueError(f"study: build needs {', '.join(missing)}, got no such axis; add it to the grid")
+        hints = axes.hints(self.build) | {"batch_size": int}
+        types = {
+            name: axes.kind_of(name, (point[name] for point in points), hints.get(name), name in traced)
+            for name in defaults
+        }
         found: dict[tuple[Any, ...], tuple[dict[str, Any], list[dict[str, Any]]]] = {}
-        for point in self.grid * product(**seeds):
-            values = defaults | point
-            missing = [name for name, value in values.items() if value is inspect.Parameter.empty]
-            if missing:
-                raise ValueError(f"study: build needs {', '.join(missing)}, got no such axis; add it to the grid")
+        for point in points:
+            # What should be whole and is not (depth 1 beside 2.5) goes to build as it was given, which refuses it or not.
+            values = {
+                name: value
+                if types[name] == "float" and hints.get(name) is int and name not in traced
+                else axes.convert(types[name], value)
+                for name, value in point.items()
+            }
             static = {name: value for name, value in values.items() if name not in traced}
             run = {name: values[name] for name in traced}
             found.setdefault(tuple(static.values()), (static, []))[1].append(run)
@@ -115,24 +139,26 @@ class Study:
         for static, runs in found.values():
             _check_cell(self, static, runs, loaded)
             cells.append(Cell(static, tuple(runs), self._steps(static, loaded[0].size)))
-        _check_quantities(self, cells[0])
-        return cells
+        check_functions(self, self._setup(), cells[0])
+        return cells, {name: types[name] for name in (*cells[0].static, *cells[0].runs[0])}
 
     def describe(self) -> dict[str, Any]:
         """Describe the study as JSON will hold it; chunks are 0 where they are yet to be chosen."""
-        cells = self.cells()
-        names = list(dict.fromkeys((*cells[0].static, *cells[0].runs[0])))
-        values = {n: [c.static[n] if n in c.static else r[n] for c in cells for r in c.runs] for n in names}
-        loaded = _load(self.data)
+        cells, types = self._laid_out()
+        loaded = arrays(self.data)
+        named = {"build": identify(self.build), "loss": identify(self.loss)}
+        measured = {name: identify(function) for name, function in self.measure.items()}
+        doubts = {**named, **{f"measure {name}": found for name, found in measured.items()}}
         return {
             "format": results.FORMAT,
             "axes": {"static": list(cells[0].static), "traced": list(cells[0].runs[0])},
-            "types": {name: kind_of(name, column) for name, column in values.items()},
+            "types": types,
             "steps": sorted({step for c in cells for step in c.steps}),
             "data": [check.describe(part.x) for part in loaded] + [digest(loaded)],
-            "build": function_name(self.build),
-            "loss": function_name(self.loss),
-            "measure": {name: function_name(function) for name, function in self.measure.items()},
+            **{name: found.name for name, found in named.items()},
+            "measure": {name: found.name for name, found in measured.items()},
+            "unpromised": [f"{name} reaches {what}" for name, found in doubts.items() for what in found.doubts],
+            **settings(),
             "quantities": None if self.quantities is None else list(self.quantities),
             "cells": [
                 {"static": c.static, "runs": list(c.runs), "steps": list(c.steps), "chunk": self.chunk or 0}
@@ -156,9 +182,10 @@ class Study:
         running and left on standard error, by default on a terminal only.
 
         Each finished cell is written at once, whole; run again, the study goes on where it was. Errors: those of the
-        study; ValueError for a folder with another study (and how it differs), for a damaged description, a pool of
-        forked processes; OSError for a folder that cannot be written: what is finished stays. A cell's file that is
-        damaged or foreign is set aside, with a warning, and the cell is measured again. Ctrl-C raises
+        study; ValueError for a folder with another study (and how it differs), or with one whose functions reach what has
+        no content to compare, for a damaged description, a pool of forked processes, functions that worker processes cannot
+        import, a script without a guard; OSError for a folder that cannot be written: what is finished stays. A cell's
+        file that is damaged or foreign is set aside, with a warning, and the cell is measured again. Ctrl-C raises
         KeyboardInterrupt when the cells in flight are finished; one that runs here is not waited for. What is raised
         while cells run has `.results`, those that are finished.
         """
@@ -169,15 +196,26 @@ class Study:
         kind = (
             type(executor).__name__ if executor is not None else f"{workers} processes" if (workers or 1) > 1 else None
         )
+        described = self.describe()
+        functions = {"build": self.build, "loss": self.loss} | {f"measure {n}": f for n, f in self.measure.items()}
+        check_spawning(executor, workers or 1 if len(described["cells"]) > 1 else 1, functions)
         show = sys.stderr.isatty() if progress is None else progress
         with (
             compilation_cache(cache),
-            results.opened(folder, self.describe(), self._with_chunks, session(kind), self.chunk is not None) as found,
+            results.opened(folder, described, self._with_chunks, session(kind), self.chunk is not None) as found,
         ):
-            identity, axes = results.key(found.description), found.description["types"]
+            identity, types = results.key(found.description), found.description["types"]
+            config = {name: found.description[name] for name in settings()}
             finished = set(found.finished)
             tasks = [
-                Task(self, number, Cell(c["static"], tuple(c["runs"]), tuple(c["steps"]), c["chunk"]), axes, identity)
+                Task(
+                    self,
+                    number,
+                    Cell(c["static"], tuple(c["runs"]), tuple(c["steps"]), c["chunk"]),
+                    types,
+                    identity,
+                    config,
+                )
                 for number, c in enumerate(found.description["cells"])
                 if number not in finished
             ]
@@ -210,7 +248,7 @@ class Study:
 
     def _axes(self) -> tuple[dict[str, Any], list[str]]:
         """Return the defaults of all axes in column order, and the names of the traced ones."""
-        build = {name: default for name, default in cell.accepts(self.build).items() if name != "classes"}
+        build = axes.arguments(self.build, self.grid.axes)
         own = {name: default for name, default in build.items() if default is not inspect.Parameter.empty}
         defaults = build | TRAINING | own
         if unknown := [name for name in self.traced if name not in build]:
@@ -218,15 +256,22 @@ class Study:
         traced = [name for name in ("seed", *defaults) if name in (*TRACED, *self.traced) and name in defaults]
         return defaults, list(dict.fromkeys(traced))
 
-    def _seeds(self) -> list[int]:
-        return list(range(self.seeds)) if isinstance(self.seeds, int) else list(self.seeds)
+    def _seeds(self) -> Sequence[int]:
+        return range(self.seeds) if isinstance(self.seeds, int) else self.seeds
 
     def _steps(self, static: Mapping[str, Any], examples: int) -> tuple[int, ...]:
+        size = int(static["batch_size"])
         if self.steps is None:
-            per_epoch = examples // int(static["batch_size"])
-            return tuple(epoch * per_epoch for epoch in range(self.epochs + 1))
-        steps = [self.steps] if isinstance(self.steps, int) else self.steps
-        return tuple(sorted({0, *steps}))
+            per_epoch = examples // size
+            steps = range(0, (self.epochs + 1) * per_epoch, per_epoch)
+        else:
+            steps = sorted({0, *([self.steps] if isinstance(self.steps, int) else self.steps)})
+        if steps[-1] * size > MOST_EXAMPLES:
+            raise ValueError(
+                f"study: steps times batch_size must be at most {MOST_EXAMPLES:,}, got {steps[-1]:,} times {size}; choose "
+                "fewer steps"
+            )
+        return tuple(steps)
 
     def _with_chunks(self, description: dict[str, Any]) -> dict[str, Any]:
         """Choose the chunks that are yet to be chosen."""
@@ -237,15 +282,16 @@ class Study:
         return {**description, "cells": cells}
 
     def _setup(self) -> cell.Setup:
-        return cell.Setup(self.build, self.loss, dict(self.measure), *_load(self.data))
+        return cell.Setup(self.build, self.loss, dict(self.measure), *map(cell.widened, arrays(self.data)))
 
 
 def work(task: Task) -> tuple[bytes, dict[str, float]]:
     """Measure a cell, in whatever process this is: the bytes of its Parquet file, and the seconds that it took."""
     study = task.study
     try:
-        setup = study._setup()
-        measured = cell.measure(setup, task.cell)
+        with configured(task.settings):
+            setup = study._setup()
+            measured = cell.measure(setup, task.cell)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -265,28 +311,6 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
     return results.pack(frame, note), measured.seconds
 
 
-def _check_options(study: Study) -> None:
-    if isinstance(study.seeds, int):
-        check.positive("study", seeds=study.seeds)
-    check.non_negative("study", epochs=study.epochs)
-    steps = [study.steps] if isinstance(study.steps, int) else study.steps or []
-    for step in steps:
-        check.non_negative("study", steps=step)
-    if study.chunk is not None:
-        check.positive("study", chunk=study.chunk)
-    if taken := [name for name in study.measure if name in table.QUANTITIES]:
-        raise ValueError(f"study: a measurement needs a name of its own, got {taken[0]!r}; choose another")
-
-
-def _check_quantities(study: Study, first: Cell) -> None:
-    known = {*table.QUANTITIES, *study.measure}
-    if study.quantities and not known.issuperset(study.quantities):  # the net may have parameters of other names
-        names = cell.parameter_names(study._setup(), first)
-        known |= {pattern.format(name) for name in names for pattern in ("log_{}", "log_{}_rms")}
-        for quantity in study.quantities:
-            check.choice("study", sorted(known), quantity=quantity)
-
-
 def _check_cell(study: Study, static: dict[str, Any], runs: Sequence[dict[str, Any]], loaded: Any) -> None:
     train = loaded[0]
     check.positive("study", batch_size=static["batch_size"])
@@ -297,34 +321,11 @@ def _check_cell(study: Study, static: dict[str, Any], runs: Sequence[dict[str, A
         check.non_negative("study", seed=run["seed"])
         check.above_zero("study", learning_rate=run["learning_rate"], clip_threshold=run["clip_threshold"])
         for name in ("sigma_w", "sigma_b"):
-            if name in run and not (isinstance(run[name], int | float) and 0 <= run[name] < np.inf):
+            if name in run and not 0 <= run[name] < np.inf:
                 raise ValueError(f"study: {name} must be finite and at least 0, got {run[name]!r}")
     setup = cell.Setup(study.build, study.loss, {}, *loaded)
     cell.network(setup, static, runs[0])
     cell.optimizer(static, runs[0])
-
-
-@functools.lru_cache(maxsize=4)
-def _named(name: str) -> tuple[data.Dataset, data.Dataset]:
-    return data.load(name, key=jax.random.key(0))
-
-
-def _load(source: Any) -> tuple[data.Dataset, data.Dataset]:
-    """Return training and held-out examples; a lone pair (x, y) is both."""
-    if isinstance(source, str | os.PathLike):
-        parts = _named(os.fspath(source))
-    else:
-        try:
-            first, second = source
-            parts = (source, source) if hasattr(first, "shape") else (first, second)
-            parts = tuple(data.Dataset(*pair) for pair in parts)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"study: data must be a name, a pair (x, y), or ((x, y), (x, y)), got {type(source).__name__}"
-            ) from None
-    for part in parts:
-        data.check_dataset("study", *part)
-    return parts[0], parts[1]
 
 
 def _name(description: dict[str, Any], number: int) -> str:

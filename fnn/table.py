@@ -9,12 +9,15 @@ import numpy as np
 
 from fnn import cell, flow, meanfield, tree
 from fnn.activations import TABLE
+from fnn.axes import apart
 
 TRACED = ("seed", "sigma_w", "sigma_b", "learning_rate", "clip_threshold")
 """Axes that do not change a program."""
 _TRACES = {"loss": "train_loss", "accuracy": "train_accuracy"}
 MOST_TRACED = 256
 FORWARD = ("mean", "second_moment", "peak", "dead", "saturated")
+SUMMARY = ("first", "last", "steps", "slope", "slope_low", "slope_high", "predicted_slope")
+NUMBERS = ("value", "predicted", "low", "high")
 QUANTITIES = (
     *("log_error", "log_kernel", "log_kernel_rms", "log_bias", "log_bias_rms", "log_scale", "log_scale_rms"),
     *(*FORWARD, "update_ratio", "cosine"),
@@ -28,7 +31,7 @@ def schema(axes: Mapping[str, str]) -> dict[str, Any]:
 
     types = {"int": pl.Int32, "float": pl.Float64, "bool": pl.Boolean, "str": pl.String}
     place = {"step": pl.Int32, "layer": pl.Int32, "path": pl.String, "quantity": pl.String}
-    numbers = dict.fromkeys(("value", "predicted", "low", "high"), pl.Float64)
+    numbers = dict.fromkeys(NUMBERS, pl.Float64)
     columns = {name: types[kind] for name, kind in axes.items()}
     return {"cell": pl.Int32, **columns, **place, **numbers, "outside": pl.Boolean}
 
@@ -64,10 +67,19 @@ def build(
     labels, values = [labels[i] for i in keep], values[..., keep]
     layers, paths, names = (list(part) for part in zip(*labels, strict=True)) if labels else ([], [], [])
     predicted = (
-        _predictions(task, labels, values, inputs) if inputs is not None else np.full((3, *values.shape), np.nan)
+        _predictions(task, labels, values, inputs, np.isfinite(measured.probe[:, 0]))
+        if inputs is not None
+        else np.full((3, *values.shape), np.nan)
     )
     predicted[:, :, 1:] = np.nan  # theory speaks of the initialisation
-    places = pl.DataFrame({"layer": layers, "path": paths, "quantity": names}).cast({"layer": pl.Int32})
+    columns = schema(axes)
+    # Each frame has the columns of every other, with their types, whatever its numbers are and however few.
+    kept = [name for name in columns if name in ("step", "layer", "path", "quantity", *NUMBERS)]
+    form = {name: columns[name] for name in kept}
+    places = pl.DataFrame(
+        {"layer": layers, "path": paths, "quantity": names},
+        schema={name: form[name] for name in ("layer", "path", "quantity")},
+    )
     # The first record has no gradient before it, and a zero weight no ratio: no row, rather than a NaN.
     cosine = np.isin(names, ["cosine"])
     ratio = np.isin(names, ["update_ratio"])
@@ -80,23 +92,21 @@ def build(
                 continue
             row = values[r, k]
             missing = (ratio | cosine) & np.isnan(row) | (cosine & (k == 0))
-            frame = places.with_columns(pl.lit(step).alias("step"), pl.Series("value", row))
-            marks = zip(("predicted", "low", "high"), predicted[:, r, k], strict=True)
-            frame = frame.with_columns(pl.Series(name, mark, nan_to_null=True) for name, mark in marks)
+            frame = places.with_columns(pl.lit(step, pl.Int32).alias("step"), pl.Series("value", row))
+            marks = zip(NUMBERS[1:], predicted[:, r, k], strict=True)
+            frame = frame.with_columns(pl.Series(name, mark, pl.Float64, nan_to_null=True) for name, mark in marks)
             parts.append(frame.filter(pl.Series(~missing)) if missing.any() else frame)
-        parts.append(_traces(measured, r, ends[r], diverged[r], quantities))
-        frame = pl.concat(parts, how="diagonal_relaxed")
-        frames.append(frame.with_columns(pl.lit(value).alias(name) for name, value in run.items()))
-    table = pl.concat(frames, how="vertical_relaxed")
-    table = table.with_columns(
-        *(pl.lit(value).alias(name) for name, value in task.static.items()),
-        pl.lit(number).alias("cell"),
+        parts.append(pl.DataFrame(_traces(measured, r, ends[r], diverged[r], quantities), schema=form, orient="row"))
+        frame = pl.concat(part.select(kept) for part in parts)
+        frames.append(frame.with_columns(pl.lit(value, columns[name]).alias(name) for name, value in run.items()))
+    table = pl.concat(frames).with_columns(
+        *(pl.lit(value, columns[name]).alias(name) for name, value in task.static.items()),
+        pl.lit(number, pl.Int32).alias("cell"),
         pl.when(pl.col("value").is_not_nan())
         .then((pl.col("value") < pl.col("low")) | (pl.col("value") > pl.col("high")))
         .alias("outside"),
     )
-    columns = schema(axes)
-    return table.select(list(columns)).cast(columns)
+    return table.select(list(columns))
 
 
 def left_range(frame: Any) -> str | None:
@@ -128,13 +138,15 @@ def summarize(frame: Any) -> Any:
     """
     import polars as pl
 
+    place = frame.columns.index("step")
+    frame, _ = apart(frame, frame.columns[1:place], SUMMARY)
+    traced = [name for name in frame.columns[1:place] if name in TRACED]
+    static = [name for name in frame.columns[1:place] if name not in TRACED]
+
     errors = frame.filter(
         (pl.col("quantity") == "log_error") & pl.col("path").str.ends_with("preactivation") & (pl.col("step") == 0)
     )
     hidden = errors.filter(pl.col("layer") <= pl.col("depth") + 1)
-    place = frame.columns.index("step")
-    traced = [name for name in frame.columns[1:place] if name in TRACED]
-    static = [name for name in frame.columns[1:place] if name not in TRACED]
 
     def end(column, layer):
         return pl.col(column).filter(pl.col("layer") == layer).first()
@@ -170,23 +182,20 @@ def _ends(measured: cell.Measured, steps: Sequence[int]) -> tuple[list[int], lis
     return ends, diverged
 
 
-def _traces(measured: cell.Measured, r: int, end: int, diverged: bool, quantities: Sequence[str] | None) -> Any:
-    import polars as pl
-
-    rows: list[tuple[int, str, float]] = []
+def _traces(
+    measured: cell.Measured, r: int, end: int, diverged: bool, quantities: Sequence[str] | None
+) -> list[tuple[Any, ...]]:
+    """List the rows of a whole run: step, layer, path, quantity, value, and no prediction."""
+    rows: list[tuple[Any, ...]] = []
     for name, trace in measured.traces.items():
         quantity = _TRACES.get(name, name)
         if quantities is None or quantity in quantities:
             shown = np.unique(np.linspace(0, len(trace[r]) - 1, min(MOST_TRACED, len(trace[r]))).round().astype(int))
-            rows += [(int(t), quantity, float(trace[r][t])) for t in shown if t < end or (t == end and not diverged)]
+            times = (int(t) for t in shown if t < end or (t == end and not diverged))
+            rows += [(t, 0, "", quantity, float(trace[r][t]), None, None, None) for t in times]
     if quantities is None or "diverged" in quantities:
-        rows.append((end, "diverged", float(diverged)))
-    step, quantity, value = (list(part) for part in zip(*rows, strict=True)) if rows else ([], [], [])
-    frame = pl.DataFrame(
-        {"step": step, "quantity": quantity, "value": value},
-        schema={"step": pl.Int32, "quantity": pl.String, "value": pl.Float64},
-    )
-    return frame.with_columns(pl.lit(0).cast(pl.Int32).alias("layer"), pl.lit("").alias("path"))
+        rows.append((end, 0, "", "diverged", float(diverged), None, None, None))
+    return rows
 
 
 def _extra_labels(extra: dict[str, Any], layers: dict[str, int]) -> list[tuple[tuple[int, str, str], np.ndarray]]:
@@ -209,12 +218,12 @@ def _extra_labels(extra: dict[str, Any], layers: dict[str, int]) -> list[tuple[t
 
 
 def _predictions(
-    task: cell.Cell, labels: Sequence[tuple[int, str, str]], values: np.ndarray, inputs: np.ndarray
+    task: cell.Cell, labels: Sequence[tuple[int, str, str]], values: np.ndarray, inputs: np.ndarray, good: Any
 ) -> np.ndarray:
     """Predict log_error of the hidden layers of every run: float64[3, runs, records, labels], nan where not known.
 
     The three are the typical curve and the band of 19 seeds in 20, each through the run's own measured error signal at
-    the last hidden layer: theory says how it changes from layer to layer.
+    the last hidden layer: theory says how it changes from layer to layer. Runs that are not `good` have no say in it.
     """
     hidden = int(task.static.get("depth", 0)) + 1
     found = {
@@ -230,8 +239,13 @@ def _predictions(
     for r, run in enumerate(task.runs):
         groups.setdefault((run.get("sigma_w", 1.0), run.get("sigma_b", 0.0)), []).append(r)
     for sigmas, members in groups.items():
+        members = [r for r in members if good[r]]
         moment = found.get(("second_moment", 1))
-        q0 = None if moment is None else float(np.median(values[members, 0, moment]))
+        squares = np.ones(len(members)) if moment is None else values[members, 0, moment]
+        squares = squares[np.isfinite(squares)]
+        if not squares.size:
+            continue
+        q0 = None if moment is None else float(np.median(squares))
         curves = _curves(task.static, hidden, *sigmas, q0, inputs)
         if curves is not None:
             anchors = values[members, 0, index[-1]]

@@ -122,11 +122,12 @@ def train_step(
 ) -> TrainStep:
     """Compile `(state, batch) -> (state, metrics)`: gradient of the mean loss, clipping and update through optax.
 
-    `batch` is a pair (x, y); `loss(outputs, y) -> float[batch]`. Metrics, float32[]: `loss`; `accuracy` where the loss
-    has one; `grad_norm`, the global norm before clipping, and with a clip of `fnn.clip` in the optimiser
-    `grad_norm_clipped`, `clip_fraction` (share of numbers, units or blocks; 0 or 1 for the global norm) and
-    `clip_removed` = 1 - after/before (0 for a zero gradient), NaN in a step that the optimiser skips or only accumulates
-    (`MultiSteps`, `apply_if_finite`); several clips are reported as one (`clip.summary`). `update_ratio` = |update|/|params|. With `per_layer=True` also
+    `batch` is a pair (x, y); `loss(outputs, y) -> float[batch]`. Metrics, float32[] (float64 where the net computes in
+    it): `loss`; `accuracy` where the loss has one; `grad_norm`, the global norm before clipping, and with a clip of
+    `fnn.clip` in the optimiser `grad_norm_clipped`, `clip_fraction` (share of numbers, units or blocks; 0 or 1 for the
+    global norm) and `clip_removed` = 1 - after/before (0 for a zero gradient), NaN in a step that the optimiser skips or
+    only accumulates (`MultiSteps`, `apply_if_finite`); several clips are reported as one (`clip.summary`).
+    `update_ratio` = |update|/|params|. With `per_layer=True` also
     `grad_norms`, a tree like params (float[depth] below `repeat`) and, if the net has taps, `taps`: the new state and
     the gradient with respect to the old one, for `fnn.taps.read`. `metrics` names those to keep (`loss` always is):
     what is left out is not computed, and a few per cent of a step are spent on `update_ratio` and `accuracy`.
@@ -195,7 +196,8 @@ def train_step(
                 "clip_fraction": report.fraction,
                 "clip_removed": jnp.where(report.before == 0, 0, removed),
             }
-        values = {name: v.astype(jnp.float32) for name, v in values.items() if name == "loss" or name in metrics}
+        kept = {name: v for name, v in values.items() if name == "loss" or name in metrics}
+        values = {name: v.astype(tree.statistics_dtype(v.dtype)) for name, v in kept.items()}
         values |= of_examples
         if per_layer:
             values |= {"grad_norms": tree.norms(grads)} | ({"taps": (net_state, news)} if tapped else {})

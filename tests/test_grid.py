@@ -1,7 +1,10 @@
 """Grids: product, zip and chain from Python, from a command line's words, and from a TOML file."""
 
+import itertools
 import pickle
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fnn import grid
@@ -19,6 +22,13 @@ def test_product_zip_and_chain_are_what_itertools_would_give():
     assert pickle.loads(pickle.dumps(times)) == times and hash(times) == hash(
         zipped * grid.product(norm=["none", "batch_norm"])
     )
+
+
+def test_equal_numbers_are_one_point_and_true_is_another():
+    assert list(grid.product(gain=[1, 1.0, np.float32(1), True])) == [{"gain": 1}, {"gain": True}]
+    assert grid.product(gain=1) == grid.product(gain=1.0) != grid.product(gain=True)
+    assert list(grid.product(depth=np.int64(4), gain=jnp.float32(0.5))) == [{"depth": 4, "gain": 0.5}]
+    assert [p["depth"] for p in grid.product(depth=np.array([4, 16]))] == [4, 16]
 
 
 def test_span_reads_lists_ranges_and_words():
@@ -57,6 +67,27 @@ def test_toml_chains_tables_and_zips_axes(tmp_path):
         (lambda tmp: grid.from_toml(tmp / "none.toml"), FileNotFoundError, "must exist"),
         (lambda tmp: grid.from_toml(_written(tmp, "seeds = = 3")), ValueError, "must be TOML"),
         (lambda tmp: grid.from_toml(_written(tmp, "grid = 3")), ValueError, r"\[\[grid\]\] tables"),
+        (lambda tmp: grid.from_toml(_written(tmp, "a = " + 100_000 * "[")), ValueError, "must be TOML"),
+        (lambda tmp: grid.from_toml(_written(tmp, "[grid]\nzip = [['a']]\na = 1")), TypeError, "zip must name axes"),
+        (lambda _: grid.product(depth={"a": 1}), TypeError, "must be a string, number or bool, got dict"),
+        # More than memory holds: refused from the counts.
+        (lambda _: grid.span("0:1:1000000000"), ValueError, "'0:1:1000000000' must have at most 1,000,000 values"),
+        (lambda _: grid.span(f"0:1:{10**200}"), ValueError, "at most 1,000,000 values, got far more"),
+        (lambda _: grid.span("0:1:900000,0:1:900000"), ValueError, "an axis must have at most 1,000,000 values"),
+        (lambda _: grid.product(depth=range(10**9)), ValueError, "depth must have at most 1,000,000 values"),
+        (lambda _: grid.product(depth=itertools.count()), ValueError, "depth must have at most 1,000,000 values"),
+        (lambda _: grid.zip(depth=range(10**9), width=range(10**9)), ValueError, "depth must have at most"),
+        (
+            lambda _: grid.product(**{f"a{i}": range(1000) for i in range(3)}),
+            ValueError,
+            "at most 1,000,000 points, got 1,000,000,000",
+        ),
+        (lambda _: grid.product(a=range(2000)) * grid.product(b=range(2000)), ValueError, "points, got 4,000,000"),
+        (
+            lambda tmp: grid.from_toml(_written(tmp, "[[grid]]\n" + "".join(f"a{i} = '0:1:1000'\n" for i in range(3)))),
+            ValueError,
+            "points, got 1,000,000,000",
+        ),
     ],
 )
 def test_bad_grids_are_refused_with_a_sentence(make, error, sentence, tmp_path):

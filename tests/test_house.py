@@ -14,9 +14,9 @@ import fnn
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"check", "files", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
-    {"core", "losses", "gaussian", "products", "alike", "sealed"},
-    {"inputs", "dataset", "lift"},
+    {"check", "files", "tree", "grid", "activations", "initializers", "_jaxpr", "factors", "spawning"},
+    {"core", "losses", "gaussian", "products", "alike", "sealed", "axes"},
+    {"inputs", "dataset", "lift", "identity"},
     {"memory", "layers"},
     {
         *("norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic"),
@@ -28,7 +28,7 @@ FLOORS = [
     {"fitting"},
     {"cell", "workers", "provenance"},
     {"table"},
-    {"results"},
+    {"results", "asked"},
     {"study", "plot", "digest", "recipes", "compare"},
     {"figures"},
     {"report"},

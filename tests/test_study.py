@@ -41,10 +41,10 @@ def measured():
 
 def plain_run(described, static, seed, rate):
     """Train one run by a Python loop of `train_step`, measuring with `gradient_flow` and `evaluate`."""
-    train, test = study._load(described.data)
+    setup = described._setup()
+    train, test = setup.train, setup.test
     run = {"seed": seed, "sigma_w": 1.0, "sigma_b": 0.0, "learning_rate": rate, "clip_threshold": 1.0}
     task = cell.Cell(static, (run,), STEPS)
-    setup = described._setup()
     net = cell.network(setup, static, run)
     params, state = net.init(jax.random.key(2 * seed), train.x[:16])
     optimizer = optax.chain(fnn.clip.by_global_norm(1.0), optax.sgd(rate, momentum=0.9))

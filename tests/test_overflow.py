@@ -1,0 +1,114 @@
+"""Runs that leave float32 at initialisation or in training: recorded as diverged, and no neighbour and no file is harmed."""
+
+import jax.numpy as jnp
+import polars as pl
+import pytest
+
+import fnn
+from fnn import results, study
+
+# One worker: the tests share the compilations.
+pytestmark = pytest.mark.xdist_group("overflow")
+
+
+def linear(**options):
+    """Thirty linear layers: at sigma_w = 16 two of four seeds overflow, at 1 none, at 1e3 all."""
+    axes = {"depth": 30, "width": 4, "norm": "none", "activation": "identity", "batch_size": 8}
+    axes |= {"sigma_w": options.pop("sigma_w", [1.0, 16.0])}
+    return study.Study(fnn.grid.product(**axes), **({"seeds": 4, "steps": 0, "data": "clusters", "chunk": 1} | options))
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    return linear().run().table()
+
+
+def ends(table):
+    rows = table.filter(pl.col("quantity") == "diverged").sort("sigma_w", "seed")
+    return list(zip(rows["step"], rows["value"], strict=True))
+
+
+def test_a_run_that_overflows_at_initialisation_is_diverged_at_step_0(mixed):
+    assert ends(mixed) == [(0, 0.0)] * 4 + [(0, 0.0), (0, 0.0), (0, 1.0), (0, 1.0)]
+    lost = mixed.filter((pl.col("sigma_w") == 16) & pl.col("seed").is_in([2, 3]))
+    assert lost["quantity"].to_list() == ["diverged"] * 2
+    assert study.summarize(mixed).height == 1
+
+
+@pytest.mark.parametrize("others", [{"sigma_w": [1.0]}, {"sigma_w": [16.0], "seeds": [0, 1]}])
+def test_its_neighbours_are_those_of_a_study_without_it(mixed, others):
+    """Bit for bit, predictions too: theory starts from what the finite seeds measure."""
+    alone = linear(**others).run().table()
+    mine = mixed.filter(
+        pl.col("sigma_w").is_in(others["sigma_w"]) & pl.col("seed").is_in(others.get("seeds", [0, 1, 2, 3]))
+    )
+    assert alone["predicted"].drop_nulls().len() and alone.equals(mine)
+
+
+def test_its_neighbours_in_one_vmap_are_the_same_bits_whatever_it_does():
+    tables = [linear(sigma_w=[1.0, other], chunk=8).run().table() for other in (16.0, 1.5)]
+    assert tables[0].filter(pl.col("sigma_w") == 1).equals(tables[1].filter(pl.col("sigma_w") == 1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sigma_w": [1e3]},  # all overflow
+        {"sigma_w": [1e3], "quantities": ["log_error"]},  # and leave no row at all
+        {"quantities": ["log_error"]},  # some runs leave no row
+        {"quantities": ["loss", "diverged"]},
+        {"sigma_w": [1e3], "measure": {"one": lambda params, state, batch: 1}},
+    ],
+)
+def test_the_schema_of_a_cell_does_not_depend_on_its_numbers(mixed, options, tmp_path):
+    found = linear(**options).run(tmp_path)
+    table = found.table()
+    assert table.schema == mixed.schema
+    kept = options.get("quantities") or table["quantity"].unique().to_list()
+    assert set(table["quantity"]) <= set(kept)
+    if options.get("sigma_w") == [1e3]:
+        assert table.height == (0 if options.get("quantities") else 4)
+    # The folder takes up such a cell, and measures it again where it is lost.
+    (tmp_path / "cells" / "00000.parquet").unlink()
+    assert linear(**options).run(tmp_path).table().equals(table)
+    assert linear(**options).run(tmp_path).table().equals(results.read(tmp_path).table())
+
+
+def late(width=4, bound=0.0, classes=2):
+    """A net whose loss is infinite from the step on at which a weight, which grows by one a step, exceeds `bound`."""
+
+    def init(key, spec):
+        return {"count": jnp.zeros(())}, ()
+
+    def apply(params, state, x, *, key=None, train=False, axis_name=None):
+        count = params["count"] + 0 * x
+        return jnp.where(params["count"] > bound, jnp.inf, 1.0) * jnp.concatenate([count, -count], axis=-1)[
+            :, :2
+        ], state
+
+    return fnn.Layer(init, apply)
+
+
+def falling(outputs, labels):
+    return -jnp.sum(outputs, axis=-1) if outputs.ndim == 1 else -outputs[:, 0]
+
+
+def test_runs_that_overflow_at_different_steps_end_each_at_its_own():
+    axes = {"bound": [-1.0, 0.5, 1.5, 9.0], "optimizer": "sgd", "learning_rate": 1.0, "clip": "none", "batch_size": 8}
+    described = study.Study(
+        fnn.grid.product(**axes),
+        seeds=1,
+        steps=[0, 1, 2, 3],
+        data="clusters",
+        build=late,
+        loss=falling,
+        traced=["bound"],
+    )
+    table = described.run().table()
+    rows = table.filter(pl.col("quantity") == "diverged").sort("bound")
+    # Below zero the count of 0 times inf is NaN at once: a loss that is NaN at initialisation.
+    assert rows["value"].to_list() == [1, 1, 1, 0] and rows["step"].to_list() == [0, 1, 2, 3]
+    for bound, end in zip(rows["bound"], rows["step"], strict=True):
+        steps = table.filter((pl.col("bound") == bound) & (pl.col("quantity") == "loss"))["step"].to_list()
+        assert steps == list(range(end + (bound == 9))), bound
+    assert table.filter((pl.col("bound") == 9) & (pl.col("quantity") == "loss"))["value"].to_list() == [0, -1, -2, -3]
