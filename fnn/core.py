@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import check
+from fnn.masks import cleared
 from fnn.tree import UNNAMED, Stacked
 
 
@@ -158,7 +159,7 @@ def residual(layer: Layer, *, scale: float = 1.0, of: str | None = None) -> Laye
         x_of = own(x)
         y, inner = layer.apply(params, state.inner, x, key=key, train=train, axis_name=axis_name)
         _same_shape("residual: the branch", x_of, y)
-        y = jax.tree.map(plus, x_of, y)
+        y = jax.tree.map(plus, cleared(x_of), y)
         return y if of is None else {**x, of: y}, Branch(inner)
 
     return Layer(init, apply)

@@ -14,6 +14,7 @@ import numpy as np
 
 from fnn import losses, taps, tree
 from fnn.core import Layer, as_arrays, output_shape
+from fnn.precision import compute_in
 from fnn.taps import Row, TapState
 from fnn.tree import Stacked
 
@@ -79,17 +80,19 @@ def gradient_flow(
     loss: Callable[[Any, Any], Any] = losses.cross_entropy,
     train: bool = True,
     key: Any = None,
+    compute_dtype: Any = None,
 ) -> GradientFlow:
     """Measure log |dL/dh| at every tap and log |dL/dW| of every parameter, L being the mean loss of a batch.
 
     `state` is a `TrainState` or a pair (params, state). With `train=True` (what training sees) batch norm uses the
-    batch's statistics and dropout needs a key. The cotangent is rescaled at every tap of the trunk, so that norms of
+    batch's statistics and dropout needs a key; `compute_dtype` is that of `train_step`. The cotangent is rescaled at every tap of the trunk, so that norms of
     1e-10000 come out as finite logs in float32; put a tap into every block (`models.mlp(..., taps=True)`). A zero
     gradient reports -inf, a non-finite one NaN or inf.
 
     Errors: ValueError if no tap lies on the trunk, or if a tap is passed more than once (a weight is used on both sides
     of it), where one scale cannot be undone.
     """
+    net = compute_in(net, compute_dtype)
     params, net_state = (state.params, state.state) if hasattr(state, "params") else state
     x, y = batch
     x = as_arrays(x)

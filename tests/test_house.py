@@ -14,9 +14,9 @@ import fnn
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"check", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
+    {"check", "tree", "masks", "grid", "activations", "initializers", "_jaxpr", "factors"},
     {"core", "losses", "gaussian", "products"},
-    {"inputs", "dataset"},
+    {"inputs", "dataset", "precision"},
     {"memory", "layers"},
     {
         *("norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic"),

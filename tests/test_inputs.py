@@ -52,15 +52,25 @@ def test_concatenate_and_add_by_hand():
     mask = jnp.array([[True, False]])
     wide = fnn.Masked(a[..., None], mask)
     y, _ = fnn.concatenate().apply((), (), (wide, wide))
-    np.testing.assert_array_equal(y.values, [[[1, 1], [2, 2]]])
+    np.testing.assert_array_equal(y.values, [[[1, 1], [0, 0]]])
     np.testing.assert_array_equal(y.mask, mask)
 
 
-def test_last_takes_the_last_real_position():
+def test_last_first_and_ends_take_real_positions():
     x = jnp.arange(12.0).reshape(3, 4, 1)
     mask = jnp.array([[True, True, False, False], [False, True, False, True], [False] * 4])
-    np.testing.assert_array_equal(fnn.last().apply((), (), fnn.Masked(x, mask))[0], [[1], [7], [8]])
+    masked, both = fnn.Masked(x, mask), jnp.concatenate([x, x + 100, x + 200], axis=-1)
+    np.testing.assert_array_equal(fnn.last().apply((), (), masked)[0], [[1], [7], [0]])
+    np.testing.assert_array_equal(fnn.first().apply((), (), masked)[0], [[0], [5], [0]])
     np.testing.assert_array_equal(fnn.last().apply((), (), x)[0], x[:, -1])
+    np.testing.assert_array_equal(fnn.first().apply((), (), x)[0], x[:, 0])
+    read, _ = fnn.ends(2).apply((), (), fnn.Masked(both, mask))
+    np.testing.assert_array_equal(read, [[1, 101, 200], [7, 107, 205], [0, 0, 0]])
+    np.testing.assert_array_equal(fnn.ends(1).apply((), (), both)[0][:, 1:], both[:, 0, 1:])
+    np.testing.assert_array_equal(fnn.ends().apply((), (), both[..., 1:])[0], both[:, [-1, 0], [1, 2]])
+    for layer, got in ((fnn.ends(), "forward=None"), (fnn.ends(3), "forward=3")):
+        with pytest.raises(ValueError, match=rf"ends: needs an even number of units.*float32\[3,4,3\] and {got}"):
+            layer.apply((), (), both)
 
 
 def test_trees_of_inputs_train_evaluate_and_report():
