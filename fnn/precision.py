@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn import check, tree
+from fnn import tree
 from fnn.core import Layer, as_arrays
 
 
