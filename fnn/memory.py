@@ -170,7 +170,8 @@ def _generate(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, 
     def read(memory, piece, mask):
         """Give (the likeliest token behind the last real position of a piece, its place, memory)."""
         logits, memory = net.apply(params, memory, piece)
-        logits, last = logits.values if isinstance(logits, Masked) else logits, _last(memory, mask, logits.shape[:2])
+        logits = logits.values if isinstance(logits, Masked) else logits
+        last = _last(memory, mask, logits.shape[:2])
         row = jnp.take_along_axis(logits, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
         return jnp.argmax(row, axis=-1).astype(jnp.int32), last, memory
 

@@ -151,6 +151,51 @@ def test_generate_with_a_recurrent_net():
     np.testing.assert_array_equal(ours, recomputed(jax.jit(net.apply), params, state, tokens, jnp.array([3, 3]), 4))
 
 
+def decoders():
+    """Nets that make the mask themselves, of token 0: inside `tied`, and before layers of either kind."""
+    return {
+        "tied": fnn.models.transformer(11, 2, D, HEADS, padding=0),
+        "learned_scanned": fnn.models.transformer(
+            11, 2, D, HEADS, padding=0, positions="learned", longest=13, unroll=1, norm_position="post"
+        ),
+        "recurrent": fnn.models.rnn(2, D, 11, cell="gru", vocabulary=11, padding=0, every_step=True),
+        "masked_logits": fnn.serial(fnn.embed(11, D, padding=0), fnn.repeat(fnn.lstm(D), 2), fnn.dense(11)),
+    }
+
+
+@pytest.mark.parametrize("name", decoders())
+def test_generate_continues_behind_the_last_real_token_wherever_padding_stands(name):
+    net = decoders()[name]
+    tokens = np.random.default_rng(0).integers(1, 11, size=(BATCH, TIME))
+    params, state = net.init(KEY, jnp.asarray(tokens))
+    params = randomized(params)
+    lengths, rows = np.array([6, 2, 2]), [tokens[:1], tokens[1:, :2]]
+    alone = np.concatenate([fnn.generate(net, params, state, jnp.asarray(row), 4) for row in rows])
+    assert len(set(map(tuple, alone))) > 1
+    right, left, holes = (np.zeros((BATCH, 9), int) for _ in range(3))
+    for i, n in enumerate(lengths):
+        right[i, :n] = left[i, 9 - n :] = tokens[i, :n]
+        holes[i, np.sort(np.random.default_rng(i).permutation(9)[:n])] = tokens[i, :n]
+    every = fnn.generate(net, params, state, np.concatenate([right, left, holes]), 4)
+    np.testing.assert_array_equal(every, np.concatenate([alone] * 3))
+    noise = fnn.Masked(np.where(holes == 0, 7, holes), holes != 0)  # the prompt's mask is heard too
+    np.testing.assert_array_equal(fnn.generate(net, params, state, noise, 4), alone)
+    with pytest.raises(ValueError, match="each example of the prompt needs a real token, got none in example 3"):
+        fnn.generate(net, params, state, np.concatenate([right, left * 0, holes]), 4)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_net_that_predicts_padding_goes_on_with_padding(padding):
+    """The last real token stays the same, and so does what follows it."""
+    net, other = fnn.serial(fnn.embed(5, 2, padding=padding), fnn.rnn(1), fnn.unmasked(), fnn.dense(5)), 1
+    prompt = jnp.array([[1, 2, padding], [4, 1, 2]])
+    params, state = net.init(KEY, prompt)
+    recurrent = jax.tree.map(jnp.zeros_like, params[1]) | {"bias": jnp.array([5.0])}  # 1 where real, 0 at padding
+    head = {"kernel": 9 * jnp.eye(5)[None, padding], "bias": jnp.eye(5)[other]}
+    ours = fnn.generate(net, (params[0], recurrent, (), head), state, prompt, 3)
+    np.testing.assert_array_equal(ours, np.full((2, 3), padding))
+
+
 def recomputed(apply, params, state, prompt, lengths, steps):
     """Decode without a memory: the whole sequence anew for every token."""
     tokens, answers = jnp.pad(prompt, ((0, 0), (0, steps))), []
