@@ -86,8 +86,8 @@ def as_int32(a: Any) -> Any:
     lowest, highest = np.iinfo(np.int32).min, np.iinfo(np.int32).max
     info = jnp.iinfo(a.dtype)
     if info.min < lowest or info.max > highest:
-        xp = np if isinstance(a, np.ndarray | np.generic) else jnp
-        a = xp.clip(a, max(info.min, lowest), min(info.max, highest))
+        of: Any = np if isinstance(a, np.ndarray | np.generic) else jnp
+        a = of.clip(a, max(info.min, lowest), min(info.max, highest))
     return a.astype(jnp.int32)
 
 

@@ -168,7 +168,7 @@ def test_generate_continues_behind_the_last_real_token_wherever_padding_stands(n
     net = decoders()[name]
     tokens = np.random.default_rng(0).integers(1, 11, size=(BATCH, TIME))
     params, state = net.init(KEY, jnp.asarray(tokens))
-    params = randomized(params)
+    params = jax.tree.map(lambda a: 3 * a, params)  # so that what is predicted depends on what was read
     lengths, rows = np.array([6, 2, 2]), [tokens[:1], tokens[1:, :2]]
     alone = np.concatenate([fnn.generate(net, params, state, jnp.asarray(row), 4) for row in rows])
     assert len(set(map(tuple, alone))) > 1
@@ -293,6 +293,15 @@ def test_tokens_out_of_range_are_refused_on_the_host_and_nan_inside_jit():
     values = jax.jit(lambda x: layer.apply(params, state, x)[0])(bad)
     assert np.isnan(values).all()
     labels = jnp.array([0, 1])
+
+    def loss(params, x, y):
+        return fnn.losses.cross_entropy(layer.apply(params, state, x[None])[0], y[None])[0]
+
+    # Of each example alone: one good, one with a token beyond the table, one with a negative one in every place.
+    rows = jnp.stack([good[0], bad[0], jnp.full(3, -1)])
+    slopes = jax.jit(jax.vmap(jax.grad(loss), (None, 0, None)))(params, rows, labels[0])
+    for leaf in jax.tree.leaves(slopes):
+        np.testing.assert_array_equal(np.isnan(leaf).any(tuple(range(1, leaf.ndim))), [False, True, True])
     state = fnn.TrainState.create(layer, optax.sgd(0.1), KEY, good)
     step = fnn.train_step(layer, fnn.losses.cross_entropy, optax.sgd(0.1))
     for call in (
@@ -349,5 +358,8 @@ def test_refusals():
         fnn.generate(net, params, state, tokens, 5)
     with pytest.raises(TypeError, match="must be token numbers"):
         fnn.embed(4, D).init(KEY, x)
+    for make in (lambda: fnn.embed(4, D, padding=4), lambda: fnn.tied(4, D, fnn.serial(), padding=4)):
+        with pytest.raises(ValueError, match=r"(embed|tied): padding must lie in 0..3, got 4"):
+            make()
     with pytest.raises(ValueError, match="prompt must be int"):
         fnn.generate(net, params, state, jnp.ones((2, 4)), 3)

@@ -96,6 +96,35 @@ def test_trees_of_inputs_train_evaluate_and_report():
     assert errors == {"0/audio/1/heard": 1, "0/image/1/seen": 2, "3/logits": 3}
 
 
+def test_padding_that_is_not_finite_trains_as_any_other():
+    net, x = two_inputs(), inputs(12)
+    y, optimizer = jnp.arange(12) % 2, optax.adam(0.03)
+    state = fnn.TrainState.create(net, optimizer, KEY, x)
+    step, trained = fnn.train_step(net, fnn.losses.cross_entropy, optimizer), []
+    for fill in (0.0, jnp.nan):
+        audio = x["audio"]._replace(values=jnp.where(x["audio"].mask[..., None], x["audio"].values, fill))
+        data = fnn.data.Dataset(x | {"audio": audio}, y)
+        trained.append(fnn.fit(step, state, data, epochs=2, batch_size=6, key=KEY, validation=data))
+    jax.tree.map(np.testing.assert_array_equal, *[(new.params, new.state) for new, _ in trained])
+    np.testing.assert_array_equal(*[history.validation["loss"] for _, history in trained])
+    with pytest.raises(ValueError, match="x must be finite, got 1 non-finite values, first at example 2"):
+        fnn.evaluate(net, state, (x | {"image": x["image"].at[2, 0, 0].set(jnp.nan)}, y))
+    real = x["audio"]._replace(values=x["audio"].values.at[2, 0, 0].set(jnp.inf))
+    with pytest.raises(ValueError, match="x must be finite, got 1 non-finite values, first at example 2"):
+        fnn.evaluate(net, state, (x | {"audio": real}, y))
+
+
+def test_layers_without_a_mask_compute_what_they_did():
+    """What takes padding out of the numbers is not there where nothing is padded."""
+    layers = [fnn.dense(4), fnn.layer_norm(), fnn.activation("tanh"), fnn.gain(), fnn.attention(2), fnn.gru(4)]
+    x = jnp.ones((2, 3, 4))
+    for layer in (*layers, fnn.residual(fnn.dense(4)), fnn.tap(), fnn.last(), fnn.ends(), fnn.global_avg_pool()):
+        text = jax.jit(layer.apply).lower(*layer.init(KEY, x), x).as_text()
+        assert "select" not in text
+        masked = fnn.Masked(x, jnp.ones((2, 3), bool))
+        assert "select" in jax.jit(layer.apply).lower(*layer.init(KEY, x), masked).as_text()
+
+
 def test_refusals():
     net, x = two_inputs(), inputs()
     params, state = net.init(KEY, x)
