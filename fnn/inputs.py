@@ -1,10 +1,11 @@
 """What x may be besides one array: a padded sequence with its mask, several inputs by name.
 
-A sequence is float[batch, time, d], every position of which is real, or `Masked(values, mask)` (`masks`). It is a pytree and
-travels as any x does: through `serial`, `repeat`, `residual`, `parallel` and `vmap`, without another argument to `apply`.
-Layers that act on each position alone (dense, activation, dropout, layer_norm, rms_norm, embed) see the values, and the
-mask passes by; layers that mix positions (recurrent ones, attention, pooling over time) and those that take statistics
-over them (batch_norm, tap) read it; all others refuse it. Whoever unpacks one takes the padding out (`parts`). Several inputs are a dict of them, for `branches`.
+A sequence is float[batch, time, d], every position of which is real, or `Masked(values, mask)` (in `masks`). It is a
+pytree and travels as any x does: through `serial`, `repeat`, `residual`, `parallel` and `vmap`, without another argument to
+`apply`. Layers that act on each position alone (dense, activation, dropout, layer_norm, rms_norm, embed) see the values,
+and the mask passes by; layers that mix positions (recurrent ones, attention, pooling over time) and those that take
+statistics over them (batch_norm, tap) read it; all others refuse it. Whoever takes one apart takes the padding out
+(`parts`). Several inputs are a dict of them, for `branches`.
 """
 
 from collections.abc import Callable, Mapping

@@ -314,6 +314,25 @@ def test_tokens_out_of_range_are_refused_on_the_host_and_nan_inside_jit():
             call()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "vocabulary", "padding"), [("int8", 200, None), ("int8", 128, 127), ("uint8", 256, 255), ("uint16", 9, 0)]
+)
+def test_tokens_may_be_of_any_integer_dtype(dtype, vocabulary, padding):
+    """Neither the vocabulary nor -1 need fit into the dtype of the tokens."""
+    info = np.iinfo(dtype)
+    numbers = [0, 1, min(info.max, vocabulary - 1), 8, max(info.min, -1)]
+    real = np.array([n != padding for n in numbers])
+    layer = fnn.embed(vocabulary, 3, padding=padding)
+    tokens = jnp.array([numbers], dtype)
+    params, _ = layer.init(KEY, tokens)
+    y = jax.jit(lambda x: layer.apply(params, (), x)[0])(tokens)
+    values, mask = (y, np.ones((1, 5), bool)) if padding is None else y
+    expected = np.asarray(params["embedding"])[np.maximum(numbers, 0)] * real[:, None]
+    expected[np.array(numbers) < 0] = np.nan
+    np.testing.assert_array_equal(values[0], expected)
+    np.testing.assert_array_equal(mask[0], real)
+
+
 def test_sequence_cross_entropy_averages_over_targets_and_counts_exact_matches():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)))
     targets = jnp.array([[-1, 2, 0], [-1, -1, -1]])
