@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from fnn import check
 from fnn.core import Branch, Layer, as_arrays, located, refuse_rescaling, stateless
-from fnn.masks import Masked, check_mask, cleared, filled, harmless
+from fnn.masks import Masked, check_mask, filled, harmless
 
 
 def parts(who: str, x: Any, fill: Callable[[Any], Any] = lambda values: 0) -> tuple[Any, Any]:
@@ -50,7 +50,7 @@ def like(x: Any, values: Any) -> Any:
 def positionwise(layer: Layer) -> Layer:
     """Let a layer that acts on each position alone take `Masked` sequences: it sees the values, the mask passes by.
 
-    In the place of padding the layer sees numbers between 0 and 1, and what it returns there becomes 0. Anything but
+    In the place of padding the layer sees numbers between 0 and 1, so that what it returns there is finite. Anything but
     `Masked` reaches the layer unchanged, so that the wrapper costs nothing elsewhere.
     """
 
@@ -58,12 +58,9 @@ def positionwise(layer: Layer) -> Layer:
         return layer.init(key, parts("Masked", spec)[0])
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
-        values, mask = parts("Masked", x, harmless)
+        values, _ = parts("Masked", x, harmless)
         y, state = layer.apply(params, state, values, key=key, train=train, axis_name=axis_name)
-        if mask is None:
-            return y, state
-        check_mask("positionwise: the output", y := Masked(y, mask))
-        return cleared(y), state
+        return like(x, y), state
 
     return Layer(init, apply)
 
