@@ -25,12 +25,13 @@ from fnn.core import Layer, function, named, parallel, repeat, residual, serial,
 from fnn.example_gradients import PerExampleGradients
 from fnn.fitting import History, fit
 from fnn.flow import GradientFlow, gradient_flow
-from fnn.inputs import Masked, add, branches, concatenate, last, positionwise, unmasked
+from fnn.inputs import Masked, add, branches, concatenate, ends, first, last, positionwise, unmasked
 from fnn.layers import activation, dense, dropout, flatten, gain
 from fnn.memory import generate
 from fnn.norm import batch_norm, group_norm, layer_norm, rms_norm
 from fnn.optimizers import packed, per_depth
 from fnn.per_example import example_loss, per_example
+from fnn.precision import compute_in
 from fnn.recurrent import bidirectional, gru, lstm, rnn
 from fnn.study import Study
 from fnn.taps import tap
@@ -58,6 +59,7 @@ __all__ = [
     "branches",
     "clip",
     "compare",
+    "compute_in",
     "concatenate",
     "conv",
     "conv_transpose",
@@ -66,8 +68,10 @@ __all__ = [
     "dense",
     "dropout",
     "embed",
+    "ends",
     "evaluate",
     "example_loss",
+    "first",
     "fit",
     "flatten",
     "function",

@@ -1,5 +1,6 @@
 """Attention, and the positions that it cannot see by itself."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -240,17 +241,37 @@ def _attend(q: Any, k: Any, v: Any, mask: Any, causal: bool) -> jax.Array:
     if 0 in (q.shape[1], k.shape[1]):
         return jnp.zeros_like(q)
     # JAX's own takes the softmax in float32, whatever its inputs; and on a CPU it is a map over groups of heads, slower
-    # than these lines: its worth is the fused kernel of an accelerator.
-    plain = jax.default_backend() == "cpu" and q.shape[2] == k.shape[2]
+    # than these lines, and of narrower numbers it takes the gradient in float32: its worth is an accelerator's kernel.
+    plain = jax.default_backend() == "cpu" and (q.shape[2] == k.shape[2] or q.dtype != jnp.float32)
     if q.dtype != jnp.float64 and not plain:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
     k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=statistics_dtype(q.dtype))
+    logits = _scores(q, k)
     unseen, logits = 0.7 * jnp.finfo(logits.dtype).min, logits / q.shape[-1] ** 0.5
     if causal:
         logits = jnp.where(jnp.tril(jnp.ones(logits.shape[2:], bool)), logits, unseen)
     weights = jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, unseen), axis=-1)
     return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """q kᵀ in at least float32, of which narrower q and k get gradients by products in their own dtype: JAX would take
+    those of float32 with bfloat16."""
+
+    def product(q, k, dtype):
+        return jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=dtype)
+
+    wide = statistics_dtype(q.dtype)
+    if q.dtype == wide:
+        return product(q, k, wide)
+    scores = jax.custom_jvp(functools.partial(product, dtype=wide))
+
+    @scores.defjvp
+    def tangent(primals, tangents):
+        (q, k), (dq, dk) = primals, tangents
+        return product(q, k, wide), (product(dq, k, q.dtype) + product(q, dk, q.dtype)).astype(wide)
+
+    return scores(q, k)
 
 
 def _project(params: dict[str, Any], x: jax.Array, heads: int) -> jax.Array:

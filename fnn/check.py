@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -75,6 +76,19 @@ def choice(who: str, options: Iterable[str], **values: Any) -> None:
             near = difflib.get_close_matches(str(value), [str(o) for o in options], n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(map(str, options))}"
             raise ValueError(f"{who}: unknown {name} {value!r}; {hint}")
+
+
+def as_int32(a: Any) -> Any:
+    """Cast integers of any dtype to int32, so that the dtype decides nothing; numbers beyond it become its ends.
+
+    So a comparison with -1, or with the number of classes, is one of whole numbers: of uint8 with -1 it would be with 255.
+    """
+    lowest, highest = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    info = jnp.iinfo(a.dtype)
+    if info.min < lowest or info.max > highest:
+        of: Any = np if isinstance(a, np.ndarray | np.generic) else jnp
+        a = of.clip(a, max(info.min, lowest), min(info.max, highest))
+    return a.astype(jnp.int32)
 
 
 def _is_integer(value: Any) -> bool:

@@ -176,7 +176,7 @@ def global_avg_pool() -> Layer:
             sizes = _image("global_avg_pool", x)
             return jnp.mean(x, axis=tuple(range(1, 1 + len(sizes))))
         values, mask = sequence("global_avg_pool", x)
-        wide = jnp.where(mask[..., None], values, 0).astype(statistics_dtype(values.dtype))
+        wide = values.astype(statistics_dtype(values.dtype))
         count = jnp.maximum(1, jnp.sum(mask, axis=1, keepdims=True))
         return (jnp.sum(wide, axis=1) / count.astype(wide.dtype)).astype(values.dtype)
 

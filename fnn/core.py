@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import check
+from fnn.masks import cleared
 from fnn.tree import UNNAMED, Stacked
 
 
@@ -155,6 +156,7 @@ def residual(layer: Layer, *, scale: float = 1.0, of: str | None = None) -> Laye
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
         refuse_rescaling("residual", state)
+        x = cleared(x)  # what is passed on is no branch's output, which would have no padding in it
         x_of = own(x)
         y, inner = layer.apply(params, state.inner, x, key=key, train=train, axis_name=axis_name)
         _same_shape("residual: the branch", x_of, y)

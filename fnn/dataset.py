@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn.check import above_zero, describe, fraction, positive
+from fnn.masks import Masked
 
 
 class Dataset(NamedTuple):
@@ -44,10 +45,11 @@ def check_dataset(who: str, x: Any, y: Any) -> None:
 
     Both must hold numbers, equally many examples on their first axes and at least one, and be finite where they are
     floating: one NaN among a million pixels turns the whole net into NaN without saying where it came from. If x is a
-    tree, each of its arrays must.
+    tree, each of its arrays must; of a `Masked` sequence its real positions, for at the others anything may stand.
     """
     if not hasattr(x, "dtype") and jax.tree.structure(x) != jax.tree.structure(0):
-        for leaf in (leaves := jax.tree.leaves(x)):
+        nodes = jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, Masked))
+        for leaf in (leaves := [leaf for node in nodes for leaf in _real(node)]):
             check_dataset(who, leaf, y)
         if leaves:
             return
@@ -66,6 +68,16 @@ def check_dataset(who: str, x: Any, y: Any) -> None:
         if jnp.issubdtype(a.dtype, np.inexact) and not (finite := np.isfinite(a)).all():
             got = f"{np.sum(~finite)} non-finite values, first at example {np.nonzero(~finite)[0][0]}"
             raise ValueError(f"{who}: {name} must be finite, got {got}; drop or impute them")
+
+
+def _real(node: Any) -> list[Any]:
+    """The arrays of a leaf; of a `Masked`, its values with zeros at padded positions, and its mask."""
+    if not isinstance(node, Masked):
+        return [node]
+    values, mask = np.asarray(node.values), np.asarray(node.mask, bool)
+    if mask.shape == values.shape[:2]:
+        values = np.where(mask.reshape(*mask.shape, *[1] * (values.ndim - 2)), values, 0)
+    return [values, mask]
 
 
 def shuffled(key: jax.Array, n: int) -> jax.Array:

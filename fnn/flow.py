@@ -15,6 +15,7 @@ import numpy as np
 from fnn import losses, taps, tree
 from fnn.core import Layer, as_arrays, output_shape, output_spec
 from fnn.numbers import Numbers, Verdict, disagreement, flat, label, resolve, settle
+from fnn.precision import compute_in
 from fnn.taps import Row, TapState
 from fnn.tree import Stacked
 
@@ -94,11 +95,12 @@ def gradient_flow(
     loss: Callable[[Any, Any], Any] = losses.cross_entropy,
     train: bool = True,
     key: Any = None,
+    compute_dtype: Any = None,
 ) -> GradientFlow:
     """Measure log |dL/dh| at every tap and log |dL/dW| of every parameter, L being the mean loss of a batch.
 
     `state` is a `TrainState` or a pair (params, state). With `train=True` (what training sees) batch norm uses the
-    batch's statistics and dropout needs a key. The cotangent is rescaled at every tap of the trunk, so that norms of
+    batch's statistics and dropout needs a key; `compute_dtype` is that of `train_step`. The cotangent is rescaled at every tap of the trunk, so that norms of
     1e-10000 come out as finite logs in float32; put a tap into every block (`models.mlp(..., taps=True)`). A zero
     gradient reports -inf, a non-finite one NaN or inf.
 
@@ -111,6 +113,7 @@ def gradient_flow(
     of it), where one scale cannot be undone; if the paths of two taps meet again in a combinator that does not say so
     by `core.Branch`.
     """
+    plain, net = net, compute_in(net, compute_dtype)
     params, net_state = (state.params, state.state) if hasattr(state, "params") else state
     x, y = batch
     x = as_arrays(x)
@@ -120,7 +123,7 @@ def gradient_flow(
             "rescale); put fnn.tap() between the blocks, or build the model with taps=True"
         )
     losses.check_targets(loss, output_shape(net, params, net_state, x), y)
-    dtype, note = _narrowest((x, params)), ""
+    dtype, note = _narrowest((x, params)) if compute_dtype is None else jnp.dtype(compute_dtype), ""
     arguments: tuple[Any, ...] = (net, loss, train, params, net_state, x, y, key)
     measured = jax.device_get(measure(*arguments))
     numbers, verdict = settle(measured, params, dtype=dtype)
@@ -128,8 +131,8 @@ def gradient_flow(
     if verdict.strained and dtype != jnp.float64:
         try:
             with jax.enable_x64(True):
-                wide = (net, loss, train, *_cast(as_arrays((params, net_state, x, y)), jnp.float64), key)
-                if output_spec(net, *wide[3:6]).dtype != jnp.float64:
+                wide = (plain, loss, train, *_cast(as_arrays((params, net_state, x, y)), jnp.float64), key)
+                if output_spec(plain, *wide[3:6]).dtype != jnp.float64:
                     raise TypeError("it casts to another type itself")
                 again = jax.device_get(measure(*wide))
         except (TypeError, ValueError) as error:

@@ -1,61 +1,39 @@
 """What x may be besides one array: a padded sequence with its mask, several inputs by name.
 
-A sequence is float[batch, time, d], every position of which is real, or `Masked(values, mask)`. It is a pytree and
-travels as any x does: through `serial`, `repeat`, `residual`, `parallel` and `vmap`, without another argument to `apply`.
-Layers that act on each position alone (dense, activation, dropout, layer_norm, rms_norm, embed) see the values, and the
-mask passes by; layers that mix positions (recurrent ones, attention, pooling over time) and those that take statistics
-over them (batch_norm, tap) read it; all others refuse it. Several inputs are a dict of them, for `branches`.
+A sequence is float[batch, time, d], every position of which is real, or `Masked(values, mask)` (in `masks`). It is a
+pytree and travels as any x does: through `serial`, `repeat`, `residual`, `parallel` and `vmap`, without another argument to
+`apply`. Layers that act on each position alone (dense, activation, dropout, layer_norm, rms_norm, embed) see the values,
+and the mask passes by; layers that mix positions (recurrent ones, attention, pooling over time) and those that take
+statistics over them (batch_norm, tap) read it; all others refuse it. Whoever takes one apart takes the padding out
+(`parts`). Several inputs are a dict of them, for `branches`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fnn import check
 from fnn.core import Branch, Layer, as_arrays, located, refuse_rescaling, stateless
+from fnn.masks import Masked, check_mask, filled, harmless
 
 
-class Masked(NamedTuple):
-    """A sequence `values: [batch, time, ...]` and `mask: bool[batch, time]`, True where a position is real.
+def parts(who: str, x: Any, fill: Callable[[Any], Any] = lambda values: 0) -> tuple[Any, Any]:
+    """Take apart what may be masked: (values, mask or None), with `fill(values)` at padded positions, 0 by default.
 
-    A mask may have holes, and either side may be padded. Values at padded positions are arbitrary: no layer lets them
-    reach a real position.
+    This is where padding ends: what stood there reaches no product, no sum and no gradient. Specs stay as they are.
     """
-
-    values: Any
-    mask: Any
-
-    @classmethod
-    def of_lengths(cls, values: Any, lengths: Any) -> "Masked":
-        """Mask all but the first `lengths: int[batch]` positions of each example. Lengths above time mask nothing."""
-        lengths = jnp.asarray(lengths)
-        if not jnp.issubdtype(lengths.dtype, jnp.integer) or lengths.shape != jnp.shape(values)[:1]:
-            got = f"{check.describe(values)} and {check.describe(lengths)}"
-            raise ValueError(f"Masked.of_lengths: lengths must be int[batch], one for each example, got {got}")
-        return cls(values, jnp.arange(jnp.shape(values)[1]) < lengths[:, None])
-
-
-def check_mask(who: str, x: Masked) -> None:
-    """Refuse a mask that is not bool[batch, time] for values [batch, time, ...]."""
-    if x.mask.dtype != bool:
-        raise TypeError(f"{who}: a mask must be bool, True where a position is real, got {check.describe(x.mask)}")
-    if len(x.values.shape) < 2 or x.mask.shape != x.values.shape[:2]:
-        got = f"values {check.describe(x.values)} and mask {check.describe(x.mask)}"
-        raise ValueError(f"{who}: a mask must be bool[batch, time] of the values' first two axes, got {got}")
-
-
-def parts(who: str, x: Any) -> tuple[Any, Any]:
-    """Take apart what may be masked: (values, mask or None)."""
-    if isinstance(x, Masked):
-        check_mask(who, x)
-        return x.values, x.mask
-    return x, None
+    if not isinstance(x, Masked):
+        return x, None
+    check_mask(who, x)
+    if isinstance(x.values, jax.ShapeDtypeStruct):
+        return x
+    return filled(x.values, x.mask, fill(x.values)), x.mask
 
 
 def sequence(who: str, x: Any) -> tuple[Any, Any]:
-    """Take a sequence apart: (values float[batch, time, d], mask or None). Anything else is refused."""
+    """Take a sequence apart: (values float[batch, time, d], mask or None), 0 at padding. Anything else is refused."""
     values, mask = parts(who, x)
     if not hasattr(values, "dtype") or not jnp.issubdtype(values.dtype, jnp.floating) or len(values.shape) != 3:
         raise ValueError(
@@ -72,14 +50,16 @@ def like(x: Any, values: Any) -> Any:
 def positionwise(layer: Layer) -> Layer:
     """Let a layer that acts on each position alone take `Masked` sequences: it sees the values, the mask passes by.
 
-    Anything but `Masked` reaches the layer unchanged, so that the wrapper costs nothing elsewhere.
+    In the place of padding the layer sees numbers between 0 and 1, so that what it returns there is finite. Anything but
+    `Masked` reaches the layer unchanged, so that the wrapper costs nothing elsewhere.
     """
 
     def init(key, spec):
-        return layer.init(key, _values(spec))
+        return layer.init(key, parts("Masked", spec)[0])
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
-        y, state = layer.apply(params, state, _values(x), key=key, train=train, axis_name=axis_name)
+        values, _ = parts("Masked", x, harmless)
+        y, state = layer.apply(params, state, values, key=key, train=train, axis_name=axis_name)
         return like(x, y), state
 
     return Layer(init, apply)
@@ -87,32 +67,56 @@ def positionwise(layer: Layer) -> Layer:
 
 def unmasked() -> Layer:
     """Drop the mask: y = values, zero at padded positions; an input without a mask passes unchanged."""
-
-    def apply(params, x):
-        if not isinstance(x, Masked):
-            return x
-        check_mask("unmasked", x)
-        mask = x.mask.reshape(x.mask.shape + (1,) * (x.values.ndim - 2))
-        return jnp.where(mask, x.values, jnp.zeros((), x.values.dtype))
-
-    return stateless(lambda key, spec: (), apply)
+    return stateless(lambda key, spec: (), lambda params, x: parts("unmasked", x)[0])
 
 
 def last() -> Layer:
     """Take the last real position of a sequence: float[batch, time, d] -> float[batch, d].
 
-    An example without a real position gives its first one.
+    There a layer that runs forward in time has read everything, and one that runs backwards (`reverse=True`) a single
+    position: take `first` behind that, and `ends` behind `bidirectional`. An example without a real position gives 0.
     """
+    return _at("last", lambda values, mask: _place(values, mask, -1))
 
-    def apply(params, x):
-        values, mask = sequence("last", x)
-        if mask is None:
-            return values[:, -1]
-        time = values.shape[1]
-        index = jnp.max(jnp.where(mask, jnp.arange(time), 0), axis=1)
-        return jnp.take_along_axis(values, index[:, None, None], axis=1)[:, 0]
 
-    return stateless(lambda key, spec: (), apply)
+def first() -> Layer:
+    """Take the first real position of a sequence: float[batch, time, d] -> float[batch, d].
+
+    There a layer with `reverse=True` has read everything. An example without a real position gives 0.
+    """
+    return _at("first", lambda values, mask: _place(values, mask, 0))
+
+
+def ends(forward: int | None = None) -> Layer:
+    """Take what `bidirectional` has read in full: its forward units at the last real position, the rest at the first.
+
+    float[batch, time, d] -> float[batch, d]. `forward` is the number of units that run forward, half of d by default.
+    An example without a real position gives 0.
+    """
+    if forward is not None:
+        check.positive("ends", forward=forward)
+
+    def read(values, mask):
+        d = values.shape[-1]
+        n = d // 2 if forward is None else forward
+        if n >= d or (forward is None and d % 2):
+            rule = "an even number of units, or forward= of fewer units than there are"
+            raise ValueError(f"ends: needs {rule}, got {check.describe(values)} and forward={forward!r}")
+        return jnp.concatenate([_place(values[..., :n], mask, -1), _place(values[..., n:], mask, 0)], axis=-1)
+
+    return _at("ends", read)
+
+
+def _at(who: str, read: Callable[[Any, Any], Any]) -> Layer:
+    return stateless(lambda key, spec: (), lambda params, x: read(*sequence(who, x)))
+
+
+def _place(values: Any, mask: Any, end: int) -> Any:
+    """The real position nearest to an end of the sequence, 0 or -1."""
+    if mask is None:
+        return values[:, end]
+    index = jnp.argmax(mask, axis=1) if end == 0 else mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(values, index[:, None, None], axis=1)[:, 0]
 
 
 def branches(layers: Mapping[str, Layer]) -> Layer:
@@ -176,21 +180,17 @@ def add() -> Layer:
 
 def _joining(who: str, join: Callable[[list[Any]], Any], common: slice) -> Layer:
     def apply(params, x):
-        parts = None
+        given = None
         if isinstance(x, Mapping):
-            parts = [x[name] for name in sorted(x)]
+            given = [x[name] for name in sorted(x)]
         elif isinstance(x, tuple) and not isinstance(x, Masked):
-            parts = list(x)
-        if not parts:
+            given = list(x)
+        if not given:
             raise ValueError(f"{who}: the input must be a tuple or a dict of arrays, got {check.describe(x)}")
-        arrays = [_values(part) for part in parts]
+        arrays = [parts(who, part)[0] for part in given]
         if any(not hasattr(a, "shape") or a.shape[common] != arrays[0].shape[common] for a in arrays):
             rule = "one shape" if common == slice(None) else "one shape but for the last axis"
             raise ValueError(f"{who}: the inputs must have {rule}, got {check.describe(tuple(arrays))}")
-        return like(next((part for part in parts if isinstance(part, Masked)), None), join(as_arrays(arrays)))
+        return like(next((part for part in given if isinstance(part, Masked)), None), join(as_arrays(arrays)))
 
     return stateless(lambda key, spec: (), apply)
-
-
-def _values(x: Any) -> Any:
-    return parts("Masked", x)[0]

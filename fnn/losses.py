@@ -62,20 +62,18 @@ def _cross_entropy(outputs: Any, targets: Any) -> jax.Array:
     """Evaluate -log softmax(outputs)[target] per example.
 
     outputs (logits): float[batch, ..., classes], targets: int[batch, ...] -> float[batch], the mean over further axes.
-    Inside jit a label outside 0..classes-1 gives NaN, never a neighbour's loss; on the host it is a ValueError.
+    Labels may have any integer dtype. Inside jit one outside 0..classes-1 makes the example's loss and gradient NaN,
+    never a neighbour's; on the host it is a ValueError.
     """
-    outputs, targets = _wide(outputs), jnp.asarray(targets)
-    _label_type("cross_entropy", targets)
+    outputs, targets = _wide(outputs), _labels("cross_entropy", targets)
     if outputs.ndim < 2 or outputs.shape[:-1] != targets.shape:
         raise ValueError(
             f"cross_entropy: needs logits float[batch, ..., classes] and labels int[batch, ...], "
             f"got {check.describe(outputs)} and {check.describe(targets)}"
         )
     classes = outputs.shape[-1]
-    if targets.dtype.itemsize < 4:
-        targets = targets.astype(jnp.int32)  # uint8 labels cannot be compared with 256 classes
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, jnp.clip(targets, 0, classes - 1))
-    return _examples(jnp.where((targets >= 0) & (targets < classes), loss, jnp.nan))
+    return _examples(_judged(loss, (targets >= 0) & (targets < classes)))
 
 
 def _check_labels(shape: tuple[int, ...], targets: Any) -> None:
@@ -88,15 +86,15 @@ def _binary_cross_entropy(outputs: Any, targets: Any) -> jax.Array:
     """Evaluate -t log p - (1 - t) log(1 - p) with p = sigmoid(output), per example.
 
     outputs (logits): float[batch] or float[batch, 1], targets: 0 or 1, of any real type, [batch] or [batch, 1].
-    Inside jit a target outside 0..1 gives NaN; on the host it is a ValueError.
+    Inside jit a target outside 0..1 makes the example's loss and gradient NaN; on the host it is a ValueError.
     """
     z, t = _one_unit(outputs, targets)
-    loss = optax.losses.sigmoid_binary_cross_entropy(z, t)
-    return jnp.where((t >= 0) & (t <= 1), loss, jnp.nan)
+    return _judged(optax.losses.sigmoid_binary_cross_entropy(z, t), (t >= 0) & (t <= 1))
 
 
 def _one_unit(outputs: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
-    z, t = _wide(outputs), jnp.asarray(targets)
+    z, t = _wide(outputs), _array(targets)
+    t = jnp.asarray(check.as_int32(t) if jnp.issubdtype(t.dtype, jnp.integer) else t)
     if z.ndim == 0 or any(a.shape not in (z.shape[:1], (*z.shape[:1], 1)) for a in (z, t)):
         raise ValueError(
             f"binary_cross_entropy: needs one logit and one target for each example, "
@@ -113,13 +111,13 @@ def _check_binary(shape: tuple[int, ...], targets: Any) -> None:
 
 def _mse(outputs: Any, targets: Any) -> jax.Array:
     """Evaluate the mean over units of (output - target)², per example: float[batch, ...] twice -> float[batch]."""
-    outputs, targets = _wide(outputs), jnp.asarray(targets)
+    outputs, targets = _wide(outputs), _array(targets)
     if outputs.shape != targets.shape:
         raise ValueError(
             f"mse: outputs and targets must have one shape, got {check.describe(outputs)} and "
             f"{check.describe(targets)}; reshape the targets or the last layer"
         )
-    return _examples(jnp.square(outputs - targets.astype(outputs.dtype)))
+    return _examples(jnp.square(outputs - jnp.asarray(targets.astype(outputs.dtype))))
 
 
 def _check_values(shape: tuple[int, ...], targets: Any) -> None:
@@ -131,20 +129,21 @@ def _sequence_cross_entropy(outputs: Any, targets: Any) -> jax.Array:
     """Evaluate the mean of -log softmax(outputs)[target] over the positions of each example that have a target.
 
     outputs (logits): float[batch, time, classes], targets: int[batch, time], -1 where nothing is to be predicted
-    (padding, a prompt) -> float[batch]; an example without targets has loss 0. An example counts as right if all its
-    targets are the largest logits: exact match. Labels beyond the classes give NaN inside jit, a ValueError on the host.
+    (padding, a prompt), whatever the outputs there, NaN included -> float[batch]; an example without targets has loss 0.
+    An example counts as right if all its targets are the largest logits: exact match. Labels may have any integer dtype.
+    Inside jit one beyond the classes makes the example's loss and gradient NaN; on the host it is a ValueError.
     """
-    outputs, targets = _wide(outputs), jnp.asarray(targets)
-    _label_type("sequence_cross_entropy", targets)
+    outputs, targets = _wide(outputs), _labels("sequence_cross_entropy", targets)
     if outputs.ndim != 3 or outputs.shape[:-1] != targets.shape:
         raise ValueError(
             f"sequence_cross_entropy: needs logits float[batch, time, classes] and labels int[batch, time], "
             f"got {check.describe(outputs)} and {check.describe(targets)}"
         )
     classes, real = outputs.shape[-1], targets != -1
+    outputs = jnp.where(real[..., None], outputs, 0)
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, jnp.clip(targets, 0, classes - 1))
-    loss = jnp.where((targets >= -1) & (targets < classes), loss, jnp.nan)
-    return jnp.sum(jnp.where(real, loss, 0), axis=1) / jnp.maximum(1, jnp.sum(real, axis=1))
+    total = jnp.sum(jnp.where(real, loss, 0), axis=1) / jnp.maximum(1, jnp.sum(real, axis=1))
+    return _judged(total, jnp.all((targets >= -1) & (targets < classes), axis=1))
 
 
 def _check_sequence_labels(shape: tuple[int, ...], targets: Any) -> None:
@@ -154,10 +153,12 @@ def _check_sequence_labels(shape: tuple[int, ...], targets: Any) -> None:
 
 
 def _sequence_correct(outputs: Any, targets: Any) -> jax.Array:
+    targets = _labels("sequence_cross_entropy", targets)
     return jnp.all((targets == -1) | (jnp.argmax(outputs, axis=-1) == targets), axis=1).astype(jnp.float32)
 
 
 def _class_correct(outputs: Any, targets: Any) -> jax.Array:
+    targets = _labels("cross_entropy", targets)
     return _examples((jnp.argmax(outputs, axis=-1) == targets).astype(jnp.float32))
 
 
@@ -181,6 +182,23 @@ def _wide(a: Any) -> jax.Array:
 
 def _examples(a: jax.Array) -> jax.Array:
     return jnp.mean(a, axis=tuple(range(1, a.ndim)))
+
+
+def _judged(loss: jax.Array, good: jax.Array) -> jax.Array:
+    """NaN where a target is bad. A factor, not a choice: a choice would let the gradient be zero there."""
+    return loss * jnp.where(good, 1, jnp.nan).astype(loss.dtype)
+
+
+def _labels(who: str, targets: Any) -> jax.Array:
+    """Cast labels of any integer dtype to int32: see `check.as_int32`."""
+    targets = _array(targets)
+    _label_type(who, targets)
+    return jnp.asarray(check.as_int32(targets))
+
+
+def _array(a: Any) -> Any:
+    """Keep NumPy's arrays: as JAX's, integers beyond int32 would wrap around unless x64 is on."""
+    return a if hasattr(a, "dtype") else np.asarray(a)
 
 
 def _label_type(who: str, targets: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fnn import check
 from fnn.core import Layer, as_arrays
@@ -29,6 +30,8 @@ class Memory:
     seen: Any
     """Real positions seen so far: float[], or float[batch] once started."""
     held: Any = ()
+    last: Any = ()
+    """Place of the last real position in the newest piece, -1 where it has none: float[batch], () until started."""
     shapes: tuple[tuple[str, tuple[int | str, ...]], ...] = flax.struct.field(pytree_node=False, default=())
     """Name and shape of what is held, behind the batch axis; "length" stands for the longest sequence, "source" for
     that of the source."""
@@ -47,7 +50,7 @@ class Memory:
 
 def empty(shapes: Any = (), *, limit: int | None = None, refusal: str = "") -> Memory:
     """Make the state of a layer that remembers nothing yet."""
-    return Memory(jnp.zeros((), jnp.float32), (), tuple(shapes), limit, refusal)
+    return Memory(jnp.zeros((), jnp.float32), shapes=tuple(shapes), limit=limit, refusal=refusal)
 
 
 def whole(layer: Layer) -> Layer:
@@ -93,7 +96,8 @@ def start(state: Any, batch: int, length: int, *, source: int | None = None, dty
         held = {
             name: jnp.zeros((*depth, batch, *(sizes.get(n, n) for n in shape)), dtype) for name, shape in node.shapes
         }
-        return dataclasses.replace(node, seen=jnp.zeros((*depth, batch), jnp.float32), held=held)
+        zeros = jnp.zeros((*depth, batch), jnp.float32)
+        return dataclasses.replace(node, seen=zeros, held=held, last=zeros - 1)
 
     state = jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, Memory))
     if not found:
@@ -103,8 +107,11 @@ def start(state: Any, batch: int, length: int, *, source: int | None = None, dty
 
 def advance(memory: Memory, held: dict[str, Any], time: int, mask: Any = None) -> Memory:
     """Return the memory after `time` more positions, of which those count that the mask calls real."""
-    count = time if mask is None else jnp.sum(mask, axis=1)
-    return dataclasses.replace(memory, seen=memory.seen + count, held=held)
+    if mask is None:
+        count, last = time, jnp.full_like(memory.last, time - 1)
+    else:
+        count, last = jnp.sum(mask, axis=1), jnp.max(jnp.where(mask, jnp.arange(time), -1), axis=1)
+    return dataclasses.replace(memory, seen=memory.seen + count, held=held, last=last.astype(memory.last.dtype))
 
 
 def place(memory: Memory, batch: int, time: int, mask: Any = None) -> jax.Array:
@@ -125,10 +132,13 @@ def generate(
     """Decode greedily: y_t = argmax net(prompt, y_1, ..., y_{t-1}), one new position a step: int32[batch, steps].
 
     `net` maps tokens int[batch, time] to logits float[batch, time, vocabulary] (`models.transformer`, or a recurrent
-    net with a `dense` on top). `prompt` is int[batch, time] or `Masked`; each example continues behind its last real
-    token. For an encoder-decoder it is {"source": ..., "target": ...}, of which the target, with at least a start token,
-    is continued; the source is read once. After `end` an example repeats `end`. The state that comes in stays as it is;
-    compiled once for each shape.
+    net with a `dense` on top). `prompt` is int[batch, time] or `Masked`, padded on either side or with holes: each example
+    continues behind its last real token, real being what the net itself takes as such (`Masked`, `padding=`). A padding
+    token that the net predicts is followed by padding. For an encoder-decoder the prompt is {"source": ..., "target": ...},
+    of which the target, with at least a start token, is continued; the source is read once. After `end` an example
+    repeats `end`. The state that comes in stays as it is; compiled once for each shape.
+
+    Errors: ValueError for an example without a real token (where values can be seen: not under an outer jit).
     """
     check.positive("generate", steps=steps)
     if isinstance(prompt, Mapping) and sorted(prompt) != ["source", "target"]:
@@ -137,30 +147,55 @@ def generate(
         tokens = part.values if isinstance(part, Masked) else jnp.asarray(part)
         if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"generate: the prompt must be int[batch, time], time > 0, got {check.describe(part)}")
-    return _generate(net, steps, end, dtype, params, state, as_arrays(prompt))
+    answers, last = _generate(net, steps, end, dtype, params, state, as_arrays(prompt))
+    try:
+        empty = np.flatnonzero(np.asarray(last) < 0)
+    except jax.errors.TracerArrayConversionError:
+        return answers
+    if empty.size:
+        raise ValueError(f"generate: each example of the prompt needs a real token, got none in example {empty[0]}")
+    return answers
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> jax.Array:
+def _generate(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> Any:
+    """Return (tokens, place of each prompt's last real token, -1 where it has none)."""
     source, target = (prompt["source"], prompt["target"]) if isinstance(prompt, Mapping) else (None, prompt)
-    tokens, mask = parts("generate", target)
+    tokens, mask = target if isinstance(target, Masked) else (target, None)
     batch, time = tokens.shape
     length = None if source is None else parts("generate", source)[0].shape[1]
     memory = start(state, batch, time + steps, source=length, dtype=dtype)
     known = jax.tree.map(lambda a: a[:, :0], source)
-    last = jnp.full(batch, time - 1) if mask is None else jnp.max(jnp.where(mask, jnp.arange(time), 0), axis=1)
-    logits, memory = net.apply(params, memory, prompt)
-    logits = logits.values if isinstance(logits, Masked) else logits
-    first = jnp.argmax(jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0], axis=-1).astype(jnp.int32)
+
+    def read(memory, piece, mask):
+        """Give (the likeliest token behind the last real position of a piece, its place, memory)."""
+        logits, memory = net.apply(params, memory, piece)
+        logits = logits.values if isinstance(logits, Masked) else logits
+        last = _last(memory, mask, logits.shape[:2])
+        row = jnp.take_along_axis(logits, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
+        return jnp.argmax(row, axis=-1).astype(jnp.int32), last, memory
+
+    first, last, memory = read(memory, prompt, mask)
 
     def body(carry, _):
         token, memory = carry
         piece = token[:, None] if source is None else {"source": known, "target": token[:, None]}
-        logits, memory = net.apply(params, memory, piece)
-        logits = logits.values if isinstance(logits, Masked) else logits
-        new = jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32)
+        new, real, memory = read(memory, piece, None)
+        new = jnp.where(real < 0, token, new)  # the net takes its own token as padding
         new = new if end is None else jnp.where(token == end, end, new)
         return (new, memory), token
 
     (final, _), ys = jax.lax.scan(body, (first, memory), length=steps - 1)
-    return jnp.concatenate([ys.T, final[:, None]], axis=1)
+    return jnp.concatenate([ys.T, final[:, None]], axis=1), last
+
+
+def _last(memory: Any, mask: Any, shape: tuple[int, int]) -> jax.Array:
+    """Place of the newest piece's last real position, int32[batch]: as the net's own layers saw it, who may know more of
+    padding than the mask of the prompt; that of the prompt where none of them remembers the target."""
+    nodes = jax.tree.leaves(memory, is_leaf=lambda node: isinstance(node, Memory))
+    nodes = [node for node in nodes if isinstance(node, Memory) and node.started]
+    nodes = [node for node in nodes if not any("source" in shape for _, shape in node.shapes)]
+    if nodes:
+        return nodes[-1].last.reshape(-1, shape[0])[-1].astype(jnp.int32)
+    mask = jnp.ones(shape, bool) if mask is None else mask
+    return jnp.max(jnp.where(mask, jnp.arange(shape[1]), -1), axis=1)

@@ -205,12 +205,13 @@ def rnn(
     taps: bool = False,
     unroll: int = 1,
 ) -> Layer:
-    """Build a recurrent net: `depth` recurrent layers and an output layer on the last position, or on every one.
+    """Build a recurrent net: `depth` recurrent layers and an output layer on what they have read, or on every position.
 
     x: float[batch, time, d] (or with `vocabulary` int[batch, time], embedded), alone or in `Masked` -> float[batch,
     outputs], or float[batch, time, outputs] with `every_step`. `cell` is "rnn", "gru" or "lstm" (`forget_bias` is the
-    lstm's); `bidirectional` reads both ways, half the width each. `taps=True` puts a tap behind every layer. Layers
-    behind the first run through `repeat`.
+    lstm's); `bidirectional` reads both ways, half the width each. The output layer sees the last real position, of the
+    half that runs backwards the first one: where it has read everything (`ends`). `taps=True` puts a tap behind every
+    layer. Layers behind the first run through `repeat`.
     """
     check.positive("models.rnn", depth=depth, width=width, outputs=outputs)
     check.choice("models.rnn", ("rnn", "gru", "lstm"), cell=cell)
@@ -232,7 +233,7 @@ def rnn(
 
     first = [] if vocabulary is None else [tokens.embed(vocabulary, width, padding=padding)]
     trunk = [core.repeat(layer(), depth - 1)] if depth > 1 else []
-    end = inputs.unmasked() if every_step else inputs.last()
+    end = inputs.unmasked() if every_step else inputs.ends() if bidirectional else inputs.last()
     return core.serial(*first, layer(), *trunk, end, _dense(outputs, initializers.lecun_normal))
 
 

@@ -47,7 +47,7 @@ def batch_norm(*, decay: float = 0.9, eps: float = 1e-5, scale: bool = True, bia
         wide, real, keep = x.astype(statistics_dtype(x.dtype)), None, jnp.asarray(decay, state["weight"].dtype)
         if mask is not None:
             real = _real(mask, axis_name)
-            wide, keep = jnp.where(real[0], wide, 0), jnp.where(real[1] < 2, 1, keep)
+            keep = jnp.where(real[1] < 2, 1, keep)
         if train:
             axes = tuple(range(x.ndim - 1))
             count = x.size // x.shape[-1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from fnn import _jaxpr, check, cuts, tree
 from fnn.core import Layer
 from fnn.example_gradients import PerExampleGradients, Route, total, unbiased
+from fnn.precision import compute_in
 from fnn.products import Full, Pair, Rows
 
 SEMANTICS = ("path", "loss", "frozen", "running")
@@ -84,11 +85,14 @@ def example_loss(
     key: Any = None,
     train: bool = True,
     axis_name: Any = None,
+    compute_dtype: Any = None,
 ) -> Callable[[Any, Any], Any]:
     """Make `(params, (x, y)) -> float[]`, the loss of a net on one example, for `per_example`.
 
-    `loss(outputs, targets) -> float[batch]` as in `train_step`; pass the same `axis_name` to `per_example`.
+    `loss(outputs, targets) -> float[batch]` and `compute_dtype` as in `train_step`; pass the same `axis_name` to
+    `per_example`.
     """
+    net = compute_in(net, compute_dtype)
 
     def of_example(params, example):
         x, y = jax.tree.map(lambda a: jnp.asarray(a)[None], example)

@@ -7,8 +7,9 @@ so is the gradient of the recurrent kernel (`_loop` says how).
 
 The hidden state starts at zero, at a learned value (`initial="learned"`), or where the last piece of the sequence left
 it (see `memory`). `reverse=True` runs backwards in time, outputs in their places; `bidirectional` joins both. They stack
-with `repeat` where d = width. A `tap` inside the loop sees every h_t and the error signal dL/dh_t that arrives at it: at
-a padded step with real ones behind it, that which passes through the held state, which the forward statistics leave out.
+with `repeat` where d = width. A layer that runs backwards has read everything at the *first* real position: take `first`
+behind it, and `ends` behind `bidirectional`, not `last`. A `tap` inside the loop sees every h_t of a real step and the
+error signal dL/dh_t that arrives at it; the state held over a padded step goes around it.
 
 Kernels of several gates stand side by side on the last axis, in PyTorch's order. Recurrent kernels are drawn gate by
 gate.
@@ -169,7 +170,11 @@ def lstm(
 
 
 def bidirectional(forward: Layer, backward: Layer) -> Layer:
-    """Read a sequence both ways and join the outputs: `bidirectional(lstm(32), lstm(32, reverse=True))`."""
+    """Read a sequence both ways and join the outputs: `bidirectional(lstm(32), lstm(32, reverse=True))`.
+
+    For one vector of the whole sequence follow it by `ends()`, which reads the halves where each has seen everything:
+    the forward one at the last real position, the other at the first. `last()` takes the latter where it has read one.
+    """
     return serial(parallel(forward, backward), concatenate())
 
 
@@ -237,10 +242,11 @@ def _over_time(
                 fed, real, tapped = now
                 new = _held(real, cell.step(carry, fed, _product(back, carry[0]))[0], carry)
                 if tap is not None:
-                    # Of a padded sequence the tap sees one of length 1, so that held states do not count.
+                    # Of a padded sequence the tap sees one of length 1, so that held states do not count: they go
+                    # around it, forward and backward.
                     seen = new[0] if real is None else Masked(new[0][:, None], real[:, None])
                     h, tapped = tap.apply((), tapped, seen, key=key, train=train, axis_name=axis_name)
-                    new = (h.values[:, 0] if isinstance(h, Masked) else h, *new[1:])
+                    new = _held(real, (h.values[:, 0] if isinstance(h, Masked) else h, *new[1:]), new)
                 return new, (_shown(real, new[0]), tapped)
 
             carry, (ys, taps) = jax.lax.scan(body, carry, (fed, real, taps), **how)

@@ -49,7 +49,7 @@ class TapState:
 
 
 def tap(*, bounds: tuple[float, float] | None = None) -> Layer:
-    """Return x unchanged and report its statistics; see the module's text for how.
+    """Return x unchanged (0 at padded positions) and report its statistics; see the module's text for how.
 
     Forward, over batch and units, float[]: `mean`; `second_moment` E[x²]; `peak`, the largest |x|, which stays in range
     where squares do not; `dead`, the fraction of units that are zero for the whole batch; with `bounds` (an activation's asymptotes, both finite) `saturated`, the fraction of numbers

@@ -9,8 +9,10 @@ import numpy as np
 
 from fnn import check, initializers
 from fnn.core import Layer, as_arrays, as_spec, stateless
-from fnn.inputs import Masked, check_mask, like, sequence
+from fnn.inputs import like, sequence
 from fnn.layers import product
+from fnn.masks import Masked, check_mask, cleared, filled
+from fnn.tree import statistics_dtype
 
 
 def embed(
@@ -19,14 +21,14 @@ def embed(
     """Look up y = E[x]: int[batch, ...] -> float32[batch, ..., width]; params: embedding float32[vocabulary, width].
 
     With `padding`, tokens of that number are padding: int[batch, time] becomes `Masked` (a mask that comes in is kept
-    too). E is drawn from N(0, 1/width), or by `kernel_init`.
+    too). At padded positions y is zero, whatever number stands there, and E gets no gradient. Tokens may have any integer
+    dtype. E is drawn from N(0, 1/width), or by `kernel_init`; its gradient is summed in at least float32.
 
     Numbers outside 0..vocabulary-1 are a ValueError where their values can be seen: outside jit, and where data enters
-    (`fit`, `evaluate`, the first batch of a `train_step`). Inside jit they give NaN, never another token's vector.
+    (`fit`, `evaluate`, the first batch of a `train_step`). Inside jit y and the gradient are NaN, never those of another
+    token.
     """
-    draw = _table("embed", vocabulary, width, kernel_init)
-    if padding is not None and not 0 <= padding < vocabulary:
-        raise ValueError(f"embed: padding must lie in 0..{vocabulary - 1}, got {padding!r}")
+    draw = _table("embed", vocabulary, width, padding, kernel_init)
 
     def init(key, spec):
         _tokens("embed", spec)
@@ -44,7 +46,7 @@ def tied(vocabulary: int, width: int, body: Layer, *, padding: int | None = None
     Of several inputs, a dict, each is embedded; the body makes one sequence of them. Params: embedding and the body's.
     Taps inside measure, but do not rescale: E is used on both sides of them. Source: Press and Wolf 2017.
     """
-    draw = _table("tied", vocabulary, width, None)
+    draw = _table("tied", vocabulary, width, padding, None)
 
     def init(key, spec):
         spec = as_spec(spec)
@@ -63,8 +65,12 @@ def tied(vocabulary: int, width: int, body: Layer, *, padding: int | None = None
     return Layer(init, apply)
 
 
-def _table(who: str, vocabulary: int, width: int, kernel_init: Any) -> Callable[[Any], jax.Array]:
+def _table(who: str, vocabulary: int, width: int, padding: Any, kernel_init: Any) -> Callable[[Any], jax.Array]:
     check.positive(who, vocabulary=vocabulary, width=width)
+    if padding is not None:
+        check.non_negative(who, padding=padding)
+        if padding >= vocabulary:
+            raise ValueError(f"{who}: padding must lie in 0..{vocabulary - 1}, got {padding!r}")
     draw = initializers.normal(width**-0.5) if kernel_init is None else initializers.get(kernel_init)
     return lambda key: draw(key, (vocabulary, width), jnp.float32)
 
@@ -85,18 +91,30 @@ def _each(who: str, embedding: jax.Array, x: Any, padding: int | None) -> Any:
 
 
 def _look_up(who: str, embedding: jax.Array, x: Any, padding: int | None) -> Any:
-    tokens, n = _tokens(who, x), embedding.shape[0]
+    given, n = _tokens(who, x), embedding.shape[0]
+    if padding is not None and given.ndim != 2:
+        raise ValueError(f"{who}: padding needs tokens int[batch, time], got {check.describe(x)}")
+    _check_range(who, n, given, x.mask if isinstance(x, Masked) else None, padding)
+    tokens, real = check.as_int32(given), x.mask if isinstance(x, Masked) else None
+    if padding is not None:
+        real = tokens != padding if real is None else (tokens != padding) & real
+    if real is not None:
+        tokens = filled(tokens, real)
+    # A frequent token's gradient is a sum over all its places, in which bfloat16 would stand still at 256 ones.
+    y = jnp.take(embedding.astype(statistics_dtype(embedding.dtype)), tokens, axis=0, mode="clip")
+    # A factor, not a choice: so the gradient is NaN too.
+    y = y * jnp.where((tokens >= 0) & (tokens < n), 1, jnp.nan).astype(y.dtype)[..., None]
+    y = y.astype(embedding.dtype)
+    return y if real is None else cleared(Masked(y, real))
+
+
+def _check_range(who: str, n: int, tokens: Any, mask: Any, padding: int | None) -> None:
+    """Refuse real tokens that the table does not have, where their values can be seen: in NumPy, which traces nothing."""
     try:
         seen = np.asarray(tokens)
+        seen = seen if mask is None else seen[np.asarray(mask)]
     except jax.errors.TracerArrayConversionError:
-        seen = np.zeros(0, int)  # traced: no values to see yet
+        return
+    seen = seen if padding is None else seen[seen != padding]
     if seen.size and (seen.min() < 0 or seen.max() >= n):
         raise ValueError(f"{who}: token numbers must lie in 0..{n - 1}, got {seen.min()}..{seen.max()}")
-    # `take` counts negative numbers from the end, and fills with NaN what is beyond.
-    y = jnp.take(embedding, jnp.where(tokens < 0, n, tokens), axis=0, mode="fill", fill_value=jnp.nan)
-    if padding is None:
-        return like(x, y)
-    if tokens.ndim != 2:
-        raise ValueError(f"{who}: padding needs tokens int[batch, time], got {check.describe(x)}")
-    real = tokens != padding
-    return Masked(y, real & x.mask if isinstance(x, Masked) else real)

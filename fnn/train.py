@@ -16,6 +16,7 @@ from fnn.core import Layer, as_arrays, as_spec, check_values, output_shape
 from fnn.dataset import Dataset, check_dataset, shuffled
 from fnn.optimizers import per_depth
 from fnn.per_example import check_step, step_gradients
+from fnn.precision import compute_in
 from fnn.taps import TapState
 
 
@@ -142,12 +143,14 @@ def train_step(
     The optimiser sees each block of `repeat` as arrays of its own (`per_depth`): depth as a loop and depth written out
     train alike.
 
-    `compute_dtype=jnp.bfloat16` casts the input, and so all layers; parameters, optimiser and statistics stay float32.
+    `compute_dtype=jnp.bfloat16` lets all layers compute in it (`compute_in`), those behind an embedding too; parameters,
+    optimiser, statistics and loss stay float32. `step.net` is that net: `fit` validates as it trains.
     With `axis_name` (under `vmap` or `shard_map`) gradients and metrics are averaged over the mapped batch axis.
 
     Guarantees: traced once for each batch shape; the state's buffers are donated (do not use the old state again); the
     same state and batch give the same result, bit for bit, on one device.
     """
+    net = compute_in(net, compute_dtype)
     optimizer = per_depth(optimizer)
     for name in metrics:
         check.choice("train_step", METRICS, metrics=name)
@@ -157,8 +160,6 @@ def train_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         x, y = batch
         x = as_arrays(x)
-        if compute_dtype is not None:
-            x = jax.tree.map(lambda a: a.astype(compute_dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, x)
         key = jax.random.fold_in(state.key, state.step)
 
         def objective(params, net_state):
@@ -213,12 +214,15 @@ def evaluate(
     *,
     loss: Callable[[Any, Any], Any] = losses.cross_entropy,
     batch_size: int = 1024,
+    compute_dtype: Any = None,
 ) -> dict[str, float]:
     """Average the loss, and the accuracy where the loss has one, over all examples in eval mode.
 
     `state` is a `TrainState` or a pair (params, state). Every example counts once, whatever the batch size.
+    `compute_dtype` is that of `train_step`: pass the same for the same computation.
     """
     check.positive("evaluate", batch_size=batch_size)
+    net = compute_in(net, compute_dtype)
     params, net_state = (state.params, state.state) if isinstance(state, TrainState) else state
     x, y = as_arrays(tuple(data))
     check_dataset("evaluate", x, y)

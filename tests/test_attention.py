@@ -151,6 +151,51 @@ def test_generate_with_a_recurrent_net():
     np.testing.assert_array_equal(ours, recomputed(jax.jit(net.apply), params, state, tokens, jnp.array([3, 3]), 4))
 
 
+def decoders():
+    """Nets that make the mask themselves, of token 0: inside `tied`, and before layers of either kind."""
+    return {
+        "tied": fnn.models.transformer(11, 2, D, HEADS, padding=0),
+        "learned_scanned": fnn.models.transformer(
+            11, 2, D, HEADS, padding=0, positions="learned", longest=13, unroll=1, norm_position="post"
+        ),
+        "recurrent": fnn.models.rnn(2, D, 11, cell="gru", vocabulary=11, padding=0, every_step=True),
+        "masked_logits": fnn.serial(fnn.embed(11, D, padding=0), fnn.repeat(fnn.lstm(D), 2), fnn.dense(11)),
+    }
+
+
+@pytest.mark.parametrize("name", decoders())
+def test_generate_continues_behind_the_last_real_token_wherever_padding_stands(name):
+    net = decoders()[name]
+    tokens = np.random.default_rng(0).integers(1, 11, size=(BATCH, TIME))
+    params, state = net.init(KEY, jnp.asarray(tokens))
+    params = jax.tree.map(lambda a: 3 * a, params)  # so that what is predicted depends on what was read
+    lengths, rows = np.array([6, 2, 2]), [tokens[:1], tokens[1:, :2]]
+    alone = np.concatenate([fnn.generate(net, params, state, jnp.asarray(row), 4) for row in rows])
+    assert len(set(map(tuple, alone))) > 1
+    right, left, holes = (np.zeros((BATCH, 9), int) for _ in range(3))
+    for i, n in enumerate(lengths):
+        right[i, :n] = left[i, 9 - n :] = tokens[i, :n]
+        holes[i, np.sort(np.random.default_rng(i).permutation(9)[:n])] = tokens[i, :n]
+    every = fnn.generate(net, params, state, np.concatenate([right, left, holes]), 4)
+    np.testing.assert_array_equal(every, np.concatenate([alone] * 3))
+    noise = fnn.Masked(np.where(holes == 0, 7, holes), holes != 0)  # the prompt's mask is heard too
+    np.testing.assert_array_equal(fnn.generate(net, params, state, noise, 4), alone)
+    with pytest.raises(ValueError, match="each example of the prompt needs a real token, got none in example 3"):
+        fnn.generate(net, params, state, np.concatenate([right, left * 0, holes]), 4)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_net_that_predicts_padding_goes_on_with_padding(padding):
+    """The last real token stays the same, and so does what follows it."""
+    net, other = fnn.serial(fnn.embed(5, 2, padding=padding), fnn.rnn(1), fnn.unmasked(), fnn.dense(5)), 1
+    prompt = jnp.array([[1, 2, padding], [4, 1, 2]])
+    params, state = net.init(KEY, prompt)
+    recurrent = jax.tree.map(jnp.zeros_like, params[1]) | {"bias": jnp.array([5.0])}  # 1 where real, 0 at padding
+    head = {"kernel": 9 * jnp.eye(5)[None, padding], "bias": jnp.eye(5)[other]}
+    ours = fnn.generate(net, (params[0], recurrent, (), head), state, prompt, 3)
+    np.testing.assert_array_equal(ours, np.full((2, 3), padding))
+
+
 def recomputed(apply, params, state, prompt, lengths, steps):
     """Decode without a memory: the whole sequence anew for every token."""
     tokens, answers = jnp.pad(prompt, ((0, 0), (0, steps))), []
@@ -227,10 +272,11 @@ def test_embed_equals_indexing_and_ties_the_output():
     layer = fnn.embed(4, D, padding=0)
     params, _ = layer.init(KEY, tokens)
     (y, mask), _ = layer.apply(params, (), tokens)
-    np.testing.assert_array_equal(y, np.asarray(params["embedding"])[np.asarray(tokens)])
-    np.testing.assert_array_equal(mask, tokens != 0)
+    real = np.asarray(tokens != 0)
+    np.testing.assert_array_equal(y, np.asarray(params["embedding"])[np.asarray(tokens)] * real[..., None])
+    np.testing.assert_array_equal(mask, real)
     slope = jax.grad(lambda p: jnp.sum(layer.apply(p, (), tokens)[0].values[..., 0]))(params)["embedding"]
-    np.testing.assert_array_equal(slope[:, 0], [2, 2, 1, 1])
+    np.testing.assert_array_equal(slope[:, 0], [0, 2, 1, 1])
     net = fnn.tied(4, D, fnn.serial())
     params, state = net.init(KEY, tokens)
     table = np.asarray(params["embedding"])
@@ -247,6 +293,15 @@ def test_tokens_out_of_range_are_refused_on_the_host_and_nan_inside_jit():
     values = jax.jit(lambda x: layer.apply(params, state, x)[0])(bad)
     assert np.isnan(values).all()
     labels = jnp.array([0, 1])
+
+    def loss(params, x, y):
+        return fnn.losses.cross_entropy(layer.apply(params, state, x[None])[0], y[None])[0]
+
+    # Of each example alone: one good, one with a token beyond the table, one with a negative one in every place.
+    rows = jnp.stack([good[0], bad[0], jnp.full(3, -1)])
+    slopes = jax.jit(jax.vmap(jax.grad(loss), (None, 0, None)))(params, rows, labels[0])
+    for leaf in jax.tree.leaves(slopes):
+        np.testing.assert_array_equal(np.isnan(leaf).any(tuple(range(1, leaf.ndim))), [False, True, True])
     state = fnn.TrainState.create(layer, optax.sgd(0.1), KEY, good)
     step = fnn.train_step(layer, fnn.losses.cross_entropy, optax.sgd(0.1))
     for call in (
@@ -257,6 +312,25 @@ def test_tokens_out_of_range_are_refused_on_the_host_and_nan_inside_jit():
     ):
         with pytest.raises(ValueError, match="token numbers must lie in 0..3"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocabulary", "padding"), [("int8", 200, None), ("int8", 128, 127), ("uint8", 256, 255), ("uint16", 9, 0)]
+)
+def test_tokens_may_be_of_any_integer_dtype(dtype, vocabulary, padding):
+    """Neither the vocabulary nor -1 need fit into the dtype of the tokens."""
+    info = np.iinfo(dtype)
+    numbers = [0, 1, min(info.max, vocabulary - 1), 8, max(info.min, -1)]
+    real = np.array([n != padding for n in numbers])
+    layer = fnn.embed(vocabulary, 3, padding=padding)
+    tokens = jnp.array([numbers], dtype)
+    params, _ = layer.init(KEY, tokens)
+    y = jax.jit(lambda x: layer.apply(params, (), x)[0])(tokens)
+    values, mask = (y, np.ones((1, 5), bool)) if padding is None else y
+    expected = np.asarray(params["embedding"])[np.maximum(numbers, 0)] * real[:, None]
+    expected[np.array(numbers) < 0] = np.nan
+    np.testing.assert_array_equal(values[0], expected)
+    np.testing.assert_array_equal(mask[0], real)
 
 
 def test_sequence_cross_entropy_averages_over_targets_and_counts_exact_matches():
@@ -303,5 +377,8 @@ def test_refusals():
         fnn.generate(net, params, state, tokens, 5)
     with pytest.raises(TypeError, match="must be token numbers"):
         fnn.embed(4, D).init(KEY, x)
+    for make in (lambda: fnn.embed(4, D, padding=4), lambda: fnn.tied(4, D, fnn.serial(), padding=4)):
+        with pytest.raises(ValueError, match=r"(embed|tied): padding must lie in 0..3, got 4"):
+            make()
     with pytest.raises(ValueError, match="prompt must be int"):
         fnn.generate(net, params, state, jnp.ones((2, 4)), 3)

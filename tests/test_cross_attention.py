@@ -253,6 +253,12 @@ def test_decoding_equals_the_forward_pass_token_by_token(options):
         tokens = tokens.at[rows, lengths + t].set(answers[-1])
         assert np.all(answers[-1] != 0)
     np.testing.assert_array_equal(ours, jnp.stack(answers, axis=1))
+    # The net itself takes token 0 as padding: the mask of the prompt need not say so, nor stand on one side.
+    left = np.stack([np.roll(row, TIME - int(n)) for row, n in zip(x["target"], lengths, strict=True)])
+    for target in (x["target"], left, np.insert(left, 1, 0, axis=1)):
+        np.testing.assert_array_equal(
+            fnn.generate(net, params, state, x | {"target": jnp.asarray(target)}, steps), ours
+        )
 
 
 def test_gradient_flow_of_an_encoder_decoder_equals_float64():

@@ -14,9 +14,9 @@ import fnn
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"check", "files", "tree", "grid", "activations", "initializers", "_jaxpr", "factors", "spawning"},
+    {"check", "files", "tree", "masks", "grid", "activations", "initializers", "_jaxpr", "factors", "spawning"},
     {"core", "losses", "gaussian", "products", "alike", "sealed", "axes"},
-    {"inputs", "dataset", "lift", "identity"},
+    {"inputs", "dataset", "lift", "identity", "precision"},
     {"memory", "layers"},
     {
         *("norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic"),

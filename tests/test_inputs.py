@@ -52,15 +52,25 @@ def test_concatenate_and_add_by_hand():
     mask = jnp.array([[True, False]])
     wide = fnn.Masked(a[..., None], mask)
     y, _ = fnn.concatenate().apply((), (), (wide, wide))
-    np.testing.assert_array_equal(y.values, [[[1, 1], [2, 2]]])
+    np.testing.assert_array_equal(y.values, [[[1, 1], [0, 0]]])
     np.testing.assert_array_equal(y.mask, mask)
 
 
-def test_last_takes_the_last_real_position():
+def test_last_first_and_ends_take_real_positions():
     x = jnp.arange(12.0).reshape(3, 4, 1)
     mask = jnp.array([[True, True, False, False], [False, True, False, True], [False] * 4])
-    np.testing.assert_array_equal(fnn.last().apply((), (), fnn.Masked(x, mask))[0], [[1], [7], [8]])
+    masked, both = fnn.Masked(x, mask), jnp.concatenate([x, x + 100, x + 200], axis=-1)
+    np.testing.assert_array_equal(fnn.last().apply((), (), masked)[0], [[1], [7], [0]])
+    np.testing.assert_array_equal(fnn.first().apply((), (), masked)[0], [[0], [5], [0]])
     np.testing.assert_array_equal(fnn.last().apply((), (), x)[0], x[:, -1])
+    np.testing.assert_array_equal(fnn.first().apply((), (), x)[0], x[:, 0])
+    read, _ = fnn.ends(2).apply((), (), fnn.Masked(both, mask))
+    np.testing.assert_array_equal(read, [[1, 101, 200], [7, 107, 205], [0, 0, 0]])
+    np.testing.assert_array_equal(fnn.ends(1).apply((), (), both)[0][:, 1:], both[:, 0, 1:])
+    np.testing.assert_array_equal(fnn.ends().apply((), (), both[..., 1:])[0], both[:, [-1, 0], [1, 2]])
+    for layer, got in ((fnn.ends(), "forward=None"), (fnn.ends(3), "forward=3")):
+        with pytest.raises(ValueError, match=rf"ends: needs an even number of units.*float32\[3,4,3\] and {got}"):
+            layer.apply((), (), both)
 
 
 def test_trees_of_inputs_train_evaluate_and_report():
@@ -84,6 +94,35 @@ def test_trees_of_inputs_train_evaluate_and_report():
     errors = {row.path: row.layer for row in flow.rows if row.quantity == "log_error"}
     # Layers are counted by kernels in the order of the sorted names: audio, image, then the last.
     assert errors == {"0/audio/1/heard": 1, "0/image/1/seen": 2, "3/logits": 3}
+
+
+def test_padding_that_is_not_finite_trains_as_any_other():
+    net, x = two_inputs(), inputs(12)
+    y, optimizer = jnp.arange(12) % 2, optax.adam(0.03)
+    state = fnn.TrainState.create(net, optimizer, KEY, x)
+    step, trained = fnn.train_step(net, fnn.losses.cross_entropy, optimizer), []
+    for fill in (0.0, jnp.nan):
+        audio = x["audio"]._replace(values=jnp.where(x["audio"].mask[..., None], x["audio"].values, fill))
+        data = fnn.data.Dataset(x | {"audio": audio}, y)
+        trained.append(fnn.fit(step, state, data, epochs=2, batch_size=6, key=KEY, validation=data))
+    jax.tree.map(np.testing.assert_array_equal, *[(new.params, new.state) for new, _ in trained])
+    np.testing.assert_array_equal(*[history.validation["loss"] for _, history in trained])
+    with pytest.raises(ValueError, match="x must be finite, got 1 non-finite values, first at example 2"):
+        fnn.evaluate(net, state, (x | {"image": x["image"].at[2, 0, 0].set(jnp.nan)}, y))
+    real = x["audio"]._replace(values=x["audio"].values.at[2, 0, 0].set(jnp.inf))
+    with pytest.raises(ValueError, match="x must be finite, got 1 non-finite values, first at example 2"):
+        fnn.evaluate(net, state, (x | {"audio": real}, y))
+
+
+def test_layers_without_a_mask_compute_what_they_did():
+    """What takes padding out of the numbers is not there where nothing is padded."""
+    layers = [fnn.dense(4), fnn.layer_norm(), fnn.activation("tanh"), fnn.gain(), fnn.attention(2), fnn.gru(4)]
+    x = jnp.ones((2, 3, 4))
+    for layer in (*layers, fnn.residual(fnn.dense(4)), fnn.tap(), fnn.last(), fnn.ends(), fnn.global_avg_pool()):
+        text = jax.jit(layer.apply).lower(*layer.init(KEY, x), x).as_text()
+        assert "select" not in text
+        masked = fnn.Masked(x, jnp.ones((2, 3), bool))
+        assert "select" in jax.jit(layer.apply).lower(*layer.init(KEY, x), masked).as_text()
 
 
 def test_refusals():

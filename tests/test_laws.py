@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import randomized
-from zoo import CASES, floating, sample
+from zoo import CASES, PADDED, floating, sample
 
 import fnn
 
@@ -175,6 +175,55 @@ def test_bfloat16_in_and_out_with_float32_statistics(case):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((params, new)))
     # bfloat16 has 8 bits: 2^-8 a rounding, and a few layers of them. Masks are the same in either dtype.
     close((y, new), (trained, exact), rtol=0.06)
+
+
+@table(PADDED)
+def test_values_at_padded_positions_change_nothing(case):
+    """NaN, infinities and numbers near the end of float32, bit for bit: outputs, state, and every gradient."""
+    x = sample(case, keys()[0])
+    params, state = case.layer.init(keys()[1], x)
+    params = randomized(params)
+
+    def at_each_masked(function, tree, *rest):
+        return jax.tree.map(function, tree, *rest, is_leaf=lambda node: isinstance(node, fnn.Masked))
+
+    def real(node):
+        return node.mask.reshape(node.mask.shape + (1,) * (node.values.ndim - 2))
+
+    @jax.jit
+    def run(fill):
+        def padded(node):
+            if not isinstance(node, fnn.Masked):
+                return node
+            # Among token numbers, one that the table does not have.
+            number = fill if is_float(node.values) else jnp.where(jnp.isfinite(fill), 99, -5)
+            return node._replace(values=jnp.where(real(node), node.values, number).astype(node.values.dtype))
+
+        def at_padding(node, gradient):
+            if not isinstance(node, fnn.Masked) or not is_float(node.values):
+                return 0
+            return jnp.max(jnp.abs(jnp.where(real(node), 0, gradient.values)))
+
+        def objective(params, state, x):
+            y, new = case.layer.apply(params, state, x, key=keys()[2], train=True)
+            return sum(jnp.sum(jnp.sin(a)) for a in floats(y)), (y, new)
+
+        gradient = jax.value_and_grad(objective, argnums=(0, 1, 2), has_aux=True, allow_int=True)
+        (value, aux), (gp, gs, gx) = gradient(params, state, at_each_masked(padded, x))
+        return (value, aux, gp, gs, floats(gx)), at_each_masked(at_padding, x, gx)
+
+    expected, sent = run(2.0)
+    assert all(np.isfinite(a).all() for a in floats(expected)) and not any(map(np.any, jax.tree.leaves(sent)))
+    for fill in (jnp.nan, jnp.inf, -jnp.inf, 3e38, -1e30):
+        jax.tree.map(np.testing.assert_array_equal, run(fill), (expected, sent))
+
+
+@pytest.mark.parametrize("name", ["embed", "tied"])  # all models reach tokens through these
+def test_the_integer_dtype_of_tokens_does_not_matter(name):
+    x, params, state, _, compiled = prepared(name)
+    expected = compiled(params, state, x)
+    for dtype in (jnp.int8, jnp.uint8, jnp.uint16, jnp.uint32):
+        jax.tree.map(np.testing.assert_array_equal, compiled(params, state, x.astype(dtype)), expected)
 
 
 @parametric

@@ -123,28 +123,81 @@ def test_bfloat16_outputs_give_float32_losses():
         np.testing.assert_allclose(got, value, rtol=1e-6)
 
 
-def test_labels_narrower_than_the_number_of_classes():
-    """Bytes as labels for 256 classes, as byte-level text has them: 256 itself does not fit into uint8."""
-    logits = np.random.default_rng(3).normal(size=(3, 70_000)).astype(np.float32)
-    cases = [("uint8", 256), ("uint8", 1000), ("int8", 200), ("uint16", 70_000)]
-    labels = [np.array([0, 100, 127], dtype) for dtype, _ in cases]
-    run = jax.jit(lambda z, ts: [losses.cross_entropy(z[:, :n], t) for t, (_, n) in zip(ts, cases, strict=True)])
-    for got, t, (_, n) in zip(run(logits, labels), labels, cases, strict=True):
-        losses.check_targets(losses.cross_entropy, (3, n), t)
-        np.testing.assert_allclose(got, cross_entropy(logits[:, :n].astype(float), t.astype(int)), rtol=1e-5)
+INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+LABELLED = [  # loss, shape of the outputs, labels
+    ("cross_entropy", (4, 300), [0, 100, 127, 3]),
+    ("cross_entropy", (2, 2, 256), [[0, 100], [127, 3]]),
+    ("sequence_cross_entropy", (2, 2, 256), [[0, 100], [127, 3]]),
+    ("sequence_cross_entropy", (2, 2, 200), [[-1, 100], [127, -1]]),
+    ("binary_cross_entropy", (4,), [0, 1, 1, 0]),
+    ("mse", (4, 2), [[0, 100], [127, 3], [5, 6], [1, 1]]),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "labels"), LABELLED)
+def test_the_integer_dtype_of_labels_does_not_matter(name, shape, labels):
+    """Losses, gradients, what counts as right, the check on the host: in eight dtypes, those of int32 bit for bit."""
+    loss, labels = getattr(losses, name), np.array(labels)
+    outputs = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    outputs = outputs + 10 * (np.arange(shape[-1]) == labels[..., None]) if outputs.ndim > labels.ndim else outputs
+    dtypes = [d for d in INTEGERS if labels.min() >= 0 or np.issubdtype(d, np.signedinteger)]
+    with jax.enable_x64(True):
+        every = [labels.astype(dtype) for dtype in dtypes]
+        found = jax.jit(lambda outputs, every: [compiled(loss)(outputs, labels) for labels in every])(outputs, every)
+        for labels in every:
+            losses.check_targets(loss, shape, labels)
+    expected = found[dtypes.index("int32")]
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(expected)) and (expected[2] is None or np.any(expected[2]))
+    for one in found:
+        jax.tree.map(np.testing.assert_array_equal, one, expected)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "sequence_cross_entropy", "binary_cross_entropy"])
+@pytest.mark.parametrize("label", [2**32 + 1, 2**32, 2**31 + 1, -(2**32) + 1])
+def test_labels_beyond_int32_never_count_as_others(name, label):
+    """Without x64 JAX takes 2^32 + 1 as 1: outside of jit the loss sees the label as it is."""
+    loss, labels = getattr(losses, name), np.array([[label, 1]])
+    outputs = np.zeros((1, 2, 3), np.float32)
+    if name == "binary_cross_entropy":
+        labels, outputs = labels[0], outputs[0, :, 0]
+    assert np.isnan(loss(outputs, labels)).any() and not np.all(loss.correct(outputs, labels))
+    with pytest.raises(ValueError, match="must lie in 0"):
+        losses.check_targets(loss, outputs.shape, labels)
 
 
 def test_labels_out_of_range_are_nan_inside_jit_and_refused_on_the_host():
     logits, labels = np.zeros((4, 3), np.float32), np.array([0, -1, 2, 3])
-    values = jax.jit(losses.cross_entropy)(logits, labels)
+    gradient, values, _ = compiled(losses.cross_entropy)(logits, labels)
     np.testing.assert_allclose(values, [np.log(3), np.nan, np.log(3), np.nan], rtol=1e-6)
+    np.testing.assert_array_equal(np.isnan(gradient).all(-1), [False, True, False, True])
+    np.testing.assert_allclose(gradient[::2], 1 / 3 - np.eye(3)[[0, 2]], rtol=1e-6)
     with pytest.raises(ValueError, match=r"cross_entropy: labels must lie in 0\.\.2, got -1\.\.3; renumber"):
         losses.check_targets(losses.cross_entropy, (4, 3), labels)
     z, t = np.zeros(3, np.float32), np.array([1.0, 2.0, -0.5], np.float32)
-    values = jax.jit(losses.binary_cross_entropy)(z, t)
+    gradient, values, _ = compiled(losses.binary_cross_entropy)(z, t)
     np.testing.assert_allclose(values, [np.log(2), np.nan, np.nan], rtol=1e-6)
+    np.testing.assert_allclose(gradient, [-0.5, np.nan, np.nan], rtol=1e-6)
+    logits = np.zeros((4, 2, 3), np.float32)
+    labels = np.array([[0, -1], [-2, 1], [3, -1], [-1, -1]])
+    gradient, values, _ = compiled(losses.sequence_cross_entropy)(logits, labels)
+    np.testing.assert_allclose(values, [np.log(3), np.nan, np.nan, 0], rtol=1e-6)
+    np.testing.assert_array_equal(np.isnan(gradient).any(-1), [[False] * 2, [True] * 2, [True, False], [False] * 2])
+    labels = np.array([[0, 1], [3, 1]])
+    gradient, values, _ = compiled(losses.cross_entropy)(logits[:2], labels)
+    np.testing.assert_allclose(values, [np.log(3), np.nan], rtol=1e-6)
+    np.testing.assert_array_equal(np.isnan(gradient).all(-1), [[False, False], [True, False]])
     with pytest.raises(ValueError, match=r"binary_cross_entropy: targets must lie in 0\.\.1, got 2\.0; rescale"):
         losses.check_targets(losses.binary_cross_entropy, (3,), t)
+
+
+@pytest.mark.parametrize("fill", [np.nan, np.inf, -np.inf, 3e38])
+def test_outputs_without_a_target_change_nothing(fill):
+    logits = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    labels = np.array([[-1, 2, 0, -1], [-1, -1, -1, -1], [4, 3, 2, 1]])
+    expected = compiled(losses.sequence_cross_entropy)(logits, labels)
+    filled = np.where((labels == -1)[..., None], np.float32(fill), logits)
+    jax.tree.map(np.testing.assert_array_equal, compiled(losses.sequence_cross_entropy)(filled, labels), expected)
+    assert not np.any(expected[0][labels == -1]) and np.all(expected[0][labels != -1])
 
 
 @pytest.mark.parametrize("bad", [np.nan, -0.1, 1.1])

@@ -289,3 +289,42 @@ def test_an_activation_that_mixes_numbers_is_derived_by_jax(phi):
 
     ours = jax.grad(lambda p: jnp.sum(jnp.sin(5 * layer.apply(p, state, x)[0][:, -1])))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-6), ours, jax.grad(by_hand)(params))
+
+
+@pytest.mark.parametrize(("cell", "form"), [("rnn", "whole"), ("gru", "padded"), ("lstm", "holes")])
+def test_a_bidirectional_net_reads_each_half_where_it_has_seen_everything(cell, form):
+    """By hand: each half alone on the real positions of each example, its last output in its own direction."""
+    net = fnn.models.rnn(2, 2 * WIDTH, 3, cell=cell, bidirectional=True)
+    x = drawn()
+    params, state = net.init(jax.random.key(0), x)
+    params = randomized(params)
+    mask = np.ones((BATCH, TIME), bool)
+    if form == "padded":
+        mask = np.arange(TIME) >= np.array([0, 1, 3, 5])[:BATCH, None]
+        mask[1] = mask[1, ::-1]
+    if form == "holes":
+        mask[:, 2] = mask[1, 0] = mask[2, -1] = False
+    logits, _ = jax.jit(net.apply)(params, state, x if form == "whole" else fnn.Masked(x, jnp.asarray(mask)))
+    one = LAYERS[cell](WIDTH)
+
+    def run(weights, sequence):
+        return np.asarray(one.apply(weights, one.init(jax.random.key(0), sequence)[1], sequence)[0])
+
+    for i in range(BATCH):
+        h = np.asarray(x)[i : i + 1, mask[i]]
+        for block in (params[0], params[1][0]):  # the second one lies in a stack of one
+            forward, backward = block[0][0]
+            ahead, behind = run(forward, jnp.asarray(h)), run(backward, jnp.asarray(h[:, ::-1]))
+            h = np.concatenate([ahead, behind[:, ::-1]], axis=-1)
+        read = np.concatenate([ahead[0, -1], behind[0, -1]])
+        np.testing.assert_allclose(logits[i], read @ params[-1]["kernel"] + params[-1]["bias"], atol=1e-5)
+
+
+def test_the_half_that_runs_backwards_sees_all_inputs():
+    """With a head that is blind to the forward half, every real position still changes the logits."""
+    net, x = fnn.models.rnn(1, 2 * WIDTH, 3, bidirectional=True), drawn()
+    params, state = net.init(jax.random.key(0), x)
+    head = params[-1] | {"kernel": params[-1]["kernel"].at[:WIDTH].set(0)}
+    mask = jnp.ones((BATCH, TIME), bool).at[1, 3:].set(False).at[2, :2].set(False)
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(net.apply((*params[:-1], head), state, fnn.Masked(x, mask))[0] ** 2)))(x)
+    np.testing.assert_array_equal(np.any(slope != 0, axis=-1), mask)

@@ -36,6 +36,11 @@ def tokens(x: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round(3 + 2 * x), 0, 6).astype(jnp.int32)
 
 
+def masked_tokens(x: jax.Array) -> fnn.Masked:
+    """Mask token numbers, so that the mask and `padding=0` both say what is real."""
+    return masked(tokens(x))
+
+
 def pair(x: jax.Array) -> dict[str, Any]:
     """Make a source and a target of other length and width, both masked, the last example's source without a real one."""
     source = masked(x[:, 1:, 2:])
@@ -51,8 +56,27 @@ def _masked_block() -> fnn.Layer:
     return fnn.residual(inner, scale=0.7)
 
 
+def _masked_block4() -> fnn.Layer:
+    return fnn.residual(fnn.serial(fnn.gru(4), fnn.attention(2, causal=True), fnn.dense(4)))
+
+
 def _both_ways() -> fnn.Layer:
     return fnn.bidirectional(fnn.lstm(2, forget_bias=3.0), fnn.gru(3, reverse=True))
+
+
+def _each_position() -> fnn.Layer:
+    """Every layer that acts on each position alone, also where zeros or large numbers have no finite value or slope."""
+    layers = [
+        *(fnn.dense(4), fnn.gain(0.5, 0.1), fnn.layer_norm(), fnn.rms_norm(), fnn.batch_norm(), fnn.tap()),
+        *(fnn.positions(5), fnn.dropout(0.3), fnn.residual(fnn.serial())),
+        *(fnn.activation(f) for f in ("relu", "gelu", "softplus", jnp.exp, lambda x: jnp.log(jnp.abs(x)))),
+    ]
+    ends = fnn.parallel(fnn.last(), fnn.first(), fnn.ends(), fnn.ends(3), fnn.global_avg_pool(), fnn.unmasked())
+    return fnn.serial(fnn.parallel(*layers, fnn.serial(fnn.parallel(fnn.layer_norm(), fnn.tap()), fnn.add(), ends)))
+
+
+def _no_eps() -> fnn.Layer:
+    return fnn.serial(fnn.parallel(fnn.layer_norm(eps=0.0), fnn.rms_norm(eps=0.0)), fnn.concatenate())
 
 
 def _two_inputs() -> fnn.Layer:
@@ -92,6 +116,8 @@ CASES = [
     Case("last", fnn.last(), (4, 5, 2), keeps_shape=False, make=masked),
     Case("unmasked", fnn.unmasked(), (4, 5, 2), keeps_shape=False, make=masked),
     Case("block_on_masked", _masked_block(), (4, 5, 8), make=masked),
+    Case("first", fnn.first(), (4, 5, 2), keeps_shape=False, make=masked),
+    Case("ends", fnn.ends(), (4, 5, 2), keeps_shape=False, make=masked),
     Case("branches", _two_inputs(), (4, 5, 2), keeps_shape=False, make=lambda x: {"image": x, "audio": masked(x)}),
     Case("rnn", fnn.rnn(3, activation="sigmoid", initial="learned"), (4, 5, 3)),
     Case("rnn_masked", fnn.rnn(3, tap=fnn.tap(bounds=(-1, 1))), (4, 5, 3), make=masked),
@@ -180,6 +206,17 @@ CASES = [
         keeps_shape=False,
     ),
 ]
+
+
+PADDED = [
+    *(case for case in CASES if case.make in (masked, pair)),
+    Case("each_position", _each_position(), (4, 5, 4), make=masked),
+    Case("without_eps", _no_eps(), (4, 5, 4), make=masked),
+    Case("backwards", fnn.serial(fnn.rnn(4, reverse=True), fnn.repeat(_masked_block4(), 2)), (4, 5, 4), make=masked),
+    Case("embed_masked", fnn.embed(7, 3, padding=0), (4, 5), make=masked_tokens),
+    Case("tied_masked", fnn.tied(7, 4, fnn.attention(2), padding=0), (4, 5), make=masked_tokens),
+]
+"""What the law of padding also holds for."""
 
 
 def sample(case: Case, key: Any, dtype: Any = jnp.float32) -> Any:
