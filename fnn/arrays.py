@@ -1,0 +1,96 @@
+"""The door for data: whatever can be an array becomes one here, once, or is refused in a sentence.
+
+Arrays may come from NumPy, JAX, PyTorch, pandas, polars, TensorFlow, or anything else with `__array__` or `__dlpack__`;
+lists of numbers are arrays too. Nothing that enters changes its value on the way in silence: integers that JAX would
+wrap, complex numbers, masked arrays, strings and objects are refused by name.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn import check
+
+PLAIN = {np.dtype(kind) for kind in ("?", "b", "B", "h", "H", "i", "e", "f", "d")}
+"""NumPy's types of numbers that JAX takes without wrapping any."""
+
+
+def array(who: str, name: str, a: Any) -> Any:
+    """Turn one thing into an array of NumPy or JAX; what is one already passes as it is.
+
+    Errors: TypeError for what holds no real numbers, ValueError for integers beyond int32 (with x64 on, int64) and for
+    masked entries.
+    """
+    given = a
+    if not isinstance(a, jax.Array) and type(a) is not np.ndarray:
+        a = _converted(who, name, a)
+    kind = a.dtype
+    if type(a) is np.ndarray and kind in PLAIN:
+        return a
+    if jnp.issubdtype(kind, jnp.complexfloating):
+        raise TypeError(
+            f"{who}: {name} must be real, got {check.describe(a)}; pass real and imaginary parts as features of their own"
+        )
+    if not (jnp.issubdtype(kind, jnp.number) or kind == bool):
+        got = check.describe(a) if isinstance(given, np.ndarray | jax.Array) else f"{type(given).__name__} of {kind}"
+        hint = "np.unique(labels, return_inverse=True)[1] numbers classes" if name == "y" else "encode it as numbers"
+        raise TypeError(f"{who}: {name} must hold numbers, got {got}; {hint}")
+    if isinstance(a, jax.Array):
+        return a
+    if jnp.issubdtype(kind, jnp.integer):
+        widest = jax.dtypes.canonicalize_dtype(np.int64)
+        info = np.iinfo(widest)
+        if a.size and (a.min() < info.min or a.max() > info.max):
+            raise ValueError(f"{who}: {name} must fit in {widest}, got values from {a.min()} to {a.max()}; map them")
+    return a.astype(np.float64) if kind == np.longdouble else a
+
+
+def arrays(who: str, name: str, tree: Any) -> Any:
+    """Turn every leaf of a tree (several inputs, `Masked`) into an array; lists of numbers are one array each."""
+    return jax.tree.map(lambda a: array(who, name, a), tree, is_leaf=is_numbers)
+
+
+def pair(who: str, batch: Any) -> tuple[Any, Any]:
+    """Turn a pair (x, y), a tuple or list of two, into arrays."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise TypeError(f"{who} must be a pair (x, y), got {brief(batch)}; put both into one tuple")
+    return arrays(who, "x", batch[0]), arrays(who, "y", batch[1])
+
+
+def brief(x: Any) -> str:
+    """Describe what came instead of arrays, cut to a line."""
+    text = check.describe(x)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def is_numbers(a: Any) -> bool:
+    """Tell whether a list or tuple is a plain one, of numbers, strings or further lists of them: one array."""
+    if type(a) not in (list, tuple) or not a:
+        return False
+    return all(is_numbers(b) or (not isinstance(b, jax.Array) and _is_scalar(b)) for b in a)
+
+
+def _is_scalar(a: Any) -> bool:
+    return isinstance(a, bool | int | float | complex | str | bytes | np.generic)
+
+
+def _converted(who: str, name: str, a: Any) -> Any:
+    if isinstance(a, np.ma.MaskedArray) and np.ma.is_masked(a):
+        raise ValueError(f"{who}: {name} must have no masked entries, got {np.ma.count_masked(a)}; fill or drop them")
+    try:
+        if callable(getattr(a, "detach", None)):
+            a = a.detach()  # a tensor of PyTorch that takes part in its autograd
+        if hasattr(a, "__array__") or not hasattr(a, "__dlpack__"):
+            return np.asarray(a)
+        try:
+            return np.from_dlpack(a)
+        except (BufferError, RuntimeError, TypeError, ValueError):  # a type or a device that NumPy does not know
+            with jax.enable_x64(True):  # or JAX would wrap 64-bit integers
+                return np.asarray(jnp.from_dlpack(a))
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise TypeError(
+            f"{who}: {name} must be an array that NumPy can read, got {type(a).__name__} ({reason}); convert it first"
+        ) from error
