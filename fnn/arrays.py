@@ -5,6 +5,7 @@ lists of numbers are arrays too. Nothing that enters changes its value on the wa
 wrap, complex numbers, masked arrays, strings and objects are refused by name.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -49,7 +50,9 @@ def array(who: str, name: str, a: Any) -> Any:
 
 def arrays(who: str, name: str, tree: Any) -> Any:
     """Turn every leaf of a tree (several inputs, `Masked`) into an array; lists of numbers are one array each."""
-    return jax.tree.map(lambda a: array(who, name, a), tree, is_leaf=is_numbers)
+    return jax.tree.map(
+        lambda a: array(who, name, a), tree, is_leaf=lambda a: is_numbers(a) or isinstance(a, Iterator)
+    )
 
 
 def pair(who: str, batch: Any) -> tuple[Any, Any]:

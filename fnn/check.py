@@ -24,7 +24,7 @@ def describe(x: Any) -> str:
             return f"{a.dtype}[{','.join(map(str, a.shape))}]"
         return type(a).__name__
 
-    text = str(jax.tree.map(one, x))
+    text = str(jax.tree.map(one, x, is_leaf=lambda a: isinstance(a, Iterator)))
     return text.replace("'", "")
 
 
@@ -89,14 +89,15 @@ def prng_key(who: str, key: Any, name: str = "key") -> None:
         raise TypeError(f"{who}: {name} must be one PRNG key, got {got}; pass jax.random.key(0)")
 
 
-def parameters(who: str, params: Any) -> None:
-    """Refuse parameters that are not floating arrays, all of them: what a gradient is taken of."""
+def parameters(who: str, params: Any, *, trained: bool = True) -> None:
+    """Refuse parameters that are not real arrays, and floating ones where they are to be `trained`."""
     for entries, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = getattr(leaf, "dtype", None) if not isinstance(leaf, float) else np.dtype(np.float32)
-        if dtype is not None and isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.floating):
+        imaginary = isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.complexfloating)
+        if isinstance(dtype, np.dtype) and not imaginary and (not trained or jnp.issubdtype(dtype, jnp.floating)):
             continue
         path = jax.tree_util.keystr(entries, simple=True, separator="/")
-        if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+        if imaginary:
             hint = "keep real and imaginary parts as two arrays"
         else:
             hint = (

@@ -98,13 +98,12 @@ def refuse_several(who: str, data: Any) -> None:
 
 def iterable(who: str, data: Any) -> Iterable[Any]:
     """Take data as an iterable of batches; refuse one array, a dict, text, and a pair written as a list."""
-    shown = brief(data)
     if isinstance(data, list) and len(data) == 2 and not any(isinstance(part, tuple | list) for part in data):
-        raise TypeError(f"{who}: data in memory must be a tuple (x, y), got the list {shown}; write (x, y)")
+        raise TypeError(f"{who}: data in memory must be a tuple (x, y), got the list {brief(data)}; write (x, y)")
     refuse_several(who, data)
     single = hasattr(data, "__array__") or isinstance(data, dict | str | bytes)
     if single or not isinstance(data, Iterable):
-        raise TypeError(f"{who}: data must be a pair (x, y) or an iterable of batches (x, y), got {shown}")
+        raise TypeError(f"{who}: data must be a pair (x, y) or an iterable of batches (x, y), got {brief(data)}")
     return data
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"check", "arrays", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
     {"core", "losses", "gaussian", "products"},
-    {"inputs", "dataset"},
+    {"inputs", "dataset", "admission"},
     {"memory", "layers"},
     {
         *("norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic"),
