@@ -110,7 +110,14 @@ def parameters(who: str, params: Any, *, trained: bool = True) -> None:
 
 def alive(who: str, *trees: Any) -> None:
     """Refuse arrays whose memory a step has taken over."""
-    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(trees)):
+
+    def gone(leaf):
+        try:
+            return isinstance(leaf, jax.Array) and leaf.is_deleted()
+        except jax.errors.ConcretizationTypeError:
+            return False  # traced
+
+    if any(map(gone, jax.tree.leaves(trees))):
         raise ValueError(
             f"{who}: the state must still have its arrays, got one that an earlier step took over (it is donated); go on "
             "with the state that the step returned, or pass the step a copy: jax.tree.map(jnp.copy, state)"

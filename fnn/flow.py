@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import losses, taps, tree
+from fnn import admission, arrays, check, losses, taps, tree
 from fnn.core import Layer, as_arrays, output_shape
 from fnn.taps import Row, TapState
 from fnn.tree import Stacked
@@ -90,9 +90,14 @@ def gradient_flow(
     Errors: ValueError if no tap lies on the trunk, or if a tap is passed more than once (a weight is used on both sides
     of it), where one scale cannot be undone.
     """
-    params, net_state = (state.params, state.state) if hasattr(state, "params") else state
-    x, y = batch
-    x = as_arrays(x)
+    admission.net("gradient_flow", net)
+    admission.loss("gradient_flow", loss)
+    params, net_state = admission.parts("gradient_flow", state)
+    check.parameters("gradient_flow", params)
+    if key is not None:
+        check.prng_key("gradient_flow", key)
+    x, y = as_arrays(arrays.pair("gradient_flow: the batch", batch))
+    admission.examples("gradient_flow", (x, y))
     if not any(node.rescale for _, node in _marks(taps.rescaling(params, net_state))):
         raise ValueError(
             "gradient_flow: the trunk must hold a tap, got none (taps inside residual and parallel branches cannot "
@@ -119,8 +124,9 @@ def differentiate(
     """Do `measure`, and return the gradient too, as the taps rescaled it: to be multiplied by 2^exponents."""
 
     def objective(params, state):
-        outputs, new = net.apply(params, state, x, key=key, train=train)
-        return jnp.mean(loss(outputs, y)), new
+        with check.foreign("gradient_flow"):
+            outputs, new = net.apply(params, state, x, key=key, train=train)
+            return jnp.mean(loss(outputs, y)), new
 
     marked = taps.rescaling(params, state)
     (value, new), gradients = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, marked)
