@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import check, losses, tree
-from fnn.arrays import array, brief
+from fnn.arrays import array, brief, is_numbers
 from fnn.core import Layer, as_spec
 
 UNSUPPORTED = {
@@ -40,6 +40,25 @@ def loss(who: str, function: Any) -> None:
         raise TypeError(f"{who}: loss must be a function (outputs, targets) -> float[batch], got {function!r}; {hint}")
 
 
+def values(who: str, function: Any, outputs: Any, targets: Any) -> Any:
+    """Call a loss; refuse anything but one number for each example."""
+    try:
+        found = function(outputs, targets)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise TypeError(
+            f"{who}: the loss must be one that jit can trace, got one that looks at values ({reason}); write it in "
+            "jax.numpy, without float(), if, or NumPy on its arguments"
+        ) from error
+    n = jnp.shape(jax.tree.leaves(outputs)[0])[:1]
+    if not hasattr(found, "shape") or found.shape != n:
+        raise ValueError(
+            f"{who}: the loss must return float[batch], one number for each example, got {check.describe(found)} for "
+            f"outputs {check.describe(outputs)}; average over the other axes, not over the examples"
+        )
+    return found
+
+
 def optimizer(who: str, given: Any) -> None:
     """Refuse what is not an optax transformation."""
     if not (hasattr(given, "init") and hasattr(given, "update")) or isinstance(given, type):
@@ -64,11 +83,16 @@ def update(who: str, tx: Any, grads: Any, state: Any, params: Any, **more: Any) 
     """Call `tx.update`; one that asks for functions of the parameters, as line searches do, is refused by their names."""
     try:
         return tx.update(grads, state, params, **more)
-    except (TypeError, ValueError, AttributeError) as error:
+    except Exception as error:
+        if re.match(r"[\w.]+: ", str(error)):
+            raise  # a sentence of fnn's own
         asked = sorted(set(re.findall(r"\b\w+_fn\b", str(error))) - {"update_fn", "init_fn"})
         if not asked:
-            error.add_note("in the optimizer's update")
-            raise
+            reason = str(error).strip().split("\n")[0].rstrip(".")
+            raise ValueError(
+                f"{who}: the optimizer must make updates of these gradients, under jit, got {type(error).__name__} "
+                f"({reason}); check its options, and whether it is meant for single examples' gradients"
+            ) from error
         raise ValueError(
             f"{who}: the optimizer must do with gradients, parameters and the loss's value, got one that asks for "
             f"{', '.join(asked)}; line searches, lbfgs, SAM and sophia, which evaluate the loss anew, are not supported yet"
@@ -96,6 +120,7 @@ def state(who: str, layer: Layer, params: Any, net_state: Any, x: Any) -> None:
             raise ValueError(
                 f"{who}: the {what} must be this net's, got {found}; make the state with TrainState.create of this net"
             )
+    made(layer, params, net_state)
 
 
 def optimizer_state_of(who: str, tx: Any, params: Any, opt_state: Any) -> None:
@@ -135,7 +160,10 @@ def parts(who: str, state: Any) -> tuple[Any, Any]:
 
 def example(who: str, spec: Any) -> Any:
     """Take an example batch, or specs in its place, as specs."""
-    leaves = jax.tree.leaves(spec)
+    if not is_numbers(spec) or not any(map(is_numbers, spec)):  # a flat list of numbers is a shape, or looks like one
+        leaves = jax.tree.leaves(spec)
+    else:
+        leaves = [spec := array(who, "spec", spec)]
     if not leaves or any(isinstance(leaf, int) for leaf in leaves):
         got = brief(spec)
         raise TypeError(

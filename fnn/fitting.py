@@ -98,8 +98,8 @@ def fit(
         train = iterable("fit", train)
         if given := [name for name, value in (("key", key), ("batch_size", batch_size)) if value is not None]:
             raise TypeError(
-                f"fit: {' and '.join(given)} belong to data in memory, a tuple (x, y), got batches that are cut already; "
-                "leave out what does not apply"
+                f"fit: key and batch_size are for data in memory, a tuple (x, y), got {' and '.join(given)} with batches, which "
+                "are cut and shuffled already; leave them out"
             )
         if isinstance(validation, numbers.Real):
             raise TypeError(
@@ -272,6 +272,7 @@ def _chunks(step: TrainStep, run: _Run, batches: Iterable[Any], most: int) -> It
 def _dataset(who: str, step: TrainStep, state: TrainState, data: Any) -> Dataset:
     data = Dataset(*as_arrays(tuple(in_memory(who, data))))
     check_dataset(who, data.x, data.y)
+    admission.state(who, step.net, state.params, state.state, data.x)
     check_values(step.net, state.params, state.state, data.x)
     shape = output_shape(step.net, state.params, state.state, data.x)
     try:

@@ -98,6 +98,7 @@ def gradient_flow(
         check.prng_key("gradient_flow", key)
     x, y = as_arrays(arrays.pair("gradient_flow: the batch", batch))
     admission.examples("gradient_flow", (x, y))
+    admission.state("gradient_flow", net, params, net_state, x)
     if not any(node.rescale for _, node in _marks(taps.rescaling(params, net_state))):
         raise ValueError(
             "gradient_flow: the trunk must hold a tap, got none (taps inside residual and parallel branches cannot "

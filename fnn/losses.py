@@ -52,6 +52,8 @@ def correct(loss: Callable[..., Any]) -> Callable[..., Any] | None:
 def check_targets(loss: Callable[..., Any], shape: tuple[int, ...], targets: Any) -> None:
     """Let a loss check targets against the shape of the outputs; plain functions check nothing."""
     if isinstance(loss, Loss):
+        if not hasattr(targets, "dtype"):
+            raise TypeError(f"{loss.name}: targets must be one array, got {check.describe(targets)}")
         try:
             loss.check(shape, targets)
         except jax.errors.TracerArrayConversionError:

@@ -105,7 +105,7 @@ def example_loss(
     def of_example(params, example):
         x, y = jax.tree.map(lambda a: jnp.asarray(a)[None], example)
         outputs, _ = net.apply(params, state, x, key=key, train=train, axis_name=axis_name)
-        return loss(outputs, y)[0]
+        return admission.values("example_loss", loss, outputs, y)[0]
 
     return of_example
 
@@ -149,9 +149,7 @@ def step_gradients(
         x, y = jax.tree.map(lambda a: a[None], example)
         with check.foreign("train_step"):
             outputs, new = net.apply(params, state, x, key=key, train=True, axis_name=axes)
-            values = loss(outputs, y)
-        if jnp.ndim(values) != 1:
-            raise ValueError(f"train_step: the loss must return float[batch], got {check.describe(values)}")
+            values = admission.values("train_step", loss, outputs, y)
         hits = {} if correct is None else {"accuracy": correct(outputs, y)[0]}
         return values[0], (new, {"loss": values[0]} | hits)
 

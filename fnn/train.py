@@ -182,9 +182,7 @@ def train_step(
         def objective(params, net_state):
             with check.foreign("train_step"):
                 outputs, new = net.apply(params, net_state, x, key=key, train=True, axis_name=axis_name)
-                per_example = loss(outputs, y)
-            if jnp.ndim(per_example) != 1:
-                raise ValueError(f"train_step: the loss must return float[batch], got {check.describe(per_example)}")
+                per_example = admission.values("train_step", loss, outputs, y)
             hits = {} if correct is None else {"accuracy": jnp.mean(correct(outputs, y))}
             mean = jnp.mean(per_example)
             return mean, (new, {"loss": mean} | hits)
@@ -244,6 +242,8 @@ def evaluate(
     params, net_state = admission.parts("evaluate", state)
     x, y = as_arrays(tuple(in_memory("evaluate", data)))
     check_dataset("evaluate", x, y)
+    check.parameters("evaluate", params, trained=False)
+    admission.state("evaluate", net, params, net_state, x)
     check_values(net, params, net_state, x)
     losses.check_targets(loss, output_shape(net, params, net_state, x), y)
     return averages(net, params, net_state, (x, y), loss, batch_size)
@@ -262,7 +262,7 @@ def means(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: 
 
     def values(xs, ys):
         outputs, _ = net.apply(params, state, xs)
-        return {"loss": loss(outputs, ys)} | ({} if correct is None else {"accuracy": correct(outputs, ys)})
+        return {"loss": admission.values("evaluate", loss, outputs, ys)} | ({} if correct is None else {"accuracy": correct(outputs, ys)})
 
     def sums(start):
         # The last window starts early enough to be full; what it shares with the one before counts once.
@@ -286,13 +286,7 @@ def check_state(who: str, state: Any) -> None:
         check.alive(who, state.step)
 
 
-def _admitted_means(net, loss, size, params, state, x, y):
-    check.parameters("evaluate", params, trained=False)
-    admission.state("evaluate", net, params, state, x)
-    return means(net, loss, size, params, state, x, y)
-
-
-_means = jax.jit(_admitted_means, static_argnums=(0, 1, 2))
+_means = jax.jit(means, static_argnums=(0, 1, 2))
 
 
 def _has_taps(state: Any) -> bool:
