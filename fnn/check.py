@@ -133,7 +133,7 @@ def foreign(who: str) -> Iterator[None]:
         if type(error).__name__ != "TraceContextError":  # of flax.nnx
             raise
         raise ValueError(
-            f"{who}: the loss must not change variables made outside of it, got an NNX module that does (batch norm's "
+            f"{who}: what is differentiated must not change variables made outside of it, got an NNX module that does (batch norm's "
             "statistics, counts of random numbers); merge a copy inside: nnx.merge(graphdef, params, rest, copy=True)"
         ) from error
 

@@ -238,7 +238,8 @@ def repeat(block: Layer, n: int, *, unroll: int | bool = 1, checkpoint: int | No
 def output_spec(layer: Layer, params: Any, state: Any, spec: Any) -> Any:
     """Trace the shape and dtype of a layer's output in eval mode, without computing anything."""
     params, state, spec = as_spec((params, state, spec))
-    return jax.eval_shape(lambda p, s, x: layer.apply(p, s, x)[0], params, state, spec)
+    with check.foreign("net"):
+        return jax.eval_shape(lambda p, s, x: layer.apply(p, s, x)[0], params, state, spec)
 
 
 def output_shape(layer: Layer, params: Any, state: Any, spec: Any) -> tuple[int, ...]:

@@ -131,11 +131,13 @@ def fit(
                     stopped = True
                     break
     except BaseException as error:
-        step.unfinished = run.finished(best)
+        kept = run.keeps_state()
+        step.unfinished = (run.state if kept else best), run.history()
+        n = sum(run.lengths)
+        where = "after them" if kept else "before them all, or the best epoch's: the step that failed took its own along"
         with contextlib.suppress(Exception):  # an exception that takes no attributes
             error.state, error.history = step.unfinished  # type: ignore[attr-defined]
-            n = sum(step.unfinished[1].steps_per_epoch)
-            error.add_note(f"fit: {n} steps were finished; to go on from them: state, history = step.unfinished")
+            error.add_note(f"fit: {n} steps were finished; state, history = step.unfinished holds the state {where}")
         raise
     return (best if patience is not None and run.best_epoch is not None else run.state), run.history(stopped)
 
@@ -178,19 +180,19 @@ class _Run:
             stopped,
         )
 
-    def finished(self, otherwise: TrainState) -> tuple[TrainState, History]:
-        """Return state and history after an error; a step that failed has taken its state along."""
+    def keeps_state(self) -> bool:
+        """Tell, after an error, whether the state is still there, and keep the metrics that are."""
         try:
             jax.block_until_ready(self.state)
             check.alive("fit", self.state)
-            self._fetched < len(self._records) and self.fetch()
-            return self.state, self.history()
+            if self._fetched < len(self._records):
+                self.fetch()
         except Exception:
-            lost = self._records[self._fetched :]
-            del self._records[self._fetched :]
-            if lost and self.lengths:
+            if self.lengths:
                 self.lengths[-1] = 0
-            return otherwise, self.history()
+            del self._records[self._fetched :]
+            return False
+        return True
 
 
 @contextlib.contextmanager
