@@ -151,9 +151,12 @@ def examples(who: str, batch: tuple[Any, Any]) -> None:
 
 def parts(who: str, state: Any) -> tuple[Any, Any]:
     """Take (params, state) of a `TrainState`, or as they come; refuse anything else, and what a step has taken over."""
-    if not hasattr(state, "params") and not (isinstance(state, tuple | list) and len(state) == 2):
+    if hasattr(state, "params"):
+        params, net_state = state.params, state.state
+    elif isinstance(state, tuple | list) and len(state) == 2:
+        params, net_state = state
+    else:
         raise TypeError(f"{who}: state must be a TrainState or a pair (params, state), got {brief(state)}")
-    params, net_state = (state.params, state.state) if hasattr(state, "params") else state
     check.alive(who, params, net_state)
     return params, net_state
 

@@ -34,7 +34,7 @@ def array(who: str, name: str, a: Any) -> Any:
         raise TypeError(
             f"{who}: {name} must be real, got {check.describe(a)}; pass real and imaginary parts as features of their own"
         )
-    if not (jnp.issubdtype(kind, jnp.number) or kind == bool):
+    if not (jnp.issubdtype(kind, jnp.number) or kind == np.bool_):
         got = check.describe(a) if isinstance(given, np.ndarray | jax.Array) else f"{type(given).__name__} of {kind}"
         hint = "np.unique(labels, return_inverse=True)[1] numbers classes" if name == "y" else "encode it as numbers"
         raise TypeError(f"{who}: {name} must hold numbers, got {got}; {hint}")
@@ -50,9 +50,7 @@ def array(who: str, name: str, a: Any) -> Any:
 
 def arrays(who: str, name: str, tree: Any) -> Any:
     """Turn every leaf of a tree (several inputs, `Masked`) into an array; lists of numbers are one array each."""
-    return jax.tree.map(
-        lambda a: array(who, name, a), tree, is_leaf=lambda a: is_numbers(a) or isinstance(a, Iterator)
-    )
+    return jax.tree.map(lambda a: array(who, name, a), tree, is_leaf=lambda a: is_numbers(a) or isinstance(a, Iterator))
 
 
 def pair(who: str, batch: Any) -> tuple[Any, Any]:
@@ -83,8 +81,8 @@ def _converted(who: str, name: str, a: Any) -> Any:
     if isinstance(a, np.ma.MaskedArray) and np.ma.is_masked(a):
         raise ValueError(f"{who}: {name} must have no masked entries, got {np.ma.count_masked(a)}; fill or drop them")
     try:
-        if callable(getattr(a, "detach", None)):
-            a = a.detach()  # a tensor of PyTorch that takes part in its autograd
+        if callable(detach := getattr(a, "detach", None)):
+            a = detach()  # a tensor of PyTorch that takes part in its autograd
         if hasattr(a, "__array__") or not hasattr(a, "__dlpack__"):
             return np.asarray(a)
         try:

@@ -144,7 +144,9 @@ def _read_idx(who: str, path: Path, file: Any, size: int | None, most: int) -> n
     need = start + math.prod(shape) * dtype.itemsize
     if size is None and need > most:
         got = f"{need} bytes in {path}"
-        raise ValueError(f"{who}: a gzip file must not inflate to more than {most} bytes, got {got}; unpack it yourself")
+        raise ValueError(
+            f"{who}: a gzip file must not inflate to more than {most} bytes, got {got}; unpack it yourself"
+        )
     if size is None:
         raw += file.read(max(0, need + 1 - len(raw)))
         extra = len(raw) > need
@@ -230,8 +232,9 @@ def _check_members(path: Path, archive: zipfile.ZipFile, names: Any) -> None:
     for info in infos:
         name = info.filename
         with archive.open(info) as file:
-            if file.peek(6)[:6] != b"\x93NUMPY":
+            if file.read(6) != b"\x93NUMPY":
                 continue  # np.load gives its bytes, no numbers
+            file.seek(0)
             version = np.lib.format.read_magic(file)
             if version not in ((1, 0), (2, 0)):
                 raise ValueError(f"{name} is written in version {version} of the format, not 1.0 or 2.0")

@@ -81,19 +81,21 @@ def in_memory(who: str, data: Any) -> Dataset:
     try:
         return Dataset(*jax.tree.map(lambda *parts: np.concatenate(parts), *batches))
     except ValueError as error:
-        raise ValueError(f"{who}: all batches must hold the same arrays but for their number of examples ({error})") from error
+        raise ValueError(
+            f"{who}: all batches must hold the same arrays but for their number of examples ({error})"
+        ) from error
 
 
 def refuse_several(who: str, data: Any) -> None:
     """Refuse several data sets, (train, test), in the place of one."""
-    if isinstance(data, tuple | list) and data and not hasattr(data, "_fields"):
-        if all(isinstance(part, Dataset) for part in data) or (
-            isinstance(data, tuple) and all(type(part) in (tuple, list) and len(part) == 2 and not is_numbers(part) for part in data)
-        ):
-            raise TypeError(
-                f"{who}: data must be one pair of arrays (x, y), got {len(data)} pairs; train, test = data takes a "
-                "training and a test part apart (fit takes the latter as validation=test), and batches go into a list"
-            )
+    parts = list(data) if type(data) in (tuple, list) else []
+    sets = all(isinstance(part, Dataset) for part in parts)
+    pairs = all(type(part) in (tuple, list) and len(part) == 2 and not is_numbers(part) for part in parts)
+    if parts and (sets or (pairs and isinstance(data, tuple))):
+        raise TypeError(
+            f"{who}: data must be one pair of arrays (x, y), got {len(parts)} pairs; pass the training part, and to fit "
+            "the test part as validation=test; batches, pairs (x, y), go into a list"
+        )
 
 
 def iterable(who: str, data: Any) -> Iterable[Any]:
@@ -200,7 +202,13 @@ def random_split(who: str, x: Any, y: Any, rng: np.random.Generator, test: float
 
 
 def split_index(
-    who: str, y: np.ndarray, rng: np.random.Generator, *, stratify: bool = True, instead: str = "stratify=False", **test: Any
+    who: str,
+    y: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    stratify: bool = True,
+    instead: str = "stratify=False",
+    **test: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw which examples go into either part, as `split` says; `instead` is what a refusal offers."""
     above_zero(who, **test)

@@ -134,7 +134,9 @@ def fit(
         kept = run.keeps_state()
         step.unfinished = (run.state if kept else best), run.history()
         n = sum(run.lengths)
-        where = "after them" if kept else "before them all, or the best epoch's: the step that failed took its own along"
+        where = (
+            "after them" if kept else "before them all, or the best epoch's: the step that failed took its own along"
+        )
         with contextlib.suppress(Exception):  # an exception that takes no attributes
             error.state, error.history = step.unfinished  # type: ignore[attr-defined]
             error.add_note(f"fit: {n} steps were finished; state, history = step.unfinished holds the state {where}")
@@ -198,7 +200,9 @@ class _Run:
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Hold Ctrl-C back."""
-    if threading.current_thread() is not threading.main_thread() or not callable(before := signal.getsignal(signal.SIGINT)):
+    if threading.current_thread() is not threading.main_thread() or not callable(
+        before := signal.getsignal(signal.SIGINT)
+    ):
         yield
         return
     pending: list[Any] = []

@@ -50,7 +50,9 @@ def per_example(
     check.choice("per_example", SEMANTICS, batch_norm=batch_norm)
     if not callable(loss):
         got = f"{loss!r}" if isinstance(loss, str) else type(loss).__name__
-        raise TypeError(f"per_example: loss must be a function (params, example) -> float[], got {got}; see example_loss")
+        raise TypeError(
+            f"per_example: loss must be a function (params, example) -> float[], got {got}; see example_loss"
+        )
     if batch_norm == "running":
         if eval_loss is None:
             raise ValueError("per_example: batch_norm='running' differentiates eval_loss, got None; pass the eval loss")

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from fnn import admission, arrays, check, clip, losses, tree
-from fnn.core import Layer, as_arrays, as_spec, check_values, output_shape
+from fnn.core import Layer, as_arrays, check_values, output_shape
 from fnn.dataset import Dataset, check_dataset, in_memory, shuffled
 from fnn.per_example import check_step, step_gradients
 from fnn.taps import TapState
@@ -262,7 +262,9 @@ def means(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: 
 
     def values(xs, ys):
         outputs, _ = net.apply(params, state, xs)
-        return {"loss": admission.values("evaluate", loss, outputs, ys)} | ({} if correct is None else {"accuracy": correct(outputs, ys)})
+        return {"loss": admission.values("evaluate", loss, outputs, ys)} | (
+            {} if correct is None else {"accuracy": correct(outputs, ys)}
+        )
 
     def sums(start):
         # The last window starts early enough to be full; what it shares with the one before counts once.

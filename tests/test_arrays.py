@@ -197,7 +197,9 @@ def test_arrays_that_are_fine_pass_as_they_are():
 
 def test_complex_parameters_are_refused_by_name():
     layer = fnn.stateless(lambda key, spec: {"w": jnp.ones(2, jnp.complex64)}, lambda p, x: jnp.real(x @ p["w"]))
-    with pytest.raises(TypeError, match=r"TrainState.create: params must be real floating arrays, got complex64\[2\] at w"):
+    with pytest.raises(
+        TypeError, match=r"TrainState.create: params must be real floating arrays, got complex64\[2\] at w"
+    ):
         fnn.TrainState.create(layer, OPTIMIZER, KEY, X)
     with pytest.raises(TypeError, match="evaluate: params must be real"):
         fnn.evaluate(layer, layer.init(KEY, X), (X, X[:, 0]), loss=fnn.losses.mse)

@@ -196,12 +196,17 @@ def npy(shape, dtype="<f8", payload=b"", version=1):
 
 
 @pytest.mark.parametrize(
-    "shape", [(2**40,), (2**70,), (2**70, 0), (2**33, 2**33), (-3,), (10,), (2**62, 4)], ids=lambda s: "x".join(map(str, s))
+    "shape",
+    [(2**40,), (2**70,), (2**70, 0), (2**33, 2**33), (-3,), (10,), (2**62, 4)],
+    ids=lambda s: "x".join(map(str, s)),
 )
 @pytest.mark.parametrize("version", [1, 2])
 def test_npz_headers_that_claim_what_is_not_there(tmp_path, shape, version):
     path = tmp_path / "a.npz"
-    for members in ({"x.npy": npy(shape, version=version), "y.npy": npy((1,), payload=bytes(8))}, {"x": npy(shape), "y.npy": npy(shape)}):
+    for members in (
+        {"x.npy": npy(shape, version=version), "y.npy": npy((1,), payload=bytes(8))},
+        {"x": npy(shape), "y.npy": npy(shape)},
+    ):
         with zipfile.ZipFile(path, "w") as file:
             for name, raw in members.items():
                 file.writestr(name, raw)

@@ -68,7 +68,9 @@ def test_an_error_in_the_second_epochs_data_keeps_all_finished_steps(error):
         fnn.fit(STEP, STATE, data, epochs=3, validation=(X, Y))
     state, history = STEP.unfinished
     assert raised.value is error and error.state is state and error.history is history
-    assert any(note.startswith("fit: 12 steps were finished; state, history = step.unfinished") for note in error.__notes__)
+    assert any(
+        note.startswith("fit: 12 steps were finished; state, history = step.unfinished") for note in error.__notes__
+    )
     expected, losses = stepwise(BATCHES)
     same(state, expected)
     np.testing.assert_array_equal(history.train["loss"], losses)
@@ -159,7 +161,7 @@ def test_a_step_that_fails_takes_its_state_along_and_says_so():
     def fail():
         raise RuntimeError("in the callback")
 
-    with pytest.raises(Exception) as raised:  # noqa: PT011, JAX's own
+    with pytest.raises(Exception) as raised:
         step = told(fail, at=5)
         fnn.fit(step, STATE, (X, Y), **OPTIONS | {"epochs": 3})
     state, history = raised.value.state, raised.value.history
@@ -178,20 +180,50 @@ NOT_DATA = {
     "in a list": ([TRAIN, TEST], LOOSE, TypeError, "fit: data must be one pair of arrays (x, y), got 2 pairs"),
     "three": ((TRAIN, TEST, TEST), OPTIONS, TypeError, "fit: data must be one pair of arrays (x, y), got 3 pairs"),
     "a list": ([X, Y], LOOSE, TypeError, "fit: data in memory must be a tuple (x, y), got the list [float32[48,4], in"),
-    "batches with a key": (BATCHES, LOOSE | {"key": KEY}, TypeError, "got key with batches, which are cut and shuffled"),
+    "batches with a key": (
+        BATCHES,
+        LOOSE | {"key": KEY},
+        TypeError,
+        "got key with batches, which are cut and shuffled",
+    ),
     "batches with a size": (BATCHES, LOOSE | {"batch_size": 4}, TypeError, "got batch_size with batches"),
     "batches with both": (BATCHES, OPTIONS, TypeError, "got key and batch_size with batches"),
-    "batches and a fraction": (BATCHES, LOOSE | {"validation": 0.2}, TypeError, "a fraction can be split off data in mem"),
-    "one array": (X, LOOSE, TypeError, "fit: data must be a pair (x, y) or an iterable of batches (x, y), got float32[48,4]"),
+    "batches and a fraction": (
+        BATCHES,
+        LOOSE | {"validation": 0.2},
+        TypeError,
+        "a fraction can be split off data in mem",
+    ),
+    "one array": (
+        X,
+        LOOSE,
+        TypeError,
+        "fit: data must be a pair (x, y) or an iterable of batches (x, y), got float32[48,4]",
+    ),
     "a dict": ({"x": X, "y": Y}, LOOSE, TypeError, "fit: data must be a pair (x, y) or an iterable of batches (x, y)"),
     "a name": ("digits", LOOSE, TypeError, "fit: data must be a pair (x, y) or an iterable of batches (x, y), got str"),
     "nothing": (None, LOOSE, TypeError, "fit: data must be a pair (x, y) or an iterable of batches (x, y), got None"),
-    "a weighted triple": ((X, Y, Y), OPTIONS, TypeError, "fit: data must be a pair (x, y), got (float32[48,4], int32[48]"),
-    "no example": ((X[:0], Y[:0]), OPTIONS, ValueError, "fit: a data set must hold at least one example, got float32[0,4]"),
+    "a weighted triple": (
+        (X, Y, Y),
+        OPTIONS,
+        TypeError,
+        "fit: data must be a pair (x, y), got (float32[48,4], int32[48]",
+    ),
+    "no example": (
+        (X[:0], Y[:0]),
+        OPTIONS,
+        ValueError,
+        "fit: a data set must hold at least one example, got float32[0,4]",
+    ),
     "a batch of a dict": ([{"x": X}], LOOSE, TypeError, "train_step: the batch must be a pair (x, y), got {x: float32"),
     "a batch of no example": ([(X[:0], Y[:0])], LOOSE, ValueError, "a batch must hold at least one example, got none"),
     "y shorter": ([(X, Y[:3])], LOOSE, ValueError, "x and y must hold the same number of examples on their first axes"),
-    "targets by name": ([(X, {"a": Y})], LOOSE, TypeError, "cross_entropy: targets must be one array, got {a: int32[48]}"),
+    "targets by name": (
+        [(X, {"a": Y})],
+        LOOSE,
+        TypeError,
+        "cross_entropy: targets must be one array, got {a: int32[48]}",
+    ),
 }
 
 
@@ -232,10 +264,18 @@ def test_a_fraction_is_split_off_stratified_and_by_the_key():
     _, history = fnn.fit(STEP, STATE, (X, y), validation=0.25, **options)
     by_hand, _ = fnn.fit(STEP, STATE, (X[train], y[train]), validation=(X[held], y[held]), **options)
     same(by_hand, states[0])
-    for bad, kind in ((0.0, ValueError), (1.0, ValueError), (-0.5, ValueError), (float("nan"), ValueError), (True, TypeError)):
+    for bad, kind in (
+        (0.0, ValueError),
+        (1.0, ValueError),
+        (-0.5, ValueError),
+        (float("nan"), ValueError),
+        (True, TypeError),
+    ):
         with pytest.raises(kind, match="fit: validation must"):
             fnn.fit(STEP, STATE, (X, y), validation=bad, **options)
-    with pytest.raises(ValueError, match=r"at least 2 examples of every class, got class 2 with 1; or pass validation=\(x, y\)"):
+    with pytest.raises(
+        ValueError, match=r"at least 2 examples of every class, got class 2 with 1; or pass validation=\(x, y\)"
+    ):
         fnn.fit(STEP, STATE, (X, np.where(np.arange(48) == 5, 2, 0)), validation=0.25, **options)
 
 
@@ -336,7 +376,9 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_optimisers_that_need_more_than_a_gradient_are_refused_in_a_sentence(name):
     make, asked = UNSUPPORTED[name]
-    with pytest.raises(ValueError, match=f"the optimizer .*{asked}.*not supported yet|not supported yet, got {asked}") as error:
+    with pytest.raises(
+        ValueError, match=f"the optimizer .*{asked}.*not supported yet|not supported yet, got {asked}"
+    ) as error:
         state = fnn.TrainState.create(NET, make(), KEY, X)
         fnn.train_step(NET, fnn.losses.cross_entropy, make())(state, (X, Y))
     assert "\n" not in str(error.value)
@@ -357,7 +399,9 @@ def test_what_is_no_optimiser(given, got):
 
 def test_an_optimiser_that_fails_under_jit_says_so():
     bad = optax.sgd(lambda count: 0.1 if count > 3 else 0.2)
-    with pytest.raises(ValueError, match="train_step: the optimizer must make updates .*, under jit, got TracerBool") as e:
+    with pytest.raises(
+        ValueError, match="train_step: the optimizer must make updates .*, under jit, got TracerBool"
+    ) as e:
         fnn.train_step(NET, fnn.losses.cross_entropy, bad)(fnn.TrainState.create(NET, bad, KEY, X), (X, Y))
     assert "\n" not in str(e.value)
 
@@ -384,11 +428,23 @@ NOT_LOSSES = {
     "cross_entropy": ("cross_entropy", TypeError, "got 'cross_entropy'; pass fnn.losses.cross_entropy"),
     "mse": ("mse", TypeError, "got 'mse'; pass fnn.losses.mse"),
     "none": (None, TypeError, "got None; pass fnn.losses.cross_entropy"),
-    "scalar": (lambda o, y: jnp.mean(o), ValueError, r"the loss must return float\[batch\], one number .*, got float32\[\]"),
+    "scalar": (
+        lambda o, y: jnp.mean(o),
+        ValueError,
+        r"the loss must return float\[batch\], one number .*, got float32\[\]",
+    ),
     "units": (lambda o, y: o, ValueError, r"the loss must return float\[batch\], one number .*, got float32\[48,3\]"),
-    "other": (lambda o, y: o[:3, 0], ValueError, r"the loss must return float\[batch\], one number .*, got float32\[3\]"),
+    "other": (
+        lambda o, y: o[:3, 0],
+        ValueError,
+        r"the loss must return float\[batch\], one number .*, got float32\[3\]",
+    ),
     "nothing": (lambda o, y: None, ValueError, r"the loss must return float\[batch\], one number .*, got None"),
-    "numpy": (lambda o, y: np.mean(np.square(o), 1), TypeError, "the loss must be one that jit can trace, got one that"),
+    "numpy": (
+        lambda o, y: np.mean(np.square(o), 1),
+        TypeError,
+        "the loss must be one that jit can trace, got one that",
+    ),
     "if": (lambda o, y: o[:, 0] if o[0, 0] > 0 else o[:, 1], TypeError, "the loss must be one that jit can trace"),
 }
 
@@ -430,7 +486,9 @@ def test_a_state_that_a_step_took_over_is_refused():
 
 @pytest.mark.parametrize("spec", [None, (1, 4), [1, 4], 4, {}], ids=repr)
 def test_what_is_no_example(spec):
-    with pytest.raises(TypeError, match="TrainState.create: spec must be an example batch or its jax.ShapeDtypeStruct, got"):
+    with pytest.raises(
+        TypeError, match="TrainState.create: spec must be an example batch or its jax.ShapeDtypeStruct, got"
+    ):
         fnn.TrainState.create(NET, OPTIMIZER, KEY, spec)
 
 
@@ -466,7 +524,9 @@ def test_a_model_passed_whole_is_refused_and_its_parts_are_taken():
     def loss(model, example):
         return jnp.sum(model(example) ** 2)
 
-    with pytest.raises(TypeError, match="per_example: params must be real floating arrays, got relu at activation; split"):
+    with pytest.raises(
+        TypeError, match="per_example: params must be real floating arrays, got relu at activation; split"
+    ):
         fnn.per_example(loss)(MLP, X)
     params, static = equinox.partition(MLP, equinox.is_inexact_array)
     norms = fnn.per_example(lambda p, x: loss(equinox.combine(p, static), x))(params, X).norms()
@@ -479,7 +539,9 @@ def test_nnx_modules_are_merged_as_copies():
     def loss(copy):
         return lambda p, x: jnp.sum(nnx.merge(graphdef, p, rest, copy=copy)(x[None]) ** 2)
 
-    with pytest.raises(ValueError, match=r"per_example: what is differentiated must not change variables .*copy=True\)"):
+    with pytest.raises(
+        ValueError, match=r"per_example: what is differentiated must not change variables .*copy=True\)"
+    ):
         fnn.per_example(loss(False))(params, X)
     assert fnn.per_example(loss(True))(params, X).norms().shape == (48,)
     layer = fnn.Layer(
