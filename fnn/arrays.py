@@ -14,8 +14,8 @@ import numpy as np
 
 from fnn import check
 
-PLAIN = {np.dtype(kind) for kind in ("?", "b", "B", "h", "H", "i", "e", "f", "d")}
-"""NumPy's types of numbers that JAX takes without wrapping any."""
+PLAIN = {np.dtype(kind) for kind in ("?", "b", "B", "h", "H", "i", "e", "f", "d", jnp.bfloat16)}
+"""Types of numbers that JAX takes without wrapping any."""
 
 
 def array(who: str, name: str, a: Any) -> Any:
@@ -25,10 +25,10 @@ def array(who: str, name: str, a: Any) -> Any:
     masked entries.
     """
     given = a
-    if not isinstance(a, jax.Array) and type(a) is not np.ndarray:
+    if type(a) is not np.ndarray and not isinstance(a, jax.Array):
         a = _converted(who, name, a)
     kind = a.dtype
-    if type(a) is np.ndarray and kind in PLAIN:
+    if kind in PLAIN:
         return a
     if jnp.issubdtype(kind, jnp.complexfloating):
         raise TypeError(
@@ -50,6 +50,8 @@ def array(who: str, name: str, a: Any) -> Any:
 
 def arrays(who: str, name: str, tree: Any) -> Any:
     """Turn every leaf of a tree (several inputs, `Masked`) into an array; lists of numbers are one array each."""
+    if type(tree) is np.ndarray or isinstance(tree, jax.Array):
+        return array(who, name, tree)  # the usual case, for which a step should not wait
     return jax.tree.map(lambda a: array(who, name, a), tree, is_leaf=lambda a: is_numbers(a) or isinstance(a, Iterator))
 
 
@@ -80,18 +82,24 @@ def _is_scalar(a: Any) -> bool:
 def _converted(who: str, name: str, a: Any) -> Any:
     if isinstance(a, np.ma.MaskedArray) and np.ma.is_masked(a):
         raise ValueError(f"{who}: {name} must have no masked entries, got {np.ma.count_masked(a)}; fill or drop them")
-    try:
-        if callable(detach := getattr(a, "detach", None)):
-            a = detach()  # a tensor of PyTorch that takes part in its autograd
-        if hasattr(a, "__array__") or not hasattr(a, "__dlpack__"):
-            return np.asarray(a)
+    if callable(detach := getattr(a, "detach", None)):
+        a = detach()  # a tensor of PyTorch that takes part in its autograd
+    readers = [np.from_dlpack, _from_dlpack] if hasattr(a, "__dlpack__") else []
+    if hasattr(a, "__array__") or not readers:
+        readers.insert(0, np.asarray)
+    reasons = []
+    for read in readers:
         try:
-            return np.from_dlpack(a)
-        except (BufferError, RuntimeError, TypeError, ValueError):  # a type or a device that NumPy does not know
-            with jax.enable_x64(True):  # or JAX would wrap 64-bit integers
-                return np.asarray(jnp.from_dlpack(a))
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise TypeError(
-            f"{who}: {name} must be an array that NumPy can read, got {type(a).__name__} ({reason}); convert it first"
-        ) from error
+            return read(a)
+        except Exception as error:
+            reasons.append(error)
+    reason = str(reasons[0]).strip().split("\n")[0].rstrip(".")
+    raise TypeError(
+        f"{who}: {name} must be an array that NumPy can read, got {type(a).__name__} ({reason}); convert it first"
+    ) from reasons[0]
+
+
+def _from_dlpack(a: Any) -> np.ndarray:
+    """Read what NumPy cannot: bfloat16, or an array on JAX's own device."""
+    with jax.enable_x64(True):  # or JAX would wrap 64-bit integers
+        return np.asarray(jnp.from_dlpack(a))
