@@ -85,29 +85,7 @@ def fit(
     check.alive("fit", state)
     if key is not None:
         check.prng_key("fit", key)
-    held: Any = None
-    if isinstance(train, tuple):
-        if key is None or batch_size is None:
-            refuse_several("fit", train)
-            raise ValueError("fit: data in memory needs key= and batch_size=, to be shuffled and cut into batches")
-        check.positive("fit", batch_size=batch_size)
-        train = _dataset("fit", step, state, train)
-        if isinstance(validation, numbers.Real):
-            train, held = _split_off(train, validation, key)
-    else:
-        train = iterable("fit", train)
-        if given := [name for name, value in (("key", key), ("batch_size", batch_size)) if value is not None]:
-            raise TypeError(
-                f"fit: key and batch_size are for data in memory, a tuple (x, y), got {' and '.join(given)} with batches, which "
-                "are cut and shuffled already; leave them out"
-            )
-        if isinstance(validation, numbers.Real):
-            raise TypeError(
-                f"fit: a fraction can be split off data in memory alone, got validation={validation!r} with batches; "
-                "pass a pair (x, y)"
-            )
-    if validation is not None and held is None:
-        held = _dataset("fit: validation", step, state, validation)
+    train, held = _data(step, state, train, key, batch_size, validation)
     run_epoch = _epochs(step, state, train, key, batch_size, epochs)
     step.unfinished = None
     run = _Run(jax.tree.map(jnp.copy, state))  # the steps donate their state; the caller's is not ours to give away
@@ -195,6 +173,37 @@ class _Run:
             del self._records[self._fetched :]
             return False
         return True
+
+
+def _data(
+    step: TrainStep, state: TrainState, train: Any, key: Any, batch_size: Any, validation: Any
+) -> tuple[Any, Dataset | None]:
+    """Take training data, a `Dataset` in memory or an iterable of batches, and those held out, whole."""
+    fraction = validation if isinstance(validation, numbers.Real) else None
+    held = None
+    if isinstance(train, tuple):
+        refuse_several("fit", train)
+        if key is None or batch_size is None:
+            raise ValueError("fit: data in memory needs key= and batch_size=, to be shuffled and cut into batches")
+        check.positive("fit", batch_size=batch_size)
+        train = _dataset("fit", step, state, train)
+        if fraction is not None:
+            train, held = _split_off(train, fraction, key)
+    else:
+        train = iterable("fit", train)
+        if given := [name for name, value in (("key", key), ("batch_size", batch_size)) if value is not None]:
+            raise TypeError(
+                f"fit: key and batch_size are for data in memory, a tuple (x, y), got {' and '.join(given)} with "
+                "batches, which are cut and shuffled already; leave them out"
+            )
+        if fraction is not None:
+            raise TypeError(
+                f"fit: a fraction can be split off data in memory alone, got validation={fraction!r} with batches; pass "
+                "a pair (x, y)"
+            )
+    if validation is not None and fraction is None:
+        held = _dataset("fit: validation", step, state, validation)
+    return train, held
 
 
 @contextlib.contextmanager
