@@ -40,12 +40,18 @@ def array(who: str, name: str, a: Any) -> Any:
         raise TypeError(f"{who}: {name} must hold numbers, got {got}; {hint}")
     if isinstance(a, jax.Array):
         return a
-    if jnp.issubdtype(kind, jnp.integer):
+    narrow(who, name, a)
+    return a.astype(np.float64) if kind == np.longdouble else a
+
+
+def narrow(who: str, name: str, a: Any) -> Any:
+    """Refuse integers on the host that JAX would wrap: 2^32 + k would become k. Anything else passes."""
+    if isinstance(a, np.ndarray | np.generic) and a.dtype.kind in "iu" and a.dtype not in PLAIN:
         widest = jax.dtypes.canonicalize_dtype(np.int64)
         info = np.iinfo(widest)
         if a.size and (a.min() < info.min or a.max() > info.max):
             raise ValueError(f"{who}: {name} must fit in {widest}, got values from {a.min()} to {a.max()}; map them")
-    return a.astype(np.float64) if kind == np.longdouble else a
+    return a
 
 
 def arrays(who: str, name: str, tree: Any) -> Any:

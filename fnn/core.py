@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import check
+from fnn.arrays import narrow
 from fnn.tree import UNNAMED, Stacked
 
 
@@ -270,8 +271,8 @@ def same_spec(a: Any, b: Any) -> bool:
 
 
 def as_arrays(tree: Any) -> Any:
-    """Make every leaf a JAX array, NumPy's float64 becoming float32 unless x64 is on."""
-    return jax.tree.map(jnp.asarray, tree)
+    """Make every leaf a JAX array, NumPy's float64 becoming float32 unless x64 is on; integers must fit."""
+    return jax.tree.map(lambda a: jnp.asarray(narrow("net", "x", a)), tree)
 
 
 def _unrolled(block: Layer, n: int, group: int | None) -> Layer:

@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fnn import check
+from fnn import arrays, check
 from fnn.core import Layer, as_arrays
 from fnn.inputs import Masked, parts
 
@@ -131,10 +131,11 @@ def generate(
     compiled once for each shape.
     """
     check.positive("generate", steps=steps)
+    prompt = arrays.arrays("generate", "the prompt", prompt)
     if isinstance(prompt, Mapping) and sorted(prompt) != ["source", "target"]:
         raise ValueError(f"generate: the names of the prompt must be 'source' and 'target', got {sorted(prompt)}")
     for part in prompt.values() if isinstance(prompt, Mapping) else [prompt]:
-        tokens = part.values if isinstance(part, Masked) else jnp.asarray(part)
+        tokens = part.values if isinstance(part, Masked) else part
         if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"generate: the prompt must be int[batch, time], time > 0, got {check.describe(part)}")
     return _generate(net, steps, end, dtype, params, state, as_arrays(prompt))

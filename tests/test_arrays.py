@@ -146,6 +146,25 @@ def test_integers_that_would_wrap_are_refused_wherever_data_enter(name):
         fnn.data.split(*pair, key=KEY)
 
 
+def test_integers_that_would_wrap_are_refused_by_hand_too():
+    for loss, y in (
+        ("cross_entropy", Y),
+        ("sequence_cross_entropy", Y[:, None]),
+        ("mse", Y[:, None]),
+        ("binary_cross_entropy", Y),
+    ):
+        outputs = jnp.zeros((24, 1, 3)) if "sequence" in loss else jnp.zeros((24, 3 if loss == "cross_entropy" else 1))
+        with pytest.raises(ValueError, match=f"{loss}: targets must fit in int32, got values from 4294967296"):
+            getattr(fnn.losses, loss)(outputs, y + 2**32)
+    net = fnn.models.transformer(7, 1, 4, 2)
+    tokens = np.arange(8).reshape(2, 4) % 7
+    params, state = net.init(KEY, tokens)
+    with pytest.raises(ValueError, match="net: x must fit in int32"):
+        net.apply(params, state, tokens + 2**32)
+    with pytest.raises(ValueError, match="generate: the prompt must fit in int32"):
+        fnn.generate(net, params, state, tokens + 2**32, 2)
+
+
 def test_tokens_that_would_wrap_are_refused_too():
     net = fnn.serial(fnn.embed(7, 4), fnn.flatten(), fnn.dense(3))
     tokens = np.arange(48).reshape(24, 2) % 7
