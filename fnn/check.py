@@ -7,7 +7,8 @@ The keyword under which a value is passed becomes its name in the message:
 import difflib
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ def describe(x: Any) -> str:
             return f"{a.dtype}[{','.join(map(str, a.shape))}]"
         return type(a).__name__
 
-    text = str(jax.tree.map(one, x))
+    text = str(jax.tree.map(one, x, is_leaf=lambda a: isinstance(a, Iterator)))
     return text.replace("'", "")
 
 
@@ -89,6 +90,65 @@ def as_int32(a: Any) -> Any:
         of: Any = np if isinstance(a, np.ndarray | np.generic) else jnp
         a = of.clip(a, max(info.min, lowest), min(info.max, highest))
     return a.astype(jnp.int32)
+
+
+def prng_key(who: str, key: Any, name: str = "key") -> None:
+    """Refuse what is not one PRNG key: of `jax.random.key`, or raw bits of `jax.random.PRNGKey`. Traced keys pass."""
+    shape, dtype = getattr(key, "shape", None), getattr(key, "dtype", None)
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and shape == ()
+    raw = isinstance(key, np.ndarray | jax.Array) and dtype == np.uint32 and shape in ((2,), (4,))
+    if not (typed or raw):
+        got = describe(key) if shape is not None and dtype is not None else repr(key)
+        raise TypeError(f"{who}: {name} must be one PRNG key, got {got}; pass jax.random.key(0)")
+
+
+def parameters(who: str, params: Any, *, trained: bool = True) -> None:
+    """Refuse parameters that are not real arrays, and floating ones where they are to be `trained`."""
+    for entries, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = getattr(leaf, "dtype", None) if not isinstance(leaf, float) else np.dtype(np.float32)
+        imaginary = isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.complexfloating)
+        if isinstance(dtype, np.dtype) and not imaginary and (not trained or jnp.issubdtype(dtype, jnp.floating)):
+            continue
+        path = jax.tree_util.keystr(entries, simple=True, separator="/")
+        if imaginary:
+            hint = "keep real and imaginary parts as two arrays"
+        else:
+            hint = (
+                "split a model into its floating arrays and the rest, which the loss joins again: "
+                "equinox.partition(model, equinox.is_inexact_array), or nnx.split(model, nnx.Param, ...)"
+            )
+        got = describe(leaf) if dtype is not None else getattr(leaf, "__name__", type(leaf).__name__)
+        raise TypeError(f"{who}: params must be real floating arrays, got {got} at {path or 'the root'}; {hint}")
+
+
+def alive(who: str, *trees: Any) -> None:
+    """Refuse arrays whose memory a step has taken over."""
+
+    def gone(leaf):
+        try:
+            return isinstance(leaf, jax.Array) and leaf.is_deleted()
+        except jax.errors.ConcretizationTypeError:
+            return False  # traced
+
+    if any(map(gone, jax.tree.leaves(trees))):
+        raise ValueError(
+            f"{who}: the state must still have its arrays, got one that an earlier step took over (it is donated); go on "
+            "with the state that the step returned, or pass the step a copy: jax.tree.map(jnp.copy, state)"
+        )
+
+
+@contextmanager
+def foreign(who: str) -> Iterator[None]:
+    """Say in a sentence why a function of the user's, of another library's model, cannot be traced."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "TraceContextError":  # of flax.nnx
+            raise
+        raise ValueError(
+            f"{who}: what is differentiated must not change variables made outside of it, got an NNX module that does (batch norm's "
+            "statistics, counts of random numbers); merge a copy inside: nnx.merge(graphdef, params, rest, copy=True)"
+        ) from error
 
 
 def _is_integer(value: Any) -> bool:

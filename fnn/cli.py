@@ -1,8 +1,12 @@
 """The command line: `fnn train`, `fnn study`, `fnn compare`, `fnn report`; also `python -m fnn`."""
 
+import dataclasses
+import difflib
+import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 SENTENCES = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
@@ -76,6 +80,11 @@ def main(arguments: list[str] | None = None) -> int:
         cli_study.Compare: ("compare", cli_study.run_compare),
         cli_study.Report: ("report", cli_study.run_report),
     }
+    given = sys.argv[1:] if arguments is None else arguments
+    for kind, (name, _) in commands.items():
+        if given[:1] == [name] and (sentence := _unknown_option(name, kind, given[1:])):
+            print(sentence, file=sys.stderr)
+            raise SystemExit(2)
     Command: Any = Union[*(Annotated[kind, tyro.conf.subcommand(name)] for kind, (name, _) in commands.items())]
     positional = (tyro.conf.PositionalRequiredArgs,)
     command = tyro.cli(Command, prog="fnn", args=arguments, description="See how gradients flow.", config=positional)
@@ -88,6 +97,40 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nfnn: stopped", file=sys.stderr)
         return 130
+
+
+def _unknown_option(command: str, kind: type, given: list[str]) -> str | None:
+    """Name the first option that a command does not have, and the one that was meant: by letters, start, or initials."""
+    fields = {field.name.replace("_", "-"): field for field in dataclasses.fields(kind)}
+    known = {*fields, "help", *(f"no-{name}" for name, field in fields.items() if isinstance(field.default, bool))}
+    for word in given:
+        option = word[2:].partition("=")[0].replace("_", "-")
+        if not word.startswith("--") or option in known or not option or option.startswith("tyro-"):
+            continue
+        initials = [name for name in fields if "".join(part[0] for part in name.split("-")) == option]
+        starts = [name for name in fields if name.startswith(option)]
+        near = difflib.get_close_matches(option, fields, n=1, cutoff=0.5)
+        meant = next(iter((*initials, *starts, *near)), None)
+        hint = f"did you mean --{meant}?" if meant else f"fnn {command} --help lists what there is"
+        return f"{command}: unknown option --{option}; {hint}"
+    return None
+
+
+def _check_plot(path: Path) -> None:
+    """Refuse a figure that could not be written, before hours of training end in it."""
+    import importlib.util
+
+    if not importlib.util.find_spec("matplotlib"):
+        raise ImportError("train: --plot needs matplotlib; install fnn[study]")
+    from matplotlib.figure import Figure
+
+    kinds = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix and path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"train: a figure must be one of {', '.join(kinds)}, got {str(path)!r}; write to a .png")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"train: the folder of --plot must exist, got {str(path)!r}; make {str(path.parent)!r}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"train: --plot must name a file that can be written, got {str(path)!r}; choose another")
 
 
 def run_train(options: Train) -> int:
@@ -103,12 +146,14 @@ def run_train(options: Train) -> int:
     check.above_zero("train", learning_rate=options.learning_rate)
     if options.clip < 0:
         raise ValueError(f"train: clip must be at least 0, got {options.clip}; 0 switches clipping off")
+    if options.plot:
+        _check_plot(Path(options.plot))
     results = []
     started = time.perf_counter()
     for seed in range(options.seed, options.seed + options.seeds):
         split_key, init_key, fit_key = jax.random.split(jax.random.key(seed), 3)
         train, test = recipes.load(options.data, options.model, key=split_key, encoder=options.encoder)
-        net, loss, measure, dropout = recipes.recipe(options, train)
+        net, loss, measure, dropout = recipes.recipe(options, train, test)
         steps = options.epochs * (train.size // options.batch_size)
         rate = optax.cosine_decay_schedule(options.learning_rate, max(1, steps))
         clips = [fnn.clip.by_global_norm(options.clip)] if options.clip else []

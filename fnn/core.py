@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import check
+from fnn.arrays import narrow
 from fnn.masks import cleared
 from fnn.tree import UNNAMED, Stacked
 
@@ -240,7 +241,8 @@ def repeat(block: Layer, n: int, *, unroll: int | bool = 1, checkpoint: int | No
 def output_spec(layer: Layer, params: Any, state: Any, spec: Any) -> Any:
     """Trace the shape and dtype of a layer's output in eval mode, without computing anything."""
     params, state, spec = as_spec((params, state, spec))
-    return jax.eval_shape(lambda p, s, x: layer.apply(p, s, x)[0], params, state, spec)
+    with check.foreign("net"):
+        return jax.eval_shape(lambda p, s, x: layer.apply(p, s, x)[0], params, state, spec)
 
 
 def output_shape(layer: Layer, params: Any, state: Any, spec: Any) -> tuple[int, ...]:
@@ -271,8 +273,8 @@ def same_spec(a: Any, b: Any) -> bool:
 
 
 def as_arrays(tree: Any) -> Any:
-    """Make every leaf a JAX array, NumPy's float64 becoming float32 unless x64 is on."""
-    return jax.tree.map(jnp.asarray, tree)
+    """Make every leaf a JAX array, NumPy's float64 becoming float32 unless x64 is on; integers must fit."""
+    return jax.tree.map(lambda a: jnp.asarray(narrow("net", "x", a)), tree)
 
 
 def _unrolled(block: Layer, n: int, group: int | None) -> Layer:

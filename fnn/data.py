@@ -55,6 +55,11 @@ __all__ = [
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 PathLike = str | os.PathLike
 
+ROOM = 2**26
+INFLATION = 64
+"""Packed files may inflate to ROOM bytes, or to INFLATION times their size on disk: MNIST's do so fivefold, bombs
+a thousandfold."""
+
 
 def digits(*, key: jax.Array, test: float = 0.2, standardized: bool = True, image: bool = False) -> Parts:
     """Load scikit-learn's 1797 handwritten digits, 8x8 pixels in [0, 1], and split them by key, stratified.
@@ -106,33 +111,55 @@ def read_idx(path: PathLike) -> np.ndarray:
 
     Any of the six types (u1, i1, i2, i4, f4, f8), any rank; the result has the machine's byte order and is writeable.
     Gzip is told by its first two bytes, not by the name. A file that is longer or shorter than its header says is
-    refused. Source: LeCun, Cortes & Burges, yann.lecun.com/exdb/mnist, "The IDX file format".
+    refused, and so is gzip that would inflate out of proportion (see `ROOM`), before either takes memory. Source: LeCun, Cortes & Burges, yann.lecun.com/exdb/mnist, "The IDX file format".
     """
     who, path = "data.read_idx", Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{who}: the path must name a file, got {str(path)!r}; check its spelling")
-    raw = path.read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{who}: a gzip file must be whole, got {path} ({error}); fetch it again") from error
+    size = path.stat().st_size
+    with path.open("rb") as plain:
+        zipped = plain.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path) if zipped else path.open("rb") as file:
+            return _read_idx(who, path, file, None if zipped else size, max(ROOM, INFLATION * size))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{who}: a gzip file must be whole, got {path} ({error}); fetch it again") from error
+
+
+def _read_idx(who: str, path: Path, file: Any, size: int | None, most: int) -> np.ndarray:
+    """Read the header first; of what follows, no more than it says, and never more than `most` bytes."""
+    raw = file.read(4)
+    if raw[:2] != b"\0\0" or raw[2:3] not in map(bytes, zip(IDX_TYPES, strict=True)):
+        file.read(2**20)  # damaged gzip shows here, and is the better thing to say
     if len(raw) < 4 or raw[:2] != b"\0\0":
-        got = f"{raw[:4].hex(' ') or 'nothing'} in {path}"
+        got = f"{raw.hex(' ') or 'nothing'} in {path}"
         raise ValueError(f"{who}: a file must start with 00 00, type code and rank, got {got}; is it an IDX file?")
     if raw[2] not in IDX_TYPES:
         codes = ", ".join(f"{code:#04x}" for code in IDX_TYPES)
         raise ValueError(f"{who}: the type code must be one of {codes}, got {raw[2]:#04x} in {path}; fetch it again")
+    raw += file.read(4 * raw[3])
     dtype, start = np.dtype(IDX_TYPES[raw[2]]), 4 + 4 * raw[3]
     # A header cut short decodes to wrong sizes, but then `start` alone is more than the file holds.
     shape = tuple(int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4))
     need = start + math.prod(shape) * dtype.itemsize
-    if len(raw) != need:
-        got = f"{len(raw)} in {path} ({'extra bytes' if len(raw) > need else 'truncated'})"
+    if size is None and need > most:
+        got = f"{need} bytes in {path}"
+        raise ValueError(
+            f"{who}: a gzip file must not inflate to more than {most} bytes, got {got}; unpack it yourself"
+        )
+    if size is None:
+        raw += file.read(max(0, need + 1 - len(raw)))
+        extra = len(raw) > need
+        long, size = f"{'more than ' * extra}{min(need, len(raw))}", len(raw)
+    else:
+        long = str(size)
+    if size != need:
+        got = f"{long} in {path} ({'extra bytes' if size > need else 'truncated'})"
         raise ValueError(f"{who}: a file must be as long as its header says, {need} bytes, got {got}; fetch it again")
+    raw += file.read(need - len(raw))
     try:
         return np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{who}: sizes must fit in a NumPy array, got {list(shape)} in {path} ({error})") from error
 
 
@@ -148,12 +175,15 @@ def npz(path: PathLike, *, key: jax.Array | None = None, test: float = 0.2, stan
         raise FileNotFoundError(f"{who}: the path must name a file, got {str(path)!r}; check its spelling")
     if not zipfile.is_zipfile(path):  # asked first, because np.load also takes .npy files and tries pickles
         raise ValueError(f"{who}: the file must be a whole zip archive, got {path}; save it again with np.savez")
+    damaged = (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError)
     try:
         with np.load(path, allow_pickle=False) as file:
             held = list(file.files)
             names = next((names for names in (parted, ("x", "y")) if set(names) <= set(held)), ())
+            with zipfile.ZipFile(path) as archive:
+                _check_members(path, archive, names)
             arrays = [np.asarray(file[name]) for name in names]
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+    except (*damaged, OverflowError, MemoryError) as error:
         got = f"{path} ({error})"
         raise ValueError(f"{who}: arrays must be whole and numeric, got {got}; save it with np.savez") from error
     if not names:
@@ -191,6 +221,28 @@ def load(name_or_path: PathLike, *, key: jax.Array, image: bool = False) -> Part
     if isinstance(name_or_path, str) and path.name == name_or_path and not path.suffix:  # a bare word: a name, misspelt
         choice(who, ["digits", *names, "a folder of IDX files", "an .npz file"], name=name_or_path)
     raise FileNotFoundError(f"{who}: the path must be a folder or an .npz file, got {str(path)!r}; check its spelling")
+
+
+def _check_members(path: Path, archive: zipfile.ZipFile, names: Any) -> None:
+    """Refuse arrays whose headers claim what the archive does not hold, or whose data inflate out of proportion."""
+    most = max(ROOM, INFLATION * path.stat().st_size)
+    infos = [info for info in archive.infolist() if info.filename.removesuffix(".npy") in names]
+    if (total := sum(info.file_size for info in infos)) > most:
+        raise ValueError(f"{total} bytes when unpacked, of at most {most}")
+    for info in infos:
+        name = info.filename
+        with archive.open(info) as file:
+            if file.read(6) != b"\x93NUMPY":
+                continue  # np.load gives its bytes, no numbers
+            file.seek(0)
+            version = np.lib.format.read_magic(file)
+            if version not in ((1, 0), (2, 0)):
+                raise ValueError(f"{name} is written in version {version} of the format, not 1.0 or 2.0")
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+            claimed, holds = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
+            if not dtype.hasobject and claimed != holds:
+                raise ValueError(f"{name} claims {claimed} bytes and holds {holds}")
 
 
 def _as_given(who: str, train: Any, test: Any) -> Parts:

@@ -6,14 +6,15 @@ because it seeds a NumPy generator: shuffling by `jax.random` would compile anew
 
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.check import above_zero, describe, fraction, positive
+from fnn.arrays import array, brief, is_numbers, pair
+from fnn.check import above_zero, describe, fraction, positive, prng_key
 from fnn.masks import Masked
 
 
@@ -53,18 +54,15 @@ def check_dataset(who: str, x: Any, y: Any) -> None:
             check_dataset(who, leaf, y)
         if leaves:
             return
-    pair = {"x": np.asarray(x), "y": np.asarray(y)}
-    got = f"{describe(pair['x'])} and {describe(pair['y'])}"
-    for name, a in pair.items():
-        if not (jnp.issubdtype(a.dtype, np.number) or a.dtype == bool):
-            raise TypeError(f"{who}: {name} must hold numbers, got {a.dtype}; encode it as numbers first")
-    if 0 in (pair["x"].ndim, pair["y"].ndim):
+    both = {name: np.asarray(array(who, name, a)) for name, a in (("x", x), ("y", y))}
+    got = f"{describe(both['x'])} and {describe(both['y'])}"
+    if 0 in (both["x"].ndim, both["y"].ndim):
         raise ValueError(f"{who}: x and y must have the examples on their first axes, got {got}; add the axis")
-    if len(pair["x"]) != len(pair["y"]):
+    if len(both["x"]) != len(both["y"]):
         raise ValueError(f"{who}: x and y must hold the same number of examples, got {got}; pair them first")
-    if len(pair["x"]) == 0:
+    if len(both["x"]) == 0:
         raise ValueError(f"{who}: a data set must hold at least one example, got {got}; add some")
-    for name, a in pair.items():
+    for name, a in both.items():
         if jnp.issubdtype(a.dtype, np.inexact) and not (finite := np.isfinite(a)).all():
             got = f"{np.sum(~finite)} non-finite values, first at example {np.nonzero(~finite)[0][0]}"
             raise ValueError(f"{who}: {name} must be finite, got {got}; drop or impute them")
@@ -78,6 +76,49 @@ def _real(node: Any) -> list[Any]:
     if mask.shape == values.shape[:2]:
         values = np.where(mask.reshape(*mask.shape, *[1] * (values.ndim - 2)), values, 0)
     return [values, mask]
+
+
+def in_memory(who: str, data: Any) -> Dataset:
+    """Take data as one pair of arrays: a tuple (x, y), or an iterable of such batches, which are joined on the host.
+
+    A tuple is always one data set, and anything else holds batches: so (train, test) and [x, y] are told apart from
+    data, and refused.
+    """
+    if isinstance(data, tuple):
+        refuse_several(who, data)
+        return Dataset(*pair(f"{who}: data", data))
+    batches = [pair(f"{who}: every batch", batch) for batch in iterable(who, data)]
+    if not batches:
+        raise ValueError(f"{who}: the iterable of batches must not be empty, got {brief(data)}; give it one")
+    try:
+        return Dataset(*jax.tree.map(lambda *parts: np.concatenate(parts), *batches))
+    except ValueError as error:
+        raise ValueError(
+            f"{who}: all batches must hold the same arrays but for their number of examples ({error})"
+        ) from error
+
+
+def refuse_several(who: str, data: Any) -> None:
+    """Refuse several data sets, (train, test), in the place of one."""
+    parts = list(data) if type(data) in (tuple, list) else []
+    sets = all(isinstance(part, Dataset) for part in parts)
+    pairs = all(type(part) in (tuple, list) and len(part) == 2 and not is_numbers(part) for part in parts)
+    if parts and (sets or (pairs and isinstance(data, tuple))):
+        raise TypeError(
+            f"{who}: data must be one pair of arrays (x, y), got {len(parts)} pairs; pass the training part, and to fit "
+            "the test part as validation=test; batches, pairs (x, y), go into a list"
+        )
+
+
+def iterable(who: str, data: Any) -> Iterable[Any]:
+    """Take data as an iterable of batches; refuse one array, a dict, text, and a pair written as a list."""
+    if isinstance(data, list) and len(data) == 2 and not any(isinstance(part, tuple | list) for part in data):
+        raise TypeError(f"{who}: data in memory must be a tuple (x, y), got the list {brief(data)}; write (x, y)")
+    refuse_several(who, data)
+    single = hasattr(data, "__array__") or isinstance(data, dict | str | bytes)
+    if single or not isinstance(data, Iterable):
+        raise TypeError(f"{who}: data must be a pair (x, y) or an iterable of batches (x, y), got {brief(data)}")
+    return data
 
 
 def shuffled(key: jax.Array, n: int) -> jax.Array:
@@ -106,12 +147,12 @@ def standardize(train: Dataset, *others: Dataset, eps: float = 1e-8) -> tuple[Da
     that is constant in train is only centred: it is exactly 0 there, and a test value that differs is not divided by
     eps (in the digits one pixel is lit in one image of 1797 and would become 1e8).
     """
-    parts = (train, *others)
+    parts = [Dataset(*pair("data.standardize: every part", part)) for part in (train, *others)]
     at_least_zero("data.standardize", "eps", eps)
     same_features("data.standardize", *parts)
     for part in parts:
         check_dataset("data.standardize", *part)
-    x = np.asarray(train.x, np.float64)
+    x = np.asarray(parts[0].x, np.float64)
     constant = x.min(0) == x.max(0)
     mean = np.where(constant, x[0], x.mean(0))  # the mean of n equal numbers can miss them by a rounding error
     scale = np.where(constant, 1.0, x.std(0) + eps)
@@ -132,7 +173,7 @@ def batches(
     """
     who = "data.batches"
     positive(who, batch_size=batch_size, epochs=epochs)
-    x, y = (np.asarray(a) for a in dataset)
+    x, y = map(np.asarray, pair(f"{who}: the data set", dataset))
     check_dataset(who, x, y)
     if batch_size > len(x):
         raise ValueError(f"{who}: batch_size must not exceed the {len(x)} examples, got {batch_size}; make it smaller")
@@ -149,9 +190,9 @@ def batches(
 
 def as_pair(who: str, x: Any, y: Any) -> list[np.ndarray]:
     """Check the pair and cast it as JAX would, but never let an integer wrap or a float overflow in silence."""
-    pair = [np.asarray(x), np.asarray(y)]
-    check_dataset(who, *pair)
-    for i, (name, a) in enumerate(zip("xy", pair, strict=True)):
+    both = [np.asarray(array(who, name, a)) for name, a in (("x", x), ("y", y))]
+    check_dataset(who, *both)
+    for i, (name, a) in enumerate(zip("xy", both, strict=True)):
         label = name == "y" and a.dtype.kind in "biu"
         dtype = np.dtype(np.int32) if label else jax.dtypes.canonicalize_dtype(a.dtype)
         if label and a.size and a.min() < 0:
@@ -159,27 +200,44 @@ def as_pair(who: str, x: Any, y: Any) -> list[np.ndarray]:
         if jnp.issubdtype(a.dtype, np.integer) and a.size and not (a.astype(dtype) == a).all():
             raise ValueError(f"{who}: {name} must fit in {dtype}, got values from {a.min()} to {a.max()}; map them")
         with np.errstate(over="ignore"):  # the infinities are refused below, with their place in the data
-            pair[i] = a.astype(dtype, copy=False)
-    check_dataset(who, *pair)
-    return pair
+            both[i] = a.astype(dtype, copy=False)
+    check_dataset(who, *both)
+    return both
 
 
 def random_split(who: str, x: Any, y: Any, rng: np.random.Generator, test: float, stratify: bool = True) -> Parts:
-    above_zero(who, test=test)
-    fraction(who, test=test)
     x, y = as_pair(who, x, y)
-    n = len(x)
+    train, test_part = (
+        Dataset(jnp.asarray(x[i]), jnp.asarray(y[i])) for i in split_index(who, y, rng, test=test, stratify=stratify)
+    )
+    return train, test_part
+
+
+def split_index(
+    who: str,
+    y: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    stratify: bool = True,
+    instead: str = "stratify=False",
+    **test: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw which examples go into either part, as `split` says; `instead` is what a refusal offers."""
+    above_zero(who, **test)
+    fraction(who, **test)
+    (share_of_test,) = test.values()
+    n = len(y)
     if n < 2:
         raise ValueError(f"{who}: a split must leave an example in both parts, got {n} example; give at least 2")
     strata = y if stratify and y.ndim == 1 and y.dtype.kind in "biu" else np.zeros(n, int)
     classes, stratum, counts = np.unique(strata, return_inverse=True, return_counts=True)
     if counts.min() < 2:
         got = f"class {classes[counts.argmin()]} with {counts.min()}"
-        raise ValueError(f"{who}: stratify needs at least 2 examples of every class, got {got}; or pass stratify=False")
+        raise ValueError(f"{who}: stratify needs at least 2 examples of every class, got {got}; or pass {instead}")
     # Largest remainders: round down, then give the rest to the classes that lost most, keeping one in either part.
-    share = float(test) * counts
+    share = float(share_of_test) * counts
     take = np.clip(np.floor(share), 1, counts - 1).astype(int)
-    spare = max(0, round(float(test) * n) - take.sum())
+    spare = max(0, round(float(share_of_test) * n) - take.sum())
     order = np.argsort(take - share, kind="stable")
     order = order[(take < np.minimum(share, counts - 1))[order]][:spare]
     take[order] += 1
@@ -189,8 +247,7 @@ def random_split(who: str, x: Any, y: Any, rng: np.random.Generator, test: float
     rank = np.empty(n, int)
     rank[by_class] = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
     chosen = rank < take[stratum[order]]
-    train, test_part = (Dataset(jnp.asarray(x[i]), jnp.asarray(y[i])) for i in (order[~chosen], order[chosen]))
-    return train, test_part
+    return order[~chosen], order[chosen]
 
 
 def same_features(who: str, train: Any, *others: Any) -> None:
@@ -202,13 +259,8 @@ def same_features(who: str, train: Any, *others: Any) -> None:
 
 def generator(who: str, key: Any, *more: int) -> np.random.Generator:
     """Seed a host generator with all bits of the key, and with `more` to get another stream from the same key."""
-    try:
-        bits = np.asarray(jax.random.key_data(key))
-    except (TypeError, AttributeError):
-        bits = np.zeros(())
-    if bits.ndim != 1 or bits.dtype != np.uint32:
-        got = describe(key) if hasattr(key, "dtype") else repr(key)
-        raise TypeError(f"{who}: key must be one PRNG key, got {got}; pass jax.random.key(0)")
+    prng_key(who, key)
+    bits = np.asarray(jax.random.key_data(key))
     return np.random.default_rng([*map(int, bits), *more])
 
 

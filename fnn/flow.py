@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import losses, taps, tree
+from fnn import admission, arrays, check, losses, taps, tree
 from fnn.core import Layer, as_arrays, output_shape, output_spec
 from fnn.numbers import Numbers, Verdict, disagreement, flat, label, resolve, settle
 from fnn.precision import compute_in
@@ -113,10 +113,16 @@ def gradient_flow(
     of it), where one scale cannot be undone; if the paths of two taps meet again in a combinator that does not say so
     by `core.Branch`.
     """
+    admission.net("gradient_flow", net)
+    admission.loss("gradient_flow", loss)
+    params, net_state = admission.parts("gradient_flow", state)
+    check.parameters("gradient_flow", params)
+    if key is not None:
+        check.prng_key("gradient_flow", key)
+    x, y = as_arrays(arrays.pair("gradient_flow: the batch", batch))
+    admission.examples("gradient_flow", (x, y))
+    admission.state("gradient_flow", net, params, net_state, x)
     plain, net = net, compute_in(net, compute_dtype)
-    params, net_state = (state.params, state.state) if hasattr(state, "params") else state
-    x, y = batch
-    x = as_arrays(x)
     if not _rescales(params, net_state):
         raise ValueError(
             "gradient_flow: the trunk must hold a tap, got none (taps inside residual and parallel branches cannot "
@@ -203,8 +209,9 @@ def differentiate(
     """Do `measure`, and return the gradient too, as the taps rescaled it: to be multiplied by 2^exponents."""
 
     def objective(params, state):
-        outputs, new = net.apply(params, state, x, key=key, train=train)
-        return jnp.mean(loss(outputs, y)), new
+        with check.foreign("gradient_flow"):
+            outputs, new = net.apply(params, state, x, key=key, train=train)
+            return jnp.mean(loss(outputs, y)), new
 
     marked = taps.rescaling(params, state)
     (value, new), gradients = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, marked)

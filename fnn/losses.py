@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from fnn import check
+from fnn.arrays import narrow
 from fnn.tree import statistics_dtype
 
 
@@ -34,7 +35,7 @@ class Loss:
         self.__doc__ = per_example.__doc__
 
     def __call__(self, outputs: Any, targets: Any) -> jax.Array:
-        return self._per_example(outputs, targets)
+        return self._per_example(outputs, narrow(self.name, "targets", targets))
 
     def check(self, shape: tuple[int, ...], targets: Any) -> None:
         """Refuse targets that do not fit outputs of this shape (batch first). Reads their values: host side only."""
@@ -52,6 +53,8 @@ def correct(loss: Callable[..., Any]) -> Callable[..., Any] | None:
 def check_targets(loss: Callable[..., Any], shape: tuple[int, ...], targets: Any) -> None:
     """Let a loss check targets against the shape of the outputs; plain functions check nothing."""
     if isinstance(loss, Loss):
+        if not hasattr(targets, "dtype"):
+            raise TypeError(f"{loss.name}: targets must be one array, got {check.describe(targets)}")
         try:
             loss.check(shape, targets)
         except jax.errors.TracerArrayConversionError:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import check
+from fnn import arrays, check
 from fnn.core import Layer, as_arrays
 from fnn.inputs import Masked, parts
 
@@ -141,10 +141,11 @@ def generate(
     Errors: ValueError for an example without a real token (where values can be seen: not under an outer jit).
     """
     check.positive("generate", steps=steps)
+    prompt = arrays.arrays("generate", "the prompt", prompt)
     if isinstance(prompt, Mapping) and sorted(prompt) != ["source", "target"]:
         raise ValueError(f"generate: the names of the prompt must be 'source' and 'target', got {sorted(prompt)}")
     for part in prompt.values() if isinstance(prompt, Mapping) else [prompt]:
-        tokens = part.values if isinstance(part, Masked) else jnp.asarray(part)
+        tokens = part.values if isinstance(part, Masked) else part
         if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"generate: the prompt must be int[batch, time], time > 0, got {check.describe(part)}")
     answers, last = _generate(net, steps, end, dtype, params, state, as_arrays(prompt))

@@ -44,6 +44,7 @@ def mlp(
     """
     check.positive("mlp", depth=depth, width=width, classes=classes)
     check.fraction("mlp", dropout=dropout)
+    _check_norm("mlp", norm)
     phi = activations.get(activation)
     bounds = phi.bounds if all(map(_finite, phi.bounds)) else None
     kernel_init, bias_init = initializers.get(init), initializers.get(bias_init)
@@ -88,6 +89,7 @@ def convnet(
     """
     check.positive("convnet", classes=classes, window=window, convs=convs, stages=len(channels))
     check.fraction("convnet", dropout=dropout)
+    _check_norm("convnet", norm)
     phi, kernel_init = activations.get(activation), initializers.get(init)
 
     def block(n: int) -> Layer:
@@ -132,6 +134,7 @@ def resnet(
     """
     check.positive("resnet", classes=classes, width=width, stages=len(depths))
     check.choice("resnet", ("basic", "bottleneck"), block=block)
+    _check_norm("resnet", norm)
     plain = not _norm(norm)
     if scaling is not None:
         check.choice("resnet", ("skip_init", "fixup"), scaling=scaling)
@@ -284,6 +287,7 @@ def transformer(
         raise ValueError(f"{who}: learned positions, and only they, need longest=, got {positions!r} and {longest!r}")
     if vocabulary is None and (outputs is None or padding is not None):
         raise ValueError(f"{who}: without a vocabulary it needs outputs= and no padding=, got {outputs!r}, {padding!r}")
+    _check_norm(who, norm)
     if not _norm(norm):
         raise ValueError(f"{who}: blocks need a norm, got {norm!r}")
     if encoder is not None:
@@ -349,12 +353,16 @@ def _activation(phi: activations.Activation, taps: bool) -> list[Layer]:
     return [layers.activation(phi), *([core.named("activation", tap(bounds=bounds))] if taps else [])]
 
 
+def _check_norm(who: str, kind: str | Layer | None) -> None:
+    if kind is not None and not isinstance(kind, Layer):
+        check.choice(who, [*NORMS, "none"], norm=kind)
+
+
 def _norm(kind: str | Layer | None) -> list[Layer]:
     if kind is None or kind == "none":
         return []
     if isinstance(kind, Layer):
         return [kind]
-    check.choice("mlp", [*NORMS, "none"], norm=kind)
     return [NORMS[kind]()]
 
 

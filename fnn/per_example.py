@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn import _jaxpr, check, cuts, tree
+from fnn import _jaxpr, admission, arrays, check, cuts, tree
 from fnn.core import Layer
 from fnn.example_gradients import PerExampleGradients, Route, total, unbiased
 from fnn.precision import compute_in
@@ -49,6 +49,11 @@ def per_example(
     gradient passes a statistic over the batch (batch norm makes it zero). Compiled once for each shape.
     """
     check.choice("per_example", SEMANTICS, batch_norm=batch_norm)
+    if not callable(loss):
+        got = f"{loss!r}" if isinstance(loss, str) else type(loss).__name__
+        raise TypeError(
+            f"per_example: loss must be a function (params, example) -> float[], got {got}; see example_loss"
+        )
     if batch_norm == "running":
         if eval_loss is None:
             raise ValueError("per_example: batch_norm='running' differentiates eval_loss, got None; pass the eval loss")
@@ -57,7 +62,8 @@ def per_example(
         raise ValueError(f"per_example: batch_norm={batch_norm!r} is about a named batch axis, got axis_name=None")
 
     def value_and_aux(params, example):
-        out = loss(params, example)
+        with check.foreign("per_example"):
+            out = loss(params, example)
         value, aux = out if has_aux else (out, ())
         if jnp.shape(value) != ():
             raise ValueError(
@@ -70,6 +76,9 @@ def per_example(
     compiled = jax.jit(functools.partial(compute, value_and_aux, axis_name))
 
     def gradients(params, batch):
+        check.parameters("per_example", params)
+        check.alive("per_example", params)
+        batch = arrays.arrays("per_example", "the batch", batch)
         _batch_size(batch)
         found, aux = compiled(params, batch)
         return (found, aux) if has_aux else found
@@ -94,10 +103,15 @@ def example_loss(
     """
     net = compute_in(net, compute_dtype)
 
+    admission.net("example_loss", net)
+    admission.loss("example_loss", loss)
+    if key is not None:
+        check.prng_key("example_loss", key)
+
     def of_example(params, example):
         x, y = jax.tree.map(lambda a: jnp.asarray(a)[None], example)
         outputs, _ = net.apply(params, state, x, key=key, train=train, axis_name=axis_name)
-        return loss(outputs, y)[0]
+        return admission.values("example_loss", loss, outputs, y)[0]
 
     return of_example
 
@@ -139,10 +153,9 @@ def step_gradients(
     def of_example(diff, example, state):
         params, state = (diff, state) if state is not None else diff
         x, y = jax.tree.map(lambda a: a[None], example)
-        outputs, new = net.apply(params, state, x, key=key, train=True, axis_name=axes)
-        values = loss(outputs, y)
-        if jnp.ndim(values) != 1:
-            raise ValueError(f"train_step: the loss must return float[batch], got {check.describe(values)}")
+        with check.foreign("train_step"):
+            outputs, new = net.apply(params, state, x, key=key, train=True, axis_name=axes)
+            values = admission.values("train_step", loss, outputs, y)
         hits = {} if correct is None else {"accuracy": correct(outputs, y)[0]}
         return values[0], (new, {"loss": values[0]} | hits)
 
@@ -281,8 +294,10 @@ def _batch_size(batch: Any) -> int:
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
     sizes = {shape[0] if shape else 0 for shape in shapes}
     if len(sizes) != 1 or 0 in sizes:
+        empty = sizes == {0} and all(shapes)
+        rest = ", and hold at least one, got none: " if empty else ", one entry for each example, got "
         raise ValueError(
-            "per_example: every array of the batch must have the same leading axis, one entry for each example, "
-            f"got {check.describe(batch)}"
+            f"per_example: every array of the batch must have the same leading axis{rest}{check.describe(batch)}"
+            f"{'; skip an empty batch' * empty}"
         )
     return sizes.pop()

@@ -65,7 +65,8 @@ def curves(history: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
         epochs = np.arange(1, len(history.steps_per_epoch) + 1)
         axis.plot(epochs, history.by_epoch(name), color=COLOURS[0], marker="o", markersize=3, label="training")
         if name in history.validation:
-            axis.plot(epochs, history.validation[name], color=COLOURS[3], marker="s", markersize=3, label="validation")
+            done = history.validation[name]  # an interrupted epoch has none
+            axis.plot(epochs[: len(done)], done, color=COLOURS[3], marker="s", markersize=3, label="validation")
         axis.set_xlabel("epoch")
         axis.set_ylabel("cross entropy / nats" if name == "loss" else name)
         if name == "loss":

@@ -56,15 +56,18 @@ def load(name: str, model: str, *, key: Any, encoder: int | None = None) -> Part
     return (train, test) if encoder is None else (_two_sided(train), _two_sided(test))
 
 
-def recipe(options: Any, train: Dataset) -> Recipe:
+def recipe(options: Any, train: Dataset, test: Dataset | None = None) -> Recipe:
     """Choose the loss by the targets (labels, labels at every position, numbers), and build the model around it.
 
-    `options` are the command line's, `cli.Train`; None stands for the model's default.
+    `options` are the command line's, `cli.Train`; None stands for the model's default. The test part must hold no
+    classes or tokens beyond those of the training part, for which the net has no outputs.
     """
     sequences = options.model in ("rnn", "transformer")
     integer, y = np.issubdtype(train.y.dtype, np.integer), train.y
     xs = jax.tree.leaves(train.x)
     tokens = all(np.issubdtype(x.dtype, np.integer) for x in xs)
+    if test is not None:
+        _check_held_out(train, test, tokens)
     if integer and y.ndim == 2 and sequences and tokens:
         outputs = 1 + max(int(a.max()) for a in (*xs, y))
         loss, measure = losses.sequence_cross_entropy, "exact match"
@@ -84,6 +87,19 @@ def recipe(options: Any, train: Dataset) -> Recipe:
     size = default._replace(**{name: value for name, value in given.items() if value is not None})
     net = _model(options, size, outputs, loss is losses.sequence_cross_entropy)
     return Recipe(net, loss, measure, size.dropout)
+
+
+def _check_held_out(train: Dataset, test: Dataset, tokens: bool) -> None:
+    for what, have, new in (("labels", train.y, test.y), ("tokens", train.x, test.x)):
+        if not np.issubdtype(jax.tree.leaves(have)[0].dtype, np.integer) or (what == "tokens" and not tokens):
+            continue
+        most, most_new = (max(int(a.max()) for a in jax.tree.leaves(part)) for part in (have, new))
+        both = max(most, int(train.y.max())) if tokens else most  # tokens and labels share one vocabulary
+        if most_new > both:
+            raise ValueError(
+                f"train: {what} of the test part must occur in the training part, 0..{both}, got {most_new}; split the "
+                "data anew, or leave those examples out"
+            )
 
 
 def decoded_exactly(net: Layer, state: Any, test: Dataset, *, batch_size: int = 1000) -> float:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import check, clip, losses, tree
-from fnn.core import Layer, as_arrays, as_spec, check_values, output_shape
-from fnn.dataset import Dataset, check_dataset, shuffled
+from fnn import admission, arrays, check, clip, losses, tree
+from fnn.core import Layer, as_arrays, check_values, output_shape
+from fnn.dataset import Dataset, check_dataset, in_memory, shuffled
 from fnn.optimizers import per_depth
 from fnn.per_example import check_step, step_gradients
 from fnn.precision import compute_in
@@ -33,13 +33,20 @@ class TrainState:
     @classmethod
     def create(cls, net: Layer, optimizer: optax.GradientTransformation, key: Any, spec: Any) -> "TrainState":
         """Initialise a net and its optimiser; `spec` is an example batch, or its `jax.ShapeDtypeStruct`."""
-        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-            raise TypeError(f"TrainState.create: optimizer must be an optax transformation, got {optimizer!r}")
+        who = "TrainState.create"
+        admission.net(who, net)
+        admission.optimizer(who, optimizer)
+        check.prng_key(who, key)
+        spec = admission.example(who, spec)
         # Not under jit: one program for all the draws takes longer to compile than each of them does, and the draws
         # are kept for the next net with arrays of the same shapes.
         init_key, train_key = jax.random.split(key)
-        params, state = net.init(init_key, as_spec(spec))
-        created = cls(params, state, per_depth(optimizer).init(params), train_key, jnp.zeros((), jnp.int32))
+        params, state = net.init(init_key, spec)
+        check.parameters(who, params)
+        admission.made(net, params, state)
+        opt_state = per_depth(optimizer).init(params)
+        admission.optimizer_state(who, opt_state)
+        created = cls(params, state, opt_state, train_key, jnp.zeros((), jnp.int32))
         return jax.tree.map(jnp.copy, created)  # an array that two leaves share could not be donated
 
 
@@ -49,16 +56,30 @@ class TrainStep:
     `step.pure` is the same function before `jit`; the signature is that of `lax.scan`. Made by `train_step`.
     """
 
-    def __init__(self, pure: Callable[..., Any], net: Layer, loss: Callable[..., Any]):
-        self.pure, self.net, self.loss = pure, net, loss
-        self.jitted = jax.jit(pure, donate_argnums=0)
+    def __init__(self, pure: Callable[..., Any], net: Layer, loss: Callable[..., Any], optimizer: Any):
+        self.pure, self.net, self.loss, self.optimizer = pure, net, loss, optimizer
+
+        @functools.wraps(pure)
+        def admitted(state, batch):  # traced for every new structure of states, and nothing afterwards
+            self.admit(state, batch)
+            return pure(state, batch)
+
+        self.jitted = jax.jit(admitted, donate_argnums=0)
         self.epoch = jax.jit(self._epoch, donate_argnums=0, static_argnums=3)
         self.stretch = jax.jit(functools.partial(jax.lax.scan, pure), donate_argnums=0)
         self._output_shapes: dict[Any, tuple[int, ...]] = {}
+        self.unfinished: tuple[TrainState, Any] | None = None
+        """After a `fit` that was interrupted or failed: (state, history) of what it had finished."""
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        self.check(state, batch)
-        return self.jitted(state, batch)
+        return self.jitted(state, self.check(state, batch))
+
+    def admit(self, state: Any, batch: Any) -> None:
+        """Refuse a state of another net or optimiser, and batches without examples; reads no values."""
+        admission.examples("train_step", batch)
+        check.parameters("train_step", state.params)
+        admission.state("train_step", self.net, state.params, state.state, batch[0])
+        admission.optimizer_state_of("train_step", self.optimizer, state.params, state.opt_state)
 
     def lower(self, state: TrainState, batch: Any) -> Any:
         """Lower without running, to look at the HLO and `memory_analysis()`."""
@@ -76,21 +97,22 @@ class TrainStep:
         text = self.jitted.lower(state, batch).as_text()
         return any(not IN_ORDER.match(layout) for layout in text.split("dim_numbers = ")[1:])
 
-    def check(self, state: TrainState, batch: Any) -> None:
-        """Refuse targets that do not fit, in one sentence, while their values can be seen.
+    def check(self, state: TrainState, batch: Any) -> tuple[Any, Any]:
+        """Turn a batch into arrays, and refuse what does not fit, in one sentence, while its values can be seen.
 
         Targets on the host are read each time. Reading those on a device waits for them, so that only the first batch
         of each shape is; a bad label that comes later makes the loss NaN.
         """
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TypeError(f"train_step: the batch must be a pair (x, y), got {check.describe(batch)}")
-        x, y = batch
+        check_state("train_step", state)
+        x, y = batch = arrays.pair("train_step: the batch", batch)
         kind = tuple(map(np.shape, jax.tree.leaves(batch)))
         if new := kind not in self._output_shapes:
+            admission.examples("train_step", batch)
             check_values(self.net, state.params, state.state, x)
             self._output_shapes[kind] = output_shape(self.net, state.params, state.state, x)
         if new or isinstance(y, np.ndarray):
             losses.check_targets(self.loss, self._output_shapes[kind], y)
+        return batch
 
     def _epoch(self, state: TrainState, data: Dataset, key: Any, batch_size: int) -> tuple[TrainState, Any]:
         n = data.y.shape[0]
@@ -150,6 +172,9 @@ def train_step(
     Guarantees: traced once for each batch shape; the state's buffers are donated (do not use the old state again); the
     same state and batch give the same result, bit for bit, on one device.
     """
+    admission.net("train_step", net)
+    admission.loss("train_step", loss)
+    admission.optimizer("train_step", optimizer)
     net = compute_in(net, compute_dtype)
     optimizer = per_depth(optimizer)
     for name in metrics:
@@ -163,10 +188,9 @@ def train_step(
         key = jax.random.fold_in(state.key, state.step)
 
         def objective(params, net_state):
-            outputs, new = net.apply(params, net_state, x, key=key, train=True, axis_name=axis_name)
-            per_example = loss(outputs, y)
-            if jnp.ndim(per_example) != 1:
-                raise ValueError(f"train_step: the loss must return float[batch], got {check.describe(per_example)}")
+            with check.foreign("train_step"):
+                outputs, new = net.apply(params, net_state, x, key=key, train=True, axis_name=axis_name)
+                per_example = admission.values("train_step", loss, outputs, y)
             hits = {} if correct is None else {"accuracy": jnp.mean(correct(outputs, y))}
             mean = jnp.mean(per_example)
             return mean, (new, {"loss": mean} | hits)
@@ -185,7 +209,9 @@ def train_step(
             grads, net_state, values, of_examples = gradients(*((both, None) if tapped else both))
         grads, news = grads if tapped else (grads, None)
         before = clip.unreported(state.opt_state)
-        updates, opt_state = optimizer.update(grads, before, state.params, value=values["loss"], grad=grads)
+        updates, opt_state = admission.update(
+            "train_step", optimizer, grads, before, state.params, value=values["loss"], grad=grads
+        )
         params = optax.apply_updates(state.params, updates)
         # No care for squares out of range: an update below 1e-19 changes no parameter.
         ratio = jnp.sqrt(tree.squared_norm(updates)) / jnp.sqrt(tree.squared_norm(state.params))
@@ -204,7 +230,7 @@ def train_step(
             values |= {"grad_norms": tree.norms(grads)} | ({"taps": (net_state, news)} if tapped else {})
         return TrainState(params, net_state, opt_state, state.key, state.step + 1), values
 
-    return TrainStep(step, net, loss)
+    return TrainStep(step, net, loss, optimizer)
 
 
 def evaluate(
@@ -218,17 +244,28 @@ def evaluate(
 ) -> dict[str, float]:
     """Average the loss, and the accuracy where the loss has one, over all examples in eval mode.
 
-    `state` is a `TrainState` or a pair (params, state). Every example counts once, whatever the batch size.
-    `compute_dtype` is that of `train_step`: pass the same for the same computation.
+    `state` is a `TrainState` or a pair (params, state). `data` is a pair (x, y), or an iterable of such batches (a
+    DataLoader), which are joined in memory. Every example counts once, whatever the batch size. `compute_dtype` is that
+    of `train_step`: pass the same for the same computation.
     """
     check.positive("evaluate", batch_size=batch_size)
+    admission.net("evaluate", net)
+    admission.loss("evaluate", loss)
     net = compute_in(net, compute_dtype)
-    params, net_state = (state.params, state.state) if isinstance(state, TrainState) else state
-    x, y = as_arrays(tuple(data))
+    params, net_state = admission.parts("evaluate", state)
+    x, y = as_arrays(tuple(in_memory("evaluate", data)))
     check_dataset("evaluate", x, y)
+    check.parameters("evaluate", params, trained=False)
+    admission.state("evaluate", net, params, net_state, x)
     check_values(net, params, net_state, x)
     losses.check_targets(loss, output_shape(net, params, net_state, x), y)
-    totals = _means(net, loss, min(batch_size, y.shape[0]), params, net_state, x, y)
+    return averages(net, params, net_state, (x, y), loss, batch_size)
+
+
+def averages(net: Layer, params: Any, state: Any, data: Any, loss: Any, batch_size: int = 1024) -> dict[str, float]:
+    """Do `evaluate` for data that were checked before."""
+    x, y = data
+    totals = _means(net, loss, min(int(batch_size), y.shape[0]), params, state, x, y)
     return {name: float(value) for name, value in totals.items()}
 
 
@@ -238,7 +275,9 @@ def means(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: 
 
     def values(xs, ys):
         outputs, _ = net.apply(params, state, xs)
-        return {"loss": loss(outputs, ys)} | ({} if correct is None else {"accuracy": correct(outputs, ys)})
+        return {"loss": admission.values("evaluate", loss, outputs, ys)} | (
+            {} if correct is None else {"accuracy": correct(outputs, ys)}
+        )
 
     def sums(start):
         # The last window starts early enough to be full; what it shares with the one before counts once.
@@ -251,6 +290,15 @@ def means(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: 
         return jax.tree.map(jnp.mean, values(x, y))
     totals = jax.lax.map(sums, jnp.arange(0, n, size))
     return jax.tree.map(lambda total: jnp.sum(total) / n, totals)
+
+
+def check_state(who: str, state: Any) -> None:
+    """Refuse what is no `TrainState`, or one that a step has taken over: its counter tells for all its arrays."""
+    if not isinstance(state, TrainState):
+        got = arrays.brief(state)
+        raise TypeError(f"{who}: state must be a TrainState, got {got}; make one with TrainState.create")
+    if isinstance(state.step, jax.Array) and state.step.is_deleted():
+        check.alive(who, state.step)
 
 
 _means = jax.jit(means, static_argnums=(0, 1, 2))

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnn.check import describe
+
 _DEPTH = jax.tree_util.GetAttrKey("[:]")
 UNNAMED = jax.tree_util.GetAttrKey("")
 """The key of a node that paths do not show."""
@@ -250,4 +252,6 @@ def statistics_dtype(dtype: Any) -> Any:
 
 def _wide(a: Any) -> jax.Array:
     a = jnp.asarray(a)
+    if jnp.issubdtype(a.dtype, jnp.complexfloating):
+        raise TypeError(f"tree: arrays must be real, got {describe(a)}; keep real and imaginary parts as two arrays")
     return a.astype(statistics_dtype(a.dtype))

@@ -137,6 +137,9 @@ def test_train_takes_every_model(arguments, shown, capsys):
         ("train --model transformer --data number_words --encoder 0", "encoder must be a positive integer, got 0"),
         ("train --model transformer --norm none", "blocks need a norm"),
         ("train --learning-rate -1", "learning_rate must be a finite number above 0"),
+        ("train --plot /no/such/folder/x.png", "the folder of --plot must exist, got '/no/such/folder/x.png'"),
+        ("train --plot x.foo", "a figure must be one of"),
+        ("train --plot /tmp", "--plot must name a file that can be written, got '/tmp'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
@@ -155,7 +158,27 @@ def test_help_explains(arguments, capsys):
     assert "gradient" in text or "test accuracy" in text or "studies" in text
 
 
-def test_unknown_option_exits_with_2(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("study --dpeth 3", "study: unknown option --dpeth; did you mean --depth?"),
+        ("train --lr 1e-3", "train: unknown option --lr; did you mean --learning-rate?"),
+        ("train --depth 2 --bs=3", "train: unknown option --bs; did you mean --batch-size?"),
+        ("train --act relu", "train: unknown option --act; did you mean --activation?"),
+        ("train --learnig_rate 1", "train: unknown option --learnig-rate; did you mean --learning-rate?"),
+        ("train --qqq", "train: unknown option --qqq; fnn train --help lists what there is"),
+        ("compare a b --row 3", "compare: unknown option --row; did you mean --rows?"),
+    ],
+)
+def test_unknown_option_exits_with_2(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["study", "--dpeth", "3"])
-    assert stop.value.code == 2
+        cli.main(arguments.split())
+    assert stop.value.code == 2 and capsys.readouterr().err.strip() == sentence
+
+
+def test_held_out_labels_beyond_the_training_classes(tmp_path, capsys):
+    x, y = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32), np.arange(20) % 2
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y * 4)
+    assert cli.main(["train", "--data", str(tmp_path / "a.npz"), "--batch-size", "8", "--epochs", "1"]) == 2
+    sentence = "train: labels of the test part must occur in the training part, 0..1, got 4; split"
+    assert capsys.readouterr().err.strip().startswith(sentence)

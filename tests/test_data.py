@@ -7,7 +7,9 @@ import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +143,91 @@ def test_every_cut_of_an_idx_file_is_refused_in_one_sentence(tmp_path):
             (tmp_path / "cut").write_bytes(raw[:cut])
             with says(ValueError, "data.read_idx: "):
                 data.read_idx(tmp_path / "cut")
+
+
+def zipped(path, head, zeros):
+    """Gzip of a header and so many zeros, written without holding them."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    with open(path, "wb") as file:
+        file.write(packer.compress(head))
+        for _ in range(zeros // 2**20):
+            file.write(packer.compress(bytes(2**20)))
+        file.write(packer.flush())
+    return path
+
+
+def peak(call):
+    """The most memory that Python and NumPy held during a call, in bytes."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_bombs_are_refused_from_their_headers_in_bounded_memory(tmp_path):
+    room = data.ROOM
+    honest = zipped(tmp_path / "honest", b"\0\0\x08\x01" + struct.pack(">I", room + 2**20), room + 2**20)
+    lying = zipped(tmp_path / "lying", b"\0\0\x08\x01" + struct.pack(">I", 100), room)
+    huge = zipped(tmp_path / "huge", b"\0\0\x0e\x03" + b"\xff" * 12, 0)
+    short = tmp_path / "short"
+    short.write_bytes(b"\0\0\x0e\x02" + struct.pack(">2I", 2**20, 2**20))
+    cases = [
+        (honest, "a gzip file must not inflate to more than 67108864 bytes, got 68157448 bytes"),
+        (lying, "a file must be as long as its header says, 108 bytes, got more than 108 in"),
+        (huge, "a gzip file must not inflate to more than 67108864 bytes, got"),
+        (short, "a file must be as long as its header says, 8796093022220 bytes, got 12 in"),
+    ]
+    for path, sentence in cases:
+
+        def refused(path=path, sentence=sentence):
+            with says(ValueError, "data.read_idx: " + sentence):
+                data.read_idx(path)
+
+        assert peak(refused) < 2**22
+    fine = zipped(tmp_path / "fine", b"\0\0\x08\x02" + struct.pack(">2I", 4, 2**20), 4 * 2**20)
+    assert data.read_idx(fine).shape == (4, 2**20)  # a thousandfold, and yet small
+
+
+def npy(shape, dtype="<f8", payload=b"", version=1):
+    head = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode() + b"\n"
+    return b"\x93NUMPY" + bytes([version, 0]) + len(head).to_bytes(2 if version == 1 else 4, "little") + head + payload
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2**40,), (2**70,), (2**70, 0), (2**33, 2**33), (-3,), (10,), (2**62, 4)],
+    ids=lambda s: "x".join(map(str, s)),
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_npz_headers_that_claim_what_is_not_there(tmp_path, shape, version):
+    path = tmp_path / "a.npz"
+    for members in (
+        {"x.npy": npy(shape, version=version), "y.npy": npy((1,), payload=bytes(8))},
+        {"x": npy(shape), "y.npy": npy(shape)},
+    ):
+        with zipfile.ZipFile(path, "w") as file:
+            for name, raw in members.items():
+                file.writestr(name, raw)
+
+        def refused():
+            with says(ValueError, "data.npz: arrays must be whole and numeric, got ") as error:
+                data.npz(path, key=KEY)
+            assert "\n" not in str(error.value)
+
+        assert peak(refused) < 2**22
+
+
+def test_npz_that_inflates_out_of_proportion(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", x=np.zeros((9, 2**20)), y=np.zeros(9))
+
+    def refused():
+        with says(ValueError, "data.npz: arrays must be whole and numeric, got ") as error:
+            data.npz(tmp_path / "a.npz", key=KEY)
+        assert re.search(r"\(75\d{6} bytes when unpacked, of at most 67108864\)", str(error.value))
+
+    assert peak(refused) < 2**22
 
 
 def test_idx_refuses(tmp_path):

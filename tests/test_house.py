@@ -14,9 +14,21 @@ import fnn
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"check", "files", "tree", "masks", "grid", "activations", "initializers", "_jaxpr", "factors", "spawning"},
+    {
+        "check",
+        "files",
+        "arrays",
+        "tree",
+        "masks",
+        "grid",
+        "activations",
+        "initializers",
+        "_jaxpr",
+        "factors",
+        "spawning",
+    },
     {"core", "losses", "gaussian", "products", "alike", "sealed", "axes"},
-    {"inputs", "dataset", "lift", "identity", "precision"},
+    {"inputs", "dataset", "lift", "identity", "precision", "admission"},
     {"memory", "layers"},
     {
         *("norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic"),

@@ -1,0 +1,190 @@
+"""What a train step admits: nets, losses, optimisers and states that belong together, checked once, while tracing."""
+
+import contextlib
+import re
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnn import check, losses, tree
+from fnn.arrays import array, brief, is_numbers
+from fnn.core import Layer, as_spec
+
+UNSUPPORTED = {
+    "SAMState": "optax.contrib.sam moves the parameters away from where they are measured, every second step",
+    "LookaheadState": "optax.lookahead needs two sets of parameters, LookaheadParams",
+}
+"""Optimisers, by the state that they keep, that take a step and yet do something else here than they promise."""
+
+_MADE: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""Shapes that a net's `init` was last seen to make, by that `init`: tracing it again takes long in a deep net."""
+
+
+def net(who: str, layer: Any) -> None:
+    """Refuse what is not a `Layer`."""
+    if not isinstance(layer, Layer):
+        got = getattr(layer, "__name__", None) or f"an object of {type(layer).__module__}.{type(layer).__name__}"
+        raise TypeError(
+            f"{who}: net must be a Layer, a pair of init(key, spec) and apply(params, state, x, ...), got {got}; wrap a "
+            "function of x in fnn.function, one with parameters in fnn.stateless(init, apply)"
+        )
+
+
+def loss(who: str, function: Any) -> None:
+    """Refuse what is not a function `(outputs, targets) -> float[batch]`."""
+    if not callable(function):
+        known = isinstance(function, str) and isinstance(getattr(losses, function, None), losses.Loss)
+        hint = f"pass fnn.losses.{function if known else 'cross_entropy'}"
+        raise TypeError(f"{who}: loss must be a function (outputs, targets) -> float[batch], got {function!r}; {hint}")
+
+
+def values(who: str, function: Any, outputs: Any, targets: Any) -> Any:
+    """Call a loss; refuse anything but one number for each example."""
+    try:
+        found = function(outputs, targets)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise TypeError(
+            f"{who}: the loss must be one that jit can trace, got one that looks at values ({reason}); write it in "
+            "jax.numpy, without float(), if, or NumPy on its arguments"
+        ) from error
+    n = jnp.shape(jax.tree.leaves(outputs)[0])[:1]
+    if not hasattr(found, "shape") or found.shape != n:
+        raise ValueError(
+            f"{who}: the loss must return float[batch], one number for each example, got {check.describe(found)} for "
+            f"outputs {check.describe(outputs)}; average over the other axes, not over the examples"
+        )
+    return found
+
+
+def optimizer(who: str, given: Any) -> None:
+    """Refuse what is not an optax transformation."""
+    if not (hasattr(given, "init") and hasattr(given, "update")) or isinstance(given, type):
+        called = f"; call it: {given.__name__}(...)" if callable(given) and hasattr(given, "__name__") else ""
+        got = getattr(given, "__name__", None) or repr(given)
+        raise TypeError(
+            f"{who}: optimizer must be an optax transformation, got {got}{called or '; pass optax.adam(1e-3)'}"
+        )
+
+
+def optimizer_state(who: str, state: Any) -> None:
+    """Refuse the states of optimisers that a train step does not do justice to."""
+    nodes = [state]
+    while nodes:
+        node = nodes.pop()
+        if (name := type(node).__name__) in UNSUPPORTED:
+            raise ValueError(f"{who}: the optimizer is not supported yet, got {name}: {UNSUPPORTED[name]}; use another")
+        nodes += node if isinstance(node, tuple | list) else node.values() if isinstance(node, dict) else []
+
+
+def update(who: str, tx: Any, grads: Any, state: Any, params: Any, **more: Any) -> tuple[Any, Any]:
+    """Call `tx.update`; one that asks for functions of the parameters, as line searches do, is refused by their names."""
+    try:
+        return tx.update(grads, state, params, **more)
+    except Exception as error:
+        if re.match(r"[\w.]+: ", str(error)):
+            raise  # a sentence of fnn's own
+        asked = sorted(set(re.findall(r"\b\w+_fn\b", str(error))) - {"update_fn", "init_fn"})
+        if not asked:
+            reason = str(error).strip().split("\n")[0].rstrip(".")
+            raise ValueError(
+                f"{who}: the optimizer must make updates of these gradients, under jit, got {type(error).__name__} "
+                f"({reason}); check its options, and whether it is meant for single examples' gradients"
+            ) from error
+        raise ValueError(
+            f"{who}: the optimizer must do with gradients, parameters and the loss's value, got one that asks for "
+            f"{', '.join(asked)}; line searches, lbfgs, SAM and sophia, which evaluate the loss anew, are not supported yet"
+        ) from error
+
+
+def made(layer: Layer, params: Any, net_state: Any) -> None:
+    """Remember what a net's `init` made, so that `state` needs not trace it."""
+    with contextlib.suppress(TypeError):  # an `init` that is no function, and takes no weak reference
+        _MADE[layer.init] = (_shapes(params), _shapes(net_state))
+
+
+def state(who: str, layer: Layer, params: Any, net_state: Any, x: Any) -> None:
+    """Refuse parameters and a state of other names or shapes than the net's own `init` makes for such an x."""
+    has = _shapes(params), _shapes(net_state)
+    try:
+        if _MADE.get(layer.init) == has:
+            return
+        spec = as_spec(x)
+        expected = jax.eval_shape(lambda key: layer.init(key, spec), jax.random.key(0))
+    except Exception:
+        return  # the net does not take this x, and says so itself
+    for what, mine, theirs in zip(("parameters", "state"), has, map(_shapes, expected), strict=True):
+        if found := _difference(mine, theirs):
+            raise ValueError(
+                f"{who}: the {what} must be this net's, got {found}; make the state with TrainState.create of this net"
+            )
+    made(layer, params, net_state)
+
+
+def optimizer_state_of(who: str, tx: Any, params: Any, opt_state: Any) -> None:
+    """Refuse the state of another optimiser, or of this one for other parameters."""
+    try:
+        expected = jax.eval_shape(tx.init, as_spec(params))
+    except Exception:
+        return  # it looks at values
+    optimizer_state(who, expected)
+    found = _difference(_shapes(opt_state), _shapes(expected))
+    if found or jax.tree.structure(opt_state) != jax.tree.structure(expected):
+        raise ValueError(
+            f"{who}: the optimizer's state must be that of the step's optimizer, got {found or 'another one'}; make the "
+            "state with TrainState.create of the optimizer that train_step was given"
+        )
+
+
+def examples(who: str, batch: tuple[Any, Any]) -> None:
+    """Refuse batches without an example, or whose arrays disagree on how many there are."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    if not shapes or any(not shape for shape in shapes) or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            f"{who}: x and y must hold the same number of examples on their first axes, got {check.describe(batch)}"
+        )
+    if shapes[0][0] == 0:
+        raise ValueError(f"{who}: a batch must hold at least one example, got none, {check.describe(batch)}; skip it")
+
+
+def parts(who: str, state: Any) -> tuple[Any, Any]:
+    """Take (params, state) of a `TrainState`, or as they come; refuse anything else, and what a step has taken over."""
+    if hasattr(state, "params"):
+        params, net_state = state.params, state.state
+    elif isinstance(state, tuple | list) and len(state) == 2:
+        params, net_state = state
+    else:
+        raise TypeError(f"{who}: state must be a TrainState or a pair (params, state), got {brief(state)}")
+    check.alive(who, params, net_state)
+    return params, net_state
+
+
+def example(who: str, spec: Any) -> Any:
+    """Take an example batch, or specs in its place, as specs."""
+    if not is_numbers(spec) or not any(map(is_numbers, spec)):  # a flat list of numbers is a shape, or looks like one
+        leaves = jax.tree.leaves(spec)
+    else:
+        leaves = [spec := array(who, "spec", spec)]
+    if not leaves or any(isinstance(leaf, int) for leaf in leaves):
+        got = brief(spec)
+        raise TypeError(
+            f"{who}: spec must be an example batch or its jax.ShapeDtypeStruct, got {got}; pass x[:1] of the data"
+        )
+    return as_spec(jax.tree.map(lambda a: a if isinstance(a, jax.ShapeDtypeStruct) else array(who, "spec", a), spec))
+
+
+def _shapes(tree_: Any) -> dict[str, tuple[int, ...]]:
+    return {path: jnp.shape(leaf) for path, leaf in zip(tree.paths(tree_), jax.tree.leaves(tree_), strict=True)}
+
+
+def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """Describe the first array by which one tree differs from another."""
+    for path, shape in theirs.items():
+        if path not in mine:
+            return f"none at {path}, where {list(shape)} should be"
+        if mine[path] != shape:
+            return f"{list(mine[path])} at {path}, where {list(shape)} should be"
+    extra = next((path for path in mine if path not in theirs), None)
+    return None if extra is None else f"one too many at {extra}, {list(mine[extra])}"

@@ -1,0 +1,111 @@
+"""The door for data: whatever can be an array becomes one here, once, or is refused in a sentence.
+
+Arrays may come from NumPy, JAX, PyTorch, pandas, polars, TensorFlow, or anything else with `__array__` or `__dlpack__`;
+lists of numbers are arrays too. Nothing that enters changes its value on the way in silence: integers that JAX would
+wrap, complex numbers, masked arrays, strings and objects are refused by name.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn import check
+
+PLAIN = {np.dtype(kind) for kind in ("?", "b", "B", "h", "H", "i", "e", "f", "d", jnp.bfloat16)}
+"""Types of numbers that JAX takes without wrapping any."""
+
+
+def array(who: str, name: str, a: Any) -> Any:
+    """Turn one thing into an array of NumPy or JAX; what is one already passes as it is.
+
+    Errors: TypeError for what holds no real numbers, ValueError for integers beyond int32 (with x64 on, int64) and for
+    masked entries.
+    """
+    given = a
+    if type(a) is not np.ndarray and not isinstance(a, jax.Array):
+        a = _converted(who, name, a)
+    kind = a.dtype
+    if kind in PLAIN:
+        return a
+    if jnp.issubdtype(kind, jnp.complexfloating):
+        raise TypeError(
+            f"{who}: {name} must be real, got {check.describe(a)}; pass real and imaginary parts as features of their own"
+        )
+    if not (jnp.issubdtype(kind, jnp.number) or kind == np.bool_):
+        got = check.describe(a) if isinstance(given, np.ndarray | jax.Array) else f"{type(given).__name__} of {kind}"
+        hint = "np.unique(labels, return_inverse=True)[1] numbers classes" if name == "y" else "encode it as numbers"
+        raise TypeError(f"{who}: {name} must hold numbers, got {got}; {hint}")
+    if isinstance(a, jax.Array):
+        return a
+    narrow(who, name, a)
+    return a.astype(np.float64) if kind == np.longdouble else a
+
+
+def narrow(who: str, name: str, a: Any) -> Any:
+    """Refuse integers on the host that JAX would wrap: 2^32 + k would become k. Anything else passes."""
+    if isinstance(a, np.ndarray | np.generic) and a.dtype.kind in "iu" and a.dtype not in PLAIN:
+        widest = jax.dtypes.canonicalize_dtype(np.int64)
+        info = np.iinfo(widest)
+        if a.size and (a.min() < info.min or a.max() > info.max):
+            raise ValueError(f"{who}: {name} must fit in {widest}, got values from {a.min()} to {a.max()}; map them")
+    return a
+
+
+def arrays(who: str, name: str, tree: Any) -> Any:
+    """Turn every leaf of a tree (several inputs, `Masked`) into an array; lists of numbers are one array each."""
+    if type(tree) is np.ndarray or isinstance(tree, jax.Array):
+        return array(who, name, tree)  # the usual case, for which a step should not wait
+    return jax.tree.map(lambda a: array(who, name, a), tree, is_leaf=lambda a: is_numbers(a) or isinstance(a, Iterator))
+
+
+def pair(who: str, batch: Any) -> tuple[Any, Any]:
+    """Turn a pair (x, y), a tuple or list of two, into arrays."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise TypeError(f"{who} must be a pair (x, y), got {brief(batch)}; put both into one tuple")
+    return arrays(who, "x", batch[0]), arrays(who, "y", batch[1])
+
+
+def brief(x: Any) -> str:
+    """Describe what came instead of arrays, cut to a line."""
+    text = check.describe(x)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def is_numbers(a: Any) -> bool:
+    """Tell whether a list or tuple is a plain one, of numbers, strings or further lists of them: one array."""
+    if type(a) not in (list, tuple) or not a:
+        return False
+    return all(is_numbers(b) or (not isinstance(b, jax.Array) and _is_scalar(b)) for b in a)
+
+
+def _is_scalar(a: Any) -> bool:
+    return isinstance(a, bool | int | float | complex | str | bytes | np.generic)
+
+
+def _converted(who: str, name: str, a: Any) -> Any:
+    if isinstance(a, np.ma.MaskedArray) and np.ma.is_masked(a):
+        raise ValueError(f"{who}: {name} must have no masked entries, got {np.ma.count_masked(a)}; fill or drop them")
+    if callable(detach := getattr(a, "detach", None)):
+        a = detach()  # a tensor of PyTorch that takes part in its autograd
+    readers = [np.from_dlpack, _from_dlpack] if hasattr(a, "__dlpack__") else []
+    if hasattr(a, "__array__") or not readers:
+        readers.insert(0, np.asarray)
+    reasons = []
+    for read in readers:
+        try:
+            return read(a)
+        except Exception as error:
+            reasons.append(error)
+    reason = str(reasons[0]).strip().split("\n")[0].rstrip(".")
+    raise TypeError(
+        f"{who}: {name} must be an array that NumPy can read, got {type(a).__name__} ({reason}); convert it first"
+    ) from reasons[0]
+
+
+def _from_dlpack(a: Any) -> np.ndarray:
+    """Read what NumPy cannot: bfloat16, or an array on JAX's own device."""
+    with jax.enable_x64(True):  # or JAX would wrap 64-bit integers
+        return np.asarray(jnp.from_dlpack(a))

@@ -1,0 +1,589 @@
+"""`fit` when things go wrong: interrupts and errors lose nothing, and what does not belong together is refused."""
+
+import dataclasses
+import os
+import re
+import signal
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from optax import contrib
+
+import fnn
+
+NET = fnn.models.mlp(1, 4, 3, norm="batch_norm")
+OPTIMIZER = optax.adam(1e-2)
+STEP = fnn.train_step(NET, fnn.losses.cross_entropy, OPTIMIZER)
+RNG = np.random.default_rng(0)
+Y = np.arange(48, dtype=np.int32) % 3
+X = np.asarray(RNG.normal(size=(48, 4)) + 3 * np.eye(4)[Y], np.float32)
+KEY = jax.random.key(0)
+STATE = fnn.TrainState.create(NET, OPTIMIZER, KEY, X)
+OPTIONS = {"epochs": 2, "batch_size": 16, "key": KEY}
+BATCHES = [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 48, 4)]
+
+
+def copy(state=STATE):
+    return jax.tree.map(jnp.copy, state)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, *({"p": s.params, "s": s.state, "o": s.opt_state} for s in (a, b)))
+
+
+def stepwise(batches, state=STATE):
+    """The same steps, one by one."""
+    state, losses = copy(state), []
+    for batch in batches:
+        state, metrics = STEP(state, batch)
+        losses.append(metrics["loss"])
+    return state, np.array(losses)
+
+
+class Failing:
+    """Batches that can be read anew, and fail at one of all that are ever read."""
+
+    def __init__(self, error, at, batches=BATCHES):
+        self.error, self.at, self.batches, self.read = error, at, batches, 0
+
+    def __iter__(self):
+        for batch in self.batches:
+            if self.read == self.at:
+                raise self.error
+            self.read += 1
+            yield batch
+
+
+# --- interrupts and errors -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("the disk is gone"), StopAsyncIteration()])
+def test_an_error_in_the_second_epochs_data_keeps_all_finished_steps(error):
+    data = Failing(error, at=len(BATCHES) + 5)
+    with pytest.raises(type(error)) as raised:
+        fnn.fit(STEP, STATE, data, epochs=3, validation=(X, Y))
+    state, history = STEP.unfinished
+    assert raised.value is error and error.state is state and error.history is history
+    assert any(
+        note.startswith("fit: 12 steps were finished; state, history = step.unfinished") for note in error.__notes__
+    )
+    expected, losses = stepwise(BATCHES)
+    same(state, expected)
+    np.testing.assert_array_equal(history.train["loss"], losses)
+    assert history.steps_per_epoch == (12,) and int(state.step) == 12 and not history.stopped_early
+    assert history.validation["loss"].shape == (1,)
+    # The state is a good one to go on with, and ends where an uninterrupted run does.
+    again, _ = fnn.fit(STEP, state, BATCHES, epochs=1)
+    whole, _ = fnn.fit(STEP, STATE, BATCHES, epochs=2)
+    same(again, whole)
+    assert STEP.unfinished is None
+
+
+def test_stretches_that_were_finished_within_an_epoch_count():
+    """32 batches go to the device at a time: those are kept, and the ones read after them were not trained on yet."""
+    batches = BATCHES * 4
+    with pytest.raises(KeyboardInterrupt):
+        fnn.fit(STEP, STATE, Failing(KeyboardInterrupt(), at=40, batches=batches), epochs=1)
+    state, history = STEP.unfinished
+    expected, losses = stepwise(batches[:32])
+    np.testing.assert_allclose(history.train["loss"], losses, rtol=1e-4)
+    assert history.steps_per_epoch == (32,) and int(state.step) == 32
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_an_error_before_the_first_step_leaves_the_state_as_it_was():
+    with pytest.raises(OSError):
+        fnn.fit(STEP, STATE, Failing(OSError(), at=0), epochs=1)
+    state, history = STEP.unfinished
+    same(state, STATE)
+    assert history.train == {} and history.validation == {} and history.steps_per_epoch == ()
+    fnn.fit(STEP, state, BATCHES, epochs=1)
+
+
+def test_a_validation_that_fails_keeps_the_epoch_before_it(monkeypatch):
+    calls = []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no room to evaluate")
+        return {"loss": 1.0}
+
+    monkeypatch.setattr("fnn.fitting.averages", failing)
+    with pytest.raises(MemoryError) as raised:
+        fnn.fit(STEP, STATE, (X, Y), validation=(X, Y), **OPTIONS | {"epochs": 5})
+    state, history = raised.value.state, raised.value.history
+    assert history.steps_per_epoch == (3, 3) and history.train["loss"].shape == (6,)
+    assert history.validation["loss"].tolist() == [1.0] and history.best_epoch == 0
+    loop = STATE
+    for key in jax.random.split(KEY, 5)[:2]:
+        loop, _ = stepwise([(X[i], Y[i]) for i in np.asarray(fnn.data.shuffled(key, 48)).reshape(3, 16)], loop)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(loop.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(history.by_epoch("loss"), history.train["loss"].reshape(2, 3).mean(1), rtol=1e-6)
+
+
+def told(act, at):
+    """A step whose loss calls back to the host, which acts at one of its calls."""
+    calls = []
+
+    def loss(outputs, y):
+        def note(_):
+            calls.append(1)
+            if len(calls) == at:
+                act()
+
+        jax.debug.callback(note, outputs[0, 0])
+        return fnn.losses.cross_entropy(outputs, y)
+
+    return fnn.train_step(NET, loss, OPTIMIZER)
+
+
+def test_ctrl_c_while_the_device_computes_waits_for_the_stretch():
+    """The state that a step was given is gone before the new one is there: an interrupt in between would lose both."""
+    step = told(lambda: os.kill(os.getpid(), signal.SIGINT), at=4)  # the first step of the second epoch
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fnn.fit(step, STATE, (X, Y), **OPTIONS | {"epochs": 5})
+    state, history = step.unfinished
+    assert int(state.step) == history.train["loss"].size == sum(history.steps_per_epoch) in (3, 6)
+    expected, _ = fnn.fit(STEP, STATE, (X, Y), **OPTIONS | {"epochs": 5})
+    assert np.all(np.isfinite(jax.tree.leaves(state.params)[0])) and int(expected.step) == 15
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_step_that_fails_takes_its_state_along_and_says_so():
+    def fail():
+        raise RuntimeError("in the callback")
+
+    with pytest.raises(Exception) as raised:
+        step = told(fail, at=5)
+        fnn.fit(step, STATE, (X, Y), **OPTIONS | {"epochs": 3})
+    state, history = raised.value.state, raised.value.history
+    assert "took its own along" in raised.value.__notes__[-1] and history.steps_per_epoch == (3,)
+    same(state, STATE)
+
+
+# --- data that are none ----------------------------------------------------------------------------------------------
+
+TRAIN, TEST = fnn.data.split(X, Y, key=KEY)
+LOOSE = {"epochs": 1}
+NOT_DATA = {
+    "train and test": ((TRAIN, TEST), OPTIONS, TypeError, "fit: data must be one pair of arrays (x, y), got 2 pairs"),
+    "their pairs": (((X, Y), (X[:9], Y[:9])), OPTIONS, TypeError, "fit: data must be one pair of arrays (x, y), got 2"),
+    "without key": ((TRAIN, TEST), LOOSE, TypeError, "fit: data must be one pair of arrays (x, y), got 2 pairs"),
+    "in a list": ([TRAIN, TEST], LOOSE, TypeError, "fit: data must be one pair of arrays (x, y), got 2 pairs"),
+    "three": ((TRAIN, TEST, TEST), OPTIONS, TypeError, "fit: data must be one pair of arrays (x, y), got 3 pairs"),
+    "a list": ([X, Y], LOOSE, TypeError, "fit: data in memory must be a tuple (x, y), got the list [float32[48,4], in"),
+    "batches with a key": (
+        BATCHES,
+        LOOSE | {"key": KEY},
+        TypeError,
+        "got key with batches, which are cut and shuffled",
+    ),
+    "batches with a size": (BATCHES, LOOSE | {"batch_size": 4}, TypeError, "got batch_size with batches"),
+    "batches with both": (BATCHES, OPTIONS, TypeError, "got key and batch_size with batches"),
+    "batches and a fraction": (
+        BATCHES,
+        LOOSE | {"validation": 0.2},
+        TypeError,
+        "a fraction can be split off data in mem",
+    ),
+    "one array": (
+        X,
+        LOOSE,
+        TypeError,
+        "fit: data must be a pair (x, y) or an iterable of batches (x, y), got float32[48,4]",
+    ),
+    "a dict": ({"x": X, "y": Y}, LOOSE, TypeError, "fit: data must be a pair (x, y) or an iterable of batches (x, y)"),
+    "a name": ("digits", LOOSE, TypeError, "fit: data must be a pair (x, y) or an iterable of batches (x, y), got str"),
+    "nothing": (None, LOOSE, TypeError, "fit: data must be a pair (x, y) or an iterable of batches (x, y), got None"),
+    "a weighted triple": (
+        (X, Y, Y),
+        OPTIONS,
+        TypeError,
+        "fit: data must be a pair (x, y), got (float32[48,4], int32[48]",
+    ),
+    "no example": (
+        (X[:0], Y[:0]),
+        OPTIONS,
+        ValueError,
+        "fit: a data set must hold at least one example, got float32[0,4]",
+    ),
+    "a batch of a dict": ([{"x": X}], LOOSE, TypeError, "train_step: the batch must be a pair (x, y), got {x: float32"),
+    "a batch of no example": ([(X[:0], Y[:0])], LOOSE, ValueError, "a batch must hold at least one example, got none"),
+    "y shorter": ([(X, Y[:3])], LOOSE, ValueError, "x and y must hold the same number of examples on their first axes"),
+    "targets by name": (
+        [(X, {"a": Y})],
+        LOOSE,
+        TypeError,
+        "cross_entropy: targets must be one array, got {a: int32[48]}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_DATA)
+def test_what_is_not_data_is_refused_in_a_sentence(name):
+    data, options, kind, sentence = NOT_DATA[name]
+    with pytest.raises(kind, match=re.escape(sentence)) as error:
+        fnn.fit(STEP, STATE, data, **options)
+    assert "\n" not in str(error.value)
+    if name not in ("batches with a key", "batches with a size", "batches with both", "batches and a fraction"):
+        with pytest.raises(kind):
+            fnn.evaluate(NET, STATE, data)
+
+
+def test_batches_of_pairs_are_batches_wherever_they_lie():
+    two = BATCHES[:2]
+    expected, _ = stepwise(two)
+    for data in (two, [list(batch) for batch in two], map(tuple, two), (batch for batch in two)):
+        same(fnn.fit(STEP, STATE, data, epochs=1)[0], expected)
+    score = fnn.evaluate(NET, STATE, (X, Y))
+    assert fnn.evaluate(NET, STATE, BATCHES) == score and fnn.evaluate(NET, STATE, iter(BATCHES)) == score
+
+
+def test_a_fraction_is_split_off_stratified_and_by_the_key():
+    options = OPTIONS | {"epochs": 1, "batch_size": 12}
+    y = np.where(np.arange(48) < 40, 0, Y)  # few of classes 1 and 2
+    states = {}
+    for seed in (0, 0, 1):
+        state, history = fnn.fit(STEP, STATE, (X, y), validation=0.25, **options | {"key": jax.random.key(seed)})
+        assert history.steps_per_epoch == (3,) and history.validation["loss"].shape == (1,)  # 36 examples left
+        if seed in states:
+            same(states[seed], state)
+        states[seed] = state
+    assert not np.array_equal(states[0].params[1]["kernel"], states[1].params[1]["kernel"])
+    rng = fnn.dataset.generator("me", KEY, 0x5EED)
+    train, held = fnn.dataset.split_index("me", y, rng, validation=0.25)
+    assert sorted([*train, *held]) == list(range(48)) and set(y[held]) == set(y[train]) == {0, 1, 2}
+    _, history = fnn.fit(STEP, STATE, (X, y), validation=0.25, **options)
+    by_hand, _ = fnn.fit(STEP, STATE, (X[train], y[train]), validation=(X[held], y[held]), **options)
+    same(by_hand, states[0])
+    for bad, kind in (
+        (0.0, ValueError),
+        (1.0, ValueError),
+        (-0.5, ValueError),
+        (float("nan"), ValueError),
+        (True, TypeError),
+    ):
+        with pytest.raises(kind, match="fit: validation must"):
+            fnn.fit(STEP, STATE, (X, y), validation=bad, **options)
+    with pytest.raises(
+        ValueError, match=r"at least 2 examples of every class, got class 2 with 1; or pass validation=\(x, y\)"
+    ):
+        fnn.fit(STEP, STATE, (X, np.where(np.arange(48) == 5, 2, 0)), validation=0.25, **options)
+
+
+@pytest.mark.parametrize("key", [0, 1.5, "a", np.zeros(2), np.zeros((2, 2), np.uint32), np.uint32(3)], ids=repr)
+def test_a_key_is_one_key(key):
+    got = "must be one PRNG key, got .*; pass jax.random.key"
+    for call in (
+        lambda: fnn.fit(STEP, STATE, (X, Y), **OPTIONS | {"key": key}),
+        lambda: fnn.TrainState.create(NET, OPTIMIZER, key, X),
+        lambda: fnn.gradient_flow(NET, STATE, (X, Y), key=key),
+        lambda: fnn.example_loss(NET, fnn.losses.cross_entropy, STATE.state, key=key),
+        lambda: fnn.data.split(X, Y, key=key),
+    ):
+        with pytest.raises(TypeError, match=got):
+            call()
+
+
+def test_keys_of_both_kinds_and_numpys_integers_are_taken():
+    options = {"epochs": np.int64(1), "batch_size": np.int32(16), "patience": np.int16(1), "validation": (X, Y)}
+    one, _ = fnn.fit(STEP, STATE, (X, Y), key=jax.random.PRNGKey(0), **options)
+    two, _ = fnn.fit(STEP, STATE, (X, Y), key=jax.random.key(0), **options)
+    same(one, two)
+    for name in ("epochs", "batch_size", "patience"):
+        for bad in (1.5, True, "1"):
+            with pytest.raises(TypeError, match=f"fit: {name} must be a positive integer, got {bad!r}"):
+                fnn.fit(STEP, STATE, (X, Y), key=KEY, **options | {name: bad})
+
+
+# --- what does not belong together -----------------------------------------------------------------------------------
+
+OTHER_NETS = {
+    "wider": fnn.models.mlp(1, 8, 3, norm="batch_norm"),
+    "deeper": fnn.models.mlp(2, 4, 3, norm="batch_norm"),
+    "plain": fnn.models.mlp(1, 4, 3),
+    "layer_norm": fnn.models.mlp(1, 4, 3, norm="layer_norm"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NETS)
+def test_the_state_of_another_net_is_refused(name):
+    """A wider net's parameters would train in silence: a dense layer takes whatever kernel it is given."""
+    other = fnn.TrainState.create(OTHER_NETS[name], OPTIMIZER, KEY, X)
+    rule = "the (parameters|state) must be this net's, got "
+    for who, call in (
+        ("fit", lambda: fnn.fit(STEP, other, (X, Y), **OPTIONS)),
+        ("train_step", lambda: STEP(copy(other), (X, Y))),
+        ("train_step", lambda: STEP.jitted(copy(other), (X, Y))),
+        ("evaluate", lambda: fnn.evaluate(NET, other, (X, Y))),
+    ):
+        with pytest.raises(ValueError, match=f"^{who}: {rule}"):
+            call()
+
+
+def test_a_state_that_create_did_not_make_is_admitted_if_it_fits():
+    net = fnn.models.mlp(1, 4, 3, norm="batch_norm")  # never created
+    assert fnn.evaluate(net, (STATE.params, STATE.state), (X, Y)) == fnn.evaluate(NET, STATE, (X, Y))
+
+
+@pytest.mark.parametrize(
+    ("made", "used"),
+    [
+        (optax.adam(0.1), optax.sgd(0.1)),
+        (optax.sgd(0.1), optax.adam(0.1)),
+        (optax.adam(0.1), optax.adamw(0.1)),
+        (optax.sgd(0.1, momentum=0.9), optax.rmsprop(0.1)),
+        (optax.chain(fnn.clip.by_global_norm(1.0), optax.adam(0.1)), optax.adam(0.1)),
+    ],
+)
+def test_the_state_of_another_optimiser_is_refused(made, used):
+    """Adam's state would pass through SGD's step unused."""
+    step, state = fnn.train_step(NET, fnn.losses.cross_entropy, used), fnn.TrainState.create(NET, made, KEY, X)
+    for call in (lambda: step(copy(state), (X, Y)), lambda: fnn.fit(step, state, (X, Y), **OPTIONS)):
+        with pytest.raises(ValueError, match="train_step: the optimizer's state must be that of the step's optimizer"):
+            call()
+
+
+def line_search():
+    return optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5))
+
+
+UNSUPPORTED = {
+    "lbfgs": (optax.lbfgs, "value_fn"),
+    "line search": (line_search, "value_fn"),
+    "zoom": (lambda: optax.scale_by_zoom_linesearch(5), "value_fn"),
+    "lbfgs inside": (lambda: optax.MultiSteps(optax.masked(optax.lbfgs(), True), 2), "value_fn"),
+    "sophia": (lambda: contrib.sophia(1e-3), "obj_fn"),
+    "sam": (lambda: contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), "SAMState"),
+    "sam inside": (lambda: optax.chain(optax.clip(1.0), contrib.sam(optax.sgd(0.1), optax.sgd(0.1))), "SAMState"),
+    "opaque sam": (lambda: contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True), "SAMState"),
+    "lookahead": (lambda: optax.lookahead(optax.sgd(0.1), 5, 0.5), "LookaheadState"),
+    "one's own": (
+        lambda: optax.GradientTransformationExtraArgs(lambda p: (), lambda g, s, p=None, *, hessian_fn, **_: (g, s)),
+        "hessian_fn",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_optimisers_that_need_more_than_a_gradient_are_refused_in_a_sentence(name):
+    make, asked = UNSUPPORTED[name]
+    with pytest.raises(
+        ValueError, match=f"the optimizer .*{asked}.*not supported yet|not supported yet, got {asked}"
+    ) as error:
+        state = fnn.TrainState.create(NET, make(), KEY, X)
+        fnn.train_step(NET, fnn.losses.cross_entropy, make())(state, (X, Y))
+    assert "\n" not in str(error.value)
+
+
+NOT_OPTIMIZERS = [(None, "None"), ("adam", "'adam'"), (optax.adam, "adam; call it: adam(...)"), (3, "3")]
+
+
+@pytest.mark.parametrize(("given", "got"), NOT_OPTIMIZERS, ids=repr)
+def test_what_is_no_optimiser(given, got):
+    for who, call in (
+        ("TrainState.create", lambda: fnn.TrainState.create(NET, given, KEY, X)),
+        ("train_step", lambda: fnn.train_step(NET, fnn.losses.cross_entropy, given)),
+    ):
+        with pytest.raises(TypeError, match=re.escape(f"{who}: optimizer must be an optax transformation, got {got}")):
+            call()
+
+
+def test_an_optimiser_that_fails_under_jit_says_so():
+    bad = optax.sgd(lambda count: 0.1 if count > 3 else 0.2)
+    with pytest.raises(
+        ValueError, match="train_step: the optimizer must make updates .*, under jit, got TracerBool"
+    ) as e:
+        fnn.train_step(NET, fnn.losses.cross_entropy, bad)(fnn.TrainState.create(NET, bad, KEY, X), (X, Y))
+    assert "\n" not in str(e.value)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Whole:
+    """A model as Equinox's: one pytree of its arrays and its functions."""
+
+    kernel: Any
+    activation: Any
+
+    def __call__(self, x):
+        return self.activation(x @ self.kernel)
+
+
+WHOLE = Whole(jnp.ones((4, 3)), jax.nn.relu)
+
+
+@pytest.mark.parametrize(
+    "net", [None, lambda x: x, "mlp", fnn.dense, NET.apply, tuple(NET), WHOLE], ids=lambda n: type(n).__name__
+)
+def test_what_is_no_net(net):
+    for who, call in (
+        ("train_step", lambda: fnn.train_step(net, fnn.losses.cross_entropy, OPTIMIZER)),
+        ("TrainState.create", lambda: fnn.TrainState.create(net, OPTIMIZER, KEY, X)),
+        ("evaluate", lambda: fnn.evaluate(net, STATE, (X, Y))),
+        ("gradient_flow", lambda: fnn.gradient_flow(net, STATE, (X, Y))),
+        ("example_loss", lambda: fnn.example_loss(net, fnn.losses.cross_entropy, ())),
+    ):
+        with pytest.raises(TypeError, match=f"^{who}: net must be a Layer, a pair of init"):
+            call()
+
+
+NOT_LOSSES = {
+    "cross_entropy": ("cross_entropy", TypeError, "got 'cross_entropy'; pass fnn.losses.cross_entropy"),
+    "mse": ("mse", TypeError, "got 'mse'; pass fnn.losses.mse"),
+    "none": (None, TypeError, "got None; pass fnn.losses.cross_entropy"),
+    "scalar": (
+        lambda o, y: jnp.mean(o),
+        ValueError,
+        r"the loss must return float\[batch\], one number .*, got float32\[\]",
+    ),
+    "units": (lambda o, y: o, ValueError, r"the loss must return float\[batch\], one number .*, got float32\[48,3\]"),
+    "other": (
+        lambda o, y: o[:3, 0],
+        ValueError,
+        r"the loss must return float\[batch\], one number .*, got float32\[3\]",
+    ),
+    "nothing": (lambda o, y: None, ValueError, r"the loss must return float\[batch\], one number .*, got None"),
+    "numpy": (
+        lambda o, y: np.mean(np.square(o), 1),
+        TypeError,
+        "the loss must be one that jit can trace, got one that",
+    ),
+    "if": (lambda o, y: o[:, 0] if o[0, 0] > 0 else o[:, 1], TypeError, "the loss must be one that jit can trace"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_LOSSES)
+def test_what_is_no_loss(name):
+    loss, kind, sentence = NOT_LOSSES[name]
+    for call in (
+        lambda: fnn.train_step(NET, loss, OPTIMIZER)(copy(), (X, Y)),
+        lambda: fnn.evaluate(NET, STATE, (X, Y), loss=loss),
+    ):
+        with pytest.raises(kind, match=sentence) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_a_state_that_a_step_took_over_is_refused():
+    state = copy()
+    STEP(state, (X, Y))
+    rule = r"the state must still have its arrays, got one that an earlier step took over"
+    for call in (
+        lambda: STEP(state, (X, Y)),
+        lambda: fnn.fit(STEP, state, (X, Y), **OPTIONS),
+        lambda: fnn.evaluate(NET, state, (X, Y)),
+        lambda: fnn.gradient_flow(NET, state, (X, Y)),
+        lambda: fnn.per_example(lambda p, x: jnp.sum(p[1]["kernel"]))(state.params, X),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            call()
+    for call in (
+        lambda: fnn.fit(STEP.pure, STATE, (X, Y), **OPTIONS),
+        lambda: fnn.fit(STEP, (STATE.params, STATE.state), (X, Y), **OPTIONS),
+        lambda: STEP(STATE.params, (X, Y)),
+        lambda: fnn.evaluate(NET, STATE.params, (X, Y)),
+    ):
+        with pytest.raises(TypeError, match="must be what train_step returns|must be a TrainState"):
+            call()
+
+
+@pytest.mark.parametrize("spec", [None, (1, 4), [1, 4], 4, {}], ids=repr)
+def test_what_is_no_example(spec):
+    with pytest.raises(
+        TypeError, match="TrainState.create: spec must be an example batch or its jax.ShapeDtypeStruct, got"
+    ):
+        fnn.TrainState.create(NET, OPTIMIZER, KEY, spec)
+
+
+def test_validation_data_are_named_in_what_is_wrong_with_them():
+    for bad, sentence in (
+        ((X, Y + 1), r"fit: validation: cross_entropy: labels must lie in 0..2, got 1..3"),
+        ((X * np.nan, Y), "fit: validation: x must be finite"),
+        ([X, Y], "fit: validation: data in memory must be a tuple"),
+        ("test", "fit: validation: data must be a pair"),
+        ((TRAIN, TEST), "fit: validation: data must be one pair of arrays"),
+        ([], "fit: validation: the iterable of batches must not be empty"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=sentence):
+            fnn.fit(STEP, STATE, (X, Y), validation=bad, **OPTIONS)
+    with pytest.raises(ValueError, match="dense: the input's last axis must be 4"):
+        fnn.fit(STEP, STATE, (X, Y), validation=(X[:, :3], Y), **OPTIONS)
+
+
+# --- models of other libraries ---------------------------------------------------------------------------------------
+
+
+class Counting(nnx.Module):
+    """It changes variables when it is called: batch norm's statistics, dropout's counts."""
+
+    def __init__(self, rngs):
+        self.linear, self.norm = nnx.Linear(4, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.linear(x))
+
+
+def test_a_model_passed_whole_is_refused_and_its_arrays_are_taken():
+    def loss(model, example):
+        return jnp.sum(model(example) ** 2)
+
+    rule = "per_example: params must be real floating arrays, got relu at activation; split .*equinox.partition"
+    with pytest.raises(TypeError, match=rule):
+        fnn.per_example(loss)(WHOLE, X)
+    norms = fnn.per_example(lambda p, x: loss(Whole(p, jnp.square), x))(WHOLE.kernel, X).norms()
+    plain = jax.vmap(jax.grad(lambda p, x: loss(Whole(p, jnp.square), x)), (None, 0))(WHOLE.kernel, X)
+    np.testing.assert_allclose(norms, np.linalg.norm(plain.reshape(48, -1), axis=1), rtol=1e-5)
+
+
+def test_nnx_modules_are_merged_as_copies():
+    graphdef, params, rest = nnx.split(Counting(nnx.Rngs(0)), nnx.Param, ...)
+
+    def loss(copy):
+        return lambda p, x: jnp.sum(nnx.merge(graphdef, p, rest, copy=copy)(x[None]) ** 2)
+
+    with pytest.raises(
+        ValueError, match=r"per_example: what is differentiated must not change variables .*copy=True\)"
+    ):
+        fnn.per_example(loss(False))(params, X)
+    assert fnn.per_example(loss(True))(params, X).norms().shape == (48,)
+    layer = fnn.Layer(
+        lambda key, spec: (params, ()),
+        lambda p, s, x, *, key=None, train=False, axis_name=None: (nnx.merge(graphdef, p, rest)(x), s),
+    )
+    state = fnn.TrainState.create(layer, OPTIMIZER, KEY, X)
+    with pytest.raises(ValueError, match=r"net: what is differentiated must not change variables .*copy=True\)"):
+        fnn.train_step(layer, fnn.losses.cross_entropy, OPTIMIZER)(state, (X, Y))
+
+
+def test_an_empty_batch_says_so():
+    empty = X[:0], Y[:0]
+    with pytest.raises(ValueError, match="train_step: a batch must hold at least one example, got none"):
+        STEP(copy(), empty)
+    with pytest.raises(ValueError, match="train_step: a batch must hold at least one example, got none"):
+        STEP.jitted(copy(), empty)
+    with pytest.raises(ValueError, match="per_example: .* hold at least one, got none: .*skip an empty batch"):
+        fnn.per_example(lambda p, e: jnp.sum(p * e[0]))(jnp.ones(4), empty)
+
+
+@pytest.mark.parametrize(
+    ("who", "make"),
+    [
+        ("mlp", lambda norm: fnn.models.mlp(1, 4, 3, norm=norm)),
+        ("convnet", lambda norm: fnn.models.convnet([4], 3, norm=norm)),
+        ("resnet", lambda norm: fnn.models.resnet([1], 3, norm=norm)),
+        ("transformer", lambda norm: fnn.models.transformer(5, 1, 4, 2, norm=norm)),
+    ],
+)
+def test_a_wrong_norm_is_named_by_its_model(who, make):
+    with pytest.raises(ValueError, match=f"^{who}: unknown norm 'batchnorm'; did you mean 'batch_norm'"):
+        make("batchnorm")
