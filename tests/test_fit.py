@@ -388,7 +388,7 @@ def test_optimisers_that_need_more_than_a_gradient_are_refused_in_a_sentence(nam
 NOT_OPTIMIZERS = [(None, "None"), ("adam", "'adam'"), (optax.adam, "adam; call it: adam(...)"), (3, "3")]
 
 
-@pytest.mark.parametrize(("given", "got"), NOT_OPTIMIZERS, ids=repr)
+@pytest.mark.parametrize(("given", "got"), NOT_OPTIMIZERS, ids=[got for _, got in NOT_OPTIMIZERS])
 def test_what_is_no_optimiser(given, got):
     for who, call in (
         ("TrainState.create", lambda: fnn.TrainState.create(NET, given, KEY, X)),

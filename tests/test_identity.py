@@ -131,7 +131,7 @@ def test_whatever_a_function_reaches_is_part_of_its_name(way):
     assert identify(make(True)) != one
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("pair", PAIRS, ids=[str(i) for i in range(len(PAIRS))])
 def test_values_are_told_apart_by_content(pair):
     a, b = (identify(closed(value)) for value in pair)
     assert not a.doubts and not b.doubts and a.name != b.name
