@@ -15,8 +15,8 @@ import fnn
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"check", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
-    {"core", "losses", "gaussian", "products"},
-    {"inputs", "dataset"},
+    {"core", "losses", "gaussian", "squares"},
+    {"inputs", "dataset", "products"},
     {"memory", "layers"},
     {
         *("norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic"),
