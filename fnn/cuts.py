@@ -17,7 +17,7 @@ import numpy as np
 from fnn._jaxpr import Atom, Const, Loop, Op, Program
 from fnn.factors import Convolution, Lookup, Move, Product, Term, recognise
 from fnn.products import Full, Pair, Rows, Zero
-from fnn.squares import Examples, length_of_full, norm
+from fnn.squares import Examples, norm, norm_of_whole
 
 REINDEXING = {"reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy", "broadcast_in_dim"}
 
@@ -149,7 +149,7 @@ def full_norm(program: Program, atom: Atom, examples: Examples) -> tuple[int, in
     if index < op.carries:
         return None
     own = op.body.outputs[index]
-    inner = full_norm(op.body, own, examples) or (op.body.compute(lambda a: length_of_full(a, examples), own), 0)
+    inner = full_norm(op.body, own, examples) or (op.body.compute(lambda a: norm_of_whole(a, examples), own), 0)
     return _lift(program, op, inner[0]), inner[1] + 1
 
 
@@ -179,9 +179,7 @@ def _out_of_loop(program: Program, loop: Loop, index: int, examples: Examples) -
     if total is None:
         return None
     terms = tuple(_lifted(program, loop, term, "time") for term in total.terms)
-    return _joined(
-        [find(program, loop.inputs[loop.consts + index], examples), replace(total, terms=terms, norm=None)]
-    )
+    return _joined([find(program, loop.inputs[loop.consts + index], examples), replace(total, terms=terms, norm=None)])
 
 
 def _addends(program: Program, atom: Atom) -> list[Atom]:

@@ -27,19 +27,33 @@ class Clipped(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Unbiased estimates from one batch, in units of `unit`²; trees like params, float[] or below `repeat` float[depth]."""
+    """Unbiased estimates from one batch; trees like params, of float[] or below `repeat` float[depth]."""
 
     trace: Any
     """trace cov(g_i), of single examples."""
     signal: Any
     """|E g|²; may come out below zero where noise prevails."""
-    unit: Any
-    """1 where squares fit the range of floats (norms from 1e-15 to 1e18), otherwise a power of two near the largest norm."""
 
-    def squares(self) -> "Moments":
-        """Write them in units of 1; what lies outside the range of floats is 0 or inf."""
-        values = (jax.tree.map(lambda a, unit: a * unit * unit, a, self.unit) for a in (self.trace, self.signal))
-        return Moments(*values, jax.tree.map(jnp.ones_like, self.unit))
+
+class Estimates(NamedTuple):
+    """Moments in units of `unit`², which are 1 unless squares would leave the range: then powers of two near the norms."""
+
+    trace: Any
+    signal: Any
+    unit: Any
+
+    def moments(self, unit: Any = 1) -> Moments:
+        """Write them in units of one's own; what lies outside the range of floats is 0 or inf."""
+
+        def converted(a, own):
+            ratio = own / unit
+            return a * ratio * ratio
+
+        return Moments(*(jax.tree.map(converted, a, self.unit) for a in (self.trace, self.signal)))
+
+    def ratio(self) -> Any:
+        """Divide signal by trace, which needs no unit."""
+        return jax.tree.map(jnp.divide, self.signal, self.trace)
 
 
 class Route(NamedTuple):
@@ -156,16 +170,12 @@ class PerExampleGradients:
         return gram * inverse[:, None] * inverse
 
     @jax.jit
-    def moments(self) -> Moments:
+    def moments(self, unit: Any = 1) -> Moments:
         """Estimate trace cov(g_i) and |E g|² of every parameter array; see `variance` and `signal_to_noise`.
 
-        Both are in units of `unit`², which is 1 but for gradients whose squares leave float32's range.
+        Both in units of `unit`²: with a unit near the norms they fit float32 where the squares do not.
         """
-        if self.batch < 2:
-            raise ValueError(f"per_example: a variance needs at least two examples, got a batch of {self.batch}")
-        means = jax.tree.leaves(tree.norms(self.mean()))
-        found = [estimate(n, m, self.batch) for n, m in zip(self._norms(), means, strict=True)]
-        return Moments(*(self._unflatten(list(part)) for part in zip(*found, strict=True)))
+        return self.estimates().moments(unit)
 
     @functools.partial(jax.jit, static_argnames="per_leaf")
     def variance(self, per_leaf: bool = False) -> Any:
@@ -174,8 +184,8 @@ class PerExampleGradients:
         float[]; `per_leaf`: a tree like params of float[], below `repeat` float[depth]. From sum |g_i|² - batch·|mean|²,
         so that rounding leaves an error of about 1e-7·|mean|²·batch/(batch - 1). Outside float32's range it is 0 or inf.
         """
-        moments = self.moments()
-        return (moments if per_leaf else total(moments)).squares().trace
+        found = self.estimates()
+        return (found if per_leaf else total(found)).moments().trace
 
     @functools.partial(jax.jit, static_argnames="per_leaf")
     def signal_to_noise(self, per_leaf: bool = False) -> Any:
@@ -184,9 +194,8 @@ class PerExampleGradients:
         |E g|² is estimated without bias, |mean|² - variance/batch, and so may come out below zero; shapes as in
         `variance`. One batch says little: `noise.scale` averages over steps. Source: McCandlish et al. 2018.
         """
-        moments = self.moments()
-        moments = moments if per_leaf else total(moments)
-        return jax.tree.map(jnp.divide, moments.signal, moments.trace)
+        found = self.estimates()
+        return (found if per_leaf else total(found)).ratio()
 
     @jax.jit
     def materialize(self) -> Any:
@@ -230,6 +239,14 @@ class PerExampleGradients:
         rows = [jnp.zeros((1, self.batch)), *(n.reshape(-1, self.batch) for n in norms)]
         return tree.length(jnp.concatenate(rows), 0)
 
+    def estimates(self) -> Estimates:
+        """Estimate the moments of every parameter array in units of their own."""
+        if self.batch < 2:
+            raise ValueError(f"per_example: a variance needs at least two examples, got a batch of {self.batch}")
+        means = jax.tree.leaves(tree.norms(self.mean()))
+        found = [estimate(n, m, self.batch) for n, m in zip(self._norms(), means, strict=True)]
+        return Estimates(*(self._unflatten(list(part)) for part in zip(*found, strict=True)))
+
     def _gram(self) -> tuple[jax.Array, jax.Array]:
         """Take all <g_i, g_j>/(scale_i scale_j)/share², and the scales, which bound the numbers of g_i/share."""
         bounds = [leaf.bounds().reshape(-1, self.batch) for leaf in self.leaves]
@@ -261,7 +278,7 @@ class PerExampleGradients:
         return jax.tree.unflatten(self.structure, values)
 
 
-def estimate(norms: jax.Array, mean: jax.Array, n: int, axis_name: Any = ()) -> Moments:
+def estimate(norms: jax.Array, mean: jax.Array, n: int, axis_name: Any = ()) -> Estimates:
     """Estimate the moments of one array's n gradients from their norms, float[..., batch], and the norm of their mean.
 
     With `axis_name` the norms are those of one device, the mean and n those of all.
@@ -269,31 +286,29 @@ def estimate(norms: jax.Array, mean: jax.Array, n: int, axis_name: Any = ()) -> 
     largest = jnp.max(norms, axis=-1)
     if axis_name:
         largest = jax.lax.pmax(jax.lax.stop_gradient(largest), axis_name)
-    unit = measure(jnp.maximum(largest, mean))
+    unit = _unit(jnp.maximum(largest, mean))
     of_squares, of_mean = jnp.mean(jnp.square(norms / unit[..., None]), axis=-1), jnp.square(mean / unit)
     if axis_name:
         of_squares = jax.lax.pmean(of_squares, axis_name)
     trace = jnp.maximum(of_squares - of_mean, 0) * (n / (n - 1) if n > 1 else jnp.nan)
-    return Moments(trace, of_mean - trace / n, unit)
+    return Estimates(trace, of_mean - trace / n, unit)
 
 
-def measure(norm: jax.Array) -> jax.Array:
-    """Choose the unit of squares: 1, or a power of two near norms whose squares leave the range. NaN stays 1."""
+def total(found: Estimates) -> Estimates:
+    """Add up the estimates of all arrays, in one unit: float[] each."""
+    parts = list(zip(*map(jax.tree.leaves, found), strict=True))
+    sizes = [jnp.max(unit * tree.safe_sqrt(trace + jnp.abs(signal)), initial=0) for trace, signal, unit in parts]
+    unit = _unit(jnp.max(jnp.stack([jnp.zeros(()), *sizes])))
+    moments = [Estimates(*part).moments(unit) for part in parts]
+    sums = (sum(map(jnp.sum, values), start=jnp.zeros(())) for values in zip(*moments, strict=True))
+    return Estimates(*sums, unit)
+
+
+def _unit(norm: jax.Array) -> jax.Array:
+    """Choose the unit of squares: 1, or a power of two near norms whose squares leave the range."""
     norm = jax.lax.stop_gradient(norm)
     power = jnp.exp2(jnp.clip(jnp.frexp(norm)[1], -125, 125).astype(norm.dtype))
     return jnp.where((norm > 2.0**60) | ((norm > 0) & (norm < 2.0**-50)), power, 1)
-
-
-def total(moments: Moments) -> Moments:
-    """Add up the moments of all arrays, in one unit: float[] each."""
-    parts = list(zip(*map(jax.tree.leaves, moments), strict=True))
-    sizes = [jnp.max(unit * tree.safe_sqrt(trace + jnp.abs(signal)), initial=0) for trace, signal, unit in parts]
-    unit = measure(jnp.max(jnp.stack([jnp.zeros(()), *sizes])))
-    sums = jnp.zeros((2,))
-    for trace, signal, own in parts:
-        ratio = own / unit
-        sums += jnp.stack([jnp.sum(a * ratio * ratio) for a in (trace, signal)])
-    return Moments(*sums, unit)
 
 
 def _every(holds: jax.Array) -> jax.Array:

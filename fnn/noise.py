@@ -28,17 +28,18 @@ class NoiseScale(NamedTuple):
     """Mean over steps of |G|²."""
 
 
-def moments(gradients: PerExampleGradients, *, group: int = 1, per_leaf: bool = False) -> Moments:
+def moments(gradients: PerExampleGradients, *, group: int = 1, per_leaf: bool = False, unit: Any = 1) -> Moments:
     """Estimate S = sum |g_i - g|²/(B - 1) and |g|² - S/B from one batch: float[] each, or trees like params.
 
-    In units of `unit`², which is 1 but for gradients whose squares leave float32's range: pass it on to `scale`.
+    In units of `unit`²: gradients beyond 1e±19, whose squares leave float32's range (0 or inf), need a unit near their
+    norms, the same in all steps; the noise scale does not depend on it.
 
     Where examples depend on one another (batch norm), let an "example" be a group of `group` examples with statistics of
     its own (see `groups`), and its loss their mean: the trace of groups is multiplied by their size.
     """
     check.positive("noise.moments", group=group)
-    found = gradients.moments()
-    found = found if per_leaf else total(found)
+    estimates = gradients.estimates()
+    found = (estimates if per_leaf else total(estimates)).moments(unit)
     return found._replace(trace=jax.tree.map(lambda s: group * s, found.trace))
 
 
@@ -57,11 +58,11 @@ def groups(batch: Any, size: int) -> Any:
     return jax.tree.map(cut, batch)
 
 
-def scale(trace: Any, signal: Any, *, unit: Any = 1, block: int = 1) -> NoiseScale:
+def scale(trace: Any, signal: Any, *, block: int = 1) -> NoiseScale:
     """Divide the mean trace by the mean signal, with the jackknife's error: float[steps, ...] twice -> float[...].
 
-    `trace` and `signal` are the estimates of many steps (`history.train["noise_trace"]`, `["noise_signal"]`), in units of
-    `unit`², a number or one for each estimate (`moments(...).unit`). The jackknife leaves out one block of `block` consecutive steps at a time: take it longer than steps stay correlated. A
+    `trace` and `signal` are the estimates of many steps (`history.train["noise_trace"]`, `["noise_signal"]`). The
+    jackknife leaves out one block of `block` consecutive steps at a time: take it longer than steps stay correlated. A
     last partial block is dropped. For trees: `jax.tree.map(noise.scale, traces, signals)`.
 
     Errors: ValueError for shapes that differ, or fewer steps than one block. Steps with NaN or inf make the result NaN.
@@ -73,8 +74,6 @@ def scale(trace: Any, signal: Any, *, unit: Any = 1, block: int = 1) -> NoiseSca
             f"noise.scale: needs trace and signal float[steps, ...] of at least {block} steps, got "
             f"{check.describe(trace)} and {check.describe(signal)}"
         )
-    square = np.square(np.asarray(jax.device_get(unit), np.float64))
-    trace, signal = trace * square, signal * square
     count = len(trace) // block
     sums = [a[: count * block].reshape(count, block, *a.shape[1:]).mean(1) for a in (trace, signal)]
     with np.errstate(divide="ignore", invalid="ignore"):

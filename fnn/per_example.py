@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from fnn import _jaxpr, check, cuts, tree
 from fnn.core import Layer
-from fnn.example_gradients import Moments, PerExampleGradients, Route, estimate, total
+from fnn.example_gradients import Estimates, PerExampleGradients, Route, estimate, total
 from fnn.products import Full, Pair, Rows
 from fnn.squares import AXIS, Examples
 
@@ -177,24 +177,21 @@ def step_gradients(
         each = own.norms(per_leaf=True)
         pairs = zip(*map(jax.tree.leaves, (each, tree.norms(mean))), strict=True)
         estimates = [estimate(norms, m, n, outer) for norms, m in pairs]
-        layers = Moments(*(jax.tree.unflatten(jax.tree.structure(mean), p) for p in zip(*estimates, strict=True)))
+        layers = Estimates(*(jax.tree.unflatten(jax.tree.structure(mean), p) for p in zip(*estimates, strict=True)))
         whole = total(layers)
+        sums = whole.moments()
         found = {
             "per_example_norms": norms,
             "per_example_quantiles": jnp.quantile(norms, jnp.linspace(0, 1, 5)),
-            "noise_trace": whole.squares().trace,
-            "noise_signal": whole.squares().signal,
-            "signal_to_noise": whole.signal / whole.trace,
+            "noise_trace": sums.trace,
+            "noise_signal": sums.signal,
+            "signal_to_noise": whole.ratio(),
             "examples_nonfinite": counted(~jnp.isfinite(norms)),
             "examples_zero": counted(norms == 0),
         }
         if per_layer:
-            squares = layers.squares()
-            found |= {
-                "per_example_norms_by_layer": each,
-                "noise_traces": squares.trace,
-                "noise_signals": squares.signal,
-            }
+            sums = layers.moments()
+            found |= {"per_example_norms_by_layer": each, "noise_traces": sums.trace, "noise_signals": sums.signal}
         if max_norm is not None:
             clipped = own.clipped_mean(max_norm, skip_nonfinite=skip_nonfinite)
             kept = own._kept(jnp.isfinite(norms)) if skip_nonfinite else own
@@ -226,7 +223,10 @@ def _by_path(value_and_aux: Any, axis_name: Any, params: Any, batch: Any, *, fro
         values = jax.tree.leaves((params, example))
         try:
             program = _jaxpr.read(closed)
-            leaves = [cuts.plan(program, atom, *at, Examples(size, axis_name)) for atom, at in zip(program.outputs, found, strict=False)]
+            leaves = [
+                cuts.plan(program, atom, *at, Examples(size, axis_name))
+                for atom, at in zip(program.outputs, found, strict=False)
+            ]
             wanted = [atom for leaf in leaves for atom in leaf.atoms]
             gradient = _jaxpr.prune(replace(program, outputs=wanted))
             lone = size == 1 and _jaxpr.collectives(gradient, axis_name)

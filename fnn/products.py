@@ -9,15 +9,15 @@ factors far from 1, `bounds` on an example's numbers up to a factor, and `gram(s
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fnn.factors import Convolution, Lookup, Move, Term
-from fnn.squares import AXIS, CHUNK, Examples, arrange, dot, lengths, norm, normalized, outer, split, widened
+from fnn.factors import Convolution, Move, Term
+from fnn.squares import AXIS, CHUNK, Examples, arrange, dot, norm, norm_of_whole, normalized, outer, split, widened
 from fnn.tree import divisor
 
 STORED_SHARE = 0.5
@@ -40,7 +40,13 @@ class Full:
         return self.value.shape[: self.lead]
 
     def norms(self) -> jax.Array:
-        return lengths(self.value, self.lead + 1) if self.norm is None else self.norm
+        if self.norm is not None:
+            return self.norm
+        examples = Examples(self.value.shape[self.lead], loop=False)
+        one = jax.vmap(lambda value: norm_of_whole(value, examples), axis_name=AXIS)
+        for _ in range(self.lead):
+            one = functools.partial(_mapped, one)
+        return one(self.value)
 
     def weighted(self, w: jax.Array | None) -> jax.Array:
         return _depth(_combined, self.lead)(w, self.value)
@@ -113,7 +119,7 @@ class Pair:
     def norms(self) -> jax.Array:
         if self.norm is not None:
             return self.norm
-        examples = Examples(self.arrays[0][0].shape[self.lead])
+        examples = Examples(self.arrays[0][0].shape[self.lead], loop=self.lead > 0)
         one = jax.vmap(lambda arrays: norm(self.terms, arrays, examples), axis_name=AXIS)
         # One depth at a time, so that as much is held as for a single layer.
         for _ in range(self.lead):
@@ -216,7 +222,7 @@ class Rows:
     def norms(self) -> jax.Array:
         if self.norm is not None:
             return self.norm
-        one = jax.vmap(lambda arrays: norm(self.terms, arrays, Examples(1)), axis_name=AXIS)
+        one = jax.vmap(lambda arrays: norm(self.terms, arrays, Examples(1, loop=self.lead > 0)), axis_name=AXIS)
         for _ in range(self.lead):
             one = functools.partial(_mapped, one)
         return one(self.arrays)

@@ -1,7 +1,8 @@
 """The norm of one example's gradient from its factors, at any scale that float32 can hold.
 
-Squares leave float32's range long before norms do. So the squares are taken plainly, and only where one of them left
-the range, of any example, the factors are divided by their largest numbers first.
+Squares leave float32's range long before norms do. So factors are divided by their largest numbers first. Where that
+costs more than a few per cent, in loops and for many positions, the squares are taken plainly, and once more from divided
+factors if one of them, of any example, left the range.
 """
 
 import functools
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn.factors import Lookup, Term
-from fnn.tree import divisor, guarded, length, safe, safe_sqrt, statistics_dtype
+from fnn.tree import SMALL, divisor, guarded, length, safe, safe_sqrt, statistics_dtype
 
 GRAM_SHARE = 0.25
 """|G|² is taken from Gram matrices over positions below this share of the cost of G: they cancel badly in float32."""
@@ -27,6 +28,8 @@ class Examples(NamedTuple):
 
     count: int
     axis_name: Any = AXIS
+    loop: bool = True
+    """Whether that happens inside a loop, where each further operation shows."""
 
 
 def arrange(terms: Sequence[Term], arrays: Sequence[tuple[Any, Any]]) -> tuple[jax.Array, jax.Array]:
@@ -49,7 +52,11 @@ def norm(terms: Sequence[Term], arrays: Sequence[tuple[Any, Any]], examples: Exa
         *factors, peak = normalized(lookup, *factors)
         return peak * safe_sqrt(_square(lookup, *factors, examples.count)[0])
 
-    return guarded(plain, relative, *arrange(terms, arrays), axis_name=examples.axis_name)
+    factors = arrange(terms, arrays)
+    if not examples.loop and not lookup and factors[0].shape[1] == 1:
+        lengths = [jax.vmap(_length)(x.reshape(x.shape[0], -1)) for x in factors]
+        return jnp.sum(lengths[0] * lengths[1]) if len(lengths[0]) == 1 else length(lengths[0] * lengths[1])
+    return guarded(plain, relative, *factors, axis_name=examples.axis_name)
 
 
 def normalized(lookup: bool, a: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -69,19 +76,23 @@ def normalized(lookup: bool, a: jax.Array, d: jax.Array) -> tuple[jax.Array, jax
     return a / divisor(p), d / divisor(q) * jax.lax.stop_gradient(products / peak), peak
 
 
-def length_of_full(a: jax.Array, examples: Examples) -> jax.Array:
+def norm_of_whole(a: jax.Array, examples: Examples) -> jax.Array:
     """Take |a| of one example's gradient that is held as it is."""
-    return lengths(a, 0, examples.axis_name)
-
-
-def lengths(a: jax.Array, kept: int, axis_name: Any = None) -> jax.Array:
-    """Take norms over all but the leading axes."""
 
     def plain(a):
-        total = square(a, kept)
+        total = square(a, 0)
         return safe_sqrt(total), safe(total)
 
-    return guarded(plain, lambda a: length(a, tuple(range(kept, a.ndim))), a, axis_name=axis_name)
+    if not examples.loop and a.size <= SMALL:
+        return _length(a.reshape(-1))
+    return guarded(plain, length, a, axis_name=examples.axis_name)
+
+
+def _length(x: jax.Array) -> jax.Array:
+    """Take |x| of a vector as `tree.length` does. Of one axis: XLA copies arrays with axes of size one for sums on CPUs."""
+    x = widened(x)
+    bound = divisor(jnp.max(jnp.abs(x), initial=0))
+    return bound * safe_sqrt(jnp.sum(jnp.square(x * (1 / bound))))
 
 
 def _square(lookup: bool, a: jax.Array, d: jax.Array, examples: int) -> tuple[jax.Array, Any]:
