@@ -229,6 +229,9 @@ def _by_path(value_and_aux: Any, axis_name: Any, params: Any, batch: Any, *, fro
             ]
             wanted = [atom for leaf in leaves for atom in leaf.atoms]
             gradient = _jaxpr.prune(replace(program, outputs=wanted))
+            moving = [i < len(found) for i in range(len(values))]
+            if _jaxpr.lone_statistic(gradient, moving):
+                _jaxpr.warn_of_lone_statistic()
             lone = size == 1 and _jaxpr.collectives(gradient, axis_name)
             program = _jaxpr.prune(replace(program, outputs=[*wanted, *program.outputs[len(found) :]]))
             outputs = None if lone else _jaxpr.execute(program, values)

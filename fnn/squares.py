@@ -41,21 +41,28 @@ def arrange(terms: Sequence[Term], arrays: Sequence[tuple[Any, Any]]) -> tuple[j
 
 
 def norm(terms: Sequence[Term], arrays: Sequence[tuple[Any, Any]], examples: Examples) -> jax.Array:
-    """Take |sum_t a_t d_tᵀ| of one example."""
-    lookup = isinstance(terms[0].kind, Lookup)
+    """Take |sum_t a_t d_tᵀ| of one example.
+
+    One position: |a|·|d|, 2(m + n) operations. Many: of G itself, in chunks, 2tmn operations; or from the Gram matrices
+    over positions, 2t²(m + n), where that is much less.
+    """
+    lookup, factors = isinstance(terms[0].kind, Lookup), arrange(terms, arrays)
+    if not lookup and _made(*factors):
+        return length(jnp.stack([norm_of_whole(part, examples) for part in outer(*factors, examples.count)]))
+    if not lookup and not examples.loop and _single(factors[0]):
+        lengths = [jax.vmap(_length)(x.reshape(x.shape[0], -1)) for x in factors]
+        return jnp.sum(lengths[0] * lengths[1]) if len(lengths[0]) == 1 else length(lengths[0] * lengths[1])
 
     def plain(*factors):
-        total, bound = _square(lookup, *factors, examples.count)
+        total, bound = _square(lookup, *factors)
         return safe_sqrt(total), safe(total, bound)
 
     def relative(*factors):
         *factors, peak = normalized(lookup, *factors)
-        return peak * safe_sqrt(_square(lookup, *factors, examples.count)[0])
+        return peak * safe_sqrt(_square(lookup, *factors)[0])
 
-    factors = arrange(terms, arrays)
-    if not examples.loop and not lookup and factors[0].shape[1] == 1:
-        lengths = [jax.vmap(_length)(x.reshape(x.shape[0], -1)) for x in factors]
-        return jnp.sum(lengths[0] * lengths[1]) if len(lengths[0]) == 1 else length(lengths[0] * lengths[1])
+    if lookup and not examples.loop:
+        return relative(*factors)
     return guarded(plain, relative, *factors, axis_name=examples.axis_name)
 
 
@@ -95,23 +102,26 @@ def _length(x: jax.Array) -> jax.Array:
     return bound * safe_sqrt(jnp.sum(jnp.square(x * (1 / bound))))
 
 
-def _square(lookup: bool, a: jax.Array, d: jax.Array, examples: int) -> tuple[jax.Array, Any]:
-    """Take |sum_t a_t d_tᵀ|², and with what a part that underflowed was multiplied at most (see `safe`).
+def _single(a: jax.Array) -> bool:
+    return a.shape[1] == 1
 
-    One position: |a|²·|d|², 2(m + n) operations. Many: of G itself, in chunks, 2tmn operations; or from the Gram matrices
-    over positions, 2t²(m + n), where that is much less.
-    """
+
+def _made(a: jax.Array, d: jax.Array) -> bool:
+    """Whether the norm is that of G, written out."""
+    (_, t, m), n = a.shape, d.shape[-1]
+    return t > 1 and t * (m + n) >= GRAM_SHARE * m * n
+
+
+def _square(lookup: bool, a: jax.Array, d: jax.Array) -> tuple[jax.Array, Any]:
+    """Take |sum_t a_t d_tᵀ|² from rows, one position or Gram matrices, and a bound for `safe`."""
     if lookup:
         return _lookup_square(a, d), 1
-    (_, t, m), n = a.shape, d.shape[-1]
-    if t == 1:
+    if _single(a):
         squares = square(a), square(d)
         return jnp.sum(squares[0] * squares[1]), _bound(*squares)
-    if t * (m + n) < GRAM_SHARE * m * n:
-        grams = [dot(x, x, ((2,), (2,)), ((0,), (0,))) for x in (a, d)]
-        diagonals = (jnp.diagonal(gram, axis1=1, axis2=2) for gram in grams)
-        return jnp.maximum(jnp.sum(grams[0] * grams[1]), 0), _bound(*diagonals)
-    return sum((square(part, 0) for part in outer(a, d, examples)), start=jnp.zeros(())), 1
+    grams = [dot(x, x, ((2,), (2,)), ((0,), (0,))) for x in (a, d)]
+    diagonals = (jnp.diagonal(gram, axis1=1, axis2=2) for gram in grams)
+    return jnp.maximum(jnp.sum(grams[0] * grams[1]), 0), _bound(*diagonals)
 
 
 def _bound(a: jax.Array, d: jax.Array) -> jax.Array:

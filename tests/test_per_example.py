@@ -176,6 +176,10 @@ def test_bad_input_is_one_sentence():
             fnn.per_example(loss)(p, batch)
     with pytest.raises(ValueError, match="the loss of one example must be a scalar, got float32\\[3\\]"):
         fnn.per_example(lambda p, x: x @ p)(p, x)
+    with pytest.raises(TypeError, match=r"the call takes \(params, batch\), got 3 arguments; put all parts"):
+        fnn.per_example(loss)(p, x, x)
+    with pytest.raises(TypeError, match="parameters must be real floating-point arrays, got complex64\\[4,3\\] at 'w'"):
+        fnn.per_example(lambda p, x: jnp.sum(jnp.abs(x @ p["w"])))({"w": p.astype(jnp.complex64)}, x)
     with pytest.raises(ValueError, match="did you mean 'frozen'"):
         fnn.per_example(loss, batch_norm="frozn")
     with pytest.raises(ValueError, match="got axis_name=None"):
