@@ -300,8 +300,8 @@ def total(found: Estimates) -> Estimates:
     sizes = [jnp.max(unit * tree.safe_sqrt(trace + jnp.abs(signal)), initial=0) for trace, signal, unit in parts]
     unit = _unit(jnp.max(jnp.stack([jnp.zeros(()), *sizes])))
     moments = [Estimates(*part).moments(unit) for part in parts]
-    sums = (sum(map(jnp.sum, values), start=jnp.zeros(())) for values in zip(*moments, strict=True))
-    return Estimates(*sums, unit)
+    traces, signals = ([jnp.sum(moment[i]) for moment in moments] for i in range(2))
+    return Estimates(sum(traces, start=jnp.zeros(())), sum(signals, start=jnp.zeros(())), unit)
 
 
 def _unit(norm: jax.Array) -> jax.Array:
