@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn.factors import Lookup, Term
-from fnn.tree import SMALL, divisor, guarded, length, safe, safe_sqrt, statistics_dtype
+from fnn.tree import divisor, guarded, length, safe, safe_sqrt, statistics_dtype
 
 GRAM_SHARE = 0.25
 """|G|² is taken from Gram matrices over positions below this share of the cost of G: they cancel badly in float32."""
@@ -90,8 +90,8 @@ def norm_of_whole(a: jax.Array, examples: Examples) -> jax.Array:
         total = square(a, 0)
         return safe_sqrt(total), safe(total)
 
-    if not examples.loop and a.size <= SMALL:
-        return _length(a.reshape(-1))
+    if not examples.loop:
+        return length(a)
     return guarded(plain, length, a, axis_name=examples.axis_name)
 
 

@@ -137,7 +137,8 @@ def _plain_norm(total: jax.Array, leaves: list[jax.Array]) -> jax.Array:
 
 
 def _relative_norm(total: jax.Array, leaves: list[jax.Array]) -> jax.Array:
-    return length(jnp.stack([length(a) for a in leaves]))
+    peak = divisor(jnp.max(jnp.stack([jnp.max(jnp.abs(a), initial=0) for a in leaves])))
+    return peak * safe_sqrt(squared_norm([a / peak for a in leaves]))
 
 
 def norms(tree: Any) -> Any:
@@ -181,8 +182,8 @@ def log_norm(a: jax.Array, axis: Any = None) -> jax.Array:
 
 def _relative(a: Any, axis: Any) -> tuple[jax.Array, jax.Array]:
     """Write sum |a|² as peak²·total, the axes kept with size 1."""
-    a = jnp.abs(_wide(a))
-    peak = divisor(jnp.max(a, axis=axis, keepdims=True, initial=0))
+    a = _wide(a)
+    peak = divisor(jnp.max(jnp.abs(a), axis=axis, keepdims=True, initial=0))
     return peak, jnp.sum(jnp.square(a / peak), axis=axis, keepdims=True)
 
 
