@@ -181,6 +181,48 @@ def collectives(program: Program, axis_name: Any) -> bool:
     return any(map(uses, program.ops))
 
 
+SAME = {"convert_element_type", "copy", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "optimization_barrier"}
+
+
+def lone_statistic(program: Program, moving: Sequence[bool]) -> bool:
+    """Whether a program centres a value by its mean over a leading axis of size one, as batch norm does with one example.
+
+    Only values that depend on the inputs that are `moving` count. The mean is over the first axis and perhaps others, but
+    not over all: layer norm averages over the last, softmax takes a maximum, a sum alone is no statistic.
+    """
+    moved = {atom for atom, m in zip(program.inputs, moving, strict=True) if m}
+
+    def source(atom):
+        """Go back through what changes no numbers, and through factors: to the value and the operation that made it."""
+        while not isinstance(atom, Const) and (op := program.makers.get(atom, (None,))[0]) is not None:
+            factor = op.name in ("mul", "div") and isinstance(op.inputs[1], Const)
+            if op.name not in SAME and not factor:
+                return atom, op
+            atom = op.inputs[0]
+        return atom, None
+
+    for op in program.ops:
+        inputs = [atom in moved for atom in op.inputs]
+        if isinstance(op, Loop):
+            carried = inputs[op.consts : op.consts + op.carries]
+            inside = [*inputs[: op.consts], *(any(inputs) for _ in carried), *inputs[op.consts + op.carries :]]
+            if lone_statistic(op.body, inside):
+                return True
+        elif op.name == "sub" and any(inputs):
+            for value, mean in (op.inputs, op.inputs[::-1]):
+                reduced = source(mean)[1]
+                if reduced is None or reduced.name != "reduce_sum":
+                    continue
+                axes, shape = reduced.params["axes"], program.spec(reduced.inputs[0]).shape
+                # Over no axis at all: batch norm on an example without a batch axis.
+                alone = not axes or (0 in axes and shape[0] == 1 and len(axes) < len(shape))
+                if alone and source(reduced.inputs[0])[0] == source(value)[0] and source(value)[0] in moved:
+                    return True
+        if any(inputs):
+            moved.update(op.outputs)
+    return False
+
+
 def freeze(program: Program) -> Program:
     """Stop gradients at the results of collectives.
 
@@ -334,6 +376,16 @@ def _inner(params: dict[str, Any]) -> list[Any]:
 def _primitives(jaxpr: Any) -> set[str]:
     names = {eqn.primitive.name for eqn in jaxpr.eqns}
     return names.union(*(_primitives(inner) for eqn in jaxpr.eqns for inner in _inner(eqn.params)))
+
+
+def warn_of_lone_statistic() -> None:
+    """Say that an example's program takes a batch statistic of its own."""
+    warnings.warn(
+        "per_example: the loss takes a statistic over a batch axis of size one (batch norm in training), so that these are "
+        "gradients of batches of one, whose mean is not the batch's gradient; give the layer and per_example the same "
+        "axis_name, or use batch_norm='running' with a loss in eval mode",
+        stacklevel=2,
+    )
 
 
 @functools.cache

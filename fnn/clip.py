@@ -75,7 +75,7 @@ def by_block_norm(max_norm: Any) -> optax.GradientTransformation:
     check.above_zero("clip.by_block_norm", max_norm=max_norm)
 
     def factor(k, g, _):
-        norm = _norm(g, tuple(range(k, g.ndim)))
+        norm = tree.length(g, tuple(range(k, g.ndim)), keepdims=True)
         return max_norm / jnp.maximum(norm, max_norm)
 
     return _scaling(factor)
@@ -92,8 +92,8 @@ def adaptive(clipping: Any, eps: float = 1e-3) -> optax.GradientTransformation:
 
     def factor(k, g, w):
         axes = tuple(range(k, g.ndim - 1)) if g.ndim - k >= 2 else tuple(range(k, g.ndim))
-        limit = clipping * jnp.maximum(_norm(w, axes), eps)
-        return limit / jnp.maximum(_norm(g, axes), limit)
+        limit = clipping * jnp.maximum(tree.length(w, axes, keepdims=True), eps)
+        return limit / jnp.maximum(tree.length(g, axes, keepdims=True), limit)
 
     return _scaling(factor, needs_params="clip.adaptive")
 
@@ -194,13 +194,6 @@ def _scaling(factor: Callable[..., jax.Array], needs_params: str | None = None) 
         return clipped, ClipState(fraction, tree.norm(updates), tree.norm(clipped))
 
     return _transformation(clip)
-
-
-def _norm(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Take a norm over some axes, kept with size 1, relative to the largest number: no square leaves the range."""
-    wide = a.astype(tree.statistics_dtype(a.dtype))
-    peak = tree.divisor(jnp.max(jnp.abs(wide), axis=axes, keepdims=True, initial=0))
-    return peak * jnp.sqrt(jnp.sum(jnp.square(wide / peak), axis=axes, keepdims=True))
 
 
 def _is_report(node: Any) -> bool:

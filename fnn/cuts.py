@@ -2,7 +2,7 @@
 
 From each weight gradient the search goes backwards: through reshapes, transposes, casts, scalar factors and sums over
 several uses, out of loops over depth (which stack gradients) and over time (which sum them up), to the product that made
-it. The product's operands become outputs, and the squared norm is taken inside the loop that would stack them.
+it. The product's operands become outputs, and the norm is taken inside the loop that would stack them.
 """
 
 import math
@@ -16,8 +16,8 @@ import numpy as np
 
 from fnn._jaxpr import Atom, Const, Loop, Op, Program
 from fnn.factors import Convolution, Lookup, Move, Product, Term, recognise
-from fnn.products import Full, Pair, Rows, Zero, squared_norm
-from fnn.tree import statistics_dtype
+from fnn.products import Full, Pair, Rows, Zero
+from fnn.squares import Examples, norm, norm_of_whole
 
 REINDEXING = {"reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy", "broadcast_in_dim"}
 
@@ -28,8 +28,8 @@ class Cut:
 
     terms: tuple[Term, ...] = ()
     moves: tuple[Move, ...] = ()
-    square: int | None = None
-    """Its squared norm, taken inside the loops over depth: float[levels]."""
+    norm: int | None = None
+    """Its norm, taken inside the loops over depth: float[levels]."""
     levels: int = 0
     """How many loops over depth lie around it."""
     turn: tuple[int, ...] = ()
@@ -47,11 +47,11 @@ class Plan(NamedTuple):
     """Of the values, each with a leading axis of examples."""
 
 
-def plan(program: Program, atom: Atom, spec: Any, depth: int, examples: int) -> Plan:
+def plan(program: Program, atom: Atom, spec: Any, depth: int, examples: Examples) -> Plan:
     """Plan for one gradient of a program; spec is its shape and dtype, of which `depth` axes count blocks."""
     cut = find(program, atom, examples)
     if cut is not None and not cut.terms:
-        return Plan((), "zero", lambda _: Zero(tuple(spec.shape), examples, depth))
+        return Plan((), "zero", lambda _: Zero(tuple(spec.shape), examples.count, depth))
     blocks = math.prod(spec.shape[:depth])
     per_block = (
         cut is not None
@@ -61,18 +61,18 @@ def plan(program: Program, atom: Atom, spec: Any, depth: int, examples: int) -> 
         and math.prod(spec.shape) == blocks * math.prod(cut.turn)
     )
     if cut is None or (depth and not per_block) or not jnp.issubdtype(spec.dtype, jnp.floating):
-        square = full_square(program, atom)
-        kept = () if square is None or square[1] != depth else (square[0],)
+        known = full_norm(program, atom, examples)
+        kept = () if known is None or known[1] != depth else (known[0],)
         return whole((atom, *kept), _unfactored(program, atom, spec.shape[depth:]), depth)
     return factored(cut)
 
 
 def whole(atoms: tuple[Any, ...], route: str, depth: int) -> Plan:
-    """Hold gradients as they are: atoms are the gradient and, if a loop has taken it, its squared norm."""
+    """Hold gradients as they are: atoms are the gradient and, if a loop has taken it, its norm."""
 
     def build(values):
-        square = jnp.moveaxis(values[1], 0, depth) if len(values) == 2 else None
-        return Full(jnp.moveaxis(values[0], 0, depth), square, depth)
+        known = jnp.moveaxis(values[1], 0, depth) if len(values) == 2 else None
+        return Full(jnp.moveaxis(values[0], 0, depth), known, depth)
 
     return Plan(atoms, route, build)
 
@@ -80,7 +80,7 @@ def whole(atoms: tuple[Any, ...], route: str, depth: int) -> Plan:
 def factored(cut: Cut) -> Plan:
     """Hold gradients as factors."""
     atoms = tuple(atom for term in cut.terms for atom in term.atoms)
-    square = () if cut.square is None else (cut.square,)
+    known = () if cut.norm is None else (cut.norm,)
     terms = tuple(replace(term, atoms=(), levels=("time",) * term.times) for term in cut.terms)
 
     def laid_out(value, levels):
@@ -92,11 +92,11 @@ def factored(cut: Cut) -> Plan:
         arrays = [
             tuple(laid_out(v, term.levels) for v in values[2 * i : 2 * i + 2]) for i, term in enumerate(cut.terms)
         ]
-        kept = jnp.moveaxis(values[-1], 0, cut.levels) if square else None
+        kept = jnp.moveaxis(values[-1], 0, cut.levels) if known else None
         form = Rows if isinstance(terms[0].kind, Lookup) else Pair
         return form(tuple(arrays), kept, cut.levels, terms, cut.moves)
 
-    return Plan((*atoms, *square), _route(cut), build)
+    return Plan((*atoms, *known), _route(cut), build)
 
 
 def _unfactored(program: Program, atom: Atom, shape: tuple[int, ...]) -> str:
@@ -116,7 +116,7 @@ def _route(cut: Cut) -> str:
     return text + uses + (", by depth" if cut.levels else "")
 
 
-def find(program: Program, atom: Atom, examples: int) -> Cut | None:
+def find(program: Program, atom: Atom, examples: Examples) -> Cut | None:
     """Search a gradient's last products; None if it is made in some other way. Gives new outputs to loops on the way."""
     if isinstance(atom, Const) or atom not in program.makers:
         return Cut() if _is_zero(program, atom) else None
@@ -141,30 +141,30 @@ def find(program: Program, atom: Atom, examples: int) -> Cut | None:
     return Cut((replace(term, atoms=tuple(op.inputs[-2:])),), term.kind.moves, turn=shape)
 
 
-def full_square(program: Program, atom: Atom) -> tuple[int, int] | None:
-    """Take the squared norm of a gradient inside the loop over depth that stacks it: (atom, how many loops)."""
+def full_norm(program: Program, atom: Atom, examples: Examples) -> tuple[int, int] | None:
+    """Take the norm of a gradient inside the loop over depth that stacks it: (atom, how many loops)."""
     if isinstance(atom, Const) or not isinstance((op := program.makers.get(atom, (None,))[0]), Loop):
         return None
     index = program.makers[atom][1]
     if index < op.carries:
         return None
     own = op.body.outputs[index]
-    inner = full_square(op.body, own) or (op.body.compute(_sum_of_squares, own), 0)
+    inner = full_norm(op.body, own, examples) or (op.body.compute(lambda a: norm_of_whole(a, examples), own), 0)
     return _lift(program, op, inner[0]), inner[1] + 1
 
 
-def _out_of_loop(program: Program, loop: Loop, index: int, examples: int) -> Cut | None:
+def _out_of_loop(program: Program, loop: Loop, index: int, examples: Examples) -> Cut | None:
     """Bring the factors of a gradient out of the loop that makes it."""
     body, atom = loop.body, loop.body.outputs[index]
     if index >= loop.carries:
         cut = find(body, atom, examples)
         if cut is None or not cut.terms:
             return None
-        square = cut.square if cut.levels else _square(body, cut.terms, examples)
+        known = cut.norm if cut.levels else _norm(body, cut.terms, examples)
         return Cut(
             tuple(_lifted(program, loop, term, "depth") for term in cut.terms),
             tuple(replace(move, lead=move.lead + 1) for move in cut.moves),
-            None if square is None else _lift(program, loop, square),
+            None if known is None else _lift(program, loop, known),
             cut.levels + 1,
             cut.turn,
             cut.aligned,
@@ -179,9 +179,7 @@ def _out_of_loop(program: Program, loop: Loop, index: int, examples: int) -> Cut
     if total is None:
         return None
     terms = tuple(_lifted(program, loop, term, "time") for term in total.terms)
-    return _joined(
-        [find(program, loop.inputs[loop.consts + index], examples), replace(total, terms=terms, square=None)]
-    )
+    return _joined([find(program, loop.inputs[loop.consts + index], examples), replace(total, terms=terms, norm=None)])
 
 
 def _addends(program: Program, atom: Atom) -> list[Atom]:
@@ -213,16 +211,11 @@ def _lift(program: Program, loop: Loop, atom: Atom) -> int:
     return output
 
 
-def _square(body: Program, terms: tuple[Term, ...], examples: int) -> int:
-    def square(*values):
-        pairs = list(zip(values[::2], values[1::2], strict=True))
-        return squared_norm(terms, pairs, examples)
+def _norm(body: Program, terms: tuple[Term, ...], examples: Examples) -> int:
+    def taken(*values):
+        return norm(terms, list(zip(values[::2], values[1::2], strict=True)), examples)
 
-    return body.compute(square, *(atom for term in terms for atom in term.atoms))
-
-
-def _sum_of_squares(a: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(a.astype(statistics_dtype(a.dtype))))
+    return body.compute(taken, *(atom for term in terms for atom in term.atoms))
 
 
 def _joined(cuts: Sequence[Cut | None]) -> Cut | None:
@@ -238,10 +231,10 @@ def _joined(cuts: Sequence[Cut | None]) -> Cut | None:
         a, b = first.terms[0].kind, cut.terms[0].kind
         if not same or a.shape != b.shape or isinstance(a, Lookup) != isinstance(b, Lookup):
             return None
-    return replace(first, terms=tuple(term for cut in present for term in cut.terms), square=None)
+    return replace(first, terms=tuple(term for cut in present for term in cut.terms), norm=None)
 
 
-def _scaled(program: Program, op: Op, shape: tuple[int, ...], examples: int) -> Cut | None:
+def _scaled(program: Program, op: Op, shape: tuple[int, ...], examples: Examples) -> Cut | None:
     """Let a scalar factor act on the error signals."""
     if op.name == "neg":
         gradient, by = op.inputs[0], Const(np.float32(-1))
@@ -259,15 +252,15 @@ def _scaled(program: Program, op: Op, shape: tuple[int, ...], examples: int) -> 
     def scale(d, by):
         return (d / by if op.name == "div" else d * by).astype(d.dtype)
 
-    def scale_square(square, by):
-        return scale(scale(square, by), by)
+    def scale_norm(norm, by):
+        return scale(norm, jnp.abs(by))
 
-    square = None if cut.square is None else program.compute(scale_square, cut.square, by)
+    known = None if cut.norm is None else program.compute(scale_norm, cut.norm, by)
     terms = (replace(t, atoms=(t.atoms[0], program.compute(scale, t.atoms[1], by))) for t in cut.terms)
-    return replace(cut, terms=tuple(terms), square=square)
+    return replace(cut, terms=tuple(terms), norm=known)
 
 
-def _part(program: Program, op: Op, index: int, shape: tuple[int, ...], examples: int) -> Cut | None:
+def _part(program: Program, op: Op, index: int, shape: tuple[int, ...], examples: Examples) -> Cut | None:
     """Crop or fill up the factors, where a parameter is one part of a larger array or is used in parts."""
     params, before = op.params, program.spec(op.inputs[0]).shape
     if op.name == "concatenate":
@@ -324,7 +317,7 @@ def _resized(program: Program, cut: Cut | None, before: tuple[int, ...], change:
             replace(term, kind=replace(kind, left=tuple(shapes[0]), right=tuple(shapes[1])), atoms=tuple(atoms))
         )
     moves = (replace(cut.moves[0], arg=tuple(shape[cut.levels :])),)
-    return replace(cut, terms=tuple(terms), moves=moves, square=None, turn=tuple(shape[cut.levels :]))
+    return replace(cut, terms=tuple(terms), moves=moves, norm=None, turn=tuple(shape[cut.levels :]))
 
 
 def _scalar(program: Program, atom: Atom) -> Atom | None:

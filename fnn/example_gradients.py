@@ -20,6 +20,10 @@ class Clipped(NamedTuple):
     """Share of the examples (with per_layer: of examples and layers) that were clipped; float[]."""
     bias: Any
     """|clipped mean - mean|: clipping single examples changes the expectation; float[]."""
+    nonfinite: Any
+    """How many examples have no finite norm: NaN or inf in the gradient, or a norm beyond the range; float[]."""
+    zero: Any
+    """How many examples have norm 0: no gradient at all, or one that vanished below the range; float[]."""
 
 
 class Moments(NamedTuple):
@@ -29,6 +33,27 @@ class Moments(NamedTuple):
     """trace cov(g_i), of single examples."""
     signal: Any
     """|E g|²; may come out below zero where noise prevails."""
+
+
+class Estimates(NamedTuple):
+    """Moments in units of `unit`², which are 1 unless squares would leave the range: then powers of two near the norms."""
+
+    trace: Any
+    signal: Any
+    unit: Any
+
+    def moments(self, unit: Any = 1) -> Moments:
+        """Write them in units of one's own; what lies outside the range of floats is 0 or inf."""
+
+        def converted(a, own):
+            ratio = own / unit
+            return a * ratio * ratio
+
+        return Moments(*(jax.tree.map(converted, a, self.unit) for a in (self.trace, self.signal)))
+
+    def ratio(self) -> Any:
+        """Divide signal by trace, which needs no unit."""
+        return jax.tree.map(jnp.divide, self.signal, self.trace)
 
 
 class Route(NamedTuple):
@@ -63,15 +88,15 @@ class PerExampleGradients:
     def squared_norms(self, per_leaf: bool = False) -> Any:
         """Take |g_i|² over all parameters: float[batch]; `per_leaf` of each: float[batch], below `repeat` [depth, batch].
 
-        A square outside float32's range is 0 or inf.
+        A square outside float32's range is 0 or inf: norms below 1e-19 and above 1e19. `norms` and all else hold beyond.
         """
-        squares = self._squares()
-        return self._unflatten(squares) if per_leaf else self._total(squares)
+        return jax.tree.map(jnp.square, self.norms(per_leaf))
 
     @functools.partial(jax.jit, static_argnames="per_leaf")
     def norms(self, per_leaf: bool = False) -> Any:
-        """Take |g_i|, shapes as in `squared_norms`."""
-        return jax.tree.map(tree.safe_sqrt, self.squared_norms(per_leaf))
+        """Take |g_i|, shapes as in `squared_norms`; right wherever the norm itself is a float."""
+        norms = self._norms()
+        return self._unflatten(norms) if per_leaf else self._total(norms)
 
     @jax.jit
     def mean(self) -> Any:
@@ -85,7 +110,11 @@ class PerExampleGradients:
         w = jnp.asarray(w)
         if w.shape != (self.batch,):
             raise ValueError(f"per_example: weights must be float[{self.batch}], one each, got {check.describe(w)}")
-        return self._sum([self.share * w] * len(self.leaves))
+        w = self.share * w
+        # Far from 1, a weight could take a factor out of the range where their product is inside.
+        near = jnp.all(((jnp.abs(w) > 2.0**-12) & (jnp.abs(w) < 2.0**12)) | (w == 0))
+        every = [w] * len(self.leaves)
+        return jax.lax.cond(near, lambda: self._sum(every), lambda: self._sum(every, "balanced"))
 
     @jax.jit
     def weighted_mean(self, w: Any) -> Any:
@@ -93,62 +122,70 @@ class PerExampleGradients:
         w = jnp.asarray(w)
         return self.weighted_sum(w / jnp.sum(w))
 
-    def clipped_mean(self, max_norm: Any, per_layer: bool = False) -> Clipped:
+    def clipped_mean(self, max_norm: Any, per_layer: bool = False, skip_nonfinite: bool = False) -> Clipped:
         """Clip every example's gradient, then average: sum_i g_i·min(1, max_norm/|g_i|) / batch.
 
-        With `per_layer` every parameter array of every layer is clipped on its own, below `repeat` every depth.
+        With `per_layer` every parameter array of every layer is clipped on its own, below `repeat` every depth. An
+        example whose norm is not finite (or beyond 1e38·max_norm) makes the mean NaN, so that it stays visible, and is
+        counted in `nonfinite`; with `skip_nonfinite` it counts as zero, and the sum is divided by the whole batch still.
         Source: Abadi et al. 2016, algorithm 1 (without its noise).
         """
         check.above_zero("clipped_mean", max_norm=max_norm)
-        return self._clipped_mean(max_norm, per_layer)
+        return self._clipped_mean(max_norm, per_layer, skip_nonfinite)
 
-    @functools.partial(jax.jit, static_argnames="per_layer")
-    def _clipped_mean(self, max_norm: Any, per_layer: bool) -> Clipped:
-        squares = self._squares()
-        norms = [tree.safe_sqrt(s) for s in (squares if per_layer else [self._total(squares)])]
+    @functools.partial(jax.jit, static_argnames=("per_layer", "skip_nonfinite"))
+    def _clipped_mean(self, max_norm: Any, per_layer: bool, skip_nonfinite: bool) -> Clipped:
+        each = self._norms()
+        whole = self._total(each)
+        norms = each if per_layer else [whole]
         factors = [max_norm / jnp.maximum(norm, max_norm) for norm in norms]
+        # A factor of zero or below the range would make zeros of an exploded gradient.
+        factors = [jnp.where(f >= jnp.finfo(f.dtype).tiny, f, jnp.nan) for f in factors]
+        finite = jnp.isfinite(whole) & functools.reduce(jnp.logical_and, [_every(jnp.isfinite(f)) for f in factors])
+        kept = self
+        if skip_nonfinite:
+            factors, kept = [jnp.where(finite, f, 0) for f in factors], self._kept(finite)
         clipped = sum(jnp.sum(norm > max_norm) for norm in norms) / max(1, sum(norm.size for norm in norms))
         weights = [self.share / self.batch * factor for factor in factors]
-        mean = self._sum(weights if per_layer else weights * len(self.leaves))
-        bias = tree.norm(jax.tree.map(jnp.subtract, mean, self.mean()))
-        return Clipped(mean, jnp.asarray(clipped, jnp.float32), bias)
+        mean = kept._sum(weights if per_layer else weights * len(self.leaves))
+        bias = tree.norm(jax.tree.map(jnp.subtract, mean, kept.mean()))
+        counts = [jnp.sum(n, dtype=jnp.float32) for n in (~finite, whole == 0)]
+        return Clipped(mean, jnp.asarray(clipped, jnp.float32), bias, *counts)
 
     @jax.jit
     def gram(self) -> jax.Array:
-        """Take all inner products <g_i, g_j>: float[batch, batch].
+        """Take all inner products <g_i, g_j>: float[batch, batch]. One outside float32's range is 0 or inf.
 
         Its eigenvalues over the batch are the non-zero spectrum of the empirical Fisher matrix.
         """
-        total = sum((leaf.gram() for leaf in self.leaves), start=jnp.zeros((self.batch, self.batch)))
-        return self.share**2 * total
+        gram, scale = self._gram()
+        return gram * (self.share * scale)[:, None] * (self.share * scale)
 
     @jax.jit
     def cosines(self) -> jax.Array:
         """Take <g_i, g_j>/(|g_i||g_j|): float[batch, batch]; 0 where a gradient is zero."""
-        gram = self.gram()
+        gram, _ = self._gram()
         norms = jnp.sqrt(jnp.diagonal(gram))
         inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), norms)
         return gram * inverse[:, None] * inverse
 
     @jax.jit
-    def moments(self) -> Moments:
-        """Estimate trace cov(g_i) and |E g|² of every parameter array; see `variance` and `signal_to_noise`."""
-        if self.batch < 2:
-            raise ValueError(f"per_example: a variance needs at least two examples, got a batch of {self.batch}")
-        squares = [jnp.mean(s, axis=-1) for s in self._squares()]
-        means = jax.tree.map(lambda n: n**2, jax.tree.leaves(tree.norms(self.mean())))
-        pairs = [unbiased(a, b, self.batch) for a, b in zip(squares, means, strict=True)]
-        return Moments(*(self._unflatten(list(part)) for part in zip(*pairs, strict=True)))
+    def moments(self, unit: Any = 1) -> Moments:
+        """Estimate trace cov(g_i) and |E g|² of every parameter array; see `variance` and `signal_to_noise`.
+
+        Both in units of `unit`²: with a unit near the norms they fit float32 where the squares do not.
+        """
+        return self.estimates().moments(unit)
 
     @functools.partial(jax.jit, static_argnames="per_leaf")
     def variance(self, per_leaf: bool = False) -> Any:
         """Estimate the trace of the covariance of g_i: sum_i |g_i - mean|² / (batch - 1), unbiased.
 
         float[]; `per_leaf`: a tree like params of float[], below `repeat` float[depth]. From sum |g_i|² - batch·|mean|²,
-        so that rounding leaves an error of about 1e-7·|mean|²·batch/(batch - 1).
+        so that rounding leaves an error of about 1e-7·|mean|²·batch/(batch - 1). Outside float32's range it is 0 or inf.
         """
-        trace = self.moments().trace
-        return trace if per_leaf else total(trace)
+        found = self.estimates()
+        return (found if per_leaf else total(found)).moments().trace
 
     @functools.partial(jax.jit, static_argnames="per_leaf")
     def signal_to_noise(self, per_leaf: bool = False) -> Any:
@@ -157,8 +194,8 @@ class PerExampleGradients:
         |E g|² is estimated without bias, |mean|² - variance/batch, and so may come out below zero; shapes as in
         `variance`. One batch says little: `noise.scale` averages over steps. Source: McCandlish et al. 2018.
         """
-        trace, signal = self.moments()
-        return jax.tree.map(jnp.divide, signal, trace) if per_leaf else total(signal) / total(trace)
+        found = self.estimates()
+        return (found if per_leaf else total(found)).ratio()
 
     @jax.jit
     def materialize(self) -> Any:
@@ -191,25 +228,48 @@ class PerExampleGradients:
 
     __repr__ = __str__
 
-    def _squares(self) -> list[jax.Array]:
-        """Squared norms of every leaf: float[batch], or float[depth..., batch]."""
-        squares = [self.share**2 * leaf.squares() for leaf in self.leaves]
+    def _norms(self) -> list[jax.Array]:
+        """Norms of every leaf: float[batch], or float[depth..., batch]."""
         return [
-            s.reshape(*spec.shape[:depth], -1) if depth else jnp.sum(s, axis=tuple(range(s.ndim - 1)))
-            for s, (spec, depth) in self._with_specs(squares)
+            n.reshape(*spec.shape[:depth], -1) if depth else tree.length(n, tuple(range(n.ndim - 1)))
+            for n, (spec, depth) in self._with_specs([self.share * leaf.norms() for leaf in self.leaves])
         ]
 
-    def _total(self, squares: list[jax.Array]) -> jax.Array:
-        return sum((jnp.sum(s, axis=tuple(range(s.ndim - 1))) for s in squares), start=jnp.zeros(self.batch))
+    def _total(self, norms: list[jax.Array]) -> jax.Array:
+        rows = [jnp.zeros((1, self.batch)), *(n.reshape(-1, self.batch) for n in norms)]
+        return tree.length(jnp.concatenate(rows), 0)
 
-    def _sum(self, weights: list[Any]) -> Any:
+    def estimates(self) -> Estimates:
+        """Estimate the moments of every parameter array in units of their own."""
+        if self.batch < 2:
+            raise ValueError(f"per_example: a variance needs at least two examples, got a batch of {self.batch}")
+        means = jax.tree.leaves(tree.norms(self.mean()))
+        found = [estimate(n, m, self.batch) for n, m in zip(self._norms(), means, strict=True)]
+        return Estimates(*(self._unflatten(list(part)) for part in zip(*found, strict=True)))
+
+    def _gram(self) -> tuple[jax.Array, jax.Array]:
+        """Take all <g_i, g_j>/(scale_i scale_j)/share², and the scales, which bound the numbers of g_i/share."""
+        bounds = [leaf.bounds().reshape(-1, self.batch) for leaf in self.leaves]
+        scale = tree.divisor(jnp.max(jnp.concatenate([jnp.zeros((1, self.batch)), *bounds]), axis=0))
+        return sum((leaf.gram(scale) for leaf in self.leaves), start=jnp.zeros((self.batch, self.batch))), scale
+
+    def _sum(self, weights: list[Any], how: str = "weighted") -> Any:
         """Take the weighted sum of each leaf; weights of one: None, float[batch], or float[depth..., batch]."""
         sums = []
         for leaf, w, (spec, _) in zip(self.leaves, weights, self.specs, strict=True):
             if w is not None:
                 w = w.reshape(*leaf.levels, -1) if w.ndim > 1 else jnp.broadcast_to(w, (*leaf.levels, *w.shape))
-            sums.append(leaf.weighted(w).reshape(spec.shape).astype(spec.dtype))
+            sums.append(getattr(leaf, how)(w).reshape(spec.shape).astype(spec.dtype))
         return self._unflatten(sums)
+
+    def _kept(self, wanted: jax.Array) -> "PerExampleGradients":
+        """Put zeros in the place of some examples' gradients, also where these are NaN."""
+
+        def kept(leaf, x):
+            return jnp.where(wanted.reshape(-1, *(1,) * (x.ndim - leaf.lead - 1)), x, jnp.zeros((), x.dtype))
+
+        leaves = [jax.tree.map(functools.partial(kept, leaf), leaf) for leaf in self.leaves]
+        return dataclasses.replace(self, leaves=leaves)
 
     def _with_specs(self, values: list[Any]) -> Any:
         return zip(values, self.specs, strict=True)
@@ -218,15 +278,42 @@ class PerExampleGradients:
         return jax.tree.unflatten(self.structure, values)
 
 
-def unbiased(mean_square: jax.Array, square_of_mean: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """Estimate (trace cov(g), |E g|²) of the mean of |g_i|² and the square of the mean of n gradients."""
-    trace = jnp.maximum(mean_square - square_of_mean, 0) * (n / (n - 1))
-    return trace, square_of_mean - trace / n
+def estimate(norms: jax.Array, mean: jax.Array, n: int, axis_name: Any = ()) -> Estimates:
+    """Estimate the moments of one array's n gradients from their norms, float[..., batch], and the norm of their mean.
+
+    With `axis_name` the norms are those of one device, the mean and n those of all.
+    """
+    largest = jnp.max(norms, axis=-1)
+    if axis_name:
+        largest = jax.lax.pmax(jax.lax.stop_gradient(largest), axis_name)
+    unit = _unit(jnp.maximum(largest, mean))
+    of_squares, of_mean = jnp.mean(jnp.square(norms / unit[..., None]), axis=-1), jnp.square(mean / unit)
+    if axis_name:
+        of_squares = jax.lax.pmean(of_squares, axis_name)
+    trace = jnp.maximum(of_squares - of_mean, 0) * (n / (n - 1) if n > 1 else jnp.nan)
+    return Estimates(trace, of_mean - trace / n, unit)
 
 
-def total(values: Any) -> jax.Array:
-    """Sum all numbers of a tree: float[]."""
-    return sum(map(jnp.sum, jax.tree.leaves(values)), start=jnp.zeros(()))
+def total(found: Estimates) -> Estimates:
+    """Add up the estimates of all arrays, in one unit: float[] each."""
+    parts = list(zip(*map(jax.tree.leaves, found), strict=True))
+    sizes = [jnp.max(unit * tree.safe_sqrt(trace + jnp.abs(signal)), initial=0) for trace, signal, unit in parts]
+    unit = _unit(jnp.max(jnp.stack([jnp.zeros(()), *sizes])))
+    moments = [Estimates(*part).moments(unit) for part in parts]
+    traces, signals = ([jnp.sum(moment[i]) for moment in moments] for i in range(2))
+    return Estimates(sum(traces, start=jnp.zeros(())), sum(signals, start=jnp.zeros(())), unit)
+
+
+def _unit(norm: jax.Array) -> jax.Array:
+    """Choose the unit of squares: 1, or a power of two near norms whose squares leave the range."""
+    norm = jax.lax.stop_gradient(norm)
+    power = jnp.exp2(jnp.clip(jnp.frexp(norm)[1], -125, 125).astype(norm.dtype))
+    return jnp.where((norm > 2.0**60) | ((norm > 0) & (norm < 2.0**-50)), power, 1)
+
+
+def _every(holds: jax.Array) -> jax.Array:
+    """Whether it holds at all depths: bool[depth..., batch] -> bool[batch]."""
+    return jnp.all(holds, axis=tuple(range(holds.ndim - 1)))
 
 
 def _size(count: int) -> str:

@@ -28,16 +28,19 @@ class NoiseScale(NamedTuple):
     """Mean over steps of |G|²."""
 
 
-def moments(gradients: PerExampleGradients, *, group: int = 1, per_leaf: bool = False) -> Moments:
+def moments(gradients: PerExampleGradients, *, group: int = 1, per_leaf: bool = False, unit: Any = 1) -> Moments:
     """Estimate S = sum |g_i - g|²/(B - 1) and |g|² - S/B from one batch: float[] each, or trees like params.
+
+    In units of `unit`²: gradients beyond 1e±19, whose squares leave float32's range (0 or inf), need a unit near their
+    norms, the same in all steps; the noise scale does not depend on it.
 
     Where examples depend on one another (batch norm), let an "example" be a group of `group` examples with statistics of
     its own (see `groups`), and its loss their mean: the trace of groups is multiplied by their size.
     """
     check.positive("noise.moments", group=group)
-    found = gradients.moments()
-    trace = jax.tree.map(lambda s: group * s, found.trace)
-    return Moments(trace, found.signal) if per_leaf else Moments(total(trace), total(found.signal))
+    estimates = gradients.estimates()
+    found = (estimates if per_leaf else total(estimates)).moments(unit)
+    return found._replace(trace=jax.tree.map(lambda s: group * s, found.trace))
 
 
 def groups(batch: Any, size: int) -> Any:
@@ -62,7 +65,7 @@ def scale(trace: Any, signal: Any, *, block: int = 1) -> NoiseScale:
     jackknife leaves out one block of `block` consecutive steps at a time: take it longer than steps stay correlated. A
     last partial block is dropped. For trees: `jax.tree.map(noise.scale, traces, signals)`.
 
-    Errors: ValueError for shapes that differ, or fewer steps than one block.
+    Errors: ValueError for shapes that differ, or fewer steps than one block. Steps with NaN or inf make the result NaN.
     """
     check.positive("noise.scale", block=block)
     trace, signal = (np.asarray(jax.device_get(a), np.float64) for a in (trace, signal))

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from fnn import _jaxpr, admission, arrays, check, cuts, tree
 from fnn.core import Layer
-from fnn.example_gradients import PerExampleGradients, Route, total, unbiased
+from fnn.example_gradients import Estimates, PerExampleGradients, Route, estimate, total
 from fnn.precision import compute_in
 from fnn.products import Full, Pair, Rows
+from fnn.squares import AXIS, Examples
 
 SEMANTICS = ("path", "loss", "frozen", "running")
 
@@ -46,7 +47,9 @@ def per_example(
     | running | those of training: differentiates `eval_loss(params, example)` in the place of `loss` | no |
 
     Errors: ValueError for leaves without a common batch axis, a loss that is no scalar, and a batch of one whose
-    gradient passes a statistic over the batch (batch norm makes it zero). Compiled once for each shape.
+    gradient passes a statistic over the batch (batch norm makes it zero); TypeError for complex parameters. Compiled once
+    for each shape. A warning where an example's program takes a statistic over a batch axis of its own, of size one (batch
+    norm without `axis_name`): those are gradients of batches of one.
     """
     check.choice("per_example", SEMANTICS, batch_norm=batch_norm)
     if not callable(loss):
@@ -75,7 +78,12 @@ def per_example(
     compute = _by_loss if batch_norm == "loss" else functools.partial(_by_path, frozen=batch_norm == "frozen")
     compiled = jax.jit(functools.partial(compute, value_and_aux, axis_name))
 
-    def gradients(params, batch):
+    def gradients(params, batch, *more):
+        if more:
+            raise TypeError(
+                f"per_example: the call takes (params, batch), got {len(more) + 2} arguments; put all parts of an example "
+                "into one: per_example(lambda params, example: loss(params, *example))(params, (x, y))"
+            )
         check.parameters("per_example", params)
         check.alive("per_example", params)
         batch = arrays.arrays("per_example", "the batch", batch)
@@ -116,8 +124,12 @@ def example_loss(
     return of_example
 
 
-def check_step(per_example: Any, max_norm: Any) -> None:
+def check_step(per_example: Any, max_norm: Any, skip_nonfinite: bool) -> None:
     """Refuse options of a train step that do not go together."""
+    if skip_nonfinite and per_example != "clip":
+        raise ValueError(
+            f"train_step: skip_nonfinite belongs to per_example='clip', got per_example={per_example!r}; pass both"
+        )
     if per_example is not None:
         check.choice("train_step", ("norms", "clip"), per_example=per_example)
     if (per_example == "clip") != (max_norm is not None):
@@ -138,6 +150,7 @@ def step_gradients(
     key: Any,
     axis_name: Any,
     max_norm: Any,
+    skip_nonfinite: bool,
     per_layer: bool,
 ) -> Callable[..., tuple[Any, Any, dict[str, Any], dict[str, Any]]]:
     """Make `(params, state) -> (gradient, new state, means, of examples)` for a train step, from single examples' gradients.
@@ -149,6 +162,10 @@ def step_gradients(
 
     def average(a):
         return jax.lax.pmean(a, outer) if outer else a
+
+    def counted(holds):
+        count = jnp.sum(holds, dtype=jnp.float32)
+        return jax.lax.psum(count, outer) if outer else count
 
     def of_example(diff, example, state):
         params, state = (diff, state) if state is not None else diff
@@ -162,35 +179,42 @@ def step_gradients(
     def gradients(diff, state):
         function = functools.partial(of_example, state=state)
         every, (new, values) = per_example(function, has_aux=True, axis_name="examples")(diff, batch)
+        n = every.batch * math.prod(jax.lax.axis_size(name) for name in outer)
+        if n == 1 and max_norm is None:
+            raise ValueError(
+                "train_step: per_example='norms' estimates noise from at least two examples, got a batch of one; use a "
+                "larger batch, or fnn.per_example(...)(params, batch).norms()"
+            )
         own = every if state is not None else every[0]
         news = None if state is not None else every[1].mean()
         new = jax.tree.map(lambda a: a[0], new)  # averaged over the axis by the net, and so the same for all
         values = jax.tree.map(lambda a: average(jnp.mean(a)), values)
         norms, mean = own.norms(), average(own.mean())
-        n = own.batch * math.prod(jax.lax.axis_size(name) for name in outer)
-        squares = own.squared_norms(per_leaf=True)
-        pairs = [
-            unbiased(average(jnp.mean(s, axis=-1)), jnp.square(m), n)
-            for s, m in zip(jax.tree.leaves(squares), jax.tree.leaves(tree.norms(mean)), strict=True)
-        ]
-        trace, signal = (jax.tree.unflatten(jax.tree.structure(mean), part) for part in zip(*pairs, strict=True))
+        each = own.norms(per_leaf=True)
+        pairs = zip(*map(jax.tree.leaves, (each, tree.norms(mean))), strict=True)
+        estimates = [estimate(norms, m, n, outer) for norms, m in pairs]
+        layers = Estimates(*(jax.tree.unflatten(jax.tree.structure(mean), p) for p in zip(*estimates, strict=True)))
+        whole = total(layers)
+        sums = whole.moments()
         found = {
             "per_example_norms": norms,
             "per_example_quantiles": jnp.quantile(norms, jnp.linspace(0, 1, 5)),
-            "noise_trace": total(trace),
-            "noise_signal": total(signal),
+            "noise_trace": sums.trace,
+            "noise_signal": sums.signal,
+            "signal_to_noise": whole.ratio(),
+            "examples_nonfinite": counted(~jnp.isfinite(norms)),
+            "examples_zero": counted(norms == 0),
         }
         if per_layer:
-            found |= {
-                "per_example_norms_by_layer": own.norms(per_leaf=True),
-                "noise_traces": trace,
-                "noise_signals": signal,
-            }
+            sums = layers.moments()
+            found |= {"per_example_norms_by_layer": each, "noise_traces": sums.trace, "noise_signals": sums.signal}
         if max_norm is not None:
-            clipped = own.clipped_mean(max_norm)
-            unclipped, mean = mean, average(clipped.mean)
+            clipped = own.clipped_mean(max_norm, skip_nonfinite=skip_nonfinite)
+            kept = own._kept(jnp.isfinite(norms)) if skip_nonfinite else own
+            unclipped, mean = average(kept.mean()), average(clipped.mean)
             bias = tree.norm(jax.tree.map(jnp.subtract, mean, unclipped))
             found |= {"examples_clipped": average(clipped.fraction), "clip_bias": bias}
+            found["examples_nonfinite"] = counted(clipped.nonfinite)
         return (mean if news is None else (mean, news)), new, values, found
 
     return gradients
@@ -198,6 +222,7 @@ def step_gradients(
 
 def _by_path(value_and_aux: Any, axis_name: Any, params: Any, batch: Any, *, frozen: bool) -> tuple[Any, Any]:
     size = _batch_size(batch)
+    axis_name = AXIS if axis_name is None else axis_name
     plans: list[Any] = []
 
     def one(example):
@@ -214,10 +239,16 @@ def _by_path(value_and_aux: Any, axis_name: Any, params: Any, batch: Any, *, fro
         values = jax.tree.leaves((params, example))
         try:
             program = _jaxpr.read(closed)
-            leaves = [cuts.plan(program, atom, *at, size) for atom, at in zip(program.outputs, found, strict=False)]
+            leaves = [
+                cuts.plan(program, atom, *at, Examples(size, axis_name))
+                for atom, at in zip(program.outputs, found, strict=False)
+            ]
             wanted = [atom for leaf in leaves for atom in leaf.atoms]
             gradient = _jaxpr.prune(replace(program, outputs=wanted))
-            lone = size == 1 and axis_name is not None and _jaxpr.collectives(gradient, axis_name)
+            moving = [i < len(found) for i in range(len(values))]
+            if _jaxpr.lone_statistic(gradient, moving):
+                _jaxpr.warn_of_lone_statistic()
+            lone = size == 1 and _jaxpr.collectives(gradient, axis_name)
             program = _jaxpr.prune(replace(program, outputs=[*wanted, *program.outputs[len(found) :]]))
             outputs = None if lone else _jaxpr.execute(program, values)
         except Exception as error:  # a jaxpr that reads otherwise than known: never a wrong number
@@ -255,13 +286,13 @@ def _by_loss(value_and_aux: Any, axis_name: Any, params: Any, batch: Any) -> tup
 
     def one(i):
         (gradients,) = pull((jnp.arange(size) == i).astype(losses.dtype))
-        return jax.tree.leaves(gradients), jax.tree.leaves(jax.tree.map(jnp.square, tree.norms(gradients)))
+        return jax.tree.leaves(gradients), jax.tree.leaves(tree.norms(gradients))
 
-    values, squares = jax.lax.map(one, jnp.arange(size))
+    values, norms = jax.lax.map(one, jnp.arange(size))
     depths = jax.tree.leaves(tree.map_depth(lambda k, _: k, params))
     found = [(jax.ShapeDtypeStruct(v.shape[1:], v.dtype), k) for v, k in zip(values, depths, strict=True)]
     built = [
-        Full(jnp.moveaxis(v, 0, k), jnp.moveaxis(s, 0, k), k) for v, s, k in zip(values, squares, depths, strict=True)
+        Full(jnp.moveaxis(v, 0, k), jnp.moveaxis(n, 0, k), k) for v, n, k in zip(values, norms, depths, strict=True)
     ]
     return _assembled(params, built, ["a backward pass each"] * len(built), found, size, 1), aux
 

@@ -141,6 +141,7 @@ def train_step(
     per_layer: bool = False,
     per_example: str | None = None,
     max_norm: Any = None,
+    skip_nonfinite: bool = False,
     axis_name: Any = None,
 ) -> TrainStep:
     """Compile `(state, batch) -> (state, metrics)`: gradient of the mean loss, clipping and update through optax.
@@ -157,9 +158,11 @@ def train_step(
 
     `per_example="norms"` adds, from the same backward pass, the norms of single examples' gradients:
     `per_example_norms` float[batch], their five quartiles `per_example_quantiles`, and the unbiased `noise_trace` and
-    `noise_signal` of this batch for `noise.scale`, with `per_layer` each by layer too. `per_example="clip"` also clips
-    every example's gradient to `max_norm` before they are averaged, and reports `examples_clipped` and `clip_bias`, by
-    how much that moved the mean. Under batch norm an example's gradient is that of its own path (`fnn.per_example`),
+    `noise_signal` of this batch for `noise.scale`, with `per_layer` each by layer too. These are squares: 0 or inf for
+    norms outside 1e±19, where their ratio `signal_to_noise` holds. `examples_nonfinite` and `examples_zero` count
+    gradients without a finite norm and without any. `per_example="clip"` also clips every example's gradient to `max_norm`
+    before they are averaged, and reports `examples_clipped` and `clip_bias`, by how much that moved the mean. An example
+    without a finite norm makes the gradient NaN; with `skip_nonfinite=True` it counts as zero. Under batch norm an example's gradient is that of its own path (`fnn.per_example`),
     and the noise scale takes groups (`noise.groups`). Under an outer `axis_name` norms are those of the local batch.
 
     The optimiser sees each block of `repeat` as arrays of its own (`per_depth`): depth as a loop and depth written out
@@ -180,7 +183,7 @@ def train_step(
     for name in metrics:
         check.choice("train_step", METRICS, metrics=name)
     correct = losses.correct(loss) if "accuracy" in metrics else None
-    check_step(per_example, max_norm)
+    check_step(per_example, max_norm, skip_nonfinite)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         x, y = batch
@@ -203,7 +206,15 @@ def train_step(
                 grads, values = jax.lax.pmean((grads, values), axis_name)
         else:
             gradients = step_gradients(
-                net, loss, correct, (x, y), key=key, axis_name=axis_name, max_norm=max_norm, per_layer=per_layer
+                net,
+                loss,
+                correct,
+                (x, y),
+                key=key,
+                axis_name=axis_name,
+                max_norm=max_norm,
+                skip_nonfinite=skip_nonfinite,
+                per_layer=per_layer,
             )
             both = (state.params, state.state)
             grads, net_state, values, of_examples = gradients(*((both, None) if tapped else both))
@@ -213,7 +224,8 @@ def train_step(
             "train_step", optimizer, grads, before, state.params, value=values["loss"], grad=grads
         )
         params = optax.apply_updates(state.params, updates)
-        # No care for squares out of range: an update below 1e-19 changes no parameter.
+        # Plain squares: `tree.norm` would keep all updates in memory. Beyond 1e19 the ratio is inf; an update below 1e-19
+        # changes no parameter.
         ratio = jnp.sqrt(tree.squared_norm(updates)) / jnp.sqrt(tree.squared_norm(state.params))
         values |= {"grad_norm": tree.norm(grads), "update_ratio": ratio}
         if (report := clip.summary(opt_state, grads)) is not None:

@@ -3,6 +3,7 @@
 All sums are taken in at least float32.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -93,13 +94,13 @@ def size(tree: Any) -> int:
 
 
 def dot(a: Any, b: Any) -> jax.Array:
-    """Sum a_i b_i over all leaves: float[]."""
+    """Sum a_i b_i over all leaves: float[]. A product that leaves float32's range is 0 or inf."""
     products = jax.tree.map(lambda u, v: jnp.sum(_wide(u) * _wide(v)), a, b)
     return sum(jax.tree.leaves(products), start=jnp.zeros(()))
 
 
 def squared_norm(tree: Any) -> jax.Array:
-    """Sum |a_i|² over all leaves: float[]."""
+    """Sum |a_i|² over all leaves: float[]. A square that leaves float32's range is 0 or inf; `norm` is right there."""
     leaves = pack([_wide(a) for a in jax.tree.leaves(tree)])
     return sum((jnp.sum(jnp.square(a)) for a in leaves), start=jnp.zeros(()))
 
@@ -108,7 +109,7 @@ def norm(tree: Any) -> jax.Array:
     """Take sqrt(sum |a_i|²) over all leaves: float[]. Its gradient at the zero tree is zero, not NaN.
 
     Squares that leave float32's range are taken again, relative to the largest number: exact for exploded and vanished
-    gradients too.
+    gradients too. Errors: TypeError for complex numbers, here and below.
     """
     return _of_all(norm_of_all, tree) if jax.tree.leaves(tree) else jnp.zeros(())
 
@@ -141,9 +142,7 @@ def _of_all(function: Callable[[Sequence[Any]], jax.Array], tree: Any) -> jax.Ar
 @jax.custom_jvp
 def _norm(leaves: list[jax.Array]) -> jax.Array:
     total = squared_norm(leaves)
-    info = jnp.finfo(total.dtype)
-    inside = (total > info.tiny / info.eps) & (total < info.max)
-    return jax.lax.cond(inside, _plain_norm, _relative_norm, total, leaves)
+    return jax.lax.cond(safe(total), _plain_norm, _relative_norm, total, leaves)
 
 
 @_norm.defjvp
@@ -168,8 +167,28 @@ def _relative_norm(total: jax.Array, leaves: list[jax.Array]) -> jax.Array:
 
 
 def norms(tree: Any) -> Any:
-    """Take the norm of every parameter array: a tree of float[], float[depth] below a `Stacked` node."""
-    return map_depth(lambda k, a: safe_sqrt(jnp.sum(jnp.square(_wide(a)), axis=tuple(range(k, jnp.ndim(a))))), tree)
+    """Take the norm of every parameter array: a tree of float[], float[depth] below a `Stacked` node; right as `norm` is."""
+    leaves, treedef = jax.tree.flatten(tree)
+    depths = tuple(jax.tree.leaves(map_depth(lambda k, _: k, tree)))
+    return treedef.unflatten(_norms([_wide(a) for a in leaves], depths))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _norms(leaves: list[jax.Array], depths: tuple[int, ...]) -> list[jax.Array]:
+    axes = [tuple(range(k, a.ndim)) for a, k in zip(leaves, depths, strict=True)]
+
+    def plain(leaves):
+        squares = [jnp.sum(jnp.square(a), axis=i) for a, i in zip(leaves, axes, strict=True)]
+        return [safe_sqrt(s) for s in squares], [jnp.all(safe(s)) for s in squares]
+
+    return guarded(plain, lambda leaves: [length(a, i) for a, i in zip(leaves, axes, strict=True)], leaves)
+
+
+def length(a: jax.Array, axis: Any = None, keepdims: bool = False) -> jax.Array:
+    """Take |a| over some axes (all of them by default), relative to the largest number: no square leaves the range."""
+    peak, total = _relative(a, axis)
+    total = peak * safe_sqrt(total)
+    return total if keepdims else jnp.squeeze(total, axis)
 
 
 def log_norms(tree: Any) -> Any:
@@ -182,10 +201,41 @@ def log_norms(tree: Any) -> Any:
 
 def log_norm(a: jax.Array, axis: Any = None) -> jax.Array:
     """Take log |a| over some axes (all of them by default); see `log_norms`."""
-    a = jnp.abs(_wide(a))
-    peak = divisor(jnp.max(a, axis=axis, keepdims=True, initial=0))
-    total = jnp.sum(jnp.square(a / peak), axis=axis)
-    return jnp.log(peak.reshape(total.shape)) + 0.5 * jnp.log(total)
+    peak, total = _relative(a, axis)
+    return jnp.squeeze(jnp.log(peak) + 0.5 * jnp.log(total), axis)
+
+
+def _relative(a: Any, axis: Any) -> tuple[jax.Array, jax.Array]:
+    """Write sum |a|² as peak²·total, the axes kept with size 1."""
+    a = _wide(a)
+    peak = divisor(jnp.max(jnp.abs(a), axis=axis, keepdims=True, initial=0))
+    return peak, jnp.sum(jnp.square(a / peak), axis=axis, keepdims=True)
+
+
+def safe(square: jax.Array, bound: Any = 1) -> jax.Array:
+    """Whether a sum of squares lost nothing to float32's range: no part overflowed, and none that counts underflowed.
+
+    `bound` is the largest number that a part lost may have been multiplied with.
+    """
+    info = jnp.finfo(square.dtype)
+    return (square > bound * (info.tiny / info.eps**2)) & (square < info.max)
+
+
+def guarded(plain: Callable[..., Any], relative: Callable[..., Any], *args: Any, axis_name: Any = None) -> Any:
+    """Return the value of `plain(*args) -> (value, inside)` if all are inside, else `relative(*args)`, right at any scale.
+
+    With `axis_name` all of a mapped axis decide together: a decision of each would be a select, which computes both.
+    Accelerators would wait for the decision; there `relative` alone costs less.
+    """
+
+    def decided(*args):
+        value, inside = plain(*args)
+        inside = functools.reduce(jnp.logical_and, map(jnp.all, jax.tree.leaves(inside)), jnp.array(True))
+        if axis_name is not None:
+            inside = jax.lax.pmin(inside.astype(jnp.int32), axis_name) > 0
+        return jax.lax.cond(inside, lambda value, args: value, lambda value, args: relative(*args), value, args)
+
+    return jax.lax.platform_dependent(*args, cpu=decided, default=relative)
 
 
 SMALL = 2**14

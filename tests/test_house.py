@@ -15,20 +15,11 @@ import fnn
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     {
-        "check",
-        "files",
-        "arrays",
-        "tree",
-        "masks",
-        "grid",
-        "activations",
-        "initializers",
-        "_jaxpr",
-        "factors",
+        *("check", "files", "arrays", "tree", "masks", "grid", "activations", "initializers", "_jaxpr", "factors"),
         "spawning",
     },
-    {"core", "losses", "gaussian", "products", "alike", "sealed", "axes"},
-    {"inputs", "dataset", "lift", "identity", "precision", "admission"},
+    {"core", "losses", "gaussian", "squares", "alike", "sealed", "axes"},
+    {"inputs", "dataset", "lift", "identity", "precision", "admission", "products"},
     {"memory", "layers"},
     {
         *("norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic"),

@@ -7,7 +7,7 @@ import pytest
 from subjects import SUBJECTS, B, draw, flat
 
 import fnn
-from fnn import _jaxpr, products
+from fnn import _jaxpr, squares
 
 THOROUGH = {"mlp", "nested", "recurrent", "embedding"}
 
@@ -176,6 +176,10 @@ def test_bad_input_is_one_sentence():
             fnn.per_example(loss)(p, batch)
     with pytest.raises(ValueError, match="the loss of one example must be a scalar, got float32\\[3\\]"):
         fnn.per_example(lambda p, x: x @ p)(p, x)
+    with pytest.raises(TypeError, match=r"the call takes \(params, batch\), got 3 arguments; put all parts"):
+        fnn.per_example(loss)(p, x, x)
+    with pytest.raises(TypeError, match="parameters must be real floating-point arrays, got complex64\\[4,3\\] at 'w'"):
+        fnn.per_example(lambda p, x: jnp.sum(jnp.abs(x @ p["w"])))({"w": p.astype(jnp.complex64)}, x)
     with pytest.raises(ValueError, match="did you mean 'frozen'"):
         fnn.per_example(loss, batch_norm="frozn")
     with pytest.raises(ValueError, match="got axis_name=None"):
@@ -221,7 +225,7 @@ def test_gradients_made_in_parts_are_the_same(monkeypatch, name):
 
     whole = sums()
     jax.clear_caches()
-    monkeypatch.setattr(products, "CHUNK", 100)
+    monkeypatch.setattr(squares, "CHUNK", 100)
     for a, b in zip(jax.tree.leaves(sums()), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     jax.clear_caches()

@@ -95,3 +95,60 @@ def test_a_batch_of_one_below_a_batch_norm_is_refused():
     # A statistic that the gradient does not pass is no obstacle.
     outside = fnn.per_example(lambda p, x: (jnp.sum(x @ p), jax.lax.pmean(x, "batch")), has_aux=True, axis_name="batch")
     assert outside(draw(4, 3), draw(1, 4))[0].norms().shape == (1,)
+
+
+def test_batch_norm_of_one_example_is_said(recwarn):
+    """A foreign batch norm in training that averages over one example warns; with the axis, or in eval mode, it does not."""
+    import flax.linen as nn
+    from flax import nnx
+
+    class Net(nn.Module):
+        axis_name: str | None = None
+        trained: bool = False
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (3,))(x)
+            x = nn.BatchNorm(use_running_average=self.trained, axis_name=self.axis_name)(x)
+            return nn.Dense(3)(nn.tanh(x).mean(-2))
+
+    x, y = draw(B, 4, 2), labels()
+    variables = Net(trained=True).init(jax.random.key(0), x)
+
+    def linen(p, example, **options):
+        outputs, _ = Net(**options).apply(variables | {"params": p}, example[0][None], mutable=["batch_stats"])
+        return fnn.losses.cross_entropy(outputs, example[1][None])[0]
+
+    class Module(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.dense, self.norm = nnx.Linear(2, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.dense(x))
+
+    graph, weights, rest = nnx.split(Module(), nnx.Param, ...)
+
+    def module(p, example, train=True, batched=True):
+        model = nnx.merge(graph, p, rest, copy=True)
+        model.train() if train else model.eval()
+        outputs = model(example[0][:1] if batched else example[0][0])
+        return fnn.losses.cross_entropy(outputs.reshape(1, 3), example[1][None])[0]
+
+    p = variables["params"]
+    with pytest.warns(
+        UserWarning, match="per_example: the loss takes a statistic over a batch axis of size one"
+    ) as seen:
+        fnn.per_example(linen)(p, (x, y))
+        fnn.per_example(module)(weights, (x, y))
+        fnn.per_example(lambda p, e: module(p, e, batched=False))(weights, (x, y))
+    assert len([w for w in seen if "per_example" in str(w.message)]) == 3
+    recwarn.clear()
+    fnn.per_example(lambda p, e: linen(p, e, axis_name="batch"), axis_name="batch")(p, (x, y))
+    fnn.per_example(lambda p, e: linen(p, e, trained=True))(p, (x, y))
+    fnn.per_example(lambda p, e: module(p, e, train=False))(weights, (x, y))
+    for width, norm in ((1, "layer_norm"), (8, "layer_norm"), (8, "rms_norm"), (8, None)):
+        net = fnn.models.mlp(2, width, 1, norm=norm, unroll=1)
+        params, state = net.init(jax.random.key(0), x)
+        fnn.per_example(fnn.example_loss(net, fnn.losses.cross_entropy, state))(params, (x, 0 * y))
+    assert not [w for w in recwarn if "per_example" in str(w.message)]

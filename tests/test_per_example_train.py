@@ -56,6 +56,14 @@ def test_train_step_with_norms_and_clip():
         np.testing.assert_allclose(a, b, atol=2e-5)
     np.testing.assert_allclose(metrics["examples_clipped"], 0.5)
     np.testing.assert_allclose(metrics["clip_bias"], want.bias, rtol=1e-4)
+    lone = fnn.serial(fnn.dense(3))
+    state = fnn.TrainState.create(lone, optimizer, jax.random.key(0), x)
+    step = fnn.train_step(lone, fnn.losses.cross_entropy, optimizer, per_example="norms")
+    with pytest.raises(ValueError, match="train_step: per_example='norms' .* got a batch of one"):
+        step(state, (x[:1], y[:1]))
+    step = fnn.train_step(lone, fnn.losses.cross_entropy, optimizer, per_example="clip", max_norm=1.0)
+    assert np.isnan(step(state, (x[:1], y[:1]))[1]["noise_trace"])
+    state = fnn.TrainState.create(layer, optimizer, jax.random.key(0), x)
     for options in ({"per_example": "clip"}, {"max_norm": 1.0}, {"per_example": "norm"}):
         with pytest.raises(ValueError, match="train_step"):
             run(**options)
@@ -70,4 +78,5 @@ def test_fit_carries_noise_and_the_scale_follows():
     _, history = fnn.fit(step, state, train, epochs=2, batch_size=16, key=jax.random.key(1))
     assert history.train["per_example_norms"].shape == (8, 16)
     found = noise.scale(history.train["noise_trace"], history.train["noise_signal"])
-    np.testing.assert_allclose(found.value, history.train["noise_trace"].mean() / history.train["noise_signal"].mean())
+    ratio = history.train["noise_trace"].mean() / history.train["noise_signal"].mean()
+    np.testing.assert_allclose(found.value, ratio, rtol=1e-6)
