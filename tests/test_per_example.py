@@ -178,7 +178,7 @@ def test_bad_input_is_one_sentence():
         fnn.per_example(lambda p, x: x @ p)(p, x)
     with pytest.raises(TypeError, match=r"the call takes \(params, batch\), got 3 arguments; put all parts"):
         fnn.per_example(loss)(p, x, x)
-    with pytest.raises(TypeError, match="parameters must be real floating-point arrays, got complex64\\[4,3\\] at 'w'"):
+    with pytest.raises(TypeError, match="params must be real floating arrays, got complex64\\[4,3\\] at w"):
         fnn.per_example(lambda p, x: jnp.sum(jnp.abs(x @ p["w"])))({"w": p.astype(jnp.complex64)}, x)
     with pytest.raises(ValueError, match="did you mean 'frozen'"):
         fnn.per_example(loss, batch_norm="frozn")
