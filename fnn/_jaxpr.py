@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 COLLECTIVES = {"psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "reduce_scatter"}
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "linear_call": "callee"}
 REMATS = {"checkpoint", "remat", "remat2"}
 _numbers = itertools.count()
 
@@ -201,8 +201,10 @@ def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, open_up: bool) -
     for eqn in jaxpr.eqns:
         name, inputs = eqn.primitive.name, [_atom(env, var) for var in eqn.invars]
         inner = eqn.params.get("jaxpr" if name in REMATS else CALLS.get(name, ""))
-        if inner is None and open_up and name.startswith("custom_"):
-            inner = next((i for i in _inner(eqn.params) if COLLECTIVES & _primitives(i)), None)
+        if inner is None and name.startswith("custom_"):
+            # What JAX cannot map over, `linear_call`, is opened up too; its rule has been used by then.
+            wanted = COLLECTIVES | {"linear_call"} if open_up else {"linear_call"}
+            inner = next((i for i in _inner(eqn.params) if wanted & _primitives(i)), None)
         if inner is not None:
             if name in REMATS and eqn.params.get("differentiated", True) and _any(eqn.params.get("prevent_cse", True)):
                 # What JAX itself does there: without it the forward pass would be kept instead of computed anew.

@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fnn import check
+from fnn import axes, check
 from fnn.core import Layer, as_arrays
 from fnn.inputs import Masked, parts
 
@@ -141,7 +141,11 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> jax.Array:
+def _generate(net: Layer, steps: int, end: int | None, dtype: Any, *arrays: Any) -> jax.Array:
+    return axes.auto(functools.partial(_decode, net, steps, end, dtype))(*arrays)
+
+
+def _decode(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> jax.Array:
     source, target = (prompt["source"], prompt["target"]) if isinstance(prompt, Mapping) else (None, prompt)
     tokens, mask = parts("generate", target)
     batch, time = tokens.shape
@@ -162,5 +166,6 @@ def _generate(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, 
         new = new if end is None else jnp.where(token == end, end, new)
         return (new, memory), token
 
-    (final, _), ys = jax.lax.scan(body, (first, memory), length=steps - 1)
+    carry = axes.varying((first, memory), like=(first, memory, params))
+    (final, _), ys = jax.lax.scan(body, carry, length=steps - 1)
     return jnp.concatenate([ys.T, final[:, None]], axis=1)

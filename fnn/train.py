@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import check, clip, losses, tree
+from fnn import axes, check, clip, losses, tree
 from fnn.core import Layer, as_arrays, as_spec, check_values, output_shape
 from fnn.dataset import Dataset, check_dataset, shuffled
 from fnn.per_example import check_step, step_gradients
@@ -93,13 +93,17 @@ class TrainStep:
     def _epoch(self, state: TrainState, data: Dataset, key: Any, batch_size: int) -> tuple[TrainState, Any]:
         n = data.y.shape[0]
         steps = n // batch_size
-        order = shuffled(key, n)[: steps * batch_size].reshape(steps, batch_size)
 
-        def body(state, index):
-            batch = jax.tree.map(lambda a: a.at[index].get(mode="promise_in_bounds"), tuple(data))
-            return self.pure(state, batch)
+        def steps_of(state, data, key):
+            order = shuffled(key, n)[: steps * batch_size].reshape(steps, batch_size)
 
-        return jax.lax.scan(body, state, order)
+            def body(state, index):
+                batch = jax.tree.map(lambda a: a.at[index].get(mode="promise_in_bounds"), tuple(data))
+                return self.pure(state, batch)
+
+            return jax.lax.scan(body, state, order)
+
+        return axes.auto(steps_of, keep=True)(state, data, key)
 
 
 IN_ORDER = re.compile(r"\[b, [\d, ]+, f\]x\[[\d, ]+, i, o\]->\[b, [\d, ]+, f\]")
@@ -136,7 +140,15 @@ def train_step(
     and the noise scale takes groups (`noise.groups`). Under an outer `axis_name` norms are those of the local batch.
 
     `compute_dtype=jnp.bfloat16` casts the input, and so all layers; parameters, optimiser and statistics stay float32.
-    With `axis_name` (under `vmap` or `shard_map`) gradients and metrics are averaged over the mapped batch axis.
+
+    With `axis_name` (under `vmap`, or `shard_map` with `check_vma` on or off) gradients and metrics are averaged over the
+    mapped batch axis, and all that is computed is that of the whole batch on one device; but dropout draws other masks.
+    All of it comes out the same on every device, except `per_example_norms` (and by layer), which are each device's own.
+    Plain `jit` of a sharded batch needs no `axis_name`, on a mesh with automatic or explicit axes (`jax.make_mesh`).
+
+    A batch that is not finite stays out of the running statistics if the step is skipped: where the gradient's norm is not
+    finite and the optimiser's updates all are (`optax.apply_if_finite`, `zero_nans`), the net's state stays as it was.
+    Where NaN passes on to the parameters, it does to the state.
 
     Guarantees: traced once for each batch shape; the state's buffers are donated (do not use the old state again); the
     same state and batch give the same result, bit for bit, on one device.
@@ -164,23 +176,27 @@ def train_step(
             return mean, (new, {"loss": mean} | hits)
 
         tapped, of_examples = per_layer and _has_taps(state.state), {}
+        params = axes.varying(state.params, axis_name)
+        old = axes.varying(state.state, axis_name) if tapped else state.state
+        _check_sharding(axis_name, params, batch)
         if per_example is None:
             value_and_grad = jax.value_and_grad(objective, argnums=(0, 1) if tapped else 0, has_aux=True)
-            (_, (net_state, values)), grads = value_and_grad(state.params, state.state)
-            if axis_name is not None:
-                grads, values = jax.lax.pmean((grads, values), axis_name)
+            (_, (new, values)), grads = value_and_grad(params, old)
+            grads, values = axes.mean((grads, values), axis_name)
         else:
             gradients = step_gradients(
                 net, loss, correct, (x, y), key=key, axis_name=axis_name, max_norm=max_norm, per_layer=per_layer
             )
-            both = (state.params, state.state)
-            grads, net_state, values, of_examples = gradients(*((both, None) if tapped else both))
+            grads, new, values, of_examples = gradients(*(((params, old), None) if tapped else (params, old)))
         grads, news = grads if tapped else (grads, None)
+        new = axes.replicated(new, state.state, axis_name) if tapped else new
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=values["loss"], grad=grads)
         params = optax.apply_updates(state.params, updates)
         # No care for squares out of range: an update below 1e-19 changes no parameter.
-        ratio = jnp.sqrt(tree.squared_norm(updates)) / jnp.sqrt(tree.squared_norm(state.params))
-        values |= {"grad_norm": tree.norm(grads), "update_ratio": ratio}
+        size = tree.squared_norm(updates)
+        ratio = jnp.sqrt(size) / jnp.sqrt(tree.squared_norm(state.params))
+        grad_norm = tree.norm(grads)
+        values |= {"grad_norm": grad_norm, "update_ratio": ratio}
         if clips := clip.reports(opt_state):
             before, after = clips[0].before, clips[-1].after
             values |= {
@@ -191,10 +207,13 @@ def train_step(
         values = {name: v.astype(jnp.float32) for name, v in values.items() if name == "loss" or name in metrics}
         values |= of_examples
         if per_layer:
-            values |= {"grad_norms": tree.norms(grads)} | ({"taps": (net_state, news)} if tapped else {})
-        return TrainState(params, net_state, opt_state, state.key, state.step + 1), values
+            values |= {"grad_norms": tree.norms(grads)} | ({"taps": (new, news)} if tapped else {})
+        if jax.tree.leaves(new):
+            skipped = ~jnp.isfinite(grad_norm) & jnp.isfinite(size)
+            new = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), state.state, new)
+        return TrainState(params, new, opt_state, state.key, state.step + 1), values
 
-    return TrainStep(step, net, loss)
+    return TrainStep(axes.auto(step, keep=True), net, loss)
 
 
 def evaluate(
@@ -240,7 +259,17 @@ def means(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: 
     return jax.tree.map(lambda total: jnp.sum(total) / n, totals)
 
 
-_means = jax.jit(means, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _means(net: Layer, loss: Any, size: int, *arrays: Any) -> dict[str, jax.Array]:
+    return axes.auto(functools.partial(means, net, loss, size))(*arrays)
+
+
+def _check_sharding(axis_name: Any, params: Any, batch: Any) -> None:
+    if loose := axes.over(batch) - axes.over(params):
+        raise ValueError(
+            "train_step: axis_name must name every mesh axis over which the batch is sharded, or the devices' gradients "
+            f"would be summed; got axis_name={axis_name!r} and a batch sharded over {sorted(map(str, loose))}"
+        )
 
 
 def _has_taps(state: Any) -> bool:
