@@ -145,58 +145,57 @@ def index(axis_name: Any) -> Any:
     for name in names(axis_name):
         if not isinstance(name, Lanes):
             total = total * jax.lax.axis_size(name) + jax.lax.axis_index(name)
-        elif name.numbered:
-            total = total * name.size + name.token
+        elif name.number is not None:
+            total = total * name.size + name.number
     return total
 
 
-def lanes(axis_name: Any, token: Any, numbered: bool = False) -> Any:
-    """Return the axes, those of `vmap` replaced by `Lanes` where JAX has no collectives over them.
-
-    `token` is an array that differs from lane to lane: the lane's number, if it is `numbered`.
-    """
+def lanes(axis_name: Any, number: Any = None) -> Any:
+    """Return the axes, those of `vmap` replaced by `Lanes` where JAX has no collectives over them."""
     if axis_name is None or not checked():
         return axis_name
     meshed = _meshed(axis_name)
     return tuple(
-        name if name in meshed else Lanes(jax.lax.axis_size(name), jax.lax.stop_gradient(token), numbered)
+        name if name in meshed or isinstance(name, Lanes) else Lanes(jax.lax.axis_size(name), number)
         for name in names(axis_name)
     )
 
 
 class Lanes:
-    """The axis of the innermost `vmap`, in the place of a name, inside `shard_map(check_vma=True)`."""
+    """The axis of the innermost `vmap`, in the place of a name, inside `shard_map(check_vma=True)`.
 
-    def __init__(self, size: int, token: Any, numbered: bool):
-        self.size, self.token, self.numbered = size, token, numbered
+    `number` is that of the lane, where it is known; only `index` reads it.
+    """
+
+    def __init__(self, size: int, number: Any = None):
+        self.size, self.number = size, number
 
     def reduce(self, operation: Any, x: Any) -> Any:
-        """Reduce over the lanes; sums and means are linear, and their own transposes."""
-        over = _OVER_LANES[operation]
+        """Reduce over the lanes. Sums and means are linear, and their own transposes."""
+        over = _over_lanes(operation, self.size)
         if operation in (jax.lax.pmax, jax.lax.pmin):
-            return over(x, self.token)
-        return jax.custom_derivatives.linear_call(lambda token, x: over(x, token), lambda token, x: over(x, token), self.token, x)
+            return over(x)
+        return jax.custom_derivatives.linear_call(lambda _, x: over(x), lambda _, x: over(x), (), x)
 
 
-def _over_lanes(function: Callable[..., Any]) -> Any:
+@functools.cache
+def _over_lanes(operation: Any, size: int) -> Any:
+    whole = {jax.lax.psum: jnp.sum, jax.lax.pmean: jnp.mean, jax.lax.pmax: jnp.max, jax.lax.pmin: jnp.min}[operation]
+
     @jax.custom_batching.custom_vmap
-    def over(x, token):  # the token is batched even where x is not, so that the rule below is what runs
-        return x
+    def over(x):  # runs as it stands for a value that is the same in all lanes
+        return size * x if operation is jax.lax.psum else x
 
     @over.def_vmap
-    def rule(axis_size, batched, x, token):
-        whole = x if batched[0] else jnp.broadcast_to(x, (axis_size, *x.shape))
-        return function(whole, axis=0).astype(x.dtype), False
+    def rule(axis_size, batched, x):
+        if axis_size != size:
+            raise ValueError(
+                f"axis_name: an average over {size} examples must be taken outside of any vmap of their own, got one of "
+                f"size {axis_size}; pass check_vma=False to shard_map"
+            )
+        return whole(x, axis=0).astype(x.dtype), False
 
     return over
-
-
-_OVER_LANES = {
-    jax.lax.psum: _over_lanes(jnp.sum),
-    jax.lax.pmean: _over_lanes(jnp.mean),
-    jax.lax.pmax: _over_lanes(jnp.max),
-    jax.lax.pmin: _over_lanes(jnp.min),
-}
 
 
 def _meshed(axis_name: Any) -> tuple[Any, ...]:

@@ -108,7 +108,7 @@ def example_loss(
 
     def of_example(params, example, key=None):
         x, y = jax.tree.map(lambda a: jnp.asarray(a)[None], example)
-        mapped = axes.lanes(axis_name, jax.tree.leaves(x)[0])
+        mapped = axes.lanes(axis_name)
         outputs, _ = net.apply(params, state, x, key=key, train=train, axis_name=mapped)
         return loss(outputs, y)[0]
 
@@ -153,7 +153,7 @@ def step_gradients(
     def of_example(diff, example, state):
         params, state = (diff, state) if state is not None else diff
         (x, y), number = jax.tree.map(lambda a: a[None], example[0]), example[1]
-        mapped = axes.lanes(every_axis, number, numbered=True)
+        mapped = axes.lanes(every_axis, number)
         outputs, new = net.apply(params, state, x, key=key, train=True, axis_name=mapped)
         values = loss(outputs, y)
         if jnp.ndim(values) != 1:
