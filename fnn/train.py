@@ -265,7 +265,7 @@ def _means(net: Layer, loss: Any, size: int, *arrays: Any) -> dict[str, jax.Arra
 
 
 def _check_sharding(axis_name: Any, params: Any, batch: Any) -> None:
-    if loose := axes.over(batch) - axes.over(params):
+    if jax.tree.leaves(params) and (loose := axes.over(batch) - axes.over(params)):
         raise ValueError(
             "train_step: axis_name must name every mesh axis over which the batch is sharded, or the devices' gradients "
             f"would be summed; got axis_name={axis_name!r} and a batch sharded over {sorted(map(str, loose))}"

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import sys
+import time
 import traceback
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -70,50 +71,191 @@ def begun(params, state, x, optimizer=SGD):
 
 def out_specs(want):
     """Replicated, except what belongs to single examples, whose axis comes last."""
-    state, metrics = want
+    _, metrics = want
     own = ("per_example_norms", "per_example_norms_by_layer")
     last = lambda a: P(*[None] * (a.ndim - 1), "d")  # noqa: E731
     return P(), {name: jax.tree.map(last, v) if name in own else P() for name, v in metrics.items()}
+
+
+def mapped(step, specs, checked=True):
+    return jax.shard_map(step, mesh=AUTO, in_specs=(P(), P("d")), out_specs=specs, check_vma=checked)
 
 
 def compare(net, loss, optimizer, state, batch, settings=(True, False), **options):
     want = jax.jit(fnn.train_step(net, loss, optimizer, **options).pure)(state, batch)
     step = fnn.train_step(net, loss, optimizer, axis_name="d", **options).pure
     for checked in settings:
-        if checked == "vmap":
-            lanes = jax.tree.map(lambda a: a.reshape(4, 2, *a.shape[1:]), batch)
-            got = jax.jit(jax.vmap(step, (None, 0), axis_name="d"))(state, lanes)
-            got = jax.tree.map(lambda a, s: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], -1) if "d" in s else a[1], got, spread(want))
-        else:
-            mapped = jax.shard_map(step, mesh=AUTO, in_specs=(P(), P("d")), out_specs=out_specs(want), check_vma=checked)
-            got = jax.jit(mapped)(state, batch)
         try:
-            differences(got, want)
+            differences(jax.jit(mapped(step, out_specs(want), checked))(state, batch), want)
         except AssertionError as error:
             raise AssertionError(f"check_vma={checked}: {error}") from None
 
 
-def spread(want):
-    state, metrics = out_specs(want)
-    return jax.tree.map(lambda _: state, want[0]), {n: jax.tree.map(lambda _, s=s: s, want[1][n]) if isinstance(s, P) else s for n, s in metrics.items()}
+def types(net, state, batch, **options):
+    """Trace alone: the types hold, and what must be replicated is."""
+    want = jax.eval_shape(fnn.train_step(net, sums, SGD, **options).pure, state, batch)
+    step = fnn.train_step(net, sums, SGD, axis_name="d", **options).pure
+    assert fnn.core.same_spec(jax.eval_shape(mapped(step, out_specs(want)), state, batch)[0], want[0])
+
+
+def parametric(case):
+    return jax.tree.leaves(jax.eval_shape(case.layer.init, KEY, sample(case, KEY))[0])
+
+
+@section
+def every_layer_s_types():
+    yield "step", functools.partial(types, *together(lambda case: True), per_layer=True)
+    options = {"per_example": "clip", "max_norm": 3.0, "per_layer": True}
+    yield "per_example", functools.partial(types, *together(parametric), **options)
+
+
+KINDS = (
+    *("dense_on_sequences", "conv_2d_by_xla", "branches", "rnn", "rnn_masked", "bidirectional", "tied"),
+    *("attention_masked", "cross_attention", "batch_norm", "batch_norm_masked", "group_norm", "tap_masked"),
+    *("repeat_in_groups", "repeat_unrolled"),
+)
 
 
 @section
 def layers():
-    net, state, batch = together(lambda case: not case.noisy)
-    yield "all", functools.partial(compare, net, sums, SGD, state, batch, (True, False), per_layer=True)
+    """One of each kind: every derivative rule, loop, collective and mask."""
+    net, state, batch = together(lambda case: case.name in KINDS)
+    yield "step", functools.partial(compare, net, sums, SGD, state, batch, per_layer=True)
 
 
 @section
 def per_example():
-    net, state, batch = together(lambda case: jax.tree.leaves(jax.eval_shape(case.layer.init, KEY, sample(case, KEY))[0]))
+    names = ("bidirectional", "attention_masked", "batch_norm_masked", "repeat", "block_with_dropout", "tied")
+    net, state, batch = together(lambda case: case.name in names)
     options = {"per_example": "clip", "max_norm": 3.0, "per_layer": True}
-    yield "all", functools.partial(compare, net, sums, SGD, state, batch, (True, False), **options)
+    yield "step", functools.partial(compare, net, sums, SGD, state, batch, **options)
+    yield "direct", direct
+
+
+def direct():
+    """`per_example` itself inside `shard_map`, of a loss without and of one with statistics over the device's examples."""
+    _, _, (x, y) = small()
+    for axis in (None, "batch"):
+        net = fnn.models.mlp(1, 4, 3, norm="batch_norm" if axis else "layer_norm")
+        params, net_state = net.init(KEY, x)
+        loss = fnn.example_loss(net, fnn.losses.cross_entropy, net_state, axis_name=axis)
+
+        def norms(params, batch, loss=loss, axis=axis):
+            return fnn.per_example(loss, axis_name=axis)(params, batch).norms()
+
+        parts = [norms(params, (x[i : i + 2], y[i : i + 2])) for i in range(0, 8, 2)]
+        got = jax.jit(mapped(norms, P("d")))(params, (x, y))
+        differences(got, jnp.concatenate(parts))
+
+
+def small(optimizer=SGD, **options):
+    net = fnn.models.mlp(2, 4, 3, **options)
+    x = jax.random.normal(jax.random.key(5), (8, 5))
+    return net, *begun(*net.init(jax.random.key(6), x), x, optimizer)
+
+
+@section
+def losses():
+    one, x = fnn.dense(3), jax.random.normal(jax.random.key(5), (8, 2, 5))
+    targets = {
+        "cross_entropy": (x[:, 0], jnp.arange(8) % 3),
+        "sequence_cross_entropy": (x, jnp.arange(16).reshape(8, 2) % 4 - 1),
+        "mse": (x, jnp.ones((8, 2, 3))),
+        "binary_cross_entropy": (x[:, 0], jnp.arange(8) % 2),
+    }
+    for name, (x, y) in targets.items():
+        net = fnn.dense(1) if name.startswith("binary") else one
+        state, _ = begun(*net.init(KEY, x), x)
+        yield name, functools.partial(compare, net, getattr(fnn.losses, name), SGD, state, (x, y), (True,))
+
+
+@section
+def clips():
+    clip = fnn.clip
+    found = {
+        "by_value": clip.by_value(0.01),
+        "from_above": clip.from_above(0.01),
+        "by_global_norm": clip.by_global_norm(0.1),
+        "by_block_norm": clip.by_block_norm(0.05),
+        "adaptive": clip.adaptive(0.01),
+        "per_depth": clip.per_depth(optax.adaptive_grad_clip(0.01)),
+        "packed": clip.packed(optax.sgd(0.1)),
+    }
+    for name, transformation in found.items():
+        optimizer = optax.chain(transformation, SGD)
+        net, state, batch = small(optimizer, unroll=2)
+        yield name, functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch, (True,))
+
+
+@section
+def placed():
+    """Plain calls with a sharded batch, on a mesh with automatic and with explicit axes."""
+    net = fnn.serial(fnn.embed(7, 4), fnn.gru(4, tap=None), fnn.tap(), fnn.dense(3), fnn.global_avg_pool())
+    x = jax.random.randint(KEY, (8, 3), 0, 7)
+    state, batch = begun(*net.init(KEY, x), x)
+    step = fnn.train_step(net, fnn.losses.cross_entropy, SGD)
+    tokens = fnn.models.transformer(7, 1, 4, 2)
+    words = tokens.init(KEY, x)
+
+    def everything(batch):
+        copy = jax.tree.map(jnp.copy, state)
+        trained, history = fnn.fit(
+            step, state, batch, epochs=2, batch_size=4, key=KEY, validation=batch, progress=False
+        )
+        loss = fnn.example_loss(net, fnn.losses.cross_entropy, state.state)
+        gradients = fnn.per_example(loss)(state.params, batch)
+        flow = fnn.gradient_flow(net, state, batch)
+        return {
+            "step": step(copy, batch),
+            "fit": (trained, history.train, history.validation),
+            "evaluate": fnn.evaluate(net, state, batch, batch_size=3),
+            "norms": (gradients.norms(), gradients.clipped_mean(0.1), gradients.gram(), gradients.materialize()),
+            "flow": [np.float64(row.value) for row in flow.rows],
+            "generate": fnn.generate(tokens, *words, batch[0], 3),
+        }
+
+    want = everything(batch)
+    for name, mesh in (("automatic", AUTO), ("explicit", EXPLICIT)):
+        spread = jax.device_put(batch, NamedSharding(mesh, P("d")))
+        for part, value in everything_or_errors(everything, spread).items():
+            yield f"{name} {part}", functools.partial(same, value, want.get(part))
+
+
+def everything_or_errors(everything, batch):
+    try:
+        return everything(batch)
+    except Exception as error:
+        traceback.print_exc()
+        return {"all": error}
+
+
+def same(got, want):
+    if isinstance(got, Exception):
+        raise got
+    arrays = lambda t: jax.tree.map(lambda a: a if hasattr(a, "dtype") else np.asarray(a), t)  # noqa: E731
+    differences(arrays(got), arrays(want))
+
+
+@section
+def refusals():
+    net, state, batch = small()
+    for name, step in (
+        ("step", fnn.train_step(net, sums, SGD)),
+        ("norms", fnn.train_step(net, sums, SGD, per_example="norms")),
+    ):
+        yield name, functools.partial(refused, step.pure, state, batch)
+
+
+def refused(step, state, batch):
+    try:
+        jax.eval_shape(mapped(step, P()), state, batch)
+    except ValueError as error:
+        assert "axis_name must name every mesh axis" in str(error), error
+    else:
+        raise AssertionError("nothing was refused")
 
 
 if __name__ == "__main__":
-    import time
-
     found = {}
     for name in sys.argv[1:] or SECTIONS:
         start = time.time()
@@ -122,7 +264,5 @@ if __name__ == "__main__":
                 check()
             except Exception as error:
                 found[f"{name}/{row}"] = f"{type(error).__name__}: {str(error)[:600]}"
-                if "-v" in os.environ.get("SHARDED", ""):
-                    traceback.print_exc()
         print(name, f"{time.time() - start:.1f} s", flush=True)
     print(json.dumps(found))
