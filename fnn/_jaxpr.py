@@ -161,7 +161,7 @@ def prune(program: Program) -> Program:
 
 
 def collectives(program: Program, axis_name: Any) -> bool:
-    """Whether a program averages over a mapped axis, in a loop or a branch too."""
+    """Whether a program averages over a mapped axis and no other besides, in a loop or a branch too."""
     names = set(axis_name) if isinstance(axis_name, tuple | list) else {axis_name}
 
     def uses(op):
@@ -173,7 +173,8 @@ def collectives(program: Program, axis_name: Any) -> bool:
 
     def uses_axes(params):
         axes = params.get("axes", params.get("axis_name", ()))
-        return bool(names & set(axes if isinstance(axes, tuple | list) else (axes,)))
+        axes = set(axes if isinstance(axes, tuple | list) else (axes,))
+        return bool(axes) and axes <= names
 
     def uses_inside(jaxpr):
         return any(

@@ -120,7 +120,7 @@ def placed(tree: Any) -> Any:
         sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
             return leaf
-        mesh = sharding.mesh
+        mesh: Any = sharding.mesh
         automatic = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
         return jax.device_put(leaf, NamedSharding(automatic, sharding.spec))
 

@@ -21,7 +21,7 @@ SEMANTICS = ("path", "loss", "frozen", "running")
 
 
 def per_example(
-    loss: Callable[[Any, Any], Any],
+    loss: Callable[..., Any],
     *,
     has_aux: bool = False,
     axis_name: Any = None,
