@@ -25,6 +25,8 @@ from zoo import CASES, sample
 import fnn
 
 KEY = jax.random.key(3)
+# Programs for several CPU devices that are read back from the cache corrupt the heap now and then.
+jax.config.update("jax_enable_compilation_cache", False)
 AUTO = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 EXPLICIT = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
 SGD = optax.sgd(0.1)
@@ -100,7 +102,7 @@ def types(net, state, batch, **options):
 
 @section
 def every_layer_s_types():
-    yield "step", functools.partial(types, *together(lambda case: True), per_layer=True)
+    yield "step", functools.partial(types, *together(lambda case: True), metrics=("loss",))
 
 
 KINDS = (
@@ -183,7 +185,7 @@ def clips():
 
 @section
 def placed():
-    """Plain calls with a sharded batch, on a mesh with automatic and with explicit axes."""
+    """Plain calls with a batch sharded over a mesh with explicit axes, as `jax.make_mesh` makes them."""
     net = fnn.serial(fnn.embed(7, 4), fnn.gru(4, tap=None), fnn.tap(), fnn.dense(3), fnn.global_avg_pool())
     x = jax.random.randint(KEY, (8, 3), 0, 7)
     state, batch = begun(*net.init(KEY, x), x)
@@ -209,10 +211,9 @@ def placed():
         }
 
     want = everything(batch)
-    for name, mesh in (("automatic", AUTO), ("explicit", EXPLICIT)):
-        spread = jax.device_put(batch, NamedSharding(mesh, P("d")))
-        for part, value in everything_or_errors(everything, spread).items():
-            yield f"{name} {part}", functools.partial(same, value, want.get(part))
+    spread = jax.device_put(batch, NamedSharding(EXPLICIT, P("d")))
+    for part, value in everything_or_errors(everything, spread).items():
+        yield part, functools.partial(same, value, want.get(part))
 
 
 def everything_or_errors(everything, batch):

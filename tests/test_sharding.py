@@ -23,7 +23,8 @@ pytestmark = pytest.mark.xdist_group("sharding")
 @functools.cache
 def failures():
     run = subprocess.run([sys.executable, str(TABLE)], capture_output=True, text=True, env=os.environ)
-    assert run.returncode == 0, run.stderr[-3000:]
+    if run.returncode:
+        return {f"{section}/crash": run.stderr[-3000:] for section in SECTIONS}
     return json.loads(run.stdout.splitlines()[-1])
 
 
