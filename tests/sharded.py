@@ -13,6 +13,9 @@ import traceback
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
+# Programs for four CPU devices that JAX reads back from its cache abort the process. It looks once, at the first compile.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +28,6 @@ from zoo import CASES, sample
 import fnn
 
 KEY = jax.random.key(3)
-# Programs for several CPU devices that are read back from the cache corrupt the heap now and then.
-jax.config.update("jax_enable_compilation_cache", False)
 AUTO = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
 EXPLICIT = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
 SGD = optax.sgd(0.1)
