@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import axes, check, losses
+from fnn import check, losses, mapped
 from fnn.core import as_arrays, check_values, output_shape, same_spec
 from fnn.dataset import Dataset, check_dataset, shuffled
 from fnn.inputs import Masked
@@ -157,7 +157,7 @@ def _epochs(
 
 @jax.jit
 def _rows(data: Dataset, index: jax.Array) -> tuple[Any, Any]:
-    return axes.auto(lambda data, index: jax.tree.map(lambda a: a[index], tuple(data)))(data, index)
+    return mapped.auto(lambda data, index: jax.tree.map(lambda a: a[index], tuple(data)))(data, index)
 
 
 def _chunks(batches: Iterable[Any], most: int) -> Iterator[list[Any]]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import axes, losses, taps, tree
+from fnn import losses, mapped, taps, tree
 from fnn.core import Layer, as_arrays, output_shape
 from fnn.taps import Row, TapState
 from fnn.tree import Stacked
@@ -110,7 +110,7 @@ def measure(net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any,
     which each is to be multiplied stand in `exponents` and in `taps`' own. They are added on the host, in float64:
     a log of -30,000 has no digit to spare in float32.
     """
-    run = axes.auto(lambda *arrays: differentiate(net, loss, train, *arrays)[0])
+    run = mapped.auto(lambda *arrays: differentiate(net, loss, train, *arrays)[0])
     return run(params, state, x, y, key)
 
 

@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fnn import axes, check
+from fnn import check, mapped
 from fnn.core import Layer, as_arrays
 from fnn.inputs import Masked, parts
 
@@ -142,7 +142,7 @@ def generate(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _generate(net: Layer, steps: int, end: int | None, dtype: Any, *arrays: Any) -> jax.Array:
-    return axes.auto(functools.partial(_decode, net, steps, end, dtype))(*arrays)
+    return mapped.auto(functools.partial(_decode, net, steps, end, dtype))(*arrays)
 
 
 def _decode(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> jax.Array:
@@ -166,6 +166,6 @@ def _decode(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, st
         new = new if end is None else jnp.where(token == end, end, new)
         return (new, memory), token
 
-    carry = axes.varying((first, memory), like=(first, memory, params))
+    carry = mapped.varying((first, memory), like=(first, memory, params))
     (final, _), ys = jax.lax.scan(body, carry, length=steps - 1)
     return jnp.concatenate([ys.T, final[:, None]], axis=1)

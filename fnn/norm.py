@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn import axes, check
+from fnn import check, mapped
 from fnn.core import Layer, as_arrays, as_spec, stateless
 from fnn.inputs import Masked, like, positionwise, sequence
 from fnn.tree import statistics_dtype
@@ -50,7 +50,7 @@ def batch_norm(*, decay: float = 0.9, eps: float = 1e-5, scale: bool = True, bia
             wide, keep = jnp.where(real[0], wide, 0), jnp.where(real[1] < 2, 1, keep)
         if train:
             over = tuple(range(x.ndim - 1))
-            count = x.size // x.shape[-1] * axes.size(axis_name)
+            count = x.size // x.shape[-1] * mapped.size(axis_name)
             if count < 2:
                 raise ValueError(
                     f"batch_norm: train mode needs at least two values per unit, got {check.describe(x)}: a batch of "
@@ -154,7 +154,7 @@ def _maybe_masked(x: Any) -> tuple[Any, Any]:
 def _real(mask: jax.Array, axis_name: Any) -> tuple[jax.Array, jax.Array]:
     """Return the mask, to be broadcast over units, and the count of real positions, over the mapped axis too."""
     count = jnp.sum(mask)
-    return mask[..., None], axes.reduce(jax.lax.psum, count, axis_name)
+    return mask[..., None], mapped.reduce(jax.lax.psum, count, axis_name)
 
 
 def _padded(given: Any, real: Any, y: jax.Array) -> Any:
@@ -200,8 +200,8 @@ def _standardised_jvp(eps, over, axis_name, primals, tangents):
 
 def _average(x: jax.Array, real: Any, over: tuple[int, ...], axis_name: Any) -> jax.Array:
     if real is None:
-        return axes.mean(jnp.mean(x, axis=over), axis_name)
-    total = axes.reduce(jax.lax.psum, jnp.sum(jnp.where(real[0], x, 0), axis=over), axis_name)
+        return mapped.mean(jnp.mean(x, axis=over), axis_name)
+    total = mapped.reduce(jax.lax.psum, jnp.sum(jnp.where(real[0], x, 0), axis=over), axis_name)
     return total / jnp.maximum(1, real[1]).astype(x.dtype)
 
 

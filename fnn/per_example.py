@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn import _jaxpr, axes, check, cuts, tree
+from fnn import _jaxpr, check, cuts, mapped, tree
 from fnn.core import Layer
 from fnn.example_gradients import PerExampleGradients, Route, total, unbiased
 from fnn.products import Full, Pair, Rows
@@ -72,13 +72,13 @@ def per_example(
         return value, aux
 
     compute = _by_loss if batch_norm == "loss" else functools.partial(_by_path, frozen=batch_norm == "frozen")
-    compiled = jax.jit(axes.auto(functools.partial(compute, value_and_aux, axis_name)))
+    compiled = jax.jit(mapped.auto(functools.partial(compute, value_and_aux, axis_name)))
 
     def gradients(params, batch, *, key=None):
         size = _batch_size(batch)
         keys = None if key is None else jax.random.split(key, size)
         # Each example has parameters of its own: else, inside `shard_map`, autodiff would sum over the devices' examples.
-        found, aux = compiled(axes.varying(params, like=batch), (batch, keys))
+        found, aux = compiled(mapped.varying(params, like=batch), (batch, keys))
         return (found, aux) if has_aux else found
 
     return gradients
@@ -108,7 +108,7 @@ def example_loss(
 
     def of_example(params, example, key=None):
         x, y = jax.tree.map(lambda a: jnp.asarray(a)[None], example)
-        mapped = axes.lanes(axis_name)
+        mapped = mapped.lanes(axis_name)
         outputs, _ = net.apply(params, state, x, key=key, train=train, axis_name=mapped)
         return loss(outputs, y)[0]
 
@@ -143,17 +143,17 @@ def step_gradients(
 
     With a state of None `params` is a pair (params, state), and both are differentiated; norms and clips are those of params.
     """
-    outer = axes.names(axis_name)
+    outer = mapped.names(axis_name)
     # In this order an example has the same number, and so the same dropout mask, on one device and on many.
     every_axis = (*outer, "examples") if outer else "examples"
 
     def average(a):
-        return axes.mean(a, outer)
+        return mapped.mean(a, outer)
 
     def of_example(diff, example, state):
         params, state = (diff, state) if state is not None else diff
         (x, y), number = jax.tree.map(lambda a: a[None], example[0]), example[1]
-        mapped = axes.lanes(every_axis, number)
+        mapped = mapped.lanes(every_axis, number)
         outputs, new = net.apply(params, state, x, key=key, train=True, axis_name=mapped)
         values = loss(outputs, y)
         if jnp.ndim(values) != 1:
@@ -163,7 +163,7 @@ def step_gradients(
 
     def gradients(diff, state):
         function = functools.partial(of_example, state=state)
-        numbers = jnp.arange(_batch_size(batch)) if axes.checked() else None
+        numbers = jnp.arange(_batch_size(batch)) if mapped.checked() else None
         every, (new, values) = per_example(function, has_aux=True, axis_name="examples")(diff, (batch, numbers))
         own = every if state is not None else every[0]
         news = None if state is not None else average(every[1].mean())
@@ -203,7 +203,7 @@ def _of_all(a: jax.Array, outer: tuple[Any, ...]) -> jax.Array:
     """Gather the numbers of all devices, the same on each: as a sum, since `all_gather` leaves the type of a varying one."""
     for name in outer:
         mine = jnp.arange(jax.lax.axis_size(name)) == jax.lax.axis_index(name)
-        a = axes.reduce(jax.lax.psum, jnp.where(mine[:, None], a, 0), name).reshape(-1)
+        a = mapped.reduce(jax.lax.psum, jnp.where(mine[:, None], a, 0), name).reshape(-1)
     return a
 
 
@@ -265,7 +265,7 @@ def _by_loss(value_and_aux: Any, axis_name: Any, params: Any, batch: Any) -> tup
     )
 
     def one(i):
-        (gradients,) = pull(axes.varying((jnp.arange(size) == i).astype(losses.dtype), like=losses))
+        (gradients,) = pull(mapped.varying((jnp.arange(size) == i).astype(losses.dtype), like=losses))
         return jax.tree.leaves(gradients), jax.tree.leaves(jax.tree.map(jnp.square, tree.norms(gradients)))
 
     values, squares = jax.lax.map(one, jnp.arange(size))

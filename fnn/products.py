@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fnn import axes
+from fnn import mapped
 from fnn.factors import Convolution, Lookup, Move, Term
 from fnn.tree import statistics_dtype
 
@@ -327,7 +327,7 @@ def _mapped(function: Callable[..., Any], *args: Any) -> Any:
 def _summed(function: Callable[..., Any]) -> Callable[..., Any]:
     def total(arrays):
         first = jax.eval_shape(function, jax.tree.map(lambda a: a[0], arrays))
-        zero = axes.varying(jnp.zeros(first.shape, first.dtype), like=arrays)
+        zero = mapped.varying(jnp.zeros(first.shape, first.dtype), like=arrays)
         return jax.lax.scan(lambda total, part: (total + function(part), None), zero, arrays)[0]
 
     return total

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import axes, tree
+from fnn import mapped, tree
 from fnn.core import Layer, as_arrays, as_spec
 from fnn.inputs import like, parts
 from fnn.tree import Stacked, statistics_dtype
@@ -91,7 +91,7 @@ def _forward(x: jax.Array, mask: Any, bounds: tuple[float, float] | None, axis_n
         return _masked(x, mask, each, axis_name)
     means = {name: jnp.mean(a) for name, a in each.items()}
     if axis_name is not None:
-        means, dead = axes.mean(means, axis_name), axes.reduce(jax.lax.pmin, dead, axis_name)
+        means, dead = mapped.mean(means, axis_name), mapped.reduce(jax.lax.pmin, dead, axis_name)
     return means | {"dead": jnp.mean(dead)}
 
 
@@ -103,8 +103,8 @@ def _masked(x: jax.Array, mask: jax.Array, each: dict[str, jax.Array], axis_name
     count, idle, seen = jnp.sum(mask), jnp.all((x == 0) | ~real, axis=0), jnp.any(real, axis=0)
     idle, seen = idle.astype(dtype), seen.astype(dtype)
     if axis_name is not None:
-        sums, count = axes.reduce(jax.lax.psum, (sums, count), axis_name)
-        idle, seen = axes.reduce(jax.lax.pmin, idle, axis_name), axes.reduce(jax.lax.pmax, seen, axis_name)
+        sums, count = mapped.reduce(jax.lax.psum, (sums, count), axis_name)
+        idle, seen = mapped.reduce(jax.lax.pmin, idle, axis_name), mapped.reduce(jax.lax.pmax, seen, axis_name)
     sums["dead"] = jnp.sum(idle * seen)
     counts = dict.fromkeys(sums, count.astype(dtype)) | {"dead": jnp.sum(seen)}
     return {name: total / (units * jnp.maximum(1, counts[name])) for name, total in sums.items()}
@@ -126,15 +126,15 @@ def _pass_backward(rescale, axis_name, backward, cotangent):
     squared = batch * tree.squared_norm(cotangent)
     if axis_name is not None:
         try:
-            squared = axes.mean(squared, axis_name)
+            squared = mapped.mean(squared, axis_name)
         except NameError:  # JAX runs this rule outside of the map
             raise ValueError(
                 f"tap: the gradient must be taken inside the function that is mapped over {axis_name!r} (vmap(grad(f)), "
                 "not grad(vmap(f))), for the tap averages over that axis; or build the net without taps"
             ) from None
-        peak = axes.reduce(jax.lax.pmax, log, axis_name)
+        peak = mapped.reduce(jax.lax.pmax, log, axis_name)
         usable = jnp.isfinite(peak)
-        mean = axes.mean(jnp.exp(2 * jnp.where(usable, log - peak, 0)), axis_name)
+        mean = mapped.mean(jnp.exp(2 * jnp.where(usable, log - peak, 0)), axis_name)
         log = jnp.where(usable, peak + 0.5 * jnp.log(mean), peak)
     exponent = jnp.zeros_like(log)
     if rescale:
@@ -142,12 +142,12 @@ def _pass_backward(rescale, axis_name, backward, cotangent):
         exponent = jnp.where(jnp.isfinite(log), jnp.round(log / np.log(2)), 0)
         cotangent = ldexp(cotangent, -exponent.astype(jnp.int32))
     news = Backward(squared, log, exponent, jnp.ones_like(log))
-    if own := axes.over(news) - axes.over(backward):
+    if own := mapped.over(news) - mapped.over(backward):
         raise ValueError(
             f"tap: on a sharded batch its state's gradient is a mean over devices, got axis_name={axis_name!r} and an "
             f"error signal that varies over {sorted(map(str, own))}; pass axis_name to apply"
         )
-    return cotangent, axes.varying(jax.tree.map(lambda n, b: n.astype(b.dtype), news, backward), like=backward)
+    return cotangent, mapped.varying(jax.tree.map(lambda n, b: n.astype(b.dtype), news, backward), like=backward)
 
 
 _pass.defvjp(_pass_forward, _pass_backward)

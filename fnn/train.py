@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import axes, check, clip, losses, tree
+from fnn import check, clip, losses, mapped, tree
 from fnn.core import Layer, as_arrays, as_spec, check_values, output_shape
 from fnn.dataset import Dataset, check_dataset, shuffled
 from fnn.per_example import check_step, step_gradients
@@ -103,7 +103,7 @@ class TrainStep:
 
             return jax.lax.scan(body, state, order)
 
-        return axes.auto(steps_of, keep=True)(state, data, key)
+        return mapped.auto(steps_of, keep=True)(state, data, key)
 
 
 IN_ORDER = re.compile(r"\[b, [\d, ]+, f\]x\[[\d, ]+, i, o\]->\[b, [\d, ]+, f\]")
@@ -176,20 +176,20 @@ def train_step(
             return mean, (new, {"loss": mean} | hits)
 
         tapped, of_examples = per_layer and _has_taps(state.state), {}
-        params = axes.varying(state.params, axis_name)
-        old = axes.varying(state.state, axis_name) if tapped else state.state
+        params = mapped.varying(state.params, axis_name)
+        old = mapped.varying(state.state, axis_name) if tapped else state.state
         _check_sharding(axis_name, params, batch)
         if per_example is None:
             value_and_grad = jax.value_and_grad(objective, argnums=(0, 1) if tapped else 0, has_aux=True)
             (_, (new, values)), grads = value_and_grad(params, old)
-            grads, values = axes.mean((grads, values), axis_name)
+            grads, values = mapped.mean((grads, values), axis_name)
         else:
             gradients = step_gradients(
                 net, loss, correct, (x, y), key=key, axis_name=axis_name, max_norm=max_norm, per_layer=per_layer
             )
             grads, new, values, of_examples = gradients(*(((params, old), None) if tapped else (params, old)))
         grads, news = grads if tapped else (grads, None)
-        new = axes.replicated(new, state.state, axis_name) if tapped else new
+        new = mapped.replicated(new, state.state, axis_name) if tapped else new
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=values["loss"], grad=grads)
         params = optax.apply_updates(state.params, updates)
         # No care for squares out of range: an update below 1e-19 changes no parameter.
@@ -213,7 +213,7 @@ def train_step(
             new = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), state.state, new)
         return TrainState(params, new, opt_state, state.key, state.step + 1), values
 
-    return TrainStep(axes.auto(step, keep=True), net, loss)
+    return TrainStep(mapped.auto(step, keep=True), net, loss)
 
 
 def evaluate(
@@ -261,11 +261,11 @@ def means(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _means(net: Layer, loss: Any, size: int, *arrays: Any) -> dict[str, jax.Array]:
-    return axes.auto(functools.partial(means, net, loss, size))(*arrays)
+    return mapped.auto(functools.partial(means, net, loss, size))(*arrays)
 
 
 def _check_sharding(axis_name: Any, params: Any, batch: Any) -> None:
-    if jax.tree.leaves(params) and (loose := axes.over(batch) - axes.over(params)):
+    if jax.tree.leaves(params) and (loose := mapped.over(batch) - mapped.over(params)):
         raise ValueError(
             "train_step: axis_name must name every mesh axis over which the batch is sharded, or the devices' gradients "
             f"would be summed; got axis_name={axis_name!r} and a batch sharded over {sorted(map(str, loose))}"

@@ -14,7 +14,7 @@ import fnn
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"check", "axes", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
+    {"check", "mapped", "tree", "grid", "activations", "initializers", "_jaxpr", "factors"},
     {"core", "losses", "gaussian", "products"},
     {"inputs", "dataset"},
     {"memory", "layers"},
