@@ -17,7 +17,13 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 COLLECTIVES = {"psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "reduce_scatter"}
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "linear_call": "callee",
+}
 REMATS = {"checkpoint", "remat", "remat2"}
 _numbers = itertools.count()
 
@@ -158,7 +164,7 @@ def prune(program: Program) -> Program:
 
 
 def collectives(program: Program, axis_name: Any) -> bool:
-    """Whether a program averages over a mapped axis, in a loop or a branch too."""
+    """Whether a program averages over a mapped axis and no other besides, in a loop or a branch too."""
     names = set(axis_name) if isinstance(axis_name, tuple | list) else {axis_name}
 
     def uses(op):
@@ -170,7 +176,8 @@ def collectives(program: Program, axis_name: Any) -> bool:
 
     def uses_axes(params):
         axes = params.get("axes", params.get("axis_name", ()))
-        return bool(names & set(axes if isinstance(axes, tuple | list) else (axes,)))
+        axes = set(axes if isinstance(axes, tuple | list) else (axes,))
+        return bool(axes) and axes <= names
 
     def uses_inside(jaxpr):
         return any(
@@ -248,8 +255,10 @@ def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, open_up: bool, k
         inner = eqn.params.get("jaxpr" if name in REMATS else CALLS.get(name, ""))
         if name in CALLS and eqn.params.get("name") in keep:
             inner = None
-        elif inner is None and open_up and name.startswith("custom_"):
-            inner = next((i for i in _inner(eqn.params) if COLLECTIVES & _primitives(i)), None)
+        elif inner is None and name.startswith("custom_"):
+            # What JAX cannot map over, `linear_call`, is opened up too; its rule has been used by then.
+            wanted = COLLECTIVES | {"linear_call"} if open_up else {"linear_call"}
+            inner = next((i for i in _inner(eqn.params) if wanted & _primitives(i)), None)
         if inner is not None:
             if name in REMATS and eqn.params.get("differentiated", True) and _any(eqn.params.get("prevent_cse", True)):
                 # What JAX itself does there: without it the forward pass would be kept instead of computed anew.

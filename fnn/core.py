@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fnn import check
+from fnn import check, mapped
 from fnn.arrays import narrow
 from fnn.masks import cleared
 from fnn.tree import UNNAMED, Stacked
@@ -224,11 +224,11 @@ def repeat(block: Layer, n: int, *, unroll: int | bool = 1, checkpoint: int | No
             with located("[:]", x):
                 y, s = block.apply(p, s, x, key=k, train=train, axis_name=axis_name)
                 _keeps(x, y)
-            return y, s
+            return mapped.varying(y, like=x), s
 
         _check_depth(n, params, state)
-        x = as_arrays(x)
         slices = (params.blocks, state.blocks, keys)
+        x = mapped.varying(as_arrays(x), axis_name, like=slices)
         if checkpoint is None:
             x, states = jax.lax.scan(body, x, slices, length=n, unroll=min(unroll, n))
         else:
@@ -257,7 +257,7 @@ def output_shape(layer: Layer, params: Any, state: Any, spec: Any) -> tuple[int,
 def check_values(layer: Layer, params: Any, state: Any, x: Any) -> None:
     """Trace a layer with whole numbers as constants, so that layers which look at values on the host (embed) see them."""
     if any(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(x)):
-        x = as_arrays(x)
+        x = mapped.placed(as_arrays(x))
         jax.eval_shape(lambda p, s: layer.apply(p, s, x)[0], *as_spec((params, state)))
 
 

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fnn import check, tree
+from fnn import check, mapped, tree
 
 
 class Clipped(NamedTuple):
@@ -285,11 +285,11 @@ def estimate(norms: jax.Array, mean: jax.Array, n: int, axis_name: Any = ()) -> 
     """
     largest = jnp.max(norms, axis=-1)
     if axis_name:
-        largest = jax.lax.pmax(jax.lax.stop_gradient(largest), axis_name)
+        largest = mapped.reduce(jax.lax.pmax, jax.lax.stop_gradient(largest), axis_name)
     unit = _unit(jnp.maximum(largest, mean))
     of_squares, of_mean = jnp.mean(jnp.square(norms / unit[..., None]), axis=-1), jnp.square(mean / unit)
     if axis_name:
-        of_squares = jax.lax.pmean(of_squares, axis_name)
+        of_squares = mapped.mean(of_squares, axis_name)
     trace = jnp.maximum(of_squares - of_mean, 0) * (n / (n - 1) if n > 1 else jnp.nan)
     return Estimates(trace, of_mean - trace / n, unit)
 

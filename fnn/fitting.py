@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import admission, check, losses
+from fnn import admission, check, losses, mapped
 from fnn.core import as_arrays, check_values, output_shape, same_spec
 from fnn.dataset import Dataset, check_dataset, generator, in_memory, iterable, refuse_several, shuffled, split_index
 from fnn.train import CLIPPING, TrainState, TrainStep, averages, check_state
@@ -274,7 +274,7 @@ def _epochs(
 
 @jax.jit
 def _rows(data: Dataset, index: jax.Array) -> tuple[Any, Any]:
-    return jax.tree.map(lambda a: a[index], tuple(data))
+    return mapped.auto(lambda data, index: jax.tree.map(lambda a: a[index], tuple(data)))(data, index)
 
 
 def _chunks(step: TrainStep, run: _Run, batches: Iterable[Any], most: int) -> Iterator[list[Any]]:

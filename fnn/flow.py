@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import admission, arrays, check, losses, taps, tree
+from fnn import admission, arrays, check, losses, mapped, taps, tree
 from fnn.core import Layer, as_arrays, output_shape, output_spec
 from fnn.numbers import Numbers, Verdict, disagreement, flat, label, resolve, settle
 from fnn.precision import compute_in
@@ -200,7 +200,8 @@ def measure(net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any,
     which each is to be multiplied stand in `exponents` and in `taps`' own. They are added on the host, in float64:
     a log of -30,000 has no digit to spare in float32.
     """
-    return differentiate(net, loss, train, params, state, x, y, key)[0]
+    run = mapped.auto(lambda *arrays: differentiate(net, loss, train, *arrays)[0])
+    return run(params, state, x, y, key)
 
 
 def differentiate(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn import activations, check, initializers
+from fnn import activations, check, initializers, mapped
 from fnn.core import Layer, function, stateless
 from fnn.inputs import positionwise
 from fnn.tree import statistics_dtype
@@ -97,7 +97,7 @@ def dropout(rate: float) -> Layer:
                 "dropout: train mode needs a PRNG key, got key=None; pass key=jax.random.key(...) to apply"
             )
         if axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+            key = jax.random.fold_in(key, mapped.index(axis_name))
         keep = jax.random.bernoulli(key, jnp.float32(1 - rate), x.shape)  # the same mask with x64 and without
         return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype)), state
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import arrays, check
+from fnn import arrays, check, mapped
 from fnn.core import Layer, as_arrays
 from fnn.inputs import Masked, parts
 
@@ -159,8 +159,12 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> Any:
+def _generate(net: Layer, steps: int, end: int | None, dtype: Any, *arrays: Any) -> Any:
     """Return (tokens, place of each prompt's last real token, -1 where it has none)."""
+    return mapped.auto(functools.partial(_decode, net, steps, end, dtype))(*arrays)
+
+
+def _decode(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> Any:
     source, target = (prompt["source"], prompt["target"]) if isinstance(prompt, Mapping) else (None, prompt)
     tokens, mask = target if isinstance(target, Masked) else (target, None)
     batch, time = tokens.shape
@@ -186,7 +190,8 @@ def _generate(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, 
         new = new if end is None else jnp.where(token == end, end, new)
         return (new, memory), token
 
-    (final, _), ys = jax.lax.scan(body, (first, memory), length=steps - 1)
+    carry = mapped.varying((first, memory), like=(first, memory, params))
+    (final, _), ys = jax.lax.scan(body, carry, length=steps - 1)
     return jnp.concatenate([ys.T, final[:, None]], axis=1), last
 
 

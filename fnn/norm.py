@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn import check
+from fnn import check, mapped
 from fnn.core import Layer, as_arrays, as_spec, stateless
 from fnn.inputs import Masked, like, positionwise, sequence
 from fnn.tree import statistics_dtype
@@ -49,14 +49,14 @@ def batch_norm(*, decay: float = 0.9, eps: float = 1e-5, scale: bool = True, bia
             real = _real(mask, axis_name)
             keep = jnp.where(real[1] < 2, 1, keep)
         if train:
-            axes = tuple(range(x.ndim - 1))
-            count = x.size // x.shape[-1] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+            over = tuple(range(x.ndim - 1))
+            count = x.size // x.shape[-1] * mapped.size(axis_name)
             if count < 2:
                 raise ValueError(
                     f"batch_norm: train mode needs at least two values per unit, got {check.describe(x)}: a batch of "
                     "one is normalised to zero and its gradient vanishes; use a larger batch or pass axis_name"
                 )
-            y, mean, var = _standardised(wide, params.get("scale"), params.get("bias"), real, eps, axes, axis_name)
+            y, mean, var = _standardised(wide, params.get("scale"), params.get("bias"), real, eps, over, axis_name)
             state = {
                 "mean": keep * state["mean"] + (1 - keep) * mean.astype(keep.dtype),
                 "var": keep * state["var"] + (1 - keep) * var.astype(keep.dtype),
@@ -154,7 +154,7 @@ def _maybe_masked(x: Any) -> tuple[Any, Any]:
 def _real(mask: jax.Array, axis_name: Any) -> tuple[jax.Array, jax.Array]:
     """Return the mask, to be broadcast over units, and the count of real positions, over the mapped axis too."""
     count = jnp.sum(mask)
-    return mask[..., None], count if axis_name is None else jax.lax.psum(count, axis_name)
+    return mask[..., None], mapped.reduce(jax.lax.psum, count, axis_name)
 
 
 def _padded(given: Any, real: Any, y: jax.Array) -> Any:
@@ -162,48 +162,46 @@ def _padded(given: Any, real: Any, y: jax.Array) -> Any:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
-def _standardised(x: Any, scale: Any, bias: Any, real: Any, eps: float, axes: tuple[int, ...], axis_name: Any) -> Any:
+def _standardised(x: Any, scale: Any, bias: Any, real: Any, eps: float, over: tuple[int, ...], axis_name: Any) -> Any:
     """Return (scale·xhat + bias, mean, var), xhat = (x - mean)/sqrt(var + eps).
 
     The derivative of xhat is written out, `root·(t - E[t] - xhat E[xhat t])`: autodiff would also send a cotangent
     through the mean inside the variance, which is zero. Forward and reverse mode both follow from it. `real` is None or
     the mask and count of real positions, to which E is then confined.
     """
-    return _standardise(x, scale, bias, real, eps, axes, axis_name)[0]
+    return _standardise(x, scale, bias, real, eps, over, axis_name)[0]
 
 
-def _standardise(x, scale, bias, real, eps, axes, axis_name):
-    mean = _average(x, real, axes, axis_name)
+def _standardise(x, scale, bias, real, eps, over, axis_name):
+    mean = _average(x, real, over, axis_name)
     centred = x - mean
-    var = _average(jnp.square(centred), real, axes, axis_name)
+    var = _average(jnp.square(centred), real, over, axis_name)
     root = jax.lax.rsqrt(var + eps)
     xhat = centred * root
     return (_scaled(xhat, scale, bias, x.dtype), mean, var), xhat, root
 
 
 @_standardised.defjvp
-def _standardised_jvp(eps, axes, axis_name, primals, tangents):
+def _standardised_jvp(eps, over, axis_name, primals, tangents):
     x, scale, bias, real = primals
     t, scale_t, bias_t, _ = tangents
-    out, xhat, root = _standardise(x, scale, bias, real, eps, axes, axis_name)
+    out, xhat, root = _standardise(x, scale, bias, real, eps, over, axis_name)
     # The factor first, and signs on the averages: so the sums over the batch going back are, to the letter, those of
     # the gradients of bias and scale, and XLA takes them once.
     u = t * (root if scale is None else root * scale.astype(x.dtype))
-    y_t = u + -_average(u, real, axes, axis_name) + xhat * -_average(u * xhat, real, axes, axis_name)
+    y_t = u + -_average(u, real, over, axis_name) + xhat * -_average(u * xhat, real, over, axis_name)
     if scale is not None:
         y_t = y_t + scale_t.astype(x.dtype) * xhat
     if bias is not None:
         y_t = y_t + bias_t.astype(x.dtype)
-    mean_t = _average(t, real, axes, axis_name)
-    return out, (y_t, mean_t, 2 * _average(t * (xhat / root), real, axes, axis_name))
+    mean_t = _average(t, real, over, axis_name)
+    return out, (y_t, mean_t, 2 * _average(t * (xhat / root), real, over, axis_name))
 
 
-def _average(x: jax.Array, real: Any, axes: tuple[int, ...], axis_name: Any) -> jax.Array:
+def _average(x: jax.Array, real: Any, over: tuple[int, ...], axis_name: Any) -> jax.Array:
     if real is None:
-        mean = jnp.mean(x, axis=axes)
-        return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
-    total = jnp.sum(jnp.where(real[0], x, 0), axis=axes)
-    total = total if axis_name is None else jax.lax.psum(total, axis_name)
+        return mapped.mean(jnp.mean(x, axis=over), axis_name)
+    total = mapped.reduce(jax.lax.psum, jnp.sum(jnp.where(real[0], x, 0), axis=over), axis_name)
     return total / jnp.maximum(1, real[1]).astype(x.dtype)
 
 

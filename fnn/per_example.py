@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn import _jaxpr, admission, arrays, check, cuts, tree
+from fnn import _jaxpr, admission, arrays, check, cuts, mapped, tree
 from fnn.core import Layer
 from fnn.example_gradients import Estimates, PerExampleGradients, Route, estimate, total
 from fnn.precision import compute_in
@@ -23,17 +23,19 @@ SEMANTICS = ("path", "loss", "frozen", "running")
 
 
 def per_example(
-    loss: Callable[[Any, Any], Any],
+    loss: Callable[..., Any],
     *,
     has_aux: bool = False,
     axis_name: Any = None,
     batch_norm: str = "path",
     eval_loss: Callable[[Any, Any], Any] | None = None,
-) -> Callable[[Any, Any], Any]:
+) -> Callable[..., Any]:
     """Make `(params, batch) -> PerExampleGradients` of `loss(params, example) -> float[]`, at the price of one gradient.
 
     An example is any pytree, a batch the same with a leading axis. The result stands for `vmap(grad(loss))`, whose
     values all of its methods have; `explain()` tells what is held as factors and what, not recognised, as it is.
+    A loss with noise (dropout) takes the key as an argument, `loss(params, example, key)`: with `(params, batch, key=key)`
+    example i gets `jax.random.split(key, batch)[i]`. Of a key that the loss closes over all examples share one mask.
     With `has_aux` the loss returns (value, aux) and the call (gradients, aux of all examples). `axis_name` names the
     batch axis, for collectives in the loss (batch norm): `net.apply(..., x[None], train=True, axis_name=axis_name)`.
 
@@ -45,6 +47,9 @@ def per_example(
     | loss | of the batch; the gradient of example i's loss through them; costs `batch` backward passes | yes |
     | frozen | of the batch, but held constant: no gradient through the results of collectives | no |
     | running | those of training: differentiates `eval_loss(params, example)` in the place of `loss` | no |
+
+    The batch may be sharded: under plain `jit` (on a mesh with explicit axes what is kept is replicated), and inside
+    `shard_map`, where the gradients are those of the device's own examples.
 
     Errors: ValueError for leaves without a common batch axis, a loss that is no scalar, and a batch of one whose
     gradient passes a statistic over the batch (batch norm makes it zero); TypeError for complex parameters. Compiled once
@@ -64,9 +69,10 @@ def per_example(
     elif batch_norm != "path" and axis_name is None:
         raise ValueError(f"per_example: batch_norm={batch_norm!r} is about a named batch axis, got axis_name=None")
 
-    def value_and_aux(params, example):
+    def value_and_aux(params, example_and_key):
+        example, key = example_and_key
         with check.foreign("per_example"):
-            out = loss(params, example)
+            out = loss(params, example) if key is None else loss(params, example, key)
         value, aux = out if has_aux else (out, ())
         if jnp.shape(value) != ():
             raise ValueError(
@@ -76,9 +82,9 @@ def per_example(
         return value, aux
 
     compute = _by_loss if batch_norm == "loss" else functools.partial(_by_path, frozen=batch_norm == "frozen")
-    compiled = jax.jit(functools.partial(compute, value_and_aux, axis_name))
+    compiled = jax.jit(mapped.auto(functools.partial(compute, value_and_aux, axis_name)))
 
-    def gradients(params, batch, *more):
+    def gradients(params, batch, *more, key=None):
         if more:
             raise TypeError(
                 f"per_example: the call takes (params, batch), got {len(more) + 2} arguments; put all parts of an example "
@@ -86,9 +92,13 @@ def per_example(
             )
         check.parameters("per_example", params)
         check.alive("per_example", params)
+        if key is not None:
+            check.prng_key("per_example", key)
         batch = arrays.arrays("per_example", "the batch", batch)
-        _batch_size(batch)
-        found, aux = compiled(params, batch)
+        size = _batch_size(batch)
+        keys = None if key is None else jax.random.split(key, size)
+        # Each example has parameters of its own: else, inside `shard_map`, autodiff would sum over the devices' examples.
+        found, aux = compiled(mapped.varying(params, like=batch), (batch, keys))
         return (found, aux) if has_aux else found
 
     return gradients
@@ -103,22 +113,27 @@ def example_loss(
     train: bool = True,
     axis_name: Any = None,
     compute_dtype: Any = None,
-) -> Callable[[Any, Any], Any]:
-    """Make `(params, (x, y)) -> float[]`, the loss of a net on one example, for `per_example`.
+) -> Callable[..., Any]:
+    """Make `(params, (x, y), key=None) -> float[]`, the loss of a net on one example, for `per_example`.
 
     `loss(outputs, targets) -> float[batch]` and `compute_dtype` as in `train_step`; pass the same `axis_name` to
-    `per_example`.
-    """
-    net = compute_in(net, compute_dtype)
+    `per_example`. A net that draws random numbers gets a key for each example:
+    `per_example(example_loss(...))(params, batch, key=key)`.
 
+    Errors: TypeError for a key given here, of which all examples would share one dropout mask.
+    """
     admission.net("example_loss", net)
     admission.loss("example_loss", loss)
     if key is not None:
-        check.prng_key("example_loss", key)
+        raise TypeError(
+            "example_loss: the key must come with the example, loss(params, example, key), or all examples would share one "
+            "dropout mask; got key=...; call per_example(loss)(params, batch, key=key), which splits it"
+        )
+    net = compute_in(net, compute_dtype)
 
-    def of_example(params, example):
+    def of_example(params, example, key=None):
         x, y = jax.tree.map(lambda a: jnp.asarray(a)[None], example)
-        outputs, _ = net.apply(params, state, x, key=key, train=train, axis_name=axis_name)
+        outputs, _ = net.apply(params, state, x, key=key, train=train, axis_name=mapped.lanes(axis_name))
         return admission.values("example_loss", loss, outputs, y)[0]
 
     return of_example
@@ -157,19 +172,21 @@ def step_gradients(
 
     With a state of None `params` is a pair (params, state), and both are differentiated; norms and clips are those of params.
     """
-    outer = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    axes = ("examples", *outer) if outer else "examples"
+    outer = mapped.names(axis_name)
+    # In this order an example has the same number, and so the same dropout mask, on one device and on many.
+    every_axis = (*outer, "examples") if outer else "examples"
 
     def average(a):
-        return jax.lax.pmean(a, outer) if outer else a
+        return mapped.mean(a, outer)
 
     def counted(holds):
         count = jnp.sum(holds, dtype=jnp.float32)
-        return jax.lax.psum(count, outer) if outer else count
+        return mapped.reduce(jax.lax.psum, count, outer)
 
     def of_example(diff, example, state):
         params, state = (diff, state) if state is not None else diff
-        x, y = jax.tree.map(lambda a: a[None], example)
+        (x, y), number = jax.tree.map(lambda a: a[None], example[0]), example[1]
+        axes = mapped.lanes(every_axis, number)
         with check.foreign("train_step"):
             outputs, new = net.apply(params, state, x, key=key, train=True, axis_name=axes)
             values = admission.values("train_step", loss, outputs, y)
@@ -178,15 +195,16 @@ def step_gradients(
 
     def gradients(diff, state):
         function = functools.partial(of_example, state=state)
-        every, (new, values) = per_example(function, has_aux=True, axis_name="examples")(diff, batch)
-        n = every.batch * math.prod(jax.lax.axis_size(name) for name in outer)
+        numbers = jnp.arange(_batch_size(batch)) if mapped.checked() else None
+        every, (new, values) = per_example(function, has_aux=True, axis_name="examples")(diff, (batch, numbers))
+        n = every.batch * mapped.size(outer)
         if n == 1 and max_norm is None:
             raise ValueError(
                 "train_step: per_example='norms' estimates noise from at least two examples, got a batch of one; use a "
                 "larger batch, or fnn.per_example(...)(params, batch).norms()"
             )
         own = every if state is not None else every[0]
-        news = None if state is not None else every[1].mean()
+        news = None if state is not None else average(every[1].mean())
         new = jax.tree.map(lambda a: a[0], new)  # averaged over the axis by the net, and so the same for all
         values = jax.tree.map(lambda a: average(jnp.mean(a)), values)
         norms, mean = own.norms(), average(own.mean())
@@ -198,7 +216,7 @@ def step_gradients(
         sums = whole.moments()
         found = {
             "per_example_norms": norms,
-            "per_example_quantiles": jnp.quantile(norms, jnp.linspace(0, 1, 5)),
+            "per_example_quantiles": jnp.quantile(_of_all(norms, outer), jnp.linspace(0, 1, 5)),
             "noise_trace": sums.trace,
             "noise_signal": sums.signal,
             "signal_to_noise": whole.ratio(),
@@ -218,6 +236,14 @@ def step_gradients(
         return (mean if news is None else (mean, news)), new, values, found
 
     return gradients
+
+
+def _of_all(a: jax.Array, outer: tuple[Any, ...]) -> jax.Array:
+    """Gather the numbers of all devices, the same on each: as a sum, since `all_gather` leaves the type of a varying one."""
+    for name in outer:
+        mine = jnp.arange(jax.lax.axis_size(name)) == jax.lax.axis_index(name)
+        a = mapped.reduce(jax.lax.psum, jnp.where(mine[:, None], a, 0), name).reshape(-1)
+    return a
 
 
 def _by_path(value_and_aux: Any, axis_name: Any, params: Any, batch: Any, *, frozen: bool) -> tuple[Any, Any]:
@@ -285,7 +311,7 @@ def _by_loss(value_and_aux: Any, axis_name: Any, params: Any, batch: Any) -> tup
     )
 
     def one(i):
-        (gradients,) = pull((jnp.arange(size) == i).astype(losses.dtype))
+        (gradients,) = pull(mapped.varying((jnp.arange(size) == i).astype(losses.dtype), like=losses))
         return jax.tree.leaves(gradients), jax.tree.leaves(tree.norms(gradients))
 
     values, norms = jax.lax.map(one, jnp.arange(size))

@@ -16,6 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from fnn import mapped
 from fnn.factors import Convolution, Move, Term
 from fnn.squares import AXIS, CHUNK, Examples, arrange, dot, norm, norm_of_whole, normalized, outer, split, widened
 from fnn.tree import divisor
@@ -335,7 +336,7 @@ def _mapped(function: Callable[..., Any], *args: Any) -> Any:
 def _summed(function: Callable[..., Any]) -> Callable[..., Any]:
     def total(arrays):
         first = jax.eval_shape(function, jax.tree.map(lambda a: a[0], arrays))
-        zero = jnp.zeros(first.shape, first.dtype)
+        zero = mapped.varying(jnp.zeros(first.shape, first.dtype), like=arrays)
         return jax.lax.scan(lambda total, part: (total + function(part), None), zero, arrays)[0]
 
     return total

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fnn import activations, check, initializers, memory
+from fnn import activations, check, initializers, mapped, memory
 from fnn.core import Branch, Layer, as_arrays, as_spec, parallel, serial
 from fnn.inputs import Masked, concatenate, like, sequence
 from fnn.layers import product
@@ -233,6 +233,7 @@ def _over_time(
         back = narrow["recurrent_kernel"], None
         if (bias := narrow.get("recurrent_bias")) is not None:
             back = back[0], jnp.pad(bias, (back[0].shape[1] - width, 0))
+        carry = mapped.varying(carry, axis_name, like=(fed, real, back))
         how = {"reverse": reverse, "unroll": max(1, min(unroll, values.shape[1]))}
         if tap is None and cell.tangent is not None:
             carry, ys = _loop(cell, how, back, carry, fed, real)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import tree
+from fnn import mapped, tree
 from fnn.core import Layer, as_arrays, as_spec
 from fnn.inputs import like, parts
 from fnn.tree import Stacked, statistics_dtype
@@ -92,11 +92,8 @@ def _forward(x: jax.Array, mask: Any, bounds: tuple[float, float] | None, axis_n
         return _masked(x, mask, each, axis_name)
     means, peak = {name: jnp.mean(a) for name, a in each.items()}, _peak(wide)
     if axis_name is not None:
-        means, dead, peak = (
-            jax.lax.pmean(means, axis_name),
-            jax.lax.pmin(dead, axis_name),
-            jax.lax.pmax(peak, axis_name),
-        )
+        means, dead = mapped.mean(means, axis_name), mapped.reduce(jax.lax.pmin, dead, axis_name)
+        peak = mapped.reduce(jax.lax.pmax, peak, axis_name)
     return means | {"peak": peak, "dead": jnp.mean(dead)}
 
 
@@ -108,8 +105,11 @@ def _masked(x: jax.Array, mask: jax.Array, each: dict[str, jax.Array], axis_name
     count, idle, seen = jnp.sum(mask), jnp.all((x == 0) | ~real, axis=0), jnp.any(real, axis=0)
     idle, seen, peak = idle.astype(dtype), seen.astype(dtype), _peak(jnp.where(real, each["mean"], 0))
     if axis_name is not None:
-        sums, count = jax.lax.psum((sums, count), axis_name)
-        idle, seen, peak = jax.lax.pmin(idle, axis_name), *jax.lax.pmax((seen, peak), axis_name)
+        sums, count = mapped.reduce(jax.lax.psum, (sums, count), axis_name)
+        idle, (seen, peak) = (
+            mapped.reduce(jax.lax.pmin, idle, axis_name),
+            mapped.reduce(jax.lax.pmax, (seen, peak), axis_name),
+        )
     sums["dead"] = jnp.sum(idle * seen)
     counts = dict.fromkeys(sums, count.astype(dtype)) | {"dead": jnp.sum(seen)}
     return {name: total / (units * jnp.maximum(1, counts[name])) for name, total in sums.items()} | {"peak": peak}
@@ -133,25 +133,30 @@ def _pass_backward(rescale, axis_name, backward, cotangent):
     batch = cotangent.shape[0]
     log = tree.log_norm(cotangent) + 0.5 * jnp.log(batch)
     squared = batch * tree.squared_norm(cotangent)
-    exponent = jnp.zeros_like(log)
     if axis_name is not None:
         try:
-            squared = jax.lax.pmean(squared, axis_name)
+            squared = mapped.mean(squared, axis_name)
         except NameError:  # JAX runs this rule outside of the map
             raise ValueError(
                 f"tap: the gradient must be taken inside the function that is mapped over {axis_name!r} (vmap(grad(f)), "
                 "not grad(vmap(f))), for the tap averages over that axis; or build the net without taps"
             ) from None
-        peak = jax.lax.pmax(log, axis_name)
+        peak = mapped.reduce(jax.lax.pmax, log, axis_name)
         usable = jnp.isfinite(peak)
-        mean = jax.lax.pmean(jnp.exp(2 * jnp.where(usable, log - peak, 0)), axis_name)
+        mean = mapped.mean(jnp.exp(2 * jnp.where(usable, log - peak, 0)), axis_name)
         log = jnp.where(usable, peak + 0.5 * jnp.log(mean), peak)
+    exponent = jnp.zeros_like(log)
     if rescale:
         # One scale for all lanes of a mapped axis: their cotangents meet again in the collectives of batch norm.
         exponent = jnp.where(jnp.isfinite(log), jnp.round(log / np.log(2)) + backward.exponent, 0)
         cotangent = ldexp(cotangent, -exponent.astype(jnp.int32))
     news = Backward(squared, log, exponent, jnp.ones_like(log))
-    return cotangent, jax.tree.map(lambda n, b: n.astype(b.dtype), news, backward)
+    if own := mapped.over(news) - mapped.over(backward):
+        raise ValueError(
+            f"tap: on a sharded batch its state's gradient is a mean over devices, got axis_name={axis_name!r} and an "
+            f"error signal that varies over {sorted(map(str, own))}; pass axis_name to apply"
+        )
+    return cotangent, mapped.varying(jax.tree.map(lambda n, b: n.astype(b.dtype), news, backward), like=backward)
 
 
 _pass.defvjp(_pass_forward, _pass_backward)

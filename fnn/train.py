@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import admission, arrays, check, clip, losses, tree
+from fnn import admission, arrays, check, clip, losses, mapped, tree
 from fnn.core import Layer, as_arrays, check_values, output_shape
 from fnn.dataset import Dataset, check_dataset, in_memory, shuffled
 from fnn.optimizers import per_depth
@@ -117,13 +117,17 @@ class TrainStep:
     def _epoch(self, state: TrainState, data: Dataset, key: Any, batch_size: int) -> tuple[TrainState, Any]:
         n = data.y.shape[0]
         steps = n // batch_size
-        order = shuffled(key, n)[: steps * batch_size].reshape(steps, batch_size)
 
-        def body(state, index):
-            batch = jax.tree.map(lambda a: a.at[index].get(mode="promise_in_bounds"), tuple(data))
-            return self.pure(state, batch)
+        def steps_of(state, data, key):
+            order = shuffled(key, n)[: steps * batch_size].reshape(steps, batch_size)
 
-        return jax.lax.scan(body, state, order)
+            def body(state, index):
+                batch = jax.tree.map(lambda a: a.at[index].get(mode="promise_in_bounds"), tuple(data))
+                return self.pure(state, batch)
+
+            return jax.lax.scan(body, state, order)
+
+        return mapped.auto(steps_of, keep=True)(state, data, key)
 
 
 IN_ORDER = re.compile(r"\[b, [\d, ]+, f\]x\[[\d, ]+, i, o\]->\[b, [\d, ]+, f\]")
@@ -170,7 +174,15 @@ def train_step(
 
     `compute_dtype=jnp.bfloat16` lets all layers compute in it (`compute_in`), those behind an embedding too; parameters,
     optimiser, statistics and loss stay float32. `step.net` is that net: `fit` validates as it trains.
-    With `axis_name` (under `vmap` or `shard_map`) gradients and metrics are averaged over the mapped batch axis.
+
+    With `axis_name` (under `vmap`, or `shard_map` with `check_vma` on or off) gradients and metrics are averaged over the
+    mapped batch axis, and all that is computed is that of the whole batch on one device; but dropout draws other masks.
+    All of it comes out the same on every device, except `per_example_norms` (and by layer), which are each device's own.
+    Plain `jit` of a sharded batch needs no `axis_name`, on a mesh with automatic or explicit axes (`jax.make_mesh`).
+
+    A batch that is not finite stays out of the running statistics if the step is skipped: where the gradient's norm is not
+    finite and the optimiser's updates all are (`optax.apply_if_finite`, `zero_nans`), the net's state stays as it was.
+    Where NaN passes on to the parameters, it does to the state.
 
     Guarantees: traced once for each batch shape; the state's buffers are donated (do not use the old state again); the
     same state and batch give the same result, bit for bit, on one device.
@@ -199,11 +211,13 @@ def train_step(
             return mean, (new, {"loss": mean} | hits)
 
         tapped, of_examples = per_layer and _has_taps(state.state), {}
+        params = mapped.varying(state.params, axis_name)
+        old = mapped.varying(state.state, axis_name) if tapped else state.state
+        _check_sharding(axis_name, params, batch)
         if per_example is None:
             value_and_grad = jax.value_and_grad(objective, argnums=(0, 1) if tapped else 0, has_aux=True)
-            (_, (net_state, values)), grads = value_and_grad(state.params, state.state)
-            if axis_name is not None:
-                grads, values = jax.lax.pmean((grads, values), axis_name)
+            (_, (new, values)), grads = value_and_grad(params, old)
+            grads, values = mapped.mean((grads, values), axis_name)
         else:
             gradients = step_gradients(
                 net,
@@ -216,9 +230,9 @@ def train_step(
                 skip_nonfinite=skip_nonfinite,
                 per_layer=per_layer,
             )
-            both = (state.params, state.state)
-            grads, net_state, values, of_examples = gradients(*((both, None) if tapped else both))
+            grads, new, values, of_examples = gradients(*(((params, old), None) if tapped else (params, old)))
         grads, news = grads if tapped else (grads, None)
+        new = mapped.replicated(new, state.state, axis_name) if tapped else new
         before = clip.unreported(state.opt_state)
         updates, opt_state = admission.update(
             "train_step", optimizer, grads, before, state.params, value=values["loss"], grad=grads
@@ -226,8 +240,10 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
         # Plain squares: `tree.norm` would keep all updates in memory. Beyond 1e19 the ratio is inf; an update below 1e-19
         # changes no parameter.
-        ratio = jnp.sqrt(tree.squared_norm(updates)) / jnp.sqrt(tree.squared_norm(state.params))
-        values |= {"grad_norm": tree.norm(grads), "update_ratio": ratio}
+        size = tree.squared_norm(updates)
+        ratio = jnp.sqrt(size) / jnp.sqrt(tree.squared_norm(state.params))
+        grad_norm = tree.norm(grads)
+        values |= {"grad_norm": grad_norm, "update_ratio": ratio}
         if (report := clip.summary(opt_state, grads)) is not None:
             removed = 1 - report.after / jnp.where(report.before == 0, 1, report.before)
             values |= {
@@ -239,10 +255,13 @@ def train_step(
         values = {name: v.astype(tree.statistics_dtype(v.dtype)) for name, v in kept.items()}
         values |= of_examples
         if per_layer:
-            values |= {"grad_norms": tree.norms(grads)} | ({"taps": (net_state, news)} if tapped else {})
-        return TrainState(params, net_state, opt_state, state.key, state.step + 1), values
+            values |= {"grad_norms": tree.norms(grads)} | ({"taps": (new, news)} if tapped else {})
+        if jax.tree.leaves(new):
+            skipped = ~jnp.isfinite(grad_norm) & jnp.isfinite(size)
+            new = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), state.state, new)
+        return TrainState(params, new, opt_state, state.key, state.step + 1), values
 
-    return TrainStep(step, net, loss, optimizer)
+    return TrainStep(mapped.auto(step, keep=True), net, loss, optimizer)
 
 
 def evaluate(
@@ -313,7 +332,17 @@ def check_state(who: str, state: Any) -> None:
         check.alive(who, state.step)
 
 
-_means = jax.jit(means, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _means(net: Layer, loss: Any, size: int, *arrays: Any) -> dict[str, jax.Array]:
+    return mapped.auto(functools.partial(means, net, loss, size))(*arrays)
+
+
+def _check_sharding(axis_name: Any, params: Any, batch: Any) -> None:
+    if jax.tree.leaves(params) and (loose := mapped.over(batch) - mapped.over(params)):
+        raise ValueError(
+            "train_step: axis_name must name every mesh axis over which the batch is sharded, or the devices' gradients "
+            f"would be summed; got axis_name={axis_name!r} and a batch sharded over {sorted(map(str, loose))}"
+        )
 
 
 def _has_taps(state: Any) -> bool:

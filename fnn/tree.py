@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnn import mapped
 from fnn.check import describe
 
 _DEPTH = jax.tree_util.GetAttrKey("[:]")
@@ -232,7 +233,7 @@ def guarded(plain: Callable[..., Any], relative: Callable[..., Any], *args: Any,
         value, inside = plain(*args)
         inside = functools.reduce(jnp.logical_and, map(jnp.all, jax.tree.leaves(inside)), jnp.array(True))
         if axis_name is not None:
-            inside = jax.lax.pmin(inside.astype(jnp.int32), axis_name) > 0
+            inside = mapped.reduce(jax.lax.pmin, inside.astype(jnp.int32), mapped.lanes(axis_name)) > 0
         return jax.lax.cond(inside, lambda value, args: value, lambda value, args: relative(*args), value, args)
 
     return jax.lax.platform_dependent(*args, cpu=decided, default=relative)

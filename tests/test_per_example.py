@@ -229,3 +229,38 @@ def test_gradients_made_in_parts_are_the_same(monkeypatch, name):
     for a, b in zip(jax.tree.leaves(sums()), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     jax.clear_caches()
+
+
+def test_every_example_draws_a_dropout_mask_of_its_own():
+    """With one mask for all, equal examples have equal gradients, and a noise of zero."""
+    layer = fnn.serial(fnn.dense(16), fnn.activation("tanh"), fnn.dropout(0.5), fnn.dense(3))
+    batch = jnp.ones((6, 4)), jnp.ones(6, jnp.int32)
+    params, state = layer.init(jax.random.key(0), batch[0])
+    key = jax.random.key(1)
+    for axis_name in (None, "batch"):
+        loss = fnn.example_loss(layer, fnn.losses.cross_entropy, state, axis_name=axis_name)
+        every = fnn.per_example(loss, axis_name=axis_name)(params, batch, key=key)
+        want = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0), axis_name=axis_name)(
+            params, batch, jax.random.split(key, 6)
+        )
+        for a, b in zip(jax.tree.leaves(every.materialize()), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert len(np.unique(np.round(np.asarray(every.norms()), 5))) > 3
+    with pytest.raises(TypeError, match=r"loss\(params, example, key\)"):
+        fnn.example_loss(layer, fnn.losses.cross_entropy, state, key=key)
+
+
+@pytest.mark.parametrize("batch_norm", ["loss", "frozen", "running"])
+def test_keys_reach_every_meaning_of_batch_norm(batch_norm):
+    layer = fnn.serial(fnn.dense(8), fnn.dropout(0.5), fnn.dense(1))
+    x = jnp.ones((5, 4))
+    params, state = layer.init(jax.random.key(0), x)
+
+    def loss(params, example, key):
+        return jnp.sum(jnp.square(layer.apply(params, state, example[None], key=key, train=True)[0]))
+
+    key = jax.random.key(1)
+    every = fnn.per_example(loss, axis_name="batch", batch_norm=batch_norm, eval_loss=loss)(params, x, key=key)
+    want = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))(params, x, jax.random.split(key, 5))
+    for a, b in zip(jax.tree.leaves(every.materialize()), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

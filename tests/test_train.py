@@ -261,3 +261,38 @@ def test_nets_of_xlas_convolutions_are_trained_step_by_step_on_a_cpu_with_the_sa
     np.testing.assert_allclose(history.train["loss"], metrics["loss"], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(one_by_one.params), jax.tree.leaves(scanned.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["batch", "axis_name"])
+@pytest.mark.parametrize(
+    ("optimizer", "skips"),
+    [
+        (optax.apply_if_finite(optax.adam(1e-2), 5), True),
+        (optax.chain(optax.zero_nans(), optax.sgd(1e-2)), True),
+        (optax.sgd(1e-2), False),
+    ],
+    ids=["apply_if_finite", "zero_nans", "sgd"],
+)
+def test_a_skipped_step_keeps_the_nets_state(optimizer, skips, mapped):
+    """The state after good, bad and good batches is that after the good ones alone, taps and running moments alike."""
+    net = fnn.models.mlp(1, 4, 3, norm="batch_norm", taps=True)
+    x, y = clusters()
+    x, y = x[:16], y[:16]
+    step = fnn.train_step(net, fnn.losses.cross_entropy, optimizer, axis_name="d" if mapped else None, metrics=())
+    start = fnn.TrainState.create(net, optimizer, jax.random.key(0), x)
+
+    @jax.jit
+    def run(state, x):
+        if not mapped:
+            return step.pure(state, (x, y))[0]
+        lanes = jax.vmap(step.pure, (None, 0), axis_name="d")(state, (x.reshape(2, 8, 4), y.reshape(2, 8)))
+        return jax.tree.map(lambda a: a[0], lanes[0])
+
+    bad = x.at[3, 0].set(jnp.nan)  # in one lane of two
+    with_bad = run(run(run(start, x), bad), 2 * x)
+    without = run(run(start, x), 2 * x)
+    for a, b in zip(jax.tree.leaves(with_bad.state), jax.tree.leaves(without.state), strict=True):
+        if skips:
+            np.testing.assert_array_equal(a, b)
+    for part in (with_bad.params, with_bad.state):
+        assert skips == all(np.all(np.isfinite(a)) for a in jax.tree.leaves(part))

@@ -1,0 +1,218 @@
+"""Mesh axes: what differentiating needs to know of `shard_map`, and computing of arrays on an explicit mesh.
+
+Inside `jax.shard_map` (with `check_vma=True`, its default) a value's type says over which mesh axes it varies, and autodiff
+sums the gradient of what does not vary, such as replicated parameters, over all devices. fnn averages gradients itself, as
+it must under `vmap` and with `check_vma=False`; so it makes parameters vary first. Outside, all of this does nothing.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def names(axis_name: Any) -> tuple[Any, ...]:
+    """List the axes that `axis_name` names: none, one, or a tuple of them."""
+    if axis_name is None:
+        return ()
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+
+
+def over(tree: Any) -> frozenset[Any]:
+    """Say over which mesh axes the leaves vary, by their types: none outside of `shard_map(check_vma=True)`."""
+    return frozenset().union(*map(_over, jax.tree.leaves(tree)))
+
+
+def varying(tree: Any, axis_name: Any = None, *, like: Any = ()) -> Any:
+    """Return the tree, its leaves varying over the mapped axes and over all that `like` varies over.
+
+    Three places need it: parameters, before they are differentiated; what a loop carries and starts as a constant; and
+    cotangents of a rule of one's own. Values stay the same, under `vmap` and with `check_vma=False` the types too.
+    """
+    wanted = over(like).union(_meshed(axis_name))
+    if not wanted:
+        return tree
+
+    def cast(leaf):
+        missing = tuple(sorted(wanted - _over(leaf), key=str))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def reduce(operation: Callable[[Any, Any], Any], tree: Any, axis_name: Any) -> Any:
+    """Apply `jax.lax.psum`, `pmean`, `pmax` or `pmin` over the mapped axes; without any, return the tree.
+
+    JAX refuses one call for axes of `vmap` and of `shard_map`, or for a value that varies over some of the axes alone.
+    Errors: ValueError for an axis of `vmap` inside `shard_map(check_vma=True)`, which JAX has no collectives for.
+    """
+    every = names(axis_name)
+    if not every:
+        return tree
+    if not checked():
+        return operation(tree, axis_name)
+    meshed = _meshed(axis_name)
+    for name in (name for name in every if name not in meshed):
+        if not isinstance(name, Lanes):
+            raise ValueError(
+                f"axis_name: JAX cannot average over an axis of vmap inside shard_map with check_vma=True, got {name!r}; "
+                "use fnn.example_loss, or pass check_vma=False to shard_map"
+            )
+        tree = jax.tree.map(functools.partial(name.reduce, operation), tree)
+    return operation(varying(tree, axis_name), meshed) if meshed else tree
+
+
+def mean(tree: Any, axis_name: Any) -> Any:
+    """Average over the mapped axes; without any, return the tree."""
+    return reduce(jax.lax.pmean, tree, axis_name)
+
+
+def replicated(tree: Any, like: Any, axis_name: Any) -> Any:
+    """Average the leaves that vary over the mapped axes only since their copies in `like` were made to."""
+
+    def back(leaf, old):
+        return mean(leaf, axis_name) if _over(leaf) - _over(old) else leaf
+
+    return jax.tree.map(back, tree, like)
+
+
+def auto(function: Callable[..., Any], keep: bool = False) -> Callable[..., Any]:
+    """Let XLA place the arrays inside a function, where they lie on a mesh with explicit axes (`jax.make_mesh`).
+
+    Explicit axes are part of an array's type, and JAX refuses the product of two arrays sharded over what it sums over: the
+    gradient of every weight. Results are replicated; with `keep` the first of two is laid out like the first argument.
+    """
+
+    @functools.wraps(function)
+    def run(*args):
+        mesh = explicit(args)
+        if mesh is None:
+            return function(*args)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+
+        def own(leaf):
+            spec = jax.typeof(leaf).sharding.spec
+            return NamedSharding(mesh, spec) if any(spec) else everywhere
+
+        out = (jax.tree.map(own, args[0]), everywhere) if keep else everywhere
+        return jax.sharding.auto_axes(function, out_sharding=out)(*args)
+
+    return run
+
+
+def explicit(tree: Any) -> Any:
+    """Return the mesh with explicit axes on which an array of the tree lies; None if there is none."""
+    meshes = [getattr(getattr(_type(leaf), "sharding", None), "mesh", None) for leaf in jax.tree.leaves(tree)]
+    for mesh in (jax.sharding.get_abstract_mesh(), *meshes):
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def placed(tree: Any) -> Any:
+    """Return arrays (not traced ones) whose mesh has explicit axes as the same arrays with automatic ones: no copy."""
+
+    def relabel(leaf):
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+            return leaf
+        mesh: Any = sharding.mesh
+        automatic = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+        return jax.device_put(leaf, NamedSharding(automatic, sharding.spec))
+
+    return jax.tree.map(relabel, tree)
+
+
+def checked() -> bool:
+    """Whether this is inside `shard_map(check_vma=True)`, where types say what varies."""
+    manual = _manual()
+    return bool(manual and _over(jax.lax.axis_index(manual[0])))
+
+
+def size(axis_name: Any) -> int:
+    """Multiply the sizes of the mapped axes."""
+    every = (name.size if isinstance(name, Lanes) else jax.lax.axis_size(name) for name in names(axis_name))
+    return math.prod(every)
+
+
+def index(axis_name: Any) -> Any:
+    """Number the place along the mapped axes, as `jax.lax.axis_index` does, the first axis counting most."""
+    total = 0
+    for name in names(axis_name):
+        if not isinstance(name, Lanes):
+            total = total * jax.lax.axis_size(name) + jax.lax.axis_index(name)
+        elif name.number is not None:
+            total = total * name.size + name.number
+    return total
+
+
+def lanes(axis_name: Any, number: Any = None) -> Any:
+    """Return the axes, those of `vmap` replaced by `Lanes` where JAX has no collectives over them."""
+    if axis_name is None or not checked():
+        return axis_name
+    meshed = _meshed(axis_name)
+    return tuple(
+        name if name in meshed or isinstance(name, Lanes) else Lanes(jax.lax.axis_size(name), number)
+        for name in names(axis_name)
+    )
+
+
+class Lanes:
+    """The axis of the innermost `vmap`, in the place of a name, inside `shard_map(check_vma=True)`.
+
+    `number` is that of the lane, where it is known; only `index` reads it.
+    """
+
+    def __init__(self, size: int, number: Any = None):
+        self.size, self.number = size, number
+
+    def reduce(self, operation: Any, x: Any) -> Any:
+        """Reduce over the lanes. Sums and means are linear, and their own transposes."""
+        over = _over_lanes(operation, self.size)
+        if operation in (jax.lax.pmax, jax.lax.pmin):
+            return over(x)
+        return jax.custom_derivatives.linear_call(lambda _, x: over(x), lambda _, x: over(x), (), x)
+
+
+@functools.cache
+def _over_lanes(operation: Any, size: int) -> Any:
+    whole = {jax.lax.psum: jnp.sum, jax.lax.pmean: jnp.mean, jax.lax.pmax: jnp.max, jax.lax.pmin: jnp.min}[operation]
+
+    @jax.custom_batching.custom_vmap
+    def over(x):  # runs as it stands for a value that is the same in all lanes
+        return size * x if operation is jax.lax.psum else x
+
+    @over.def_vmap
+    def rule(axis_size, batched, x):
+        if axis_size != size:
+            raise ValueError(
+                f"axis_name: an average over {size} examples must be taken outside of any vmap of their own, got one of "
+                f"size {axis_size}; pass check_vma=False to shard_map"
+            )
+        return whole(x, axis=0).astype(x.dtype), False
+
+    return over
+
+
+def _meshed(axis_name: Any) -> tuple[Any, ...]:
+    """List those of the named axes whose types are kept: axes of a mesh, inside `shard_map(check_vma=True)`."""
+    return tuple(name for name in names(axis_name) if name in _manual()) if checked() else ()
+
+
+def _manual() -> list[Any]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual]
+
+
+def _over(leaf: Any) -> frozenset[Any]:
+    kind = _type(leaf)
+    kind = getattr(kind, "manual_axis_type", kind)
+    return frozenset(getattr(kind, "varying", getattr(kind, "vma", ())))
+
+
+def _type(leaf: Any) -> Any:
+    return jax.typeof(leaf) if isinstance(leaf, jax.Array) else None

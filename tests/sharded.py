@@ -1,0 +1,264 @@
+"""One device and four give the same numbers: the table behind `test_sharding.py`, run in a process with four devices.
+
+Each section compares what a batch of 8 gives on one device with what it gives cut in four. It prints, as its last line, a
+JSON object of failures by section and row.
+"""
+
+import functools
+import json
+import os
+import sys
+import time
+import traceback
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+
+# Programs for four CPU devices that JAX reads back from its cache abort the process. It looks once, at the first compile.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from conftest import randomized
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from zoo import CASES, sample
+
+import fnn
+
+KEY = jax.random.key(3)
+AUTO = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+EXPLICIT = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+SGD = optax.sgd(0.1)
+SECTIONS = {}
+
+
+def section(function):
+    SECTIONS[function.__name__] = function
+    return function
+
+
+def differences(got, want, rtol=3e-5):
+    """Say where two trees differ by more than rounding, relative to the largest number of the whole tree."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    pairs = [
+        (fnn.tree.path(path), np.asarray(a, np.float64), np.asarray(b, np.float64))
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True)
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+    ]
+    scale = max(float(np.max(np.abs(b), initial=0, where=np.isfinite(b))) for _, _, b in pairs)
+    for path, a, b in pairs:
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale, err_msg=path)
+
+
+def sums(outputs, targets):
+    """A loss of any output: float[batch]."""
+    floating = [a for a in jax.tree.leaves(outputs) if jnp.issubdtype(a.dtype, jnp.floating)]
+    return sum(jnp.sum(jnp.sin(3 * a) / a[0].size, axis=tuple(range(1, a.ndim))) for a in floating)
+
+
+def together(names, optimizer=SGD):
+    """One net of many layers side by side, each with an input of its own: as many programs as for a single layer."""
+    cases = [case._replace(shape=(8, *case.shape[1:])) for case in CASES if names(case)]
+    net = fnn.branches({case.name: case.layer for case in cases})
+    x = {case.name: sample(case, jax.random.key(i)) for i, case in enumerate(cases)}
+    params, state = net.init(jax.random.key(1), x)
+    return net, *begun(randomized(params), state, x, optimizer)
+
+
+def begun(params, state, x, optimizer=SGD):
+    zero = jnp.zeros((), jnp.int32)
+    return fnn.TrainState(params, state, optimizer.init(params), KEY, zero), (x, jnp.arange(8) % 3)
+
+
+def out_specs(want):
+    """Replicated, except what belongs to single examples, whose axis comes last."""
+    _, metrics = want
+    own = ("per_example_norms", "per_example_norms_by_layer")
+    last = lambda a: P(*[None] * (a.ndim - 1), "d")  # noqa: E731
+    return P(), {name: jax.tree.map(last, v) if name in own else P() for name, v in metrics.items()}
+
+
+def mapped(step, specs, checked=True):
+    return jax.shard_map(step, mesh=AUTO, in_specs=(P(), P("d")), out_specs=specs, check_vma=checked)
+
+
+def compare(net, loss, optimizer, state, batch, settings=(True, False), **options):
+    want = jax.jit(fnn.train_step(net, loss, optimizer, **options).pure)(state, batch)
+    step = fnn.train_step(net, loss, optimizer, axis_name="d", **options).pure
+    for checked in settings:
+        try:
+            differences(jax.jit(mapped(step, out_specs(want), checked))(state, batch), want)
+        except AssertionError as error:
+            raise AssertionError(f"check_vma={checked}: {error}") from None
+
+
+def types(net, state, batch, **options):
+    """Trace alone: the types hold, and what must be replicated is."""
+    want = jax.eval_shape(fnn.train_step(net, sums, SGD, **options).pure, state, batch)
+    step = fnn.train_step(net, sums, SGD, axis_name="d", **options).pure
+    assert fnn.core.same_spec(jax.eval_shape(mapped(step, out_specs(want)), state, batch)[0], want[0])
+
+
+@section
+def every_layer_s_types():
+    yield "step", functools.partial(types, *together(lambda case: True), metrics=("loss",))
+
+
+KINDS = (
+    *("dense_on_sequences", "conv_2d_by_xla", "branches", "rnn", "rnn_masked", "bidirectional", "tied"),
+    *("attention_masked", "cross_attention", "batch_norm", "batch_norm_masked", "group_norm", "tap_masked"),
+    *("repeat_in_groups", "repeat_unrolled"),
+)
+
+
+@section
+def layers():
+    """One of each kind: every derivative rule, loop, collective and mask."""
+    net, state, batch = together(lambda case: case.name in KINDS)
+    yield "step", functools.partial(compare, net, sums, SGD, state, batch, per_layer=True)
+
+
+@section
+def per_example():
+    names = ("bidirectional", "attention_masked", "batch_norm_masked", "repeat", "block_with_dropout", "tied")
+    net, state, batch = together(lambda case: case.name in names)
+    options = {"per_example": "clip", "max_norm": 3.0, "per_layer": True}
+    yield "step", functools.partial(compare, net, sums, SGD, state, batch, **options)
+    yield "direct", direct
+
+
+def direct():
+    """`per_example` itself inside `shard_map`, of a loss without and of one with statistics over the device's examples."""
+    _, _, (x, y) = small()
+    for axis in (None, "batch"):
+        net = fnn.models.mlp(1, 4, 3, norm="batch_norm" if axis else "layer_norm")
+        params, net_state = net.init(KEY, x)
+        loss = fnn.example_loss(net, fnn.losses.cross_entropy, net_state, axis_name=axis)
+
+        def norms(params, batch, loss=loss, axis=axis):
+            return fnn.per_example(loss, axis_name=axis)(params, batch).norms()
+
+        parts = [norms(params, (x[i : i + 2], y[i : i + 2])) for i in range(0, 8, 2)]
+        got = jax.jit(mapped(norms, P("d")))(params, (x, y))
+        differences(got, jnp.concatenate(parts))
+
+
+def small(optimizer=SGD, **options):
+    net = fnn.models.mlp(2, 4, 3, **options)
+    x = jax.random.normal(jax.random.key(5), (8, 5))
+    return net, *begun(*net.init(jax.random.key(6), x), x, optimizer)
+
+
+@section
+def losses():
+    one, x = fnn.dense(3), jax.random.normal(jax.random.key(5), (8, 2, 5))
+    targets = {
+        "cross_entropy": (x[:, 0], jnp.arange(8) % 3),
+        "sequence_cross_entropy": (x, jnp.arange(16).reshape(8, 2) % 4 - 1),
+        "mse": (x, jnp.ones((8, 2, 3))),
+        "binary_cross_entropy": (x[:, 0], jnp.arange(8) % 2),
+    }
+    for name, (x, y) in targets.items():
+        net = fnn.dense(1) if name.startswith("binary") else one
+        state, _ = begun(*net.init(KEY, x), x)
+        yield name, functools.partial(compare, net, getattr(fnn.losses, name), SGD, state, (x, y), (True,))
+
+
+@section
+def clips():
+    clip = fnn.clip
+    found = {
+        "by_value": clip.by_value(0.01),
+        "from_above": clip.from_above(0.01),
+        "by_global_norm": clip.by_global_norm(0.1),
+        "by_block_norm": clip.by_block_norm(0.05),
+        "adaptive": clip.adaptive(0.01),
+        "per_depth": clip.per_depth(optax.adaptive_grad_clip(0.01)),
+        "packed": clip.packed(optax.sgd(0.1)),
+    }
+    for name, transformation in found.items():
+        optimizer = optax.chain(transformation, SGD)
+        net, state, batch = small(optimizer, unroll=2)
+        yield name, functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch, (True,))
+
+
+@section
+def placed():
+    """Plain calls with a batch sharded over a mesh with explicit axes, as `jax.make_mesh` makes them."""
+    net = fnn.serial(fnn.embed(7, 4), fnn.gru(4, tap=None), fnn.tap(), fnn.dense(3), fnn.global_avg_pool())
+    x = jax.random.randint(KEY, (8, 3), 0, 7)
+    state, batch = begun(*net.init(KEY, x), x)
+    step = fnn.train_step(net, fnn.losses.cross_entropy, SGD)
+    tokens = fnn.models.transformer(7, 1, 4, 2)
+    words = tokens.init(KEY, x)
+
+    def everything(batch):
+        copy = jax.tree.map(jnp.copy, state)
+        trained, history = fnn.fit(
+            step, state, batch, epochs=2, batch_size=4, key=KEY, validation=batch, progress=False
+        )
+        loss = fnn.example_loss(net, fnn.losses.cross_entropy, state.state)
+        gradients = fnn.per_example(loss)(state.params, batch)
+        flow = fnn.gradient_flow(net, state, batch)
+        return {
+            "step": step(copy, batch),
+            "fit": (trained, history.train, history.validation),
+            "evaluate": fnn.evaluate(net, state, batch, batch_size=3),
+            "norms": (gradients.norms(), gradients.clipped_mean(0.1), gradients.gram(), gradients.materialize()),
+            "flow": [np.float64(row.value) for row in flow.rows],
+            "generate": fnn.generate(tokens, *words, batch[0], 3),
+        }
+
+    want = everything(batch)
+    spread = jax.device_put(batch, NamedSharding(EXPLICIT, P("d")))
+    for part, value in everything_or_errors(everything, spread).items():
+        yield part, functools.partial(same, value, want.get(part))
+
+
+def everything_or_errors(everything, batch):
+    try:
+        return everything(batch)
+    except Exception as error:
+        traceback.print_exc()
+        return {"all": error}
+
+
+def same(got, want):
+    if isinstance(got, Exception):
+        raise got
+    arrays = lambda t: jax.tree.map(lambda a: a if hasattr(a, "dtype") else np.asarray(a), t)  # noqa: E731
+    differences(arrays(got), arrays(want))
+
+
+@section
+def refusals():
+    net, state, batch = small()
+    for name, step in (
+        ("step", fnn.train_step(net, sums, SGD)),
+        ("norms", fnn.train_step(net, sums, SGD, per_example="norms")),
+    ):
+        yield name, functools.partial(refused, step.pure, state, batch)
+
+
+def refused(step, state, batch):
+    try:
+        jax.eval_shape(mapped(step, P()), state, batch)
+    except ValueError as error:
+        assert "axis_name must name every mesh axis" in str(error), error
+    else:
+        raise AssertionError("nothing was refused")
+
+
+if __name__ == "__main__":
+    found = {}
+    for name in sys.argv[1:] or SECTIONS:
+        start = time.process_time()
+        for row, check in SECTIONS[name]():
+            try:
+                check()
+            except Exception as error:
+                found[f"{name}/{row}"] = f"{type(error).__name__}: {str(error)[:600]}"
+        print(name, f"{time.process_time() - start:.1f} s", flush=True)
+    print(json.dumps(found))
