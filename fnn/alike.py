@@ -248,12 +248,12 @@ class Reading:
                 continue
             children = list(tuple.__iter__(node))
             if any(specs(child) != specs(children[0]) for child in children):
-                raise Unlike("it keeps other arrays for some blocks than for others")
+                raise Unlike("it keeps other arrays for some of them")
             rows = [[next(values) for _ in jax.tree.leaves(child)] for child in children]
             for rep, row in enumerate(rows):
                 for one, other in zip(rows[0], row, strict=True):
                     if one.name != other.name or (other.depth, other.rep) not in ((0, 0), (node.depth, rep)):
-                        raise Unlike("it treats some blocks otherwise than others")
+                        raise Unlike("it does something else to some of them")
             outputs += rows[0]
         return outputs, nodes, rebuild
 
@@ -292,7 +292,7 @@ class Reading:
             if any(name not in known for name in names):
                 if op.name in SUMS or op.name in JOINS:  # a part of a sum that the first block's does not have
                     return self._meet(op, inputs, dry)
-                raise Unlike("it treats some blocks otherwise than others")
+                raise Unlike("it does something else to some of them")
             return [Value(name, None, depth, rep, known[name].made) for name in names]
         if not all(name in known for name in names):
             arrays = [None] * len(names) if dry else self._computed(op, inputs, depth)
@@ -380,7 +380,7 @@ class Reading:
         for i, (depth, rep) in enumerate(places):
             if rep:
                 if names[i] not in self.known.get(depth, {}):
-                    raise Unlike("it treats some blocks otherwise than others")
+                    raise Unlike("it does something else to some of them")
                 found[i] = Value(names[i], None, depth, rep)
         return found
 
@@ -446,7 +446,7 @@ class Reading:
                     values[i : i + 1] = self._opened(v)
                     break
             else:
-                raise Unlike("it treats some blocks otherwise than others")
+                raise Unlike("it does something else to some of them")
 
 
 _JOIN = {

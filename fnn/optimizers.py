@@ -240,7 +240,7 @@ class _Each(Reading):
             for place in places:
                 value = self._complete(next(values), dry=True)
                 if value.name != first.setdefault(place[0], value.name) or value.place not in ((0, 0), place):
-                    raise Unlike("it tells arrays apart")
+                    raise Unlike("it tells them apart")
             names += sorted(first.items())
         return names
 

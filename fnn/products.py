@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from fnn import mapped
 from fnn.factors import Convolution, Move, Term
-from fnn.squares import AXIS, CHUNK, Examples, arrange, dot, norm, norm_of_whole, normalized, outer, split, widened
+from fnn.squares import AXIS, CHUNK, Examples, arrange, dot, in_units, norm, norm_of_whole, normalized, split, widened
 from fnn.tree import divisor
 
 STORED_SHARE = 0.5
@@ -130,8 +130,8 @@ class Pair:
     def weighted(self, w: jax.Array | None) -> jax.Array:
         if self._stored():
             batch, (_, m, _) = self.arrays[0][0].shape[0], self.terms[0].kind.shape
-            parts = jax.vmap(lambda arrays: outer(*arrange(self.terms, arrays), batch))(self.arrays)
-            g = jnp.concatenate([_combined(w, part) for part in parts], axis=-1)
+            parts, peak = jax.vmap(lambda arrays: in_units(*arrange(self.terms, arrays), batch))(self.arrays)
+            g = jnp.concatenate([_combined(peak if w is None else w * peak, part) for part in parts], axis=-1)
             return self._moved(g if g.shape[1] == m else g.swapaxes(1, 2))
         if isinstance(self.terms[0].kind, Convolution) and len(self.terms) == 1 and not self.terms[0].times:
             one = self._convolved

@@ -48,6 +48,9 @@ def norm(terms: Sequence[Term], arrays: Sequence[tuple[Any, Any]], examples: Exa
     """
     lookup, factors = isinstance(terms[0].kind, Lookup), arrange(terms, arrays)
     if not lookup and _made(*factors):
+        if not examples.loop:
+            parts, peak = in_units(*factors, examples.count)
+            return peak * safe_sqrt(sum(square(part, 0) for part in parts))
         return length(jnp.stack([norm_of_whole(part, examples) for part in outer(*factors, examples.count)]))
     if not lookup and not examples.loop and _single(factors[0]):
         lengths = [jax.vmap(_length)(x.reshape(x.shape[0], -1)) for x in factors]
@@ -143,6 +146,17 @@ def outer(a: jax.Array, d: jax.Array, examples: int) -> list[jax.Array]:
         a, d = d, a
     parts = split(d, CHUNK // (examples * a.shape[0] * a.shape[-1]))
     return [dot(a, part, ((1,), (1,)), ((0,), (0,))) for part in parts]
+
+
+def in_units(a: jax.Array, d: jax.Array, examples: int) -> tuple[list[jax.Array], jax.Array]:
+    """Make G of one example, divided by its largest product |a_ti||d_tj|, and return that: (parts as of `outer`, peak).
+
+    So its squares stay in range, without another look at G, which is larger than its factors.
+    """
+    a, d = widened(a), widened(d)
+    p, q = (jnp.max(jnp.abs(x), axis=-1, initial=0) for x in (a, d))
+    peak = divisor(jnp.max(p * q, initial=0))
+    return outer(a, d * (1 / peak), examples), peak
 
 
 def split(a: jax.Array, size: int) -> list[jax.Array]:
