@@ -160,13 +160,14 @@ def summary(opt_state: Any, gradient: Any) -> ClipState | None:
 
 
 def _transformation(clip: Callable[[Any, Any], tuple[Any, ClipState]]) -> optax.GradientTransformation:
-    def init(params):
+    def init(params) -> Any:
         zero = jnp.zeros((), jnp.float32)
         return ClipState(zero, zero, zero, Seen(paths(params)))
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None) -> Any:
         updates, report = clip(updates, params)
-        return updates, ClipState(*(number.astype(jnp.float32) for number in report[:3]), state.seen)
+        fraction, before, after = (number.astype(jnp.float32) for number in report[:3])
+        return updates, ClipState(fraction, before, after, state.seen)
 
     return optax.GradientTransformation(init, update)
 

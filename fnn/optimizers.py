@@ -90,6 +90,7 @@ def packed(transformation: optax.GradientTransformation) -> optax.GradientTransf
         small, others = tree.pack(leaves), {name: pack(value) for name, value in extra.items()}
         packed_params = None if params is None else pack(params)
         _check_packable(inner, (updates, params, extra), (small, packed_params, others))
+        new: Any
         new, state = inner.update(small, state, packed_params, **others)
         return treedef.unflatten(tree.unpack(new, leaves)), state
 
@@ -112,11 +113,16 @@ def _refusal(got: str) -> ValueError:
 def _check_packable(inner: Any, plain: Any, small: Any) -> None:
     """Refuse a transformation that does something else to packed arrays than to the arrays themselves."""
     table = Names()
+
+    def reading(args, count):
+        updates, params, extra = stand_ins(args, count)
+        return _Each.of(inner, updates, params, extra, table)
+
     try:
-        read = _Each.of(inner, *stand_ins(plain, 2), table)
+        read = reading(plain, 2)
         if read.order_read:
-            read = _Each.of(inner, *stand_ins(plain, None), table)
-        if read.names() == _Each.of(inner, *stand_ins(small, 2), table).names():
+            read = reading(plain, None)
+        if read.names() == reading(small, 2).names():
             return
         got = "one that tells them apart by their shapes or paths"
     except Unlike as error:

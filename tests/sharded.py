@@ -175,8 +175,8 @@ def clips():
         "by_global_norm": clip.by_global_norm(0.1),
         "by_block_norm": clip.by_block_norm(0.05),
         "adaptive": clip.adaptive(0.01),
-        "per_depth": clip.per_depth(optax.adaptive_grad_clip(0.01)),
-        "packed": clip.packed(optax.sgd(0.1)),
+        "per_depth": fnn.per_depth(optax.adaptive_grad_clip(0.01)),
+        "packed": fnn.packed(optax.sgd(0.1)),
     }
     for name, transformation in found.items():
         optimizer = optax.chain(transformation, SGD)
