@@ -355,10 +355,10 @@ class Reading:
         sides = [outputs(program, True) for program in programs]
         places = []
         for values in zip(*sides, strict=True):
-            found = {v.place for v in values if v.depth} or {(0, 0)}
-            if len(found) > 1:
+            there = {v.place for v in values if v.depth} or {(0, 0)}
+            if len(there) > 1:
                 raise Unlike("a conditional exchanges blocks")
-            places.append(found.pop())
+            places.append(there.pop())
         names = [self.table("cond", inputs[0].name, *(v.name for v in values)) for values in zip(*sides, strict=True)]
         first = [i for i, (_, rep) in enumerate(places) if not rep]
         arrays: list[Any] = [None] * len(first)
@@ -462,11 +462,13 @@ _JOIN = {
 
 def constant(value: Any) -> tuple[Any, ...]:
     """Name a constant by its numbers where they are to be had, else by the object that it is."""
-    if not isinstance(value, jax.core.Tracer) and np.size(value) <= 2**16:
-        a = np.asarray(value)
-        if a.dtype != object:
-            return "constant", str(a.dtype), a.shape, a.tobytes()
-    return "object", id(value)
+    try:
+        a = np.asarray(value) if np.size(value) <= 2**16 else None
+    except jax.errors.TracerArrayConversionError:
+        a = None
+    if a is None or a.dtype == object:
+        return "object", id(value)
+    return "constant", str(a.dtype), a.shape, a.tobytes()
 
 
 def _canon(name: str, params: dict[str, Any]) -> str:

@@ -145,7 +145,7 @@ def index(axis_name: Any) -> Any:
     for name in names(axis_name):
         if not isinstance(name, Lanes):
             total = total * jax.lax.axis_size(name) + jax.lax.axis_index(name)
-        else:
+        elif name.number is not None:
             total = total * name.size + name.number
     return total
 
@@ -155,32 +155,28 @@ def lanes(axis_name: Any, number: Any = None) -> Any:
     if axis_name is None or not checked():
         return axis_name
     meshed = _meshed(axis_name)
-
-    def one(name):
-        if name in meshed or isinstance(name, Lanes):
-            return name
-        return Lanes(jax.lax.axis_size(name), jax.lax.axis_index(name) if number is None else number)
-
-    return tuple(map(one, names(axis_name)))
+    return tuple(
+        name if name in meshed or isinstance(name, Lanes) else Lanes(jax.lax.axis_size(name), number)
+        for name in names(axis_name)
+    )
 
 
 class Lanes:
-    """An axis of `vmap`, in the place of its name, inside `shard_map(check_vma=True)`.
+    """The axis of the innermost `vmap`, in the place of a name, inside `shard_map(check_vma=True)`.
 
-    `number` is that of the lane. It differs from lane to lane of this `vmap` alone, by which a reduction knows it among
-    others that lie around it or inside of it.
+    `number` is that of the lane, where it is known; only `index` reads it.
     """
 
-    def __init__(self, size: int, number: Any):
+    def __init__(self, size: int, number: Any = None):
         self.size, self.number = size, number
 
     def reduce(self, operation: Any, x: Any) -> Any:
         """Reduce over the lanes. Sums and means are linear, and their own transposes."""
         over = _over_lanes(operation, self.size)
         if operation in (jax.lax.pmax, jax.lax.pmin):
-            return over(self.number, x)
+            return over(x)
         try:
-            return jax.custom_derivatives.linear_call(over, over, self.number, x)
+            return jax.custom_derivatives.linear_call(lambda _, x: over(x), lambda _, x: over(x), (), x)
         except NotImplementedError as error:  # JAX cannot map over a linear call
             raise ValueError(
                 f"axis_name: an average over {self.size} examples must be taken outside of any vmap of your own, got one "
@@ -193,14 +189,17 @@ def _over_lanes(operation: Any, size: int) -> Any:
     whole = {jax.lax.psum: jnp.sum, jax.lax.pmean: jnp.mean, jax.lax.pmax: jnp.max, jax.lax.pmin: jnp.min}[operation]
 
     @jax.custom_batching.custom_vmap
-    def over(number, x):  # runs as it stands for a value that is the same in all lanes
+    def over(x):  # runs as it stands for a value that is the same in all lanes
         return size * x if operation is jax.lax.psum else x
 
     @over.def_vmap
-    def rule(axis_size, batched, number, x):
-        if not batched[0]:  # a vmap of somebody else
-            return over(number, x), batched[1]
-        return (whole(x, axis=0).astype(x.dtype) if batched[1] else over(number[0], x)), False
+    def rule(axis_size, batched, x):
+        if axis_size != size:
+            raise ValueError(
+                f"axis_name: an average over {size} examples must be taken outside of any vmap of their own, got one of "
+                f"size {axis_size}; pass check_vma=False to shard_map"
+            )
+        return whole(x, axis=0).astype(x.dtype), False
 
     return over
 
