@@ -184,7 +184,7 @@ def test_trees_at_every_scale():
     np.testing.assert_allclose(np.asarray(rows, np.float64) / 2.0 ** np.array(POWERS), np.full(5, rows[2]), rtol=1e-6)
     assert tree.norms({"a": jnp.float32(1e-25) * jnp.ones(4)})["a"] == pytest.approx(2e-25)
     for function in (tree.norm, tree.norms, tree.squared_norm, tree.log_norms):
-        with pytest.raises(TypeError, match="real numbers, got complex64"):
+        with pytest.raises(TypeError, match="arrays must be real, got complex64"):
             function({"w": jnp.ones(3, jnp.complex64)})
 
 
