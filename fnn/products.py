@@ -130,7 +130,7 @@ class Pair:
     def weighted(self, w: jax.Array | None) -> jax.Array:
         if self._stored():
             batch, (_, m, _) = self.arrays[0][0].shape[0], self.terms[0].kind.shape
-            parts, peak = jax.vmap(lambda arrays: in_units(*arrange(self.terms, arrays), batch))(self.arrays)
+            parts, peak = jax.vmap(lambda arrays: in_units(self.terms, arrays, batch))(self.arrays)
             g = jnp.concatenate([_combined(peak if w is None else w * peak, part) for part in parts], axis=-1)
             return self._moved(g if g.shape[1] == m else g.swapaxes(1, 2))
         if isinstance(self.terms[0].kind, Convolution) and len(self.terms) == 1 and not self.terms[0].times:

@@ -7,12 +7,13 @@ factors if one of them, of any example, left the range.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fnn.factors import Lookup, Term
+from fnn.factors import Convolution, Lookup, Term
 from fnn.tree import divisor, guarded, length, safe, safe_sqrt, statistics_dtype
 
 GRAM_SHARE = 0.25
@@ -49,7 +50,7 @@ def norm(terms: Sequence[Term], arrays: Sequence[tuple[Any, Any]], examples: Exa
     lookup, factors = isinstance(terms[0].kind, Lookup), arrange(terms, arrays)
     if not lookup and _made(*factors):
         if not examples.loop:
-            parts, peak = in_units(*factors, examples.count)
+            parts, peak = in_units(terms, arrays, examples.count)
             return peak * safe_sqrt(sum((square(part, 0) for part in parts), start=jnp.zeros(())))
         return length(jnp.stack([norm_of_whole(part, examples) for part in outer(*factors, examples.count)]))
     if not lookup and not examples.loop and _single(factors[0]):
@@ -148,15 +149,29 @@ def outer(a: jax.Array, d: jax.Array, examples: int) -> list[jax.Array]:
     return [dot(a, part, ((1,), (1,)), ((0,), (0,))) for part in parts]
 
 
-def in_units(a: jax.Array, d: jax.Array, examples: int) -> tuple[list[jax.Array], jax.Array]:
+def in_units(
+    terms: Sequence[Term], arrays: Sequence[tuple[Any, Any]], examples: int
+) -> tuple[list[jax.Array], jax.Array]:
     """Make G of one example, divided by its largest product |a_ti||d_tj|, and return that: (parts as of `outer`, peak).
 
-    So its squares stay in range, without another look at G, which is larger than its factors.
+    So its squares stay in range, without another look at G or at patches, which are larger than what they are made of.
     """
-    a, d = widened(a), widened(d)
-    p, q = (jnp.max(jnp.abs(x), axis=-1, initial=0) for x in (a, d))
-    peak = divisor(jnp.max(p * q, initial=0))
+    a, d = map(widened, arrange(terms, arrays))
+    peak = divisor(jnp.max(jnp.stack([_largest(*pair) for pair in zip(terms, arrays, strict=True)])))
     return outer(a, d * (1 / peak), examples), peak
+
+
+def _largest(term: Term, pair: tuple[Any, Any]) -> jax.Array:
+    """Take the largest |a_ti||d_tj|; of a convolution with one channel each, the largest of all."""
+    x, d = (jnp.abs(widened(x)) for x in pair)
+    if isinstance(term.kind, Convolution):
+        x, d = (
+            jnp.max(a, axis=axes[0] + term.times, keepdims=True)
+            for a, axes in zip((x, d), term.kind.specs[:2], strict=True)
+        )
+        term = replace(term, kind=replace(term.kind, groups=1))
+    p, q = (jnp.max(a, axis=-1, initial=0) for a in term.factors(x, d))
+    return jnp.max(p * q, initial=0)
 
 
 def split(a: jax.Array, size: int) -> list[jax.Array]:
