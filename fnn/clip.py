@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from fnn import check, tree
-from fnn.alike import paths
+from fnn.blocks import paths
 
 
 @jax.tree_util.register_static

@@ -20,7 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn.alike import Blocks, Names, Reading, Unlike, Value, specs, split
+from fnn.alike import Names, Reading, Unlike, Value
+from fnn.blocks import Blocks, specs, split
 from fnn.tree import Stacked
 
 MANY = 64

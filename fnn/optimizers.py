@@ -12,7 +12,8 @@ import numpy as np
 import optax
 
 from fnn import clip, tree
-from fnn.alike import JOINS, REDUCTIONS, SUMS, Blocks, Meeting, Names, Reading, Unlike, Value, constant
+from fnn.alike import JOINS, REDUCTIONS, SUMS, Meeting, Names, Reading, Unlike, Value, constant
+from fnn.blocks import Blocks
 from fnn.lift import again_stacked, lifted, stand_ins
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {
         *("check", "files", "arrays", "tree", "masks", "grid", "activations", "initializers", "_jaxpr", "factors"),
-        *("spawning", "mapped"),
+        *("spawning", "mapped", "blocks"),
     },
     {"core", "losses", "gaussian", "squares", "alike", "sealed", "axes"},
     {"inputs", "dataset", "lift", "identity", "precision", "admission", "products"},
