@@ -72,7 +72,8 @@ class Reading:
     """One traced program of f on stand-ins, and what is known of its values."""
 
     ignored: frozenset[str] | set[str] = frozenset()
-    """Parameters of operations that do not count."""
+    """Parameters that do not count, of the operations in `shapeless`."""
+    shapeless: frozenset[str] | set[str] = frozenset()
 
     level = 0
     """How many levels of blocks, shown already, lie around those of this reading."""
@@ -108,7 +109,8 @@ class Reading:
             if not isinstance(node, Blocks):
                 return next(arrays).array
             one = jax.tree.structure(tuple.__getitem__(node, 0))
-            return Stacked(one.unflatten(self._stacked(next(arrays), node.depth) for _ in range(one.num_leaves)))
+            blocks = one.unflatten(self._stacked(next(arrays), node.depth) for _ in range(one.num_leaves))
+            return Stacked(blocks, None if one.num_leaves else node.depth)
 
         return rebuild([filled(node) for node in nodes])
 
@@ -167,7 +169,8 @@ class Reading:
                 return [self._whole(op.params["name"], inputs, dry)]
             return self._meet(op, inputs, dry)
         depth, rep = next(iter(places), (0, 0))
-        text = _canon(op.name, {name: value for name, value in op.params.items() if name not in self.ignored})
+        ignored = self.ignored if op.name in self.shapeless else ()
+        text = _canon(op.name, {name: value for name, value in op.params.items() if name not in ignored})
         names = [self.table(op.name, text, *(v.name for v in inputs), i) for i in range(len(op.outputs))]
         known = self.known.setdefault(depth, {})
         if rep:
@@ -289,7 +292,7 @@ class Reading:
             if value.op in ("and", "or") and any(v.array.dtype != bool for v in own):
                 raise Unlike(f"blocks meet in an operation {value.op!r} on bits")
             reduce = SUMS[value.op]
-            parts = [v.array for v in terms] + [reduce(v.array, axis=0) for v in own]
+            parts = [v.array for v in terms] + [reduce(v.array, axis=0).astype(v.array.dtype) for v in own]
             array = parts[0]
             for part in parts[1:]:
                 array = _JOIN[value.op](array, part)
@@ -353,6 +356,15 @@ def constant(value: Any) -> tuple[Any, ...]:
     return "constant", str(a.dtype), a.shape, a.tobytes()
 
 
+def _constants(value: Any) -> list[Any]:
+    """List the arrays that a traced function holds, and those inside of it do."""
+    if isinstance(value, tuple | list):
+        return [c for part in value for c in _constants(part)]
+    equations = getattr(getattr(value, "jaxpr", value), "eqns", ())
+    inner = [c for equation in equations for part in equation.params.values() for c in _constants(part)]
+    return [*getattr(value, "consts", ()), *inner]
+
+
 def _canon(name: str, params: dict[str, Any]) -> str:
     """Write an operation's parameters. Of its functions only those that give derivatives do not count."""
 
@@ -361,6 +373,6 @@ def _canon(name: str, params: dict[str, Any]) -> str:
             return "" if name.startswith("custom_") else str(id(value))
         if isinstance(value, tuple | list):
             return ",".join(map(text, value))
-        return f"{value}{[constant(c) for c in getattr(value, 'consts', ())]}"
+        return f"{value}{[constant(c) for c in _constants(value)]}"
 
     return ";".join(f"{key}={text(value)}" for key, value in sorted(params.items()))

@@ -55,7 +55,16 @@ class _Number(jax.tree_util.SequenceKey):
     def __str__(self) -> str:
         return f"[{self.idx}]"
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return f"SequenceKey(idx={self.idx})"
+
+    def __eq__(self, other: object) -> bool:
+        _note(by_path=False)
+        return super().__eq__(other)
+
+    def __hash__(self) -> int:
+        _note(by_path=False)
+        return super().__hash__()
 
 
 def paths(shown: Any) -> frozenset[str]:
@@ -86,9 +95,10 @@ class Blocks(tuple):
     depth: int
     places: tuple[int, ...]
 
-    def __new__(cls, blocks: Any, depth: int, places: Sequence[int]) -> "Blocks":
+    def __new__(cls, blocks: Any, depth: int | None = None, places: Sequence[int] | None = None) -> "Blocks":
         new = super().__new__(cls, blocks)
-        new.depth, new.places = depth, tuple(places)
+        count = tuple.__len__(new)  # of a tuple that somebody rebuilds: as many as there are
+        new.depth, new.places = count if depth is None else depth, tuple(range(count) if places is None else places)
         return new
 
     @property

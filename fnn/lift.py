@@ -48,6 +48,8 @@ def lifted(f: Callable[..., Any]) -> Callable[..., Any]:
                 return _as_one(inner, nodes, treedef, level)
             except Unlike as error:
                 reason = str(error)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                reason = "it does not work on some of them alone"  # if not on all either, it says so itself
         if deepest > MANY:
             warnings.warn(
                 f"per_depth: the optimiser runs block by block on {deepest} blocks, since {reason}: right, but slow to "
@@ -146,11 +148,11 @@ def _levels(args: Any) -> int:
 
 
 def _is_stack(node: Any) -> bool:
-    return isinstance(node, Stacked) and bool(jax.tree.leaves(node))
+    return isinstance(node, Stacked) and (node.depth is not None or bool(jax.tree.leaves(node)))
 
 
 def _depth(node: Stacked) -> int:
-    return jax.tree.leaves(node)[0].shape[0]
+    return node.depth if node.depth is not None else jax.tree.leaves(node)[0].shape[0]
 
 
 def _is_array(leaf: Any) -> bool:
@@ -177,7 +179,8 @@ def _restacked(result: Any, level: int) -> Any:
         children = list(tuple.__iter__(node))
         if any(specs(child) != specs(children[0]) for child in children):
             return node
-        return Stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *children))
+        blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *children)
+        return Stacked(blocks, None if jax.tree.leaves(blocks) else node.depth)
 
     nodes, rebuild = split(result, level)
     return rebuild([one(node) for node in nodes])

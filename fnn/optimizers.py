@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from fnn import clip, tree
+from fnn import _jaxpr, clip, tree
 from fnn.alike import JOINS, REDUCTIONS, SUMS, Meeting, Names, Reading, Unlike, Value, constant
 from fnn.blocks import Blocks
 from fnn.lift import again_stacked, lifted, stand_ins
@@ -29,6 +29,9 @@ def per_depth(transformation: optax.GradientTransformation) -> optax.GradientTra
     that `serial` has, norms of single arrays are taken block by block, global ones over all. What treats all blocks
     alike compiles as one block, at any depth; what does not runs block by block, with a warning above 64. States are
     `Stacked` where all blocks keep the same arrays.
+
+    Two things it cannot see, and a transformation must not do: side effects while it maps over arrays, and a different
+    course from some number of arrays or parameters on (an average over them is seen).
 
     `TrainState.create` and `train_step` do this by themselves, and doing it twice changes nothing.
     Errors: ValueError for a mask or labels given as a tree, which can only fit one of the two forms.
@@ -75,10 +78,13 @@ def packed(transformation: optax.GradientTransformation) -> optax.GradientTransf
     def init(params):
         if _shown(params):
             return inner.init(params)
+        small = tree.pack(jax.tree.leaves(params))
         try:
-            return clip.retold(inner.init(tree.pack(jax.tree.leaves(params))), params)
+            state = inner.init(small)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise _refusal("one that needs the parameters' own tree") from error
+        _check_packable(lambda params: inner.init(params), (params,), (small,))
+        return clip.retold(state, params)
 
     def update(updates, state, params=None, **extra):
         if _shown(updates):
@@ -90,7 +96,11 @@ def packed(transformation: optax.GradientTransformation) -> optax.GradientTransf
 
         small, others = tree.pack(leaves), {name: pack(value) for name, value in extra.items()}
         packed_params = None if params is None else pack(params)
-        _check_packable(inner, (updates, params, extra), (small, packed_params, others))
+
+        def one(updates, params, extra, state):
+            return inner.update(updates, state, params, **extra)
+
+        _check_packable(one, (updates, params, extra), (small, packed_params, others), inner.init)
         new: Any
         new, state = inner.update(small, state, packed_params, **others)
         return treedef.unflatten(tree.unpack(new, leaves)), state
@@ -111,13 +121,15 @@ def _refusal(got: str) -> ValueError:
     )
 
 
-def _check_packable(inner: Any, plain: Any, small: Any) -> None:
-    """Refuse a transformation that does something else to packed arrays than to the arrays themselves."""
+def _check_packable(f: Any, plain: tuple[Any, ...], small: tuple[Any, ...], init: Any = None) -> None:
+    """Refuse a function of (arrays, ...) that does something else to packed arrays than to the arrays themselves.
+
+    With `init`, of (updates, params, extra), the state that it makes is one more argument.
+    """
     table = Names()
 
     def reading(args, count):
-        updates, params, extra = stand_ins(args, count)
-        return _Each.of(inner, updates, params, extra, table)
+        return _Each.of(f, stand_ins(args, count), table, init)
 
     try:
         read = reading(plain, 2)
@@ -129,6 +141,12 @@ def _check_packable(inner: Any, plain: Any, small: Any) -> None:
     except Unlike as error:
         got = f"one that does not ({error})"
     raise _refusal(got)
+
+
+def _operations(f: Any, args: tuple[Any, ...]) -> Counter[str]:
+    """Count the operations of a function, except those that sums need."""
+    program = _jaxpr.read(_jaxpr.trace(f, *args)[0])
+    return Counter(op.name for op in program.ops if op.name not in (*PASSED, *REDUCTIONS))
 
 
 def _groups(args: Any, structure: Any) -> list[Any]:
@@ -200,33 +218,35 @@ class _Each(Reading):
     """
 
     @classmethod
-    def of(cls, inner: Any, updates: Any, params: Any, extra: Any, table: Names) -> "_Each":
-        structure = jax.tree.structure(updates)
+    def of(cls, f: Any, args: tuple[Any, ...], table: Names, init: Any = None) -> "_Each":
+        structure = jax.tree.structure(args[0])
+
+        def complete(args):
+            return args if init is None else (*args, jax.eval_shape(init, args[0] if args[1] is None else args[1]))
 
         def with_axes(node):  # a lone number is its own sum, without an operation that says so
             if jax.tree.structure(node) != structure:
                 return node
             return jax.tree.map(lambda a: a if a.shape else jax.ShapeDtypeStruct((1,), a.dtype), node)
 
-        updates, params = with_axes(updates), with_axes(params)
-        extra = {name: with_axes(value) for name, value in extra.items()}
-        state = jax.eval_shape(inner.init, updates if params is None else params)
-        args = (updates, state, params, extra)
-        dtypes = [str(leaf.dtype) for leaf in jax.tree.leaves(updates)]
+        def grouped(tree_):
+            return jax.tree.map(with_axes, tree_, is_leaf=lambda node: jax.tree.structure(node) == structure)
+
+        dtypes = [str(leaf.dtype) for leaf in jax.tree.leaves(args[0])]
         # Packed by dtype: arrays of one dtype are the blocks of one stack.
         groups = sorted(set(dtypes))
         places = [(1 + groups.index(dtype), dtypes[:i].count(dtype)) for i, dtype in enumerate(dtypes)]
+        shown = complete(grouped(args))
         inputs: list[Value] = []
-        for number, node in enumerate(_groups(args, structure)):
+        for number, node in enumerate(_groups(shown, structure)):
             whole = jax.tree.structure(node) == structure
             for leaf, place in zip(jax.tree.leaves(node), places if whole else [(0, 0)], strict=True):
                 if isinstance(leaf, jax.ShapeDtypeStruct):
                     inputs.append(Value(table("input", number), None, *place))
-
-        def update(updates, state, params, extra):
-            return inner.update(updates, state, params, **extra)
-
-        reading = cls(update, args, inputs, dict(Counter(group for group, _ in places)), table)
+        reading = cls(lambda *args: f(*args), shown, inputs, dict(Counter(group for group, _ in places)), table)
+        lone = any(not leaf.shape for leaf in jax.tree.leaves(args[0]))
+        if lone and _operations(f, complete(args)) != _operations(f, shown):
+            raise Unlike("it tells numbers from vectors")
         reading.structure, reading.places = structure, places
         return reading
 
@@ -234,6 +254,7 @@ class _Each(Reading):
     places: list[tuple[int, int]]
     sums: dict[int, str]
     ignored = SHAPES
+    shapeless = ELEMENTWISE | PASSED | SUMS.keys() | REDUCTIONS.keys()
 
     def names(self) -> list[Any]:
         """Number what is done to each number of the updates and of what the state keeps of it."""

@@ -24,23 +24,24 @@ class Stacked:
     """Mark a tree whose every leaf carries a leading depth axis: `leaf[i]` belongs to block i.
 
     `repeat` keeps parameters and state in it, so that norms, clipping, paths and layer-wise optimisers treat
-    `leaf[i]` as the array that `serial` would hold for block i. Nodes nest: the outer depth axis comes first.
+    `leaf[i]` as the array that `serial` would hold for block i. Nodes nest: the outer depth axis comes first. `depth` is
+    given only where no leaf tells it: in the state of an optimiser that keeps nothing of these blocks.
     """
 
-    __slots__ = ("blocks",)
+    __slots__ = ("blocks", "depth")
 
-    def __init__(self, blocks: Any):
-        self.blocks = blocks
+    def __init__(self, blocks: Any, depth: int | None = None):
+        self.blocks, self.depth = blocks, depth
 
     def tree_flatten_with_keys(self):
-        return ((_DEPTH, self.blocks),), None
+        return ((_DEPTH, self.blocks),), self.depth
 
     def tree_flatten(self):
-        return (self.blocks,), None
+        return (self.blocks,), self.depth
 
     @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls(*children)
+    def tree_unflatten(cls, depth, children):
+        return cls(*children, depth=depth)
 
     def __getitem__(self, i: Any) -> Any:
         """Take block i (or a slice of blocks, still stacked, without its mark)."""
@@ -133,6 +134,9 @@ def count_of_all(leaves: Sequence[Any]) -> jax.Array:
 WHOLE: dict[str, Callable[[Sequence[Any]], jax.Array]] = {"norm_of_all": norm_of_all, "count_of_all": count_of_all}
 """Functions of all arrays of a tree at once, the same however these are cut or stacked. They stand in a program as one
 operation of that name, by which `lift` knows them."""
+for _name, _function in list(WHOLE.items()):  # names that no function of a user's has
+    _function.__name__ = f"fnn.tree.{_name}"
+WHOLE = {function.__name__: function for function in WHOLE.values()}
 _JITTED = {function: jax.jit(function) for function in WHOLE.values()}
 
 

@@ -56,7 +56,31 @@ def below_mean_norm():
     return optax.GradientTransformation(lambda params: (), update)
 
 
+def by_equal_path(params):
+    wanted = jax.tree_util.SequenceKey(3)
+    return jax.tree_util.tree_map_with_path(lambda path, _: wanted in path, params)
+
+
+def rates_in_a_conditional():
+    """An optimiser of one's own: a rate for each array, held by a jitted function inside of a conditional."""
+
+    def update(updates, state, params=None):
+        def one(path, u):
+            rate = jnp.float32(0.1 * 0.9 ** sum(getattr(key, "idx", 0) for key in path))
+            return jax.lax.cond(state > 0, jax.jit(lambda u: -rate * u), lambda u: u, u)
+
+        return jax.tree_util.tree_map_with_path(one, updates), state
+
+    return optax.GradientTransformation(lambda params: jnp.ones(()), update)
+
+
 OPTIMIZERS = {
+    "adamw_by_equal_path": optax.adamw(1e-2, weight_decay=0.5, mask=by_equal_path),
+    "rates_in_a_conditional": rates_in_a_conditional(),
+    "adam_on_the_head": optax.masked(
+        optax.adam(1e-2), lambda params: (True, jax.tree.map(lambda _: False, params[1]), True)
+    ),
+    "joined": optax.flatten(optax.adam(1e-2)),
     "sgd": optax.sgd(0.1),
     "adam": optax.adam(1e-2),
     "adamw_by_shape": masked(lambda a: a.ndim > 1),
@@ -305,7 +329,7 @@ def test_packed_passes_extra_arguments_and_works_without_params():
 
 
 APART = ["adamw_by_shape", "adamw_by_path", "labels_by_shape", "labels_of_one_block", "labels_by_order", "muon", "lamb"]
-APART += ["lars", "adafactor", "sm3", "block_norms", "values", "mean_of_norms"]
+APART += ["lars", "adafactor", "sm3", "block_norms", "values", "mean_of_norms", "adam_on_the_head"]
 
 
 @pytest.mark.parametrize("name", APART)
@@ -321,6 +345,29 @@ def test_packed_refuses_a_mask_that_takes_all_arrays_until_they_are_packed():
     tx = fnn.packed(masked(lambda a: a.ndim > 1))
     with pytest.raises(ValueError, match="tells them apart by their shapes"):
         tx.update(kernels, tx.init(kernels), kernels)
+
+
+def noise():
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda u: u + jax.random.normal(jax.random.key(0), u.shape), updates), state
+
+    return optax.GradientTransformation(lambda params: (), update)
+
+
+def sizes_in_the_state():
+    def init(params):
+        return jax.tree.map(lambda a: jnp.float32(a.size), params)
+
+    return optax.GradientTransformation(init, lambda u, s, p=None: (jax.tree.map(lambda u, s: u / s, u, s), s))
+
+
+@pytest.mark.parametrize(
+    "tx", [noise(), sizes_in_the_state(), masked(lambda a: a.ndim > 0)], ids=["noise", "init", "scalars"]
+)
+def test_packed_refuses_what_depends_on_the_shapes_of_arrays(tx):
+    params = {"a": jnp.ones(3), "b": jnp.ones(2), "c": jnp.ones(())}
+    with pytest.raises(ValueError, match="packed: the optimiser must treat all arrays alike"):
+        fnn.packed(tx).update(params, fnn.packed(tx).init(params), params)
 
 
 def test_packed_inside_of_a_chain_is_right_on_stacks():
