@@ -90,7 +90,7 @@ def check_functions(study: Any, setup: cell.Setup, first: cell.Cell) -> None:
 def arrays(source: Any) -> tuple[data.Dataset, data.Dataset]:
     """Return training and held-out examples as NumPy's arrays; a lone pair (x, y) is both.
 
-    Floats keep their precision, but for float64 without x64; integers become int32 where they were wider, and labels
+    Floats keep their precision, except float64 without x64; integers become int32 where they were wider, and labels
     always. Errors: TypeError and ValueError for what is no pair of arrays, frames or lists of real numbers.
     """
     if isinstance(source, str | os.PathLike):

@@ -94,7 +94,7 @@ def in_memory(who: str, data: Any) -> Dataset:
         return Dataset(*jax.tree.map(lambda *parts: np.concatenate(parts), *batches))
     except ValueError as error:
         raise ValueError(
-            f"{who}: all batches must hold the same arrays but for their number of examples ({error})"
+            f"{who}: all batches must hold the same arrays, except for the number of examples ({error})"
         ) from error
 
 

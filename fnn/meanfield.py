@@ -188,7 +188,7 @@ def critical(activation: str | Callable[..., Any], sigma_b: float, *, q0: float 
     if found:
         (root, sw), end = min(found, key=lambda pair: pair[1]), ends[0]
         raise ValueError(
-            f"critical: the length map must go to the length where chi = 1, but for {phi.name} with sigma_b = {sb!r} that "
+            f"critical: the length map must go to the length where chi = 1; for {phi.name} with sigma_b = {sb!r} that "
             f"is q = {root!r} (at sigma_w = {sw:.6g}), and from q0 = {start!r} the map goes to {end:.6g}; pass q0={root!r}"
         )
     raise ValueError(

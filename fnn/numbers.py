@@ -74,7 +74,7 @@ def settle(
     zero and has no jump there, so that error signals are right though the signal itself is lost: then only those logs
     are NaN that vanished themselves.
 
-    A gradient that vanished on the way back, for want of taps, is NaN as well. `dtype` is the type that the net
+    A gradient that vanished on the way back because there were too few taps is NaN as well. `dtype` is the type that the net
     computes in (the loss's by default).
     """
     loss = np.asarray(measured["loss"])

@@ -107,7 +107,7 @@ class TrainStep:
         x, y = batch = arrays.pair("train_step: the batch", batch)
         kind = tuple(map(np.shape, jax.tree.leaves(batch)))
         if new := kind not in self._output_shapes:
-            admission.examples("train_step", batch)
+            self.admit(state, batch)  # before anything is traced with this state, which may be another net's
             check_values(self.net, state.params, state.state, x)
             self._output_shapes[kind] = output_shape(self.net, state.params, state.state, x)
         if new or isinstance(y, np.ndarray):

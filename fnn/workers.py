@@ -222,7 +222,7 @@ def _finish(future: Future[Any], task: Any, done: Callable[[Any, Any], None]) ->
 
 def _died(error: BaseException) -> OSError:
     return OSError(
-        f"study: a worker process died, perhaps for want of memory ({error}); use fewer workers or a smaller chunk: "
+        f"study: a worker process died, perhaps because memory ran out ({error}); use fewer workers or a smaller chunk: "
         "what is finished stays, and the same command resumes"
     )
 

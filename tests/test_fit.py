@@ -323,6 +323,7 @@ def test_the_state_of_another_net_is_refused(name):
     for who, call in (
         ("fit", lambda: fnn.fit(STEP, other, (X, Y), **OPTIONS)),
         ("train_step", lambda: STEP(copy(other), (X, Y))),
+        ("train_step", lambda: fnn.train_step(NET, STEP.loss, OPTIMIZER)(copy(other), (X, Y))),  # its first batch
         ("train_step", lambda: STEP.jitted(copy(other), (X, Y))),
         ("evaluate", lambda: fnn.evaluate(NET, other, (X, Y))),
     ):

@@ -171,7 +171,7 @@ def test_chi_is_one_on_the_critical_line_and_crosses_there(name, sigma_b):
 @pytest.mark.parametrize("name, sigma_b", [("gelu", 0.4158), ("gelu", 0.3), ("silu", 0.4)])
 def test_a_critical_length_that_the_start_does_not_lead_to_is_named_and_found_from_another(name, sigma_b):
     with pytest.raises(
-        ValueError, match=rf"chi = 1, but for {name} .* from q0 = 1.0 the map goes to .*; pass q0="
+        ValueError, match=rf"chi = 1; for {name} .* from q0 = 1.0 the map goes to .*; pass q0="
     ) as error:
         meanfield.critical(name, sigma_b)
     root = float(str(error.value).rpartition("q0=")[2])
