@@ -17,7 +17,7 @@ from bench import handwritten
 from bench.problem import FEATURES, Problem, fnn_start
 from bench.registry import PEERS, Peer, Skip, peer
 from bench.timing import Run
-from fnn.train import METRICS
+from fnn.training.step import METRICS
 
 __all__ = ["PEERS", "Peer", "Skip"]
 

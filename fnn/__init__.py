@@ -1,42 +1,31 @@
 """Pure-functional neural networks on JAX, made to see how gradients flow."""
 
-from fnn import (
-    activations,
-    clip,
-    data,
-    grid,
-    initializers,
-    losses,
-    meanfield,
-    memory,
-    models,
-    noise,
-    plot,
-    report,
-    results,
-    study,
-    taps,
-    tree,
-)
-from fnn.attention import attention, cross_attention, positions
-from fnn.compare import compare
-from fnn.conv import avg_pool, conv, conv_transpose, global_avg_pool, max_pool
+from fnn import losses, models, plot, tree
 from fnn.core import Layer, function, named, parallel, repeat, residual, serial, stateless
-from fnn.example_gradients import PerExampleGradients
-from fnn.fitting import History, fit
-from fnn.flow import GradientFlow, gradient_flow
-from fnn.inputs import Masked, add, branches, concatenate, ends, first, last, positionwise, unmasked
-from fnn.layers import activation, dense, dropout, flatten, gain
-from fnn.memory import generate
-from fnn.norm import batch_norm, group_norm, layer_norm, rms_norm
-from fnn.optimizers import packed, per_depth
-from fnn.per_example import example_loss, per_example
-from fnn.precision import compute_in
-from fnn.recurrent import bidirectional, gru, lstm, rnn
-from fnn.study import Study
-from fnn.taps import tap
-from fnn.tokens import embed, tied
-from fnn.train import TrainState, TrainStep, evaluate, train_step
+from fnn.datasets import data
+from fnn.gradients import noise
+from fnn.gradients.example_gradients import PerExampleGradients
+from fnn.gradients.flow import GradientFlow, gradient_flow
+from fnn.gradients.per_example import example_loss, per_example
+from fnn.layers import activations, initializers, memory, taps
+from fnn.layers.attention import attention, cross_attention, positions
+from fnn.layers.conv import avg_pool, conv, conv_transpose, global_avg_pool, max_pool
+from fnn.layers.dense import activation, dense, dropout, flatten, gain
+from fnn.layers.inputs import Masked, add, branches, concatenate, ends, first, last, positionwise, unmasked
+from fnn.layers.memory import generate
+from fnn.layers.norm import batch_norm, group_norm, layer_norm, rms_norm
+from fnn.layers.precision import compute_in
+from fnn.layers.recurrent import bidirectional, gru, lstm, rnn
+from fnn.layers.taps import tap
+from fnn.layers.tokens import embed, tied
+from fnn.study import grid, report, results
+from fnn.study.compare import compare
+from fnn.study.study import Study
+from fnn.theory import meanfield
+from fnn.training import clip
+from fnn.training.fit import History, fit
+from fnn.training.optimizers import packed, per_depth
+from fnn.training.step import TrainState, TrainStep, evaluate, train_step
 
 __version__ = "0.1.0"
 
@@ -108,7 +97,6 @@ __all__ = [
     "rnn",
     "serial",
     "stateless",
-    "study",
     "tap",
     "taps",
     "tied",
@@ -116,3 +104,8 @@ __all__ = [
     "tree",
     "unmasked",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone; folders and dunders are found by those who look for them."""
+    return list(__all__)

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fnn import activations, attention, check, conv, core, initializers, inputs, layers, memory, norm, recurrent, tokens
+from fnn import check, core
 from fnn.core import Layer
-from fnn.taps import tap
+from fnn.layers import activations, attention, conv, initializers, inputs, memory, norm, recurrent, tokens
+from fnn.layers import dense as layers
+from fnn.layers.taps import tap
 
 NORMS: dict[str, Callable[[], Layer]] = {
     "batch_norm": norm.batch_norm,

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from fnn import files
-from fnn.flow import GradientFlow
-from fnn.meanfield import Prediction
+from fnn.gradients.flow import GradientFlow
+from fnn.theory.meanfield import Prediction
 
 # Okabe and Ito's palette, distinct to the colour-blind; with markers, so that print in grey keeps the lines apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")

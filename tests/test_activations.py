@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from fnn import activations
+from fnn.layers import activations
 
 pytestmark = pytest.mark.usefixtures("optimised")
 

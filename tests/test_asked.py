@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 import fnn
-from fnn import asked, axes, digest, study
+from fnn.study import asked, axes, digest, study
 
 # One worker: the tests share the compilations.
 pytestmark = pytest.mark.xdist_group("asked")

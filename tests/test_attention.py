@@ -9,7 +9,7 @@ import pytest
 from conftest import randomized
 
 import fnn
-from fnn.attention import rotate
+from fnn.layers.attention import rotate
 
 BATCH, TIME, D, HEADS = 3, 6, 8, 2
 LENGTHS = jnp.array([6, 2, 4])

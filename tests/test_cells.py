@@ -10,7 +10,9 @@ import polars as pl
 import pytest
 
 import fnn
-from fnn import cli, files, results, sealed, table
+from fnn import files
+from fnn.cli import main
+from fnn.study import results, sealed, table
 
 AXES = {"depth": "int", "activation": "str", "norm": "str", "seed": "int"}
 
@@ -139,7 +141,7 @@ def test_what_is_no_cell_of_this_study_is_named_and_left_out(folder, said, capsy
     assert found.times()["cell"].to_list() == [0, 2]
     # The command line says so too, each time in a sentence.
     for command in (["compare", str(folder), str(folder)], ["report", str(folder)]):
-        assert cli.main(command) == 0
+        assert main.main(command) == 0
         err = capsys.readouterr().err.splitlines()
         assert err and all(line.startswith("study: ") and said in line for line in err)
     assert said in (folder / "report.html").read_text()
@@ -225,7 +227,7 @@ def test_a_full_disk_leaves_the_figure_that_was_there_and_names_it(folder, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    assert cli.main(["report", str(folder)]) == 2
+    assert main.main(["report", str(folder)]) == 2
     assert "gradient.png: No space left on device" in capsys.readouterr().err
     for draw in (lambda p: fnn.plot.study(results.read(folder).table(), path=p),):
         with pytest.raises(OSError, match=r"plot: cannot write .*gradient.png: No space left"):
@@ -263,7 +265,7 @@ def write(name, text):
 def test_wrong_content_is_a_sentence_and_exit_code_2(folder, harm, said, capsys):
     harm(folder)
     for command in (["report", str(folder)], ["compare", str(folder), str(folder)]):
-        assert cli.main(command) == 2
+        assert main.main(command) == 2
         err = capsys.readouterr().err.splitlines()
         assert said in err[-1] and all(line.startswith("study: ") and len(line) < 600 for line in err)
 
@@ -277,7 +279,7 @@ def test_names_and_values_cannot_steer_the_terminal(tmp_path, capsys):
             results.read(folder)._read(1).with_columns(pl.lit("[/b]\x1b]0;t\a").alias("path"), pl.col("value") + shift)
         )
         put(folder, 1, frame)
-    assert cli.main(["compare", *map(str, folders)]) == 0
+    assert main.main(["compare", *map(str, folders)]) == 0
     shown = capsys.readouterr().out
     assert "[/b]\\x1b]0;t\\x07" in shown and "[/red]" in shown and "\x1b" not in shown
 

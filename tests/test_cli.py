@@ -6,7 +6,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from fnn import cli, results, study
+from fnn.cli import main
+from fnn.study import results, study
 
 
 def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, capsys):
@@ -17,7 +18,7 @@ def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, c
         "study --depth 2,4 --activation relu --norm none --width 32 --seeds 3 --sigma-w 1.0:1.5:2 --learning-rate 0.01 "
     )
     command += " --epochs 1"
-    assert cli.main([*command.split(), "--workers", "1"]) == 0
+    assert main.main([*command.split(), "--workers", "1"]) == 0
     shown = capsys.readouterr()
     assert "2 cells, 12 runs, recorded at step 0, 44" in shown.err and "cell 2/2: depth 4" in shown.err
     assert "compiled in" in shown.err and "all done" in shown.err and "slope" in shown.out
@@ -36,7 +37,7 @@ def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, c
     np.testing.assert_allclose(summary["slope"], summary["predicted_slope"], atol=0.15)
     accuracy = table.filter((pl.col("quantity") == "accuracy") & (pl.col("step") == 44))["value"]
     assert accuracy.len() == 12 and accuracy.median() > 0.5  # an epoch of Adam; ten classes
-    assert cli.main(command.split()) == 0
+    assert main.main(command.split()) == 0
     assert "2 of 2 cells are there already" in capsys.readouterr().err
 
 
@@ -44,15 +45,15 @@ def test_a_study_from_a_toml_file(tmp_path, capsys):
     path = tmp_path / "study.toml"
     path.write_text('seeds = 2\nsteps = 0\ndata = "clusters"\n[[grid]]\ndepth = "1:2:2"\nwidth = 8\nbatch_size = 8\n')
     assert (
-        cli.main(["study", "--file", str(path), "--seeds", "3", "--quantities", "log_error", "--out", str(tmp_path)])
+        main.main(["study", "--file", str(path), "--seeds", "3", "--quantities", "log_error", "--out", str(tmp_path)])
         == 0
     )
     assert "2 cells, 6 runs, recorded at step 0;" in capsys.readouterr().err
     assert results.read(tmp_path).table()["quantity"].unique().to_list() == ["log_error"]
     path.write_text("sedes = 2\n[[grid]]\ndepth = 1\n")
-    assert cli.main(["study", "--file", str(path)]) == 2
+    assert main.main(["study", "--file", str(path)]) == 2
     assert "did you mean 'seeds'?" in capsys.readouterr().err
-    assert cli.main(["study", "--file", str(path), "--depth", "3"]) == 2
+    assert main.main(["study", "--file", str(path), "--depth", "3"]) == 2
     assert "write it there" in capsys.readouterr().err
 
 
@@ -72,7 +73,7 @@ def test_train_prints_the_test_accuracy(capsys, tmp_path):
         "2",
         "--flow",
     ]
-    assert cli.main([*arguments, "--plot", str(plot)]) == 0
+    assert main.main([*arguments, "--plot", str(plot)]) == 0
     out = capsys.readouterr().out
     accuracy = float(re.search(r"mean of 2 seeds: test accuracy ([0-9.]+)", out).group(1))
     # Centres 4 apart, spread 1: the best possible error of neighbours is Q(2) = 2.3 % a side.
@@ -95,7 +96,7 @@ def test_train_prints_the_test_accuracy(capsys, tmp_path):
     ],
 )
 def test_train_takes_every_model(arguments, shown, capsys):
-    assert cli.main(["train", *arguments.split(), "--epochs", "1"]) == 0
+    assert main.main(["train", *arguments.split(), "--epochs", "1"]) == 0
     assert shown in capsys.readouterr().out
 
 
@@ -143,7 +144,7 @@ def test_train_takes_every_model(arguments, shown, capsys):
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
-    assert cli.main(arguments.split()) == 2
+    assert main.main(arguments.split()) == 2
     err = capsys.readouterr().err
     last = err.strip().splitlines()[-1]
     assert sentence in last and "Traceback" not in err
@@ -152,7 +153,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["study", "--help"], ["compare", "--help"]])
 def test_help_explains(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+        main.main(arguments)
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "gradient" in text or "test accuracy" in text or "studies" in text
@@ -172,13 +173,13 @@ def test_help_explains(arguments, capsys):
 )
 def test_unknown_option_exits_with_2(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments.split())
+        main.main(arguments.split())
     assert stop.value.code == 2 and capsys.readouterr().err.strip() == sentence
 
 
 def test_held_out_labels_beyond_the_training_classes(tmp_path, capsys):
     x, y = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32), np.arange(20) % 2
     np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y * 4)
-    assert cli.main(["train", "--data", str(tmp_path / "a.npz"), "--batch-size", "8", "--epochs", "1"]) == 2
+    assert main.main(["train", "--data", str(tmp_path / "a.npz"), "--batch-size", "8", "--epochs", "1"]) == 2
     sentence = "train: labels of the test part must occur in the training part, 0..1, got 4; split"
     assert capsys.readouterr().err.strip().startswith(sentence)

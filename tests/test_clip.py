@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import fnn
-from fnn import clip, tree
+from fnn import tree
+from fnn.training import clip
 from fnn.tree import Stacked
 
 DEPTH = 5

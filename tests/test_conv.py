@@ -104,7 +104,7 @@ def test_on_a_cpu_no_convolution_lies_otherwise_than_in_a_forward_pass(monkeypat
         for lowered in turned, compiled(3)[0]:
             assert lowered.compile().memory_analysis().temp_size_in_bytes < 20 * 5 * x.nbytes
         assert not layouts(compiled(3)[0]) and not layouts(compiled(16, 2)[0])
-        monkeypatch.setattr(sys.modules["fnn.conv"], "PATCHES_LIMIT", 1000)
+        monkeypatch.setattr(sys.modules["fnn.layers.conv"], "PATCHES_LIMIT", 1000)
         assert layouts(compiled(3)[0])  # too large for patches: turned, not left to XLA
         assert all(layout.startswith("[b, 0, 1, f]x[0, 1, i, o]->[b") for layout in layouts(compiled(3)[0]))
     assert layouts(compiled(16, 2)[0])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from test_gaussian import DEFINITIONS
 
-from fnn import activations, finite_width, gaussian, meanfield
+from fnn.layers import activations
+from fnn.theory import finite_width, gaussian, meanfield
 
 
 def simulate(name, sigma_w, sigma_b, q1, widths, seeds, residual=None):

@@ -115,7 +115,7 @@ def test_a_validation_that_fails_keeps_the_epoch_before_it(monkeypatch):
             raise MemoryError("no room to evaluate")
         return {"loss": 1.0}
 
-    monkeypatch.setattr("fnn.fitting.averages", failing)
+    monkeypatch.setattr("fnn.training.fit.averages", failing)
     with pytest.raises(MemoryError) as raised:
         fnn.fit(STEP, STATE, (X, Y), validation=(X, Y), **OPTIONS | {"epochs": 5})
     state, history = raised.value.state, raised.value.history

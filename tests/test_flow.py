@@ -10,7 +10,8 @@ import pytest
 from test_taps import float64_flow, problem
 
 import fnn
-from fnn import cell, flow, study
+from fnn.gradients import flow
+from fnn.study import cell, study
 
 KEY = jax.random.key(0)
 

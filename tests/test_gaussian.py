@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import integrate, special
 
-from fnn import activations, gaussian, meanfield
+from fnn.layers import activations
+from fnn.theory import gaussian, meanfield
 
 NAMES = [name for name, phi in activations.TABLE.items() if phi.elementwise]
 ALPHA, SCALE = 1.6732632423543772, 1.0507009873554805

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnn import grid
+from fnn.study import grid
 
 
 def test_product_zip_and_chain_are_what_itertools_would_give():

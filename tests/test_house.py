@@ -1,6 +1,8 @@
 """The rules of the house: rooms import downwards, importing is light, public names are documented, README runs."""
 
 import ast
+import functools
+import importlib
 import inspect
 import os
 import re
@@ -13,32 +15,17 @@ import pytest
 import fnn
 
 ROOT = Path(__file__).parent.parent
-FLOORS = [
-    {
-        *("check", "files", "arrays", "tree", "masks", "grid", "activations", "initializers", "_jaxpr", "factors"),
-        *("spawning", "mapped", "blocks"),
-    },
-    {"core", "losses", "gaussian", "squares", "alike", "sealed", "axes"},
-    {"inputs", "dataset", "lift", "identity", "precision", "admission", "products"},
-    {"memory", "layers"},
-    {
-        *("norm", "conv", "recurrent", "attention", "tokens", "taps", "synthetic"),
-        *("finite_width", "rates", "cuts", "example_gradients"),
-    },
-    {"models", "clip", "numbers", "meanfield", "data", "per_example", "noise"},
-    {"flow", "optimizers"},
-    {"train"},
-    {"fitting"},
-    {"cell", "workers", "provenance"},
-    {"table"},
-    {"results", "asked"},
-    {"study", "plot", "digest", "recipes", "compare"},
-    {"figures"},
-    {"report"},
-    {"cli_study"},
-    {"cli"},
+ROW = re.compile(r"^\| (\d) \| `(fnn/[a-z]*/?)` \| (.*) \|$", re.M)
+LISTED = [
+    (int(floor), folder, re.findall(r"(?:^|· )`([a-z_]+)`", files))
+    for floor, folder, files in ROW.findall((ROOT / "README.md").read_text())
 ]
-FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+"""The README's table: (floor, folder, files in the order of their imports)."""
+PLACE = {
+    (folder + name).replace("/", "."): (floor, row, column)
+    for row, (floor, folder, files) in enumerate(LISTED)
+    for column, name in enumerate(files)
+}
 ALLOWED = {"jax", "jaxlib", "optax", "flax", "numpy", "fnn"} | set(sys.stdlib_module_names)
 
 
@@ -52,17 +39,45 @@ def imports(path):
             yield node.module or "", [alias.name for alias in node.names], node in tree.body
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "fnn").glob("*.py")), ids=lambda p: p.stem)
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+FILES = sorted(path for path in (ROOT / "fnn").rglob("*.py") if not path.stem.startswith("__"))
+
+
+def test_readme_lists_every_file_once():
+    listed = [folder + name for _, folder, files in LISTED for name in files]
+    assert sorted(listed) == sorted(module_of(path).replace(".", "/") for path in FILES)
+
+
+def test_folders_say_what_they_are_for_and_export_nothing():
+    for path in (ROOT / "fnn").glob("*/__init__.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree) and len(tree.body) == 1, path
+
+
+def test_dir_shows_the_public_names_alone_and_none_hides_a_module():
+    assert sorted(dir(fnn)) == sorted(fnn.__all__)
+    for path in (ROOT / "fnn").rglob("*.py"):
+        name = module_of(path).removesuffix(".__init__")
+        if name != "fnn.__main__":
+            assert importlib.import_module(name) is functools.reduce(getattr, name.split(".")[1:], fnn), name
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_imports_point_down_and_stay_public(path):
+    floor, row, column = PLACE[module_of(path)]
     for module, names, top in imports(path):
         assert "jax._src" not in module and not module.startswith(("jax.core", "jax.interpreters")), module
         assert not top or module.split(".")[0] in ALLOWED, f"{module} must not be imported at module level"
-        if path.stem in FLOOR:
-            rooms = names if module == "fnn" else [module.removeprefix("fnn.")] if module.startswith("fnn.") else []
-            for room in rooms:
-                ground = FLOOR.get(room, -1)
-                assert ground < FLOOR[path.stem] or ground == FLOOR[path.stem] == 0, f"{path.stem} imports {room}"
-    assert path.stem in FLOOR or path.stem.startswith("__"), "a new room needs a floor"
+        for name in [module] if module in PLACE else [f"{module}.{name}" for name in names]:
+            if name in PLACE:
+                there = PLACE[name]
+                below = there[0] < floor or (there[1] == row and there[2] < column)
+                assert below, f"{module_of(path)} imports {name}"
+            elif module.split(".")[0] == "fnn":
+                assert name in ("fnn.__version__", "fnn.__all__") or (module == "fnn" and not names), name
 
 
 def test_every_public_name_has_a_docstring():

@@ -14,9 +14,10 @@ import polars as pl
 import pytest
 
 import fnn
-from fnn import data, results, study
-from fnn.dataset import shuffled
-from fnn.identity import identify
+from fnn.datasets import data
+from fnn.datasets.dataset import shuffled
+from fnn.study import results, study
+from fnn.study.identity import identify
 
 # One worker: the tests share the compilations.
 pytestmark = pytest.mark.xdist_group("identity")
@@ -184,7 +185,7 @@ def test_functions_without_a_module_or_a_file_have_names_too():
 
 def test_fnn_and_installed_packages_go_by_name():
     assert identify(fnn.losses.mse).name == f"Loss(mse) {fnn.__version__}"
-    assert identify(study.cell.mlp).name == f"fnn.cell.mlp {fnn.__version__}"
+    assert identify(study.cell.mlp).name == f"fnn.study.cell.mlp {fnn.__version__}"
     mine = fnn.losses.Loss("mse", scaled, None, lambda shape, targets: None)
     assert identify(mine).name != identify(fnn.losses.mse).name
     assert identify(jnp.tanh).doubts == () == identify(np.tanh).doubts

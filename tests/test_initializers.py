@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnn import initializers
+from fnn.layers import initializers
 
 SHAPES = {"dense": (400, 500), "conv": (3, 3, 96, 192)}
 FANS = {"dense": (400, 500), "conv": (9 * 96, 9 * 192)}

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnn import activations, gaussian, meanfield
+from fnn.layers import activations
+from fnn.theory import gaussian, meanfield
 
 NAMES = [name for name, phi in activations.TABLE.items() if phi.elementwise]
 SMOOTH = ["sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "softplus", "erf"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fnn
-from fnn import noise
+from fnn.gradients import noise
 
 
 def regression(groups=None, steps=400, batch=32, seed=0):

@@ -11,7 +11,8 @@ import pytest
 from optax import contrib
 
 import fnn
-from fnn import clip, tree
+from fnn import tree
+from fnn.training import clip
 from fnn.tree import Stacked
 
 DEPTH, STEPS = 5, 10

@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 
 import fnn
-from fnn import results, study
+from fnn.study import results, study
 
 # One worker: the tests share the compilations.
 pytestmark = pytest.mark.xdist_group("overflow")

@@ -7,7 +7,8 @@ import pytest
 from subjects import SUBJECTS, B, draw, flat
 
 import fnn
-from fnn import _jaxpr, squares
+from fnn.gradients import program as jaxprs
+from fnn.gradients import squares
 
 THOROUGH = {"mlp", "nested", "recurrent", "embedding"}
 
@@ -201,11 +202,11 @@ def test_bad_input_is_one_sentence():
 def test_a_trace_that_reads_otherwise_is_materialised_with_one_warning(monkeypatch, what):
     subject = SUBJECTS["depth"]()
     right = fnn.per_example(subject.loss)(subject.params, subject.batch)
-    _jaxpr.warn.cache_clear()
+    jaxprs.warn.cache_clear()
     if what == "all":
-        monkeypatch.setattr(_jaxpr, "_inline", lambda *_: 1 / 0)
+        monkeypatch.setattr(jaxprs, "_inline", lambda *_: 1 / 0)
     else:
-        monkeypatch.setattr(_jaxpr, "_rank", lambda var: 0)
+        monkeypatch.setattr(jaxprs, "_rank", lambda var: 0)
     with pytest.warns(UserWarning, match="reads otherwise than known") as caught:
         g = fnn.per_example(subject.loss)(subject.params, subject.batch)
     assert len(caught) == 1

@@ -8,7 +8,7 @@ import pytest
 from subjects import B, draw, labels
 
 import fnn
-from fnn import noise
+from fnn.gradients import noise
 
 
 def test_train_step_with_norms_and_clip():

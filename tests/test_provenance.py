@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from fnn import provenance
+from fnn.study import provenance
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="no git is installed")
 

@@ -7,7 +7,9 @@ import pytest
 from subjects import SUBJECTS, B, draw, flat
 
 import fnn
-from fnn import clip, noise, tree
+from fnn import tree
+from fnn.gradients import noise
+from fnn.training import clip
 
 POWERS = (-96, -64, 0, 63, 110)
 """Down to -96 only: error signals lie 2^-30 below the loss, and XLA flushes what is below 2^-126 to zero."""

@@ -11,7 +11,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from fnn import digest, figures, meanfield, report, results, table
+from fnn.study import digest, figures, report, results, table
+from fnn.theory import meanfield
 
 AXES = {"depth": "int", "activation": "str", "norm": "str", "seed": "int", "sigma_w": "float"}
 DEPTHS, SEEDS = (4, 16, 400), 5

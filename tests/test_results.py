@@ -16,8 +16,9 @@ import polars as pl
 import pytest
 
 import fnn
-import fnn.cli
-from fnn import files, results, study, workers
+import fnn.cli.main
+from fnn import files
+from fnn.study import results, study, workers
 
 # One worker: the tests share the fixtures, and those the compilations.
 pytestmark = pytest.mark.xdist_group("results")

@@ -12,8 +12,9 @@ import polars as pl
 import pytest
 
 import fnn
-from fnn import cell, study, tree
-from fnn import table as table_of
+from fnn import tree
+from fnn.study import cell, study
+from fnn.study import table as table_of
 
 # One worker: the tests share the fixtures, and those the compilations.
 pytestmark = pytest.mark.xdist_group("study")
@@ -260,7 +261,7 @@ def test_bad_studies_are_refused_before_anything_runs(arguments, error, sentence
 
 def test_unscaled_gradients_and_ratios_survive_underflow():
     """2^e, written bit by bit, is exact, saturates instead of overflowing, and keeps zero zero."""
-    from fnn import taps
+    from fnn.layers import taps
 
     exponents = jnp.array([-300, -149, -126, 0, 100, 127, 300])
     with np.errstate(over="ignore", under="ignore"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fnn import workers
+from fnn.study import workers
 
 
 class Queueing(Executor):

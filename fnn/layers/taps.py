@@ -1,0 +1,242 @@
+"""Taps: layers that are the identity on their input and report what passes, forward and backward.
+
+State carries news forward: the new state that a tap returns holds statistics of its input. The state's cotangent
+carries news back: the gradient of the loss with respect to the *old* state holds statistics of the error signal dL/dh.
+Parameters, optimiser and the signature of `apply` know nothing of it, and inside `repeat` both come out with a leading
+depth axis by themselves.
+
+With rescaling on (`gradient_flow` does it, a train step never), a tap on the trunk also divides the cotangent that
+passes through it by a power of two, to a norm near one, and reports the exponent. The sum of the exponents of all taps
+between the loss and an array turns that array's norm into its exact log norm, at any depth.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn import mapped, tree
+from fnn.core import Layer, as_arrays, as_spec
+from fnn.layers.inputs import like, parts
+from fnn.tree import Stacked, statistics_dtype
+
+
+class Backward(NamedTuple):
+    """What the cotangent of a tap's state holds; all float[], and additive if a tap is used several times."""
+
+    squared: Any
+    """Mean over examples of |d l_i/dh|², summed over uses. It may underflow; `log` does not."""
+    log: Any
+    """Natural log of the root mean over examples of |d l_i/dh|, as it arrived: -inf for a zero cotangent."""
+    exponent: Any
+    """e, where the cotangent left multiplied by 2^-e; 0 unless rescaling is on. What the state holds here is added to e:
+    0, or another whole number to see whether the scales really drop out (`gradient_flow` does so)."""
+    uses: Any
+    """How often the tap was passed on the way back."""
+
+
+@flax.struct.dataclass
+class TapState:
+    """State of a tap: `forward` statistics by name, and zeros in the place where `backward` statistics will arrive."""
+
+    forward: dict[str, jax.Array]
+    backward: Backward
+    rescale: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def tap(*, bounds: tuple[float, float] | None = None) -> Layer:
+    """Return x unchanged (0 at padded positions) and report its statistics; see the module's text for how.
+
+    Forward, over batch and units, float[]: `mean`; `second_moment` E[x²]; `peak`, the largest |x|, which stays in range
+    where squares do not; `dead`, the fraction of units that are zero for the whole batch; with `bounds` (an activation's asymptotes, both finite) `saturated`, the fraction of numbers
+    within 1 % of their distance to either. With `axis_name` all are those of the whole mapped axis, so that the state is
+    unbatched. Of a `Masked` sequence only real positions count (`dead`: units, each of its own position, of which one
+    example or more is real); without any, all are 0.
+
+    Backward: see `Backward`; the loss must be the mean of per-example losses over the batch of `x` (with `axis_name`:
+    over the local batch, gradients averaged over the axis afterwards). Padded positions add nothing: no layer lets them
+    reach the loss, so that their cotangents are zero.
+    """
+    if bounds is not None and not (np.all(np.isfinite(bounds)) and bounds[0] < bounds[1]):
+        raise ValueError(f"tap: bounds must be finite and (low, high), got {bounds}; leave them out for open functions")
+
+    def init(key, spec):
+        values, _ = parts("tap", as_spec(spec))
+        zero = jnp.zeros((), statistics_dtype(values.dtype))
+        names = ["mean", "second_moment", "peak", "dead"] + (["saturated"] if bounds else [])
+        return (), TapState(dict.fromkeys(names, zero), Backward(zero, zero, zero, zero))
+
+    def apply(params, state, x, *, key=None, train=False, axis_name=None):
+        x = as_arrays(x)
+        values, mask = parts("tap", x)
+        y, dtype = _pass(state.rescale, axis_name, values, state.backward), state.backward.log.dtype
+        forward = _forward(jax.lax.stop_gradient(values), mask, bounds, axis_name)
+        return like(x, y), dataclasses.replace(state, forward=jax.tree.map(lambda a: a.astype(dtype), forward))
+
+    return Layer(init, apply)
+
+
+def _forward(x: jax.Array, mask: Any, bounds: tuple[float, float] | None, axis_name: Any) -> dict[str, jax.Array]:
+    wide = x.astype(statistics_dtype(x.dtype))
+    dead = jnp.all(x == 0, axis=0).astype(wide.dtype)
+    each = {"mean": wide, "second_moment": jnp.square(wide)}
+    if bounds is not None:
+        margin = 0.01 * (bounds[1] - bounds[0])
+        outside = (wide < bounds[0] + margin) | (wide > bounds[1] - margin)
+        each["saturated"] = outside.astype(wide.dtype)
+    if mask is not None:
+        return _masked(x, mask, each, axis_name)
+    means, peak = {name: jnp.mean(a) for name, a in each.items()}, _peak(wide)
+    if axis_name is not None:
+        means, dead = mapped.mean(means, axis_name), mapped.reduce(jax.lax.pmin, dead, axis_name)
+        peak = mapped.reduce(jax.lax.pmax, peak, axis_name)
+    return means | {"peak": peak, "dead": jnp.mean(dead)}
+
+
+def _masked(x: jax.Array, mask: jax.Array, each: dict[str, jax.Array], axis_name: Any) -> dict[str, jax.Array]:
+    """Average over real positions alone."""
+    real = mask.reshape(mask.shape + (1,) * (x.ndim - 2))
+    sums = {name: jnp.sum(jnp.where(real, a, 0)) for name, a in each.items()}
+    dtype, units = sums["mean"].dtype, x.size // mask.size
+    count, idle, seen = jnp.sum(mask), jnp.all((x == 0) | ~real, axis=0), jnp.any(real, axis=0)
+    idle, seen, peak = idle.astype(dtype), seen.astype(dtype), _peak(jnp.where(real, each["mean"], 0))
+    if axis_name is not None:
+        sums, count = mapped.reduce(jax.lax.psum, (sums, count), axis_name)
+        idle, (seen, peak) = (
+            mapped.reduce(jax.lax.pmin, idle, axis_name),
+            mapped.reduce(jax.lax.pmax, (seen, peak), axis_name),
+        )
+    sums["dead"] = jnp.sum(idle * seen)
+    counts = dict.fromkeys(sums, count.astype(dtype)) | {"dead": jnp.sum(seen)}
+    return {name: total / (units * jnp.maximum(1, counts[name])) for name, total in sums.items()} | {"peak": peak}
+
+
+def _peak(x: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(x), initial=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _pass(rescale: bool, axis_name: Any, x: jax.Array, backward: Backward) -> jax.Array:
+    return x
+
+
+def _pass_forward(rescale, axis_name, x, backward):
+    return x, backward
+
+
+def _pass_backward(rescale, axis_name, backward, cotangent):
+    # The loss is a mean over the batch, so that d l_i/dh is the batch size times example i's share of the cotangent.
+    batch = cotangent.shape[0]
+    log = tree.log_norm(cotangent) + 0.5 * jnp.log(batch)
+    squared = batch * tree.squared_norm(cotangent)
+    if axis_name is not None:
+        try:
+            squared = mapped.mean(squared, axis_name)
+        except NameError:  # JAX runs this rule outside of the map
+            raise ValueError(
+                f"tap: the gradient must be taken inside the function that is mapped over {axis_name!r} (vmap(grad(f)), "
+                "not grad(vmap(f))), for the tap averages over that axis; or build the net without taps"
+            ) from None
+        peak = mapped.reduce(jax.lax.pmax, log, axis_name)
+        usable = jnp.isfinite(peak)
+        mean = mapped.mean(jnp.exp(2 * jnp.where(usable, log - peak, 0)), axis_name)
+        log = jnp.where(usable, peak + 0.5 * jnp.log(mean), peak)
+    exponent = jnp.zeros_like(log)
+    if rescale:
+        # One scale for all lanes of a mapped axis: their cotangents meet again in the collectives of batch norm.
+        exponent = jnp.where(jnp.isfinite(log), jnp.round(log / np.log(2)) + backward.exponent, 0)
+        cotangent = ldexp(cotangent, -exponent.astype(jnp.int32))
+    news = Backward(squared, log, exponent, jnp.ones_like(log))
+    if own := mapped.over(news) - mapped.over(backward):
+        raise ValueError(
+            f"tap: on a sharded batch its state's gradient is a mean over devices, got axis_name={axis_name!r} and an "
+            f"error signal that varies over {sorted(map(str, own))}; pass axis_name to apply"
+        )
+    return cotangent, mapped.varying(jax.tree.map(lambda n, b: n.astype(b.dtype), news, backward), like=backward)
+
+
+_pass.defvjp(_pass_forward, _pass_backward)
+
+
+def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """Multiply by 2^exponent, exactly, in two factors: 2^-e of a subnormal norm is itself beyond float32's range."""
+    half = exponent >> 1
+    return x * _power_of_two(half, x.dtype) * _power_of_two(exponent - half, x.dtype)
+
+
+def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
+    """Write 2^exponent bit by bit, 0 below the normal numbers, the largest power beyond it (inf would turn 0 to NaN).
+
+    `jnp.ldexp` is ten times as many operations: compiled for every parameter, they were a tenth of a study's program.
+    """
+    info = jnp.finfo(dtype)
+    bias = info.maxexp - 1
+    biased = jnp.clip(exponent + bias, 0, 2 * bias).astype(f"int{info.bits}")
+    return jax.lax.bitcast_convert_type(biased << info.nmant, dtype)
+
+
+def rescaling(params: Any, state: Any) -> Any:
+    """Switch rescaling on in every tap of the trunk; taps inside branches stay as they are.
+
+    The trunk is what `serial`, `named` and `repeat` compose. A tap beside it must not rescale: where paths meet again
+    their cotangents would carry different scales.
+    """
+    if isinstance(state, TapState):
+        return dataclasses.replace(state, rescale=True)
+    if isinstance(state, Stacked) and isinstance(params, Stacked):
+        return Stacked(rescaling(params.blocks, state.blocks))
+    if (children := trunk_children(params, state)) is None:
+        return state
+    inner = [rescaling(p, s) for p, s in children]
+    return dict(zip(state, inner, strict=True)) if isinstance(state, dict) else tuple(inner)
+
+
+def trunk_children(params: Any, state: Any) -> list[tuple[Any, Any]] | None:
+    """List the (params, state) of the layers that `serial` or `named` put in a row; None for anything else."""
+    if type(params) is tuple and type(state) is tuple and len(params) == len(state):
+        return list(zip(params, state, strict=True))
+    if type(params) is dict and type(state) is dict and len(state) == 1 and params.keys() == state.keys():
+        return [(params[name], state[name]) for name in state]
+    return None
+
+
+class Row(NamedTuple):
+    """One measured number of one layer."""
+
+    layer: int
+    """Counted from the input, 1 being the first."""
+    path: str
+    quantity: str
+    value: float
+
+
+def read(state: Any, state_gradients: Any) -> list[Row]:
+    """Turn a new state, and the gradient of the loss with respect to the old one, into labelled rows.
+
+    Rows come in forward order: the forward statistics of every tap (`mean`, `second_moment`, `peak`, ...), then `log_error`, the natural log of the root mean
+    over examples of |d l_i/dh|, as it arrived at the tap (true for every state that does not rescale). `layer` counts
+    taps here. A tap used k times reports the root of the summed squares, one that the loss does not reach -inf.
+    """
+    rows = []
+    news = zip(find(jax.device_get(state)), find(jax.device_get(state_gradients)), strict=True)
+    for number, ((path, new), (_, old)) in enumerate(news, 1):
+        rows += [Row(number, path, name, float(value)) for name, value in new.forward.items()]
+        rows.append(Row(number, path, "log_error", float(log_error(old.backward))))
+    return rows
+
+
+def find(state: Any) -> list[tuple[str, TapState]]:
+    """List (path, state) of every tap in forward order, depth axes written out."""
+    every = tree.rows(state, is_leaf=lambda node: isinstance(node, TapState))
+    return [(path, node) for path, node in every if isinstance(node, TapState)]
+
+
+def log_error(backward: Backward) -> np.ndarray:
+    """Read the log norm that arrived at a tap, or at many, in float64: float64[...]."""
+    with np.errstate(divide="ignore"):  # log 0 = -inf is the right answer
+        summed = 0.5 * np.log(np.asarray(backward.squared, np.float64))
+    return np.where(np.asarray(backward.uses) == 1, np.asarray(backward.log, np.float64), summed)

@@ -1,0 +1,1 @@
+"""Depth studies: grids of networks, measured, kept through crashes, compared and drawn."""

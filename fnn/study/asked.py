@@ -1,0 +1,185 @@
+"""What a study is asked for: its options, data and functions, checked and brought into one form before anything runs."""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn import check, losses
+from fnn.datasets import data
+from fnn.study import axes, cell, grid, table
+
+_PARTS = ("x", "y", "held-out x", "held-out y")
+
+
+def check_options(study: Any) -> None:
+    """Check the options that need no data, and bring whole numbers and lists into one form."""
+
+    def put(name, value):
+        object.__setattr__(study, name, value)
+
+    for name in ("epochs", "chunk", "seeds", "steps"):
+        value = getattr(study, name)
+        if value is None:
+            continue
+        whole = axes.whole_numbers(name, value)
+        if isinstance(value, Iterable) and getattr(value, "shape", None) != ():
+            if name in ("epochs", "chunk"):
+                raise TypeError(f"study: {name} must be an integer, got {value!r}")
+            put(name, tuple(whole))
+        else:
+            put(name, whole[0])
+    if isinstance(study.seeds, int):
+        check.positive("study", seeds=study.seeds)
+        grid.listed("seeds", range(study.seeds))
+    if study.chunk is not None:
+        check.positive("study", chunk=study.chunk)
+    if study.epochs > grid.MOST:
+        raise ValueError(f"study: epochs must be at most {grid.MOST:,}, got {study.epochs:,}; choose fewer")
+    for name in ("quantities", "traced"):
+        value = getattr(study, name)
+        value = (value,) if isinstance(value, str) else value
+        if value is not None and (not isinstance(value, Iterable) or isinstance(value, Mapping | bytes)):
+            raise TypeError(f"study: {name} must be a list of names, got {value!r}")
+        put(name, None if value is None else tuple(value))
+    if study.quantities == ():
+        raise ValueError("study: quantities must name at least one, got none; leave it out to keep all")
+    if not isinstance(study.measure, Mapping):
+        raise TypeError(f"study: measure must be a dict of functions by name, got {study.measure!r}")
+    for name, function in study.measure.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"study: a measurement's name must be a string, got {name!r}")
+        if name in table.QUANTITIES:
+            raise ValueError(f"study: a measurement needs a name of its own, got {name!r}; choose another")
+        _takes(f"measure {name}", function, "params", "state", "batch")
+    if isinstance(study.loss, str):
+        own = [name for name, value in vars(losses).items() if isinstance(value, losses.Loss)]
+        check.choice("study", own, loss=study.loss)
+        raise TypeError(f"study: loss must be a function, got {study.loss!r}; pass fnn.losses.{study.loss}")
+    _takes("loss", study.loss, "outputs", "targets")
+
+
+def check_functions(study: Any, setup: cell.Setup, first: cell.Cell) -> None:
+    """Trace loss and measurements of the first cell, and check what they return, the labels, and names of quantities."""
+    params, state, outputs, probe = cell.traced(setup, first)
+    if not hasattr(outputs, "shape"):
+        raise ValueError(f"study: the net must return one array, got {check.describe(outputs)}")
+    for part in (setup.train, setup.test):
+        losses.check_targets(setup.loss, (part.size, *outputs.shape[1:]), part.y)
+    returned = jax.eval_shape(lambda a, b: jnp.asarray(setup.loss(a, b)), outputs, probe[1])
+    if returned.shape != outputs.shape[:1] or not jnp.issubdtype(returned.dtype, jnp.floating):
+        raise ValueError(
+            f"study: the loss must return float[batch], a number an example, got {check.describe(returned)}"
+        )
+    for name, function in setup.measure.items():
+        jax.eval_shape(lambda *args, n=name, f=function: _numbers(n, f(*args)), params, state, probe)
+    asked = set(study.quantities or ()) - {*table.QUANTITIES, *study.measure}
+    if not asked and not any(name.startswith("log_") for name in study.measure):
+        return
+    names = cell.parameter_names(setup, first)  # the net may have parameters of other names
+    logs = {pattern.format(name) for name in names for pattern in ("log_{}", "log_{}_rms")}
+    if taken := logs.intersection(study.measure):
+        raise ValueError(f"study: a measurement needs a name of its own, got {min(taken)!r}; choose another")
+    for quantity in study.quantities or ():
+        check.choice("study", sorted({*table.QUANTITIES, *study.measure, *logs}), quantity=quantity)
+
+
+def arrays(source: Any) -> tuple[data.Dataset, data.Dataset]:
+    """Return training and held-out examples as NumPy's arrays; a lone pair (x, y) is both.
+
+    Floats keep their precision, except float64 without x64; integers become int32 where they were wider, and labels
+    always. Errors: TypeError and ValueError for what is no pair of arrays, frames or lists of real numbers.
+    """
+    if isinstance(source, str | os.PathLike):
+        return _named(os.fspath(source))
+    try:
+        first, second = source
+    except (TypeError, ValueError):
+        raise _no_data(source) from None
+    pairs = ((first, second),)
+    if _is_pair(first):
+        if not _is_pair(second):
+            raise _no_data(source)
+        pairs = (first, second)
+    flat = [_array(name, a) for name, a in zip(_PARTS, (a for pair in pairs for a in pair), strict=False)]
+    parts: list[Any] = [data.Dataset(*flat[i : i + 2]) for i in range(0, len(flat), 2)]
+    for part in parts:
+        data.check_dataset("study", *part)
+    if len(parts) > 1 and any(a.shape[1:] != b.shape[1:] for a, b in zip(*parts, strict=True)):
+        got = " and ".join(f"({check.describe(x)}, {check.describe(y)})" for x, y in parts)
+        raise ValueError(f"study: training and held-out examples must have one shape, got {got}; reshape one of them")
+    return parts[0], parts[-1]
+
+
+@functools.lru_cache(maxsize=4)
+def _named(name: str) -> tuple[data.Dataset, data.Dataset]:
+    first, second = data.load(name, key=jax.random.key(0))
+    return arrays((tuple(first), tuple(second)))
+
+
+def _is_pair(part: Any) -> bool:
+    """Tell a pair (x, y) from examples: a tuple of two, or a list of two arrays."""
+    if isinstance(part, data.Dataset):
+        return True
+    if type(part) not in (tuple, list) or len(part) != 2:
+        return False
+    return type(part) is tuple or any(hasattr(a, "shape") and np.ndim(a) > 0 for a in part)
+
+
+def _array(name: str, a: Any) -> Any:
+    if isinstance(a, Mapping | str | bytes) or (jax.tree.structure(a) != jax.tree.structure(0) and not _is_list(a)):
+        raise TypeError(f"study: {name} must be one array, got {type(a).__name__}; a study takes no trees of arrays")
+    try:
+        a = np.asarray(a) if hasattr(a, "__array__") or not hasattr(a, "__dlpack__") else np.from_dlpack(a)
+    except (TypeError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise TypeError(f"study: {name} must be an array, a frame or a list of equal rows, got {first}") from None
+    if np.iscomplexobj(a):
+        raise TypeError(
+            f"study: {name} must hold real numbers, got {a.dtype}; give real and imaginary parts as features"
+        )
+    if a.dtype.kind in "iu" and (name.endswith("y") or a.dtype.itemsize > 4):
+        if a.size and not (int(a.min()) >= -(2**31) and int(a.max()) < 2**31):
+            raise ValueError(f"study: {name} must fit in int32, got {a.min()} to {a.max()}; renumber them")
+        return a.astype(np.int32)
+    return a.astype(jax.dtypes.canonicalize_dtype(a.dtype)) if a.dtype == np.float64 else a
+
+
+def _is_list(a: Any) -> bool:
+    return type(a) in (list, tuple)
+
+
+def _no_data(source: Any) -> TypeError:
+    return TypeError(f"study: data must be a name, a pair (x, y), or ((x, y), (x, y)), got {type(source).__name__}")
+
+
+def _takes(name: str, function: Callable[..., Any], *arguments: str) -> None:
+    """Refuse what is no function of so many arguments."""
+    if not callable(function):
+        raise TypeError(f"study: {name} must be a function of ({', '.join(arguments)}), got {function!r}")
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        got = f"{getattr(function, '__name__', function)!s}{inspect.signature(function)}"
+        raise TypeError(f"study: {name} must be a function of ({', '.join(arguments)}), got {got}") from None
+    except ValueError:
+        return  # a builtin that does not say what it takes
+
+
+def _numbers(name: str, result: Any) -> Any:
+    leaves = jax.tree.leaves(result)
+    for leaf in leaves or [None]:
+        try:
+            dtype = jnp.asarray(leaf).dtype
+            real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer, jnp.floating))
+        except (TypeError, ValueError, OverflowError):
+            real = False
+        if not real:
+            got = check.describe(leaf) if leaves else "none"
+            raise TypeError(f"study: measure {name} must return real numbers, one or a tree of them, got {got}")
+    return jax.tree.map(jnp.asarray, result)

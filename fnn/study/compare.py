@@ -1,0 +1,93 @@
+"""Compare two studies: where do they differ by more than their seeds do?"""
+
+import os
+from typing import Any
+
+from fnn.study import results
+from fnn.study.axes import apart
+
+ADDED = ("a", "b", "a_low", "a_high", "b_low", "b_high", "seeds_a", "seeds_b", "difference", "beyond")
+OWN = ("cell", "seed", "value", "predicted", "low", "high", "outside")
+
+
+def compare(
+    a: str | os.PathLike[str] | results.Results | Any,
+    b: str | os.PathLike[str] | results.Results | Any,
+    *,
+    level: float = 0.1,
+) -> Any:
+    """Join two studies and mark where the bands over seeds, [level, 1 - level] quantiles, do not overlap.
+
+    `a` and `b` are folders, `Results`, or tables. One row for each (axes, step, layer, path, quantity) that both hold:
+    `a`, `b` (medians over seeds), `a_low`, `a_high`, `b_low`, `b_high`, `seeds_a`, `seeds_b`, `difference` = b - a, and
+    `beyond`, whether one band ends before the other begins; the largest differences beyond the bands come first. An
+    axis that has one value in a and another one in b is what is being compared, and is not joined on; where both hold
+    one seed the bands are points, and every difference lies beyond them. An axis with the name of a column of the result
+    is there as `a (axis)`.
+
+    Errors: ValueError for studies that share no row, an axis of two types, a table that is no study's, or a level
+    outside [0, 0.5).
+    """
+    import polars as pl
+
+    if not 0 <= level < 0.5:
+        raise ValueError(f"compare: level must lie in [0, 0.5), got {level}; 0.1 gives bands of four seeds in five")
+    left, right = (
+        apart(table, table.columns[1 : table.columns.index("step")], ADDED)[0] for table in (_table(a), _table(b))
+    )
+    varied = different_axes(left, right)
+    keys = [name for name in left.columns if name in right.columns and name not in (*OWN, *varied)]
+    for name in keys:
+        kinds = left.schema[name], right.schema[name]
+        if kinds[0] != kinds[1]:
+            if not all(kind.is_numeric() for kind in kinds):
+                raise ValueError(
+                    f"compare: {name} must have one type in both studies, got {kinds[0]} in a and {kinds[1]} in b; "
+                    "give the axis another name in one of them"
+                )
+            left, right = (table.with_columns(pl.col(name).cast(pl.Float64)) for table in (left, right))
+
+    def bands(table, name):
+        value = pl.col("value")
+        groups = table.filter(value.is_not_nan()).group_by(keys, maintain_order=True)
+        return groups.agg(
+            value.median().alias(name),
+            value.quantile(level, "linear").alias(f"{name}_low"),
+            value.quantile(1 - level, "linear").alias(f"{name}_high"),
+            value.len().alias(f"seeds_{name}"),
+        )
+
+    joined = bands(left, "a").join(bands(right, "b"), on=keys, how="inner", maintain_order="left", nulls_equal=True)
+    if joined.is_empty():
+        raise ValueError(
+            f"compare: the studies must share a row, got none with the same {', '.join(keys[:-4]) or 'axes'}; compare "
+            "studies whose grids overlap"
+        )
+    # Where both are -inf (a gradient that is zero) the difference is NaN, and nothing differs.
+    difference = (pl.col("b") - pl.col("a")).fill_nan(0.0)
+    joined = joined.with_columns(
+        difference.alias("difference"),
+        ((pl.col("a_high") < pl.col("b_low")) | (pl.col("b_high") < pl.col("a_low"))).alias("beyond"),
+    )
+    return joined.sort(["beyond", pl.col("difference").abs()], descending=[True, True], maintain_order=True)
+
+
+def different_axes(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
+    """Find the axes with one value in each table, not the same: {axis: (value in left, value in right)}."""
+    found = {}
+    for name in left.columns[1 : left.columns.index("step")]:
+        if name == "seed" or name not in right.columns:
+            continue
+        ours, theirs = left[name].unique(), right[name].unique()
+        if len(ours) == len(theirs) == 1 and ours[0] != theirs[0]:
+            found[name] = (ours[0], theirs[0])
+    return found
+
+
+def _table(source: Any) -> Any:
+    if not hasattr(source, "columns"):
+        return (source if isinstance(source, results.Results) else results.read(source)).table()
+    needed = ("cell", "step", "layer", "path", "quantity", "value")
+    if missing := [name for name in needed if name not in source.columns]:
+        raise ValueError(f"compare: a table must be that of a study, got one without the column {missing[0]}")
+    return source

@@ -1,0 +1,339 @@
+"""A study's folder: description, finished cells, and the table that they make up.
+
+    FOLDER/study.json            what was asked: axes, cells with their runs, recorded steps, data, chunk sizes
+    FOLDER/sessions.json         who worked on it: a list of {started, versions, devices, device_kind, x64, ..., xla_flags,
+                                 commit, executor}
+    FOLDER/cells/00000.parquet   one file per finished cell, numbered as in study.json; written to a temporary name
+                                 and renamed, so that a file that is there is whole
+
+Each cell's file is plain Parquet. Its metadata `fnn` names the study and the cell that it belongs to, and holds a
+SHA-256 of all its bytes (those of the SHA-256 itself taken as "0"): what is damaged, or of another study or cell, is
+found before any of it is parsed, named, and left out of the table. A study that is run again sets such a file aside
+(00000.parquet.aside) and measures the cell again.
+
+`study.json` is an object: `format` (3), `axes` ({"static": [...], "traced": [...]}, names in column order), `types`
+(of the axes), `cells` (a list of {"static": {axis: value}, "runs": [{"seed": 0, "sigma_w": 1.0, ...}, ...], "steps":
+recorded, 0 first, "chunk": runs at once}), `steps` (those of all cells), `data` (shapes and a digest), `loss`, `build`,
+`measure` (functions, by name and a digest of their content), `unpromised` (what in them has no content that can be read:
+such a study is not resumed), `quantities`, `x64`, `matmul_precision`, `prng`, `threefry_partitionable` (JAX's settings
+that change numbers).
+
+The table is tidy and long: a row for each (cell, run, step, layer, path, quantity); nothing is averaged.
+
+| column | type | |
+|---|---|---|
+| cell | Int32 | number of the cell: one combination of static axes, one compiled program |
+| depth width activation norm residual clip batch_size optimizer init | Int32 Int32 String String Boolean String Int32 String String | static axes; with a `build=` of one's own, that function's axes instead |
+| seed sigma_w sigma_b learning_rate clip_threshold | Int32 Float64 ... | traced axes: a run is one value of each |
+| step | Int32 | updates done before the measurement; 0 is initialisation |
+| layer | Int32 | counted by their weights (arrays of two axes or more), 1 next to the input; 0 for quantities of the whole run |
+| path | String | of the parameter or tap, "" for quantities of the whole run |
+| quantity | String | see below |
+| value | Float64 | as measured; logs are natural; -inf is the log of zero, NaN a number that the signal's leaving the float range has spoiled |
+| predicted low high | Float64 | theory at that layer and the band that 19 of 20 seeds stay in; null where there is none |
+| outside | Boolean | whether value lies outside low..high; null where there is no band |
+
+Quantities of a layer: `log_error`, log root mean over examples of |d l_i/dh|, at every tap (theory speaks of those
+whose path ends in "preactivation", layers 1..depth+1, step 0); `log_kernel`, `log_bias` (and other parameters), log
+Frobenius norm of the mean loss's gradient, and `log_kernel_rms`, per number; `mean`, `second_moment`, `dead`,
+`saturated` (and `peak`, if asked for) at every tap; `update_ratio`, |update|/|weights| of the update that the optimiser takes next, and `cosine`
+with the gradient at the recorded step before, both for every parameter.
+Quantities of a run: at recorded steps `loss`, `accuracy` on the held-out examples; at every step of training (evenly
+thinned to 256) `train_loss`, `train_accuracy`, `grad_norm`, `clip_fraction`, `clip_removed` on that step's batch; and
+one row `diverged` for each run, 0 at its last step, or 1 at the step whose loss or gradient was not finite: the record
+of that run ends there, with the layers' numbers if the loss still was finite. Measurements of one's own go by their
+names, at layer 0 unless their path is that of a parameter.
+
+Read a folder with `results.read(folder)`: a `Results` with `.description` (study.json), `.sessions`, `.table()` (polars),
+`.finished` (numbers of the finished cells), `.left_out` (what is wrong with the files of others) and `.times()`.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fnn import files
+from fnn.study import sealed, table
+from fnn.study.identity import canonical
+from fnn.study.sealed import pack as pack
+
+FORMAT = 3
+_VALUE = (int, float, bool, str, type(None))
+_SHAPE = {
+    "axes": {"static": [str], "traced": [str]},
+    "types": {str: str},
+    "steps": [int],
+    "cells": [{"static": {str: _VALUE}, "runs": [{str: _VALUE}], "chunk": int}],
+}
+_REMEDY = "make room or choose another folder with --out (what is finished stays, and the same command resumes)"
+
+
+class LeftOut(UserWarning):
+    """Names a cell's file that is damaged or foreign, and says what became of it."""
+
+
+@dataclass
+class Results:
+    """What a study has measured so far: in a folder, or in memory alone."""
+
+    description: dict[str, Any]
+    sessions: list[dict[str, Any]] = field(default_factory=list)
+    folder: Path | None = None
+    frames: dict[int, Any] = field(default_factory=dict)
+    """Finished cells that are in no folder."""
+
+    @property
+    def finished(self) -> list[int]:
+        """Numbers of the finished cells, in order; every byte of theirs is checked."""
+        return [number for number, why in self._checked() if why is None]
+
+    @property
+    def left_out(self) -> dict[int, str]:
+        """What is wrong with the files that are damaged or foreign: {number of the cell: a sentence's beginning}."""
+        return {number: why for number, why in self._checked() if why is not None}
+
+    def table(self) -> Any:
+        """Read all finished cells as one polars table, cells in order; `.to_pandas()` makes it pandas, where
+        pandas and pyarrow are there.
+
+        A file that is damaged or foreign is left out, and named in a warning (`LeftOut`).
+        Errors: FileNotFoundError where no cell is finished.
+        """
+        import polars as pl
+
+        frames = []
+        for number in self._present():
+            try:
+                frames.append(self._read(number))
+            except ValueError as error:
+                warnings.warn(LeftOut(f"{error}; it is left out; move it away and run the study again"), stacklevel=2)
+        if not frames:
+            raise FileNotFoundError(f"study: {self.folder or 'this study'} holds no finished cell; run it first")
+        return pl.concat(frames)
+
+    def times(self) -> Any:
+        """List the seconds that each finished cell took: polars, columns cell, compile, run."""
+        import polars as pl
+
+        rows = [{"cell": number, **self._whole(number)[1]["seconds"]} for number in self.finished]
+        return pl.DataFrame(rows, schema={"cell": pl.Int32, "compile": pl.Float64, "run": pl.Float64})
+
+    def store(self, number: int, parquet: bytes) -> None:
+        """Keep a finished cell: in the folder whole or not at all."""
+        if self.folder is None:
+            self.frames[number] = parquet
+        else:
+            _write(self._path(number), parquet)
+
+    @functools.cached_property
+    def _key(self) -> str:
+        return key(self.description)
+
+    def _path(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / "cells" / f"{number:05d}.parquet"
+
+    def _present(self) -> list[int]:
+        if self.folder is None:
+            return sorted(self.frames)
+        return [number for number in range(len(self.description["cells"])) if self._path(number).exists()]
+
+    def _checked(self) -> Iterator[tuple[int, str | None]]:
+        for number in self._present():
+            try:
+                self._whole(number)
+                yield number, None
+            except ValueError as error:
+                yield number, str(error)
+
+    def _whole(self, number: int) -> tuple[bytes, dict[str, Any]]:
+        """Return a cell's bytes and note when its digest has been found right, and it is this cell of this study.
+
+        Errors: ValueError, naming the file.
+        """
+        import polars as pl
+
+        name = self._name(number)
+        content = self.frames[number] if self.folder is None else _content(self._path(number), name)
+        note = sealed.check(content, name)
+        if note["study"] != self._key:
+            raise ValueError(f"{name} belongs to another study")
+        if note["cell"] != number:
+            raise ValueError(f"{name} is a copy of cell {note['cell']}")
+        with sealed.foreign(name):
+            if dict(pl.read_parquet_schema(io.BytesIO(content))) != dict(self._columns()):
+                raise ValueError("its columns are not those of the study")
+        return content, note
+
+    def _read(self, number: int) -> Any:
+        import polars as pl
+
+        content, _ = self._whole(number)
+        with sealed.foreign(self._name(number)):
+            return pl.read_parquet(content).select(list(self._columns()))
+
+    def _columns(self) -> Any:
+        import polars as pl
+
+        return pl.Schema(table.schema(self.description["types"]))
+
+    def _name(self, number: int) -> str:
+        return f"study: cell {number}" if self.folder is None else f"study: {self._path(number)}"
+
+
+def read(folder: str | os.PathLike[str]) -> Results:
+    """Read a study's folder; the tables themselves are read by `.table()`.
+
+    Errors: FileNotFoundError for a folder without a study, ValueError for a damaged or foreign description.
+    """
+    folder = Path(folder)
+    path = folder / "study.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"study: {folder} must hold a study, got no study.json there; check the folder's name")
+    version = files.load_json(path, {str: object}).get("format")
+    if version != FORMAT:
+        raise ValueError(f"study: {path} must have format {FORMAT}, got {version!r:.40}; choose another folder")
+    description = files.load_json(path, _SHAPE)
+    axes = [*description["axes"]["static"], *description["axes"]["traced"]]
+    if sorted(axes) != sorted(description["types"]) or any(cell["chunk"] < 0 for cell in description["cells"]):
+        raise ValueError(
+            f"study: {path} is damaged (axes, types and chunks do not fit together); restore it, or choose another folder"
+        )
+    sessions = folder / "sessions.json"
+    return Results(description, files.load_json(sessions, [{str: object}]) if sessions.is_file() else [], folder)
+
+
+@contextmanager
+def opened(
+    folder: str | os.PathLike[str] | None,
+    description: dict[str, Any],
+    complete: Callable[[dict[str, Any]], dict[str, Any]],
+    session: dict[str, Any],
+    chosen: bool,
+) -> Iterator[Results]:
+    """Start a study in a folder, or take up the one that is there, and keep others out meanwhile.
+
+    `complete` chooses the chunk sizes of a new study; one that is taken up keeps its own, and refuses others if they
+    were `chosen`. Where all cells are finished nothing is written, so that the folder may be read-only. What is damaged
+    or foreign in the place of a cell is set aside, with a warning (`LeftOut`), and the cell is measured again.
+    Errors: ValueError for a study that differs, with the differences, and for a damaged description; OSError for a
+    folder that cannot be written, or in use.
+    """
+    if folder is None:
+        yield Results(complete(description), [session])
+        return
+    folder = Path(folder)
+    results = _taken_up(folder, description, chosen)
+    if results is not None and len(results.finished) == len(results.description["cells"]):
+        files.sweep(folder, folder / "cells")
+        yield results
+        return
+    try:
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise files.cannot_write(folder, error, remedy=_REMEDY) from None
+    with _locked(folder):
+        files.sweep(folder, folder / "cells")
+        results = _taken_up(folder, description, chosen)
+        if results is None:
+            strangers = sorted((folder / "cells").glob("*.parquet"))
+            if strangers:
+                raise ValueError(
+                    f"study: {folder} holds cells but no study.json, got {strangers[0].name}; restore it, or choose "
+                    "another folder"
+                )
+            description = complete(description)
+            _write(folder / "study.json", json.dumps(description, indent=1).encode())
+            results = Results(description, [], folder)
+        for number, why in results.left_out.items():
+            aside = files.set_aside(results._path(number))
+            warnings.warn(LeftOut(f"{why}; it is kept as {aside.name}, and the cell is measured again"), stacklevel=2)
+        results.sessions = [*results.sessions, session]
+        _write(folder / "sessions.json", json.dumps(results.sessions, indent=1).encode())
+        yield results
+
+
+def _taken_up(folder: Path, description: dict[str, Any], chosen: bool) -> Results | None:
+    """Read the study that a folder holds, if it holds one, and refuse it if it is another one than described."""
+    if not (folder / "study.json").is_file():
+        return None
+    results = read(folder)
+    if doubts := description.get("unpromised"):
+        raise ValueError(
+            f"study: cannot promise that {folder} holds this study, for its content cannot be read: {'; '.join(doubts)}; "
+            "pass a function without it, or choose another folder"
+        )
+    if differences := difference(results.description, description, chosen):
+        raise ValueError(
+            f"study: {folder} holds another study: {'; '.join(differences)}; choose another folder, or ask for the "
+            "same study to resume it"
+        )
+    return results
+
+
+def key(description: dict[str, Any]) -> str:
+    """Give a short name that two descriptions share only if their numbers must be the same: 1 and 1.0 are one."""
+    return hashlib.sha256(_text({**description, "types": None}).encode()).hexdigest()[:16]
+
+
+def difference(there: dict[str, Any], here: dict[str, Any], chosen: bool = False) -> list[str]:
+    """Say how two descriptions differ, axis by axis and option by option; an empty list if they do not."""
+
+    def shown(value):
+        if isinstance(value, list):
+            return ", ".join(map(str, value)) if len(value) <= 12 else f"{len(value)} values"
+        return str(value)
+
+    def parts(description):
+        cells = description["cells"]
+        axes: dict[str, Any] = {}
+        for cell in cells:
+            for name, value in (*cell["static"].items(), *(pair for run in cell["runs"] for pair in run.items())):
+                axes.setdefault(name, {})[_text(value)] = value
+        rest = {name: value for name, value in description.items() if name not in ("cells", "axes", "types")}
+        return {name: list(values.values()) for name, values in axes.items()} | rest
+
+    a, b = parts(there), parts(here)
+    found = [
+        f"{name} is {shown(a.get(name, 'missing'))} there, {shown(b.get(name, 'missing'))} here"
+        for name in dict.fromkeys((*a, *b))
+        if _text(a.get(name, "missing")) != _text(b.get(name, "missing"))
+    ]
+
+    def grid(description, chunks):
+        return [cell if chunks else {**cell, "chunk": 0} for cell in description["cells"]]
+
+    if not found and _text(grid(there, False)) != _text(grid(here, False)):
+        found.append("the same axes are combined in another way or order")
+    if not found and chosen and _text(grid(there, True)) != _text(grid(here, True)):
+        found.append(f"chunk is {there['cells'][0]['chunk']} there, {here['cells'][0]['chunk']} here")
+    return found
+
+
+def _text(part: Any) -> str:
+    return json.dumps(canonical(part), sort_keys=True)
+
+
+def _content(path: Path, name: str) -> bytes:
+    """Read the file in a cell's place; a pipe or a device could be read for ever."""
+    if not path.is_file():
+        raise ValueError(f"{name} is damaged (it is no file)")
+    try:
+        return path.read_bytes()
+    except (OSError, MemoryError) as error:
+        raise ValueError(f"{name} cannot be read ({getattr(error, 'strerror', None) or 'out of memory'})") from None
+
+
+def _write(path: Path, content: bytes) -> None:
+    files.write(path, content, remedy=_REMEDY)
+
+
+_locked = files.locked

@@ -1,0 +1,338 @@
+"""Depth studies: a grid of networks in; gradients, activations and training out, beside the theory, in one tidy table."""
+
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fnn import check, losses
+from fnn.study import axes, cell, results, table
+from fnn.study.asked import arrays, check_functions, check_options
+from fnn.study.cell import Cell
+from fnn.study.grid import Grid, product
+from fnn.study.identity import identify
+from fnn.study.provenance import configured, digest, session, settings
+from fnn.study.spawning import check_spawning
+from fnn.study.table import TRACED, left_range, summarize
+from fnn.study.workers import Interrupted, Progress, check_executor, compilation_cache, drive, pool
+
+TRAINING = {
+    "batch_size": 32,
+    "optimizer": "adam",
+    "clip": "global_norm",
+    "learning_rate": 1e-3,
+    "clip_threshold": 1.0,
+    "seed": 0,
+}
+"""Axes that every study has, whatever its `build=`, and their defaults."""
+MOST_EXAMPLES = 2**28
+"""That a run may train on: their order is drawn beforehand, 4 bytes for each."""
+DEFAULT = product(activation=["sigmoid", "tanh", "relu"], norm=["none", "batch_norm"], depth=[4, 16, 64, 128, 256])
+
+__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range", "summarize"]
+
+
+class Task(NamedTuple):
+    """What a worker needs to measure a cell: no more than can be sent to another machine."""
+
+    study: "Study"
+    number: int
+    cell: Cell
+    axes: dict[str, str]
+    identity: str
+    settings: dict[str, Any]
+    """JAX's, as the study's description holds them."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Describe a grid of networks to be measured at initialisation and at steps of training; `run` measures it.
+
+    Axes of the grid (`fnn.grid`: product, zip, chain) are the arguments of `build` and those of `TRAINING`. Static ones
+    (depth, width, activation, norm, residual, init, batch_size, optimizer, clip) make a cell each: one compiled
+    program. Traced ones (seed, sigma_w, sigma_b, learning_rate, clip_threshold, and what `traced` names) run inside it.
+
+    Measured on the first `batch_size` training examples in train mode, before the first step and after those that
+    `steps` or `epochs` ask for; evaluated on all held-out examples. Quantities and columns: `fnn.results`.
+
+    Every axis has one type: whole numbers beside decimals are floats, as are traced axes, unless their argument has an
+    int as default or annotation. Under x64 a study computes in float64, from the same draws and data.
+
+    Guarantees: the same study gives the same numbers, bit for bit, on the same machine, devices and kind of executor,
+    whatever is interrupted and resumed; a run that diverges ends its own record and changes no other.
+    Errors: ValueError and TypeError, before anything runs, for an empty or unknown axis or value or quantity, an argument
+    of `build` that is named like a column, more than a million runs, functions that do not return what they should.
+    """
+
+    grid: Grid = DEFAULT
+    _: KW_ONLY
+    seeds: int | Sequence[int] = 8
+    """How many seeds, from 0; or which. A `seed` axis in the grid wins."""
+    epochs: int = 3
+    """Passes over the training data, each recorded; 0 measures the initialisation alone."""
+    steps: int | Sequence[int] | None = None
+    """The recorded steps instead, 0 always among them."""
+    data: Any = "digits"
+    """A name or path for `data.load`, a pair (x, y), or a pair of such pairs: training and held-out examples. Arrays,
+    frames or lists."""
+    build: Callable[..., Any] = cell.mlp
+    """Any function from axes (and `classes`, if it asks) to a Layer; traced axes reach it as tracers."""
+    loss: Callable[[Any, Any], Any] = losses.cross_entropy
+    measure: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """Measurements of one's own, by name: (params, state, batch) -> any tree of numbers, run inside the program."""
+    quantities: Sequence[str] | None = None
+    """Which to keep; all by default."""
+    traced: Sequence[str] = ()
+    """Further axes of `build` that do not change the program."""
+    chunk: int | None = None
+    """Runs that share one `vmap`; by default chosen from the device's memory, once, and kept with the results."""
+
+    def __post_init__(self):
+        if isinstance(self.grid, Mapping):
+            object.__setattr__(self, "grid", product(**self.grid))
+        if not isinstance(self.grid, Grid):
+            raise TypeError(f"study: grid must be a Grid or a dict of axes, got {type(self.grid).__name__}")
+        check_options(self)
+
+    def cells(self) -> list[Cell]:
+        """Lay out the cells in the grid's order, each with its runs, and check every value; chunks are not chosen."""
+        return self._laid_out()[0]
+
+    def _laid_out(self) -> tuple[list[Cell], dict[str, str]]:
+        """Return the cells, and the type of every axis."""
+        loaded = arrays(self.data)
+        defaults, traced = self._axes()
+        if not len(self.grid):
+            raise ValueError("study: the grid must hold at least one point, got none; give every axis a value")
+        for name in self.grid.axes:
+            check.choice("study", defaults, axis=name)
+        seeds = {} if "seed" in self.grid.axes else {"seed": self._seeds()}
+        points = [defaults | point for point in self.grid * product(**seeds)]
+        missing = {name: None for point in points for name, v in point.items() if v is inspect.Parameter.empty}
+        if missing:
+            raise ValueError(f"study: build needs {', '.join(missing)}, got no such axis; add it to the grid")
+        hints = axes.hints(self.build) | {"batch_size": int}
+        types = {
+            name: axes.kind_of(name, (point[name] for point in points), hints.get(name), name in traced)
+            for name in defaults
+        }
+        found: dict[tuple[Any, ...], tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+        for point in points:
+            # What should be whole and is not (depth 1 beside 2.5) goes to build as it was given, which refuses it or not.
+            values = {
+                name: value
+                if types[name] == "float" and hints.get(name) is int and name not in traced
+                else axes.convert(types[name], value)
+                for name, value in point.items()
+            }
+            static = {name: value for name, value in values.items() if name not in traced}
+            run = {name: values[name] for name in traced}
+            found.setdefault(tuple(static.values()), (static, []))[1].append(run)
+        cells = []
+        for static, runs in found.values():
+            _check_cell(self, static, runs, loaded)
+            cells.append(Cell(static, tuple(runs), self._steps(static, loaded[0].size)))
+        check_functions(self, self._setup(), cells[0])
+        return cells, {name: types[name] for name in (*cells[0].static, *cells[0].runs[0])}
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the study as JSON will hold it; chunks are 0 where they are yet to be chosen."""
+        cells, types = self._laid_out()
+        loaded = arrays(self.data)
+        named = {"build": identify(self.build), "loss": identify(self.loss)}
+        measured = {name: identify(function) for name, function in self.measure.items()}
+        doubts = {**named, **{f"measure {name}": found for name, found in measured.items()}}
+        return {
+            "format": results.FORMAT,
+            "axes": {"static": list(cells[0].static), "traced": list(cells[0].runs[0])},
+            "types": types,
+            "steps": sorted({step for c in cells for step in c.steps}),
+            "data": [check.describe(part.x) for part in loaded] + [digest(loaded)],
+            **{name: found.name for name, found in named.items()},
+            "measure": {name: found.name for name, found in measured.items()},
+            "unpromised": [f"{name} reaches {what}" for name, found in doubts.items() for what in found.doubts],
+            **settings(),
+            "quantities": None if self.quantities is None else list(self.quantities),
+            "cells": [
+                {"static": c.static, "runs": list(c.runs), "steps": list(c.steps), "chunk": self.chunk or 0}
+                for c in cells
+            ],
+        }
+
+    def run(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        executor: Executor | None = None,
+        workers: int | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        progress: bool | None = None,
+    ) -> results.Results:
+        """Measure what the folder does not hold yet; return all results. Without a folder they stay in memory.
+
+        Cells run here one after the other; in `workers` spawned processes; or on any `concurrent.futures.Executor`
+        (Dask: `client.get_executor()`). `cache` is a folder for JAX's compiled programs. `progress` shows cells done,
+        running and left on standard error, by default on a terminal only.
+
+        Each finished cell is written at once, whole; run again, the study goes on where it was. Errors: those of the
+        study; ValueError for a folder with another study (and how it differs), or with one whose functions reach what has
+        no content to compare, for a damaged description, a pool of forked processes, functions that worker processes cannot
+        import, a script without a guard; OSError for a folder that cannot be written: what is finished stays. A cell's
+        file that is damaged or foreign is set aside, with a warning, and the cell is measured again. Ctrl-C raises
+        KeyboardInterrupt when the cells in flight are finished; one that runs here is not waited for. What is raised
+        while cells run has `.results`, those that are finished.
+        """
+        if executor is not None:
+            check_executor(executor)
+        if workers is not None:
+            check.positive("study", workers=workers)
+        kind = (
+            type(executor).__name__ if executor is not None else f"{workers} processes" if (workers or 1) > 1 else None
+        )
+        described = self.describe()
+        functions = {"build": self.build, "loss": self.loss} | {f"measure {n}": f for n, f in self.measure.items()}
+        check_spawning(executor, workers or 1 if len(described["cells"]) > 1 else 1, functions)
+        show = sys.stderr.isatty() if progress is None else progress
+        with (
+            compilation_cache(cache),
+            results.opened(folder, described, self._with_chunks, session(kind), self.chunk is not None) as found,
+        ):
+            identity, types = results.key(found.description), found.description["types"]
+            config = {name: found.description[name] for name in settings()}
+            finished = set(found.finished)
+            tasks = [
+                Task(
+                    self,
+                    number,
+                    Cell(c["static"], tuple(c["runs"]), tuple(c["steps"]), c["chunk"]),
+                    types,
+                    identity,
+                    config,
+                )
+                for number, c in enumerate(found.description["cells"])
+                if number not in finished
+            ]
+
+            def done(task: Task, result: tuple[bytes, dict[str, float]]) -> None:
+                found.store(task.number, result[0])
+                bar.finish(_name(found.description, task.number), result[1])
+
+            own = executor is None and workers is not None and workers > 1 and len(tasks) > 1
+            with (
+                Progress(len(found.description["cells"]), len(finished), show) as bar,
+                pool(min(workers or 1, len(tasks))) if own else nullcontext(executor) as used,
+            ):
+                try:
+                    drive(tasks, work, done, used, bar.set_running)
+                except (Exception, Interrupted) as stop:
+                    stop.results = found  # pyright: ignore[reportAttributeAccessIssue]
+                    raise
+            return found
+
+    def table(self) -> Any:
+        """Run the study in memory and return its table: polars; `.to_pandas()` makes it pandas.
+
+        Warns where numbers are NaN because a signal left the range of the float type.
+        """
+        frame = self.run().table()
+        if sentence := left_range(frame):
+            warnings.warn(sentence, stacklevel=2)
+        return frame
+
+    def _axes(self) -> tuple[dict[str, Any], list[str]]:
+        """Return the defaults of all axes in column order, and the names of the traced ones."""
+        build = axes.arguments(self.build, self.grid.axes)
+        own = {name: default for name, default in build.items() if default is not inspect.Parameter.empty}
+        defaults = build | TRAINING | own
+        if unknown := [name for name in self.traced if name not in build]:
+            raise ValueError(f"study: traced must name arguments of build, got {', '.join(unknown)}")
+        traced = [name for name in ("seed", *defaults) if name in (*TRACED, *self.traced) and name in defaults]
+        return defaults, list(dict.fromkeys(traced))
+
+    def _seeds(self) -> Sequence[int]:
+        return range(self.seeds) if isinstance(self.seeds, int) else self.seeds
+
+    def _steps(self, static: Mapping[str, Any], examples: int) -> tuple[int, ...]:
+        size = int(static["batch_size"])
+        if self.steps is None:
+            per_epoch = examples // size
+            steps = range(0, (self.epochs + 1) * per_epoch, per_epoch)
+        else:
+            steps = sorted({0, *([self.steps] if isinstance(self.steps, int) else self.steps)})
+        if steps[-1] * size > MOST_EXAMPLES:
+            raise ValueError(
+                f"study: steps times batch_size must be at most {MOST_EXAMPLES:,}, got {steps[-1]:,} times {size}; choose "
+                "fewer steps"
+            )
+        return tuple(steps)
+
+    def _with_chunks(self, description: dict[str, Any]) -> dict[str, Any]:
+        """Choose the chunks that are yet to be chosen."""
+        setup, cells = self._setup(), []
+        for c in description["cells"]:
+            chunk = c["chunk"] or cell.chunk_size(setup, Cell(c["static"], tuple(c["runs"]), tuple(c["steps"])))
+            cells.append({**c, "chunk": chunk})
+        return {**description, "cells": cells}
+
+    def _setup(self) -> cell.Setup:
+        return cell.Setup(self.build, self.loss, dict(self.measure), *map(cell.widened, arrays(self.data)))
+
+
+def work(task: Task) -> tuple[bytes, dict[str, float]]:
+    """Measure a cell, in whatever process this is: the bytes of its Parquet file, and the seconds that it took."""
+    study = task.study
+    try:
+        with configured(task.settings):
+            setup = study._setup()
+            measured = cell.measure(setup, task.cell)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OSError(
+            f"study: cell {task.number} must fit into the device's memory, got {task.cell.chunk} runs at once; use a "
+            "smaller chunk or batch size"
+        ) from None
+    frame = table.build(
+        task.number,
+        task.cell,
+        measured,
+        axes=task.axes,
+        quantities=study.quantities,
+        inputs=np.asarray(setup.train.x[: task.cell.static["batch_size"]]) if study.build is cell.mlp else None,
+    )
+    note = {"study": task.identity, "cell": task.number, "seconds": measured.seconds}
+    return results.pack(frame, note), measured.seconds
+
+
+def _check_cell(study: Study, static: dict[str, Any], runs: Sequence[dict[str, Any]], loaded: Any) -> None:
+    train = loaded[0]
+    check.positive("study", batch_size=static["batch_size"])
+    if static["batch_size"] > train.size:
+        got = static["batch_size"]
+        raise ValueError(f"study: batch_size must be at most the {train.size} training examples, got {got}")
+    for run in runs:
+        check.non_negative("study", seed=run["seed"])
+        check.above_zero("study", learning_rate=run["learning_rate"], clip_threshold=run["clip_threshold"])
+        for name in ("sigma_w", "sigma_b"):
+            if name in run and not 0 <= run[name] < np.inf:
+                raise ValueError(f"study: {name} must be finite and at least 0, got {run[name]!r}")
+    setup = cell.Setup(study.build, study.loss, {}, *loaded)
+    cell.network(setup, static, runs[0])
+    cell.optimizer(static, runs[0])
+
+
+def _name(description: dict[str, Any], number: int) -> str:
+    """Name a cell by the axes that vary."""
+    cells = description["cells"]
+    static = cells[number]["static"]
+    varying = [name for name in static if len({str(c["static"][name]) for c in cells}) > 1] or list(static)[:3]
+    words = (static[n] if isinstance(static[n], str) else f"{n.replace('_', ' ')} {static[n]}" for n in varying)
+    return ", ".join(words)

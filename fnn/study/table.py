@@ -1,0 +1,302 @@
+"""Turn what a cell measured into rows of the tidy table (its columns are listed in `results.py`), theory beside it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fnn import tree
+from fnn.gradients import flow
+from fnn.layers.activations import TABLE
+from fnn.study import cell
+from fnn.study.axes import apart
+from fnn.theory import meanfield
+
+TRACED = ("seed", "sigma_w", "sigma_b", "learning_rate", "clip_threshold")
+"""Axes that do not change a program."""
+_TRACES = {"loss": "train_loss", "accuracy": "train_accuracy"}
+MOST_TRACED = 256
+FORWARD = ("mean", "second_moment", "peak", "dead", "saturated")
+SUMMARY = ("first", "last", "steps", "slope", "slope_low", "slope_high", "predicted_slope")
+NUMBERS = ("value", "predicted", "low", "high")
+QUANTITIES = (
+    *("log_error", "log_kernel", "log_kernel_rms", "log_bias", "log_bias_rms", "log_scale", "log_scale_rms"),
+    *(*FORWARD, "update_ratio", "cosine"),
+    *("loss", "accuracy", "train_loss", "train_accuracy", "grad_norm", "clip_fraction", "clip_removed", "diverged"),
+)
+
+
+def schema(axes: Mapping[str, str]) -> dict[str, Any]:
+    """Give the columns and their types; `axes` names each axis's type: int, float, bool or str."""
+    import polars as pl
+
+    types = {"int": pl.Int32, "float": pl.Float64, "bool": pl.Boolean, "str": pl.String}
+    place = {"step": pl.Int32, "layer": pl.Int32, "path": pl.String, "quantity": pl.String}
+    numbers = dict.fromkeys(NUMBERS, pl.Float64)
+    columns = {name: types[kind] for name, kind in axes.items()}
+    return {"cell": pl.Int32, **columns, **place, **numbers, "outside": pl.Boolean}
+
+
+def build(
+    number: int,
+    task: cell.Cell,
+    measured: cell.Measured,
+    *,
+    axes: Mapping[str, str],
+    quantities: Sequence[str] | None,
+    inputs: np.ndarray | None,
+) -> Any:
+    """Make the table of one cell: polars, columns as in `schema`, runs in order, then steps, then the net's order.
+
+    `inputs` are those of the measured batch; None for a net that theory does not know.
+    """
+    import polars as pl
+
+    steps = task.steps
+    labels = flow.label(measured.numbers, lead=2)
+    values = flow.flat(measured.numbers, lead=2)[..., [place for *_, place in labels]]
+    extra = _extra_labels(measured.extra, {path: layer for layer, path, *_ in labels})
+    labels = [(layer, path, quantity) for layer, path, quantity, _ in labels] + [label for label, _ in extra]
+    labels += [(0, "", name) for name in sorted(measured.losses)]
+    columns = [
+        values,
+        *(v[..., None] for _, v in extra),
+        *(measured.losses[n][..., None] for n in sorted(measured.losses)),
+    ]
+    values = np.concatenate([np.asarray(column, np.float64) for column in columns], axis=-1)
+    keep = [i for i, (*_, name) in enumerate(labels) if (name != "peak" if quantities is None else name in quantities)]
+    labels, values = [labels[i] for i in keep], values[..., keep]
+    layers, paths, names = (list(part) for part in zip(*labels, strict=True)) if labels else ([], [], [])
+    predicted = (
+        _predictions(task, labels, values, inputs, np.isfinite(measured.probe[:, 0]))
+        if inputs is not None
+        else np.full((3, *values.shape), np.nan)
+    )
+    predicted[:, :, 1:] = np.nan  # theory speaks of the initialisation
+    columns = schema(axes)
+    # Each frame has the columns of every other, with their types, whatever its numbers are and however few.
+    kept = [name for name in columns if name in ("step", "layer", "path", "quantity", *NUMBERS)]
+    form = {name: columns[name] for name in kept}
+    places = pl.DataFrame(
+        {"layer": layers, "path": paths, "quantity": names},
+        schema={name: form[name] for name in ("layer", "path", "quantity")},
+    )
+    # The first record has no gradient before it, and a zero weight no ratio: no row, rather than a NaN.
+    cosine = np.isin(names, ["cosine"])
+    ratio = np.isin(names, ["update_ratio"])
+    ends, diverged = _ends(measured, steps)
+    frames = []
+    for r, run in enumerate(task.runs):
+        parts = []
+        for k, step in enumerate(steps):
+            if step > ends[r] or not np.isfinite(measured.probe[r, k]):
+                continue
+            row = values[r, k]
+            missing = (ratio | cosine) & np.isnan(row) | (cosine & (k == 0))
+            frame = places.with_columns(pl.lit(step, pl.Int32).alias("step"), pl.Series("value", row))
+            marks = zip(NUMBERS[1:], predicted[:, r, k], strict=True)
+            frame = frame.with_columns(pl.Series(name, mark, pl.Float64, nan_to_null=True) for name, mark in marks)
+            parts.append(frame.filter(pl.Series(~missing)) if missing.any() else frame)
+        parts.append(pl.DataFrame(_traces(measured, r, ends[r], diverged[r], quantities), schema=form, orient="row"))
+        frame = pl.concat(part.select(kept) for part in parts)
+        frames.append(frame.with_columns(pl.lit(value, columns[name]).alias(name) for name, value in run.items()))
+    table = pl.concat(frames).with_columns(
+        *(pl.lit(value, columns[name]).alias(name) for name, value in task.static.items()),
+        pl.lit(number, pl.Int32).alias("cell"),
+        pl.when(pl.col("value").is_not_nan())
+        .then((pl.col("value") < pl.col("low")) | (pl.col("value") > pl.col("high")))
+        .alias("outside"),
+    )
+    return table.select(list(columns))
+
+
+def left_range(frame: Any) -> str | None:
+    """Say in a sentence which cells hold NaN because their signal left the range of the float type; None if none does."""
+    import polars as pl
+
+    measured = pl.col("quantity").str.starts_with("log_") | pl.col("quantity").is_in(FORWARD)
+    rows = frame.filter(measured & pl.col("value").is_nan())
+    if rows.is_empty():
+        return None
+    run = [name for name in frame.columns[: frame.columns.index("step")] if name == "cell" or name in TRACED]
+    forward = rows.filter(pl.col("quantity").is_in(FORWARD))
+    first = (rows if forward.is_empty() else forward).row(0, named=True)
+    numbers = rows["cell"].unique().sort().to_list()
+    cells = f"cell{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+    wide = jax.config.read("jax_enable_x64")
+    hint = "use fewer layers" if wide else "JAX_ENABLE_X64=1 measures them in float64"
+    return (
+        f"study: {rows.select(run).n_unique()} runs of {cells} left the range of {'float64' if wide else 'float32'}, first "
+        f"at layer {first['layer']} ({first['path']}), and what depends on it is NaN; {hint}"
+    )
+
+
+def summarize(frame: Any) -> Any:
+    """Reduce the initialisation of a study to a row a cell: medians over runs of log |delta| at both ends, and slopes.
+
+    `slope` is the change of log |delta_l| for one layer towards the input, over the hidden layers, with the 10th and
+    90th percentile over runs; `outside` the share of numbers outside the predicted band (null where there is none).
+    """
+    import polars as pl
+
+    place = frame.columns.index("step")
+    frame, _ = apart(frame, frame.columns[1:place], SUMMARY)
+    traced = [name for name in frame.columns[1:place] if name in TRACED]
+    static = [name for name in frame.columns[1:place] if name not in TRACED]
+
+    errors = frame.filter(
+        (pl.col("quantity") == "log_error") & pl.col("path").str.ends_with("preactivation") & (pl.col("step") == 0)
+    )
+    hidden = errors.filter(pl.col("layer") <= pl.col("depth") + 1)
+
+    def end(column, layer):
+        return pl.col(column).filter(pl.col("layer") == layer).first()
+
+    ends = hidden.group_by(["cell", *static, *traced], maintain_order=True).agg(
+        first=end("value", pl.col("layer").min()),
+        last=end("value", pl.col("layer").max()),
+        predicted=(end("predicted", pl.col("layer").min()) - end("predicted", pl.col("layer").max())),
+        steps=pl.col("layer").max() - pl.col("layer").min(),
+        outside=pl.col("outside").mean(),
+    )
+    slope = (pl.col("first") - pl.col("last")) / pl.col("steps")
+    known = {"first": pl.col("first").drop_nans(), "last": pl.col("last").drop_nans(), "slope": slope.drop_nans()}
+    return ends.group_by(["cell", *static], maintain_order=True).agg(
+        *(column.median().fill_null(math.nan).alias(name) for name, column in known.items()),
+        slope_low=known["slope"].quantile(0.1).fill_null(math.nan),
+        slope_high=known["slope"].quantile(0.9).fill_null(math.nan),
+        predicted_slope=(pl.col("predicted") / pl.col("steps")).median(),
+        outside=pl.col("outside").mean(),
+    )
+
+
+def _ends(measured: cell.Measured, steps: Sequence[int]) -> tuple[list[int], list[bool]]:
+    """Give each run's last step, and whether it ends there because loss or gradient was not finite."""
+    ends, diverged = [], []
+    for r in range(measured.probe.shape[0]):
+        bad = [step for step, loss in zip(steps, measured.probe[r], strict=True) if not np.isfinite(loss)]
+        for name in ("loss", "grad_norm"):
+            if name in measured.traces:
+                bad += np.nonzero(~np.isfinite(measured.traces[name][r]))[0][:1].tolist()
+        ends.append(min(bad, default=steps[-1]))
+        diverged.append(bool(bad))
+    return ends, diverged
+
+
+def _traces(
+    measured: cell.Measured, r: int, end: int, diverged: bool, quantities: Sequence[str] | None
+) -> list[tuple[Any, ...]]:
+    """List the rows of a whole run: step, layer, path, quantity, value, and no prediction."""
+    rows: list[tuple[Any, ...]] = []
+    for name, trace in measured.traces.items():
+        quantity = _TRACES.get(name, name)
+        if quantities is None or quantity in quantities:
+            shown = np.unique(np.linspace(0, len(trace[r]) - 1, min(MOST_TRACED, len(trace[r]))).round().astype(int))
+            times = (int(t) for t in shown if t < end or (t == end and not diverged))
+            rows += [(t, 0, "", quantity, float(trace[r][t]), None, None, None) for t in times]
+    if quantities is None or "diverged" in quantities:
+        rows.append((end, 0, "", "diverged", float(diverged), None, None, None))
+    return rows
+
+
+def _extra_labels(extra: dict[str, Any], layers: dict[str, int]) -> list[tuple[tuple[int, str, str], np.ndarray]]:
+    """Label the user's measurements: the layer is that of the parameter or tap of the same path, else 0."""
+    parents = {path.rpartition("/")[0]: layer for path, layer in layers.items()}
+    found = []
+    for name, measurement in extra.items():
+        leaves, treedef = jax.tree.flatten(measurement)
+        shapes = [np.shape(leaf)[2:] for leaf in leaves]
+        starts = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
+        places = [np.arange(int(np.prod(s))).reshape(s) + start for s, start in zip(shapes, starts, strict=False)]
+        values = [np.asarray(leaf, np.float64).reshape(*np.shape(leaf)[:2], -1) for leaf in leaves]
+        values = np.concatenate(values, axis=-1) if values else np.zeros((0, 0, 0))
+        for path, place in tree.rows(treedef.unflatten(places)):
+            layer = layers.get(path, parents.get(path, 0))
+            for index in np.ndindex(np.shape(place)):
+                full = f"{path}[{','.join(map(str, index))}]" if index else path
+                found.append(((layer, full, name), values[..., place[index]]))
+    return found
+
+
+def _predictions(
+    task: cell.Cell, labels: Sequence[tuple[int, str, str]], values: np.ndarray, inputs: np.ndarray, good: Any
+) -> np.ndarray:
+    """Predict log_error of the hidden layers of every run: float64[3, runs, records, labels], nan where not known.
+
+    The three are the typical curve and the band of 19 seeds in 20, each through the run's own measured error signal at
+    the last hidden layer: theory says how it changes from layer to layer. Runs that are not `good` have no say in it.
+    """
+    hidden = int(task.static.get("depth", 0)) + 1
+    found = {
+        (quantity, layer): i
+        for i, (layer, path, quantity) in enumerate(labels)
+        if path.endswith("preactivation") and 1 <= layer <= hidden
+    }
+    result = np.full((3, *values.shape), np.nan)
+    if any(("log_error", layer) not in found for layer in range(1, hidden + 1)):
+        return result
+    index = [found["log_error", layer] for layer in range(1, hidden + 1)]
+    groups: dict[tuple[float, float], list[int]] = {}
+    for r, run in enumerate(task.runs):
+        groups.setdefault((run.get("sigma_w", 1.0), run.get("sigma_b", 0.0)), []).append(r)
+    for sigmas, members in groups.items():
+        members = [r for r in members if good[r]]
+        moment = found.get(("second_moment", 1))
+        squares = np.ones(len(members)) if moment is None else values[members, 0, moment]
+        squares = squares[np.isfinite(squares)]
+        if not squares.size:
+            continue
+        q0 = None if moment is None else float(np.median(squares))
+        curves = _curves(task.static, hidden, *sigmas, q0, inputs)
+        if curves is not None:
+            anchors = values[members, 0, index[-1]]
+            result[np.ix_(range(3), members, [0], index)] = (anchors[:, None] + curves[:, None])[:, :, None]
+    return result
+
+
+def _curves(
+    static: Mapping[str, Any], hidden: int, sigma_w: float, sigma_b: float, q0: float | None, inputs: np.ndarray
+) -> Any:
+    """Give log |delta_l| less that of the last hidden layer, l = 1..hidden, and its band: float64[3, hidden], or None."""
+    activation, norm = TABLE.get(static["activation"]), static["norm"]
+    gains = {"scaled": sigma_w, "he_normal": np.sqrt(2), "lecun_normal": 1.0}
+    if activation is None or not activation.elementwise or norm not in ("none", "batch_norm"):
+        return None
+    if static["init"] not in gains:
+        return None
+    settings: dict[str, Any] = {"q0": q0, "residual": 1.0 if static["residual"] else None}
+    if norm == "batch_norm":
+        settings |= {"norm": norm, "batch": len(inputs), "q0": _first_variance(inputs, gains[static["init"]])}
+    try:
+        theory = meanfield.predict(
+            hidden,
+            activation=activation,
+            sigma_w=gains[static["init"]],
+            sigma_b=sigma_b,
+            width=int(static["width"]),
+            **settings,
+        )
+    except (ValueError, ArithmeticError):
+        return None  # no theory for this setting: a batch below 4, an integral that does not converge
+    typical = np.where(np.isnan(theory.mean_log_error), theory.log_error, theory.mean_log_error)
+    return np.stack([typical, theory.low, theory.high])
+
+
+def _first_variance(inputs: np.ndarray, sigma_w: float) -> float | None:
+    """Find what batch norm divides the first layer's error signal by: 1/E[1/v], v a unit's variance over the batch.
+
+    v is a quadratic form of the unit's weights, sum_i lambda_i z_i² with z ~ N(0, 1) and lambda the eigenvalues of
+    sigma_w²/d times the inputs' covariance; E[1/v] is the integral of E[exp(-t v)] = prod_i (1 + 2 t lambda_i)^(-1/2)
+    over t > 0. Inputs vary in few directions (the digits in about ten), so that this is well below E[v].
+    """
+    x = np.asarray(inputs, np.float64).reshape(len(inputs), -1)
+    x = x - x.mean(0)
+    values = np.linalg.eigvalsh(x @ x.T / len(x)) * sigma_w**2 / x.shape[1]
+    values = values[values > 1e-12 * values.max()]
+    if len(values) < 3:
+        return None  # the mean of 1/v is infinite
+    # In log t the trapezium rule converges faster than any power of its step.
+    s = np.arange(-40, 80, 0.05) - np.log(values.sum())
+    return float(1 / (0.05 * np.sum(np.exp(s - 0.5 * np.sum(np.log1p(2 * np.exp(s)[:, None] * values), axis=1)))))

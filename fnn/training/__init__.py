@@ -1,0 +1,1 @@
+"""Training: clipping, optimisers that see every block, the compiled step, and `fit`."""

@@ -1,0 +1,186 @@
+"""Run a function of trees with `Stacked` nodes as if every block were an array of its own, at the price of one block.
+
+An optimiser is a function from trees to trees that knows nothing of `repeat`. `serial(*[block] * n)` shows it n small
+arrays, `repeat(block, n)` one with a leading axis, and whatever looks at shapes, paths or single arrays (a mask
+`ndim > 1`, LAMB's norms, Muon's products) would do something else. `lifted(f)(*args)` calls f on the first form:
+
+1. f is traced on stand-ins in which each stack is a tuple of two of its blocks, and once more of three.
+2. The program is read: does every block go through the same operations, and do blocks meet only in sums (products,
+   maxima, ...) over all of them? Do both programs agree, so that nothing depends on how many blocks there are?
+3. If so, the operations of the first block run under `vmap` over the stack, and sums over blocks become sums over its
+   leading axis: one small program at any depth.
+4. If f asks which block is which (its place in a path, or in the list of all arrays), it is traced on all blocks. If
+   they differ, it runs written out, block by block, which is always right.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnn.training.alike import Names, Reading, Unlike, Value
+from fnn.training.blocks import Blocks, specs, split
+from fnn.tree import Stacked
+
+MANY = 64
+"""From this depth on, a function that must be traced or run block by block is worth a sentence."""
+
+
+def lifted(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `f(*args)` see each block of every `Stacked` node as arrays of its own; trees in, trees out.
+
+    Nodes of the result in which all blocks look alike come back as `Stacked`, others as `Blocks`, which the next call
+    takes. Values are those of f on the written-out trees, to rounding.
+    """
+
+    def call(*args: Any) -> Any:
+        level = _level(args)
+        if level is None:
+            return f(*args)
+        nodes, treedef = jax.tree.flatten(args, is_leaf=_is_stack)
+        deepest = max(_depth(node) for node in nodes if isinstance(node, Stacked))
+        inner = lifted(f)  # for stacks inside of stacks
+        reason = "its state differs from block to block"
+        if not any(isinstance(node, Blocks) for node in split(args, level)[0]):
+            try:
+                return _as_one(inner, nodes, treedef, level)
+            except Unlike as error:
+                reason = str(error)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                reason = "it does not work on some of them alone"  # if not on all either, it says so itself
+        if deepest > MANY:
+            warnings.warn(
+                f"per_depth: the optimiser runs block by block on {deepest} blocks, since {reason}: right, but slow to "
+                "compile; use one that treats all blocks alike",
+                stacklevel=2,
+            )
+        shown = [_all_blocks(node) if isinstance(node, Stacked) else node for node in nodes]
+        return _restacked(inner(*treedef.unflatten(shown)), level)
+
+    return call
+
+
+def _as_one(f: Callable[..., Any], nodes: list[Any], treedef: Any, level: int) -> Any:
+    """Run the first block's part of f under `vmap`; see the module's text. Errors: Unlike."""
+    table, depth = Names(), max(_depth(node) for node in nodes if isinstance(node, Stacked))
+    first = _stood_in(f, nodes, treedef, 2, table)
+    if first.order_read and depth > 2:
+        if depth > MANY:
+            warnings.warn(
+                f"per_depth: the optimiser asks which of {depth} blocks is which, so that each is looked at: right, but "
+                "slow to compile; choose parameters by shape where that will do",
+                stacklevel=3,
+            )
+        first = _stood_in(f, nodes, treedef, depth, table)
+    elif depth > 2 and first.names() != _stood_in(f, nodes, treedef, 3, table).names():
+        raise Unlike("what it does depends on how many blocks there are")
+    first.level = level
+    return first.run()
+
+
+def _stood_in(f: Callable[..., Any], nodes: list[Any], treedef: Any, count: int, table: "Names") -> "Reading":
+    """Trace f on stand-ins of `count` blocks."""
+    inputs: list[Value] = []
+
+    def stand_in(number, node):
+        if not isinstance(node, Stacked):
+            if not _is_array(node):
+                return node
+            inputs.append(Value(table("input", number, 0), node))
+            return _spec(node, 0)
+        depth = _depth(node)
+        leaves, structure = jax.tree.flatten(node.blocks)
+        for rep in range(min(count, depth)):
+            for i, leaf in enumerate(leaves):
+                # A stack of one block is no stack: its block lies beside it like any other array.
+                value = (leaf, depth, rep) if depth > 1 else (leaf[0], 0, 0)
+                inputs.append(Value(table("input", number, i), *value))
+        block = structure.unflatten(_spec(leaf, 1) for leaf in leaves)
+        return Blocks([block] * min(count, depth), depth, range(min(count, depth)))
+
+    args = treedef.unflatten([stand_in(number, node) for number, node in enumerate(nodes)])
+    reps = {depth: min(count, depth) for depth in map(_depth, filter(_is_stack, nodes)) if depth > 1}
+    return Reading(f, args, inputs, reps, table)
+
+
+def stand_ins(args: Any, count: int | None) -> Any:
+    """Replace every array by its spec, and every stack by `count` of its blocks (None: by all)."""
+
+    def one(node):
+        if not _is_stack(node):
+            return _spec(node, 0) if _is_array(node) else node
+        depth = _depth(node)
+        places = range(depth if count is None else min(count, depth))
+        block = jax.tree.map(lambda a: _spec(a, 1), node.blocks)
+        return Blocks([stand_ins(block, count) for _ in places], depth, places)
+
+    return jax.tree.map(one, args, is_leaf=_is_stack)
+
+
+def again_stacked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function of the net's own trees (a loss) be called with trees whose blocks are shown one by one."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        given: Any = (args, options)
+        for level in reversed(range(_levels(given))):
+            if any(isinstance(node, Blocks) and not node.complete for node in split(given, level)[0]):
+                raise Unlike("it evaluates the loss")
+            given = _restacked(given, level)
+        return function(*given[0], **given[1])
+
+    return call
+
+
+def _level(args: Any) -> int | None:
+    """How many levels of blocks, shown already, lie around the next stacks; None if there are none."""
+    nodes = jax.tree.leaves(args, is_leaf=lambda node: _is_stack(node) or isinstance(node, Blocks))
+    if any(isinstance(node, Stacked) for node in nodes):
+        return 0
+    levels = [_level(tuple(tuple.__iter__(node))) for node in nodes if isinstance(node, Blocks)]
+    return min((1 + level for level in levels if level is not None), default=None)
+
+
+def _levels(args: Any) -> int:
+    nodes = jax.tree.leaves(args, is_leaf=lambda node: isinstance(node, Blocks))
+    return max((1 + _levels(tuple(tuple.__iter__(node))) for node in nodes if isinstance(node, Blocks)), default=0)
+
+
+def _is_stack(node: Any) -> bool:
+    return isinstance(node, Stacked) and (node.depth is not None or bool(jax.tree.leaves(node)))
+
+
+def _depth(node: Stacked) -> int:
+    return node.depth if node.depth is not None else jax.tree.leaves(node)[0].shape[0]
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _spec(leaf: Any, drop: int) -> jax.ShapeDtypeStruct:
+    aval: Any = jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf
+    options = {name: getattr(aval, name) for name in ("weak_type",) if hasattr(aval, name)}
+    if getattr(aval, "vma", None):
+        options["vma"] = aval.vma
+    return jax.ShapeDtypeStruct(leaf.shape[drop:], leaf.dtype, **options)
+
+
+def _all_blocks(node: Stacked) -> Blocks:
+    depth = _depth(node)
+    return Blocks([node[i] for i in range(depth)], depth, range(depth))
+
+
+def _restacked(result: Any, level: int) -> Any:
+    def one(node):
+        if not isinstance(node, Blocks):
+            return node
+        children = list(tuple.__iter__(node))
+        if any(specs(child) != specs(children[0]) for child in children):
+            return node
+        blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *children)
+        return Stacked(blocks, None if jax.tree.leaves(blocks) else node.depth)
+
+    nodes, rebuild = split(result, level)
+    return rebuild([one(node) for node in nodes])

@@ -1,0 +1,351 @@
+"""Training: one compiled step, its state, and the average over a data set."""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fnn import admission, arrays, check, losses, mapped, tree
+from fnn.core import Layer, as_arrays, check_values, output_shape
+from fnn.datasets.dataset import Dataset, check_dataset, in_memory, shuffled
+from fnn.gradients.per_example import check_step, step_gradients
+from fnn.layers.precision import compute_in
+from fnn.layers.taps import TapState
+from fnn.training import clip
+from fnn.training.optimizers import per_depth
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step carries: parameters, the net's state, the optimiser's, the key, the number of steps."""
+
+    params: Any
+    state: Any
+    opt_state: Any
+    key: Any
+    step: Any
+
+    @classmethod
+    def create(cls, net: Layer, optimizer: optax.GradientTransformation, key: Any, spec: Any) -> "TrainState":
+        """Initialise a net and its optimiser; `spec` is an example batch, or its `jax.ShapeDtypeStruct`."""
+        who = "TrainState.create"
+        admission.net(who, net)
+        admission.optimizer(who, optimizer)
+        check.prng_key(who, key)
+        spec = admission.example(who, spec)
+        # Not under jit: one program for all the draws takes longer to compile than each of them does, and the draws
+        # are kept for the next net with arrays of the same shapes.
+        init_key, train_key = jax.random.split(key)
+        params, state = net.init(init_key, spec)
+        check.parameters(who, params)
+        admission.made(net, params, state)
+        opt_state = per_depth(optimizer).init(params)
+        admission.optimizer_state(who, opt_state)
+        created = cls(params, state, opt_state, train_key, jnp.zeros((), jnp.int32))
+        return jax.tree.map(jnp.copy, created)  # an array that two leaves share could not be donated
+
+
+class TrainStep:
+    """Call `step(state, batch) -> (state, metrics)`: one jitted function that owns and reuses the state's buffers.
+
+    `step.pure` is the same function before `jit`; the signature is that of `lax.scan`. Made by `train_step`.
+    """
+
+    def __init__(self, pure: Callable[..., Any], net: Layer, loss: Callable[..., Any], optimizer: Any):
+        self.pure, self.net, self.loss, self.optimizer = pure, net, loss, optimizer
+
+        @functools.wraps(pure)
+        def admitted(state, batch):  # traced for every new structure of states, and nothing afterwards
+            self.admit(state, batch)
+            return pure(state, batch)
+
+        self.jitted = jax.jit(admitted, donate_argnums=0)
+        self.epoch = jax.jit(self._epoch, donate_argnums=0, static_argnums=3)
+        self.stretch = jax.jit(functools.partial(jax.lax.scan, pure), donate_argnums=0)
+        self._output_shapes: dict[Any, tuple[int, ...]] = {}
+        self.unfinished: tuple[TrainState, Any] | None = None
+        """After a `fit` that was interrupted or failed: (state, history) of what it had finished."""
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        return self.jitted(state, self.check(state, batch))
+
+    def admit(self, state: Any, batch: Any) -> None:
+        """Refuse a state of another net or optimiser, and batches without examples; reads no values."""
+        admission.examples("train_step", batch)
+        check.parameters("train_step", state.params)
+        admission.state("train_step", self.net, state.params, state.state, batch[0])
+        admission.optimizer_state_of("train_step", self.optimizer, state.params, state.opt_state)
+
+    def lower(self, state: TrainState, batch: Any) -> Any:
+        """Lower without running, to look at the HLO and `memory_analysis()`."""
+        return self.jitted.lower(state, batch)
+
+    def loops(self, state: TrainState, batch: Any) -> bool:
+        """Whether stretches of steps should be called from Python, one by one, instead of scanned over.
+
+        On a CPU XLA computes the gradient of a convolution some 30 times slower inside a loop than outside of it, unless
+        its arrays lie in the order of a forward pass (`conv`'s "turned").
+        """
+        ranks = jax.tree.leaves(tree.map_depth(lambda k, a: a.ndim - k, state.params))
+        if jax.default_backend() != "cpu" or max(ranks, default=0) < 3:
+            return False
+        text = self.jitted.lower(state, batch).as_text()
+        return any(not IN_ORDER.match(layout) for layout in text.split("dim_numbers = ")[1:])
+
+    def check(self, state: TrainState, batch: Any) -> tuple[Any, Any]:
+        """Turn a batch into arrays, and refuse what does not fit, in one sentence, while its values can be seen.
+
+        Targets on the host are read each time. Reading those on a device waits for them, so that only the first batch
+        of each shape is; a bad label that comes later makes the loss NaN.
+        """
+        check_state("train_step", state)
+        x, y = batch = arrays.pair("train_step: the batch", batch)
+        kind = tuple(map(np.shape, jax.tree.leaves(batch)))
+        if new := kind not in self._output_shapes:
+            self.admit(state, batch)  # before anything is traced with this state, which may be another net's
+            check_values(self.net, state.params, state.state, x)
+            self._output_shapes[kind] = output_shape(self.net, state.params, state.state, x)
+        if new or isinstance(y, np.ndarray):
+            losses.check_targets(self.loss, self._output_shapes[kind], y)
+        return batch
+
+    def _epoch(self, state: TrainState, data: Dataset, key: Any, batch_size: int) -> tuple[TrainState, Any]:
+        n = data.y.shape[0]
+        steps = n // batch_size
+
+        def steps_of(state, data, key):
+            order = shuffled(key, n)[: steps * batch_size].reshape(steps, batch_size)
+
+            def body(state, index):
+                batch = jax.tree.map(lambda a: a.at[index].get(mode="promise_in_bounds"), tuple(data))
+                return self.pure(state, batch)
+
+            return jax.lax.scan(body, state, order)
+
+        return mapped.auto(steps_of, keep=True)(state, data, key)
+
+
+IN_ORDER = re.compile(r"\[b, [\d, ]+, f\]x\[[\d, ]+, i, o\]->\[b, [\d, ]+, f\]")
+CLIPPING = ("grad_norm_clipped", "clip_fraction", "clip_removed")
+METRICS = ("loss", "accuracy", "grad_norm", *CLIPPING, "update_ratio")
+
+
+def train_step(
+    net: Layer,
+    loss: Callable[[Any, Any], Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    compute_dtype: Any = None,
+    metrics: Sequence[str] = METRICS,
+    per_layer: bool = False,
+    per_example: str | None = None,
+    max_norm: Any = None,
+    skip_nonfinite: bool = False,
+    axis_name: Any = None,
+) -> TrainStep:
+    """Compile `(state, batch) -> (state, metrics)`: gradient of the mean loss, clipping and update through optax.
+
+    `batch` is a pair (x, y); `loss(outputs, y) -> float[batch]`. Metrics, float32[] (float64 where the net computes in
+    it): `loss`; `accuracy` where the loss has one; `grad_norm`, the global norm before clipping, and with a clip of
+    `fnn.clip` in the optimiser `grad_norm_clipped`, `clip_fraction` (share of numbers, units or blocks; 0 or 1 for the
+    global norm) and `clip_removed` = 1 - after/before (0 for a zero gradient), NaN in a step that the optimiser skips or
+    only accumulates (`MultiSteps`, `apply_if_finite`); several clips are reported as one (`clip.summary`).
+    `update_ratio` = |update|/|params|. With `per_layer=True` also
+    `grad_norms`, a tree like params (float[depth] below `repeat`) and, if the net has taps, `taps`: the new state and
+    the gradient with respect to the old one, for `fnn.taps.read`. `metrics` names those to keep (`loss` always is):
+    what is left out is not computed, and a few per cent of a step are spent on `update_ratio` and `accuracy`.
+
+    `per_example="norms"` adds, from the same backward pass, the norms of single examples' gradients:
+    `per_example_norms` float[batch], their five quartiles `per_example_quantiles`, and the unbiased `noise_trace` and
+    `noise_signal` of this batch for `noise.scale`, with `per_layer` each by layer too. These are squares: 0 or inf for
+    norms outside 1e±19, where their ratio `signal_to_noise` holds. `examples_nonfinite` and `examples_zero` count
+    gradients without a finite norm and without any. `per_example="clip"` also clips every example's gradient to `max_norm`
+    before they are averaged, and reports `examples_clipped` and `clip_bias`, by how much that moved the mean. An example
+    without a finite norm makes the gradient NaN; with `skip_nonfinite=True` it counts as zero. Under batch norm an example's gradient is that of its own path (`fnn.per_example`),
+    and the noise scale takes groups (`noise.groups`). Under an outer `axis_name` norms are those of the local batch.
+
+    The optimiser sees each block of `repeat` as arrays of its own (`per_depth`): depth as a loop and depth written out
+    train alike.
+
+    `compute_dtype=jnp.bfloat16` lets all layers compute in it (`compute_in`), those behind an embedding too; parameters,
+    optimiser, statistics and loss stay float32. `step.net` is that net: `fit` validates as it trains.
+
+    With `axis_name` (under `vmap`, or `shard_map` with `check_vma` on or off) gradients and metrics are averaged over the
+    mapped batch axis, and all that is computed is that of the whole batch on one device; but dropout draws other masks.
+    All of it comes out the same on every device, except `per_example_norms` (and by layer), which are each device's own.
+    Plain `jit` of a sharded batch needs no `axis_name`, on a mesh with automatic or explicit axes (`jax.make_mesh`).
+
+    A batch that is not finite stays out of the running statistics if the step is skipped: where the gradient's norm is not
+    finite and the optimiser's updates all are (`optax.apply_if_finite`, `zero_nans`), the net's state stays as it was.
+    Where NaN passes on to the parameters, it does to the state.
+
+    Guarantees: traced once for each batch shape; the state's buffers are donated (do not use the old state again); the
+    same state and batch give the same result, bit for bit, on one device.
+    """
+    admission.net("train_step", net)
+    admission.loss("train_step", loss)
+    admission.optimizer("train_step", optimizer)
+    net = compute_in(net, compute_dtype)
+    optimizer = per_depth(optimizer)
+    for name in metrics:
+        check.choice("train_step", METRICS, metrics=name)
+    correct = losses.correct(loss) if "accuracy" in metrics else None
+    check_step(per_example, max_norm, skip_nonfinite)
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        x, y = batch
+        x = as_arrays(x)
+        key = jax.random.fold_in(state.key, state.step)
+
+        def objective(params, net_state):
+            with check.foreign("train_step"):
+                outputs, new = net.apply(params, net_state, x, key=key, train=True, axis_name=axis_name)
+                per_example = admission.values("train_step", loss, outputs, y)
+            hits = {} if correct is None else {"accuracy": jnp.mean(correct(outputs, y))}
+            mean = jnp.mean(per_example)
+            return mean, (new, {"loss": mean} | hits)
+
+        tapped, of_examples = per_layer and _has_taps(state.state), {}
+        params = mapped.varying(state.params, axis_name)
+        old = mapped.varying(state.state, axis_name) if tapped else state.state
+        _check_sharding(axis_name, params, batch)
+        if per_example is None:
+            value_and_grad = jax.value_and_grad(objective, argnums=(0, 1) if tapped else 0, has_aux=True)
+            (_, (new, values)), grads = value_and_grad(params, old)
+            grads, values = mapped.mean((grads, values), axis_name)
+        else:
+            gradients = step_gradients(
+                net,
+                loss,
+                correct,
+                (x, y),
+                key=key,
+                axis_name=axis_name,
+                max_norm=max_norm,
+                skip_nonfinite=skip_nonfinite,
+                per_layer=per_layer,
+            )
+            grads, new, values, of_examples = gradients(*(((params, old), None) if tapped else (params, old)))
+        grads, news = grads if tapped else (grads, None)
+        new = mapped.replicated(new, state.state, axis_name) if tapped else new
+        before = clip.unreported(state.opt_state)
+        updates, opt_state = admission.update(
+            "train_step", optimizer, grads, before, state.params, value=values["loss"], grad=grads
+        )
+        params = optax.apply_updates(state.params, updates)
+        # Plain squares: `tree.norm` would keep all updates in memory. Beyond 1e19 the ratio is inf; an update below 1e-19
+        # changes no parameter.
+        size = tree.squared_norm(updates)
+        ratio = jnp.sqrt(size) / jnp.sqrt(tree.squared_norm(state.params))
+        grad_norm = tree.norm(grads)
+        values |= {"grad_norm": grad_norm, "update_ratio": ratio}
+        if (report := clip.summary(opt_state, grads)) is not None:
+            removed = 1 - report.after / jnp.where(report.before == 0, 1, report.before)
+            values |= {
+                "grad_norm_clipped": report.after,
+                "clip_fraction": report.fraction,
+                "clip_removed": jnp.where(report.before == 0, 0, removed),
+            }
+        kept = {name: v for name, v in values.items() if name == "loss" or name in metrics}
+        values = {name: v.astype(tree.statistics_dtype(v.dtype)) for name, v in kept.items()}
+        values |= of_examples
+        if per_layer:
+            values |= {"grad_norms": tree.norms(grads)} | ({"taps": (new, news)} if tapped else {})
+        if jax.tree.leaves(new):
+            skipped = ~jnp.isfinite(grad_norm) & jnp.isfinite(size)
+            new = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), state.state, new)
+        return TrainState(params, new, opt_state, state.key, state.step + 1), values
+
+    return TrainStep(mapped.auto(step, keep=True), net, loss, optimizer)
+
+
+def evaluate(
+    net: Layer,
+    state: Any,
+    data: Any,
+    *,
+    loss: Callable[[Any, Any], Any] = losses.cross_entropy,
+    batch_size: int = 1024,
+    compute_dtype: Any = None,
+) -> dict[str, float]:
+    """Average the loss, and the accuracy where the loss has one, over all examples in eval mode.
+
+    `state` is a `TrainState` or a pair (params, state). `data` is a pair (x, y), or an iterable of such batches (a
+    DataLoader), which are joined in memory. Every example counts once, whatever the batch size. `compute_dtype` is that
+    of `train_step`: pass the same for the same computation.
+    """
+    check.positive("evaluate", batch_size=batch_size)
+    admission.net("evaluate", net)
+    admission.loss("evaluate", loss)
+    net = compute_in(net, compute_dtype)
+    params, net_state = admission.parts("evaluate", state)
+    x, y = as_arrays(tuple(in_memory("evaluate", data)))
+    check_dataset("evaluate", x, y)
+    check.parameters("evaluate", params, trained=False)
+    admission.state("evaluate", net, params, net_state, x)
+    check_values(net, params, net_state, x)
+    losses.check_targets(loss, output_shape(net, params, net_state, x), y)
+    return averages(net, params, net_state, (x, y), loss, batch_size)
+
+
+def averages(net: Layer, params: Any, state: Any, data: Any, loss: Any, batch_size: int = 1024) -> dict[str, float]:
+    """Do `evaluate` for data that were checked before."""
+    x, y = data
+    totals = _means(net, loss, min(int(batch_size), y.shape[0]), params, state, x, y)
+    return {name: float(value) for name, value in totals.items()}
+
+
+def means(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: Any) -> dict[str, jax.Array]:
+    """Do the device's part of `evaluate`, `size` examples at a time; may be mapped by `vmap`."""
+    n, correct = y.shape[0], losses.correct(loss)
+
+    def values(xs, ys):
+        outputs, _ = net.apply(params, state, xs)
+        return {"loss": admission.values("evaluate", loss, outputs, ys)} | (
+            {} if correct is None else {"accuracy": correct(outputs, ys)}
+        )
+
+    def sums(start):
+        # The last window starts early enough to be full; what it shares with the one before counts once.
+        begin = jnp.minimum(start, n - size)
+        xs, ys = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, begin, size), (x, y))
+        fresh = begin + jnp.arange(size) >= start
+        return {name: jnp.sum(jnp.where(fresh, value, 0)) for name, value in values(xs, ys).items()}
+
+    if n <= size:
+        return jax.tree.map(jnp.mean, values(x, y))
+    totals = jax.lax.map(sums, jnp.arange(0, n, size))
+    return jax.tree.map(lambda total: jnp.sum(total) / n, totals)
+
+
+def check_state(who: str, state: Any) -> None:
+    """Refuse what is no `TrainState`, or one that a step has taken over: its counter tells for all its arrays."""
+    if not isinstance(state, TrainState):
+        got = arrays.brief(state)
+        raise TypeError(f"{who}: state must be a TrainState, got {got}; make one with TrainState.create")
+    if isinstance(state.step, jax.Array) and state.step.is_deleted():
+        check.alive(who, state.step)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _means(net: Layer, loss: Any, size: int, *arrays: Any) -> dict[str, jax.Array]:
+    return mapped.auto(functools.partial(means, net, loss, size))(*arrays)
+
+
+def _check_sharding(axis_name: Any, params: Any, batch: Any) -> None:
+    if jax.tree.leaves(params) and (loose := mapped.over(batch) - mapped.over(params)):
+        raise ValueError(
+            "train_step: axis_name must name every mesh axis over which the batch is sharded, or the devices' gradients "
+            f"would be summed; got axis_name={axis_name!r} and a batch sharded over {sorted(map(str, loose))}"
+        )
+
+
+def _has_taps(state: Any) -> bool:
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, TapState))
+    return any(isinstance(node, TapState) for node in nodes)
