@@ -112,7 +112,7 @@ def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
 
 def _start(model: Model) -> tuple[fnn.Layer, Any, fnn.TrainState]:
     net = model.net()
-    optimizer = fnn.packed(optax.chain(fnn.clip.by_global_norm(MAX_NORM), optax.adam(RATE)))
+    optimizer = fnn.optimizers.packed(optax.chain(fnn.clip.by_global_norm(MAX_NORM), optax.adam(RATE)))
     return net, optimizer, fnn.TrainState.create(net, optimizer, jax.random.key(0), model.specs())
 
 

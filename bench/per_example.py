@@ -95,7 +95,7 @@ def problem(name: str) -> Problem:
         def plain(p, b):
             return jnp.mean(cross_entropy(net.apply(p, state, b[0])[0], b[1]))
 
-        return Problem(fnn.example_loss(net, cross_entropy, state), plain, params, batch)
+        return Problem(fnn.example_loss(net, (params, state), loss=cross_entropy), plain, params, batch)
     if name == "sequence":
         module, x = Transformer(), jax.random.randint(x_key, (32, 64), 0, 256)
         y = x

@@ -102,7 +102,7 @@ def fnn_start(
         unroll=row.depth <= UNROLLED or 1 if unroll is None else unroll,
         checkpoint=checkpoint,
     )
-    optimizer = fnn.packed(optax.chain(fnn.clip.by_global_norm(MAX_NORM), optax.adam(RATE)))
+    optimizer = fnn.optimizers.packed(optax.chain(fnn.clip.by_global_norm(MAX_NORM), optax.adam(RATE)))
     spec = jax.ShapeDtypeStruct((row.batch, FEATURES), jnp.float32)
     state = fnn.TrainState.create(net, optimizer, jax.random.key(0) if key is None else key, spec)
     return net, optimizer, state.replace(params=_open_relus(state.params))

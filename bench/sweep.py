@@ -125,7 +125,7 @@ def _sweep(works: list[Problem]) -> Run:
 
     def one(state, settings, batches):
         limit, rate = settings
-        optimizer = fnn.packed(optax.chain(fnn.clip.by_global_norm(limit), optax.adam(rate)))
+        optimizer = fnn.optimizers.packed(optax.chain(fnn.clip.by_global_norm(limit), optax.adam(rate)))
         step = fnn.train_step(net, fnn.losses.cross_entropy, optimizer, metrics=("loss",))
         return jax.lax.scan(step.pure, state, batches)
 

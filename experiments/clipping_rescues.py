@@ -76,7 +76,7 @@ def fit(clip: optax.GradientTransformation, depth: int, seeds: int, steps: int, 
             return state, (metrics["loss"], norm, metrics.get("grad_norm_clipped", norm))
 
         state, curves = jax.lax.scan(body, state, jax.random.randint(data_key, (steps, 64), 0, train.size))
-        outputs, _ = net.apply(state.params, state.state, test.x)
+        outputs, _ = net.apply(state.params, state.net_state, test.x)
         return *curves, jnp.mean(jnp.argmax(outputs, axis=-1) == test.y)
 
     return tuple(map(np.asarray, jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), seeds))))

@@ -109,7 +109,7 @@ def accuracy(depth: int, variances: tuple[float, ...], train: object, test: obje
             return step.pure(carry, (jnp.asarray(train.x)[index], jnp.asarray(train.y)[index]))
 
         carry, _ = jax.lax.scan(body, carry, batches)
-        outputs, _ = net.apply(carry.params, carry.state, test.x)
+        outputs, _ = net.apply(carry.params, carry.net_state, test.x)
         return jnp.mean(jnp.argmax(outputs, axis=-1) == test.y)
 
     every = jax.jit(jax.vmap(jax.vmap(score, (None, 0)), (0, None)))(np.array(variances, np.float32), rates)

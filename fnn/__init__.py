@@ -1,7 +1,7 @@
 """Pure-functional neural networks on JAX, made to see how gradients flow."""
 
 from fnn import losses, models, plot, tree
-from fnn.core import Layer, function, named, parallel, repeat, residual, serial, stateless
+from fnn.core import Layer, named, parallel, repeat, residual, serial, stateless
 from fnn.datasets import data
 from fnn.gradients import noise
 from fnn.gradients.example_gradients import PerExampleGradients
@@ -10,8 +10,18 @@ from fnn.gradients.per_example import example_loss, per_example
 from fnn.layers import activations, initializers, memory, taps
 from fnn.layers.attention import attention, cross_attention, positions
 from fnn.layers.conv import avg_pool, conv, conv_transpose, global_avg_pool, max_pool
-from fnn.layers.dense import activation, dense, dropout, flatten, gain
-from fnn.layers.inputs import Masked, add, branches, concatenate, ends, first, last, positionwise, unmasked
+from fnn.layers.dense import activation, dense, dropout, flatten, scalar_affine
+from fnn.layers.inputs import (
+    Masked,
+    branches,
+    concatenate,
+    drop_mask,
+    positionwise,
+    sum_inputs,
+    take_ends,
+    take_first,
+    take_last,
+)
 from fnn.layers.memory import generate
 from fnn.layers.norm import batch_norm, group_norm, layer_norm, rms_norm
 from fnn.layers.precision import compute_in
@@ -22,9 +32,8 @@ from fnn.study import grid, report, results
 from fnn.study.compare import compare
 from fnn.study.study import Study
 from fnn.theory import meanfield
-from fnn.training import clip
+from fnn.training import clip, optimizers
 from fnn.training.fit import History, fit
-from fnn.training.optimizers import packed, per_depth
 from fnn.training.step import TrainState, TrainStep, evaluate, train_step
 
 __version__ = "0.1.0"
@@ -40,7 +49,6 @@ __all__ = [
     "TrainStep",
     "activation",
     "activations",
-    "add",
     "attention",
     "avg_pool",
     "batch_norm",
@@ -55,16 +63,13 @@ __all__ = [
     "cross_attention",
     "data",
     "dense",
+    "drop_mask",
     "dropout",
     "embed",
-    "ends",
     "evaluate",
     "example_loss",
-    "first",
     "fit",
     "flatten",
-    "function",
-    "gain",
     "generate",
     "global_avg_pool",
     "gradient_flow",
@@ -72,7 +77,6 @@ __all__ = [
     "group_norm",
     "gru",
     "initializers",
-    "last",
     "layer_norm",
     "losses",
     "lstm",
@@ -82,9 +86,8 @@ __all__ = [
     "models",
     "named",
     "noise",
-    "packed",
+    "optimizers",
     "parallel",
-    "per_depth",
     "per_example",
     "plot",
     "positions",
@@ -95,14 +98,18 @@ __all__ = [
     "results",
     "rms_norm",
     "rnn",
+    "scalar_affine",
     "serial",
     "stateless",
+    "sum_inputs",
+    "take_ends",
+    "take_first",
+    "take_last",
     "tap",
     "taps",
     "tied",
     "train_step",
     "tree",
-    "unmasked",
 ]
 
 

@@ -28,7 +28,7 @@ def net(who: str, layer: Any) -> None:
         got = getattr(layer, "__name__", None) or f"an object of {type(layer).__module__}.{type(layer).__name__}"
         raise TypeError(
             f"{who}: net must be a Layer, a pair of init(key, spec) and apply(params, state, x, ...), got {got}; wrap a "
-            "function of x in fnn.function, one with parameters in fnn.stateless(init, apply)"
+            "function of x in fnn.activation, one with parameters in fnn.stateless(init, apply)"
         )
 
 
@@ -152,7 +152,7 @@ def examples(who: str, batch: tuple[Any, Any]) -> None:
 def parts(who: str, state: Any) -> tuple[Any, Any]:
     """Take (params, state) of a `TrainState`, or as they come; refuse anything else, and what a step has taken over."""
     if hasattr(state, "params"):
-        params, net_state = state.params, state.state
+        params, net_state = state.params, state.net_state
     elif isinstance(state, tuple | list) and len(state) == 2:
         params, net_state = state
     else:

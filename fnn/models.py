@@ -151,7 +151,7 @@ def resnet(
         return shrink * kernel_init(key, shape, dtype)
 
     def biased() -> list[Layer]:
-        return [layers.gain(None, 0.0)] if fixup else []
+        return [layers.scalar_affine(None, 0.0)] if fixup else []
 
     def activated() -> list[Layer]:
         return [*biased(), *_norm(norm), *_activation(phi, taps)]
@@ -166,14 +166,14 @@ def resnet(
             layer = conv.conv(wide, window, stride=step, kernel_init=draw, bias=scaling == "skip_init")
             parts += [*(activated() if i else []), *biased(), layer, *_tap(taps, "preactivation")]
         if scaling is not None:
-            parts.append(layers.gain(0.0 if scaling == "skip_init" else 1.0, 0.0 if fixup else None))
+            parts.append(layers.scalar_affine(0.0 if scaling == "skip_init" else 1.0, 0.0 if fixup else None))
         return parts
 
     def changing(n: int, stride: int) -> Layer:
         wide = 4 * n if block == "bottleneck" else n
         shortcut = conv.conv(wide, 1, stride=stride, kernel_init=kernel_init, bias=False)
         paths = core.parallel(shortcut, core.serial(*branch(n, stride)))
-        return core.serial(*activated(), paths, inputs.add(), *_tap(taps, "sum"))
+        return core.serial(*activated(), paths, inputs.sum_inputs(), *_tap(taps, "sum"))
 
     def keeping(n: int) -> Layer:
         return core.serial(core.residual(core.serial(*activated(), *branch(n, 1))), *_tap(taps, "sum"))
@@ -238,7 +238,7 @@ def rnn(
 
     first = [] if vocabulary is None else [tokens.embed(vocabulary, width, padding=padding)]
     trunk = [core.repeat(layer(), depth - 1)] if depth > 1 else []
-    end = inputs.unmasked() if every_step else inputs.ends() if bidirectional else inputs.last()
+    end = inputs.drop_mask() if every_step else inputs.take_ends() if bidirectional else inputs.take_last()
     return core.serial(*first, layer(), *trunk, end, _dense(outputs, initializers.lecun_normal))
 
 
@@ -330,11 +330,11 @@ def transformer(
         cross = [*([target(*_norm(norm))] if pre else []), core.named("cross", attention.cross_attention(heads)), *rest]
         behind = [*_tap(taps, "sum"), *([] if pre else _norm(norm)), *forward]
         block = [target(*see(True)), core.residual(core.serial(*cross), of="target"), target(*behind)]
-        first = inputs.branches({"source": memory.whole(encode), "target": core.serial(*place)})
+        first = inputs.branches({"source": memory.full_sequence(encode), "target": core.serial(*place)})
         body = [first, trunk("trunk", block, depth), core.function(lambda x: x["target"]), *end]
     if outputs is None:
         assert vocabulary is not None
-        net = tokens.tied(vocabulary, width, core.serial(*body, inputs.unmasked()), padding=padding)
+        net = tokens.tied(vocabulary, width, core.serial(*body, inputs.drop_mask()), padding=padding)
         return core.serial(net, *_tap(taps, "logits")) if taps else net
     check.positive(who, outputs=outputs)
     draw = initializers.lecun_normal

@@ -135,7 +135,7 @@ def direct():
     for axis in (None, "batch"):
         net = fnn.models.mlp(1, 4, 3, norm="batch_norm" if axis else "layer_norm")
         params, net_state = net.init(KEY, x)
-        loss = fnn.example_loss(net, fnn.losses.cross_entropy, net_state, axis_name=axis)
+        loss = fnn.example_loss(net, (params, net_state), loss=fnn.losses.cross_entropy, axis_name=axis)
 
         def norms(params, batch, loss=loss, axis=axis):
             return fnn.per_example(loss, axis_name=axis)(params, batch).norms()
@@ -175,8 +175,8 @@ def clips():
         "by_global_norm": clip.by_global_norm(0.1),
         "by_block_norm": clip.by_block_norm(0.05),
         "adaptive": clip.adaptive(0.01),
-        "per_depth": fnn.per_depth(optax.adaptive_grad_clip(0.01)),
-        "packed": fnn.packed(optax.sgd(0.1)),
+        "per_depth": fnn.optimizers.per_depth(optax.adaptive_grad_clip(0.01)),
+        "packed": fnn.optimizers.packed(optax.sgd(0.1)),
     }
     for name, transformation in found.items():
         optimizer = optax.chain(transformation, SGD)
@@ -199,7 +199,7 @@ def placed():
         trained, history = fnn.fit(
             step, state, batch, epochs=2, batch_size=4, key=KEY, validation=batch, progress=False
         )
-        loss = fnn.example_loss(net, fnn.losses.cross_entropy, state.state)
+        loss = fnn.example_loss(net, state, loss=fnn.losses.cross_entropy)
         gradients = fnn.per_example(loss)(state.params, batch)
         flow = fnn.gradient_flow(net, state, batch)
         return {

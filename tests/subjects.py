@@ -36,7 +36,7 @@ def net(layer, *routes, shape=(5,), norm=False):
     """Make a subject of an fnn net on vectors."""
     params, state = layer.init(jax.random.key(1), jax.ShapeDtypeStruct((B, *shape), jnp.float32))
     axis_name = "batch" if norm else None
-    loss = fnn.example_loss(layer, fnn.losses.cross_entropy, state, axis_name=axis_name)
+    loss = fnn.example_loss(layer, (params, state), loss=fnn.losses.cross_entropy, axis_name=axis_name)
     return Subject(loss, randomized(params), (draw(B, *shape), labels()), axis_name, routes)
 
 

@@ -128,7 +128,7 @@ def test_pieces_equal_the_whole_and_decoding_equals_recomputing(positions):
     params = randomized(params)
     apply = jax.jit(net.apply)
     whole, _ = apply(params, state, tokens)
-    memory, parts = fnn.memory.start(state, BATCH, TIME), []
+    memory, parts = fnn.memory.init_cache(state, BATCH, TIME), []
     for piece in (tokens[:, :1], tokens[:, 1:4], tokens[:, 4:]):
         part, memory = apply(params, memory, piece)
         parts.append(part)
@@ -138,7 +138,7 @@ def test_pieces_equal_the_whole_and_decoding_equals_recomputing(positions):
     ours = fnn.generate(net, params, state, fnn.Masked.of_lengths(prompt, LENGTHS), 5)
     np.testing.assert_array_equal(ours, recomputed(apply, params, state, prompt, LENGTHS, 5))
     end = int(ours[0, 1])
-    stopped = fnn.generate(net, params, state, tokens[:1], 5, end=end)
+    stopped = fnn.generate(net, params, state, tokens[:1], 5, eos=end)
     np.testing.assert_array_equal(stopped[0, 1:] if int(ours[0, 0]) != end else stopped[0], end)
 
 
@@ -187,7 +187,7 @@ def test_generate_continues_behind_the_last_real_token_wherever_padding_stands(n
 @pytest.mark.parametrize("padding", [0, 3])
 def test_a_net_that_predicts_padding_goes_on_with_padding(padding):
     """The last real token stays the same, and so does what follows it."""
-    net, other = fnn.serial(fnn.embed(5, 2, padding=padding), fnn.rnn(1), fnn.unmasked(), fnn.dense(5)), 1
+    net, other = fnn.serial(fnn.embed(5, 2, padding=padding), fnn.rnn(1), fnn.drop_mask(), fnn.dense(5)), 1
     prompt = jnp.array([[1, 2, padding], [4, 1, 2]])
     params, state = net.init(KEY, prompt)
     recurrent = jax.tree.map(jnp.zeros_like, params[1]) | {"bias": jnp.array([5.0])}  # 1 where real, 0 at padding
@@ -360,11 +360,11 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"bool\[batch, time\]"):
         layer.apply(params, state, fnn.Masked(x, jnp.ones((BATCH, TIME, TIME), bool)))
     with pytest.raises(ValueError, match="looks ahead"):
-        fnn.memory.start(fnn.attention(HEADS).init(KEY, x)[1], BATCH, 4)
+        fnn.memory.init_cache(fnn.attention(HEADS).init(KEY, x)[1], BATCH, 4)
     with pytest.raises(ValueError, match="memory was started for 3 sequences of 4, got 3 of 6"):
-        layer.apply(params, fnn.memory.start(state, BATCH, 4), x)
+        layer.apply(params, fnn.memory.init_cache(state, BATCH, 4), x)
     # Beyond the memory's end, position by position, the values are NaN and never those of another position.
-    memory = fnn.memory.start(state, BATCH, 4)
+    memory = fnn.memory.init_cache(state, BATCH, 4)
     _, memory = layer.apply(params, memory, x[:, :3])
     y, _ = layer.apply(params, memory, x[:, 3:])
     np.testing.assert_array_equal(np.isnan(y).all(-1), [[False, True, True]] * BATCH)

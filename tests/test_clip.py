@@ -263,7 +263,7 @@ def test_reports_by_hand():
 def test_reports_are_found_in_chains_and_per_depth_gives_scalars():
     inner = optax.chain(clip.by_value(1.0), optax.trace(0.9))
     transformation = optax.chain(
-        inner, clip.by_global_norm(2.0), fnn.per_depth(clip.by_block_norm(0.5)), optax.sgd(0.1)
+        inner, clip.by_global_norm(2.0), fnn.optimizers.per_depth(clip.by_block_norm(0.5)), optax.sgd(0.1)
     )
     g = {"out": np.array([3.0, 4.0], np.float32), "in": Stacked(np.array([[0.1, 0], [0.6, 0.8]], np.float32))}
     state = transformation.init(g)

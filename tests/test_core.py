@@ -15,7 +15,7 @@ X = jax.ShapeDtypeStruct((2, 4), jnp.float32)
 
 
 def scale(factor):
-    return fnn.function(lambda x: factor * x)
+    return fnn.activation(lambda x: factor * x)
 
 
 def apply(net, x, **options):
@@ -25,7 +25,7 @@ def apply(net, x, **options):
 
 def test_combinators_by_hand():
     x = jnp.array([[1.0, 2.0]])
-    np.testing.assert_array_equal(apply(fnn.serial(scale(2), fnn.function(lambda x: x + 1)), x), [[3, 5]])
+    np.testing.assert_array_equal(apply(fnn.serial(scale(2), fnn.activation(lambda x: x + 1)), x), [[3, 5]])
     np.testing.assert_array_equal(apply(fnn.residual(scale(2), scale=0.5), x), [[2, 4]])
     two, three = apply(fnn.parallel(scale(2), scale(3)), x)
     np.testing.assert_array_equal(two, 2 * x)

@@ -236,7 +236,7 @@ def test_decoding_equals_the_forward_pass_token_by_token(options):
     params["embedding"] = params["embedding"].at[0].set(0)  # so that padding is never the likeliest token
     apply = jax.jit(net.apply)
     whole, _ = apply(params, state, x)
-    memory, parts = fnn.memory.start(state, BATCH, TIME, source=SPAN), []
+    memory, parts = fnn.memory.init_cache(state, BATCH, TIME, source=SPAN), []
     for i in range(TIME):
         source = x["source"] if i == 0 else x["source"][:, :0]  # read once, and held from then on
         part, memory = apply(params, memory, {"source": source, "target": x["target"][:, i : i + 1]})
@@ -307,12 +307,12 @@ def test_refusals():
             layer.apply(params, state, bad)
     with pytest.raises(ValueError, match="heads must divide the width, got 3 heads"):
         fnn.cross_attention(3).init(KEY, x)
-    with pytest.raises(ValueError, match="memory.start: the net attends to a source, got source=None"):
-        fnn.memory.start(state, BATCH, TIME)
+    with pytest.raises(ValueError, match="memory.init_cache: the net attends to a source, got source=None"):
+        fnn.memory.init_cache(state, BATCH, TIME)
     with pytest.raises(
         ValueError, match="started for 3 sources of 7, which come whole or with no position, got 3 of 6"
     ):
-        layer.apply(params, fnn.memory.start(state, BATCH, TIME, source=7), x)
+        layer.apply(params, fnn.memory.init_cache(state, BATCH, TIME, source=7), x)
     with pytest.raises(
         ValueError, match=r"residual: the input must be a dict with the name 'target', got float32\[3,5,8\]"
     ):

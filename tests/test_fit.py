@@ -33,7 +33,7 @@ def copy(state=STATE):
 
 
 def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, *({"p": s.params, "s": s.state, "o": s.opt_state} for s in (a, b)))
+    jax.tree.map(np.testing.assert_array_equal, *({"p": s.params, "s": s.net_state, "o": s.opt_state} for s in (a, b)))
 
 
 def stepwise(batches, state=STATE):
@@ -259,8 +259,8 @@ def test_a_fraction_is_split_off_stratified_and_by_the_key():
             same(states[seed], state)
         states[seed] = state
     assert not np.array_equal(states[0].params[1]["kernel"], states[1].params[1]["kernel"])
-    rng = fnn.dataset.generator("me", KEY, 0x5EED)
-    train, held = fnn.dataset.split_index("me", y, rng, validation=0.25)
+    rng = fnn.datasets.dataset.generator("me", KEY, 0x5EED)
+    train, held = fnn.datasets.dataset.split_index("me", y, rng, validation=0.25)
     assert sorted([*train, *held]) == list(range(48)) and set(y[held]) == set(y[train]) == {0, 1, 2}
     _, history = fnn.fit(STEP, STATE, (X, y), validation=0.25, **options)
     by_hand, _ = fnn.fit(STEP, STATE, (X[train], y[train]), validation=(X[held], y[held]), **options)
@@ -333,7 +333,7 @@ def test_the_state_of_another_net_is_refused(name):
 
 def test_a_state_that_create_did_not_make_is_admitted_if_it_fits():
     net = fnn.models.mlp(1, 4, 3, norm="batch_norm")  # never created
-    assert fnn.evaluate(net, (STATE.params, STATE.state), (X, Y)) == fnn.evaluate(NET, STATE, (X, Y))
+    assert fnn.evaluate(net, (STATE.params, STATE.net_state), (X, Y)) == fnn.evaluate(NET, STATE, (X, Y))
 
 
 @pytest.mark.parametrize(
@@ -432,7 +432,7 @@ def test_what_is_no_net(net):
         ("TrainState.create", lambda: fnn.TrainState.create(net, OPTIMIZER, KEY, X)),
         ("evaluate", lambda: fnn.evaluate(net, STATE, (X, Y))),
         ("gradient_flow", lambda: fnn.gradient_flow(net, STATE, (X, Y))),
-        ("example_loss", lambda: fnn.example_loss(net, fnn.losses.cross_entropy, ())),
+        ("example_loss", lambda: fnn.example_loss(net, ((), ()), loss=fnn.losses.cross_entropy)),
     ):
         with pytest.raises(TypeError, match=f"^{who}: net must be a Layer, a pair of init"):
             call()
@@ -490,7 +490,7 @@ def test_a_state_that_a_step_took_over_is_refused():
             call()
     for call in (
         lambda: fnn.fit(STEP.pure, STATE, (X, Y), **OPTIONS),
-        lambda: fnn.fit(STEP, (STATE.params, STATE.state), (X, Y), **OPTIONS),
+        lambda: fnn.fit(STEP, (STATE.params, STATE.net_state), (X, Y), **OPTIONS),
         lambda: STEP(STATE.params, (X, Y)),
         lambda: fnn.evaluate(NET, STATE.params, (X, Y)),
     ):

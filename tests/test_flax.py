@@ -71,7 +71,7 @@ def test_mlp_with_batch_norm_equals_flax(bits, unroll):
             return jax.value_and_grad(loss, has_aux=True)(params)
 
         (value, (logits, _)), gradients = reference(theirs, stats)
-        (our_value, our_logits), our_gradients = ours(state.params, state.state)
+        (our_value, our_logits), our_gradients = ours(state.params, state.net_state)
         np.testing.assert_allclose(our_logits, logits, rtol=tolerance, atol=tolerance)
         assert float(our_value) == pytest.approx(float(value), abs=tolerance)
         jax.tree.map(
@@ -93,7 +93,7 @@ def test_mlp_with_batch_norm_equals_flax(bits, unroll):
         assert 0 < sum(clipped) < 20  # the clip acts on some steps and not on others
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-8), to_flax(state.params), theirs)
         # Flax's running moments start at (0, 1) and are not debiased: compare them over their own start.
-        for i, mine in enumerate([state.state[2], *_norm_states(state.state[4]["trunk"])]):
+        for i, mine in enumerate([state.net_state[2], *_norm_states(state.net_state[4]["trunk"])]):
             weight = np.asarray(mine["weight"])
             np.testing.assert_allclose(mine["mean"], stats[f"BatchNorm_{i}"]["mean"], atol=1e-8)
             np.testing.assert_allclose(

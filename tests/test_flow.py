@@ -112,7 +112,7 @@ def test_what_leaves_float64_too_is_nan_and_the_layer_is_named(gain, low, high):
 
 def test_a_net_that_casts_to_float32_itself_is_nan_and_says_so():
     x, y = problem(n=8)
-    net = fnn.serial(deep(100, "relu", 0.3), fnn.function(lambda h: h.astype(jnp.float32)))
+    net = fnn.serial(deep(100, "relu", 0.3), fnn.activation(lambda h: h.astype(jnp.float32)))
     with pytest.warns(
         UserWarning, match=r"range of float32 at layer \d+ \(.*in float64 it cannot be measured \(it casts"
     ):
@@ -177,7 +177,7 @@ MEETING = {
     "repeated": around(fnn.repeat(own(lambda run, x: run(0, x) + 0.1 * run(1, x), block(), block()), 3)),
     "backwards": around(own(lambda run, x: run(0, run(1, x)), block(), block(0.2))),
     "inside_serial": around(fnn.serial(quiet(), own(lambda run, x: run(1, x) - run(0, x), block(), quiet()), block())),
-    "not_linear": around(fnn.serial(fnn.tap(), fnn.function(lambda x: clipped(x)))),
+    "not_linear": around(fnn.serial(fnn.tap(), fnn.activation(lambda x: clipped(x)))),
 }
 
 
@@ -263,7 +263,7 @@ def taps_of(measured):
 
 SEQUENCE = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 6)), jnp.float32)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 5, (8, 4)))
-TAIL = [fnn.tap(), fnn.last(), fnn.dense(3), fnn.tap()]
+TAIL = [fnn.tap(), fnn.take_last(), fnn.dense(3), fnn.tap()]
 
 
 @pytest.mark.parametrize(
@@ -274,8 +274,8 @@ TAIL = [fnn.tap(), fnn.last(), fnn.dense(3), fnn.tap()]
         (fnn.serial(fnn.repeat(fnn.serial(weight(6), fnn.tap()), 3), weight(3), fnn.tap()), None, [1, 2, 3, 4]),
         (fnn.serial(weight(6, bare=True), weight(5, bare=True), fnn.tap(), weight(3), fnn.tap()), None, [2, 3]),
         (fnn.serial(fnn.repeat(weight(6, bare=True), 3), fnn.tap(), fnn.dense(3)), None, [3]),
-        (fnn.serial(fnn.dense(6), fnn.tap(), fnn.batch_norm(), fnn.tap(), fnn.gain(), fnn.tap(), fnn.dense(3)), None, [1, 1, 1]),
-        (fnn.serial(fnn.gain(), fnn.tap(), fnn.dense(6), gained(6), fnn.tap(), fnn.dense(3)), None, [0, 1]),
+        (fnn.serial(fnn.dense(6), fnn.tap(), fnn.batch_norm(), fnn.tap(), fnn.scalar_affine(), fnn.tap(), fnn.dense(3)), None, [1, 1, 1]),
+        (fnn.serial(fnn.scalar_affine(), fnn.tap(), fnn.dense(6), gained(6), fnn.tap(), fnn.dense(3)), None, [0, 1]),
         (fnn.serial(fnn.dense(1), fnn.tap(), fnn.dense(3, bias=False), fnn.tap()), None, [1, 2]),
         (fnn.serial(fnn.embed(5, 6), fnn.tap(), fnn.lstm(6, initial="learned"), *TAIL), TOKENS, [1, 2, 3]),
         (fnn.serial(fnn.gru(6), fnn.repeat(fnn.rnn(6), 2), *TAIL), SEQUENCE, [3, 4]),

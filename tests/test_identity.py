@@ -101,7 +101,7 @@ WAYS = {
     "cache": lambda v: functools.lru_cache(closed(v)),
     "partial of partial of object": lambda v: functools.partial(functools.partial(Scaled(v), 1), 2),
     "initialiser of fnn": lambda v: closed(fnn.initializers.constant(v)),
-    "layer of fnn": lambda v: closed(fnn.gain(v)),
+    "layer of fnn": lambda v: closed(fnn.scalar_affine(v)),
 }
 PAIRS = [
     (1.0, 100.0),

@@ -20,7 +20,7 @@ def two_inputs():
         fnn.branches(
             {
                 "image": fnn.serial(fnn.conv(3, 2), fnn.named("seen", fnn.tap()), fnn.global_avg_pool()),
-                "audio": fnn.serial(fnn.dense(4), fnn.named("heard", fnn.tap()), fnn.last()),
+                "audio": fnn.serial(fnn.dense(4), fnn.named("heard", fnn.tap()), fnn.take_last()),
             }
         ),
         fnn.concatenate(),
@@ -48,7 +48,7 @@ def test_concatenate_and_add_by_hand():
     a, b = jnp.array([[1.0, 2]]), jnp.array([[10.0, 20]])
     for joined in ((a, b), {"x": a, "y": b}):
         np.testing.assert_array_equal(fnn.concatenate().apply((), (), joined)[0], [[1, 2, 10, 20]])
-        np.testing.assert_array_equal(fnn.add().apply((), (), joined)[0], [[11, 22]])
+        np.testing.assert_array_equal(fnn.sum_inputs().apply((), (), joined)[0], [[11, 22]])
     mask = jnp.array([[True, False]])
     wide = fnn.Masked(a[..., None], mask)
     y, _ = fnn.concatenate().apply((), (), (wide, wide))
@@ -60,15 +60,15 @@ def test_last_first_and_ends_take_real_positions():
     x = jnp.arange(12.0).reshape(3, 4, 1)
     mask = jnp.array([[True, True, False, False], [False, True, False, True], [False] * 4])
     masked, both = fnn.Masked(x, mask), jnp.concatenate([x, x + 100, x + 200], axis=-1)
-    np.testing.assert_array_equal(fnn.last().apply((), (), masked)[0], [[1], [7], [0]])
-    np.testing.assert_array_equal(fnn.first().apply((), (), masked)[0], [[0], [5], [0]])
-    np.testing.assert_array_equal(fnn.last().apply((), (), x)[0], x[:, -1])
-    np.testing.assert_array_equal(fnn.first().apply((), (), x)[0], x[:, 0])
-    read, _ = fnn.ends(2).apply((), (), fnn.Masked(both, mask))
+    np.testing.assert_array_equal(fnn.take_last().apply((), (), masked)[0], [[1], [7], [0]])
+    np.testing.assert_array_equal(fnn.take_first().apply((), (), masked)[0], [[0], [5], [0]])
+    np.testing.assert_array_equal(fnn.take_last().apply((), (), x)[0], x[:, -1])
+    np.testing.assert_array_equal(fnn.take_first().apply((), (), x)[0], x[:, 0])
+    read, _ = fnn.take_ends(2).apply((), (), fnn.Masked(both, mask))
     np.testing.assert_array_equal(read, [[1, 101, 200], [7, 107, 205], [0, 0, 0]])
-    np.testing.assert_array_equal(fnn.ends(1).apply((), (), both)[0][:, 1:], both[:, 0, 1:])
-    np.testing.assert_array_equal(fnn.ends().apply((), (), both[..., 1:])[0], both[:, [-1, 0], [1, 2]])
-    for layer, got in ((fnn.ends(), "forward=None"), (fnn.ends(3), "forward=3")):
+    np.testing.assert_array_equal(fnn.take_ends(1).apply((), (), both)[0][:, 1:], both[:, 0, 1:])
+    np.testing.assert_array_equal(fnn.take_ends().apply((), (), both[..., 1:])[0], both[:, [-1, 0], [1, 2]])
+    for layer, got in ((fnn.take_ends(), "forward=None"), (fnn.take_ends(3), "forward=3")):
         with pytest.raises(ValueError, match=rf"ends: needs an even number of units.*float32\[3,4,3\] and {got}"):
             layer.apply((), (), both)
 
@@ -80,7 +80,7 @@ def test_trees_of_inputs_train_evaluate_and_report():
     state = fnn.TrainState.create(net, optimizer, KEY, x)
     step = fnn.train_step(net, fnn.losses.cross_entropy, optimizer, per_layer=True)
     before = fnn.evaluate(net, state, (x, y), batch_size=5)
-    whole = fnn.losses.cross_entropy(net.apply(state.params, state.state, x)[0], y)
+    whole = fnn.losses.cross_entropy(net.apply(state.params, state.net_state, x)[0], y)
     assert before["loss"] == pytest.approx(float(whole.mean()), rel=1e-5)
     data = fnn.data.Dataset(x, y)
     assert data.size == 32
@@ -105,7 +105,7 @@ def test_padding_that_is_not_finite_trains_as_any_other():
         audio = x["audio"]._replace(values=jnp.where(x["audio"].mask[..., None], x["audio"].values, fill))
         data = fnn.data.Dataset(x | {"audio": audio}, y)
         trained.append(fnn.fit(step, state, data, epochs=2, batch_size=6, key=KEY, validation=data))
-    jax.tree.map(np.testing.assert_array_equal, *[(new.params, new.state) for new, _ in trained])
+    jax.tree.map(np.testing.assert_array_equal, *[(new.params, new.net_state) for new, _ in trained])
     np.testing.assert_array_equal(*[history.validation["loss"] for _, history in trained])
     with pytest.raises(ValueError, match="x must be finite, got 1 non-finite values, first at example 2"):
         fnn.evaluate(net, state, (x | {"image": x["image"].at[2, 0, 0].set(jnp.nan)}, y))
@@ -116,9 +116,16 @@ def test_padding_that_is_not_finite_trains_as_any_other():
 
 def test_layers_without_a_mask_compute_what_they_did():
     """What takes padding out of the numbers is not there where nothing is padded."""
-    layers = [fnn.dense(4), fnn.layer_norm(), fnn.activation("tanh"), fnn.gain(), fnn.attention(2), fnn.gru(4)]
+    layers = [fnn.dense(4), fnn.layer_norm(), fnn.activation("tanh"), fnn.scalar_affine(), fnn.attention(2), fnn.gru(4)]
     x = jnp.ones((2, 3, 4))
-    for layer in (*layers, fnn.residual(fnn.dense(4)), fnn.tap(), fnn.last(), fnn.ends(), fnn.global_avg_pool()):
+    for layer in (
+        *layers,
+        fnn.residual(fnn.dense(4)),
+        fnn.tap(),
+        fnn.take_last(),
+        fnn.take_ends(),
+        fnn.global_avg_pool(),
+    ):
         text = jax.jit(layer.apply).lower(*layer.init(KEY, x), x).as_text()
         assert "select" not in text
         masked = fnn.Masked(x, jnp.ones((2, 3), bool))
@@ -140,10 +147,10 @@ def test_refusals():
     with pytest.raises(ValueError, match="must have one shape but for the last axis"):
         fnn.concatenate().init(KEY, ())
         fnn.concatenate().apply((), (), (drawn(2, 3), drawn(3, 3)))
-    with pytest.raises(ValueError, match="add: the inputs must have one shape"):
-        fnn.add().apply((), (), (drawn(2, 3), drawn(2, 4)))
+    with pytest.raises(ValueError, match="sum_inputs: the inputs must have one shape"):
+        fnn.sum_inputs().apply((), (), (drawn(2, 3), drawn(2, 4)))
     with pytest.raises(ValueError, match="the input must be a tuple or a dict of arrays"):
-        fnn.add().apply((), (), drawn(2, 3))
+        fnn.sum_inputs().apply((), (), drawn(2, 3))
     masked = fnn.Masked(drawn(2, 3, 4), jnp.ones((2, 3), bool))
     for layer, kind in ((fnn.flatten(), TypeError), (fnn.group_norm(2), ValueError)):
         with pytest.raises(kind, match=r"got Masked\(values=float32\[2,3,4\], mask=bool\[2,3\]\)"):

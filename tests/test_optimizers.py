@@ -167,7 +167,7 @@ def furthest(a, b):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_depth_as_a_loop_trains_as_depth_written_out(name):
     wanted = looped_form(trained(OPTIMIZERS[name], PARAMS, GRADS))
-    found = trained(fnn.per_depth(OPTIMIZERS[name]), looped_form(PARAMS), STACKED_GRADS)
+    found = trained(fnn.optimizers.per_depth(OPTIMIZERS[name]), looped_form(PARAMS), STACKED_GRADS)
     size = max(np.max(np.abs(a)) for a in jax.tree.leaves(wanted))
     assert furthest(found, wanted) < 5e-6 * max(1, size)
     moved = furthest(wanted, looped_form(PARAMS))
@@ -211,27 +211,29 @@ def test_nested_stacks():
     for name in ("lars", "global_norms"):
         tx = OPTIMIZERS[name]
         run = jax.jit(lambda p, g, tx=tx: tx.update(g, tx.init(p), p)[0])
-        stacked = jax.jit(lambda p, g, tx=tx: fnn.per_depth(tx).update(g, fnn.per_depth(tx).init(p), p)[0])
+        stacked = jax.jit(
+            lambda p, g, tx=tx: fnn.optimizers.per_depth(tx).update(g, fnn.optimizers.per_depth(tx).init(p), p)[0]
+        )
         wanted, found = form(jax.device_get(run(params, grads))), stacked(form(params), form(grads))
         assert furthest(jax.device_get(found), wanted) < 1e-6
 
 
 def test_a_state_that_differs_from_block_to_block_is_kept_apart_and_stays_so():
-    tx = fnn.per_depth(OPTIMIZERS["labels_of_one_block"])
+    tx = fnn.optimizers.per_depth(OPTIMIZERS["labels_of_one_block"])
     params = looped_form(PARAMS)
     state = tx.init(params)
     _, after = tx.update(params, state, params)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     mu = state.inner_states["trained"].inner_state[0].mu
     assert len(jax.tree.leaves(mu)) == len(jax.tree.leaves(PARAMS)) - 4
-    alike = fnn.per_depth(OPTIMIZERS["adam"]).init(params)[0].mu
+    alike = fnn.optimizers.per_depth(OPTIMIZERS["adam"]).init(params)[0].mu
     assert jax.tree.structure(alike) == jax.tree.structure(params)
 
 
 def test_a_program_of_any_depth_is_that_of_one_block():
     """Elementwise, by arrays, by global norm: no operation per block."""
     for name in ("adamw_by_shape", "muon", "lamb", "global_norms", "block_norms", "apply_if_finite"):
-        tx, counts = fnn.per_depth(OPTIMIZERS[name]), []
+        tx, counts = fnn.optimizers.per_depth(OPTIMIZERS[name]), []
         for depth in (70, 300):
             params = {"trunk": Stacked({"kernel": jnp.ones((depth, 4, 4)), "bias": jnp.ones((depth, 4))})}
             traced = jax.make_jaxpr(lambda p, tx=tx: tx.update(p, tx.init(p), p))(params)
@@ -241,7 +243,7 @@ def test_a_program_of_any_depth_is_that_of_one_block():
 
 def test_what_goes_block_by_block_says_so_above_64():
     params = Stacked({"kernel": jnp.ones((70, 2, 2))})
-    tx = fnn.per_depth(by_path("[3]"))
+    tx = fnn.optimizers.per_depth(by_path("[3]"))
     with pytest.warns(UserWarning, match="per_depth: the optimiser (asks which|runs block by block)"):
         tx.update(params, tx.init(params), params)
     with warnings.catch_warnings():
@@ -251,8 +253,8 @@ def test_what_goes_block_by_block_says_so_above_64():
 
 
 def test_per_depth_twice_is_once_and_without_stacks_nothing():
-    tx = fnn.per_depth(optax.lamb(0.1))
-    assert fnn.per_depth(tx) is tx
+    tx = fnn.optimizers.per_depth(optax.lamb(0.1))
+    assert fnn.optimizers.per_depth(tx) is tx
     head = PARAMS[0]
     text = [jax.jit(t.update).lower(head, t.init(head), head).as_text() for t in (optax.lamb(0.1), tx)]
     assert text[0].splitlines()[3:] == text[1].splitlines()[3:]
@@ -263,7 +265,7 @@ def test_extra_arguments_and_missing_params_pass_through():
         assert params is None and not extra
         return jax.tree.map(lambda u: value * u, updates), jax.tree.map(lambda s: s + 1, state)
 
-    tx = fnn.per_depth(optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update))
+    tx = fnn.optimizers.per_depth(optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(()), update))
     grads = looped_form(PARAMS)
     updates, state = jax.jit(tx.update)(grads, tx.init(grads), value=3.0)
     assert state == 1
@@ -276,7 +278,7 @@ def test_extra_arguments_and_missing_params_pass_through():
 
 def test_a_mask_given_as_a_tree_is_refused():
     params = looped_form(PARAMS)
-    tx = fnn.per_depth(optax.adamw(1e-2, mask=jax.tree.map(lambda a: a.ndim > 1, params)))
+    tx = fnn.optimizers.per_depth(optax.adamw(1e-2, mask=jax.tree.map(lambda a: a.ndim > 1, params)))
     with pytest.raises(ValueError, match="per_depth: masks and labels must be functions of the parameters"):
         tx.init(params)
 
@@ -304,13 +306,13 @@ def test_packed_changes_no_number_and_packs_all_small_arrays(tx):
         MIXED if isinstance(tx, optax.GradientTransformationExtraArgs) else {**MIXED, "half": np.ones(10, np.float32)}
     )
     grads = jax.tree.map(lambda w: jnp.stack([jnp.asarray(c * w + 0.2, w.dtype) for c in (1, -0.5, 2)]), params)
-    plain, packed = (trained(t, params, grads) for t in (tx, fnn.packed(tx)))
+    plain, packed = (trained(t, params, grads) for t in (tx, fnn.optimizers.packed(tx)))
     assert jax.tree.structure(plain) == jax.tree.structure(packed)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(packed), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         tolerance = 1e-2 if a.dtype == jnp.bfloat16 else 1e-6
         np.testing.assert_allclose(np.asarray(b, np.float64), np.asarray(a, np.float64), rtol=tolerance, atol=1e-7)
-    shapes = {leaf.shape for leaf in jax.tree.leaves(fnn.packed(tx).init(MIXED)) if jnp.ndim(leaf)}
+    shapes = {leaf.shape for leaf in jax.tree.leaves(fnn.optimizers.packed(tx).init(MIXED)) if jnp.ndim(leaf)}
     assert shapes == {(200, 100), (13,), (10,)}  # the large array; float32 numbers; bfloat16 numbers
 
 
@@ -321,7 +323,7 @@ def test_packed_passes_extra_arguments_and_works_without_params():
         seen.update(params=params, value=value, grad=grad)
         return updates, state
 
-    tx = fnn.packed(optax.GradientTransformationExtraArgs(lambda params: (), update))
+    tx = fnn.optimizers.packed(optax.GradientTransformationExtraArgs(lambda params: (), update))
     g = {"a": jnp.ones((2, 2)), "b": jnp.zeros(3)}
     updates, _ = tx.update(g, tx.init(g), value=jnp.float32(7), grad=g)
     assert jax.tree.map(jnp.shape, updates) == {"a": (2, 2), "b": (3,)}
@@ -336,14 +338,14 @@ APART += ["lars", "adafactor", "sm3", "block_norms", "values", "mean_of_norms", 
 @pytest.mark.parametrize("name", APART)
 @pytest.mark.parametrize("form", [lambda p: p, looped_form], ids=["written_out", "looped"])
 def test_packed_refuses_what_tells_arrays_apart(name, form):
-    tx, params = fnn.packed(OPTIMIZERS[name]), form(PARAMS)
+    tx, params = fnn.optimizers.packed(OPTIMIZERS[name]), form(PARAMS)
     with pytest.raises(ValueError, match="packed: the optimiser must treat all arrays alike, got"):
         jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
 
 
 def test_packed_refuses_a_mask_that_takes_all_arrays_until_they_are_packed():
     kernels = {"a": jnp.ones((3, 4)), "b": jnp.ones((2, 5))}
-    tx = fnn.packed(masked(lambda a: a.ndim > 1))
+    tx = fnn.optimizers.packed(masked(lambda a: a.ndim > 1))
     with pytest.raises(ValueError, match="tells them apart by their shapes"):
         tx.update(kernels, tx.init(kernels), kernels)
 
@@ -368,13 +370,13 @@ def sizes_in_the_state():
 def test_packed_refuses_what_depends_on_the_shapes_of_arrays(tx):
     params = {"a": jnp.ones(3), "b": jnp.ones(2), "c": jnp.ones(())}
     with pytest.raises(ValueError, match="packed: the optimiser must treat all arrays alike"):
-        fnn.packed(tx).update(params, fnn.packed(tx).init(params), params)
+        fnn.optimizers.packed(tx).update(params, fnn.optimizers.packed(tx).init(params), params)
 
 
 def test_packed_inside_of_a_chain_is_right_on_stacks():
-    tx = optax.chain(clip.by_block_norm(0.2), fnn.packed(optax.adam(1e-2)))
+    tx = optax.chain(clip.by_block_norm(0.2), fnn.optimizers.packed(optax.adam(1e-2)))
     wanted = looped_form(trained(optax.chain(clip.by_block_norm(0.2), optax.adam(1e-2)), PARAMS, GRADS))
-    assert furthest(trained(fnn.per_depth(tx), looped_form(PARAMS), STACKED_GRADS), wanted) < 1e-5
+    assert furthest(trained(fnn.optimizers.per_depth(tx), looped_form(PARAMS), STACKED_GRADS), wanted) < 1e-5
 
 
 def steps_of(tx, targets, batch=8):
@@ -387,7 +389,7 @@ def steps_of(tx, targets, batch=8):
     for target in targets:
         t = jnp.full((batch, 2), target, jnp.float32)
 
-        def objective(p, s=state.state, t=t):
+        def objective(p, s=state.net_state, t=t):
             return jnp.mean(jnp.sum((net.apply(p, s, x)[0] - t) ** 2, axis=1))
 
         grads.append(jax.device_get(jax.grad(objective)(state.params)))
@@ -432,7 +434,7 @@ def test_clip_reports_of_parts_are_over_all_arrays():
             optax.chain(other, optax.masked(one, kernels)),
             lambda k, b: (lambda both: (scaled(both[0], 0.01), both[1]))(scaled((k, b), 0.3)),
         ),
-        "packed": (fnn.packed(one), lambda k, b: scaled((k, b), 0.01)),
+        "packed": (fnn.optimizers.packed(one), lambda k, b: scaled((k, b), 0.01)),
     }
     for tx, by_hand in cases.values():
         (metrics,), (g,) = steps_of(optax.chain(tx, optax.sgd(0.1)), [3.0])
@@ -455,7 +457,7 @@ def test_a_zero_gradient_has_nothing_removed():
 @pytest.mark.parametrize("stacked", [False, True])
 def test_skipped_and_accumulating_steps_report_nan(stacked):
     inner = optax.chain(clip.by_global_norm(0.5), optax.sgd(0.01))
-    wrap = fnn.per_depth if stacked else (lambda tx: tx)
+    wrap = fnn.optimizers.per_depth if stacked else (lambda tx: tx)
     found, _ = steps_of(wrap(optax.MultiSteps(inner, 3)), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     assert [bool(np.isnan(m["clip_removed"])) for m in found] == [True, True, False] * 2
     assert [bool(np.isnan(m["grad_norm_clipped"])) for m in found] == [True, True, False] * 2

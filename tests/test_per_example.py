@@ -239,7 +239,7 @@ def test_every_example_draws_a_dropout_mask_of_its_own():
     params, state = layer.init(jax.random.key(0), batch[0])
     key = jax.random.key(1)
     for axis_name in (None, "batch"):
-        loss = fnn.example_loss(layer, fnn.losses.cross_entropy, state, axis_name=axis_name)
+        loss = fnn.example_loss(layer, (params, state), loss=fnn.losses.cross_entropy, axis_name=axis_name)
         every = fnn.per_example(loss, axis_name=axis_name)(params, batch, key=key)
         want = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0), axis_name=axis_name)(
             params, batch, jax.random.split(key, 6)
@@ -248,7 +248,7 @@ def test_every_example_draws_a_dropout_mask_of_its_own():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
         assert len(np.unique(np.round(np.asarray(every.norms()), 5))) > 3
     with pytest.raises(TypeError, match=r"loss\(params, example, key\)"):
-        fnn.example_loss(layer, fnn.losses.cross_entropy, state, key=key)
+        fnn.example_loss(layer, (params, state), loss=fnn.losses.cross_entropy, key=key)
 
 
 @pytest.mark.parametrize("batch_norm", ["loss", "frozen", "running"])

@@ -17,7 +17,7 @@ def test_the_price_of_one_backward_pass():
     layer = fnn.models.mlp(depth, width, 3, activation="tanh")
     x, y = draw(batch, width), jnp.zeros(batch, int)
     params, state = layer.init(jax.random.key(0), x)
-    every = fnn.per_example(fnn.example_loss(layer, fnn.losses.cross_entropy, state))
+    every = fnn.per_example(fnn.example_loss(layer, (params, state), loss=fnn.losses.cross_entropy))
 
     def plain(p, batch):
         return jax.grad(lambda p: jnp.mean(fnn.losses.cross_entropy(layer.apply(p, state, batch[0])[0], batch[1])))(p)
@@ -63,7 +63,7 @@ assert len(jax.devices()) == 8
 layer = fnn.models.mlp(18, 32, 3, activation="tanh")
 x, y = jax.random.normal(jax.random.key(0), (16, 32)), jnp.arange(16) % 3
 params, state = layer.init(jax.random.key(1), x)
-every = fnn.per_example(fnn.example_loss(layer, fnn.losses.cross_entropy, state))
+every = fnn.per_example(fnn.example_loss(layer, (params, state), loss=fnn.losses.cross_entropy))
 def f(p, b):
     g = every(p, b)
     return g.norms(), g.clipped_mean(0.5).mean, g.mean()

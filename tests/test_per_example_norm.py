@@ -23,8 +23,8 @@ def test_path_and_loss_sum_to_the_batch_gradient(dtype, rounding):
             lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
             (draw(B, 5), labels(), randomized(params), state),
         )
-        loss = fnn.example_loss(layer, fnn.losses.cross_entropy, state, axis_name="batch")
-        evaluated = fnn.example_loss(layer, fnn.losses.cross_entropy, state, train=False)
+        loss = fnn.example_loss(layer, (params, state), loss=fnn.losses.cross_entropy, axis_name="batch")
+        evaluated = fnn.example_loss(layer, (params, state), loss=fnn.losses.cross_entropy, train=False)
 
         def batch_losses(p):
             return fnn.losses.cross_entropy(layer.apply(p, state, x, train=True)[0], y)
@@ -150,5 +150,5 @@ def test_batch_norm_of_one_example_is_said(recwarn):
     for width, norm in ((1, "layer_norm"), (8, "layer_norm"), (8, "rms_norm"), (8, None)):
         net = fnn.models.mlp(2, width, 1, norm=norm, unroll=1)
         params, state = net.init(jax.random.key(0), x)
-        fnn.per_example(fnn.example_loss(net, fnn.losses.cross_entropy, state))(params, (x, 0 * y))
+        fnn.per_example(fnn.example_loss(net, (params, state), loss=fnn.losses.cross_entropy))(params, (x, 0 * y))
     assert not [w for w in recwarn if "per_example" in str(w.message)]

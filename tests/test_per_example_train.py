@@ -16,7 +16,7 @@ def test_train_step_with_norms_and_clip():
     layer = fnn.models.mlp(2, 8, 3, activation="tanh", norm="batch_norm", taps=True, unroll=1)
     optimizer = optax.sgd(0.1)
     state = fnn.TrainState.create(layer, optimizer, jax.random.key(0), x)
-    loss = fnn.example_loss(layer, fnn.losses.cross_entropy, state.state, axis_name="batch")
+    loss = fnn.example_loss(layer, state, loss=fnn.losses.cross_entropy, axis_name="batch")
 
     @jax.jit
     def by_hand(params):

@@ -23,8 +23,8 @@ def grouped():
 
 def mixed():
     image = fnn.serial(fnn.conv(4, 2), fnn.batch_norm(), fnn.global_avg_pool())
-    words = fnn.serial(fnn.embed(9, 4), fnn.repeat(fnn.gru(4), 2), fnn.last())
-    return fnn.serial(fnn.branches({"image": image, "words": words}), fnn.add(), fnn.dense(3))
+    words = fnn.serial(fnn.embed(9, 4), fnn.repeat(fnn.gru(4), 2), fnn.take_last())
+    return fnn.serial(fnn.branches({"image": image, "words": words}), fnn.sum_inputs(), fnn.dense(3))
 
 
 def table():
@@ -33,7 +33,7 @@ def table():
     def draw(key, spec):
         return {"vectors": jax.random.normal(key, (9, 4))}
 
-    return fnn.serial(fnn.stateless(draw, lambda p, x: p["vectors"][x]), fnn.gru(4), fnn.last(), fnn.dense(3))
+    return fnn.serial(fnn.stateless(draw, lambda p, x: p["vectors"][x]), fnn.gru(4), fnn.take_last(), fnn.dense(3))
 
 
 NETS = {
@@ -112,7 +112,7 @@ def test_training_evaluation_and_measurements_do_the_same_computation():
     assert narrow["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-6) != pytest.approx(wide["loss"], rel=1e-6)
     _, history = fnn.fit(step, state, (x, y), epochs=1, batch_size=4, key=KEY, validation=(x, y))
     assert history.validation["loss"][0] == pytest.approx(narrow["loss"], rel=1e-6)
-    of_example = fnn.example_loss(net, loss, state.state, compute_dtype=BF16)
+    of_example = fnn.example_loss(net, state, loss=loss, compute_dtype=BF16)
     norms = fnn.per_example(of_example)(state.params, (x, y)).norms()
     np.testing.assert_allclose(norms, metrics["per_example_norms"], rtol=1e-6)
     flow = fnn.gradient_flow(net, state, (x, y), loss=loss, compute_dtype=BF16)

@@ -121,7 +121,7 @@ def test_exploding_and_vanishing_nets(activation, depth, init):
     layer = fnn.models.mlp(depth, 16, 3, activation=activation, init=init)
     x, y = draw(B, 16), jnp.arange(B) % 3
     params, state = layer.init(jax.random.key(1), x)
-    loss = fnn.example_loss(layer, fnn.losses.cross_entropy, state)
+    loss = fnn.example_loss(layer, (params, state), loss=fnn.losses.cross_entropy)
 
     @jax.jit
     def both(params):

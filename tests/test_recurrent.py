@@ -118,12 +118,12 @@ def test_pieces_equal_the_whole(kind):
     layer, params, state, x = prepared(kind, initial="learned")
     y, same = layer.apply(params, state, x)
     assert fnn.core.same_spec(same, state)
-    memory, parts = fnn.memory.start(state, BATCH, TIME), []
+    memory, parts = fnn.memory.init_cache(state, BATCH, TIME), []
     for piece in (x[:, :1], x[:, 1:4], x[:, 4:]):
         part, memory = layer.apply(params, memory, piece)
         parts.append(part)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), y, atol=1e-6)
-    np.testing.assert_array_equal(memory.seen, TIME)
+    np.testing.assert_array_equal(memory.position, TIME)
 
 
 def test_pieces_of_different_lengths_through_repeat_and_branches():
@@ -134,7 +134,7 @@ def test_pieces_of_different_lengths_through_repeat_and_branches():
     params, state = net.init(jax.random.key(0), x)
     whole, _ = net.apply(params, state, x)
     first, second = (jnp.array([4, 1, 2, 3]), jnp.array([2, 5, 4, 3]))
-    memory = fnn.memory.start(state, BATCH, TIME)
+    memory = fnn.memory.init_cache(state, BATCH, TIME)
     rest = jnp.stack([jnp.roll(x[i], -int(n), axis=0) for i, n in enumerate(first)])
     a, memory = net.apply(params, memory, fnn.Masked.of_lengths(x, first))
     b, memory = net.apply(params, memory, fnn.Masked.of_lengths(rest, second))
@@ -190,7 +190,7 @@ def test_recurrent_kernels_are_drawn_gate_by_gate():
 
 
 def test_compile_time_does_not_depend_on_the_length():
-    layer = fnn.serial(fnn.lstm(4), fnn.last())
+    layer = fnn.serial(fnn.lstm(4), fnn.take_last())
 
     def size(time):
         spec = jax.ShapeDtypeStruct((2, time, 3), jnp.float32)
@@ -229,11 +229,11 @@ def test_refusals():
     with pytest.raises(ValueError, match="lengths must be int"):
         fnn.Masked.of_lengths(x, jnp.ones(BATCH))
     with pytest.raises(ValueError, match="reverse=True needs the whole sequence"):
-        fnn.memory.start(prepared("gru", reverse=True)[2], BATCH, 3)
+        fnn.memory.init_cache(prepared("gru", reverse=True)[2], BATCH, 3)
     with pytest.raises(ValueError, match="must hold a layer that remembers"):
-        fnn.memory.start(((), ()), 2, 3)
+        fnn.memory.init_cache(((), ()), 2, 3)
     with pytest.raises(ValueError, match="memory was started for a batch of 2"):
-        layer.apply(params, fnn.memory.start(state, 2, 3), x)
+        layer.apply(params, fnn.memory.init_cache(state, 2, 3), x)
     with pytest.raises(ValueError, match="unknown initial 'zero'; did you mean 'zeros'"):
         fnn.gru(3, initial="zero")
     with pytest.raises(ValueError, match="must have no parameters"):

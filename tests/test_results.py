@@ -151,7 +151,7 @@ def test_damage_is_one_sentence_and_exit_code_2_and_nothing_is_lost(copied, harm
     harm(copied)
     (copied / "cells" / "00002.parquet").unlink()  # something is left to do
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
-    assert fnn.cli.main([*ARGUMENTS, str(copied)]) == 2
+    assert fnn.cli.main.main([*ARGUMENTS, str(copied)]) == 2
     assert sentence in capsys.readouterr().err.strip().splitlines()[-1]
     assert before.items() <= {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}.items()
 
@@ -166,7 +166,7 @@ def test_a_full_disk_loses_no_finished_cell(tmp_path, monkeypatch, capsys, undis
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    assert fnn.cli.main([*ARGUMENTS, str(tmp_path)]) == 2
+    assert fnn.cli.main.main([*ARGUMENTS, str(tmp_path)]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "cannot write" in last and "No space left on device" in last
     assert finished(tmp_path) == ["00000.parquet"] and not list(tmp_path.rglob("*.part"))
@@ -180,19 +180,19 @@ def test_a_finished_study_on_a_read_only_mount_prints_its_table(copied, monkeypa
 
     monkeypatch.setattr(files, "write", refuse)
     monkeypatch.setattr(results, "_locked", refuse)
-    assert fnn.cli.main([*ARGUMENTS, str(copied)]) == 0
+    assert fnn.cli.main.main([*ARGUMENTS, str(copied)]) == 0
     shown = capsys.readouterr()
     assert "at layer 1" in shown.out and "and study.png" not in shown.out
     assert "study.png: Read-only file system" in shown.err.splitlines()[-1]
     (copied / "cells" / "00001.parquet").unlink()  # now there is something to measure
-    assert fnn.cli.main([*ARGUMENTS, str(copied)]) == 2
+    assert fnn.cli.main.main([*ARGUMENTS, str(copied)]) == 2
     assert "Read-only file system" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_damaged_and_foreign_cells_are_named_set_aside_and_measured_again(copied, undisturbed, capsys):
     (copied / "cells" / "00000.parquet").replace(copied / "cells" / "00002.parquet")
     damage(copied / "cells" / "00001.parquet")
-    assert fnn.cli.main([*ARGUMENTS, str(copied)]) == 0
+    assert fnn.cli.main.main([*ARGUMENTS, str(copied)]) == 0
     err = capsys.readouterr().err
     assert "00001.parquet is damaged or foreign (it holds no digest); it is kept as 00001.parquet.aside" in err
     assert "00002.parquet is a copy of cell 0; it is kept as 00002.parquet.aside" in err
@@ -217,7 +217,7 @@ def test_ctrl_c_here_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
         return work(task)
 
     monkeypatch.setattr(study, "work", interrupted)
-    assert fnn.cli.main([*ARGUMENTS, str(tmp_path)]) == 130
+    assert fnn.cli.main.main([*ARGUMENTS, str(tmp_path)]) == 130
     shown = capsys.readouterr()
     assert "the same command resumes" in shown.err and finished(tmp_path) == ["00000.parquet"]
     assert "tanh" in shown.out and "relu" not in shown.out and (tmp_path / "study.png").exists()
@@ -359,9 +359,9 @@ def test_compare_finds_what_differs_beyond_the_seeds(undisturbed, tmp_path, caps
         fnn.compare(table, table.drop("step"))
     named = table.rename({"width": "a", "norm": "beyond"})  # axes of one's own may be called anything
     assert fnn.compare(named, named)["a (axis)"].unique().to_list() == [8]
-    assert fnn.cli.main(["compare", str(undisturbed), str(undisturbed)]) == 0
+    assert fnn.cli.main.main(["compare", str(undisturbed), str(undisturbed)]) == 0
     assert "0 of" in capsys.readouterr().out
-    assert fnn.cli.main(["compare", str(undisturbed), str(tmp_path)]) == 2
+    assert fnn.cli.main.main(["compare", str(undisturbed), str(tmp_path)]) == 2
     assert "must hold a study" in capsys.readouterr().err
 
 

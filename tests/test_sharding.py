@@ -51,7 +51,10 @@ def test_a_mapped_axis_keeps_every_metric():
     )
     for found in (metrics, want[1]):
         del found["per_example_norms_by_layer"]
-    both = jax.tree.leaves((got.params, got.state, metrics)), jax.tree.leaves((want[0].params, want[0].state, want[1]))
+    both = (
+        jax.tree.leaves((got.params, got.net_state, metrics)),
+        jax.tree.leaves((want[0].params, want[0].net_state, want[1])),
+    )
     for a, b in zip(*both, strict=True):
         np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(a[0], a[1])

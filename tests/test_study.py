@@ -63,7 +63,7 @@ def plain_run(described, static, seed, rate):
             measured = fnn.gradient_flow(net, at, probe)
 
             def objective(p, at=at):
-                return jnp.mean(fnn.losses.cross_entropy(net.apply(p, at.state, probe[0], train=True)[0], probe[1]))
+                return jnp.mean(fnn.losses.cross_entropy(net.apply(p, at.net_state, probe[0], train=True)[0], probe[1]))
 
             gradient = jax.grad(objective)(at.params)
             updates, _ = optimizer.update(gradient, at.opt_state, at.params)

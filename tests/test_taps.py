@@ -75,7 +75,7 @@ def test_no_layer_sends_a_cotangent_to_padding_and_a_masked_tap_reports_the_real
     x, y = jnp.asarray(rng.normal(size=(4, 5, 6)), jnp.float32), jnp.arange(4) % 3
     mask = jnp.arange(5) < jnp.array([5, 2, 3, 0])[:, None]
     mask = mask.at[0, 1].set(False).at[2].set(mask[2, ::-1])
-    ends = [fnn.last(), fnn.global_avg_pool(), fnn.serial(fnn.unmasked(), fnn.flatten())]
+    ends = [fnn.take_last(), fnn.global_avg_pool(), fnn.serial(fnn.drop_mask(), fnn.flatten())]
     bodies = [fnn.serial(fnn.dense(6), fnn.batch_norm()), fnn.gru(6), fnn.attention(2), fnn.lstm(6, reverse=True)]
     for end in ends:
         trunk = [fnn.residual(body) for body in bodies]
@@ -205,7 +205,7 @@ def test_gradient_flow_equals_float64_within_1e_4(trained):
         for _ in range(20):
             state, _ = step(state, batch)
     flow = fnn.gradient_flow(net, state, batch)
-    errors, norms = float64_flow(net, state.params, state.state, batch)
+    errors, norms = float64_flow(net, state.params, state.net_state, batch)
     measured = [row.value for row in flow.rows if row.quantity == "log_error"]
     assert min(errors) < -230
     np.testing.assert_allclose(measured, errors, atol=1e-4, rtol=0)
@@ -222,7 +222,7 @@ def test_gradient_flow_through_batch_norm_residual_and_nested_repeat_equals_floa
     net = fnn.serial(
         fnn.named("in", fnn.dense(6)), nested, fnn.parallel(fnn.serial(fnn.dense(3), fnn.tap()), fnn.dense(3))
     )
-    total = fnn.serial(net, fnn.function(lambda pair: pair[0] + pair[1]))
+    total = fnn.serial(net, fnn.activation(lambda pair: pair[0] + pair[1]))
     params, state = total.init(jax.random.key(3), x)
     flow = fnn.gradient_flow(total, (params, state), (x, y))
     errors, norms = float64_flow(total, params, state, (x, y))

@@ -36,7 +36,9 @@ def test_a_step_equals_gradient_clip_and_update_by_hand_and_traces_once():
     old = jax.device_get(state.params)
     key = jax.random.fold_in(state.key, 0)
     value, grads = jax.value_and_grad(
-        lambda p: fnn.losses.cross_entropy(NET.apply(p, state.state, batch[0], key=key, train=True)[0], batch[1]).mean()
+        lambda p: fnn.losses.cross_entropy(
+            NET.apply(p, state.net_state, batch[0], key=key, train=True)[0], batch[1]
+        ).mean()
     )(state.params)
     grads = jax.device_get(grads)
     norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(grads)))
@@ -96,7 +98,7 @@ def test_bfloat16_keeps_float32_masters_and_statistics():
     exact, _ = STEP(fresh(), batch)
     new, metrics = step(state, batch)
     assert fnn.core.same_spec(new, spec)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new.params, new.state)))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new.params, new.net_state)))
     for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(exact.params), strict=True):
         np.testing.assert_allclose(a, b, atol=0.01)
     assert metrics["loss"].dtype == jnp.float32
@@ -156,7 +158,7 @@ def test_fit_takes_an_iterable_of_batches_and_equals_the_loop():
 
 def test_evaluate_counts_every_example_once_whatever_the_batch_size():
     state, (x, y) = fresh(), clusters()
-    outputs, _ = NET.apply(state.params, state.state, x)
+    outputs, _ = NET.apply(state.params, state.net_state, x)
     expected = float(fnn.losses.cross_entropy(outputs, y).mean())
     accuracy = float(np.mean(np.argmax(outputs, 1) == np.asarray(y)))
     for size in (7, 32, 96, 1000):
@@ -291,8 +293,8 @@ def test_a_skipped_step_keeps_the_nets_state(optimizer, skips, mapped):
     bad = x.at[3, 0].set(jnp.nan)  # in one lane of two
     with_bad = run(run(run(start, x), bad), 2 * x)
     without = run(run(start, x), 2 * x)
-    for a, b in zip(jax.tree.leaves(with_bad.state), jax.tree.leaves(without.state), strict=True):
+    for a, b in zip(jax.tree.leaves(with_bad.net_state), jax.tree.leaves(without.net_state), strict=True):
         if skips:
             np.testing.assert_array_equal(a, b)
-    for part in (with_bad.params, with_bad.state):
+    for part in (with_bad.params, with_bad.net_state):
         assert skips == all(np.all(np.isfinite(a)) for a in jax.tree.leaves(part))

@@ -67,12 +67,16 @@ def _both_ways() -> fnn.Layer:
 def _each_position() -> fnn.Layer:
     """Every layer that acts on each position alone, also where zeros or large numbers have no finite value or slope."""
     layers = [
-        *(fnn.dense(4), fnn.gain(0.5, 0.1), fnn.layer_norm(), fnn.rms_norm(), fnn.batch_norm(), fnn.tap()),
+        *(fnn.dense(4), fnn.scalar_affine(0.5, 0.1), fnn.layer_norm(), fnn.rms_norm(), fnn.batch_norm(), fnn.tap()),
         *(fnn.positions(5), fnn.dropout(0.3), fnn.residual(fnn.serial())),
         *(fnn.activation(f) for f in ("relu", "gelu", "softplus", jnp.exp, lambda x: jnp.log(jnp.abs(x)))),
     ]
-    ends = fnn.parallel(fnn.last(), fnn.first(), fnn.ends(), fnn.ends(3), fnn.global_avg_pool(), fnn.unmasked())
-    return fnn.serial(fnn.parallel(*layers, fnn.serial(fnn.parallel(fnn.layer_norm(), fnn.tap()), fnn.add(), ends)))
+    ends = fnn.parallel(
+        fnn.take_last(), fnn.take_first(), fnn.take_ends(), fnn.take_ends(3), fnn.global_avg_pool(), fnn.drop_mask()
+    )
+    return fnn.serial(
+        fnn.parallel(*layers, fnn.serial(fnn.parallel(fnn.layer_norm(), fnn.tap()), fnn.sum_inputs(), ends))
+    )
 
 
 def _no_eps() -> fnn.Layer:
@@ -81,10 +85,10 @@ def _no_eps() -> fnn.Layer:
 
 def _two_inputs() -> fnn.Layer:
     image = fnn.serial(fnn.conv(3, 2), fnn.activation("tanh"), fnn.global_avg_pool())
-    audio = fnn.serial(fnn.dense(3), fnn.tap(), fnn.last())
+    audio = fnn.serial(fnn.dense(3), fnn.tap(), fnn.take_last())
     return fnn.serial(
         fnn.branches({"image": image, "audio": audio}),
-        fnn.parallel(fnn.concatenate(), fnn.add()),
+        fnn.parallel(fnn.concatenate(), fnn.sum_inputs()),
         fnn.concatenate(),
     )
 
@@ -113,11 +117,11 @@ CASES = [
     Case("avg_pool", fnn.avg_pool(3, stride=2, padding=1), (3, 5, 4, 2), keeps_shape=False),
     Case("global_avg_pool", fnn.global_avg_pool(), (3, 5, 4, 2), keeps_shape=False),
     Case("global_avg_pool_masked", fnn.global_avg_pool(), (4, 5, 2), keeps_shape=False, make=masked),
-    Case("last", fnn.last(), (4, 5, 2), keeps_shape=False, make=masked),
-    Case("unmasked", fnn.unmasked(), (4, 5, 2), keeps_shape=False, make=masked),
+    Case("last", fnn.take_last(), (4, 5, 2), keeps_shape=False, make=masked),
+    Case("unmasked", fnn.drop_mask(), (4, 5, 2), keeps_shape=False, make=masked),
     Case("block_on_masked", _masked_block(), (4, 5, 8), make=masked),
-    Case("first", fnn.first(), (4, 5, 2), keeps_shape=False, make=masked),
-    Case("ends", fnn.ends(), (4, 5, 2), keeps_shape=False, make=masked),
+    Case("first", fnn.take_first(), (4, 5, 2), keeps_shape=False, make=masked),
+    Case("ends", fnn.take_ends(), (4, 5, 2), keeps_shape=False, make=masked),
     Case("branches", _two_inputs(), (4, 5, 2), keeps_shape=False, make=lambda x: {"image": x, "audio": masked(x)}),
     Case("rnn", fnn.rnn(3, activation="sigmoid", initial="learned"), (4, 5, 3)),
     Case("rnn_masked", fnn.rnn(3, tap=fnn.tap(bounds=(-1, 1))), (4, 5, 3), make=masked),
@@ -153,7 +157,7 @@ CASES = [
     Case(
         "mlp", fnn.models.mlp(2, 8, 3, activation="silu", norm="batch_norm", taps=True), keeps_shape=False, mixes=True
     ),
-    Case("gain", fnn.gain(0.5, 0.1), (4, 3, 8)),
+    Case("gain", fnn.scalar_affine(0.5, 0.1), (4, 3, 8)),
     Case(
         "convnet",
         fnn.models.convnet([2, 3], 4, convs=2, activation="tanh", dropout=0.2, taps=True),

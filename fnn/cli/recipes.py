@@ -111,7 +111,7 @@ def decoded_exactly(net: Layer, state: Any, test: Dataset, *, batch_size: int = 
     for i in range(0, test.size, batch_size):
         x, y = test.take(slice(i, i + batch_size))
         question = {**x, "target": x["target"][:, :1]} if isinstance(x, dict) else x[:, :prompt]
-        answers = memory.generate(net, state.params, state.state, question, steps, end=synthetic.END)
+        answers = memory.generate(net, state.params, state.net_state, question, steps, eos=synthetic.END)
         targets = y[:, -steps:]
         right += float(jnp.sum(jnp.all((answers == targets) | (targets == -1), axis=1)))
     return right / test.size

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn import admission, arrays, check, mapped, tree
+from fnn import admission, arrays, check, losses, mapped, tree
 from fnn.core import Layer
 from fnn.gradients import cuts
 from fnn.gradients import program as jaxprs
@@ -108,9 +108,9 @@ def per_example(
 
 def example_loss(
     net: Layer,
-    loss: Callable[[Any, Any], Any],
     state: Any,
     *,
+    loss: Callable[[Any, Any], Any] = losses.cross_entropy,
     key: Any = None,
     train: bool = True,
     axis_name: Any = None,
@@ -118,7 +118,8 @@ def example_loss(
 ) -> Callable[..., Any]:
     """Make `(params, (x, y), key=None) -> float[]`, the loss of a net on one example, for `per_example`.
 
-    `loss(outputs, targets) -> float[batch]` and `compute_dtype` as in `train_step`; pass the same `axis_name` to
+    `state` is a `TrainState` or a pair (params, net_state), of which the second counts; the parameters are those of the
+    call. `loss(outputs, targets) -> float[batch]` and `compute_dtype` as in `train_step`; pass the same `axis_name` to
     `per_example`. A net that draws random numbers gets a key for each example:
     `per_example(example_loss(...))(params, batch, key=key)`.
 
@@ -132,10 +133,11 @@ def example_loss(
             "dropout mask; got key=...; call per_example(loss)(params, batch, key=key), which splits it"
         )
     net = compute_in(net, compute_dtype)
+    _, net_state = admission.parts("example_loss", state)
 
     def of_example(params, example, key=None):
         x, y = jax.tree.map(lambda a: jnp.asarray(a)[None], example)
-        outputs, _ = net.apply(params, state, x, key=key, train=train, axis_name=mapped.lanes(axis_name))
+        outputs, _ = net.apply(params, net_state, x, key=key, train=train, axis_name=mapped.lanes(axis_name))
         return admission.values("example_loss", loss, outputs, y)[0]
 
     return of_example

@@ -33,7 +33,7 @@ def attention(
     turns queries and keys by their positions, counted over real ones, so that only differences matter. The softmax is in
     at least float32; `jax.nn.dot_product_attention` does it, with an accelerator's fused kernel where there is one.
 
-    With a started memory (`memory.start`; causal layers only) keys and values of earlier pieces are kept, and a new
+    With a started memory (`memory.init_cache`; causal layers only) keys and values of earlier pieces are kept, and a new
     piece attends to them. Errors: ValueError if heads do not divide d, or for a piece longer than the memory.
     Source: Vaswani et al. 2017; Su et al. 2021 (rotary, base 10,000, halves paired); Ainslie et al. 2023 (kv_heads).
     """
@@ -58,7 +58,7 @@ def attention(
         batch, time, _ = values.shape
         q, k, v = (_project(params[name], values, n) for name, n in (("query", heads), ("key", kv), ("value", kv)))
         if rotary or state.started:
-            places = memory.place(state, batch, time, mask)
+            places = memory.number_positions(state, batch, time, mask)
         if rotary:
             q, k = rotate(q, places), rotate(k, places)
         if state.started:
@@ -161,7 +161,7 @@ def positions(longest: int, *, kernel_init: str | Callable[..., Any] | None = No
         if mask is None and not state.started:
             return like(x, values + table[: values.shape[1]]), state
         batch, time, _ = values.shape
-        places = memory.place(state, batch, time, mask)
+        places = memory.number_positions(state, batch, time, mask)
         y = values + jnp.take(table, places, axis=0, mode="fill", fill_value=jnp.nan)
         return like(x, y), memory.advance(state, {}, time, mask) if state.started else state
 
@@ -208,29 +208,31 @@ def _heads(who: str, heads: int, kv_heads: Any, bias: bool, kernel_init: Any, ou
 
 def _kept(who: str, state: Any, k: Any, v: Any, real: Any) -> tuple[Any, Any, Any, Any]:
     """Keep the keys and values of a source that comes; take those kept for one without positions."""
-    batch, length = state.held["real"].shape
+    batch, length = state.cache["real"].shape
     if k.shape[0] != batch or k.shape[1] not in (0, length):
         rule = f"memory was started for {batch} sources of {length}, which come whole or with no position"
         raise ValueError(f"{who}: {rule}, got {k.shape[0]} of {k.shape[1]}")
     if k.shape[1]:
         held = {"key": k, "value": v, "real": jnp.ones((batch, length)) if real is None else real}
-        held = {name: a.astype(state.held[name].dtype) for name, a in held.items()}
+        held = {name: a.astype(state.cache[name].dtype) for name, a in held.items()}
         state = memory.advance(state, held, length, real)
-    return state.held["key"].astype(k.dtype), state.held["value"].astype(v.dtype), state.held["real"] > 0, state
+    return state.cache["key"].astype(k.dtype), state.cache["value"].astype(v.dtype), state.cache["real"] > 0, state
 
 
 def _cached(who: str, state: Any, q: Any, k: Any, v: Any, places: Any, mask: Any) -> tuple[Any, Any]:
     """Write the new keys and values behind the old, and attend to all that lie at or before each query."""
     batch, time = places.shape
-    length = state.held["key"].shape[1]
-    if state.held["key"].shape[0] != batch or time > length:
+    length = state.cache["key"].shape[1]
+    if state.cache["key"].shape[0] != batch or time > length:
         got = f"{batch} of {time} positions"
-        raise ValueError(f"{who}: memory was started for {state.held['key'].shape[0]} sequences of {length}, got {got}")
+        raise ValueError(
+            f"{who}: memory was started for {state.cache['key'].shape[0]} sequences of {length}, got {got}"
+        )
     slots = places if mask is None else jnp.where(mask, places, length)  # padding is written nowhere
     rows = jnp.arange(batch)[:, None]
     held = {
         name: old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
-        for (name, old), new in zip(sorted(state.held.items()), (k, v), strict=True)
+        for (name, old), new in zip(sorted(state.cache.items()), (k, v), strict=True)
     }
     seen = (jnp.arange(length) <= places[:, :, None])[:, None]
     y = _attend(q, held["key"].astype(q.dtype), held["value"].astype(q.dtype), seen, False)

@@ -105,18 +105,18 @@ def dropout(rate: float) -> Layer:
     return positionwise(Layer(init, apply))
 
 
-def gain(scale: float | None = 1.0, bias: float | None = None) -> Layer:
+def scalar_affine(scale: float | None = 1.0, bias: float | None = None) -> Layer:
     """Multiply by one learned number and add another: y = scale·x + bias; what is None is left out.
 
-    Params: scale, bias float[], starting at the numbers given. A gain of 0 at a branch's end makes a residual block the
+    Params: scale, bias float[], starting at the numbers given. A scale of 0 at a branch's end makes a residual block the
     identity at the start. Source: De and Smith 2020 (SkipInit); Zhang et al. 2019 (Fixup's scalars).
     """
     if scale is None and bias is None:
-        raise ValueError("gain: needs a scale or a bias, got None for both")
+        raise ValueError("scalar_affine: needs a scale or a bias, got None for both")
     start = {name: value for name, value in (("scale", scale), ("bias", bias)) if value is not None}
 
     def init(key, spec):
-        _floating("gain", spec)
+        _floating("scalar_affine", spec)
         return {name: jnp.asarray(value, statistics_dtype(spec.dtype)) for name, value in start.items()}
 
     def apply(params, x):

@@ -65,46 +65,46 @@ def positionwise(layer: Layer) -> Layer:
     return Layer(init, apply)
 
 
-def unmasked() -> Layer:
+def drop_mask() -> Layer:
     """Drop the mask: y = values, zero at padded positions; an input without a mask passes unchanged."""
-    return stateless(lambda key, spec: (), lambda params, x: parts("unmasked", x)[0])
+    return stateless(lambda key, spec: (), lambda params, x: parts("drop_mask", x)[0])
 
 
-def last() -> Layer:
+def take_last() -> Layer:
     """Take the last real position of a sequence: float[batch, time, d] -> float[batch, d].
 
     There a layer that runs forward in time has read everything, and one that runs backwards (`reverse=True`) a single
-    position: take `first` behind that, and `ends` behind `bidirectional`. An example without a real position gives 0.
+    position: take `take_first` behind that, and `take_ends` behind `bidirectional`. An example without a real position gives 0.
     """
-    return _at("last", lambda values, mask: _place(values, mask, -1))
+    return _at("take_last", lambda values, mask: _place(values, mask, -1))
 
 
-def first() -> Layer:
+def take_first() -> Layer:
     """Take the first real position of a sequence: float[batch, time, d] -> float[batch, d].
 
     There a layer with `reverse=True` has read everything. An example without a real position gives 0.
     """
-    return _at("first", lambda values, mask: _place(values, mask, 0))
+    return _at("take_first", lambda values, mask: _place(values, mask, 0))
 
 
-def ends(forward: int | None = None) -> Layer:
+def take_ends(forward: int | None = None) -> Layer:
     """Take what `bidirectional` has read in full: its forward units at the last real position, the rest at the first.
 
     float[batch, time, d] -> float[batch, d]. `forward` is the number of units that run forward, half of d by default.
     An example without a real position gives 0.
     """
     if forward is not None:
-        check.positive("ends", forward=forward)
+        check.positive("take_ends", forward=forward)
 
     def read(values, mask):
         d = values.shape[-1]
         n = d // 2 if forward is None else forward
         if n >= d or (forward is None and d % 2):
             rule = "an even number of units, or forward= of fewer units than there are"
-            raise ValueError(f"ends: needs {rule}, got {check.describe(values)} and forward={forward!r}")
+            raise ValueError(f"take_ends: needs {rule}, got {check.describe(values)} and forward={forward!r}")
         return jnp.concatenate([_place(values[..., :n], mask, -1), _place(values[..., n:], mask, 0)], axis=-1)
 
-    return _at("ends", read)
+    return _at("take_ends", read)
 
 
 def _at(who: str, read: Callable[[Any, Any], Any]) -> Layer:
@@ -170,12 +170,12 @@ def concatenate() -> Layer:
     return _joining("concatenate", lambda arrays: jnp.concatenate(arrays, axis=-1), slice(0, -1))
 
 
-def add() -> Layer:
+def sum_inputs() -> Layer:
     """Sum a tuple (of `parallel`) or a dict (of `branches`): y = x_1 + ... + x_n. Masks as in `concatenate`.
 
     Errors: ValueError if the shapes differ.
     """
-    return _joining("add", lambda arrays: sum(arrays[1:], start=arrays[0]), slice(None))
+    return _joining("sum_inputs", lambda arrays: sum(arrays[1:], start=arrays[0]), slice(None))
 
 
 def _joining(who: str, join: Callable[[list[Any]], Any], common: slice) -> Layer:

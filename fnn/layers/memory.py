@@ -1,8 +1,8 @@
-"""Layers that remember earlier positions, so that a sequence may come in pieces: `start`, and greedy decoding.
+"""Layers that remember earlier positions, so that a sequence may come in pieces: `init_cache`, and greedy decoding.
 
 What is remembered (attention's keys and values, a recurrent layer's hidden state) is state, as batch norm's statistics
 are: `apply` reads the old and returns the new. Training never sees it: a layer's state starts empty, and each call stands
-alone, until `start` puts arrays in. It holds for every batch, through `repeat`, `residual` and branches alike.
+alone, until `init_cache` puts arrays in. It holds for every batch, through `repeat`, `residual` and branches alike.
 
 The number of positions seen, which is a cache's next free place, is kept for each example as a float, as every leaf of
 a state is: whole numbers are exact up to 2^24 in float32, far beyond any cache.
@@ -25,11 +25,11 @@ from fnn.layers.inputs import Masked, parts
 
 @flax.struct.dataclass
 class Memory:
-    """State of a layer that can remember. `held` is () until `start` makes it a dict of arrays, batch first."""
+    """State of a layer that can remember. `cache` is () until `init_cache` makes it a dict of arrays, batch first."""
 
-    seen: Any
+    position: Any
     """Real positions seen so far: float[], or float[batch] once started."""
-    held: Any = ()
+    cache: Any = ()
     last: Any = ()
     """Place of the last real position in the newest piece, -1 where it has none: float[batch], () until started."""
     shapes: tuple[tuple[str, tuple[int | str, ...]], ...] = flax.struct.field(pytree_node=False, default=())
@@ -39,13 +39,13 @@ class Memory:
     """The longest sequence that the layer has positions for."""
     refusal: str = flax.struct.field(pytree_node=False, default="")
     """Why this layer cannot take a sequence in pieces, if so."""
-    whole: bool = flax.struct.field(pytree_node=False, default=False)
-    """Whether its sequence never comes in pieces, so that `start` leaves it alone."""
+    full_sequence: bool = flax.struct.field(pytree_node=False, default=False)
+    """Whether its sequence never comes in pieces, so that `init_cache` leaves it alone."""
 
     @property
     def started(self) -> bool:
-        """Whether `start` has put arrays in."""
-        return isinstance(self.held, dict)
+        """Whether `init_cache` has put arrays in."""
+        return isinstance(self.cache, dict)
 
 
 def empty(shapes: Any = (), *, limit: int | None = None, refusal: str = "") -> Memory:
@@ -53,11 +53,11 @@ def empty(shapes: Any = (), *, limit: int | None = None, refusal: str = "") -> M
     return Memory(jnp.zeros((), jnp.float32), shapes=tuple(shapes), limit=limit, refusal=refusal)
 
 
-def whole(layer: Layer) -> Layer:
-    """Let a layer see its whole sequence at once, while another comes in pieces: an encoder. `start` leaves it alone."""
+def full_sequence(layer: Layer) -> Layer:
+    """Let a layer see its whole sequence at once, while another comes in pieces: an encoder. `init_cache` leaves it alone."""
 
     def mark(node):
-        return dataclasses.replace(node, whole=True) if isinstance(node, Memory) else node
+        return dataclasses.replace(node, full_sequence=True) if isinstance(node, Memory) else node
 
     def init(key, spec):
         params, state = layer.init(key, spec)
@@ -66,7 +66,7 @@ def whole(layer: Layer) -> Layer:
     return Layer(init, layer.apply)
 
 
-def start(state: Any, batch: int, length: int, *, source: int | None = None, dtype: Any = jnp.float32) -> Any:
+def init_cache(state: Any, batch: int, length: int, *, source: int | None = None, dtype: Any = jnp.float32) -> Any:
     """Make room in a net's state for sequences of up to `length` positions; `dtype` is that of the activations.
 
     The next calls of `apply` in eval mode then continue where the last one stopped: the outputs are those of one call
@@ -83,38 +83,42 @@ def start(state: Any, batch: int, length: int, *, source: int | None = None, dty
     found = []
 
     def fill(node):
-        if not isinstance(node, Memory) or node.whole:
+        if not isinstance(node, Memory) or node.full_sequence:
             return node
         if node.refusal:
-            raise ValueError(f"memory.start: {node.refusal}")
+            raise ValueError(f"memory.init_cache: {node.refusal}")
         if node.limit is not None and length > node.limit:
-            raise ValueError(f"memory.start: the net has positions for {node.limit}, got length={length}")
+            raise ValueError(f"memory.init_cache: the net has positions for {node.limit}, got length={length}")
         if source is None and any("source" in shape for _, shape in node.shapes):
-            raise ValueError("memory.start: the net attends to a source, got source=None; pass its length")
+            raise ValueError("memory.init_cache: the net attends to a source, got source=None; pass its length")
         found.append(node)
-        depth = node.seen.shape[: node.seen.ndim - node.started]
-        held = {
+        depth = node.position.shape[: node.position.ndim - node.started]
+        cache = {
             name: jnp.zeros((*depth, batch, *(sizes.get(n, n) for n in shape)), dtype) for name, shape in node.shapes
         }
         zeros = jnp.zeros((*depth, batch), jnp.float32)
-        return dataclasses.replace(node, seen=zeros, held=held, last=zeros - 1)
+        return dataclasses.replace(node, position=zeros, cache=cache, last=zeros - 1)
 
     state = jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, Memory))
     if not found:
-        raise ValueError("memory.start: the net must hold a layer that remembers (attention, rnn, gru, lstm), got none")
+        raise ValueError(
+            "memory.init_cache: the net must hold a layer that remembers (attention, rnn, gru, lstm), got none"
+        )
     return state
 
 
-def advance(memory: Memory, held: dict[str, Any], time: int, mask: Any = None) -> Memory:
+def advance(memory: Memory, cache: dict[str, Any], time: int, mask: Any = None) -> Memory:
     """Return the memory after `time` more positions, of which those count that the mask calls real."""
     if mask is None:
         count, last = time, jnp.full_like(memory.last, time - 1)
     else:
         count, last = jnp.sum(mask, axis=1), jnp.max(jnp.where(mask, jnp.arange(time), -1), axis=1)
-    return dataclasses.replace(memory, seen=memory.seen + count, held=held, last=last.astype(memory.last.dtype))
+    return dataclasses.replace(
+        memory, position=memory.position + count, cache=cache, last=last.astype(memory.last.dtype)
+    )
 
 
-def place(memory: Memory, batch: int, time: int, mask: Any = None) -> jax.Array:
+def number_positions(memory: Memory, batch: int, time: int, mask: Any = None) -> jax.Array:
     """Number new positions by the real ones before them: int32[batch, time]; padding takes no number.
 
     So the same tokens get the same numbers wherever the padding stands, and whether they come at once or in pieces.
@@ -123,24 +127,31 @@ def place(memory: Memory, batch: int, time: int, mask: Any = None) -> jax.Array:
         new = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
     else:
         new = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    return new + memory.seen.astype(jnp.int32)[:, None] if memory.started else new
+    return new + memory.position.astype(jnp.int32)[:, None] if memory.started else new
 
 
 def generate(
-    net: Layer, params: Any, state: Any, prompt: Any, steps: int, *, end: int | None = None, dtype: Any = jnp.float32
+    net: Layer,
+    params: Any,
+    state: Any,
+    prompt: Any,
+    max_new_tokens: int,
+    *,
+    eos: int | None = None,
+    dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """Decode greedily: y_t = argmax net(prompt, y_1, ..., y_{t-1}), one new position a step: int32[batch, steps].
+    """Decode greedily: y_t = argmax net(prompt, y_1, ..., y_{t-1}), one new position a step: int32[batch, max_new_tokens].
 
     `net` maps tokens int[batch, time] to logits float[batch, time, vocabulary] (`models.transformer`, or a recurrent
     net with a `dense` on top). `prompt` is int[batch, time] or `Masked`, padded on either side or with holes: each example
     continues behind its last real token, real being what the net itself takes as such (`Masked`, `padding=`). A padding
     token that the net predicts is followed by padding. For an encoder-decoder the prompt is {"source": ..., "target": ...},
-    of which the target, with at least a start token, is continued; the source is read once. After `end` an example
-    repeats `end`. The state that comes in stays as it is; compiled once for each shape.
+    of which the target, with at least a start token, is continued; the source is read once. After `eos` an example
+    repeats `eos`. The state that comes in stays as it is; compiled once for each shape.
 
     Errors: ValueError for an example without a real token (where values can be seen: not under an outer jit).
     """
-    check.positive("generate", steps=steps)
+    check.positive("generate", max_new_tokens=max_new_tokens)
     prompt = arrays.arrays("generate", "the prompt", prompt)
     if isinstance(prompt, Mapping) and sorted(prompt) != ["source", "target"]:
         raise ValueError(f"generate: the names of the prompt must be 'source' and 'target', got {sorted(prompt)}")
@@ -148,7 +159,7 @@ def generate(
         tokens = part.values if isinstance(part, Masked) else part
         if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"generate: the prompt must be int[batch, time], time > 0, got {check.describe(part)}")
-    answers, last = _generate(net, steps, end, dtype, params, state, as_arrays(prompt))
+    answers, last = _generate(net, max_new_tokens, eos, dtype, params, state, as_arrays(prompt))
     try:
         empty = np.flatnonzero(np.asarray(last) < 0)
     except jax.errors.TracerArrayConversionError:
@@ -159,17 +170,17 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(net: Layer, steps: int, end: int | None, dtype: Any, *arrays: Any) -> Any:
+def _generate(net: Layer, length: int, eos: int | None, dtype: Any, *arrays: Any) -> Any:
     """Return (tokens, place of each prompt's last real token, -1 where it has none)."""
-    return mapped.auto(functools.partial(_decode, net, steps, end, dtype))(*arrays)
+    return mapped.auto(functools.partial(_decode, net, length, eos, dtype))(*arrays)
 
 
-def _decode(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> Any:
+def _decode(net: Layer, length: int, eos: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> Any:
     source, target = (prompt["source"], prompt["target"]) if isinstance(prompt, Mapping) else (None, prompt)
     tokens, mask = target if isinstance(target, Masked) else (target, None)
     batch, time = tokens.shape
-    length = None if source is None else parts("generate", source)[0].shape[1]
-    memory = start(state, batch, time + steps, source=length, dtype=dtype)
+    span = None if source is None else parts("generate", source)[0].shape[1]
+    memory = init_cache(state, batch, time + length, source=span, dtype=dtype)
     known = jax.tree.map(lambda a: a[:, :0], source)
 
     def read(memory, piece, mask):
@@ -187,11 +198,11 @@ def _decode(net: Layer, steps: int, end: int | None, dtype: Any, params: Any, st
         piece = token[:, None] if source is None else {"source": known, "target": token[:, None]}
         new, real, memory = read(memory, piece, None)
         new = jnp.where(real < 0, token, new)  # the net takes its own token as padding
-        new = new if end is None else jnp.where(token == end, end, new)
+        new = new if eos is None else jnp.where(token == eos, eos, new)
         return (new, memory), token
 
     carry = mapped.varying((first, memory), like=(first, memory, params))
-    (final, _), ys = jax.lax.scan(body, carry, length=steps - 1)
+    (final, _), ys = jax.lax.scan(body, carry, length=length - 1)
     return jnp.concatenate([ys.T, final[:, None]], axis=1), last
 
 

@@ -173,7 +173,7 @@ def lstm(
 def bidirectional(forward: Layer, backward: Layer) -> Layer:
     """Read a sequence both ways and join the outputs: `bidirectional(lstm(32), lstm(32, reverse=True))`.
 
-    For one vector of the whole sequence follow it by `ends()`, which reads the halves where each has seen everything:
+    For one vector of the whole sequence follow it by `take_ends()`, which reads the halves where each has seen everything:
     the forward one at the last real position, the other at the first. `last()` takes the latter where it has read one.
     """
     return serial(parallel(forward, backward), concatenate())
@@ -253,7 +253,7 @@ def _over_time(
 
             carry, (ys, taps) = jax.lax.scan(body, carry, (fed, real, taps), **how)
         if remembered.started:
-            held = {n: a.astype(remembered.held[n].dtype) for n, a in zip(cell.carried, carry, strict=True)}
+            held = {n: a.astype(remembered.cache[n].dtype) for n, a in zip(cell.carried, carry, strict=True)}
             remembered = memory.advance(remembered, held, values.shape[1], mask)
         y = like(x, jnp.swapaxes(ys, 0, 1))
         return y, remembered if tap is None else {"memory": remembered, "tap": Branch(Stacked(taps))}
@@ -327,10 +327,10 @@ def _first(cell: _Cell, remembered: Any, params: Any, values: jax.Array, width: 
     zero = jnp.zeros((), values.dtype)
     carry = [jnp.broadcast_to(start.get(name, zero), shape) for name in cell.carried]
     if remembered.started:
-        if (batch := remembered.seen.shape[0]) != shape[0]:
+        if (batch := remembered.position.shape[0]) != shape[0]:
             raise ValueError(f"{cell.who}: memory was started for a batch of {batch}, got {check.describe(values)}")
-        fresh = (remembered.seen == 0)[:, None]
-        carry = [jnp.where(fresh, a, remembered.held[n]) for n, a in zip(cell.carried, carry, strict=True)]
+        fresh = (remembered.position == 0)[:, None]
+        carry = [jnp.where(fresh, a, remembered.cache[n]) for n, a in zip(cell.carried, carry, strict=True)]
     # The cell's content is a sum over time: it keeps float32 under bfloat16 inputs.
     dtypes = [values.dtype, statistics_dtype(values.dtype)]
     return tuple(a.astype(dtype) for a, dtype in zip(carry, dtypes, strict=False))

@@ -327,7 +327,7 @@ def _one_run(
         return new, {name: trace.at[t].set(metrics[name]) for name, trace in traces.items()}
 
     def observe(at, before):
-        measured, gradient = flow.differentiate(net, setup.loss, True, at.params, at.state, *probe, key)
+        measured, gradient = flow.differentiate(net, setup.loss, True, at.params, at.net_state, *probe, key)
         results: dict[str, Any] = {"flow": measured}
         if trains:
             true = jax.tree.map(_unscaled, gradient, measured["exponents"])
@@ -340,9 +340,9 @@ def _one_run(
             results["cosine"] = tree.map_depth(
                 lambda k, a, b: jnp.sum(a * b, axis=tuple(range(k, a.ndim))), gradient, before
             )
-        extra = {name: function(at.params, at.state, probe) for name, function in setup.measure.items()}
+        extra = {name: function(at.params, at.net_state, probe) for name, function in setup.measure.items()}
         extra = jax.tree.map(jnp.asarray, extra)
-        heldout = stepping.means(net, setup.loss, min(1024, test_x.shape[0]), at.params, at.state, test_x, test_y)
+        heldout = stepping.means(net, setup.loss, min(1024, test_x.shape[0]), at.params, at.net_state, test_x, test_y)
         return (results, heldout, extra), gradient
 
     at = stepping.TrainState(params, state, tx.init(params), key, jnp.zeros((), jnp.int32))

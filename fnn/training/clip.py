@@ -107,7 +107,9 @@ def unreported(opt_state: Any) -> Any:
     """Set the reports in an optimiser's state to NaN: after an update, those of clips that did not run still are."""
     nan = jnp.full((), jnp.nan, jnp.float32)
     return jax.tree.map(
-        lambda node: ClipState(nan, nan, nan, node.seen) if _is_report(node) else node, opt_state, is_leaf=_is_report
+        lambda node: ClipState(nan, nan, nan, node.seen) if _is_report(node) else node,
+        opt_state,
+        is_leaf=_is_report,
     )
 
 

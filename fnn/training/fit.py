@@ -112,7 +112,7 @@ def fit(
                 run_epoch(run, epoch)
                 shown = {"loss": run.fetch()}
                 if held is not None:
-                    scores = averages(step.net, run.state.params, run.state.state, held, step.loss)
+                    scores = averages(step.net, run.state.params, run.state.net_state, held, step.loss)
                     run.curves.append(scores)
                     shown |= {f"validation {name}": value for name, value in scores.items()}
                     if scores["loss"] < best_loss:
@@ -302,9 +302,9 @@ def _chunks(step: TrainStep, run: _Run, batches: Iterable[Any], most: int) -> It
 def _dataset(who: str, step: TrainStep, state: TrainState, data: Any) -> Dataset:
     data = Dataset(*as_arrays(tuple(in_memory(who, data))))
     check_dataset(who, data.x, data.y)
-    admission.state(who, step.net, state.params, state.state, data.x)
-    check_values(step.net, state.params, state.state, data.x)
-    shape = output_shape(step.net, state.params, state.state, data.x)
+    admission.state(who, step.net, state.params, state.net_state, data.x)
+    check_values(step.net, state.params, state.net_state, data.x)
+    shape = output_shape(step.net, state.params, state.net_state, data.x)
     try:
         losses.check_targets(step.loss, shape, data.y)
     except (TypeError, ValueError) as error:

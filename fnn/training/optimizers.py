@@ -119,7 +119,7 @@ def _shown(params: Any) -> bool:
 def _refusal(got: str) -> ValueError:
     return ValueError(
         f"packed: the optimiser must treat all arrays alike, got {got}; use it without packed, or put what tells arrays "
-        "apart outside: optax.chain(fnn.packed(...), optax.masked(...))"
+        "apart outside: optax.chain(fnn.optimizers.packed(...), optax.masked(...))"
     )
 
 

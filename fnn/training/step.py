@@ -26,7 +26,7 @@ class TrainState:
     """Everything that a step carries: parameters, the net's state, the optimiser's, the key, the number of steps."""
 
     params: Any
-    state: Any
+    net_state: Any
     opt_state: Any
     key: Any
     step: Any
@@ -79,7 +79,7 @@ class TrainStep:
         """Refuse a state of another net or optimiser, and batches without examples; reads no values."""
         admission.examples("train_step", batch)
         check.parameters("train_step", state.params)
-        admission.state("train_step", self.net, state.params, state.state, batch[0])
+        admission.state("train_step", self.net, state.params, state.net_state, batch[0])
         admission.optimizer_state_of("train_step", self.optimizer, state.params, state.opt_state)
 
     def lower(self, state: TrainState, batch: Any) -> Any:
@@ -109,8 +109,8 @@ class TrainStep:
         kind = tuple(map(np.shape, jax.tree.leaves(batch)))
         if new := kind not in self._output_shapes:
             self.admit(state, batch)  # before anything is traced with this state, which may be another net's
-            check_values(self.net, state.params, state.state, x)
-            self._output_shapes[kind] = output_shape(self.net, state.params, state.state, x)
+            check_values(self.net, state.params, state.net_state, x)
+            self._output_shapes[kind] = output_shape(self.net, state.params, state.net_state, x)
         if new or isinstance(y, np.ndarray):
             losses.check_targets(self.loss, self._output_shapes[kind], y)
         return batch
@@ -211,9 +211,9 @@ def train_step(
             mean = jnp.mean(per_example)
             return mean, (new, {"loss": mean} | hits)
 
-        tapped, of_examples = per_layer and _has_taps(state.state), {}
+        tapped, of_examples = per_layer and _has_taps(state.net_state), {}
         params = mapped.varying(state.params, axis_name)
-        old = mapped.varying(state.state, axis_name) if tapped else state.state
+        old = mapped.varying(state.net_state, axis_name) if tapped else state.net_state
         _check_sharding(axis_name, params, batch)
         if per_example is None:
             value_and_grad = jax.value_and_grad(objective, argnums=(0, 1) if tapped else 0, has_aux=True)
@@ -233,7 +233,7 @@ def train_step(
             )
             grads, new, values, of_examples = gradients(*(((params, old), None) if tapped else (params, old)))
         grads, news = grads if tapped else (grads, None)
-        new = mapped.replicated(new, state.state, axis_name) if tapped else new
+        new = mapped.replicated(new, state.net_state, axis_name) if tapped else new
         before = clip.unreported(state.opt_state)
         updates, opt_state = admission.update(
             "train_step", optimizer, grads, before, state.params, value=values["loss"], grad=grads
@@ -259,7 +259,7 @@ def train_step(
             values |= {"grad_norms": tree.norms(grads)} | ({"taps": (new, news)} if tapped else {})
         if jax.tree.leaves(new):
             skipped = ~jnp.isfinite(grad_norm) & jnp.isfinite(size)
-            new = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), state.state, new)
+            new = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), state.net_state, new)
         return TrainState(params, new, opt_state, state.key, state.step + 1), values
 
     return TrainStep(mapped.auto(step, keep=True), net, loss, optimizer)
