@@ -27,10 +27,10 @@ def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, c
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
     table = results.read("studies/latest").table()
     errors = table.filter((pl.col("quantity") == "log_error") & pl.col("path").str.ends_with("preactivation"))
-    # 2 sigmas x 3 seeds x 2 steps x (2+2 and 4+2 kernels)
-    assert errors.height == 2 * 3 * 2 * (4 + 6)
+    # 2 sigmas x 3 seeds x 2 steps x (2 and 4 hidden kernels, and the output's)
+    assert errors.height == 2 * 3 * 2 * (3 + 5)
     assert errors["value"].is_finite().all()
-    hidden = errors.filter((pl.col("layer") <= pl.col("depth") + 1) & (pl.col("step") == 0))
+    hidden = errors.filter((pl.col("layer") <= pl.col("depth")) & (pl.col("step") == 0))
     assert hidden["predicted"].is_finite().all()
     # At init, width 32, a few layers, two sigmas a cell: medians of measured and predicted slopes agree within 0.15.
     summary = study.summarize(table)

@@ -188,7 +188,7 @@ def test_sixteen_and_seventeen_layers_train_alike_by_the_train_step(tx):
     batch = x, jnp.arange(8) % 3
     ends = []
     for unroll in (True, 1):
-        net = fnn.models.mlp(17, 6, 3, activation="tanh", norm="layer_norm", unroll=unroll)
+        net = fnn.models.mlp(18, 6, 3, activation="tanh", norm="layer_norm", unroll=unroll)
         state = fnn.TrainState.create(net, tx, jax.random.key(0), x)
         step = fnn.train_step(net, fnn.losses.cross_entropy, tx)
         for _ in range(10):
