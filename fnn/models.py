@@ -6,7 +6,7 @@ from fnn import check, core
 from fnn.core import Layer
 from fnn.layers import activations, conv, initializers, inputs, recurrent, tokens
 from fnn.layers import dense as layers
-from fnn.parts import Named, activated, check_norm, dropped, normed, repeated, tapped
+from fnn.parts import Named, activated, dropped, normed, repeated, tapped
 from fnn.transformers import Block as Block
 from fnn.transformers import decoder as decoder
 from fnn.transformers import encoder as encoder
@@ -45,13 +45,12 @@ def mlp(
     """
     check.positive("mlp", depth=depth, width=width, classes=classes)
     check.fraction("mlp", dropout=dropout)
-    check_norm("mlp", norm)
     phi, kernel_init, bias_init = activations.get(activation), initializers.get(init), initializers.get(bias_init)
 
     def dense(n: int) -> list[Layer]:
         return [layers.dense(n, kernel_init=kernel_init, bias_init=bias_init), *tapped(taps, "preactivation")]
 
-    hidden = [*dense(width), *normed(norm), *activated(phi, taps), *dropped(dropout)]
+    hidden = [*dense(width), *normed("mlp", norm), *activated(phi, taps), *dropped(dropout)]
     block = core.serial(*hidden)
     if residual:
         block = core.serial(core.residual(block, scale=residual_scale), *tapped(taps, "sum"))
@@ -80,12 +79,12 @@ def convnet(
     """
     check.positive("convnet", classes=classes, window=window, convs=convs, stages=len(channels))
     check.fraction("convnet", dropout=dropout)
-    check_norm("convnet", norm)
+    norms = normed("convnet", norm)
     phi, kernel_init = activations.get(activation), initializers.get(init)
 
     def block(n: int) -> Layer:
-        layer = conv.conv(n, window, kernel_init=kernel_init, bias=not normed(norm))
-        return core.serial(layer, *tapped(taps, "preactivation"), *normed(norm), *activated(phi, taps))
+        layer = conv.conv(n, window, kernel_init=kernel_init, bias=not norms)
+        return core.serial(layer, *tapped(taps, "preactivation"), *norms, *activated(phi, taps))
 
     stages: list[Layer] = []
     for i, n in enumerate(channels):
@@ -123,11 +122,10 @@ def resnet(
     """
     check.positive("resnet", classes=classes, width=width, stages=len(depths))
     check.choice("resnet", ("basic", "bottleneck"), block=block)
-    check_norm("resnet", norm)
-    plain = not normed(norm)
+    norms = normed("resnet", norm)
     if scaling is not None:
         check.choice("resnet", ("skip_init", "fixup"), scaling=scaling)
-    if plain == (scaling is None):
+    if bool(norms) != (scaling is None):
         got = f"norm={norm!r}, scaling={scaling!r}"
         raise ValueError(f"resnet: branches need either a norm, or scaling='skip_init' or 'fixup', got {got}")
     phi, kernel_init = activations.get(activation), initializers.get(init)
@@ -141,7 +139,7 @@ def resnet(
         return [layers.scalar_affine(None, 0.0)] if fixup else []
 
     def before() -> list[Layer]:
-        return [*biased(), *normed(norm), *activated(phi, taps)]
+        return [*biased(), *norms, *activated(phi, taps)]
 
     def branch(n: int, stride: int) -> list[Layer]:
         parts: list[Layer] = []

@@ -19,17 +19,14 @@ Named = str | Callable[..., Any]
 """An activation or an initialiser: its name, or a function."""
 
 
-def check_norm(who: str, kind: str | Layer | None) -> None:
-    """Refuse the name of no norm."""
-    if kind is not None and not isinstance(kind, Layer):
-        check.choice(who, [*NORMS, "none"], norm=kind)
-
-
-def normed(kind: str | Layer | None) -> list[Layer]:
-    """List the norm, if there is one."""
-    if kind is None or kind == "none":
+def normed(who: str, kind: str | Layer | None) -> list[Layer]:
+    """List the norm, if there is one; refuse a name that none has."""
+    if isinstance(kind, Layer):
+        return [kind]
+    if kind is None:
         return []
-    return [kind if isinstance(kind, Layer) else NORMS[kind]()]
+    check.choice(who, [*NORMS, "none"], norm=kind)
+    return [] if kind == "none" else [NORMS[kind]()]
 
 
 def tapped(taps: bool, name: str) -> list[Layer]:

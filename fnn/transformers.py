@@ -7,7 +7,7 @@ from fnn import check, core
 from fnn.core import Layer
 from fnn.layers import activations, attention, conv, inputs, memory, tokens
 from fnn.layers import dense as layers
-from fnn.parts import Named, check_norm, dropped, normed, repeated, tapped
+from fnn.parts import Named, dropped, normed, repeated, tapped
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def translator(
     rest = [*tapped(block.taps, "sum"), *after, *_feed_forward(width, block)]
     parts = [target(*_attention(block, causal=True)), core.residual(cross, of="target"), target(*rest)]
     first = inputs.branches({"source": memory.full_sequence(encode), "target": core.serial(*_places(block))})
-    body = [first, *_trunk("trunk", depth, parts, block), core.function(lambda x: x["target"]), *before]
+    body = [first, _trunk("trunk", depth, parts, block), core.function(lambda x: x["target"]), *before]
     return _whole("translator", body, width, vocabulary, None, padding, block.taps)
 
 
@@ -123,14 +123,14 @@ def _check(who: str, width: int, block: Block, **sizes: Any) -> None:
     if (block.positions == "learned") != (block.longest is not None):
         got = f"{block.positions!r} and {block.longest!r}"
         raise ValueError(f"{who}: learned positions, and only they, need longest=, got {got}")
-    check_norm(who, block.norm)
-    if not normed(block.norm):
+    if not normed(who, block.norm):
         raise ValueError(f"{who}: blocks need a norm, got {block.norm!r}")
 
 
 def _norms(block: Block) -> tuple[list[Layer], list[Layer]]:
     """The norms before a branch (and at the end of the stack) and after its sum."""
-    return (normed(block.norm), []) if block.norm_position == "pre" else ([], normed(block.norm))
+    norms = normed("block", block.norm)
+    return (norms, []) if block.norm_position == "pre" else ([], norms)
 
 
 def _part(name: str, block: Block, *inner: Layer) -> list[Layer]:
@@ -154,14 +154,14 @@ def _places(block: Block) -> list[Layer]:
     return [] if block.longest is None else [attention.positions(block.longest)]
 
 
-def _trunk(name: str, depth: int, parts: list[Layer], block: Block) -> list[Layer]:
-    trunk = repeated(core.serial(*parts), depth, block.unroll, block.checkpoint)
-    return [core.named(name, part) for part in trunk]
+def _trunk(name: str, depth: int, parts: list[Layer], block: Block) -> Layer:
+    (trunk,) = repeated(core.serial(*parts), depth, block.unroll, block.checkpoint)
+    return core.named(name, trunk)
 
 
 def _stack(name: str, depth: int, width: int, block: Block, causal: bool) -> list[Layer]:
     parts = [*_attention(block, causal), *_feed_forward(width, block)]
-    return [*_places(block), *_trunk(name, depth, parts, block), *_norms(block)[0]]
+    return [*_places(block), _trunk(name, depth, parts, block), *_norms(block)[0]]
 
 
 def _whole(

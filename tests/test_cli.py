@@ -1,13 +1,15 @@
 """The command line: what a newcomer types, and one sentence with exit code 2 for what goes wrong."""
 
 import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
 import fnn
-from fnn.cli import main
+from fnn.cli import main, train
 from fnn.study import results, study
 
 
@@ -200,3 +202,15 @@ def test_held_out_labels_beyond_the_training_classes(tmp_path, capsys):
     assert main.main(["train", "--data", str(tmp_path / "a.npz"), "--batch-size", "8", "--epochs", "1"]) == 2
     sentence = "train: labels of the test part must occur in the training part, 0..1, got 4; split"
     assert capsys.readouterr().err.strip().startswith(sentence)
+
+
+def test_commands_of_the_readme_are_understood(monkeypatch):
+    seen = []
+    for name, (kind, _) in main.COMMANDS.items():
+        monkeypatch.setitem(main.COMMANDS, name, (kind, lambda options: seen.append(options) or 0))
+    block = re.search(r"```sh\n(fnn train.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.S)
+    lines = block.group(1).splitlines()
+    for line in lines:
+        assert main.main(shlex.split(line, comments=True)[1:]) == 0, line
+    trained = [options.model for options in seen if isinstance(options, train.Train)]
+    assert len(seen) == len(lines) and {type(model).__name__.lower() for model in trained} >= {"mlp", "convnet", "rnn"}

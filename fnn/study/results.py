@@ -66,7 +66,7 @@ from fnn.study.identity import canonical
 from fnn.study.sealed import pack as pack
 
 FORMAT = 4
-"""Up to 3, depth counted the hidden layers after the first."""
+"""Formats up to 3 counted depth without the first hidden layer."""
 _VALUE = (int, float, bool, str, type(None))
 _SHAPE = {
     "axes": {"static": [str], "traced": [str]},
