@@ -159,13 +159,7 @@ class Transformer(Model):
         return models.encoder(None, self.depth, self.width, block, outputs=task.outputs)
 
 
-MODELS: dict[str, type[Model]] = {
-    "mlp": Mlp,
-    "convnet": Convnet,
-    "resnet": Resnet,
-    "rnn": Rnn,
-    "transformer": Transformer,
-}
+MODELS = {kind.__name__.lower(): kind for kind in (Mlp, Convnet, Resnet, Rnn, Transformer)}
 
 
 class Recipe(NamedTuple):
