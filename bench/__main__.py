@@ -86,6 +86,8 @@ def _row(text: str) -> Row:
     match = re.fullmatch(r"(\d+)x(\d+)(?:/(\d+))?", text)
     if not match or (match[3] is None and text not in ROWS):
         raise argparse.ArgumentTypeError(f"{text!r}: must be one of {', '.join(ROWS)}, or have a batch size: 64x3/32")
+    if int(match[2]) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: the depth must be at least 2, for the peers that scan over it")
     return Row(int(match[1]), int(match[2]), int(match[3])) if match[3] else ROWS[text]
 
 

@@ -77,7 +77,7 @@ def linen_plain(problem: Problem) -> Run:
     class Net(linen.Module):
         @linen.compact
         def __call__(self, x):
-            for i in range(row.depth + 1):
+            for i in range(row.depth):
                 x, _ = block(name=f"block_{i}")(x)
             return linen.Dense(CLASSES, name="output")(x)
 
@@ -96,7 +96,7 @@ def linen_scan(problem: Problem) -> Run:
         @linen.compact
         def __call__(self, x):
             x, _ = block(name="input")(x)
-            x, _ = linen.scan(block, variable_axes=axes, split_rngs=split, length=row.depth)(name="hidden")(x, None)
+            x, _ = linen.scan(block, variable_axes=axes, split_rngs=split, length=row.depth - 1)(name="hidden")(x, None)
             return linen.Dense(CLASSES, name="output")(x)
 
     first, *rest = problem.weights.hidden
@@ -121,7 +121,7 @@ def nnx_functional(problem: Problem) -> Run:
 
     class Net(nnx.Module):
         def __init__(self, rngs):
-            self.blocks = nnx.List([Block(row.width if i else FEATURES, rngs) for i in range(row.depth + 1)])
+            self.blocks = nnx.List([Block(row.width if i else FEATURES, rngs) for i in range(row.depth)])
             self.output = nnx.Linear(row.width, CLASSES, rngs=rngs)
 
         def __call__(self, x):
@@ -164,8 +164,8 @@ def equinox(problem: Problem) -> Run:
         output: Any
 
         def __init__(self, key):
-            keys = jax.random.split(key, row.depth + 2)
-            widths = [FEATURES] + [row.width] * (row.depth + 1)
+            keys = jax.random.split(key, row.depth + 1)
+            widths = [FEATURES] + [row.width] * row.depth
             self.linears = [eqx.nn.Linear(w, row.width, key=k) for w, k in zip(widths[:-1], keys[:-1], strict=True)]
             self.norms = [
                 eqx.nn.BatchNorm(row.width, "batch", eps=EPS, momentum=DECAY, mode="batch") for _ in self.linears
@@ -215,7 +215,7 @@ def haiku(problem: Problem) -> Run:
     row, optimizer = problem.row, _optimizer()
 
     def forward(x):
-        for i in range(row.depth + 1):
+        for i in range(row.depth):
             x = hk.Linear(row.width, name=f"dense_{i}")(x)
             x = jax.nn.relu(hk.BatchNorm(True, True, decay_rate=DECAY, eps=EPS, name=f"norm_{i}")(x, is_training=True))
         return hk.Linear(CLASSES, name="output")(x)

@@ -47,13 +47,13 @@ def step_flops(row: Row) -> int:
     The forward pass has one product per layer, the backward pass two, but none for the gradient of the data.
     """
     first = row.batch * FEATURES * row.width
-    rest = row.batch * (row.depth * row.width**2 + row.width * CLASSES)
+    rest = row.batch * ((row.depth - 1) * row.width**2 + row.width * CLASSES)
     return 2 * (2 * first + 3 * rest)
 
 
 def step_bytes(row: Row) -> int:
     """Count the bytes that clipping and Adam move: parameter and two moments in and out, gradient out and in."""
-    hidden = (FEATURES + row.depth * row.width) * row.width + 3 * (row.depth + 1) * row.width
+    hidden = (FEATURES + (row.depth - 1) * row.width) * row.width + 3 * row.depth * row.width
     return 8 * 4 * (hidden + row.width * CLASSES + CLASSES)
 
 

@@ -154,6 +154,7 @@ BUILDERS = {
     "torch": _torch,
 }
 
+BLOCK = fnn.models.Block(HEADS, positions="learned", longest=LENGTH, unroll=True)
 
 MODELS = {
     "convnet": Model(
@@ -178,9 +179,7 @@ MODELS = {
     ),
     "transformer": Model(
         f"decoder of {LAYERS} layers, width {WIDTH}, {HEADS} heads, learned positions, tied; {LENGTH} tokens, batch 16",
-        lambda: fnn.models.transformer(
-            VOCABULARY, LAYERS, WIDTH, HEADS, positions="learned", longest=LENGTH, unroll=True
-        ),
+        lambda: fnn.models.decoder(VOCABULARY, LAYERS, WIDTH, BLOCK),
         (16, LENGTH),
         (16, LENGTH),
         VOCABULARY,
@@ -191,9 +190,7 @@ MODELS = {
     ),
     "encoder-decoder": Model(
         f"encoder and decoder of {LAYERS // 2} layers each, else as the transformer; {LENGTH} tokens each, batch 16",
-        lambda: fnn.models.transformer(
-            VOCABULARY, LAYERS // 2, WIDTH, HEADS, encoder=LAYERS // 2, positions="learned", longest=LENGTH, unroll=True
-        ),
+        lambda: fnn.models.translator(VOCABULARY, LAYERS // 2, WIDTH, BLOCK),
         {"source": (16, LENGTH), "target": (16, LENGTH)},
         (16, LENGTH),
         VOCABULARY,

@@ -24,7 +24,7 @@ interleaved; the median round, with the fastest and the slowest; `x plain` are m
 
 COLUMNS = ("variant", "ms", "[min..max]", "x plain", "bar", "x vmap", "temporary MB", "x memory", "bar ")
 NAMES = {
-    "mlp": "8 hidden layers of 512, batch 256",
+    "mlp": "9 hidden layers of 512, batch 256",
     "depth": "256 blocks of width 64 in `repeat`, batch 64",
     "conv": "four convolutions, 16x16 images, batch 64",
     "sequence": "two transformer blocks of width 128, 64 positions, batch 32",
@@ -87,7 +87,7 @@ def problem(name: str) -> Problem:
     x_key, y_key, key = jax.random.split(jax.random.key(0), 3)
     cross_entropy = fnn.losses.cross_entropy
     if name in ("mlp", "depth"):
-        depth, width, count = (8, 512, 256) if name == "mlp" else (256, 64, 64)
+        depth, width, count = (9, 512, 256) if name == "mlp" else (257, 64, 64)
         net = fnn.models.mlp(depth, width, 10, activation="relu" if name == "mlp" else "tanh")
         batch = jax.random.normal(x_key, (count, 64)), jax.random.randint(y_key, (count,), 0, 10)
         params, state = net.init(key, batch[0])

@@ -20,8 +20,8 @@ from bench.trace import record
 
 ABOUT = """\
 Milliseconds per training step of a multilayer perceptron with batch norm after every hidden layer and ReLU: mean cross
-entropy, clipping by the global norm at 1, Adam, float32, running statistics updated. A row is width x depth (hidden
-layers behind the input layer). All peers start from the same weights, and their losses on the first and the third step
+entropy, clipping by the global norm at 1, Adam, float32, running statistics updated. A row is width x depth, the
+number of hidden layers. All peers start from the same weights, and their losses on the first and the third step
 agreed with a float64 reference before anything was timed; all return the loss alone, but for `fnn-fit-metrics`. Rounds are interleaved, in a random order each; `ms/step` is the median round. `first call` is tracing and
 compiling, without the steps that ran in it. `x best` is the median of the ratios within each round; `~` marks peers
 whose difference from the best the spread swallows (1 lies between the quartiles). `of floor` is the least time that the

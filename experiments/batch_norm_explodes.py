@@ -58,7 +58,7 @@ def run(options: common.Options) -> common.Result:
 def measure(activation: str, depth: int, width: int, batch: int, seeds: int, train: bool = True) -> list[np.ndarray]:
     """log |dL/dh| of the hidden layers for each of SCALES, float[seeds, depth], for normal inputs."""
     norm = fnn.batch_norm(eps=0.0, scale=False, bias=False)
-    net = fnn.models.mlp(depth - 1, width, 10, activation=activation, norm=norm, init="scaled(1)", taps=True, unroll=1)
+    net = fnn.models.mlp(depth, width, 10, activation=activation, norm=norm, init="scaled(1)", taps=True, unroll=1)
     x = jax.random.normal(jax.random.key(0), (batch, width))
     every = common.signals(net, (x, np.arange(batch) % 10), seeds, scales=SCALES, train=train, chunk=2)
     return [measured["log_error"][:, :-1] for measured in every]

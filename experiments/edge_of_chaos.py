@@ -42,7 +42,7 @@ def slopes(options: common.Options, axis: object) -> list[common.Check]:
         # An input of this size puts the first pre-activations at q*.
         x = math.sqrt((point.q - BIAS) / variance) * jax.random.rademacher(jax.random.key(0), (1, width), jnp.float32)
         init = {"init": fnn.initializers.scaled(sigma_w), "bias_init": fnn.initializers.normal(sigma_b)}
-        net = fnn.models.mlp(depth - 1, width, 10, activation="tanh", taps=True, unroll=1, **init)
+        net = fnn.models.mlp(depth, width, 10, activation="tanh", taps=True, unroll=1, **init)
         (measured,) = common.signals(net, (x, np.array([3])), seeds, chunk=2)
         error = measured["log_error"][:, :-1]
         slope = math.log(common.rate(common.log_mean_square(error)))
@@ -92,7 +92,7 @@ def training(options: common.Options, axis: object) -> list[common.Check]:
 def accuracy(depth: int, variances: tuple[float, ...], train: object, test: object, count: int) -> list[float]:
     """Train every variance and rate at once; return for each variance the best test accuracy over the rates."""
     rates = np.array([0.001, 0.003, 0.01], np.float32)
-    net = fnn.models.mlp(depth - 1, WIDTH, 10, activation="tanh", init="scaled(1)", bias_init="normal(1)", unroll=1)
+    net = fnn.models.mlp(depth, WIDTH, 10, activation="tanh", init="scaled(1)", bias_init="normal(1)", unroll=1)
     params, state = net.init(jax.random.key(2), train.x[:1])
 
     def score(variance, rate):

@@ -61,7 +61,7 @@ def run(options: common.Options) -> common.Result:
 def measure(activation: str, sigma_w: float, width: int, depth: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
     """log |dL/dh| and log |dL/dW| of the hidden layers for L the net's output, each float64[seeds, depth]."""
     init = fnn.initializers.scaled(sigma_w)
-    net = fnn.models.mlp(depth - 1, width, 1, activation=activation, init=init, taps=True, unroll=1)
+    net = fnn.models.mlp(depth, width, 1, activation=activation, init=init, taps=True, unroll=1)
     x = jax.random.rademacher(jax.random.key(0), (1, 64), np.float32)
     (measured,) = common.signals(net, (x, np.zeros(1)), seeds, loss=lambda y, _: y[:, 0], chunk=50)
     return measured["log_error"][:, :-1], measured["log_kernel"][:, :-1]

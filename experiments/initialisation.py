@@ -28,7 +28,7 @@ def run(options: common.Options) -> common.Result:
     checks, layers = [], np.arange(1, depth + 1)
     slack = options.pick(1.0, 2.0)
     for i, (init, chi) in enumerate(cases.items()):
-        net = fnn.models.mlp(depth - 1, WIDTH, 10, activation="relu", init=init, taps=True, unroll=1)
+        net = fnn.models.mlp(depth, WIDTH, 10, activation="relu", init=init, taps=True, unroll=1)
         (measured,) = common.signals(net, batch, seeds)
         error, kernel = measured["log_error"][:, :-1], measured["log_kernel"][:, 1:-1]
         factor = common.rate(common.log_mean_square(error))
@@ -40,7 +40,7 @@ def run(options: common.Options) -> common.Result:
         curve = (depth - layers) * math.log10(chi) / 2 + np.median(error[:, -1]) / math.log(10)
         common.predicted(axes[0, 0], layers, curve, "chi" if i == 0 else None)
     for i, init in enumerate(cases):
-        net = fnn.models.mlp(depth - 1, WIDTH, 10, activation="relu", init=init, unroll=1)
+        net = fnn.models.mlp(depth, WIDTH, 10, activation="relu", init=init, unroll=1)
         optimizer = optax.sgd(0.005, momentum=0.9)
         state = fnn.TrainState.create(net, optimizer, jax.random.key(1), train.x[:1])
         step = fnn.train_step(net, fnn.losses.cross_entropy, optimizer)

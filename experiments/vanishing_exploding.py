@@ -28,7 +28,7 @@ def run(options: common.Options) -> common.Result:
     for axis, (activation, (formula, leading, tolerance)) in zip(axes[0], FORMULAS.items(), strict=True):
         if options.tiny and activation != "sigmoid":
             continue
-        net = fnn.models.mlp(depth - 1, WIDTH, 10, activation=activation, init="normal(1.0)", taps=True, unroll=1)
+        net = fnn.models.mlp(depth, WIDTH, 10, activation=activation, init="normal(1.0)", taps=True, unroll=1)
         every = common.signals(net, batch, seeds, scales=SCALES)
         for i, (s, measured) in enumerate(zip(SCALES, every, strict=True)):
             error = measured["log_error"][:, :-1]  # the last is the output's

@@ -85,7 +85,7 @@ def study(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
     hidden = table.filter(
         (pl.col("quantity") == "log_error")
         & pl.col("path").str.ends_with("preactivation")
-        & (pl.col("layer") <= pl.col("depth") + 1)
+        & (pl.col("layer") <= pl.col("depth"))
         & (pl.col("step") == 0)
     )
     activations = hidden["activation"].unique(maintain_order=True).to_list()

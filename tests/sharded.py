@@ -133,7 +133,7 @@ def direct():
     """`per_example` itself inside `shard_map`, of a loss without and of one with statistics over the device's examples."""
     _, _, (x, y) = small()
     for axis in (None, "batch"):
-        net = fnn.models.mlp(1, 4, 3, norm="batch_norm" if axis else "layer_norm")
+        net = fnn.models.mlp(2, 4, 3, norm="batch_norm" if axis else "layer_norm")
         params, net_state = net.init(KEY, x)
         loss = fnn.example_loss(net, (params, net_state), loss=fnn.losses.cross_entropy, axis_name=axis)
 
@@ -146,7 +146,7 @@ def direct():
 
 
 def small(optimizer=SGD, **options):
-    net = fnn.models.mlp(2, 4, 3, **options)
+    net = fnn.models.mlp(3, 4, 3, **options)
     x = jax.random.normal(jax.random.key(5), (8, 5))
     return net, *begun(*net.init(jax.random.key(6), x), x, optimizer)
 
@@ -191,7 +191,7 @@ def placed():
     x = jax.random.randint(KEY, (8, 3), 0, 7)
     state, batch = begun(*net.init(KEY, x), x)
     step = fnn.train_step(net, fnn.losses.cross_entropy, SGD)
-    tokens = fnn.models.transformer(7, 1, 4, 2)
+    tokens = fnn.models.decoder(7, 1, 4, fnn.models.Block(heads=2))
     words = tokens.init(KEY, x)
 
     def everything(batch):

@@ -40,7 +40,7 @@ def net(layer, *routes, shape=(5,), norm=False):
     return Subject(loss, randomized(params), (draw(B, *shape), labels()), axis_name, routes)
 
 
-def mlp(*routes, depth=3, **options):
+def mlp(*routes, depth=4, **options):
     return net(fnn.models.mlp(depth, 8, 3, activation="tanh", **options), *routes, norm="norm" in options)
 
 
@@ -209,8 +209,8 @@ SUBJECTS = {
     "mlp": lambda: mlp("product"),
     "depth": lambda: mlp("product", "product, by depth", norm="layer_norm", unroll=1),
     "depth_batch_norm": lambda: mlp("product", "product, by depth", norm="batch_norm", unroll=1),
-    "depth_in_groups": lambda: mlp("product, by depth", depth=4, unroll=1, checkpoint=2),
-    "depth_in_uneven_groups": lambda: mlp("product", "materialized", depth=3, unroll=1, checkpoint=2),
+    "depth_in_groups": lambda: mlp("product, by depth", depth=5, unroll=1, checkpoint=2),
+    "depth_in_uneven_groups": lambda: mlp("product", "materialized", depth=4, unroll=1, checkpoint=2),
     "nested": nested,
     "sequences": lambda: net(
         fnn.serial(fnn.dense(40), fnn.activation("tanh"), fnn.dense(30), fnn.flatten(), fnn.dense(3)),

@@ -10,7 +10,7 @@ import pytest
 import fnn
 from fnn import arrays
 
-NET = fnn.models.mlp(1, 4, 3)
+NET = fnn.models.mlp(2, 4, 3)
 OPTIMIZER = optax.sgd(0.1)
 STEP = fnn.train_step(NET, fnn.losses.cross_entropy, OPTIMIZER)
 RNG = np.random.default_rng(0)
@@ -156,7 +156,7 @@ def test_integers_that_would_wrap_are_refused_by_hand_too():
         outputs = jnp.zeros((24, 1, 3)) if "sequence" in loss else jnp.zeros((24, 3 if loss == "cross_entropy" else 1))
         with pytest.raises(ValueError, match=f"{loss}: targets must fit in int32, got values from 4294967296"):
             getattr(fnn.losses, loss)(outputs, y + 2**32)
-    net = fnn.models.transformer(7, 1, 4, 2)
+    net = fnn.models.decoder(7, 1, 4, fnn.models.Block(heads=2))
     tokens = np.arange(8).reshape(2, 4) % 7
     params, state = net.init(KEY, tokens)
     with pytest.raises(ValueError, match="net: x must fit in int32"):

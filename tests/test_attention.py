@@ -122,7 +122,7 @@ def test_padding_changes_nothing_wherever_it_stands(positions):
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_pieces_equal_the_whole_and_decoding_equals_recomputing(positions):
     longest = 12 if positions == "learned" else None
-    net = fnn.models.transformer(11, 2, D, HEADS, positions=positions, longest=longest, padding=0)
+    net = fnn.models.decoder(11, 2, D, fnn.models.Block(HEADS, positions=positions, longest=longest), padding=0)
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 11, size=(BATCH, TIME)))
     params, state = net.init(KEY, tokens)
     params = randomized(params)
@@ -154,9 +154,13 @@ def test_generate_with_a_recurrent_net():
 def decoders():
     """Nets that make the mask themselves, of token 0: inside `tied`, and before layers of either kind."""
     return {
-        "tied": fnn.models.transformer(11, 2, D, HEADS, padding=0),
-        "learned_scanned": fnn.models.transformer(
-            11, 2, D, HEADS, padding=0, positions="learned", longest=13, unroll=1, norm_position="post"
+        "tied": fnn.models.decoder(11, 2, D, fnn.models.Block(HEADS), padding=0),
+        "learned_scanned": fnn.models.decoder(
+            11,
+            2,
+            D,
+            fnn.models.Block(HEADS, positions="learned", longest=13, unroll=1, norm_position="post"),
+            padding=0,
         ),
         "recurrent": fnn.models.rnn(2, D, 11, cell="gru", vocabulary=11, padding=0, every_step=True),
         "masked_logits": fnn.serial(fnn.embed(11, D, padding=0), fnn.repeat(fnn.lstm(D), 2), fnn.dense(11)),
@@ -210,9 +214,8 @@ def recomputed(apply, params, state, prompt, lengths, steps):
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
 def test_transformer_by_hand(norm_position):
-    net = fnn.models.transformer(
-        9, 1, D, HEADS, norm_position=norm_position, positions="learned", longest=TIME, causal=True, unroll=1
-    )
+    block = fnn.models.Block(HEADS, norm_position=norm_position, positions="learned", longest=TIME, unroll=1)
+    net = fnn.models.decoder(9, 1, D, block)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 9, size=(BATCH, TIME)))
     params, state = net.init(KEY, tokens)
     params = randomized(params)

@@ -52,7 +52,7 @@ def test_step_suite_checks_peers_times_them_and_writes(tmp_path, capsys, monkeyp
 
 def test_flops_are_those_of_the_products_and_floors_divide_by_the_limits():
     row = Row(3, 2, 5)
-    forward = 5 * (64 * 3 + 2 * 3 * 3 + 3 * 10)
+    forward = 5 * (64 * 3 + 3 * 3 + 3 * 10)
     data = 5 * 64 * 3
     assert limit.step_flops(row) == 2 * (3 * forward - data)
     floor = limit.floor(row, limit.Limits(flops=1e6, bandwidth=1e6, product=1))

@@ -1,12 +1,15 @@
 """The command line: what a newcomer types, and one sentence with exit code 2 for what goes wrong."""
 
 import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
-from fnn.cli import main
+import fnn
+from fnn.cli import main, train
 from fnn.study import results, study
 
 
@@ -27,10 +30,10 @@ def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, c
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
     table = results.read("studies/latest").table()
     errors = table.filter((pl.col("quantity") == "log_error") & pl.col("path").str.ends_with("preactivation"))
-    # 2 sigmas x 3 seeds x 2 steps x (2+2 and 4+2 kernels)
-    assert errors.height == 2 * 3 * 2 * (4 + 6)
+    # 2 sigmas x 3 seeds x 2 steps x (2 and 4 hidden kernels, and the output's)
+    assert errors.height == 2 * 3 * 2 * (3 + 5)
     assert errors["value"].is_finite().all()
-    hidden = errors.filter((pl.col("layer") <= pl.col("depth") + 1) & (pl.col("step") == 0))
+    hidden = errors.filter((pl.col("layer") <= pl.col("depth")) & (pl.col("step") == 0))
     assert hidden["predicted"].is_finite().all()
     # At init, width 32, a few layers, two sigmas a cell: medians of measured and predicted slopes agree within 0.15.
     summary = study.summarize(table)
@@ -84,14 +87,14 @@ def test_train_prints_the_test_accuracy(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        ("--model convnet --width 4 --depth 1", "test accuracy"),
-        ("--model resnet --width 2 --depth 1 --norm none", "test accuracy"),
-        ("--model rnn --width 8 --cell gru", "test accuracy"),
-        ("--model rnn --width 4 --data adding --batch-size 512", "test mean squared error"),
-        ("--model transformer --width 8 --depth 1 --heads 2 --data number_words --batch-size 512", "decoded greedily"),
+        ("convnet --width 4 --convs 1", "test accuracy"),
+        ("resnet --width 2 --blocks 1 --norm none", "test accuracy"),
+        ("rnn --width 8 --cell gru", "test accuracy"),
+        ("rnn --width 4 --data adding --batch-size 512", "test mean squared error"),
+        ("transformer --width 8 --depth 1 --heads 2 --data number_words --batch-size 512", "greedy decoding"),
         (
-            "--model transformer --width 8 --depth 1 --heads 2 --data number_words --encoder 1 --batch-size 512",
-            "decoded greedily",
+            "transformer --width 8 --depth 1 --heads 2 --data number_words --encoder 1 --batch-size 512",
+            "greedy decoding",
         ),
     ],
 )
@@ -124,19 +127,17 @@ def test_train_takes_every_model(arguments, shown, capsys):
         ("train --dropout 1.5", "dropout must lie in [0, 1), got 1.5"),
         ("train --batch-size 5000", "at most the"),
         ("train --init he_norml", "did you mean 'he_normal'?"),
-        ("train --model convnt", "did you mean 'convnet'?"),
-        ("train --model convnet --data spirals", "needs images float[n, *positions, c], got float32[800,2]"),
-        ("train --model transformer --heads 5", "heads must divide the width"),
+        ("train convnt", "train: unknown model 'convnt'; did you mean 'convnet'?"),
+        ("train --seeds 5 --model convnet", "the model comes first, without --model; write fnn train convnet"),
+        ("train convnet --data spirals", "needs images float[n, *positions, c], got float32[800,2]"),
+        ("train transformer --heads 5", "heads must divide the width"),
         (
             "train --data number_words",
             "needs labelled classes, numbers, or token sequences, got targets int32[16000,13]",
         ),
-        (
-            "train --model rnn --data adding --encoder 1",
-            "an encoder belongs to a transformer on number_words, got model",
-        ),
-        ("train --model transformer --data number_words --encoder 0", "encoder must be a positive integer, got 0"),
-        ("train --model transformer --norm none", "blocks need a norm"),
+        ("train transformer --data adding --encoder 1", "an encoder needs the data number_words, got 'adding'"),
+        ("train transformer --data number_words --encoder -1", "encoder must be an integer of at least 0, got -1"),
+        ("train transformer --norm none", "encoder: blocks need a norm"),
         ("train --learning-rate -1", "learning_rate must be a finite number above 0"),
         ("train --plot /no/such/folder/x.png", "the folder of --plot must exist, got '/no/such/folder/x.png'"),
         ("train --plot x.foo", "a figure must be one of"),
@@ -150,31 +151,49 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
     assert sentence in last and "Traceback" not in err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["study", "--help"], ["compare", "--help"]])
-def test_help_explains(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "shown", "absent"),
+    [
+        ("--help", ["train", "study", "compare", "report", "--version"], []),
+        ("train --help", ["mlp", "transformer", "fnn train --depth 50"], ["--heads"]),
+        (
+            "train transformer --help",
+            ["--heads", "--encoder", "--batch-size", "number of blocks"],
+            ["--cell", "--init"],
+        ),
+        ("train mlp --help", ["number of hidden layers", "(default: 3)", "--plot"], ["--heads", "--model"]),
+        ("study --help", ["number of hidden layers", "gradients"], []),
+        ("compare --help", ["spread over seeds"], []),
+        ("report --help", ["no internet connection"], []),
+    ],
+)
+def test_help_shows_what_a_command_has(arguments, shown, absent, capsys):
     with pytest.raises(SystemExit) as stop:
-        main.main(arguments)
+        main.main(arguments.split())
     assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert "gradient" in text or "test accuracy" in text or "studies" in text
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert [word for word in shown if word not in text] == [] == [word for word in absent if word in text]
+
+
+def test_version(capsys):
+    assert main.main(["--version"]) == 0 and capsys.readouterr().out == f"fnn {fnn.__version__}\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ("study --dpeth 3", "study: unknown option --dpeth; did you mean --depth?"),
-        ("train --lr 1e-3", "train: unknown option --lr; did you mean --learning-rate?"),
-        ("train --depth 2 --bs=3", "train: unknown option --bs; did you mean --batch-size?"),
-        ("train --act relu", "train: unknown option --act; did you mean --activation?"),
-        ("train --learnig_rate 1", "train: unknown option --learnig-rate; did you mean --learning-rate?"),
-        ("train --qqq", "train: unknown option --qqq; fnn train --help lists what there is"),
+        ("train --lr 1e-3", "train mlp: unknown option --lr; did you mean --learning-rate?"),
+        ("train mlp --depth 2 --bs=3", "train mlp: unknown option --bs; did you mean --batch-size?"),
+        ("train --act relu", "train mlp: unknown option --act; did you mean --activation?"),
+        ("train rnn --learnig_rate 1", "train rnn: unknown option --learnig-rate; did you mean --learning-rate?"),
+        ("train --qqq", "train mlp: unknown option --qqq; fnn train mlp --help lists all options"),
+        ("train --heads 2", "train mlp: unknown option --heads; it belongs to fnn train transformer"),
         ("compare a b --row 3", "compare: unknown option --row; did you mean --rows?"),
     ],
 )
-def test_unknown_option_exits_with_2(arguments, sentence, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main.main(arguments.split())
-    assert stop.value.code == 2 and capsys.readouterr().err.strip() == sentence
+def test_unknown_option_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
+    assert main.main(arguments.split()) == 2 and capsys.readouterr().err.strip() == sentence
 
 
 def test_held_out_labels_beyond_the_training_classes(tmp_path, capsys):
@@ -183,3 +202,15 @@ def test_held_out_labels_beyond_the_training_classes(tmp_path, capsys):
     assert main.main(["train", "--data", str(tmp_path / "a.npz"), "--batch-size", "8", "--epochs", "1"]) == 2
     sentence = "train: labels of the test part must occur in the training part, 0..1, got 4; split"
     assert capsys.readouterr().err.strip().startswith(sentence)
+
+
+def test_commands_of_the_readme_are_understood(monkeypatch):
+    seen = []
+    for name, (kind, _) in main.COMMANDS.items():
+        monkeypatch.setitem(main.COMMANDS, name, (kind, lambda options: seen.append(options) or 0))
+    block = re.search(r"```sh\n(fnn train.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.S)
+    lines = block.group(1).splitlines()
+    for line in lines:
+        assert main.main(shlex.split(line, comments=True)[1:]) == 0, line
+    trained = [options.model for options in seen if isinstance(options, train.Train)]
+    assert len(seen) == len(lines) and {type(model).__name__.lower() for model in trained} >= {"mlp", "convnet", "rnn"}

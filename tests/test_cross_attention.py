@@ -106,7 +106,9 @@ def test_padding_never_matters_and_a_source_without_real_positions_adds_the_bias
 
 def translation(dtype=jnp.float32, **options):
     """An encoder-decoder of two and one blocks, its parameters, sources and targets padded with token 0."""
-    net = fnn.models.transformer(VOCABULARY, 1, D, HEADS, encoder=2, padding=0, activation="relu", **options)
+    net = fnn.models.translator(
+        VOCABULARY, 1, D, fnn.models.Block(HEADS, activation="relu", **options), encoder_depth=2, padding=0
+    )
     rng = np.random.default_rng(0)
     source, target = (jnp.asarray(rng.integers(1, VOCABULARY, size=(BATCH, n)), jnp.int32) for n in (SPAN, TIME))
     x = {
@@ -317,8 +319,6 @@ def test_refusals():
         ValueError, match=r"residual: the input must be a dict with the name 'target', got float32\[3,5,8\]"
     ):
         fnn.residual(layer, of="target").init(KEY, target.values)
-    with pytest.raises(ValueError, match="with an encoder it needs a vocabulary, no outputs=, and causal=True"):
-        fnn.models.transformer(5, 1, D, HEADS, encoder=1, outputs=3)
     net, params, state, x = translation()
     with pytest.raises(ValueError, match=r"branches: the input must be a dict with the names \['source', 'target'\]"):
         net.apply(params, state, {"words": x["source"], "target": x["target"]})

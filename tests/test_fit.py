@@ -16,7 +16,7 @@ from optax import contrib
 
 import fnn
 
-NET = fnn.models.mlp(1, 4, 3, norm="batch_norm")
+NET = fnn.models.mlp(2, 4, 3, norm="batch_norm")
 OPTIMIZER = optax.adam(1e-2)
 STEP = fnn.train_step(NET, fnn.losses.cross_entropy, OPTIMIZER)
 RNG = np.random.default_rng(0)
@@ -308,10 +308,10 @@ def test_keys_of_both_kinds_and_numpys_integers_are_taken():
 # --- what does not belong together -----------------------------------------------------------------------------------
 
 OTHER_NETS = {
-    "wider": fnn.models.mlp(1, 8, 3, norm="batch_norm"),
-    "deeper": fnn.models.mlp(2, 4, 3, norm="batch_norm"),
-    "plain": fnn.models.mlp(1, 4, 3),
-    "layer_norm": fnn.models.mlp(1, 4, 3, norm="layer_norm"),
+    "wider": fnn.models.mlp(2, 8, 3, norm="batch_norm"),
+    "deeper": fnn.models.mlp(3, 4, 3, norm="batch_norm"),
+    "plain": fnn.models.mlp(2, 4, 3),
+    "layer_norm": fnn.models.mlp(2, 4, 3, norm="layer_norm"),
 }
 
 
@@ -332,7 +332,7 @@ def test_the_state_of_another_net_is_refused(name):
 
 
 def test_a_state_that_create_did_not_make_is_admitted_if_it_fits():
-    net = fnn.models.mlp(1, 4, 3, norm="batch_norm")  # never created
+    net = fnn.models.mlp(2, 4, 3, norm="batch_norm")  # never created
     assert fnn.evaluate(net, (STATE.params, STATE.net_state), (X, Y)) == fnn.evaluate(NET, STATE, (X, Y))
 
 
@@ -580,10 +580,12 @@ def test_an_empty_batch_says_so():
 @pytest.mark.parametrize(
     ("who", "make"),
     [
-        ("mlp", lambda norm: fnn.models.mlp(1, 4, 3, norm=norm)),
+        ("mlp", lambda norm: fnn.models.mlp(2, 4, 3, norm=norm)),
         ("convnet", lambda norm: fnn.models.convnet([4], 3, norm=norm)),
         ("resnet", lambda norm: fnn.models.resnet([1], 3, norm=norm)),
-        ("transformer", lambda norm: fnn.models.transformer(5, 1, 4, 2, norm=norm)),
+        ("decoder", lambda norm: fnn.models.decoder(5, 1, 4, fnn.models.Block(norm=norm))),
+        ("encoder", lambda norm: fnn.models.encoder(5, 1, 4, fnn.models.Block(norm=norm), outputs=2)),
+        ("translator", lambda norm: fnn.models.translator(5, 1, 4, fnn.models.Block(norm=norm))),
     ],
 )
 def test_a_wrong_norm_is_named_by_its_model(who, make):

@@ -9,7 +9,7 @@ import pytest
 
 import fnn
 
-DEPTH, WIDTH, CLASSES = 3, 16, 5
+DEPTH, WIDTH, CLASSES = 4, 16, 5
 
 
 class Mlp(nn.Module):
@@ -18,7 +18,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         options = {"dtype": self.dtype, "param_dtype": self.dtype}
-        for _ in range(DEPTH + 1):
+        for _ in range(DEPTH):
             x = nn.Dense(WIDTH, **options)(x)
             x = nn.BatchNorm(use_running_average=not train, momentum=0.9, use_fast_variance=False, **options)(x)
             x = nn.tanh(x)
@@ -34,7 +34,7 @@ def to_flax(params):
     named = {f"Dense_{i}": d for i, (d, _) in enumerate(layers)} | {
         f"BatchNorm_{i}": n for i, (_, n) in enumerate(layers)
     }
-    return named | {f"Dense_{DEPTH + 1}": last}
+    return named | {f"Dense_{DEPTH}": last}
 
 
 @pytest.mark.parametrize("unroll", [1, True], ids=["scanned", "unrolled"])
@@ -50,7 +50,7 @@ def test_mlp_with_batch_norm_equals_flax(bits, unroll):
         module = Mlp(dtype)
         theirs = to_flax(state.params)
         stats = {
-            f"BatchNorm_{i}": {"mean": jnp.zeros(WIDTH, dtype), "var": jnp.ones(WIDTH, dtype)} for i in range(DEPTH + 1)
+            f"BatchNorm_{i}": {"mean": jnp.zeros(WIDTH, dtype), "var": jnp.ones(WIDTH, dtype)} for i in range(DEPTH)
         }
 
         @jax.jit

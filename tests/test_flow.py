@@ -269,7 +269,7 @@ TAIL = [fnn.tap(), fnn.take_last(), fnn.dense(3), fnn.tap()]
 @pytest.mark.parametrize(
     ("net", "x", "layers"),
     [
-        (fnn.models.mlp(2, 6, 3, taps=True), None, [1, 1, 2, 2, 3, 3, 4]),
+        (fnn.models.mlp(3, 6, 3, taps=True), None, [1, 1, 2, 2, 3, 3, 4]),
         (fnn.serial(weight(6), fnn.tap(), fnn.activation("tanh"), weight(3), fnn.tap()), None, [1, 2]),
         (fnn.serial(fnn.repeat(fnn.serial(weight(6), fnn.tap()), 3), weight(3), fnn.tap()), None, [1, 2, 3, 4]),
         (fnn.serial(weight(6, bare=True), weight(5, bare=True), fnn.tap(), weight(3), fnn.tap()), None, [2, 3]),

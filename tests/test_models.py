@@ -1,13 +1,15 @@
-"""Models: whole convolutional nets in Flax on the same weights, residual nets that start as the identity, refusals."""
+"""Models: convolutional nets in Flax on the same weights, residual nets that start as the identity, depth, refusals."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import polars as pl
 import pytest
 from conftest import by_layer, randomized
 
 import fnn
+from fnn.study import digest, study
 
 KEY = jax.random.key(0)
 
@@ -119,7 +121,7 @@ def test_models_report_gradient_flow():
     cases = [
         (deep, x, 9),
         (fnn.models.resnet([2, 1], 4, width=2, taps=True), x, 3),
-        (fnn.models.transformer(9, 3, 8, 2, outputs=4, causal=False, taps=True), tokens, 6),
+        (fnn.models.encoder(9, 3, 8, fnn.models.Block(heads=2, taps=True), outputs=4), tokens, 6),
         (fnn.models.rnn(3, 4, 4, vocabulary=9, taps=True), tokens, 3),
     ]
     for net, x, least in cases:
@@ -140,13 +142,55 @@ def test_models_report_gradient_flow():
         (lambda: fnn.models.resnet([1], 3, block="bottle"), "did you mean 'bottleneck'?"),
         (lambda: fnn.models.rnn(1, 3, 2, bidirectional=True), "needs an even width, got 3"),
         (lambda: fnn.models.rnn(1, 3, 2, cell="lstn"), "did you mean 'lstm'?"),
-        (lambda: fnn.models.transformer(5, 1, 4, 2, positions="learned"), "need longest=, got 'learned' and None"),
-        (lambda: fnn.models.transformer(None, 1, 4, 2), "without a vocabulary it needs outputs="),
-        (lambda: fnn.models.transformer(5, 1, 4, 2, norm_position="last"), "unknown norm_position 'last'"),
-        (lambda: fnn.scalar_affine(None), "gain: needs a scale or a bias"),
+        (
+            lambda: fnn.models.decoder(5, 1, 4, fnn.models.Block(2, positions="learned")),
+            "decoder: learned positions, and only they, need longest=, got 'learned' and None",
+        ),
+        (lambda: fnn.models.encoder(None, 1, 4), "encoder: without a vocabulary it needs outputs="),
+        (
+            lambda: fnn.models.translator(5, 1, 4, fnn.models.Block(norm_position="last")),
+            "translator: unknown norm_position 'last'",
+        ),
+        (lambda: fnn.models.translator(5, 1, 4, encoder_depth=0), "encoder_depth must be a positive integer, got 0"),
+        (lambda: fnn.models.decoder(5, 1, 4, fnn.models.Block(norm=None)), "decoder: blocks need a norm, got None"),
+        (lambda: fnn.scalar_affine(None), "scalar_affine: needs a scale or a bias"),
     ],
 )
 def test_refusals(make, sentence):
     with pytest.raises(ValueError) as refusal:
         make()
     assert sentence in str(refusal.value)
+
+
+def test_depth_is_the_number_of_hidden_layers_where_theory_stands_beside_measurement():
+    rng = np.random.default_rng(0)
+    data = (rng.normal(size=(16, 20)).astype(np.float32), rng.integers(0, 3, 16))
+    grid = fnn.grid.product(depth=[1, 2, 5], width=512, activation="tanh", norm="none", sigma_w=1.5, batch_size=16)
+    table = (
+        fnn.Study(grid, seeds=6, steps=0, data=(data, data), quantities=("log_error", "second_moment")).run().table()
+    )
+    before = table.filter(pl.col("path").str.ends_with("preactivation"))
+    for depth in (1, 2, 5):
+        net = fnn.models.mlp(depth, 512, 3)
+        kernels = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(net.init, KEY, data[0])[0]) if leaf.ndim == 2]
+        assert kernels == [(20, 512), *[(512, 512)] * (depth - 1), (512, 3)]
+        rows = before.filter((pl.col("depth") == depth) & (pl.col("quantity") == "log_error")).sort("seed", "layer")
+        measured, predicted = (rows[name].to_numpy().reshape(6, depth + 1) for name in ("value", "predicted"))
+        # Theory speaks of the layers 1 to depth, and goes through the last of them; the output layer is one more.
+        assert np.isnan(predicted[:, depth]).all() and np.isfinite(predicted[:, :depth]).all()
+        np.testing.assert_allclose(predicted[:, depth - 1], measured[:, depth - 1], rtol=1e-12)
+        first = before.filter(
+            (pl.col("depth") == depth) & (pl.col("quantity") == "second_moment") & (pl.col("layer") == 1)
+        )
+        setting = {"activation": "tanh", "sigma_w": 1.5, "sigma_b": 0.0, "width": 512, "q0": first["value"].median()}
+        curve = fnn.meanfield.predict(depth, **setting).mean_log_error
+        np.testing.assert_allclose(
+            predicted[:, :depth] - predicted[:, depth - 1 : depth], np.tile(curve, (6, 1)), atol=1e-9
+        )
+        # Six seeds at width 512: a layer adds a spread of about 1/sqrt(6 · 512) = 0.02; it adds 0.1 and more to the curve.
+        np.testing.assert_allclose((measured - predicted)[:, :depth].mean(axis=0), 0, atol=0.05)
+    # One hidden layer has no slope: neither a number nor a prediction.
+    row = study.summarize(table).row(0, named=True)
+    assert row["depth"] == 1 and np.isnan(row["slope"]) and row["predicted_slope"] is None
+    network = digest.digest(table, ["depth", "seed"]).networks.row(0, named=True)
+    assert network["depth"] == 1 and network["rate"] is None and network["rate_predicted"] is None

@@ -183,12 +183,12 @@ def test_the_trees_of_these_tests_are_those_of_the_nets():
 @pytest.mark.usefixtures("x64")  # Adam turns rounding of the smallest gradients into steps
 @pytest.mark.parametrize("tx", [masked(lambda a: a.ndim > 1), contrib.muon(0.01)], ids=["decay", "muon"])
 def test_sixteen_and_seventeen_layers_train_alike_by_the_train_step(tx):
-    """Below 17 hidden layers `mlp` writes depth out."""
+    """Up to 17 hidden layers `mlp` writes its trunk out."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)))
     batch = x, jnp.arange(8) % 3
     ends = []
     for unroll in (True, 1):
-        net = fnn.models.mlp(17, 6, 3, activation="tanh", norm="layer_norm", unroll=unroll)
+        net = fnn.models.mlp(18, 6, 3, activation="tanh", norm="layer_norm", unroll=unroll)
         state = fnn.TrainState.create(net, tx, jax.random.key(0), x)
         step = fnn.train_step(net, fnn.losses.cross_entropy, tx)
         for _ in range(10):

@@ -60,7 +60,7 @@ def test_sharded_over_devices_adds_no_large_collective():
 import re, jax, jax.numpy as jnp, numpy as np, fnn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 assert len(jax.devices()) == 8
-layer = fnn.models.mlp(18, 32, 3, activation="tanh")
+layer = fnn.models.mlp(19, 32, 3, activation="tanh")
 x, y = jax.random.normal(jax.random.key(0), (16, 32)), jnp.arange(16) % 3
 params, state = layer.init(jax.random.key(1), x)
 every = fnn.per_example(fnn.example_loss(layer, (params, state), loss=fnn.losses.cross_entropy))

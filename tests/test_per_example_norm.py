@@ -17,7 +17,7 @@ def test_path_and_loss_sum_to_the_batch_gradient(dtype, rounding):
     In float64 also: what `loss` and `running` stand for, example by example.
     """
     with jax.enable_x64(dtype == "float64"):
-        layer = fnn.models.mlp(2, 8, 3, activation="tanh", norm="batch_norm", unroll=1)
+        layer = fnn.models.mlp(3, 8, 3, activation="tanh", norm="batch_norm", unroll=1)
         params, state = layer.init(jax.random.key(1), draw(B, 5))
         x, y, params, state = jax.tree.map(
             lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
@@ -148,7 +148,7 @@ def test_batch_norm_of_one_example_is_said(recwarn):
     fnn.per_example(lambda p, e: linen(p, e, trained=True))(p, (x, y))
     fnn.per_example(lambda p, e: module(p, e, train=False))(weights, (x, y))
     for width, norm in ((1, "layer_norm"), (8, "layer_norm"), (8, "rms_norm"), (8, None)):
-        net = fnn.models.mlp(2, width, 1, norm=norm, unroll=1)
+        net = fnn.models.mlp(3, width, 1, norm=norm, unroll=1)
         params, state = net.init(jax.random.key(0), x)
         fnn.per_example(fnn.example_loss(net, (params, state), loss=fnn.losses.cross_entropy))(params, (x, 0 * y))
     assert not [w for w in recwarn if "per_example" in str(w.message)]

@@ -13,7 +13,7 @@ from fnn.gradients import noise
 
 def test_train_step_with_norms_and_clip():
     x, y = draw(B, 5), labels()
-    layer = fnn.models.mlp(2, 8, 3, activation="tanh", norm="batch_norm", taps=True, unroll=1)
+    layer = fnn.models.mlp(3, 8, 3, activation="tanh", norm="batch_norm", taps=True, unroll=1)
     optimizer = optax.sgd(0.1)
     state = fnn.TrainState.create(layer, optimizer, jax.random.key(0), x)
     loss = fnn.example_loss(layer, state, loss=fnn.losses.cross_entropy, axis_name="batch")
@@ -71,7 +71,7 @@ def test_train_step_with_norms_and_clip():
 
 def test_fit_carries_noise_and_the_scale_follows():
     train = draw(64, 5), jnp.arange(64) % 3
-    layer = fnn.models.mlp(1, 8, 3)
+    layer = fnn.models.mlp(2, 8, 3)
     optimizer = optax.sgd(0.01)
     state = fnn.TrainState.create(layer, optimizer, jax.random.key(0), train[0][:8])
     step = fnn.train_step(layer, fnn.losses.cross_entropy, optimizer, per_example="norms")

@@ -37,14 +37,14 @@ def table():
 
 
 NETS = {
-    "decoder": (models.transformer(9, 2, 8, 2, padding=0), TOKENS, TOKENS),
+    "decoder": (models.decoder(9, 2, 8, models.Block(heads=2), padding=0), TOKENS, TOKENS),
     "decoder_scanned": (
-        models.transformer(9, 2, 8, 2, unroll=1, positions="learned", longest=5, norm_position="post"),
+        models.decoder(9, 2, 8, models.Block(2, positions="learned", longest=5, norm_position="post", unroll=1)),
         TOKENS,
         TOKENS,
     ),
-    "encoder": (models.transformer(9, 1, 8, 2, outputs=3, causal=False, padding=0), TOKENS, CLASSES),
-    "encoder_decoder": (models.transformer(9, 1, 8, 2, encoder=1, padding=0), BOTH, TOKENS),
+    "encoder": (models.encoder(9, 1, 8, models.Block(heads=2), outputs=3, padding=0), TOKENS, CLASSES),
+    "encoder_decoder": (models.translator(9, 1, 8, models.Block(heads=2), padding=0), BOTH, TOKENS),
     "rnn": (models.rnn(2, 8, 3, cell="rnn", vocabulary=9, padding=0), TOKENS, CLASSES),
     "gru": (models.rnn(2, 8, 3, cell="gru", vocabulary=9, bidirectional=True), TOKENS, CLASSES),
     "lstm": (models.rnn(1, 8, 9, cell="lstm", vocabulary=9, every_step=True), TOKENS, TOKENS),

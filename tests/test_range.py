@@ -115,7 +115,7 @@ def test_a_large_factor_beside_a_small_one(form):
 
 
 @pytest.mark.parametrize(
-    ("activation", "depth", "init"), [("relu", 60, fnn.initializers.scaled(3.0)), ("sigmoid", 28, "glorot_uniform")]
+    ("activation", "depth", "init"), [("relu", 61, fnn.initializers.scaled(3.0)), ("sigmoid", 29, "glorot_uniform")]
 )
 def test_exploding_and_vanishing_nets(activation, depth, init):
     layer = fnn.models.mlp(depth, 16, 3, activation=activation, init=init)

@@ -46,13 +46,13 @@ def made(folder, sigmas=(0.5, 1.3, 2.0), norms=("none", "batch_norm"), steps=(0,
                         "sigma_w": sigma,
                     }
                     for step in steps:
-                        for layer in range(1, depth + 3):
+                        for layer in range(1, depth + 2):
                             path = "2/preactivation" if layer == 1 else f"5/trunk/[{layer - 2}]/1/preactivation"
-                            mean = (depth + 1 - layer) * math.log(chi) / 2
+                            mean = (depth - layer) * math.log(chi) / 2
                             value = mean + (seed - 2) / 100 + step / 10
                             if hole == (depth, sigma) and layer == 2:
                                 value = -math.inf
-                            known = step == 0 and layer <= depth + 1
+                            known = step == 0 and layer <= depth
                             band = {"predicted": mean, "low": mean - 0.015, "high": mean + 0.015} if known else {}
                             rows.append(
                                 run

@@ -8,7 +8,7 @@ import pytest
 
 import fnn
 
-NET = fnn.models.mlp(1, 8, 3, norm="batch_norm", activation="tanh", taps=True)
+NET = fnn.models.mlp(2, 8, 3, norm="batch_norm", activation="tanh", taps=True)
 OPTIMIZER = optax.chain(fnn.clip.by_global_norm(0.5), optax.sgd(0.1))
 STEP = fnn.train_step(NET, fnn.losses.cross_entropy, OPTIMIZER, per_layer=True)
 
@@ -234,7 +234,7 @@ def test_digits_reach_97_percent():
     """`fnn train`'s net and schedule with one seed; five seeds average 0.98 (README)."""
     split, init, shuffle = jax.random.split(jax.random.key(0), 3)
     train, test = fnn.data.digits(key=split)
-    net = fnn.models.mlp(2, 128, 10, norm="batch_norm")
+    net = fnn.models.mlp(3, 128, 10, norm="batch_norm")
     optimizer = optax.chain(fnn.clip.by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(3e-3, 20 * 22)))
     state = fnn.TrainState.create(net, optimizer, init, train.x[:1])
     step = fnn.train_step(net, fnn.losses.cross_entropy, optimizer)
@@ -277,7 +277,7 @@ def test_nets_of_xlas_convolutions_are_trained_step_by_step_on_a_cpu_with_the_sa
 )
 def test_a_skipped_step_keeps_the_nets_state(optimizer, skips, mapped):
     """The state after good, bad and good batches is that after the good ones alone, taps and running moments alike."""
-    net = fnn.models.mlp(1, 4, 3, norm="batch_norm", taps=True)
+    net = fnn.models.mlp(2, 4, 3, norm="batch_norm", taps=True)
     x, y = clusters()
     x, y = x[:16], y[:16]
     step = fnn.train_step(net, fnn.losses.cross_entropy, optimizer, axis_name="d" if mapped else None, metrics=())

@@ -155,7 +155,7 @@ CASES = [
     Case("repeat_of_repeat", fnn.repeat(fnn.serial(fnn.repeat(_block(), 2), fnn.activation("erf")), 3), mixes=True),
     Case("block_with_dropout", fnn.serial(fnn.dense(8), fnn.dropout(0.3), fnn.activation("relu")), noisy=True),
     Case(
-        "mlp", fnn.models.mlp(2, 8, 3, activation="silu", norm="batch_norm", taps=True), keeps_shape=False, mixes=True
+        "mlp", fnn.models.mlp(3, 8, 3, activation="silu", norm="batch_norm", taps=True), keeps_shape=False, mixes=True
     ),
     Case("gain", fnn.scalar_affine(0.5, 0.1), (4, 3, 8)),
     Case(
@@ -184,14 +184,14 @@ CASES = [
     ),
     Case(
         "transformer_decoder",
-        fnn.models.transformer(7, 2, 8, 2, positions="learned", longest=5, padding=0, taps=True),
+        fnn.models.decoder(7, 2, 8, fnn.models.Block(2, positions="learned", longest=5, taps=True), padding=0),
         (4, 5),
         keeps_shape=False,
         make=tokens,
     ),
     Case(
         "transformer_encoder",
-        fnn.models.transformer(None, 1, 4, 2, outputs=3, causal=False, norm_position="post", dropout=0.2),
+        fnn.models.encoder(None, 1, 4, fnn.models.Block(2, norm_position="post", dropout=0.2), outputs=3),
         (4, 5, 3),
         noisy=True,
         keeps_shape=False,
@@ -199,14 +199,14 @@ CASES = [
     ),
     Case(
         "transformer_encoder_decoder",
-        fnn.models.transformer(7, 1, 4, 2, encoder=1, padding=0, norm_position="post", taps=True),
+        fnn.models.translator(7, 1, 4, fnn.models.Block(2, norm_position="post", taps=True), padding=0),
         (4, 5),
         keeps_shape=False,
         make=lambda x: {"source": tokens(x[:, :4]), "target": tokens(x)},
     ),
     Case(
         "mlp_residual_scanned",
-        fnn.models.mlp(3, 8, 3, norm="layer_norm", activation="tanh", residual=True, taps=True, unroll=2),
+        fnn.models.mlp(4, 8, 3, norm="layer_norm", activation="tanh", residual=True, taps=True, unroll=2),
         keeps_shape=False,
     ),
 ]

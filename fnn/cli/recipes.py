@@ -1,6 +1,7 @@
 """What `fnn train` trains: data in the shape that a model takes, the model, and the loss that fits the targets."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,59 +13,186 @@ from fnn.datasets import data, synthetic
 from fnn.datasets.dataset import Dataset, Parts
 from fnn.layers import memory
 
-STAGES = {"convnet": 2, "resnet": 3}
+
+class Task(NamedTuple):
+    """What the data and the user ask of a model."""
+
+    outputs: int
+    """number of classes, of numbers to predict, or of tokens"""
+    tokens: bool
+    """whether it predicts a token at each position of a sequence of tokens"""
+    taps: bool
 
 
-class Defaults(NamedTuple):
-    """What a model takes where the command line says nothing."""
+class Model:
+    """Options of a model; their defaults are those of `fnn train`."""
 
-    depth: int
-    width: int
+    reads: ClassVar[str] = "vectors"
+    """"vectors", "images", or "sequences" """
+
+    def net(self, task: Task) -> Layer:
+        """Build the net; options are called as in `fnn.models`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Mlp(Model):
+    """A multilayer perceptron: dense hidden layers, each followed by a norm, an activation and dropout."""
+
+    depth: int = 3
+    """number of hidden layers"""
+    width: int = 256
+    """units in each hidden layer"""
+    activation: str = "relu"
+    """sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, softplus, erf, identity"""
     norm: str = "batch_norm"
+    """none, batch_norm, layer_norm, rms_norm"""
+    init: str = "he_normal"
+    """initial weights: he_normal, glorot_uniform, "normal(0.01)", "scaled(1.5)", orthogonal, ..."""
+    residual: bool = False
+    """add each hidden layer's input to its output, from the second layer on"""
+    dropout: float = 0.1
+    """probability of dropping a unit"""
+
+    def net(self, task: Task) -> Layer:
+        return models.mlp(classes=task.outputs, taps=task.taps, **vars(self))
+
+
+@dataclass(frozen=True)
+class Convnet(Model):
+    """A convolutional net: two stages of convolutions, the second at half the size with twice the channels."""
+
+    reads: ClassVar[str] = "images"
+    convs: int = 2
+    """convolutions in each stage"""
+    width: int = 32
+    """channels of the first stage"""
+    activation: str = "relu"
+    """sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, softplus, erf, identity"""
+    norm: str = "batch_norm"
+    """none, batch_norm, layer_norm, rms_norm"""
+    init: str = "he_normal"
+    """initial weights: he_normal, glorot_uniform, "normal(0.01)", "scaled(1.5)", delta_orthogonal, ..."""
+    dropout: float = 0.3
+    """probability of dropping a number before the output layer"""
+
+    def net(self, task: Task) -> Layer:
+        options = {name: value for name, value in vars(self).items() if name != "width"}
+        return models.convnet([self.width, 2 * self.width], task.outputs, taps=task.taps, **options)
+
+
+@dataclass(frozen=True)
+class Resnet(Model):
+    """A residual convolutional net: three stages of blocks, each with twice the channels at half the size."""
+
+    reads: ClassVar[str] = "images"
+    blocks: int = 2
+    """residual blocks in each stage"""
+    width: int = 16
+    """channels of the first stage"""
+    activation: str = "relu"
+    """sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, softplus, erf, identity"""
+    norm: str = "batch_norm"
+    """batch_norm, layer_norm, rms_norm; with none, each branch starts at zero (SkipInit)"""
+    init: str = "he_normal"
+    """initial weights: he_normal, glorot_uniform, "normal(0.01)", "scaled(1.5)", delta_orthogonal, ..."""
+
+    def net(self, task: Task) -> Layer:
+        options = {name: value for name, value in vars(self).items() if name != "blocks"}
+        scaling = "skip_init" if self.norm == "none" else None
+        return models.resnet([self.blocks] * 3, task.outputs, scaling=scaling, taps=task.taps, **options)
+
+
+@dataclass(frozen=True)
+class Rnn(Model):
+    """A recurrent net; it reads images pixel by pixel."""
+
+    reads: ClassVar[str] = "sequences"
+    depth: int = 1
+    """number of recurrent layers"""
+    width: int = 128
+    """units in each layer"""
+    cell: str = "lstm"
+    """rnn, gru, lstm"""
+    forget_bias: float = 1.0
+    """initial bias of the forget gate, for the lstm cell"""
+    recurrent_init: str = "orthogonal"
+    """initial recurrent weights; "scaled(1.0)" draws them from N(0, 1/width)"""
     dropout: float = 0.0
+    """probability of dropping a unit"""
+
+    def net(self, task: Task) -> Layer:
+        tokens = {"vocabulary": task.outputs, "padding": synthetic.PAD, "every_step": True} if task.tokens else {}
+        return models.rnn(outputs=task.outputs, taps=task.taps, **tokens, **vars(self))
 
 
-DEFAULTS = {
-    "mlp": Defaults(2, 256, dropout=0.1),
-    "convnet": Defaults(2, 32, dropout=0.3),
-    "resnet": Defaults(2, 16),
-    "rnn": Defaults(1, 128, "none"),
-    "transformer": Defaults(2, 64, "layer_norm"),
-}
+@dataclass(frozen=True)
+class Transformer(Model):
+    """A transformer: a decoder for tokens; for classes and numbers an encoder, which reads images pixel by pixel."""
+
+    reads: ClassVar[str] = "sequences"
+    depth: int = 2
+    """number of blocks"""
+    width: int = 64
+    """units at each position"""
+    heads: int = 4
+    """attention heads of each block; they must divide the width"""
+    activation: str = "relu"
+    """sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, softplus, erf, identity"""
+    norm: str = "layer_norm"
+    """batch_norm, layer_norm, rms_norm"""
+    norm_position: str = "pre"
+    """pre: norm before attention and feed-forward net; post: after their sums"""
+    encoder: int = 0
+    """blocks of an encoder that reads the source (number_words only); 0: the decoder reads the source itself"""
+    dropout: float = 0.0
+    """probability of dropping a unit"""
+
+    def net(self, task: Task) -> Layer:
+        own = ("depth", "width", "encoder")
+        block = models.Block(**{name: value for name, value in vars(self).items() if name not in own}, taps=task.taps)
+        size, padding = (task.outputs, self.depth, self.width, block), synthetic.PAD
+        if self.encoder:
+            return models.translator(*size, encoder_depth=self.encoder, padding=padding)
+        if task.tokens:
+            return models.decoder(*size, padding=padding)
+        return models.encoder(None, self.depth, self.width, block, outputs=task.outputs)
+
+
+MODELS = {kind.__name__.lower(): kind for kind in (Mlp, Convnet, Resnet, Rnn, Transformer)}
 
 
 class Recipe(NamedTuple):
-    """A model for a data set."""
+    """A net for a data set."""
 
     net: Layer
     loss: losses.Loss
     measure: str
     """What the loss's `correct` counts, in words; the loss's own name where it counts nothing."""
-    dropout: float
 
 
-def load(name: str, model: str, *, key: Any, encoder: int | None = None) -> Parts:
+def load(name: str, model: Model, *, key: Any) -> Parts:
     """Load data by name or path; images as they are for convolutions, pixel by pixel for sequence models.
 
-    With an `encoder`, x of `data.number_words` is {"source": ..., "target": ...}: what it translates, and what follows.
+    For a transformer with an encoder, x of `data.number_words` is {"source": ..., "target": ...}: what it translates, and
+    what follows.
     """
-    check.choice("train", DEFAULTS, model=model)
-    if encoder is not None and (name, model) != ("number_words", "transformer"):
-        got = f"model {model!r} and data {name!r}"
-        raise ValueError(f"train: an encoder belongs to a transformer on number_words, got {got}; leave it out")
-    train, test = data.load(name, key=key, image=model != "mlp")
-    if model in ("rnn", "transformer") and train.x.ndim == 4:
+    encoder = getattr(model, "encoder", 0)
+    check.non_negative("train", encoder=encoder)
+    if encoder and name != "number_words":
+        raise ValueError(f"train: an encoder needs the data number_words, got {name!r}; leave --encoder out")
+    train, test = data.load(name, key=key, image=model.reads != "vectors")
+    if model.reads == "sequences" and train.x.ndim == 4:
         return _pixels(train), _pixels(test)
-    return (train, test) if encoder is None else (_two_sided(train), _two_sided(test))
+    return (_two_sided(train), _two_sided(test)) if encoder else (train, test)
 
 
-def recipe(options: Any, train: Dataset, test: Dataset | None = None) -> Recipe:
+def recipe(model: Model, train: Dataset, test: Dataset | None = None, *, taps: bool = False) -> Recipe:
     """Choose the loss by the targets (labels, labels at every position, numbers), and build the model around it.
 
-    `options` are the command line's, `cli.Train`; None stands for the model's default. The test part must hold no
-    classes or tokens beyond those of the training part, for which the net has no outputs.
+    The test part must hold no classes or tokens beyond those of the training part, for which the net has no outputs.
     """
-    sequences = options.model in ("rnn", "transformer")
+    who, sequences = type(model).__name__.lower(), model.reads == "sequences"
     integer, y = np.issubdtype(train.y.dtype, np.integer), train.y
     xs = jax.tree.leaves(train.x)
     tokens = all(np.issubdtype(x.dtype, np.integer) for x in xs)
@@ -79,16 +207,12 @@ def recipe(options: Any, train: Dataset, test: Dataset | None = None) -> Recipe:
         loss, measure, outputs = losses.mse, "mean squared error", y.shape[1]
     else:
         got = f"targets {check.describe(y)} for {check.describe(train.x)}"
-        raise ValueError(f"train: {options.model} needs labelled classes, numbers, or token sequences, got {got}")
-    wanted = {"convnet": (3, 4, 5), "resnet": (3, 4, 5), "rnn": (3,), "transformer": (3,)}.get(options.model)
-    if wanted and not (sequences and tokens) and train.x.ndim not in wanted:
+        raise ValueError(f"train: {who} needs labelled classes, numbers, or token sequences, got {got}")
+    ranks = {"images": (3, 4, 5), "sequences": (3,)}.get(model.reads)
+    if ranks and not (sequences and tokens) and train.x.ndim not in ranks:
         rule = "sequences float[n, time, d]" if sequences else "images float[n, *positions, c]"
-        raise ValueError(f"train: {options.model} needs {rule}, got {check.describe(train.x)}; choose other data")
-    default = DEFAULTS[options.model]
-    given = {name: getattr(options, name) for name in Defaults._fields}
-    size = default._replace(**{name: value for name, value in given.items() if value is not None})
-    net = _model(options, size, outputs, loss is losses.sequence_cross_entropy)
-    return Recipe(net, loss, measure, size.dropout)
+        raise ValueError(f"train: {who} needs {rule}, got {check.describe(train.x)}; choose other data")
+    return Recipe(model.net(Task(outputs, loss is losses.sequence_cross_entropy, taps)), loss, measure)
 
 
 def _check_held_out(train: Dataset, test: Dataset, tokens: bool) -> None:
@@ -125,58 +249,3 @@ def _two_sided(part: Dataset) -> Dataset:
     """The target starts with the direction, from which the answer follows."""
     start = synthetic.PROMPT - 1
     return Dataset({"source": part.x[:, :start], "target": part.x[:, start:]}, part.y[:, start:])
-
-
-def _model(options: Any, size: Defaults, outputs: int, every: bool) -> Layer:
-    kind, taps = options.model, options.flow
-    depth, width, norm, dropout = size
-    if kind == "mlp":
-        return models.mlp(
-            depth,
-            width,
-            outputs,
-            activation=options.activation,
-            norm=norm,
-            init=options.init,
-            residual=options.residual,
-            dropout=dropout,
-            taps=taps,
-        )
-    if kind == "convnet":
-        channels = [width * 2**i for i in range(STAGES[kind])]
-        common = {"activation": options.activation, "norm": norm, "init": options.init, "taps": taps}
-        return models.convnet(channels, outputs, convs=depth, dropout=dropout, **common)
-    if kind == "resnet":
-        scaling = "skip_init" if norm == "none" else None
-        common = {"activation": options.activation, "norm": norm, "init": options.init, "taps": taps}
-        return models.resnet([depth] * STAGES[kind], outputs, width=width, scaling=scaling, **common)
-    vocabulary, padding = (outputs, synthetic.PAD) if every else (None, None)
-    if kind == "rnn":
-        return models.rnn(
-            depth,
-            width,
-            outputs,
-            cell=options.cell,
-            vocabulary=vocabulary,
-            padding=padding,
-            every_step=every,
-            forget_bias=options.forget_bias,
-            recurrent_init=options.recurrent_init,
-            dropout=dropout,
-            taps=taps,
-        )
-    return models.transformer(
-        vocabulary,
-        depth,
-        width,
-        options.heads,
-        outputs=None if every else outputs,
-        causal=every,
-        padding=padding,
-        norm=norm,
-        norm_position=options.norm_position,
-        encoder=options.encoder,
-        activation=options.activation,
-        dropout=dropout,
-        taps=taps,
-    )

@@ -1,16 +1,16 @@
-"""The command line of studies: `fnn study`, `fnn compare`, `fnn report`."""
+"""`fnn study`."""
 
 import errno
 import math
 import os
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from fnn import check
+from fnn.cli.terminal import console, plain_warnings, printable
 
 AXES = (
     *("activation", "norm", "depth", "width", "residual", "init", "batch_size", "optimizer", "clip"),
@@ -21,84 +21,64 @@ LATEST = "studies/latest"
 
 @dataclass(frozen=True)
 class Study:
-    """Measure how gradients vanish or explode with depth, at initialisation and in training, beside the theory.
+    """Measure how gradients vanish or explode with depth, at initialisation and during training, next to theory.
 
-    Every axis takes one value, several (tanh,relu), or a range (0.5:2.5:9 is nine values; 1e-4:1e-1:4:log by equal
-    ratios); the grid is their product. Prints a table and writes one Parquet file for each finished cell, and
-    study.png. The same command again resumes.
+    Each axis takes one value, a list (tanh,relu), or a range: 0.5:2.5:9 is nine values at equal distances, and
+    1e-4:1e-1:4:log four at equal ratios. The study measures all combinations. It prints a table and writes one Parquet
+    file for each combination, and study.png. After an interruption, the same command goes on where it stopped.
     """
 
     depth: str = "4,16,64,128,256"
-    """hidden layers behind the input layer"""
+    """number of hidden layers"""
     activation: str = "sigmoid,tanh,relu"
     """sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, softplus, erf, identity"""
     norm: str = "none,batch_norm"
     """none, batch_norm, layer_norm, rms_norm"""
     width: str = "64"
-    """units of a hidden layer"""
+    """units in each hidden layer"""
     residual: str = "false"
-    """false, true: add each hidden layer to its input"""
+    """true: add each hidden layer's input to its output (from the second layer on)"""
     init: str = "scaled"
-    """scaled (weights N(0, sigma_w²/fan_in)), or any initialiser: he_normal, orthogonal, "normal(0.01)", ..."""
+    """scaled (sigma_w sets the scale), or any initialiser: he_normal, orthogonal, "normal(0.01)", ..."""
     sigma_w: str = "1.0"
-    """weights are drawn from N(0, sigma_w²/fan_in)"""
+    """with init scaled, weights are drawn from N(0, sigma_w²/fan_in)"""
     sigma_b: str = "0.0"
     """biases are drawn from N(0, sigma_b²)"""
     batch_size: str = "32"
-    """training examples of a step, and of the measured batch"""
+    """examples in a training step, and in the batch on which gradients are measured"""
     optimizer: str = "adam"
     """sgd, momentum, adam, adamw, rmsprop, lamb"""
     learning_rate: str = "0.001"
-    """of the optimiser"""
+    """learning rate of the optimizer"""
     clip: str = "global_norm"
-    """none, value, from_above, global_norm, block_norm, adaptive"""
+    """how gradients are clipped: none, value, from_above, global_norm, block_norm, adaptive"""
     clip_threshold: str = "1.0"
-    """of the clip"""
+    """threshold of the clipping"""
     zip: str = ""
-    """axes that advance together instead of multiplying: depth,width"""
+    """axes that advance together (first value with first value) instead of in all combinations: depth,width"""
     file: str = ""
-    """take the grid, and options that are not given here, from a TOML file"""
+    """read the grid from a TOML file, and any options that are not given here"""
     seeds: int = 8
-    """random initialisations of each network, run at once"""
+    """random initialisations of each network, trained side by side"""
     epochs: int = 3
-    """passes over the training data, each recorded; 0 measures the initialisation alone"""
+    """passes over the training data; numbers are recorded after each one. 0: at initialisation only"""
     steps: str = ""
-    """the recorded steps instead: 0,10,100; 0 for the initialisation alone"""
+    """record at these training steps instead: 0,10,100. 0: at initialisation only"""
     quantities: str = ""
-    """which to keep: log_error,loss,...; all by default"""
+    """which numbers to keep: log_error,loss,...; all by default"""
     data: str = "digits"
     """digits, clusters, spirals, a folder of IDX files, or a .npz file"""
     chunk: int = 0
-    """runs that share one vmap; 0 chooses it from the device's memory"""
+    """how many runs to compute at once; 0: as many as fit into the device's memory"""
     workers: int = 0
-    """processes; 0 takes one for each core where there are cells enough"""
+    """number of processes; 0: one per core, if there are at least four combinations"""
     cache: str = ""
-    """folder for compiled programs, which the next study finds there; by default in the user's cache folder"""
+    """folder for compiled programs, which later studies use again; by default in your cache folder"""
     out: str = ""
-    """folder for the results; by default one under studies/ for each different study, and studies/latest a link to it"""
+    """folder for the results; by default a new one in studies/, with a link to it at studies/latest"""
 
 
-@dataclass(frozen=True)
-class Compare:
-    """Show where two studies differ by more than their seeds do."""
-
-    a: str
-    """folder of a study"""
-    b: str
-    """folder of another one"""
-    rows: int = 20
-    """how many rows to show"""
-
-
-@dataclass(frozen=True)
-class Report:
-    """Write a study's figures and its page, which opens in a browser without a network."""
-
-    folder: str
-    """folder of the study, such as studies/latest"""
-
-
-def run_study(options: Study) -> int:
+def run(options: Study) -> int:
     """Do `fnn study`."""
     import jax
 
@@ -116,7 +96,7 @@ def run_study(options: Study) -> int:
     started = time.perf_counter()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     alone = jax.default_backend() != "cpu" or cells < 4
-    with _plain_warnings():
+    with plain_warnings():
         try:
             found = described.run(
                 folder,
@@ -127,7 +107,9 @@ def run_study(options: Study) -> int:
             stopped = False
         except Interrupted as stop:
             print(
-                f"study: stopped; finished cells are in {folder}, the same command resumes", file=sys.stderr, flush=True
+                f"study: stopped; finished cells are in {folder}, the same command resumes",
+                file=sys.stderr,
+                flush=True,
             )
             found, stopped = stop.results, True
             if stop.at_once or not found.finished:
@@ -145,71 +127,26 @@ def run_study(options: Study) -> int:
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
-            print(
-                error, file=sys.stderr
-            )  # the folder is read-only, so it was finished before: the table is what counts
+            print(error, file=sys.stderr)  # the folder is read-only, so the study was finished before: go on
     if sentence := study.left_range(table):
         print(sentence, file=sys.stderr, flush=True)
     seconds = time.perf_counter() - started
-    print(_shown(f"{folder}: {table.height:,} rows in cells/*.parquet{figure}; fnn report {folder} draws the rest"))
+    print(
+        printable(f"{folder}: {table.height:,} rows in cells/*.parquet{figure}; fnn report {folder} draws all figures")
+    )
     print(f"{seconds:.1f} s on {jax.devices()[0].platform}")
     return 130 if stopped else 0
 
 
-def run_compare(options: Compare) -> int:
-    """Do `fnn compare`."""
-    import polars as pl
-    from rich.table import Table
-    from rich.text import Text
-
-    from fnn import check
-    from fnn.study import results
-    from fnn.study.compare import compare, different_axes
-
-    check.positive("compare", rows=options.rows)
-    with _plain_warnings():
-        left, right = (results.read(folder).table() for folder in (options.a, options.b))
-    for name, (ours, theirs) in different_axes(left, right).items():
-        print(_shown(f"{name} is {ours} in {options.a}, {theirs} in {options.b}"))
-    joined = compare(left, right)
-    beyond = joined.filter(pl.col("beyond"))
-    print(f"{beyond.height:,} of {joined.height:,} shared rows differ by more than the bands over seeds (10 to 90 %)")
-    counts = joined.group_by("quantity").agg(pl.len(), pl.col("beyond").sum()).filter(pl.col("beyond") > 0)
-    for quantity, total, number in counts.sort("beyond", descending=True).iter_rows():
-        print(_shown(f"  {quantity}: {number:,} of {total:,}"))
-    axes = joined.columns[: joined.columns.index("step")]
-    shown = [name for name in axes if joined[name].n_unique() > 1] + ["step", "layer", "path", "quantity"]
-    table = Table(title=Text(_shown(f"the largest differences, b - a, of {options.b} from {options.a}")))
-    for name in (*shown, "a [10 %, 90 %]", "b [10 %, 90 %]", "b - a"):
-        table.add_column(Text(name))
-    for row in beyond.head(options.rows).iter_rows(named=True):
-        bands = [f"{row[n]:.4g} [{row[f'{n}_low']:.4g}, {row[f'{n}_high']:.4g}]" for n in ("a", "b")]
-        words = (*(str(row[name]) for name in shown), *bands, f"{row['difference']:+.4g}")
-        table.add_row(*(Text(_shown(word)) for word in words))
-    if beyond.height:
-        _console().print(table)
-    return 0
-
-
-def run_report(options: Report) -> int:
-    """Do `fnn report`."""
-    from fnn.study.report import report
-
-    with _plain_warnings():
-        written = report(options.folder)
-    names = ", ".join(path.name for path in written)
-    print(_shown(f"wrote {names} to {options.folder}; open {written[-1]} in a browser"))
-    return 0
-
-
 def _described(options: Study) -> Any:
-    from fnn import check
     from fnn.study import grid, study
 
     given = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
     if options.file:
         if axes := [name for name in (*AXES, "zip") if name in given]:
-            raise ValueError(f"study: the grid stands in {options.file}, got --{axes[0]} too; write it there")
+            raise ValueError(
+                f"study: with --file the grid is that of {options.file}, got --{axes[0]} too; write it there"
+            )
         points, arguments = grid.from_toml(options.file)
         for name in arguments:
             check.choice("study", ("seeds", "epochs", "steps", "quantities", "data", "chunk", "traced"), option=name)
@@ -224,30 +161,6 @@ def _described(options: Study) -> Any:
     return study.Study(points, **arguments)
 
 
-@contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Print the warnings about cells that are left out as sentences, without a line of the program."""
-    from fnn.study.results import LeftOut
-
-    with warnings.catch_warnings():
-        before = warnings.showwarning
-
-        def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
-            if issubclass(category, LeftOut):
-                print(message, file=sys.stderr, flush=True)
-            else:
-                before(message, category, *rest, **more)
-
-        warnings.simplefilter("always", LeftOut)
-        warnings.showwarning = show
-        yield
-
-
-def _shown(text: str) -> str:
-    """Write a text of somebody else's so that it cannot steer the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def _folder(description: dict[str, Any]) -> Path:
     from fnn.study import results
 
@@ -255,7 +168,7 @@ def _folder(description: dict[str, Any]) -> Path:
 
 
 def _link(folder: Path) -> None:
-    """Point studies/latest at a folder, where the system has links and nothing else is in the way."""
+    """Point studies/latest at a folder, if the system has links and nothing else has that name."""
     link = Path(LATEST)
     try:
         if link.is_symlink() or not link.exists():
@@ -266,7 +179,7 @@ def _link(folder: Path) -> None:
 
 
 def _cache() -> str | None:
-    """Choose a folder for compiled programs, unless the user has."""
+    """Choose a folder for compiled programs, unless the user has chosen one."""
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return None
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -279,8 +192,8 @@ def _print_summary(summary: Any) -> None:
 
     table = Table(
         title="log |dL/dh| at initialisation, medians over runs",
-        caption="slope: change of log |dL/dh| for one layer towards the input (natural log); outside: share of "
-        "numbers outside the predicted band of 19 seeds in 20",
+        caption="slope: change of log |dL/dh| per layer towards the input (natural log); outside: share of the values "
+        "outside the band in which theory expects 19 of 20 seeds",
     )
     place = summary.columns.index("first")
     static = [name for name in summary.columns[1:place] if summary[name].n_unique() > 1] or ["activation", "depth"]
@@ -290,8 +203,8 @@ def _print_summary(summary: Any) -> None:
     for row in summary.iter_rows(named=True):
         predicted, outside = row["predicted_slope"], row["outside"]
         slopes = [row["slope"], row["slope_low"], row["slope_high"]]
-        if row["first"] == row["last"] == -math.inf:  # the signal itself has vanished from float32
-            slopes = predicted = None
+        if math.isnan(row["slope"]) or row["first"] == row["last"] == -math.inf:
+            slopes = predicted = None  # one hidden layer, or the signal itself has vanished from float32
         table.add_row(
             *(escape(str(row[name])) for name in static),
             f"{row['first']:.2f}",
@@ -300,10 +213,4 @@ def _print_summary(summary: Any) -> None:
             "" if predicted is None else f"{predicted:+.3f}",
             "" if outside is None else f"{outside:.0%}",
         )
-    _console().print(table)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 140)
+    console().print(table)

@@ -142,7 +142,7 @@ def generate(
 ) -> jax.Array:
     """Decode greedily: y_t = argmax net(prompt, y_1, ..., y_{t-1}), one new position a step: int32[batch, max_new_tokens].
 
-    `net` maps tokens int[batch, time] to logits float[batch, time, vocabulary] (`models.transformer`, or a recurrent
+    `net` maps tokens int[batch, time] to logits float[batch, time, vocabulary] (`models.decoder`, or a recurrent
     net with a `dense` on top). `prompt` is int[batch, time] or `Masked`, padded on either side or with holes: each example
     continues behind its last real token, real being what the net itself takes as such (`Masked`, `padding=`). A padding
     token that the net predicts is followed by padding. For an encoder-decoder the prompt is {"source": ..., "target": ...},

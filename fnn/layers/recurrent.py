@@ -1,21 +1,22 @@
 """Recurrent layers over time by `lax.scan`: compile time does not depend on the length.
 
-All take a sequence float[batch, time, d], alone or in `Masked`, and return float[batch, time, width] likewise. At a
-padded position the hidden state is held and the output is zero, so that padding on either side, or holes, change
-nothing at the real positions. The product with the inputs is one matrix product over all times, outside the loop, and
-so is the gradient of the recurrent kernel (`_loop` says how).
+All take a sequence float[batch, time, d], alone or in `Masked`, and return float[batch, time, width] in the same form. At
+a padded position the hidden state stays as it is and the output is zero, so padding on either side, or in between, changes
+nothing at the real positions. The product with the inputs is one matrix product over all times, outside the loop, and so
+is the gradient of the recurrent kernel (see `_loop`).
 
 The hidden state starts at zero, at a learned value (`initial="learned"`), or where the last piece of the sequence left
-it (see `memory`). `reverse=True` runs backwards in time, outputs in their places; `bidirectional` joins both. They stack
-with `repeat` where d = width. A layer that runs backwards has read everything at the *first* real position: take `first`
-behind it, and `ends` behind `bidirectional`, not `last`. A `tap` inside the loop sees every h_t of a real step and the
-error signal dL/dh_t that arrives at it; the state held over a padded step goes around it.
+it (see `memory`). `reverse=True` runs backwards in time and leaves each output at its own position; `bidirectional` joins
+both directions. Layers with d = width stack with `repeat`. A layer that runs backwards has read everything at the *first*
+real position: follow it by `take_first`, and `bidirectional` by `take_ends`. A `tap` inside the loop sees each h_t of a
+real step and the error signal dL/dh_t that arrives at it; the state that is held over a padded step goes around it.
 
-Kernels of several gates stand side by side on the last axis, in PyTorch's order. Recurrent kernels are drawn gate by
+The kernels of several gates stand side by side on the last axis, in PyTorch's order. Recurrent kernels are drawn gate by
 gate.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +32,23 @@ from fnn.tree import Stacked, statistics_dtype
 Init = str | Callable[..., Any]
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What all recurrent layers are told, whatever their cell."""
+
+    width: int
+    kernel_init: Init
+    recurrent_init: Init
+    bias_init: Init
+    initial: str
+    reverse: bool
+    tap: Layer | None
+    unroll: int
+
+
 class _Cell(NamedTuple):
+    """One step of a recurrent layer, and its derivative."""
+
     who: str
     gates: int
     step: Callable[[Any, Any, Any], Any]
@@ -62,7 +79,8 @@ def rnn(
     """Run h_t = phi(x_t W + h_{t-1} U + b) over time; params: kernel W, recurrent_kernel U, bias b.
 
     |dh_T/dh_t| <= (gamma·s_max(U))^(T-t), gamma the largest slope of phi (1 for tanh, ¼ for sigmoid): below 1 the
-    gradient must vanish. `recurrent_init="scaled(1.0)"` draws U from N(0, 1/width). Source: Elman 1990; Pascanu et al. 2013.
+    gradient must vanish. `recurrent_init="scaled(1.0)"` draws U from N(0, 1/width). All options are keywords, the same in
+    `gru` and `lstm`. Source: Elman 1990; Pascanu et al. 2013.
     """
     phi = activations.get(activation)
 
@@ -74,10 +92,10 @@ def rnn(
     def tangent(slope, carry, z):
         return (slope * z,)
 
-    # The slope number by number is the derivative only where phi acts on each by itself, which of a function who knows.
+    # These slopes are the whole derivative only if phi acts on each number by itself; of an unknown function we cannot say.
     known = isinstance(activation, str | activations.Activation) and phi.elementwise
     cell = _Cell("rnn", 1, step, tangent if known else None)
-    return _over_time(cell, width, kernel_init, recurrent_init, bias_init, initial, reverse, tap, unroll)
+    return _over_time(cell, _Options(width, kernel_init, recurrent_init, bias_init, initial, reverse, tap, unroll))
 
 
 def gru(
@@ -94,7 +112,8 @@ def gru(
     """Run h_t = (1 - z) n + z h_{t-1}, n = tanh(x W_n + b_n + r (h_{t-1} U_n + c)), r and z sigmoid gates.
 
     Params: kernel float[d, 3 width] and recurrent_kernel in the order r, z, n; bias float[3 width]; recurrent_bias c
-    float[width]: PyTorch's weights, with its two biases of r and z summed. Source: Cho et al. 2014, in cuDNN's form.
+    float[width]: PyTorch's weights, with its two biases of r and z summed. All options are keywords, as in `rnn`. Source:
+    Cho et al. 2014, in cuDNN's form.
     """
 
     def step(carry, fed, back):
@@ -115,7 +134,7 @@ def gru(
         return {"bias": init(first, (n,), dtype), "recurrent_bias": init(second, (n // 3,), dtype)}
 
     cell = _Cell("gru", 3, step, tangent, biases=biases, apart=True)
-    return _over_time(cell, width, kernel_init, recurrent_init, bias_init, initial, reverse, tap, unroll)
+    return _over_time(cell, _Options(width, kernel_init, recurrent_init, bias_init, initial, reverse, tap, unroll))
 
 
 def lstm(
@@ -133,18 +152,18 @@ def lstm(
     """Run c_t = f c_{t-1} + i g, h_t = o tanh c_t, with i, f, o = sigmoid and g = tanh of x_t W + h_{t-1} U + b.
 
     Params: kernel float[d, 4 width] and recurrent_kernel in the order i, f, g, o; bias float[4 width]: PyTorch's weights,
-    with its two biases summed. c is kept in at least float32.
+    with its two biases summed. c is kept in at least float32. All options are keywords, as in `rnn`.
 
-    `forget_bias` is added to the *initial* bias of the forget gate, a parameter like any other, which training moves; it
-    is no constant added at every step. At 1 a fresh cell keeps sigmoid(1) = 73 % of its content in a step, at 0 (PyTorch
-    and Flax) 50 %, at 5 99.3 %: it sets the time over which gradients survive at the start.
+    `forget_bias` is added once, to the *initial* bias of the forget gate, which training then moves like any parameter.
+    At 1 a fresh cell keeps sigmoid(1) = 73 % of its content in a step, at 0 (PyTorch and Flax) 50 %, at 5 99.3 %: it sets
+    the time over which gradients survive at the start.
     Source: Hochreiter and Schmidhuber 1997; Gers et al. 2000; Jozefowicz et al. 2015 for the bias.
     """
 
     def step(carry, fed, back):
         _, c = carry
         z = fed + back
-        # One sigmoid over all gates and the parts taken then: four of parts take XLA four times as long on a CPU.
+        # One sigmoid over all gates, then the parts: a sigmoid of each part takes XLA four times as long on a CPU.
         i, f, _, o = jnp.split(jax.nn.sigmoid(z), 4, axis=-1)
         g = jnp.tanh(z[..., 2 * width : 3 * width])
         old, by_c = c, f.astype(c.dtype)
@@ -167,34 +186,29 @@ def lstm(
         return {"bias": bias.at[n // 4 : n // 2].add(jnp.asarray(forget_bias, dtype))}
 
     cell = _Cell("lstm", 4, step, tangent, ("hidden", "cell"), biases)
-    return _over_time(cell, width, kernel_init, recurrent_init, bias_init, initial, reverse, tap, unroll)
+    return _over_time(cell, _Options(width, kernel_init, recurrent_init, bias_init, initial, reverse, tap, unroll))
 
 
 def bidirectional(forward: Layer, backward: Layer) -> Layer:
     """Read a sequence both ways and join the outputs: `bidirectional(lstm(32), lstm(32, reverse=True))`.
 
-    For one vector of the whole sequence follow it by `take_ends()`, which reads the halves where each has seen everything:
-    the forward one at the last real position, the other at the first. `last()` takes the latter where it has read one.
+    For one vector of the whole sequence follow it by `take_ends()`, which reads each half where it has seen everything:
+    the forward one at the last real position, the other one at the first. With `take_last()` the backward half would have
+    read one position only.
     """
     return serial(parallel(forward, backward), concatenate())
 
 
-def _over_time(
-    cell: _Cell,
-    width: int,
-    kernel_init: Init,
-    recurrent_init: Init,
-    bias_init: Init,
-    initial: str,
-    reverse: bool,
-    tap: Layer | None,
-    unroll: int,
-) -> Layer:
-    who = cell.who
-    check.positive(who, width=width, unroll=unroll)
-    check.choice(who, ("zeros", "learned"), initial=initial)
-    kernel_init, recurrent_init, bias_init = map(initializers.get, (kernel_init, recurrent_init, bias_init))
-    refusal = f"{who}: reverse=True needs the whole sequence at once; decode with forward layers" if reverse else ""
+def _over_time(cell: _Cell, options: _Options) -> Layer:
+    who, width, tap = cell.who, options.width, options.tap
+    check.positive(who, width=width, unroll=options.unroll)
+    check.choice(who, ("zeros", "learned"), initial=options.initial)
+    kernel_init, recurrent_init, bias_init = map(
+        initializers.get, (options.kernel_init, options.recurrent_init, options.bias_init)
+    )
+    refusal = ""
+    if options.reverse:
+        refusal = f"{who}: reverse=True needs the whole sequence at once; decode with forward layers"
 
     def init(key, spec):
         values, _ = sequence(who, as_spec(spec))
@@ -205,7 +219,7 @@ def _over_time(
             "recurrent_kernel": jnp.concatenate([recurrent_init(k, (width, width), dtype) for k in keys], axis=1),
             **cell.biases(bias_key, bias_init, cell.gates * width, dtype),
         }
-        if initial == "learned":
+        if options.initial == "learned":
             params["initial"] = {name: jnp.zeros(width, dtype) for name in cell.carried}
         state = memory.empty([(name, (width,)) for name in cell.carried], refusal=refusal)
         if tap is None:
@@ -235,7 +249,7 @@ def _over_time(
         if (bias := narrow.get("recurrent_bias")) is not None:
             back = back[0], jnp.pad(bias, (back[0].shape[1] - width, 0))
         carry = mapped.varying(carry, axis_name, like=(fed, real, back))
-        how = {"reverse": reverse, "unroll": max(1, min(unroll, values.shape[1]))}
+        how = {"reverse": options.reverse, "unroll": max(1, min(options.unroll, values.shape[1]))}
         if tap is None and cell.tangent is not None:
             carry, ys = _loop(cell, how, back, carry, fed, real)
         else:
@@ -244,8 +258,8 @@ def _over_time(
                 fed, real, tapped = now
                 new = _held(real, cell.step(carry, fed, _product(back, carry[0]))[0], carry)
                 if tap is not None:
-                    # Of a padded sequence the tap sees one of length 1, so that held states do not count: they go
-                    # around it, forward and backward.
+                    # In a padded sequence the tap sees sequences of length 1, so that held states do not count: they
+                    # go around it, forward and backward.
                     seen = new[0] if real is None else Masked(new[0][:, None], real[:, None])
                     h, tapped = tap.apply((), tapped, seen, key=key, train=train, axis_name=axis_name)
                     new = _held(real, (h.values[:, 0] if isinstance(h, Masked) else h, *new[1:]), new)
@@ -264,9 +278,9 @@ def _over_time(
 def _loop(cell: _Cell, how: dict[str, Any], back: Any, carry: Any, fed: jax.Array, real: Any) -> tuple[Any, jax.Array]:
     """Run a cell over time: (last carry, outputs float[time, batch, width]); back is (U, None or a bias).
 
-    The derivative is given here as JAX would find it, but for two things: the loop keeps the cell's slopes alone, half
-    of what it would keep for their factors; and h_{t-1} dU is one product over all times, ahead of the tangents' loop,
-    so that the gradient of U is one product behind the loop of the backward pass, not one added up in each of its turns.
+    The derivative is the one that JAX would find, with two differences. The loop keeps only the cell's slopes, half of
+    what it would keep for their factors. And h_{t-1} dU is one product over all times, before the loop of the tangents, so
+    that the gradient of U is one product after the backward loop, instead of a sum over its turns.
     """
 
     tangent = cell.tangent
@@ -292,7 +306,7 @@ def _loop(cell: _Cell, how: dict[str, Any], back: Any, carry: Any, fed: jax.Arra
         d_back, d_carry, d_fed, _ = tangents
         carry, (ys, before, slopes) = forward(*primals)
         d_products = _product(d_back, before)
-        turned = kernel.T  # once: the backward pass multiplies by it in every turn, and XLA would turn it in every turn
+        turned = kernel.T  # once, or XLA would transpose it in every turn of the backward pass
         ahead = (d_fed, d_products) if cell.apart else (d_fed + d_products,)
 
         def body(d_carry, now):

@@ -98,7 +98,8 @@ def _rates(inner: Any, run: list[str]) -> Any:
     hidden = errors.filter(pl.col("layer") < pl.col("layer").max().over(run))
 
     def rate(column):
-        return 2 * (pl.col(column).first() - pl.col(column).last()) / (pl.len() - 1)
+        rate = 2 * (pl.col(column).first() - pl.col(column).last()) / (pl.len() - 1)
+        return pl.when(pl.len() > 1).then(rate)  # one hidden layer has no rate
 
     each = hidden.group_by(run).agg(rate=rate("value"), predicted=rate("predicted"))
     each = each.with_columns(pl.when(pl.col("rate").is_finite()).then("rate").alias("rate"))

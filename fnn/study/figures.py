@@ -126,7 +126,7 @@ def accuracy(d: Digest, path: str | os.PathLike[str]) -> str | None:
     axes[0].set_xticks(depths, [str(n) for n in depths])
     axes[0].set_ylim(0, 1)
     _legend(axes[0], "")
-    _labels(figure, "depth (hidden layers behind the first)", "accuracy on held-out examples")
+    _labels(figure, "depth (hidden layers)", "accuracy on held-out examples")
     _save(figure, path)
     return (
         "Accuracy on held-out examples at the last recorded step against depth: medians over seeds, shaded from the 10th "

@@ -34,7 +34,7 @@ The table is tidy and long: a row for each (cell, run, step, layer, path, quanti
 | outside | Boolean | whether value lies outside low..high; null where there is no band |
 
 Quantities of a layer: `log_error`, log root mean over examples of |d l_i/dh|, at every tap (theory speaks of those
-whose path ends in "preactivation", layers 1..depth+1, step 0); `log_kernel`, `log_bias` (and other parameters), log
+whose path ends in "preactivation", layers 1..depth, step 0); `log_kernel`, `log_bias` (and other parameters), log
 Frobenius norm of the mean loss's gradient, and `log_kernel_rms`, per number; `mean`, `second_moment`, `dead`,
 `saturated` (and `peak`, if asked for) at every tap; `update_ratio`, |update|/|weights| of the update that the optimiser takes next, and `cosine`
 with the gradient at the recorded step before, both for every parameter.
@@ -65,7 +65,8 @@ from fnn.study import sealed, table
 from fnn.study.identity import canonical
 from fnn.study.sealed import pack as pack
 
-FORMAT = 3
+FORMAT = 4
+"""Formats up to 3 counted depth without the first hidden layer."""
 _VALUE = (int, float, bool, str, type(None))
 _SHAPE = {
     "axes": {"static": [str], "traced": [str]},

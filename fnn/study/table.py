@@ -149,7 +149,7 @@ def summarize(frame: Any) -> Any:
     errors = frame.filter(
         (pl.col("quantity") == "log_error") & pl.col("path").str.ends_with("preactivation") & (pl.col("step") == 0)
     )
-    hidden = errors.filter(pl.col("layer") <= pl.col("depth") + 1)
+    hidden = errors.filter(pl.col("layer") <= pl.col("depth"))
 
     def end(column, layer):
         return pl.col(column).filter(pl.col("layer") == layer).first()
@@ -158,7 +158,7 @@ def summarize(frame: Any) -> Any:
         first=end("value", pl.col("layer").min()),
         last=end("value", pl.col("layer").max()),
         predicted=(end("predicted", pl.col("layer").min()) - end("predicted", pl.col("layer").max())),
-        steps=pl.col("layer").max() - pl.col("layer").min(),
+        steps=(pl.col("layer").max() - pl.col("layer").min()).replace(0, None),  # one hidden layer has no slope
         outside=pl.col("outside").mean(),
     )
     slope = (pl.col("first") - pl.col("last")) / pl.col("steps")
@@ -228,7 +228,7 @@ def _predictions(
     The three are the typical curve and the band of 19 seeds in 20, each through the run's own measured error signal at
     the last hidden layer: theory says how it changes from layer to layer. Runs that are not `good` have no say in it.
     """
-    hidden = int(task.static.get("depth", 0)) + 1
+    hidden = int(task.static["depth"])
     found = {
         (quantity, layer): i
         for i, (layer, path, quantity) in enumerate(labels)
