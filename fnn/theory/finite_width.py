@@ -8,7 +8,7 @@ deep net is from the infinitely wide one (Hanin 2018; Hanin and Rolnick 2018; Ha
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,10 +20,10 @@ _LINEAR, _FAR = 1e-60, 1e60  # fourth powers of phi hold in float64 between thes
 
 
 class Spread(NamedTuple):
-    """Of log |delta_l|², over seeds, for each layer; each float64[depth]."""
+    """Mean and variance over seeds of log |delta_l|² in each layer; each float64[depth]."""
 
     offset: np.ndarray
-    """Mean of log(|delta_l|²/|delta_{l+1}|²), less its value at infinite width; the last: against the output's delta"""
+    """Mean of log(|delta_l|²/|delta_{l+1}|²) minus its value at infinite width; for the last layer, l+1 is the output"""
     variance: np.ndarray
     """Variance of log |delta_l|² itself, scalar output"""
     variance_from_last: np.ndarray
@@ -31,11 +31,11 @@ class Spread(NamedTuple):
 
 
 def he_relu_log_moments(width: int) -> tuple[float, float]:
-    """Give mean and variance of `log((2/n) chi²_K)`, K ~ Binomial(n, 1/2): one He ReLU layer of width n, exactly.
+    """Compute mean and variance of `log((2/n) chi²_K)`, K ~ Binomial(n, 1/2): one He ReLU layer of width n, exactly.
 
-    |delta_l|² (true normal weights, one example, scalar output, no bias) is a product of independent factors of this
-    law, one for each of the layers l..L (Hanin and Nica 2018). K = 0, where the net is dead and the log -inf, is
-    left out: it has probability 2^-n. About -5/(2n) and 5/n.
+    |delta_l|² (true normal weights, one example, scalar output, no bias) is a product of independent factors with this
+    distribution, one for each of the layers l..L (Hanin and Nica 2018). K = 0, where the net is dead and the log is
+    -inf, is left out: it has probability 2^-n. The results are about -5/(2n) and 5/n.
     """
     check.positive("he_relu_log_moments", width=width)
     from scipy.special import digamma, gammaln, polygamma
@@ -47,18 +47,18 @@ def he_relu_log_moments(width: int) -> tuple[float, float]:
 
 
 def he_relu_log_variance(widths: Sequence[int]) -> float:
-    """Give `5 sum(1/n_k)`, about the variance over seeds of log |dL/dW_l|² for *every* l (Hanin and Rolnick 2018).
+    """Compute `5 sum(1/n_k)`, about the variance over seeds of log |dL/dW_l|² for *every* l (Hanin and Rolnick 2018).
 
-    `widths` are those of *all* hidden layers; for log |delta_l|² pass those of layers l..L only. He-initialised
-    ReLU, true normal, scalar output, one example, no bias; leading order, for widths of 100 and more (exactly: sum
-    `he_relu_log_moments`). The mean of the log is lower than the log of the mean by half of this.
+    `widths` are those of *all* hidden layers; for log |delta_l|² pass those of layers l..L only. It holds for ReLU with
+    He's true normal weights, a scalar output, one example and no bias, to leading order (widths of 100 and more; for the
+    exact value, sum `he_relu_log_moments`). The mean of the log is lower than the log of the mean by half of this.
     """
     for width in widths:
         check.positive("he_relu_log_variance", width=width)
     return 5 * math.fsum(1 / n for n in widths)
 
 
-def plain(phi: Activation, sigma_w: float, sigma_b: float, q: Any, widths: Sequence[int]) -> Spread:
+def plain(phi: Activation, sigma_w: float, sigma_b: float, q: np.ndarray, widths: Sequence[int]) -> Spread:
     """Expand log |delta_l|² of a net without norm to order 1/n, along a trajectory q of the length map.
 
     One example, true normal weights. With hats for relative deviations of layer l from infinite width, given layer l:
@@ -77,7 +77,7 @@ def plain(phi: Activation, sigma_w: float, sigma_b: float, q: Any, widths: Seque
     if slopes is not None and np.min(slopes**2) == 0 < np.max(slopes**2):
         moments = {width: he_relu_log_moments(width) for width in set(widths)}
         offset, variance = np.array([moments[width] for width in widths]).T
-        return Spread(offset, _tail(variance), _tail(variance) - variance[-1])
+        return Spread(offset, tail(variance), tail(variance) - variance[-1])
     # The share of the next layer's variance that comes through the weights; the rest is that of the biases.
     through = sigma_w**2 * np.array([gaussian.moments(phi, float(v)).second for v in q])
     share = through / (through + sigma_b**2) if sigma_b else np.ones(depth)
@@ -119,7 +119,7 @@ def batch_normed(phi: Activation, batch: float, widths: Sequence[int]) -> Spread
     """
     n = np.asarray(widths, float)
     variance = _batch_norm_variance(phi, min(batch, 1024.0)) * min(1.0, 1024 / batch) / n
-    return Spread(-variance / 2, _tail(variance), _tail(variance) - variance[-1])
+    return Spread(-variance / 2, tail(variance), tail(variance) - variance[-1])
 
 
 @functools.lru_cache(maxsize=256)
@@ -161,6 +161,6 @@ def _ratios(phi: Activation, q: float) -> tuple[float, ...]:
     )
 
 
-def _tail(x: np.ndarray) -> np.ndarray:
-    """sum_{k = l..L} x_k."""
+def tail(x: np.ndarray) -> np.ndarray:
+    """Sum over each layer and those after it: sum_{k = l..L} x_k."""
     return np.cumsum(x[::-1])[::-1]
