@@ -72,6 +72,7 @@ def _table(phi: Activation, octave: int) -> tuple[np.ndarray, ...]:
 
     Octaves of h, in halves, resolve at once the Gaussian, whatever its width, and a phi that saturates within a tiny
     part of it. They are halved further until polynomials fit phi and phi': each is one 16-point rule on both halves.
+    What is never fitted (kinks, jumps) must hold a negligible part of every integral.
     """
     ends = np.append(0.0, 2.0 ** np.arange(min(octave, 0) - 5, octave + 5.5, 0.5))
     left, right, done = np.append(ends[:-1], -ends[1:]), np.append(ends[1:], -ends[:-1]), []
@@ -89,14 +90,20 @@ def _table(phi: Activation, octave: int) -> tuple[np.ndarray, ...]:
         floor = 1e-14 * steepest * np.stack([np.max(np.abs(nodes), axis=-1), np.ones(len(left))])
         rough = np.any(error > 1e-11 * np.max(np.abs(values), axis=-1) + floor, axis=0)
         weights = (half * _WEIGHTS).reshape(-1, 32)
-        done.append(np.stack([nodes, weights, *values])[:, ~rough].reshape(4, -1))
+        panels = np.stack([nodes, weights, *values])
+        done.append(panels[:, ~rough].reshape(4, -1))
         left, right = np.append(left[rough], middle[rough]), np.append(middle[rough], right[rough])
         if not len(left):
             break
         if len(left) > 1 << 13:
             raise ArithmeticError(f"meanfield: {phi.name} oscillates too fast to integrate at variance {4.0**octave}")
-    h, w, f, d = np.concatenate(done, axis=1)
-    return h, w, f, d, np.stack([f, f**2, d**2, h * f * d])
+    rest = panels[:, rough].reshape(4, -1)
+    h, w, f, d = np.concatenate([*done, rest], axis=1)
+    table = np.stack([f, f**2, d**2, h * f * d])
+    parts = np.abs(table) * (w * np.exp(-(h**2) / 2 / 4.0 ** (octave + 1)))
+    if np.any(np.sum(parts[:, h.size - rest.shape[1] :], axis=1) > 1e-9 * np.sum(parts, axis=1)):
+        raise ArithmeticError(f"meanfield: E[phi²] and E[phi'²] must be finite, got a singularity of {phi.name}")
+    return h, w, f, d, table
 
 
 def mean(phi: Activation, q: float, function: Callable[..., np.ndarray]) -> np.ndarray:

@@ -18,7 +18,6 @@ import numpy as np
 
 from fnn import check
 from fnn.layers import activations
-from fnn.layers.activations import Activation
 from fnn.theory import finite_width, gaussian, maps, rates
 from fnn.theory.finite_width import he_relu_log_moments, he_relu_log_variance, tail
 from fnn.theory.gaussian import Moments
