@@ -172,7 +172,7 @@ def resnet(
     def changing(n: int, stride: int) -> Layer:
         wide = 4 * n if block == "bottleneck" else n
         shortcut = conv.conv(wide, 1, stride=stride, kernel_init=kernel_init, bias=False)
-        paths = core.parallel(shortcut, core.serial(*branch(n, stride)))
+        paths = inputs.parallel(shortcut, core.serial(*branch(n, stride)))
         return core.serial(*activated(), paths, inputs.sum_inputs(), *_tap(taps, "sum"))
 
     def keeping(n: int) -> Layer:
@@ -329,7 +329,7 @@ def transformer(
         encode = core.serial(*place, trunk("encoder", [*see(False), *forward], encoder), *end)
         cross = [*([target(*_norm(norm))] if pre else []), core.named("cross", attention.cross_attention(heads)), *rest]
         behind = [*_tap(taps, "sum"), *([] if pre else _norm(norm)), *forward]
-        block = [target(*see(True)), core.residual(core.serial(*cross), of="target"), target(*behind)]
+        block = [target(*see(True)), core.residual(core.serial(*cross), add_to="target"), target(*behind)]
         first = inputs.branches({"source": memory.full_sequence(encode), "target": core.serial(*place)})
         body = [first, trunk("trunk", block, depth), core.function(lambda x: x["target"]), *end]
     if outputs is None:

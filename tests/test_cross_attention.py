@@ -176,10 +176,10 @@ def test_decoder_block_equals_pytorch(norm_position):
     x = drawn(source_width=D)
     norm, pre = fnn.layer_norm(eps=1e-5), norm_position == "pre"
 
-    def part(name, *inner, of=None):
-        first = fnn.branches({"source": fnn.serial(), "target": norm}) if of else norm
-        branch = fnn.residual(fnn.serial(*([first] if pre else []), *inner), of=of)
-        last = first if of else norm
+    def part(name, *inner, add_to=None):
+        first = fnn.branches({"source": fnn.serial(), "target": norm}) if add_to else norm
+        branch = fnn.residual(fnn.serial(*([first] if pre else []), *inner), add_to=add_to)
+        last = first if add_to else norm
         return [branch] if pre else [branch, last]
 
     def target(*layers):
@@ -191,7 +191,7 @@ def test_decoder_block_equals_pytorch(norm_position):
     )
     block = fnn.serial(
         target(*part("see", see)),
-        *part("cross", fnn.cross_attention(HEADS), of="target"),
+        *part("cross", fnn.cross_attention(HEADS), add_to="target"),
         target(*part("forward", forward)),
     )
     params, state = prepared(block, x)
@@ -316,7 +316,7 @@ def test_refusals():
     with pytest.raises(
         ValueError, match=r"residual: the input must be a dict with the name 'target', got float32\[3,5,8\]"
     ):
-        fnn.residual(layer, of="target").init(KEY, target.values)
+        fnn.residual(layer, add_to="target").init(KEY, target.values)
     with pytest.raises(ValueError, match="with an encoder it needs a vocabulary, no outputs=, and causal=True"):
         fnn.models.transformer(5, 1, D, HEADS, encoder=1, outputs=3)
     net, params, state, x = translation()
