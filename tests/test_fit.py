@@ -517,7 +517,7 @@ def test_validation_data_are_named_in_what_is_wrong_with_them():
     ):
         with pytest.raises((ValueError, TypeError), match=sentence):
             fnn.fit(STEP, STATE, (X, Y), validation=bad, **OPTIONS)
-    with pytest.raises(ValueError, match="dense: the input's last axis must be 4"):
+    with pytest.raises(ValueError, match=r"dense: the input must be float32\[batch, ..., 4\], as at init"):
         fnn.fit(STEP, STATE, (X, Y), validation=(X[:, :3], Y), **OPTIONS)
 
 

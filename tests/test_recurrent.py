@@ -230,7 +230,7 @@ def test_refusals():
         fnn.Masked.of_lengths(x, jnp.ones(BATCH))
     with pytest.raises(ValueError, match="reverse=True needs the whole sequence"):
         fnn.memory.init_cache(prepared("gru", reverse=True)[2], BATCH, 3)
-    with pytest.raises(ValueError, match="must hold a layer that remembers"):
+    with pytest.raises(ValueError, match="must have a layer with a cache"):
         fnn.memory.init_cache(((), ()), 2, 3)
     with pytest.raises(ValueError, match="memory was started for a batch of 2"):
         layer.apply(params, fnn.memory.init_cache(state, 2, 3), x)

@@ -78,12 +78,12 @@ def check_floating(who: str, x: Any) -> None:
         raise TypeError(f"{who}: the input must be floating point, got {check.describe(x)}; cast it first")
 
 
-def check_units(who: str, x: Any, units: int | None = None) -> None:
+def check_units(who: str, x: Any, units: int | None = None, name: str = "input") -> None:
     """Refuse what is not float[batch, ..., units]; without `units` the last axis may have any size."""
     check_floating(who, x)
     if len(x.shape) < 2 or units not in (None, x.shape[-1]):
         rule = "float[batch, ..., d]" if units is None else f"{x.dtype}[batch, ..., {units}], as at init"
-        raise ValueError(f"{who}: the input must be {rule}, got {check.describe(x)}")
+        raise ValueError(f"{who}: the {name} must be {rule}, got {check.describe(x)}")
 
 
 def positionwise(layer: Layer) -> Layer:
