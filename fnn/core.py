@@ -102,7 +102,7 @@ def _serial(layers: Sequence[Layer], group: int | None = None) -> Layer:
         check_length("serial", len(layers), params, state)
         slices = list(zip(params, state, split(key, len(layers)), strict=True))
 
-        def run(x, slices, first):
+        def apply_some(x, slices, first):
             states = []
             for i, (p, s, k) in enumerate(slices, first):
                 with located(str(i), x):
@@ -110,13 +110,11 @@ def _serial(layers: Sequence[Layer], group: int | None = None) -> Layer:
                 states.append(s)
             return x, states
 
-        if group is None:
-            x, states = run(x, slices, 0)
-        else:
-            states = []
-            for first in range(0, len(layers), group):
-                x, new = jax.checkpoint(run, static_argnums=2)(x, slices[first : first + group], first)
-                states += new
+        run = apply_some if group is None else jax.checkpoint(apply_some, static_argnums=2)
+        step, states = group or len(layers) or 1, []
+        for first in range(0, len(layers), step):
+            x, new = run(x, slices[first : first + step], first)
+            states += new
         return x, tuple(states)
 
     return Layer(init, apply)
@@ -191,13 +189,10 @@ def repeat(block: Layer, n: int, *, unroll: int | bool = 1, checkpoint: int | No
     Errors: ValueError if the block changes shape or dtype.
     """
     check_layers("repeat", (block,))
-    check.positive("repeat", n=n)
-    if unroll is not True:
-        check.positive("repeat", unroll=unroll)
-    if checkpoint is not None:
-        check.positive("repeat", checkpoint=checkpoint)
+    check.positive("repeat", n=n, checkpoint=1 if checkpoint is None else checkpoint)
     if unroll is True:
         return _serial([block] * n, checkpoint)
+    check.positive("repeat", unroll=unroll)
 
     def init(key, spec):
         with located("[:]", spec):
@@ -241,8 +236,7 @@ def output_shape(layer: Layer, params: Any, state: Any, spec: Any) -> tuple[int,
     output = output_spec(layer, params, state, spec)
     if not hasattr(output, "shape"):
         got = check.describe(output)
-        ends = "drop_mask(), take_last(), concatenate() or sum_inputs()"
-        raise ValueError(f"net: its output must be one array for a loss, got {got}; end the net in {ends}")
+        raise ValueError(f"net: a loss needs one array, got {got}; end in drop_mask(), take_last() or sum_inputs()")
     return output.shape
 
 
@@ -269,7 +263,7 @@ def same_spec(a: Any, b: Any, dtypes: bool = True) -> bool:
 
 
 def as_arrays(tree: Any) -> Any:
-    """Make every leaf a JAX array, NumPy's float64 becoming float32 unless x64 is on; integers must fit."""
+    """Make every leaf a JAX array (float64 becomes float32 unless x64 is on); refuse integers that do not fit."""
     return jax.tree.map(lambda a: jnp.asarray(narrow("net", "x", a)), tree)
 
 
@@ -344,11 +338,9 @@ def _check_depth(n: int, params: Any, state: Any) -> None:
         if not isinstance(tree, Stacked):
             raise ValueError(f"repeat: {what} must be tree.Stacked, got {type(tree).__name__}; use this net's init")
         for leaf in jax.tree.leaves(tree):
-            if jnp.ndim(leaf) == 0 or leaf.shape[0] != n:
-                raise ValueError(
-                    f"repeat: {what} must have a leading axis of {n} blocks, got {check.describe(leaf)}; "
-                    "was the net built with another depth?"
-                )
+            if jnp.shape(leaf)[:1] != (n,):
+                got = f"{check.describe(leaf)}; was the net built with another depth?"
+                raise ValueError(f"repeat: {what} must have a leading axis of {n} blocks, got {got}")
 
 
 def _keeps(who: str, x: Any, y: Any, dtypes: bool = True) -> None:

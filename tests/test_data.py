@@ -653,7 +653,7 @@ REFUSALS = {
     "eps": (
         lambda: data.standardize(D, eps=-1.0),
         ValueError,
-        "data.standardize: eps must be a finite number of at least 0, got -1.0",
+        "data.standardize: eps must be at least 0 and finite, got -1.0",
     ),
     "classes": (
         lambda: data.clusters(key=KEY, classes=1),

@@ -220,7 +220,7 @@ def test_refusals():
         (ValueError, r"lstm: the input must be a sequence float\[batch, time, d\].*got float32\[4,3\]", x[:, 0]),
         (ValueError, "must be 3, as at init", jnp.zeros((2, 4, 2))),
         (TypeError, "a mask must be bool", fnn.Masked(x, jnp.ones((BATCH, TIME)))),
-        (ValueError, r"bool\[batch, time\] of the values' first two axes", fnn.Masked(x, jnp.ones((BATCH, 2), bool))),
+        (ValueError, r"bool\[batch, time\], the values' first two axes", fnn.Masked(x, jnp.ones((BATCH, 2), bool))),
         (ValueError, "must be a sequence", (x, jnp.ones((BATCH, TIME), bool))),
     ]
     for kind, sentence, bad in cases:
