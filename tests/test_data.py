@@ -678,7 +678,7 @@ REFUSALS = {
     "noise": (
         lambda: data.spirals(key=KEY, noise=math.nan),
         ValueError,
-        "data.spirals: noise must be a finite number of at least 0, got nan",
+        "data.spirals: noise must be at least 0 and finite, got nan",
     ),
     "width": (
         lambda: data.teacher(key=KEY, width=0),
