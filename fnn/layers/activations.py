@@ -52,7 +52,7 @@ class Activation:
             return self
         function = functools.partial(self._function, **options)
         derivative = self._derivative and functools.partial(self._derivative, **options)
-        # Scaling by alpha moves elu's asymptote, so that only a bound of zero is sure to stay.
+        # alpha moves elu's lower bound, so that only a bound of zero is known to stay.
         bounds = (0.0 if self.bounds[0] == 0 else -math.inf, math.inf) if options.keys() & {"alpha"} else self.bounds
         inspect.signature(self._function).bind(None, **options)  # a misspelt option fails here, not at the first call
         return Activation(self.name, function, derivative, bounds, self.elementwise)
@@ -70,7 +70,7 @@ def _relu(x: ArrayLike, grad_at_zero: float) -> jax.Array:
 def _relu_jvp(grad_at_zero, primals, tangents):
     (x,), (t,) = primals, tangents
     y = jnp.maximum(x, 0)
-    # The sign of y tells that of x, and y is kept for the next layer anyway: x need be neither kept nor computed again.
+    # The sign of y, not of x: y is kept for the next layer anyway, so that x need not be kept or recomputed.
     return y, t * _relu_slope(x, grad_at_zero) if grad_at_zero else jnp.where(y > 0, t, jnp.zeros_like(t))
 
 
@@ -84,22 +84,12 @@ def _f_identity(x: ArrayLike) -> jax.Array:
     return jnp.asarray(x)
 
 
-def _f_sigmoid(x: ArrayLike) -> jax.Array:
-    """Evaluate 1/(1 + e^-x)."""
-    return jax.nn.sigmoid(x)
-
-
 def _d_sigmoid(x: ArrayLike) -> jax.Array:
     return jax.nn.sigmoid(x) * jax.nn.sigmoid(-jnp.asarray(x))
 
 
-def _f_tanh(x: ArrayLike) -> jax.Array:
-    """Evaluate tanh x."""
-    return jnp.tanh(x)
-
-
 def _d_tanh(x: ArrayLike) -> jax.Array:
-    # 1 - tanh² cancels for large x; sech² does not.
+    # sech², because 1 - tanh² cancels for large x.
     e = jnp.exp(-2 * jnp.abs(jnp.asarray(x)))
     return 4 * e / jnp.square(1 + e)
 
@@ -112,19 +102,6 @@ def _f_relu(x: ArrayLike, grad_at_zero: float = 0.0) -> jax.Array:
 def _f_leaky_relu(x: ArrayLike, slope: float = 0.01) -> jax.Array:
     """Evaluate x for x >= 0, slope·x below (Maas et al. 2013)."""
     return jax.nn.leaky_relu(x, slope)
-
-
-def _f_elu(x: ArrayLike, alpha: float = 1.0) -> jax.Array:
-    """Evaluate x for x > 0, alpha(e^x - 1) below (Clevert et al. 2016)."""
-    return jax.nn.elu(x, alpha)
-
-
-_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
-
-
-def _f_selu(x: ArrayLike) -> jax.Array:
-    """Evaluate 1.0507·elu(x, 1.6733) (Klambauer et al. 2017)."""
-    return jax.nn.selu(x)
 
 
 # With derivatives of their own: newer JAX cannot take its own of these two inside `shard_map(check_vma=True)`.
@@ -162,16 +139,6 @@ def _d_gelu_tanh(x: ArrayLike) -> jax.Array:
     return 0.5 * (1 + jnp.tanh(inner)) + 0.5 * near * _d_tanh(inner) * c * (1 + 3 * 0.044715 * near**2)
 
 
-def _f_silu(x: ArrayLike) -> jax.Array:
-    """Evaluate x·sigmoid(x), also called swish (Elfwing et al. 2017)."""
-    return jax.nn.silu(x)
-
-
-def _f_softplus(x: ArrayLike) -> jax.Array:
-    """Evaluate log(1 + e^x)."""
-    return jax.nn.softplus(x)
-
-
 def _f_erf(x: ArrayLike) -> jax.Array:
     """Evaluate erf(x) = 2/sqrt(pi) · integral of e^(-t²) from 0 to x."""
     return _erf(jnp.asarray(x))
@@ -188,16 +155,16 @@ def _d_softmax(x: ArrayLike) -> jax.Array:
 
 
 identity = Activation("identity", _f_identity, lambda x: jnp.ones_like(jnp.asarray(x)))
-sigmoid = Activation("sigmoid", _f_sigmoid, _d_sigmoid, (0.0, 1.0))
-tanh = Activation("tanh", _f_tanh, _d_tanh, (-1.0, 1.0))
+sigmoid = Activation("sigmoid", jax.nn.sigmoid, _d_sigmoid, (0.0, 1.0))
+tanh = Activation("tanh", jnp.tanh, _d_tanh, (-1.0, 1.0))
 relu = Activation("relu", _f_relu, _relu_slope, (0.0, math.inf))
 leaky_relu = Activation("leaky_relu", _f_leaky_relu)
-elu = Activation("elu", _f_elu, None, (-1.0, math.inf))
-selu = Activation("selu", _f_selu, None, (-_SELU_SCALE * _SELU_ALPHA, math.inf))
+elu = Activation("elu", jax.nn.elu, None, (-1.0, math.inf))
+selu = Activation("selu", jax.nn.selu, None, (-1.6732632423543772 * 1.0507009873554805, math.inf))
 gelu = Activation("gelu", _f_gelu)
 gelu_tanh = Activation("gelu_tanh", _f_gelu_tanh, _d_gelu_tanh)
-silu = Activation("silu", _f_silu)
-softplus = Activation("softplus", _f_softplus, _f_sigmoid, (0.0, math.inf))
+silu = Activation("silu", jax.nn.silu)
+softplus = Activation("softplus", jax.nn.softplus, jax.nn.sigmoid, (0.0, math.inf))
 erf = Activation("erf", _f_erf, None, (-1.0, 1.0))
 softmax = Activation("softmax", _f_softmax, _d_softmax, (0.0, 1.0), elementwise=False)
 
@@ -206,7 +173,7 @@ TABLE = {phi.name: phi for phi in list(globals().values()) if isinstance(phi, Ac
 
 
 def get(activation: str | Callable[..., jax.Array]) -> Activation:
-    """Look an activation up by name, or wrap any plain elementwise function `x -> y` as one.
+    """Find an activation by name, or make one from any elementwise function `x -> y`.
 
     Errors: an unknown name is a ValueError that suggests the nearest one.
     """

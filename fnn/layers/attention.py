@@ -12,6 +12,7 @@ from fnn.layers import initializers, memory
 from fnn.layers.dense import affine
 from fnn.layers.initializers import Initializer
 from fnn.layers.inputs import check_names, check_units, like, sequence
+from fnn.masks import cleared
 from fnn.tree import statistics_dtype
 
 
@@ -66,10 +67,7 @@ def attention(
         else:
             seen = None if mask is None else mask[:, None, None, :]
             y = _attend(q, k, v, seen, causal)
-        y = affine(params["out"], y.reshape(batch, time, d))
-        if mask is not None:
-            y = jnp.where(mask[..., None], y, 0)
-        return like(x, y), state
+        return cleared(like(x, affine(params["out"], y.reshape(batch, time, d)))), state
 
     return Layer(init, apply)
 
@@ -98,20 +96,20 @@ def cross_attention(
 
     def pair(x):
         x = check_names(who, memory.NAMES, x)
-        (source, real), (target, mask) = sequence(who, x["source"]), sequence(who, x["target"])
+        (source, real), (target, _) = sequence(who, x["source"]), sequence(who, x["target"])
         if source.shape[0] != target.shape[0]:
             raise ValueError(f"{who}: source and target must have the same batch size, got {check.describe(dict(x))}")
-        return source, real, target, mask
+        return source, real, target
 
     def init(key, spec):
-        source, _, target, _ = pair(as_spec(spec))
+        source, _, target = pair(as_spec(spec))
         params, size = draw(key, target, source, False)
         cached = ("source", kv, size)
         return params, memory.empty([("key", cached), ("value", cached), ("real", ("source",))])
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
         x = as_arrays(x)
-        source, real, target, mask = pair(x)
+        source, real, target = pair(x)
         check_units(who, source, params["key"]["kernel"].shape[0], "source")
         check_units(who, target, params["query"]["kernel"].shape[0], "target")
         q, k, v = _project(params["query"], target, heads), *(_project(params[n], source, kv) for n in ("key", "value"))
@@ -120,10 +118,7 @@ def cross_attention(
         y = _attend(q, k, v, None if real is None else real[:, None, None, :], False)
         if real is not None:
             y = jnp.where(jnp.any(real, axis=1)[:, None, None, None], y, 0)
-        y = affine(params["out"], y.reshape(target.shape))
-        if mask is not None:
-            y = jnp.where(mask[..., None], y, 0)
-        return like(x["target"], y), state
+        return cleared(like(x["target"], affine(params["out"], y.reshape(target.shape)))), state
 
     return Layer(init, apply)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from fnn import check, mapped
 from fnn.core import Layer, as_arrays, as_spec, stateless
 from fnn.layers.inputs import Masked, check_units, like, positionwise, sequence
+from fnn.masks import cleared
 from fnn.tree import statistics_dtype
 
 
@@ -67,13 +68,13 @@ def batch_norm(*, decay: float = 0.9, eps: float = 1e-5, scale: bool = True, bia
                 "var": keep * state["var"] + (1 - keep) * var.astype(keep.dtype),
                 "weight": keep * state["weight"] + (1 - keep),
             }
-            return _padded(given, real, y.astype(x.dtype)), state
+            return cleared(like(given, y.astype(x.dtype))), state
         seen = state["weight"] > 0
         weight = jnp.where(seen, state["weight"], 1)
         mean = (state["mean"] / weight).astype(wide.dtype)
         var = jnp.where(seen, state["var"] / weight, 1 - eps).astype(wide.dtype)
         y = (wide - mean) * jax.lax.rsqrt(var + eps)
-        return _padded(given, real, _scaled(y, params.get("scale"), params.get("bias"), x.dtype)), state
+        return cleared(like(given, _scaled(y, params.get("scale"), params.get("bias"), x.dtype))), state
 
     return Layer(init, apply)
 
@@ -159,10 +160,6 @@ def _real(mask: jax.Array, axis_name: Any) -> tuple[jax.Array, jax.Array]:
     """Return the mask, with an axis for the units, and the number of real positions, over the mapped axis too."""
     count = jnp.sum(mask)
     return mask[..., None], mapped.reduce(jax.lax.psum, count, axis_name)
-
-
-def _padded(given: Any, real: Any, y: jax.Array) -> Any:
-    return y if real is None else like(given, jnp.where(real[0], y, 0))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))

@@ -78,13 +78,14 @@ def _table(who: str, vocabulary: int, width: int, padding: Any, kernel_init: Any
     return lambda key: draw(key, (vocabulary, width), jnp.float32)
 
 
-def _tokens(who: str, x: Any) -> Any:
+def _tokens(who: str, x: Any) -> tuple[Any, Any]:
+    """Split x into (tokens, mask or None), the padding left as it is."""
     if isinstance(x, Masked):
         check_mask(who, x)
-    tokens = x.values if isinstance(x, Masked) else x
+    tokens, mask = x if isinstance(x, Masked) else (x, None)
     if not hasattr(tokens, "dtype") or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"{who}: the input must be tokens, int[batch, ...], got {check.describe(x)}")
-    return tokens
+    return tokens, mask
 
 
 def _each(who: str, embedding: jax.Array, x: Any, padding: int | None) -> Any:
@@ -94,11 +95,11 @@ def _each(who: str, embedding: jax.Array, x: Any, padding: int | None) -> Any:
 
 
 def _look_up(who: str, embedding: jax.Array, x: Any, padding: int | None) -> Any:
-    given, n = _tokens(who, x), embedding.shape[0]
+    (given, real), n = _tokens(who, x), embedding.shape[0]
     if padding is not None and given.ndim != 2:
         raise ValueError(f"{who}: padding needs tokens int[batch, time], got {check.describe(x)}")
-    _check_range(who, n, given, x.mask if isinstance(x, Masked) else None, padding)
-    tokens, real = check.as_int32(given), x.mask if isinstance(x, Masked) else None
+    _check_range(who, n, given, real, padding)
+    tokens = check.as_int32(given)
     if padding is not None:
         real = tokens != padding if real is None else (tokens != padding) & real
     if real is not None:
