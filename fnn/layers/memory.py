@@ -185,6 +185,7 @@ def _generate(net: Layer, length: int, eos: int | None, dtype: Any, *arrays: Any
 
 
 def _decode(net: Layer, length: int, eos: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> Any:
+    """`_generate` without sharding; its arguments are those of `generate`, hence seven."""
     source, target = (prompt["source"], prompt["target"]) if isinstance(prompt, Mapping) else (None, prompt)
     tokens, mask = target if isinstance(target, Masked) else (target, None)
     batch, time = tokens.shape

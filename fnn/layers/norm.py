@@ -174,6 +174,7 @@ def _standardised(x: Any, scale: Any, bias: Any, real: Any, eps: float, over: tu
 
 
 def _standardise(x, scale, bias, real, eps, over, axis_name):
+    """Compute the result of `_standardised`, whose seven arguments it takes, and what the derivative needs of it."""
     mean = _average(x, real, over, axis_name)
     centred = x - mean
     var = _average(jnp.square(centred), real, over, axis_name)
