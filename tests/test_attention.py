@@ -368,7 +368,7 @@ def test_refusals():
     _, memory = layer.apply(params, memory, x[:, :3])
     y, _ = layer.apply(params, memory, x[:, 3:])
     np.testing.assert_array_equal(np.isnan(y).all(-1), [[False, True, True]] * BATCH)
-    with pytest.raises(ValueError, match=r"positions: the net has 4 positions, got float32\[3,6,8\]"):
+    with pytest.raises(ValueError, match=r"positions: a sequence must have at most 4 positions, got float32\[3,6,8\]"):
         fnn.positions(4).init(KEY, x)
     net = fnn.serial(fnn.embed(5, D), fnn.positions(8), fnn.attention(HEADS, causal=True))
     tokens = jnp.ones((2, 4), int)
