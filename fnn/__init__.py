@@ -1,7 +1,7 @@
 """Pure-functional neural networks on JAX, made to see how gradients flow."""
 
 from fnn import losses, models, plot, tree
-from fnn.core import Layer, named, parallel, repeat, residual, serial, stateless
+from fnn.core import Layer, named, repeat, residual, serial, stateless
 from fnn.datasets import data
 from fnn.gradients import noise
 from fnn.gradients.example_gradients import PerExampleGradients
@@ -16,6 +16,7 @@ from fnn.layers.inputs import (
     branches,
     concatenate,
     drop_mask,
+    parallel,
     positionwise,
     sum_inputs,
     take_ends,

@@ -1,4 +1,4 @@
-"""What a train step admits: nets, losses, optimisers and states that belong together, checked once, while tracing."""
+"""Checks that a net, a loss, an optimiser and a state fit together, made once, while a train step is traced."""
 
 import contextlib
 import re
@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from fnn import check, losses, tree
-from fnn.arrays import array, brief, is_numbers
+from fnn.arrays import array, brief, first_line, is_numbers
 from fnn.core import Layer, as_spec
 
 UNSUPPORTED = {
     "SAMState": "optax.contrib.sam moves the parameters away from where they are measured, every second step",
     "LookaheadState": "optax.lookahead needs two sets of parameters, LookaheadParams",
 }
-"""Optimisers, by the state that they keep, that take a step and yet do something else here than they promise."""
+"""Optimisers that would run here but not do what they promise, by the class of their state."""
 
 _MADE: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-"""Shapes that a net's `init` was last seen to make, by that `init`: tracing it again takes long in a deep net."""
+"""The shapes that each net's `init` makes: tracing a deep net's `init` again takes long."""
 
 
 def net(who: str, layer: Any) -> None:
@@ -45,9 +45,8 @@ def values(who: str, function: Any, outputs: Any, targets: Any) -> Any:
     try:
         found = function(outputs, targets)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise TypeError(
-            f"{who}: the loss must be one that jit can trace, got one that looks at values ({reason}); write it in "
+            f"{who}: the loss must be one that jit can trace, got one that looks at values ({first_line(error)}); write it in "
             "jax.numpy, without float(), if, or NumPy on its arguments"
         ) from error
     n = jnp.shape(jax.tree.leaves(outputs)[0])[:1]
@@ -70,43 +69,39 @@ def optimizer(who: str, given: Any) -> None:
 
 
 def optimizer_state(who: str, state: Any) -> None:
-    """Refuse the states of optimisers that a train step does not do justice to."""
-    nodes = [state]
-    while nodes:
-        node = nodes.pop()
+    """Refuse the states of optimisers in `UNSUPPORTED`."""
+    for node in jax.tree.leaves(state, is_leaf=lambda node: type(node).__name__ in UNSUPPORTED):
         if (name := type(node).__name__) in UNSUPPORTED:
             raise ValueError(f"{who}: the optimizer is not supported yet, got {name}: {UNSUPPORTED[name]}; use another")
-        nodes += node if isinstance(node, tuple | list) else node.values() if isinstance(node, dict) else []
 
 
 def update(who: str, tx: Any, grads: Any, state: Any, params: Any, **more: Any) -> tuple[Any, Any]:
-    """Call `tx.update`; one that asks for functions of the parameters, as line searches do, is refused by their names."""
+    """Call `tx.update`; refuse an optimiser that asks for functions of the parameters, as line searches do."""
     try:
         return tx.update(grads, state, params, **more)
     except Exception as error:
         if re.match(r"[\w.]+: ", str(error)):
-            raise  # a sentence of fnn's own
+            raise  # an error of fnn's own
         asked = sorted(set(re.findall(r"\b\w+_fn\b", str(error))) - {"update_fn", "init_fn"})
         if not asked:
-            reason = str(error).strip().split("\n")[0].rstrip(".")
             raise ValueError(
-                f"{who}: the optimizer must make updates of these gradients, under jit, got {type(error).__name__} "
-                f"({reason}); check its options, and whether it is meant for single examples' gradients"
+                f"{who}: the optimizer must turn these gradients into updates, under jit, got {type(error).__name__} "
+                f"({first_line(error)}); check its options, and whether it is meant for single examples' gradients"
             ) from error
         raise ValueError(
-            f"{who}: the optimizer must do with gradients, parameters and the loss's value, got one that asks for "
-            f"{', '.join(asked)}; line searches, lbfgs, SAM and sophia, which evaluate the loss anew, are not supported yet"
+            f"{who}: the optimizer must need only gradients, parameters and the loss's value, got one that asks for "
+            f"{', '.join(asked)}; line searches, lbfgs, SAM and sophia, which call the loss again, are not supported yet"
         ) from error
 
 
 def made(layer: Layer, params: Any, net_state: Any) -> None:
-    """Remember what a net's `init` made, so that `state` needs not trace it."""
-    with contextlib.suppress(TypeError):  # an `init` that is no function, and takes no weak reference
+    """Remember the shapes that a net's `init` made, so that `state` need not trace it."""
+    with contextlib.suppress(TypeError):  # an `init` that takes no weak reference
         _MADE[layer.init] = (_shapes(params), _shapes(net_state))
 
 
 def state(who: str, layer: Layer, params: Any, net_state: Any, x: Any) -> None:
-    """Refuse parameters and a state of other names or shapes than the net's own `init` makes for such an x."""
+    """Refuse parameters and a state with other names or shapes than the net's own `init` makes for such an x."""
     has = _shapes(params), _shapes(net_state)
     try:
         if _MADE.get(layer.init) == has:
@@ -114,7 +109,7 @@ def state(who: str, layer: Layer, params: Any, net_state: Any, x: Any) -> None:
         spec = as_spec(x)
         expected = jax.eval_shape(lambda key: layer.init(key, spec), jax.random.key(0))
     except Exception:
-        return  # the net does not take this x, and says so itself
+        return  # the net does not take this x, and its own error is clearer
     for what, mine, theirs in zip(("parameters", "state"), has, map(_shapes, expected), strict=True):
         if found := _difference(mine, theirs):
             raise ValueError(
@@ -150,7 +145,7 @@ def examples(who: str, batch: tuple[Any, Any]) -> None:
 
 
 def parts(who: str, state: Any) -> tuple[Any, Any]:
-    """Take (params, state) of a `TrainState`, or as they come; refuse anything else, and what a step has taken over."""
+    """Return (params, state) from a `TrainState` or a pair; refuse anything else, and arrays that a step was donated."""
     if hasattr(state, "params"):
         params, net_state = state.params, state.net_state
     elif isinstance(state, tuple | list) and len(state) == 2:
@@ -162,8 +157,8 @@ def parts(who: str, state: Any) -> tuple[Any, Any]:
 
 
 def example(who: str, spec: Any) -> Any:
-    """Take an example batch, or specs in its place, as specs."""
-    if not is_numbers(spec) or not any(map(is_numbers, spec)):  # a flat list of numbers is a shape, or looks like one
+    """Return the specs of an example batch, or specs as they are."""
+    if not is_numbers(spec) or not any(map(is_numbers, spec)):  # a flat list of numbers is probably a shape
         leaves = jax.tree.leaves(spec)
     else:
         leaves = [spec := array(who, "spec", spec)]
@@ -180,7 +175,7 @@ def _shapes(tree_: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """Describe the first array by which one tree differs from another."""
+    """Describe the first array in which two trees differ."""
     for path, shape in theirs.items():
         if path not in mine:
             return f"none at {path}, where {list(shape)} should be"

@@ -1,8 +1,8 @@
-"""The door for data: whatever can be an array becomes one here, once, or is refused in a sentence.
+"""Data from outside: everything that can become an array becomes one here, and everything else is refused.
 
 Arrays may come from NumPy, JAX, PyTorch, pandas, polars, TensorFlow, or anything else with `__array__` or `__dlpack__`;
-lists of numbers are arrays too. Nothing that enters changes its value on the way in silence: integers that JAX would
-wrap, complex numbers, masked arrays, strings and objects are refused by name.
+lists of numbers are arrays too. No value changes silently: integers that JAX would wrap, complex numbers, masked arrays,
+strings and objects are refused.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ import numpy as np
 from fnn import check
 
 PLAIN = {np.dtype(kind) for kind in ("?", "b", "B", "h", "H", "i", "e", "f", "d", jnp.bfloat16)}
-"""Types of numbers that JAX takes without wrapping any."""
+"""Dtypes that JAX takes without changing a value."""
 
 
-def array(who: str, name: str, a: Any) -> Any:
-    """Turn one thing into an array of NumPy or JAX; what is one already passes as it is.
+def array(who: str, name: str, a: Any) -> np.ndarray | jax.Array:
+    """Turn a into an array of NumPy or JAX; return it as it is if it is one already.
 
-    Errors: TypeError for what holds no real numbers, ValueError for integers beyond int32 (with x64 on, int64) and for
+    Errors: TypeError for anything but real numbers; ValueError for integers beyond int32 (with x64 on, int64) and for
     masked entries.
     """
     given = a
@@ -45,7 +45,7 @@ def array(who: str, name: str, a: Any) -> Any:
 
 
 def narrow(who: str, name: str, a: Any) -> Any:
-    """Refuse integers on the host that JAX would wrap: 2^32 + k would become k. Anything else passes."""
+    """Refuse integers of NumPy that JAX would wrap (2^32 + k would become k); return anything else as it is."""
     if isinstance(a, np.ndarray | np.generic) and a.dtype.kind in "iu" and a.dtype not in PLAIN:
         widest = jax.dtypes.canonicalize_dtype(np.int64)
         info = np.iinfo(widest)
@@ -57,7 +57,7 @@ def narrow(who: str, name: str, a: Any) -> Any:
 def arrays(who: str, name: str, tree: Any) -> Any:
     """Turn every leaf of a tree (several inputs, `Masked`) into an array; lists of numbers are one array each."""
     if type(tree) is np.ndarray or isinstance(tree, jax.Array):
-        return array(who, name, tree)  # the usual case, for which a step should not wait
+        return array(who, name, tree)  # the usual case, made fast for the loop over steps
     return jax.tree.map(lambda a: array(who, name, a), tree, is_leaf=lambda a: is_numbers(a) or isinstance(a, Iterator))
 
 
@@ -69,13 +69,18 @@ def pair(who: str, batch: Any) -> tuple[Any, Any]:
 
 
 def brief(x: Any) -> str:
-    """Describe what came instead of arrays, cut to a line."""
+    """Describe x in at most 100 characters."""
     text = check.describe(x)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, without its full stop."""
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
 def is_numbers(a: Any) -> bool:
-    """Tell whether a list or tuple is a plain one, of numbers, strings or further lists of them: one array."""
+    """Whether x is a list or tuple of numbers, strings or further such lists, which becomes one array."""
     if type(a) not in (list, tuple) or not a:
         return False
     return all(is_numbers(b) or (not isinstance(b, jax.Array) and _is_scalar(b)) for b in a)
@@ -89,7 +94,7 @@ def _converted(who: str, name: str, a: Any) -> Any:
     if isinstance(a, np.ma.MaskedArray) and np.ma.is_masked(a):
         raise ValueError(f"{who}: {name} must have no masked entries, got {np.ma.count_masked(a)}; fill or drop them")
     if callable(detach := getattr(a, "detach", None)):
-        a = detach()  # a tensor of PyTorch that takes part in its autograd
+        a = detach()  # a PyTorch tensor that requires gradients
     readers = [np.from_dlpack, _from_dlpack] if hasattr(a, "__dlpack__") else []
     if hasattr(a, "__array__") or not readers:
         readers.insert(0, np.asarray)
@@ -99,10 +104,8 @@ def _converted(who: str, name: str, a: Any) -> Any:
             return read(a)
         except Exception as error:
             reasons.append(error)
-    reason = str(reasons[0]).strip().split("\n")[0].rstrip(".")
-    raise TypeError(
-        f"{who}: {name} must be an array that NumPy can read, got {type(a).__name__} ({reason}); convert it first"
-    ) from reasons[0]
+    got = f"{type(a).__name__} ({first_line(reasons[0])})"
+    raise TypeError(f"{who}: {name} must be an array that NumPy can read, got {got}; convert it first") from reasons[0]
 
 
 def _from_dlpack(a: Any) -> np.ndarray:

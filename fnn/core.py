@@ -1,4 +1,4 @@
-"""The contract of a layer, and the combinators that fold layers into networks.
+"""What a layer is, and the combinators that build networks from layers.
 
 A layer is a named pair of pure functions:
 
@@ -8,12 +8,12 @@ A layer is a named pair of pure functions:
 `spec` is an array or a `jax.ShapeDtypeStruct`, batch axis first; `axis_name` names a mapped batch axis. An empty
 state is `()`; every leaf of a state is floating point, so that a loss can be differentiated with respect to it.
 
-A combinator gives its parameters and its state the same outer structure: tuples for `serial` and `parallel`, a dict
-of one entry for `named`, a `tree.Stacked` for `repeat`, the inner layer's own for `residual`. States that lie beside
-the trunk, where paths meet again, are wrapped in `Branch`.
+A combinator gives its parameters and its state the same outer structure: a tuple for `serial`, a dict of one entry
+for `named`, a `tree.Stacked` for `repeat`, the inner layer's own structure for `residual`. The states of layers on a side
+path, which meets another path again, are wrapped in `Branch`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,10 +27,11 @@ from fnn.tree import UNNAMED, Stacked
 
 
 class Layer(NamedTuple):
-    """Pair `init(key, spec) -> (params, state)` with `apply(params, state, x, *, key, train, axis_name) -> (y, state)`.
+    """A pair of functions: `init(key, spec) -> (params, state)` and `apply(params, state, x, ...) -> (y, state)`.
 
-    Guarantees of every layer in fnn: `apply` is pure; the state keeps its structure, shapes and dtypes; parameters are
-    cast to x's dtype, which y keeps; with `train=False` the result is deterministic and no key is needed.
+    `apply` also takes the keywords `key=None, train=False, axis_name=None`. Every layer of fnn guarantees: `apply` is
+    pure; the state keeps its structure, shapes and dtypes; parameters are cast to x's dtype, and y has that dtype; with
+    `train=False` the result is deterministic and no key is needed.
     """
 
     init: Callable[..., tuple[Any, Any]]
@@ -39,7 +40,7 @@ class Layer(NamedTuple):
 
 @jax.tree_util.register_pytree_with_keys_class
 class Branch:
-    """Mark the state of layers that lie beside the trunk: other paths lead around them."""
+    """Mark the state of layers on a side path: the gradient reaches what comes before them on another path too."""
 
     __slots__ = ("inner",)
 
@@ -61,7 +62,7 @@ class Branch:
 
 
 def stateless(init: Callable[[Any, Any], Any], apply: Callable[[Any, Any], Any]) -> Layer:
-    """Make a layer without state or noise of `init(key, spec) -> params` and `apply(params, x) -> y`."""
+    """Make a layer without state or noise from `init(key, spec) -> params` and `apply(params, x) -> y`."""
 
     def layer_init(key, spec):
         return init(key, as_spec(spec)), ()
@@ -73,82 +74,70 @@ def stateless(init: Callable[[Any, Any], Any], apply: Callable[[Any, Any], Any])
 
 
 def function(f: Callable[[Any], Any]) -> Layer:
-    """Make a layer without parameters of any function `x -> y`."""
+    """Make a layer without parameters from any function `x -> y`."""
     return stateless(lambda key, spec: (), lambda params, x: f(x))
 
 
 def serial(*layers: Layer) -> Layer:
     """Compose layers: y = f_n(... f_2(f_1(x))). Parameters and state are tuples, keys `jax.random.split(key, n)`."""
-    _check_layers("serial", layers)
+    check_layers("serial", layers)
+    return _serial(layers)
+
+
+def _serial(layers: Sequence[Layer], group: int | None = None) -> Layer:
+    """`serial`; with `group`, the backward pass recomputes so many layers at a time from their input."""
 
     def init(key, spec):
-        keys, spec = _split(key, len(layers)), as_spec(spec)
+        spec = as_spec(spec)
         params, states = [], []
-        for i, layer in enumerate(layers):
+        for i, (layer, k) in enumerate(zip(layers, split(key, len(layers)), strict=True)):
             with located(str(i), spec):
-                p, s = layer.init(keys[i], spec)
+                p, s = layer.init(k, spec)
                 spec = output_spec(layer, p, s, spec)
             params.append(p)
             states.append(s)
         return tuple(params), tuple(states)
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
-        _check_length("serial", len(layers), params, state)
-        keys, states = _split(key, len(layers)), []
-        for i, layer in enumerate(layers):
-            with located(str(i), x):
-                x, s = layer.apply(params[i], state[i], x, key=keys[i], train=train, axis_name=axis_name)
-            states.append(s)
+        check_length("serial", len(layers), params, state)
+        slices = list(zip(params, state, split(key, len(layers)), strict=True))
+
+        def apply_some(x, slices, first):
+            states = []
+            for i, (p, s, k) in enumerate(slices, first):
+                with located(str(i), x):
+                    x, s = layers[i].apply(p, s, x, key=k, train=train, axis_name=axis_name)
+                states.append(s)
+            return x, states
+
+        run = apply_some if group is None else jax.checkpoint(apply_some, static_argnums=2)
+        step, states = group or len(layers) or 1, []
+        for first in range(0, len(layers), step):
+            x, new = run(x, slices[first : first + step], first)
+            states += new
         return x, tuple(states)
 
     return Layer(init, apply)
 
 
-def parallel(*layers: Layer) -> Layer:
-    """Give one input to every branch: y = (f_1(x), ..., f_n(x)). Parameters and state are tuples."""
-    _check_layers("parallel", layers)
+def residual(layer: Layer, *, scale: float = 1.0, add_to: str | None = None) -> Layer:
+    """Add a layer's output to its input: y = x + scale·f(x). Parameters are those of the layer.
 
-    def init(key, spec):
-        keys = _split(key, len(layers))
-        params, states = [], []
-        for i, layer in enumerate(layers):
-            with located(str(i), spec):
-                p, s = layer.init(keys[i], spec)
-            params.append(p)
-            states.append(s)
-        return tuple(params), Branch(tuple(states))
-
-    def apply(params, state, x, *, key=None, train=False, axis_name=None):
-        _check_length("parallel", len(layers), params, state.inner)
-        refuse_rescaling("parallel", state)
-        keys, ys, states = _split(key, len(layers)), [], []
-        for i, layer in enumerate(layers):
-            with located(str(i), x):
-                y, s = layer.apply(params[i], state.inner[i], x, key=keys[i], train=train, axis_name=axis_name)
-            ys.append(y)
-            states.append(s)
-        return tuple(ys), Branch(tuple(states))
-
-    return Layer(init, apply)
-
-
-def residual(layer: Layer, *, scale: float = 1.0, of: str | None = None) -> Layer:
-    """Add a branch to its input: y = x + scale·f(x). Parameters are the branch's own.
-
-    Of a tree, every floating leaf is added; the others (a mask) are x's. `of` names one of several inputs, which alone is
-    replaced, by x[of] + scale·f(x): the branch sees all. Errors: ValueError if f changes the shape.
+    If x is a tree, every floating leaf is added to, and the others (a mask) stay as they are. If x is a dict of several
+    inputs, `add_to` names the one that changes, to x[add_to] + scale·f(x); f sees all of them.
+    Errors: ValueError if f changes the shape.
     """
-    _check_layers("residual", (layer,))
+    check_layers("residual", (layer,))
 
     def own(x):
-        if of is not None and (not isinstance(x, Mapping) or of not in x):
-            raise ValueError(f"residual: the input must be a dict with the name {of!r}, got {check.describe(x)}")
-        return x if of is None else x[of]
+        if add_to is not None and (not isinstance(x, Mapping) or add_to not in x):
+            raise ValueError(f"residual: the input must be a dict with the name {add_to!r}, got {check.describe(x)}")
+        return x if add_to is None else x[add_to]
 
     def init(key, spec):
         spec_of = own(spec)
         params, state = layer.init(key, spec)
-        _same_shape("residual: the branch", spec_of, output_spec(layer, params, state, spec))
+        _keeps("residual: the layer", spec_of, output_spec(layer, params, state, spec), dtypes=False)
         return params, Branch(state)
 
     def plus(x, y):
@@ -157,19 +146,19 @@ def residual(layer: Layer, *, scale: float = 1.0, of: str | None = None) -> Laye
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
         refuse_rescaling("residual", state)
-        x = cleared(x)  # what is passed on is no branch's output, which would have no padding in it
+        x = cleared(x)  # x itself reaches the output, and may have anything at its padded positions
         x_of = own(x)
         y, inner = layer.apply(params, state.inner, x, key=key, train=train, axis_name=axis_name)
-        _same_shape("residual: the branch", x_of, y)
+        _keeps("residual: the layer", x_of, y, dtypes=False)
         y = jax.tree.map(plus, x_of, y)
-        return y if of is None else {**x, of: y}, Branch(inner)
+        return y if add_to is None else {**x, add_to: y}, Branch(inner)
 
     return Layer(init, apply)
 
 
 def named(name: str, layer: Layer) -> Layer:
-    """Give a layer a name, which paths and tables then show: its params and state become `{name: ...}`."""
-    _check_layers("named", (layer,))
+    """Give a layer a name, which paths and tables show: its params and state become `{name: ...}`."""
+    check_layers("named", (layer,))
     if not isinstance(name, str) or not name or "/" in name:
         raise ValueError(f"named: the name must be a non-empty string without '/', got {name!r}")
 
@@ -189,31 +178,28 @@ def named(name: str, layer: Layer) -> Layer:
 def repeat(block: Layer, n: int, *, unroll: int | bool = 1, checkpoint: int | None = None) -> Layer:
     """Apply n blocks of one kind in a row by `lax.scan`, so that 1,000 layers compile as fast as 10.
 
-    Params and state are `tree.Stacked`: every leaf has a leading axis of n. The same parameters and dropout masks as
-    `serial(*[block] * n)` (keys are `jax.random.split(key, n)` in both; default PRNG), values to rounding.
+    Params and state are `tree.Stacked`: every leaf has a leading axis of n. Parameters and dropout masks are those of
+    `serial(*[block] * n)` (both take their keys from `jax.random.split(key, n)`; default PRNG), values equal to rounding.
 
-    `unroll=k` puts k blocks into one turn of the loop. `unroll=True` is `serial(*[block] * n)` itself: separate arrays,
-    no loop; faster for few or wide blocks, since slices of stacked weights are copied, and slower to compile.
-    `checkpoint=g` keeps only the input of every g-th block for the backward pass and recomputes the rest, group by
-    group: memory falls from n to about n/g + g blocks.
+    `unroll=k` puts k blocks into one turn of the loop. `unroll=True` is `serial(*[block] * n)` itself: separate arrays and
+    no loop. That is faster for few or wide blocks, because a scan copies its slice of the stacked weights, and slower to
+    compile. `checkpoint=g` stores only the input of every g-th block for the backward pass and recomputes the rest, one
+    group at a time: memory falls from n to about n/g + g blocks.
 
     Errors: ValueError if the block changes shape or dtype.
     """
-    _check_layers("repeat", (block,))
-    check.positive("repeat", n=n)
-    if unroll is not True:
-        check.positive("repeat", unroll=unroll)
-    if checkpoint is not None:
-        check.positive("repeat", checkpoint=checkpoint)
+    check_layers("repeat", (block,))
+    check.positive("repeat", n=n, checkpoint=1 if checkpoint is None else checkpoint)
     if unroll is True:
-        return _unrolled(block, n, checkpoint)
+        return _serial([block] * n, checkpoint)
+    check.positive("repeat", unroll=unroll)
 
     def init(key, spec):
         with located("[:]", spec):
             # A loop, not vmap: the same numbers, and the generator compiles three times as fast for one key.
             params, state = jax.lax.map(lambda k: block.init(k, spec), jax.random.split(key, n))
             one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), (params, state))
-            _keeps(spec, output_spec(block, one[0], one[1], spec))
+            _keeps("repeat: the block", spec, output_spec(block, one[0], one[1], spec))
         return Stacked(params), Stacked(state)
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
@@ -223,7 +209,7 @@ def repeat(block: Layer, n: int, *, unroll: int | bool = 1, checkpoint: int | No
             p, s, k = block_slice
             with located("[:]", x):
                 y, s = block.apply(p, s, x, key=k, train=train, axis_name=axis_name)
-                _keeps(x, y)
+                _keeps("repeat: the block", x, y)
             return mapped.varying(y, like=x), s
 
         _check_depth(n, params, state)
@@ -239,23 +225,23 @@ def repeat(block: Layer, n: int, *, unroll: int | bool = 1, checkpoint: int | No
 
 
 def output_spec(layer: Layer, params: Any, state: Any, spec: Any) -> Any:
-    """Trace the shape and dtype of a layer's output in eval mode, without computing anything."""
+    """Find the shape and dtype of a layer's output in eval mode, without computing anything."""
     params, state, spec = as_spec((params, state, spec))
     with check.foreign("net"):
         return jax.eval_shape(lambda p, s, x: layer.apply(p, s, x)[0], params, state, spec)
 
 
 def output_shape(layer: Layer, params: Any, state: Any, spec: Any) -> tuple[int, ...]:
-    """Return the shape of a net's output, which losses need to be one array."""
+    """Find the shape of a net's output; refuse an output that is not one array, as losses need it."""
     output = output_spec(layer, params, state, spec)
     if not hasattr(output, "shape"):
         got = check.describe(output)
-        raise ValueError(f"net: a loss needs one array, got {got}; end in unmasked(), last(), concatenate() or add()")
+        raise ValueError(f"net: a loss needs one array, got {got}; end in drop_mask(), take_last() or sum_inputs()")
     return output.shape
 
 
 def check_values(layer: Layer, params: Any, state: Any, x: Any) -> None:
-    """Trace a layer with whole numbers as constants, so that layers which look at values on the host (embed) see them."""
+    """Trace a layer with integer inputs as constants, so that layers that check values on the host (embed) can do so."""
     if any(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(x)):
         x = mapped.placed(as_arrays(x))
         jax.eval_shape(lambda p, s: layer.apply(p, s, x)[0], *as_spec((params, state)))
@@ -266,44 +252,23 @@ def as_spec(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), tree)
 
 
-def same_spec(a: Any, b: Any) -> bool:
-    """Whether two trees have the same structure, shapes and dtypes."""
-    a, b = as_spec((a, b))
-    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.leaves(a) == jax.tree.leaves(b)
+def same_spec(a: Any, b: Any, dtypes: bool = True) -> bool:
+    """Whether two trees have the same structure and shapes, and the same dtypes."""
+
+    def spec(tree):
+        leaves, treedef = jax.tree.flatten(tree)
+        return treedef, [(jnp.shape(leaf), dtypes and jnp.result_type(leaf)) for leaf in leaves]
+
+    return spec(a) == spec(b)
 
 
 def as_arrays(tree: Any) -> Any:
-    """Make every leaf a JAX array, NumPy's float64 becoming float32 unless x64 is on; integers must fit."""
+    """Make every leaf a JAX array (float64 becomes float32 unless x64 is on); refuse integers that do not fit."""
     return jax.tree.map(lambda a: jnp.asarray(narrow("net", "x", a)), tree)
 
 
-def _unrolled(block: Layer, n: int, group: int | None) -> Layer:
-    if group is None:
-        return serial(*[block] * n)
-    inner = serial(*[block] * n)
-
-    def apply(params, state, x, *, key=None, train=False, axis_name=None):
-        keys, states = _split(key, n), []
-        for start in range(0, n, group):
-            part = slice(start, min(start + group, n))
-
-            def run(p, s, x, ks, start=start):
-                new = []
-                for i, (pi, si, ki) in enumerate(zip(p, s, ks, strict=True), start):
-                    with located(str(i), x):
-                        x, si = block.apply(pi, si, x, key=ki, train=train, axis_name=axis_name)
-                    new.append(si)
-                return x, tuple(new)
-
-            x, s = jax.checkpoint(run)(params[part], state[part], x, list(keys[part]))
-            states.extend(s)
-        return x, tuple(states)
-
-    return Layer(inner.init, apply)
-
-
 def _grouped_scan(body: Any, x: Any, slices: Any, n: int, group: int, unroll: int) -> tuple[Any, Any]:
-    """Scan over groups of blocks, each recomputed in the backward pass; a shorter last group takes the remainder."""
+    """Scan over groups of blocks, each recomputed in the backward pass; the last group may be shorter."""
 
     def runner(length):
         return jax.checkpoint(lambda x, part: jax.lax.scan(body, x, part, length, unroll=min(unroll, length)))
@@ -320,7 +285,7 @@ def _grouped_scan(body: Any, x: Any, slices: Any, n: int, group: int, unroll: in
 
 @contextmanager
 def located(name: str, x: Any) -> Iterator[None]:
-    """Note on a passing error where it arose: `in layer 1/trunk/0, input float32[2,4]` (PEP 678)."""
+    """Add to an error a note of where it arose: `in layer 1/trunk/0, input float32[2,4]` (PEP 678)."""
     try:
         yield
     except Exception as error:
@@ -333,11 +298,16 @@ def located(name: str, x: Any) -> Iterator[None]:
         raise
 
 
-def _split(key: Any, n: int) -> Any:
-    return [None] * n if key is None or n == 0 else jax.random.split(key, n)
+def split(key: jax.Array | None, n: int) -> list[Any]:
+    """Split a key into a list of n; without a key, a list of n times None."""
+    if key is None or n == 0:
+        return [None] * n
+    keys = jax.random.split(key, n)
+    return [keys[i] for i in range(n)]
 
 
 def refuse_rescaling(who: str, state: Any) -> None:
+    """Refuse the state of a side path in which a tap is about to rescale."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: getattr(node, "rescale", False))
     if any(getattr(node, "rescale", False) for node in nodes):
         raise ValueError(
@@ -346,7 +316,8 @@ def refuse_rescaling(who: str, state: Any) -> None:
         )
 
 
-def _check_layers(who: str, layers: tuple[Any, ...]) -> None:
+def check_layers(who: str, layers: Sequence[Any]) -> None:
+    """Refuse arguments that are not layers."""
     for i, layer in enumerate(layers):
         if not isinstance(layer, Layer):
             got = getattr(layer, "__name__", repr(layer))
@@ -354,7 +325,8 @@ def _check_layers(who: str, layers: tuple[Any, ...]) -> None:
             raise TypeError(f"{who}: argument {i} must be a Layer, got {got}{hint}")
 
 
-def _check_length(who: str, n: int, params: Any, state: Any) -> None:
+def check_length(who: str, n: int, params: Any, state: Any) -> None:
+    """Refuse params or state that are not tuples with one entry for each of n layers."""
     for what, tree in (("params", params), ("state", state)):
         if not isinstance(tree, tuple) or len(tree) != n:
             got = f"{len(tree)} of them" if isinstance(tree, tuple) else type(tree).__name__
@@ -366,24 +338,12 @@ def _check_depth(n: int, params: Any, state: Any) -> None:
         if not isinstance(tree, Stacked):
             raise ValueError(f"repeat: {what} must be tree.Stacked, got {type(tree).__name__}; use this net's init")
         for leaf in jax.tree.leaves(tree):
-            if jnp.ndim(leaf) == 0 or leaf.shape[0] != n:
-                raise ValueError(
-                    f"repeat: {what} must have a leading axis of {n} blocks, got {check.describe(leaf)}; "
-                    "was the net built with another depth?"
-                )
+            if jnp.shape(leaf)[:1] != (n,):
+                got = f"{check.describe(leaf)}; was the net built with another depth?"
+                raise ValueError(f"repeat: {what} must have a leading axis of {n} blocks, got {got}")
 
 
-def _same_shape(who: str, x: Any, y: Any) -> None:
-    if jax.tree.map(jnp.shape, x) != jax.tree.map(jnp.shape, y):
-        raise ValueError(
-            f"{who} must keep its input's shape, got {check.describe(x)} -> {check.describe(y)}; "
-            "put a layer that changes the shape outside"
-        )
-
-
-def _keeps(x: Any, y: Any) -> None:
-    if not same_spec(x, y):
-        raise ValueError(
-            f"repeat: the block must keep its input's shape, got {check.describe(x)} -> {check.describe(y)}; "
-            "use serial(...)"
-        )
+def _keeps(who: str, x: Any, y: Any, dtypes: bool = True) -> None:
+    if not same_spec(x, y, dtypes):
+        got = f"{check.describe(x)} -> {check.describe(y)}"
+        raise ValueError(f"{who} must keep its input's shape, got {got}; use serial(...) for what changes it")

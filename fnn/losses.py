@@ -1,8 +1,9 @@
-"""Losses: per example first, `loss(outputs, targets) -> float[batch]`; the mean is the caller's, and comes second.
+"""Losses of single examples: `loss(outputs, targets) -> float[batch]`. The caller takes the mean over the batch.
 
 Sums over classes or units are taken in at least float32.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from fnn import check
 from fnn.arrays import narrow
@@ -17,28 +19,29 @@ from fnn.tree import statistics_dtype
 
 
 class Loss:
-    """Call `loss(outputs, targets) -> float[batch]`; know `loss.correct`, and how to check targets on the host.
+    """A function `loss(outputs, targets) -> float[batch]` that also knows which predictions and targets are right.
 
-    Any function of that form is a loss for fnn; this class adds accuracy and one clear sentence for bad targets.
-    `correct(outputs, targets) -> float[batch]` is 1 where the prediction is right, None where that makes no sense.
+    Any function of that form is a loss for fnn; this class adds accuracy, and a clear error for bad targets.
+    `loss.correct(outputs, targets) -> float[batch]` is 1 for right predictions and 0 for wrong ones; it is None for losses
+    without right and wrong, such as `mse`.
     """
 
     def __init__(
         self,
         name: str,
-        per_example: Callable[[Any, Any], jax.Array],
-        correct: Callable[[Any, Any], jax.Array] | None,
-        check_targets: Callable[[tuple[int, ...], Any], None],
+        per_example: Callable[[ArrayLike, ArrayLike], jax.Array],
+        correct: Callable[[ArrayLike, ArrayLike], jax.Array] | None,
+        check_targets: Callable[[tuple[int, ...], ArrayLike], None],
     ):
         self.name, self.correct = name, correct
         self._per_example, self._check = per_example, check_targets
         self.__doc__ = per_example.__doc__
 
-    def __call__(self, outputs: Any, targets: Any) -> jax.Array:
+    def __call__(self, outputs: ArrayLike, targets: ArrayLike) -> jax.Array:
         return self._per_example(outputs, narrow(self.name, "targets", targets))
 
-    def check(self, shape: tuple[int, ...], targets: Any) -> None:
-        """Refuse targets that do not fit outputs of this shape (batch first). Reads their values: host side only."""
+    def check(self, shape: tuple[int, ...], targets: ArrayLike) -> None:
+        """Refuse targets that do not fit outputs of this shape, batch axis first. It reads values: not under jit."""
         self._check(shape, targets)
 
     def __repr__(self) -> str:
@@ -46,27 +49,27 @@ class Loss:
 
 
 def correct(loss: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Look up which predictions a loss calls right; None for plain functions and regression."""
+    """Return `loss.correct`, None for plain functions."""
     return loss.correct if isinstance(loss, Loss) else None
 
 
-def check_targets(loss: Callable[..., Any], shape: tuple[int, ...], targets: Any) -> None:
-    """Let a loss check targets against the shape of the outputs; plain functions check nothing."""
+def check_targets(loss: Callable[..., Any], shape: tuple[int, ...], targets: ArrayLike) -> None:
+    """Call `loss.check` for outputs of this shape; a plain function checks nothing."""
     if isinstance(loss, Loss):
         if not hasattr(targets, "dtype"):
             raise TypeError(f"{loss.name}: targets must be one array, got {check.describe(targets)}")
         try:
             loss.check(shape, targets)
         except jax.errors.TracerArrayConversionError:
-            return  # traced targets have no values yet; inside jit bad ones give NaN
+            return  # traced targets have no values; bad ones give NaN inside jit
 
 
 def _cross_entropy(outputs: Any, targets: Any) -> jax.Array:
     """Evaluate -log softmax(outputs)[target] per example.
 
     outputs (logits): float[batch, ..., classes], targets: int[batch, ...] -> float[batch], the mean over further axes.
-    Labels may have any integer dtype. Inside jit one outside 0..classes-1 makes the example's loss and gradient NaN,
-    never a neighbour's; on the host it is a ValueError.
+    Labels may have any integer dtype. One outside 0..classes-1 is a ValueError on the host; inside jit it makes this
+    example's loss and gradient NaN, and no other example's.
     """
     outputs, targets = _wide(outputs), _labels("cross_entropy", targets)
     if outputs.ndim < 2 or outputs.shape[:-1] != targets.shape:
@@ -79,17 +82,20 @@ def _cross_entropy(outputs: Any, targets: Any) -> jax.Array:
     return _examples(_judged(loss, (targets >= 0) & (targets < classes)))
 
 
-def _check_labels(shape: tuple[int, ...], targets: Any) -> None:
+def _check_labels(who: str, shape: tuple[int, ...], targets: Any, skip: tuple[int, ...] = ()) -> None:
     targets = np.asarray(targets)
-    _label_type("cross_entropy", targets)
-    _range("cross_entropy", shape[-1], targets)
+    _label_type(who, targets)
+    targets, last = targets[~np.isin(targets, skip)], shape[-1] - 1
+    if targets.size and (targets.min() < 0 or targets.max() > last):
+        got = f"{targets.min()}..{targets.max()}"
+        raise ValueError(f"{who}: labels must lie in 0..{last}, got {got}; renumber them or widen the last layer")
 
 
 def _binary_cross_entropy(outputs: Any, targets: Any) -> jax.Array:
     """Evaluate -t log p - (1 - t) log(1 - p) with p = sigmoid(output), per example.
 
-    outputs (logits): float[batch] or float[batch, 1], targets: 0 or 1, of any real type, [batch] or [batch, 1].
-    Inside jit a target outside 0..1 makes the example's loss and gradient NaN; on the host it is a ValueError.
+    outputs (logits): float[batch] or float[batch, 1], targets: 0 to 1, of any real type, [batch] or [batch, 1].
+    A target outside 0..1 is a ValueError on the host; inside jit it makes the example's loss and gradient NaN.
     """
     z, t = _one_unit(outputs, targets)
     return _judged(optax.losses.sigmoid_binary_cross_entropy(z, t), (t >= 0) & (t <= 1))
@@ -117,7 +123,7 @@ def _mse(outputs: Any, targets: Any) -> jax.Array:
     outputs, targets = _wide(outputs), _array(targets)
     if outputs.shape != targets.shape:
         raise ValueError(
-            f"mse: outputs and targets must have one shape, got {check.describe(outputs)} and "
+            f"mse: outputs and targets must have the same shape, got {check.describe(outputs)} and "
             f"{check.describe(targets)}; reshape the targets or the last layer"
         )
     return _examples(jnp.square(outputs - jnp.asarray(targets.astype(outputs.dtype))))
@@ -131,10 +137,11 @@ def _check_values(shape: tuple[int, ...], targets: Any) -> None:
 def _sequence_cross_entropy(outputs: Any, targets: Any) -> jax.Array:
     """Evaluate the mean of -log softmax(outputs)[target] over the positions of each example that have a target.
 
-    outputs (logits): float[batch, time, classes], targets: int[batch, time], -1 where nothing is to be predicted
-    (padding, a prompt), whatever the outputs there, NaN included -> float[batch]; an example without targets has loss 0.
-    An example counts as right if all its targets are the largest logits: exact match. Labels may have any integer dtype.
-    Inside jit one beyond the classes makes the example's loss and gradient NaN; on the host it is a ValueError.
+    outputs (logits): float[batch, time, classes], targets: int[batch, time] -> float[batch]. A target of -1 means that
+    nothing is predicted there (padding, a prompt): the outputs at that position do not matter, NaN included. An example
+    without targets has loss 0. An example is right if every target has the largest logit (exact match). Labels may have
+    any integer dtype. One beyond the classes is a ValueError on the host; inside jit the example's loss is NaN, and so is
+    its gradient.
     """
     outputs, targets = _wide(outputs), _labels("sequence_cross_entropy", targets)
     if outputs.ndim != 3 or outputs.shape[:-1] != targets.shape:
@@ -147,12 +154,6 @@ def _sequence_cross_entropy(outputs: Any, targets: Any) -> jax.Array:
     loss = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, jnp.clip(targets, 0, classes - 1))
     total = jnp.sum(jnp.where(real, loss, 0), axis=1) / jnp.maximum(1, jnp.sum(real, axis=1))
     return _judged(total, jnp.all((targets >= -1) & (targets < classes), axis=1))
-
-
-def _check_sequence_labels(shape: tuple[int, ...], targets: Any) -> None:
-    targets = np.asarray(targets)
-    _label_type("sequence_cross_entropy", targets)
-    _range("sequence_cross_entropy", shape[-1], targets[targets != -1])
 
 
 def _sequence_correct(outputs: Any, targets: Any) -> jax.Array:
@@ -170,9 +171,12 @@ def _binary_correct(outputs: Any, targets: Any) -> jax.Array:
     return ((z > 0) == (t > 0.5)).astype(jnp.float32)
 
 
-cross_entropy = Loss("cross_entropy", _cross_entropy, _class_correct, _check_labels)
+cross_entropy = Loss("cross_entropy", _cross_entropy, _class_correct, functools.partial(_check_labels, "cross_entropy"))
 sequence_cross_entropy = Loss(
-    "sequence_cross_entropy", _sequence_cross_entropy, _sequence_correct, _check_sequence_labels
+    "sequence_cross_entropy",
+    _sequence_cross_entropy,
+    _sequence_correct,
+    functools.partial(_check_labels, "sequence_cross_entropy", skip=(-1,)),
 )
 binary_cross_entropy = Loss("binary_cross_entropy", _binary_cross_entropy, _binary_correct, _check_binary)
 mse = Loss("mse", _mse, None, _check_values)
@@ -188,7 +192,7 @@ def _examples(a: jax.Array) -> jax.Array:
 
 
 def _judged(loss: jax.Array, good: jax.Array) -> jax.Array:
-    """NaN where a target is bad. A factor, not a choice: a choice would let the gradient be zero there."""
+    """Make the loss NaN where a target is bad. A factor: with jnp.where the gradient would be zero there, not NaN."""
     return loss * jnp.where(good, 1, jnp.nan).astype(loss.dtype)
 
 
@@ -200,18 +204,10 @@ def _labels(who: str, targets: Any) -> jax.Array:
 
 
 def _array(a: Any) -> Any:
-    """Keep NumPy's arrays: as JAX's, integers beyond int32 would wrap around unless x64 is on."""
+    """Make an array of NumPy, not JAX: JAX would let integers beyond int32 wrap around unless x64 is on."""
     return a if hasattr(a, "dtype") else np.asarray(a)
 
 
 def _label_type(who: str, targets: Any) -> None:
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(f"{who}: labels must be integers, got {check.describe(targets)}; use labels.astype(int)")
-
-
-def _range(who: str, classes: int, targets: np.ndarray) -> None:
-    if targets.size and (targets.min() < 0 or targets.max() >= classes):
-        raise ValueError(
-            f"{who}: labels must lie in 0..{classes - 1}, got {targets.min()}..{targets.max()}; "
-            "renumber them or widen the last layer"
-        )

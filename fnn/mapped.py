@@ -1,8 +1,9 @@
-"""Mesh axes: what differentiating needs to know of `shard_map`, and computing of arrays on an explicit mesh.
+"""Mapped axes: collectives over axes of `vmap` and `shard_map`, and computing with arrays on an explicit mesh.
 
-Inside `jax.shard_map` (with `check_vma=True`, its default) a value's type says over which mesh axes it varies, and autodiff
-sums the gradient of what does not vary, such as replicated parameters, over all devices. fnn averages gradients itself, as
-it must under `vmap` and with `check_vma=False`; so it makes parameters vary first. Outside, all of this does nothing.
+Inside `jax.shard_map` (with `check_vma=True`, its default) the type of a value says over which mesh axes it varies. The
+gradient of a value that does not vary, such as a replicated parameter, is summed over all devices by autodiff. fnn averages
+gradients itself, as it must under `vmap` and with `check_vma=False`, so it first makes parameters vary (`varying`). Outside
+of `shard_map` none of this changes anything.
 """
 
 import functools
@@ -16,22 +17,22 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def names(axis_name: Any) -> tuple[Any, ...]:
-    """List the axes that `axis_name` names: none, one, or a tuple of them."""
+    """Return the axes in `axis_name` (None, one name, or several) as a tuple."""
     if axis_name is None:
         return ()
     return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
 def over(tree: Any) -> frozenset[Any]:
-    """Say over which mesh axes the leaves vary, by their types: none outside of `shard_map(check_vma=True)`."""
+    """Return the mesh axes over which the leaves vary by their types: none outside of `shard_map(check_vma=True)`."""
     return frozenset().union(*map(_over, jax.tree.leaves(tree)))
 
 
 def varying(tree: Any, axis_name: Any = None, *, like: Any = ()) -> Any:
-    """Return the tree, its leaves varying over the mapped axes and over all that `like` varies over.
+    """Mark the leaves as varying over the mapped axes and over the axes of `like`.
 
-    Three places need it: parameters, before they are differentiated; what a loop carries and starts as a constant; and
-    cotangents of a rule of one's own. Values stay the same, under `vmap` and with `check_vma=False` the types too.
+    Three things need it: parameters before they are differentiated, a loop's carry that starts as a constant, and the
+    cotangents of a custom rule. Values stay the same; under `vmap` and with `check_vma=False` the types do too.
     """
     wanted = over(like).union(_meshed(axis_name))
     if not wanted:
@@ -47,8 +48,8 @@ def varying(tree: Any, axis_name: Any = None, *, like: Any = ()) -> Any:
 def reduce(operation: Callable[[Any, Any], Any], tree: Any, axis_name: Any) -> Any:
     """Apply `jax.lax.psum`, `pmean`, `pmax` or `pmin` over the mapped axes; without any, return the tree.
 
-    JAX refuses one call for axes of `vmap` and of `shard_map`, or for a value that varies over some of the axes alone.
-    Errors: ValueError for an axis of `vmap` inside `shard_map(check_vma=True)`, which JAX has no collectives for.
+    JAX refuses one call for axes of both `vmap` and `shard_map`, and a value that varies over only some of the axes.
+    Errors: ValueError for an axis of `vmap` inside `shard_map(check_vma=True)`: JAX has no collectives over those.
     """
     every = names(axis_name)
     if not every:
@@ -72,7 +73,7 @@ def mean(tree: Any, axis_name: Any) -> Any:
 
 
 def replicated(tree: Any, like: Any, axis_name: Any) -> Any:
-    """Average the leaves that vary over the mapped axes only since their copies in `like` were made to."""
+    """Average the leaves that vary over more axes than those of `like`, from which they were computed."""
 
     def back(leaf, old):
         return mean(leaf, axis_name) if _over(leaf) - _over(old) else leaf
@@ -81,10 +82,10 @@ def replicated(tree: Any, like: Any, axis_name: Any) -> Any:
 
 
 def auto(function: Callable[..., Any], keep: bool = False) -> Callable[..., Any]:
-    """Let XLA place the arrays inside a function, where they lie on a mesh with explicit axes (`jax.make_mesh`).
+    """Let XLA shard the arrays inside a function if they are on a mesh with explicit axes (`jax.make_mesh`).
 
-    Explicit axes are part of an array's type, and JAX refuses the product of two arrays sharded over what it sums over: the
-    gradient of every weight. Results are replicated; with `keep` the first of two is laid out like the first argument.
+    Explicit axes are part of an array's type, and JAX refuses a product of two arrays that sums over a sharded axis, as
+    every weight's gradient does. Results are replicated; with `keep` the first of two is sharded like the first argument.
     """
 
     @functools.wraps(function)
@@ -105,7 +106,7 @@ def auto(function: Callable[..., Any], keep: bool = False) -> Callable[..., Any]
 
 
 def explicit(tree: Any) -> Any:
-    """Return the mesh with explicit axes on which an array of the tree lies; None if there is none."""
+    """Return the mesh with explicit axes that an array of the tree is on; None if there is none."""
     meshes = [getattr(getattr(_type(leaf), "sharding", None), "mesh", None) for leaf in jax.tree.leaves(tree)]
     for mesh in (jax.sharding.get_abstract_mesh(), *meshes):
         if mesh is not None and AxisType.Explicit in mesh.axis_types:
@@ -114,7 +115,7 @@ def explicit(tree: Any) -> Any:
 
 
 def placed(tree: Any) -> Any:
-    """Return arrays (not traced ones) whose mesh has explicit axes as the same arrays with automatic ones: no copy."""
+    """Return concrete arrays on a mesh with explicit axes as arrays on the same mesh with automatic axes, without a copy."""
 
     def relabel(leaf):
         sharding = getattr(leaf, "sharding", None)
@@ -128,7 +129,7 @@ def placed(tree: Any) -> Any:
 
 
 def checked() -> bool:
-    """Whether this is inside `shard_map(check_vma=True)`, where types say what varies."""
+    """Whether this is inside `shard_map(check_vma=True)`, where types show over which axes values vary."""
     manual = _manual()
     return bool(manual and _over(jax.lax.axis_index(manual[0])))
 
@@ -140,7 +141,7 @@ def size(axis_name: Any) -> int:
 
 
 def index(axis_name: Any) -> Any:
-    """Number the place along the mapped axes, as `jax.lax.axis_index` does, the first axis counting most."""
+    """Return the index along the mapped axes, like `jax.lax.axis_index`; the first axis is the slowest."""
     total = 0
     for name in names(axis_name):
         if not isinstance(name, Lanes):
@@ -151,7 +152,7 @@ def index(axis_name: Any) -> Any:
 
 
 def lanes(axis_name: Any, number: Any = None) -> Any:
-    """Return the axes, those of `vmap` replaced by `Lanes` where JAX has no collectives over them."""
+    """Return the axes, with `Lanes` for those of `vmap` if JAX has no collectives over them."""
     if axis_name is None or not checked():
         return axis_name
     meshed = _meshed(axis_name)
@@ -162,16 +163,16 @@ def lanes(axis_name: Any, number: Any = None) -> Any:
 
 
 class Lanes:
-    """The axis of the innermost `vmap`, in the place of a name, inside `shard_map(check_vma=True)`.
+    """Stand-in for the name of the innermost `vmap`'s axis inside `shard_map(check_vma=True)`.
 
-    `number` is that of the lane, where it is known; only `index` reads it.
+    `number` is the index of the lane, if known; only `index` reads it.
     """
 
     def __init__(self, size: int, number: Any = None):
         self.size, self.number = size, number
 
     def reduce(self, operation: Any, x: Any) -> Any:
-        """Reduce over the lanes. Sums and means are linear, and their own transposes."""
+        """Reduce over the lanes. Sums and means are linear, and their transpose is the same function."""
         over = _over_lanes(operation, self.size)
         if operation in (jax.lax.pmax, jax.lax.pmin):
             return over(x)
@@ -189,7 +190,7 @@ def _over_lanes(operation: Any, size: int) -> Any:
     whole = {jax.lax.psum: jnp.sum, jax.lax.pmean: jnp.mean, jax.lax.pmax: jnp.max, jax.lax.pmin: jnp.min}[operation]
 
     @jax.custom_batching.custom_vmap
-    def over(x):  # runs as it stands for a value that is the same in all lanes
+    def over(x):  # runs like this for a value that is the same in all lanes
         return size * x if operation is jax.lax.psum else x
 
     @over.def_vmap
@@ -205,7 +206,7 @@ def _over_lanes(operation: Any, size: int) -> Any:
 
 
 def _meshed(axis_name: Any) -> tuple[Any, ...]:
-    """List those of the named axes whose types are kept: axes of a mesh, inside `shard_map(check_vma=True)`."""
+    """Return the named axes that types mention: axes of a mesh, inside `shard_map(check_vma=True)`."""
     return tuple(name for name in names(axis_name) if name in _manual()) if checked() else ()
 
 

@@ -1,8 +1,7 @@
-"""`Masked`, a padded sequence with its mask, and the one place where padding is taken out of the numbers.
+"""`Masked`, a padded sequence with its mask, and the functions that take padding out.
 
-A value that is not finite cannot be multiplied away: 0·NaN is NaN, forward and backward alike. So every layer that takes
-a `Masked` puts known numbers in the place of padding *before* it computes, by `where`, whose gradient there is zero
-whatever comes back.
+Multiplying padding by zero is not enough, because 0·NaN is NaN, in the gradient too. So every layer that takes a `Masked`
+first replaces the values at padded positions, by `jnp.where`, whose gradient there is zero whatever the cotangent is.
 """
 
 import math
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from fnn import check
 
@@ -18,16 +18,19 @@ from fnn import check
 class Masked(NamedTuple):
     """A sequence `values: [batch, time, ...]` and `mask: bool[batch, time]`, True where a position is real.
 
-    A mask may have holes, and either side may be padded. Values at padded positions are arbitrary, NaN and infinity
-    included: no layer lets them reach a real position, a gradient or a statistic, and what it returns there is finite.
+    Padding may be on either side or in between. Values at padded positions may be anything, NaN and infinity included:
+    no layer lets them reach a real position, a gradient or a statistic, and what it returns there is finite.
     """
 
     values: Any
     mask: Any
 
     @classmethod
-    def of_lengths(cls, values: Any, lengths: Any) -> "Masked":
-        """Mask all but the first `lengths: int[batch]` positions of each example. Lengths above time mask nothing."""
+    def of_lengths(cls, values: ArrayLike, lengths: ArrayLike) -> "Masked":
+        """Make the first `lengths: int[batch]` positions of each example real and the rest padding.
+
+        A length above time makes all positions real.
+        """
         lengths = jnp.asarray(lengths)
         if not jnp.issubdtype(lengths.dtype, jnp.integer) or lengths.shape != jnp.shape(values)[:1]:
             got = f"{check.describe(values)} and {check.describe(lengths)}"
@@ -41,18 +44,18 @@ def check_mask(who: str, x: Masked) -> None:
         raise TypeError(f"{who}: a mask must be bool, True where a position is real, got {check.describe(x.mask)}")
     if len(x.values.shape) < 2 or x.mask.shape != x.values.shape[:2]:
         got = f"values {check.describe(x.values)} and mask {check.describe(x.mask)}"
-        raise ValueError(f"{who}: a mask must be bool[batch, time] of the values' first two axes, got {got}")
+        raise ValueError(f"{who}: a mask must be bool[batch, time], the values' first two axes, got {got}")
 
 
-def filled(values: Any, mask: Any, fill: Any = 0) -> Any:
-    """Put `fill` at padded positions: 0, or numbers that broadcast against values[batch, time, ...]."""
+def filled(values: ArrayLike, mask: jax.Array, fill: ArrayLike = 0) -> jax.Array:
+    """Replace the values at padded positions by `fill`: a number, or an array that broadcasts to the values."""
     values = jnp.asarray(values)
     mask = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
     return jnp.where(mask, values, jnp.asarray(fill, values.dtype))
 
 
 def cleared(tree: Any) -> Any:
-    """Put 0 at the padded positions of every `Masked` in a tree; the rest is returned as it is."""
+    """Replace padding by 0 in every `Masked` of a tree; all other leaves stay as they are."""
 
     def one(node):
         return node._replace(values=filled(node.values, node.mask)) if isinstance(node, Masked) else node
@@ -60,10 +63,10 @@ def cleared(tree: Any) -> Any:
     return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Masked))
 
 
-def harmless(values: Any) -> Any:
-    """Numbers for padding on which a function of each position is finite: a ramp between 0 and 1, [...] of a position.
+def harmless(values: jax.Array) -> np.ndarray:
+    """Make numbers for padding at which functions of one position are finite: a ramp from 0 to 1, the shape of a position.
 
-    Zeros are not: a layer norm without eps divides by their deviation, a logarithm has no value there.
+    Zeros would not do: a layer norm with eps = 0 divides by their standard deviation, and a logarithm is infinite.
     """
     shape = values.shape[2:]
     size = math.prod(shape)

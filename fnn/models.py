@@ -157,7 +157,7 @@ def resnet(
     def changing(n: int, stride: int) -> Layer:
         wide = 4 * n if block == "bottleneck" else n
         shortcut = conv.conv(wide, 1, stride=stride, kernel_init=kernel_init, bias=False)
-        paths = core.parallel(shortcut, core.serial(*branch(n, stride)))
+        paths = inputs.parallel(shortcut, core.serial(*branch(n, stride)))
         return core.serial(*before(), paths, inputs.sum_inputs(), *tapped(taps, "sum"))
 
     def keeping(n: int) -> Layer:

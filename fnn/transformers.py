@@ -108,7 +108,7 @@ def translator(
         *dropped(block.dropout),
     )
     rest = [*tapped(block.taps, "sum"), *after, *_feed_forward(width, block)]
-    parts = [target(*_attention(block, causal=True)), core.residual(cross, of="target"), target(*rest)]
+    parts = [target(*_attention(block, causal=True)), core.residual(cross, add_to="target"), target(*rest)]
     first = inputs.branches({"source": memory.full_sequence(encode), "target": core.serial(*_places(block))})
     body = [first, _trunk("trunk", depth, parts, block), core.function(lambda x: x["target"]), *before]
     return _whole("translator", body, width, vocabulary, None, padding, block.taps)

@@ -184,7 +184,7 @@ def test_generate_continues_behind_the_last_real_token_wherever_padding_stands(n
     np.testing.assert_array_equal(every, np.concatenate([alone] * 3))
     noise = fnn.Masked(np.where(holes == 0, 7, holes), holes != 0)  # the prompt's mask is heard too
     np.testing.assert_array_equal(fnn.generate(net, params, state, noise, 4), alone)
-    with pytest.raises(ValueError, match="each example of the prompt needs a real token, got none in example 3"):
+    with pytest.raises(ValueError, match="each prompt must have a real token, got none in example 3"):
         fnn.generate(net, params, state, np.concatenate([right, left * 0, holes]), 4)
 
 
@@ -290,7 +290,7 @@ def test_tokens_out_of_range_are_refused_on_the_host_and_nan_inside_jit():
     layer = fnn.serial(fnn.embed(4, D), fnn.global_avg_pool(), fnn.dense(2))
     good, bad = jnp.array([[3, 0, 2], [1, 1, 0]]), jnp.array([[3, 0, 4], [1, -1, 0]])
     params, state = layer.init(KEY, good)
-    with pytest.raises(ValueError, match=r"embed: token numbers must lie in 0..3, got -1..4") as refusal:
+    with pytest.raises(ValueError, match=r"embed: tokens must lie in 0..3, got -1..4") as refusal:
         layer.apply(params, state, bad)
     assert "in layer 0, input int32[2,3]" in refusal.value.__notes__[0]
     values = jax.jit(lambda x: layer.apply(params, state, x)[0])(bad)
@@ -313,7 +313,7 @@ def test_tokens_out_of_range_are_refused_on_the_host_and_nan_inside_jit():
         lambda: step(state, (bad, labels)),
         lambda: fnn.fit(step, state, [(np.asarray(bad), np.asarray(labels))], epochs=1),
     ):
-        with pytest.raises(ValueError, match="token numbers must lie in 0..3"):
+        with pytest.raises(ValueError, match="tokens must lie in 0..3"):
             call()
 
 
@@ -364,21 +364,21 @@ def test_refusals():
         layer.apply(params, state, fnn.Masked(x, jnp.ones((BATCH, TIME, TIME), bool)))
     with pytest.raises(ValueError, match="looks ahead"):
         fnn.memory.init_cache(fnn.attention(HEADS).init(KEY, x)[1], BATCH, 4)
-    with pytest.raises(ValueError, match="memory was started for 3 sequences of 4, got 3 of 6"):
+    with pytest.raises(ValueError, match="the cache is for 3 sequences of 4 positions, got 3 of 6"):
         layer.apply(params, fnn.memory.init_cache(state, BATCH, 4), x)
     # Beyond the memory's end, position by position, the values are NaN and never those of another position.
     memory = fnn.memory.init_cache(state, BATCH, 4)
     _, memory = layer.apply(params, memory, x[:, :3])
     y, _ = layer.apply(params, memory, x[:, 3:])
     np.testing.assert_array_equal(np.isnan(y).all(-1), [[False, True, True]] * BATCH)
-    with pytest.raises(ValueError, match=r"positions: the net has 4 positions, got float32\[3,6,8\]"):
+    with pytest.raises(ValueError, match=r"positions: a sequence must have at most 4 positions, got float32\[3,6,8\]"):
         fnn.positions(4).init(KEY, x)
     net = fnn.serial(fnn.embed(5, D), fnn.positions(8), fnn.attention(HEADS, causal=True))
     tokens = jnp.ones((2, 4), int)
     params, state = net.init(KEY, tokens)
-    with pytest.raises(ValueError, match="the net has positions for 8, got length=9"):
+    with pytest.raises(ValueError, match="length must be at most the net's 8 positions, got 9"):
         fnn.generate(net, params, state, tokens, 5)
-    with pytest.raises(TypeError, match="must be token numbers"):
+    with pytest.raises(TypeError, match="must be tokens, int"):
         fnn.embed(4, D).init(KEY, x)
     for make in (lambda: fnn.embed(4, D, padding=4), lambda: fnn.tied(4, D, fnn.serial(), padding=4)):
         with pytest.raises(ValueError, match=r"(embed|tied): padding must lie in 0..3, got 4"):

@@ -128,7 +128,7 @@ def test_depth_does_not_enter_the_program():
         (
             lambda: fnn.residual(fnn.dense(5)).init(jax.random.key(0), X),
             ValueError,
-            r"residual: the branch must keep its input's shape, got float32\[2,4\] -> float32\[2,5\]",
+            r"residual: the layer must keep its input's shape, got float32\[2,4\] -> float32\[2,5\]",
             None,
         ),
         (
@@ -146,7 +146,7 @@ def test_depth_does_not_enter_the_program():
         (
             lambda: apply(fnn.serial(fnn.group_norm(3)), jnp.ones((2, 4))),
             ValueError,
-            r"group_norm: 3 groups must divide the units, got float32\[2,4\]",
+            r"group_norm: the number of units must be divisible by 3, got float32\[2,4\]",
             "in layer 0",
         ),
     ],
@@ -163,7 +163,7 @@ def test_a_wrong_shape_names_the_layer_expected_and_got():
     net = fnn.serial(fnn.dense(3), fnn.named("trunk", fnn.serial(fnn.dense(2))))
     params, state = net.init(jax.random.key(0), X)
     wrong = (params[0] | {"kernel": jnp.zeros((4, 7)), "bias": jnp.zeros(7)}, params[1])
-    with pytest.raises(ValueError, match=r"expected float32\[batch, ..., 3\], got float32\[2,7\]") as caught:
+    with pytest.raises(ValueError, match=r"must be float32\[batch, ..., 3\], as at init, got float32\[2,7\]") as caught:
         jax.jit(net.apply)(wrong, state, jnp.zeros((2, 4)))
     assert "in layer 1/trunk/0, input float32[2,7]" in caught.value.__notes__
 

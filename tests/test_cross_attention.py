@@ -178,10 +178,10 @@ def test_decoder_block_equals_pytorch(norm_position):
     x = drawn(source_width=D)
     norm, pre = fnn.layer_norm(eps=1e-5), norm_position == "pre"
 
-    def part(name, *inner, of=None):
-        first = fnn.branches({"source": fnn.serial(), "target": norm}) if of else norm
-        branch = fnn.residual(fnn.serial(*([first] if pre else []), *inner), of=of)
-        last = first if of else norm
+    def part(name, *inner, add_to=None):
+        first = fnn.branches({"source": fnn.serial(), "target": norm}) if add_to else norm
+        branch = fnn.residual(fnn.serial(*([first] if pre else []), *inner), add_to=add_to)
+        last = first if add_to else norm
         return [branch] if pre else [branch, last]
 
     def target(*layers):
@@ -193,7 +193,7 @@ def test_decoder_block_equals_pytorch(norm_position):
     )
     block = fnn.serial(
         target(*part("see", see)),
-        *part("cross", fnn.cross_attention(HEADS), of="target"),
+        *part("cross", fnn.cross_attention(HEADS), add_to="target"),
         target(*part("forward", forward)),
     )
     params, state = prepared(block, x)
@@ -238,7 +238,7 @@ def test_decoding_equals_the_forward_pass_token_by_token(options):
     params["embedding"] = params["embedding"].at[0].set(0)  # so that padding is never the likeliest token
     apply = jax.jit(net.apply)
     whole, _ = apply(params, state, x)
-    memory, parts = fnn.memory.init_cache(state, BATCH, TIME, source=SPAN), []
+    memory, parts = fnn.memory.init_cache(state, BATCH, TIME, source_length=SPAN), []
     for i in range(TIME):
         source = x["source"] if i == 0 else x["source"][:, :0]  # read once, and held from then on
         part, memory = apply(params, memory, {"source": source, "target": x["target"][:, i : i + 1]})
@@ -296,9 +296,15 @@ def test_refusals():
             r"dict with the names \['source', 'target'\], got \['memory', 'target'\]",
         ),
         (target.values, r"dict with the names \['source', 'target'\], got float32\[3,5,8\]"),
-        ({"source": source.values[..., :3], "target": target}, r"the source's last axis must be 4, as at init, got"),
-        ({"source": source, "target": target.values[..., :6]}, r"the target's last axis must be 8, as at init, got"),
-        ({"source": source.values[:2], "target": target}, "source and target must be of one batch"),
+        (
+            {"source": source.values[..., :3], "target": target},
+            r"the source must be float32\[batch, ..., 4\], as at init, got",
+        ),
+        (
+            {"source": source, "target": target.values[..., :6]},
+            r"the target must be float32\[batch, ..., 8\], as at init, got",
+        ),
+        ({"source": source.values[:2], "target": target}, "source and target must have the same batch size"),
         (
             {"source": source._replace(mask=target.mask), "target": target},
             r"cross_attention: a mask must be bool\[batch",
@@ -309,20 +315,20 @@ def test_refusals():
             layer.apply(params, state, bad)
     with pytest.raises(ValueError, match="heads must divide the width, got 3 heads"):
         fnn.cross_attention(3).init(KEY, x)
-    with pytest.raises(ValueError, match="memory.init_cache: the net attends to a source, got source=None"):
+    with pytest.raises(ValueError, match="cross_attention needs the source's length, got source_length=None"):
         fnn.memory.init_cache(state, BATCH, TIME)
-    with pytest.raises(
-        ValueError, match="started for 3 sources of 7, which come whole or with no position, got 3 of 6"
-    ):
-        layer.apply(params, fnn.memory.init_cache(state, BATCH, TIME, source=7), x)
+    with pytest.raises(ValueError, match="the cache is for 3 sources of 7, which must come whole .*, got 3 of 6"):
+        layer.apply(params, fnn.memory.init_cache(state, BATCH, TIME, source_length=7), x)
     with pytest.raises(
         ValueError, match=r"residual: the input must be a dict with the name 'target', got float32\[3,5,8\]"
     ):
-        fnn.residual(layer, of="target").init(KEY, target.values)
+        fnn.residual(layer, add_to="target").init(KEY, target.values)
     net, params, state, x = translation()
     with pytest.raises(ValueError, match=r"branches: the input must be a dict with the names \['source', 'target'\]"):
         net.apply(params, state, {"words": x["source"], "target": x["target"]})
-    with pytest.raises(ValueError, match=r"the names of the prompt must be 'source' and 'target', got \['source'\]"):
+    with pytest.raises(
+        ValueError, match=r"generate: the input must be a dict with the names \['source', 'target'\], got \['source'\]"
+    ):
         fnn.generate(net, params, state, {"source": x["source"]}, 3)
     with pytest.raises(ValueError, match=r"tied: the body's output: the input must be a sequence"):
         fnn.tied(5, D, fnn.serial()).init(KEY, x)

@@ -2,10 +2,8 @@
 
 import gzip
 import math
-import os
 import re
 import struct
-import subprocess
 import sys
 import tracemalloc
 import zipfile
@@ -653,7 +651,7 @@ REFUSALS = {
     "eps": (
         lambda: data.standardize(D, eps=-1.0),
         ValueError,
-        "data.standardize: eps must be a finite number of at least 0, got -1.0",
+        "data.standardize: eps must be at least 0 and finite, got -1.0",
     ),
     "classes": (
         lambda: data.clusters(key=KEY, classes=1),
@@ -678,7 +676,7 @@ REFUSALS = {
     "noise": (
         lambda: data.spirals(key=KEY, noise=math.nan),
         ValueError,
-        "data.spirals: noise must be a finite number of at least 0, got nan",
+        "data.spirals: noise must be at least 0 and finite, got nan",
     ),
     "width": (
         lambda: data.teacher(key=KEY, width=0),
@@ -706,12 +704,6 @@ def test_refuses(name):
     with says(kind, text) as info:
         call()
     assert "\n" not in str(info.value)
-
-
-def test_import_starts_no_backend():
-    # A platform that does not exist makes any attempt to start a backend fail.
-    env = {**os.environ, "JAX_PLATFORMS": "none_such"}
-    subprocess.run([sys.executable, "-c", "import fnn.data"], env=env, check=True, capture_output=True)
 
 
 def test_adding_marks_one_number_in_each_half():

@@ -80,9 +80,10 @@ def test_every_activation_has_a_definition_here():
 def test_moments_agree_with_adaptive_quadrature(name):
     """To 1e-9 at q = 200, where the Gaussian is 14 units of phi wide, and below."""
     f, d = DEFINITIONS[name]
-    for q in (200.0, 0.3):
+    for q in (200.0, 0.3, 1e-6):
         m = gaussian.moments(activations.get(name), q)
         assert m.second == pytest.approx(expectation(lambda x: f(x) ** 2, q), rel=1e-9)
+        assert meanfield.length_map(name, q, 1.5, 0.2) == pytest.approx(2.25 * m.second + 0.04, rel=1e-12)
         assert m.derivative == pytest.approx(expectation(lambda x: d(x) ** 2, q), rel=1e-9)
         assert m.mean == pytest.approx(expectation(f, q), rel=1e-9, abs=1e-12)
         assert q * m.slope == pytest.approx(expectation(lambda x: x * f(x) * d(x), q), rel=1e-9)

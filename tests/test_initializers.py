@@ -230,13 +230,22 @@ def test_a_traced_scale_under_jit_and_vmap_equals_a_loop():
         (lambda key: initializers.scaled(math.inf), "scaled: sigma_w must be finite and at least 0, got inf"),
         (lambda key: initializers.orthogonal(-1.0), "orthogonal: scale must be finite and at least 0, got -1.0"),
         (lambda key: initializers.delta_orthogonal(-1.0), "delta_orthogonal: scale must be finite"),
-        (lambda key: initializers.he_normal(key, (3,)), "a shape of at least two axes, got (3,); use normal(std)"),
-        (lambda key: initializers.glorot_uniform(key, ()), "a shape of at least two axes, got (); use normal(std)"),
+        (
+            lambda key: initializers.he_normal(key, (3,)),
+            "the shape must have an input and an output axis, got (3,); use normal(std)",
+        ),
+        (
+            lambda key: initializers.glorot_uniform(key, ()),
+            "the shape must have an input and an output axis, got (); use normal(std)",
+        ),
         (
             lambda key: initializers.scaled()(key, (3,)),
-            "scaled: needs a fan-in, a shape of at least two axes, got (3,)",
+            "scaled: the shape must have an input and an output axis, got (3,)",
         ),
-        (lambda key: initializers.orthogonal()(key, (3,)), "orthogonal: needs a shape of at least two axes, got (3,)"),
+        (
+            lambda key: initializers.orthogonal()(key, (3,)),
+            "orthogonal: the shape must have an input and an output axis, got (3,)",
+        ),
         (lambda key: initializers.delta_orthogonal()(key, (3, 4, 2)), "with out >= in, got (3, 4, 2)"),
         (lambda key: initializers.delta_orthogonal()(key, (4, 4)), "of 3 to 5 axes with out >= in, got (4, 4)"),
     ],

@@ -144,16 +144,16 @@ def test_refusals():
         net.apply(params, state, x["image"])
     with pytest.raises(TypeError, match="branches: needs a dict of names and Layers"):
         fnn.branches({"image": jnp.tanh})
-    with pytest.raises(ValueError, match="must have one shape but for the last axis"):
+    with pytest.raises(ValueError, match="must have the same shape except for the last axis"):
         fnn.concatenate().init(KEY, ())
         fnn.concatenate().apply((), (), (drawn(2, 3), drawn(3, 3)))
-    with pytest.raises(ValueError, match="sum_inputs: the inputs must have one shape"):
+    with pytest.raises(ValueError, match="sum_inputs: the inputs must have the same shape"):
         fnn.sum_inputs().apply((), (), (drawn(2, 3), drawn(2, 4)))
     with pytest.raises(ValueError, match="the input must be a tuple or a dict of arrays"):
         fnn.sum_inputs().apply((), (), drawn(2, 3))
     masked = fnn.Masked(drawn(2, 3, 4), jnp.ones((2, 3), bool))
-    for layer, kind in ((fnn.flatten(), TypeError), (fnn.group_norm(2), ValueError)):
-        with pytest.raises(kind, match=r"got Masked\(values=float32\[2,3,4\], mask=bool\[2,3\]\)"):
+    for layer in (fnn.flatten(), fnn.group_norm(2)):
+        with pytest.raises(TypeError, match=r"got Masked\(values=float32\[2,3,4\], mask=bool\[2,3\]\)"):
             layer.init(KEY, masked)
             layer.apply((), (), masked)
     with pytest.raises(TypeError, match="a mask must be bool"):
@@ -174,5 +174,5 @@ def test_a_net_that_ends_in_a_mask_is_refused_by_training():
         lambda: fnn.fit(step, state, (x, y), epochs=1, batch_size=2, key=KEY),
         lambda: fnn.evaluate(net, state, (x, y)),
     ):
-        with pytest.raises(ValueError, match=r"a loss needs one array, got Masked.*end in unmasked\(\)"):
+        with pytest.raises(ValueError, match=r"a loss needs one array, got Masked.*end in drop_mask\(\)"):
             call()

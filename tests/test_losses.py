@@ -261,7 +261,12 @@ def test_a_plain_function_is_a_loss_without_accuracy_or_checks():
         ("binary_cross_entropy", (4,), (3,), "got float32[4] and int32[3]"),
         ("binary_cross_entropy", (4, 1, 1), (4,), "got float32[4,1,1] and int32[4]"),
         ("binary_cross_entropy", (), (), "got float32[] and int32[]"),
-        ("mse", (4, 1), (4,), "mse: outputs and targets must have one shape, got float32[4,1] and int32[4]; reshape"),
+        (
+            "mse",
+            (4, 1),
+            (4,),
+            "mse: outputs and targets must have the same shape, got float32[4,1] and int32[4]; reshape",
+        ),
         ("mse", (4,), (1,), "got float32[4] and int32[1]"),
     ],
 )

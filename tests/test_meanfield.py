@@ -104,13 +104,6 @@ def test_fixed_point_is_the_limit_of_the_maps(name):
 # Values: the maps -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_length_map_agrees_with_another_quadrature(name):
-    for q in (1e-6, 0.3, 200.0):
-        second = activations.get(name).moments(q).second
-        assert meanfield.length_map(name, q, 1.5, 0.2) == pytest.approx(2.25 * second + 0.04, rel=1e-9)
-
-
 @pytest.mark.parametrize("q", [1e-6, 0.5, 200.0])
 @pytest.mark.parametrize("c", [-1.0, -0.6, 0.0, 0.3, 0.99, 1 - 1e-6, 1.0])
 def test_correlation_map_closed_forms(q, c):

@@ -220,7 +220,7 @@ def test_refusals():
         (ValueError, r"lstm: the input must be a sequence float\[batch, time, d\].*got float32\[4,3\]", x[:, 0]),
         (ValueError, "must be 3, as at init", jnp.zeros((2, 4, 2))),
         (TypeError, "a mask must be bool", fnn.Masked(x, jnp.ones((BATCH, TIME)))),
-        (ValueError, r"bool\[batch, time\] of the values' first two axes", fnn.Masked(x, jnp.ones((BATCH, 2), bool))),
+        (ValueError, r"bool\[batch, time\], the values' first two axes", fnn.Masked(x, jnp.ones((BATCH, 2), bool))),
         (ValueError, "must be a sequence", (x, jnp.ones((BATCH, TIME), bool))),
     ]
     for kind, sentence, bad in cases:
@@ -230,7 +230,7 @@ def test_refusals():
         fnn.Masked.of_lengths(x, jnp.ones(BATCH))
     with pytest.raises(ValueError, match="reverse=True needs the whole sequence"):
         fnn.memory.init_cache(prepared("gru", reverse=True)[2], BATCH, 3)
-    with pytest.raises(ValueError, match="must hold a layer that remembers"):
+    with pytest.raises(ValueError, match="must have a layer with a cache"):
         fnn.memory.init_cache(((), ()), 2, 3)
     with pytest.raises(ValueError, match="memory was started for a batch of 2"):
         layer.apply(params, fnn.memory.init_cache(state, 2, 3), x)

@@ -134,7 +134,9 @@ CASES = [
     Case("attention", fnn.attention(2, kv_heads=1, bias=False), (4, 5, 6)),
     Case("attention_masked", fnn.attention(2, causal=True, rotary=True), (4, 5, 8), make=masked),
     Case("cross_attention", fnn.cross_attention(2, kv_heads=1), (4, 5, 6), keeps_shape=False, make=pair),
-    Case("residual_of_one_input", fnn.residual(fnn.cross_attention(2), scale=0.5, of="target"), (4, 5, 6), make=pair),
+    Case(
+        "residual_of_one_input", fnn.residual(fnn.cross_attention(2), scale=0.5, add_to="target"), (4, 5, 6), make=pair
+    ),
     Case("batch_norm", fnn.batch_norm(), mixes=True),
     Case("batch_norm_plain", fnn.batch_norm(scale=False, bias=False, decay=0.5), (5, 3, 8), mixes=True),
     Case("batch_norm_masked", fnn.batch_norm(), (4, 5, 3), mixes=True, make=masked),

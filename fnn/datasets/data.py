@@ -1,7 +1,7 @@
-"""Data sets by name and from files: digits, IDX (MNIST and its kin), `.npz`; and the names of all that make data.
+"""Data sets by name and from files: digits, IDX (MNIST and similar sets), `.npz`; this is `fnn.data`.
 
-Loaders work on the host in NumPy and hand over finished arrays; every loader returns `(train, test)`. The same key
-gives the same bits on every device. Labels are int32 from 0 upwards, taken as they are and never renumbered.
+Loaders run on the host in NumPy and return finished arrays, always `(train, test)`. The same key gives the same bits on
+every device. Labels are int32 from 0 upwards; they are never renumbered.
 """
 
 import gzip
@@ -57,15 +57,15 @@ PathLike = str | os.PathLike
 
 ROOM = 2**26
 INFLATION = 64
-"""Packed files may inflate to ROOM bytes, or to INFLATION times their size on disk: MNIST's do so fivefold, bombs
-a thousandfold."""
+"""Packed files may inflate to ROOM bytes, or to INFLATION times their size on disk, if that is more. MNIST's files inflate
+by a factor of five, zip bombs by a thousand."""
 
 
 def digits(*, key: jax.Array, test: float = 0.2, standardized: bool = True, image: bool = False) -> Parts:
     """Load scikit-learn's 1797 handwritten digits, 8x8 pixels in [0, 1], and split them by key, stratified.
 
     `x: float32[n, 64]` or, with `image`, `float32[n, 8, 8, 1]`; `y: int32[n]` in 0..9. Each pixel is standardised as in
-    `standardize`, or with `standardized=False` left in [0, 1]. Source: Alpaydin & Kaynak 1998, UCI, optdigits.
+    `standardize`, or stays in [0, 1] with `standardized=False`. Source: Alpaydin & Kaynak 1998, UCI, optdigits.
     """
     try:
         from sklearn.datasets import load_digits
@@ -81,12 +81,12 @@ def digits(*, key: jax.Array, test: float = 0.2, standardized: bool = True, imag
 def idx(
     folder: PathLike, *, key: jax.Array | None = None, test: float | None = None, standardized: bool = True
 ) -> Parts:
-    """Load MNIST or its kin from a folder: `{train,t10k}-{images-idx3,labels-idx1}-ubyte`, plain or gzipped.
+    """Load MNIST or a similar set from a folder: `{train,t10k}-{images-idx3,labels-idx1}-ubyte`, plain or gzipped.
 
     `x: float32[n, rows, cols, 1]`, scaled to [0, 1] and, unless `standardized=False`, standardised by one scalar mean
     and std over all pixels of the training part (pixels share their unit, and borders are constant); `y: int32[n]`.
-    The names with a dot, `train-images.idx3-ubyte`, are found too. With a fraction `test`, the train files alone are
-    split by `key`, stratified, so that choices made on that test part leave the t10k files untouched.
+    The names with a dot, `train-images.idx3-ubyte`, are found too. With a fraction `test`, the train files are split by
+    `key`, stratified, and the t10k files stay unused: so you can make choices on that test part.
     Source: LeCun, Cortes & Burges, yann.lecun.com/exdb/mnist.
     """
     who, folder = "data.idx", Path(folder).expanduser()
@@ -109,9 +109,9 @@ def idx(
 def read_idx(path: PathLike) -> np.ndarray:
     """Read one IDX file: two zero bytes, type code, rank, sizes as big-endian uint32, values big-endian.
 
-    Any of the six types (u1, i1, i2, i4, f4, f8), any rank; the result has the machine's byte order and is writeable.
-    Gzip is told by its first two bytes, not by the name. A file that is longer or shorter than its header says is
-    refused, and so is gzip that would inflate out of proportion (see `ROOM`), before either takes memory. Source: LeCun, Cortes & Burges, yann.lecun.com/exdb/mnist, "The IDX file format".
+    All six types (u1, i1, i2, i4, f4, f8) and any rank; the result has the machine's byte order and is writeable. Gzip is
+    recognised by its first two bytes, not by the name. Refused before they take memory: a file that is longer or shorter
+    than its header says, and gzip that would inflate too far (see `ROOM`). Source: LeCun, Cortes & Burges, yann.lecun.com/exdb/mnist, "The IDX file format".
     """
     who, path = "data.read_idx", Path(path).expanduser()
     if not path.is_file():
@@ -127,10 +127,10 @@ def read_idx(path: PathLike) -> np.ndarray:
 
 
 def _read_idx(who: str, path: Path, file: Any, size: int | None, most: int) -> np.ndarray:
-    """Read the header first; of what follows, no more than it says, and never more than `most` bytes."""
+    """Read the header first, then no more bytes than it says, and never more than `most`."""
     raw = file.read(4)
     if raw[:2] != b"\0\0" or raw[2:3] not in map(bytes, zip(IDX_TYPES, strict=True)):
-        file.read(2**20)  # damaged gzip shows here, and is the better thing to say
+        file.read(2**20)  # raises for damaged gzip, which is the better error
     if len(raw) < 4 or raw[:2] != b"\0\0":
         got = f"{raw.hex(' ') or 'nothing'} in {path}"
         raise ValueError(f"{who}: a file must start with 00 00, type code and rank, got {got}; is it an IDX file?")
@@ -166,8 +166,8 @@ def _read_idx(who: str, path: Path, file: Any, size: int | None, most: int) -> n
 def npz(path: PathLike, *, key: jax.Array | None = None, test: float = 0.2, standardized: bool = True) -> Parts:
     """Load an `.npz` file: x_train, y_train, x_test, y_test as they are, or x and y, split by `key`, stratified.
 
-    Each feature is standardised as in `standardize` (integers become float32), unless `standardized=False`: token
-    numbers must stay integers. `key` and `test` serve the second form only. Pickled objects are never loaded.
+    Each feature is standardised as in `standardize` (integers become float32). Pass `standardized=False` for tokens, which
+    must stay integers. `key` and `test` are for the second form only. Pickled objects are never loaded.
     """
     who, path = "data.npz", Path(path).expanduser()
     parted = ("x_train", "y_train", "x_test", "y_test")
@@ -200,9 +200,9 @@ def npz(path: PathLike, *, key: jax.Array | None = None, test: float = 0.2, stan
 
 
 def load(name_or_path: PathLike, *, key: jax.Array, image: bool = False) -> Parts:
-    """Load a set by name, a folder of IDX files, or an `.npz` file, each with its defaults.
+    """Load a data set by name, from a folder of IDX files, or from an `.npz` file, with default options.
 
-    Names: "digits" (with `image` as images), "clusters", "spirals", "adding", "number_words". A name wins over a folder
+    Names: "digits" (with `image` as images), "clusters", "spirals", "adding", "number_words". A name comes before a folder
     of the same name; write `./digits` for the folder.
     """
     who = "data.load"
@@ -224,7 +224,7 @@ def load(name_or_path: PathLike, *, key: jax.Array, image: bool = False) -> Part
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile, names: Any) -> None:
-    """Refuse arrays whose headers claim what the archive does not hold, or whose data inflate out of proportion."""
+    """Refuse arrays whose headers claim more than the archive has, or whose data would inflate too far."""
     most = max(ROOM, INFLATION * path.stat().st_size)
     infos = [info for info in archive.infolist() if info.filename.removesuffix(".npy") in names]
     if (total := sum(info.file_size for info in infos)) > most:

@@ -1,28 +1,27 @@
-"""What a data set is: a pair of arrays, or of trees of them; splitting, standardising, batches.
+"""Data sets: pairs (x, y) of arrays or of trees of arrays; splits, standardised features, batches.
 
-All of it works on the host in NumPy and hands over finished arrays. The same key gives the same bits on every device,
-because it seeds a NumPy generator: shuffling by `jax.random` would compile anew for every size.
+Everything here runs on the host in NumPy and returns finished arrays. The same key gives the same bits on every device,
+because it seeds a NumPy generator (`jax.random` would compile a new program for every size).
 """
 
-import math
-import numbers
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from fnn.arrays import array, brief, is_numbers, pair
-from fnn.check import above_zero, describe, fraction, positive, prng_key
+from fnn.check import above_zero, describe, fraction, number, positive, prng_key
 from fnn.masks import Masked
 
 
 class Dataset(NamedTuple):
-    """Hold examples `x: [n, ...]` and their labels or targets `y: [n, ...]`; unpacks as `x, y`.
+    """Examples `x: [n, ...]` and their labels or targets `y: [n, ...]`; it unpacks as `x, y`.
 
-    x may be a tree of arrays (`fnn.Masked`, a dict of several inputs), examples first in each. `len` is 2, as of any
-    pair; the number of examples is `size`.
+    x may be a tree of arrays (`fnn.Masked`, a dict of several inputs), each with n examples on its first axis. `size` is the
+    number of examples; `len` is 2, as for any pair.
     """
 
     x: Any
@@ -33,7 +32,7 @@ class Dataset(NamedTuple):
         """Number of examples."""
         return jax.tree.leaves(self.x)[0].shape[0]
 
-    def take(self, index: Any) -> "Dataset":
+    def take(self, index: ArrayLike | slice) -> "Dataset":
         """Take some examples: of every array those at `index`."""
         return jax.tree.map(lambda a: a[index], self)
 
@@ -41,12 +40,12 @@ class Dataset(NamedTuple):
 Parts = tuple[Dataset, Dataset]
 
 
-def check_dataset(who: str, x: Any, y: Any) -> None:
-    """Refuse a pair of arrays that cannot be learned from; reads the values on the host.
+def check_dataset(who: str, x: Any, y: ArrayLike) -> None:
+    """Refuse data that no net can learn from; it reads the values, on the host.
 
-    Both must hold numbers, equally many examples on their first axes and at least one, and be finite where they are
-    floating: one NaN among a million pixels turns the whole net into NaN without saying where it came from. If x is a
-    tree, each of its arrays must; of a `Masked` sequence its real positions, for at the others anything may stand.
+    x and y must be numbers, with the same number of examples (at least one) on their first axes, and finite: a single NaN
+    makes the whole net NaN, and nothing then says where it came from. In a tree this holds for every array, in a `Masked`
+    sequence for the real positions.
     """
     if not hasattr(x, "dtype") and jax.tree.structure(x) != jax.tree.structure(0):
         nodes = jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, Masked))
@@ -69,7 +68,7 @@ def check_dataset(who: str, x: Any, y: Any) -> None:
 
 
 def _real(node: Any) -> list[Any]:
-    """The arrays of a leaf; of a `Masked`, its values with zeros at padded positions, and its mask."""
+    """Return the arrays of a leaf; for a `Masked`, its values with zeros at padded positions, and its mask."""
     if not isinstance(node, Masked):
         return [node]
     values, mask = np.asarray(node.values), np.asarray(node.mask, bool)
@@ -79,10 +78,9 @@ def _real(node: Any) -> list[Any]:
 
 
 def in_memory(who: str, data: Any) -> Dataset:
-    """Take data as one pair of arrays: a tuple (x, y), or an iterable of such batches, which are joined on the host.
+    """Return data as one pair of arrays, from a tuple (x, y) or from an iterable of such batches, joined on the host.
 
-    A tuple is always one data set, and anything else holds batches: so (train, test) and [x, y] are told apart from
-    data, and refused.
+    A tuple is always one data set, and anything else is batches, so that (train, test) and [x, y] can be refused.
     """
     if isinstance(data, tuple):
         refuse_several(who, data)
@@ -99,7 +97,7 @@ def in_memory(who: str, data: Any) -> Dataset:
 
 
 def refuse_several(who: str, data: Any) -> None:
-    """Refuse several data sets, (train, test), in the place of one."""
+    """Refuse several data sets, such as (train, test), where one is expected."""
     parts = list(data) if type(data) in (tuple, list) else []
     sets = all(isinstance(part, Dataset) for part in parts)
     pairs = all(type(part) in (tuple, list) and len(part) == 2 and not is_numbers(part) for part in parts)
@@ -111,7 +109,7 @@ def refuse_several(who: str, data: Any) -> None:
 
 
 def iterable(who: str, data: Any) -> Iterable[Any]:
-    """Take data as an iterable of batches; refuse one array, a dict, text, and a pair written as a list."""
+    """Return data as an iterable of batches; refuse one array, a dict, text, and a pair written as a list."""
     if isinstance(data, list) and len(data) == 2 and not any(isinstance(part, tuple | list) for part in data):
         raise TypeError(f"{who}: data in memory must be a tuple (x, y), got the list {brief(data)}; write (x, y)")
     refuse_several(who, data)
@@ -122,20 +120,21 @@ def iterable(who: str, data: Any) -> Iterable[Any]:
 
 
 def shuffled(key: jax.Array, n: int) -> jax.Array:
-    """Draw a permutation of 0..n-1: int[n], the order of one sort of 32 random bits for each place.
+    """Draw a permutation of 0..n-1: int[n], by sorting n numbers of 32 random bits.
 
-    Half the work of `jax.random.permutation`, which sorts again lest equal bits keep their order: n²/2^33 pairs do.
+    This is half the work of `jax.random.permutation`, which sorts twice because equal numbers keep their order. Here about
+    n²/2^33 pairs do.
     """
     return jnp.argsort(jax.random.bits(key, (n,), jnp.uint32))  # by default 64 bits under x64: another order
 
 
-def split(x: Any, y: Any, *, key: jax.Array, test: float = 0.2, stratify: bool = True) -> Parts:
-    """Split at random into train and test, `round(test * n)` examples in the latter (at least 1, at most n - 1).
+def split(x: ArrayLike, y: ArrayLike, *, key: jax.Array, test: float = 0.2, stratify: bool = True) -> Parts:
+    """Split at random into train and test; `round(test * n)` examples go to test (at least 1, at most n - 1).
 
-    `x: [n, ...], y: [n, ...] -> (train, test)`, both shuffled. Where y is an integer vector and `stratify` holds, every
-    class is in both parts, and less than one example away from `test * count` in the test part (largest remainders;
-    lifting tiny classes to one example can move the total). Other y are split without regard to their values.
-    Which examples go where follows from `key`; how many does not. Integer y become int32.
+    `x: [n, ...], y: [n, ...] -> (train, test)`, both shuffled. If y is an integer vector and `stratify` is on, every class
+    is in both parts, and has less than one example more or fewer than `test * count` in the test part (largest remainders;
+    the total can differ if a tiny class needs its one example). Other y are split without looking at their values.
+    `key` decides which examples go where, not how many. Integer y become int32.
     """
     return random_split("data.split", x, y, generator("data.split", key), test, stratify)
 
@@ -143,12 +142,12 @@ def split(x: Any, y: Any, *, key: jax.Array, test: float = 0.2, stratify: bool =
 def standardize(train: Dataset, *others: Dataset, eps: float = 1e-8) -> tuple[Dataset, ...]:
     """Standardise every feature, (x - mean) / (std + eps), by the mean and std of the training part alone.
 
-    `x: [n, *features] -> float[n, *features]`; integers become float32. The moments are two-pass in float64. A feature
-    that is constant in train is only centred: it is exactly 0 there, and a test value that differs is not divided by
-    eps (in the digits one pixel is lit in one image of 1797 and would become 1e8).
+    `x: [n, *features] -> float[n, *features]`; integers become float32. The moments are two-pass in float64. A feature that
+    is constant in train is only centred, not divided by eps: it is exactly 0 there. (In the digits one pixel is lit in one
+    image of 1797; divided by eps it would be 1e8.)
     """
     parts = [Dataset(*pair("data.standardize: every part", part)) for part in (train, *others)]
-    at_least_zero("data.standardize", "eps", eps)
+    number("data.standardize", eps=eps)
     same_features("data.standardize", *parts)
     for part in parts:
         check_dataset("data.standardize", *part)
@@ -164,12 +163,12 @@ def standardize(train: Dataset, *others: Dataset, eps: float = 1e-8) -> tuple[Da
 
 
 def batches(
-    dataset: tuple[Any, Any], batch_size: int, *, key: jax.Array, epochs: int = 1
+    dataset: tuple[ArrayLike, ArrayLike], batch_size: int, *, key: jax.Array, epochs: int = 1
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Iterate over batches `x: [batch_size, ...], y: [batch_size, ...]` in NumPy, reshuffled by key in every epoch.
+    """Iterate over batches `x: [batch_size, ...], y: [batch_size, ...]` in NumPy, shuffled anew in every epoch.
 
-    Within an epoch no example comes twice; the last, partial batch is dropped, so that every batch has one shape. An
-    epoch's order depends on `key` and its number alone, not on `epochs`.
+    Within an epoch no example comes twice. A last batch that is not full is dropped, so that all have the same shape. The
+    order of an epoch depends on `key` and the epoch's number only, not on `epochs`.
     """
     who = "data.batches"
     positive(who, batch_size=batch_size, epochs=epochs)
@@ -189,7 +188,7 @@ def batches(
 
 
 def as_pair(who: str, x: Any, y: Any) -> list[np.ndarray]:
-    """Check the pair and cast it as JAX would, but never let an integer wrap or a float overflow in silence."""
+    """Check the pair and cast it to JAX's dtypes; refuse integers that would wrap and floats that would overflow."""
     both = [np.asarray(array(who, name, a)) for name, a in (("x", x), ("y", y))]
     check_dataset(who, *both)
     for i, (name, a) in enumerate(zip("xy", both, strict=True)):
@@ -205,7 +204,10 @@ def as_pair(who: str, x: Any, y: Any) -> list[np.ndarray]:
     return both
 
 
-def random_split(who: str, x: Any, y: Any, rng: np.random.Generator, test: float, stratify: bool = True) -> Parts:
+def random_split(
+    who: str, x: ArrayLike, y: ArrayLike, rng: np.random.Generator, test: float, stratify: bool = True
+) -> Parts:
+    """`split` with a generator in the place of a key."""
     x, y = as_pair(who, x, y)
     train, test_part = (
         Dataset(jnp.asarray(x[i]), jnp.asarray(y[i])) for i in split_index(who, y, rng, test=test, stratify=stratify)
@@ -222,7 +224,7 @@ def split_index(
     instead: str = "stratify=False",
     **test: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw which examples go into either part, as `split` says; `instead` is what a refusal offers."""
+    """Draw the indices of the two parts, as `split` says; `instead` is what the error message suggests."""
     above_zero(who, **test)
     fraction(who, **test)
     (share_of_test,) = test.values()
@@ -251,19 +253,15 @@ def split_index(
 
 
 def same_features(who: str, train: Any, *others: Any) -> None:
+    """Refuse parts whose examples have other shapes than those of the training part."""
     for other in others:
         if train[0].shape[1:] != other[0].shape[1:]:
             got = f"{describe(train[0])} and {describe(other[0])}"
             raise ValueError(f"{who}: all parts must have the features of the training part, got {got}; reshape them")
 
 
-def generator(who: str, key: Any, *more: int) -> np.random.Generator:
+def generator(who: str, key: jax.Array, *more: int) -> np.random.Generator:
     """Seed a host generator with all bits of the key, and with `more` to get another stream from the same key."""
     prng_key(who, key)
     bits = np.asarray(jax.random.key_data(key))
     return np.random.default_rng([*map(int, bits), *more])
-
-
-def at_least_zero(who: str, name: str, value: Any) -> None:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
-        raise ValueError(f"{who}: {name} must be a finite number of at least 0, got {value!r}")

@@ -1,4 +1,4 @@
-"""Data that is made, not measured: tasks whose best possible error is known, and tasks with long dependencies.
+"""Synthetic data: tasks whose best possible error is known, and tasks with long dependencies.
 
 Drawn on the host by key; every function returns `(train, test)`.
 """
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.check import above_zero, positive
-from fnn.datasets.dataset import Dataset, Parts, at_least_zero, generator, random_split
+from fnn.check import above_zero, number, positive
+from fnn.datasets.dataset import Dataset, Parts, generator, random_split
 
 
 def clusters(
@@ -18,9 +18,9 @@ def clusters(
 ) -> Parts:
     """Draw Gaussian clusters, x = centre[y] + spread * N(0, I), with balanced labels.
 
-    `x: float32[n, features], y: int32[n]`. The centres stand evenly on a circle in a random plane through 0, neighbours
-    4 apart, so that the best possible error is known: Q(2/spread) for two classes, and between that and twice that
-    for more (2.3 % to 4.6 % at spread 1), Q being the upper tail of the normal distribution.
+    `x: float32[n, features], y: int32[n]`. The centres are evenly spaced on a circle in a random plane through 0, at a
+    distance of 4 from the next. So the best possible error is known: Q(2/spread) for two classes, and between that and
+    twice that for more (2.3 % to 4.6 % at spread 1), with Q the upper tail of the normal distribution.
     """
     who = "data.clusters"
     positive(who, examples=examples, features=features, classes=classes)
@@ -42,13 +42,13 @@ def spirals(
 ) -> Parts:
     """Draw interleaved spirals, x = r (cos a, sin a) + noise * N(0, I), a = 2 pi (r + y) / classes.
 
-    `x: float32[n, 2], y: int32[n]`, labels balanced. Radii reach `turns * classes`, about uniform along the arm; on
-    every ray neighbouring arms lie 1 apart: `noise` is in units of that gap. Source: Lang & Witbrock 1988.
+    `x: float32[n, 2], y: int32[n]`, labels balanced. Radii reach `turns * classes`, about uniform along the arm. On every
+    ray neighbouring arms are 1 apart, so `noise` is in units of that gap. Source: Lang & Witbrock 1988.
     """
     who = "data.spirals"
     positive(who, examples=examples, classes=classes)
     above_zero(who, turns=turns)
-    at_least_zero(who, "noise", noise)
+    number(who, noise=noise)
     rng = generator(who, key)
     y = np.arange(examples) % classes
     # The arc grows as r dr, so that the square root of a uniform number spreads examples evenly along it.
@@ -71,12 +71,12 @@ def teacher(
     """Draw a regression task from a random teacher, y = tanh(x W / sqrt(features)) V / sqrt(width) + noise * N(0, I).
 
     `x: float32[n, features], y: float32[n, outputs]`; x, W and V are standard normal. For one key, x and the teacher's
-    part of y do not depend on `noise`. The least mean squared error of any student on fresh data is noise**2.
-    Source: Gardner & Derrida 1989 (the teacher-student setting).
+    part of y do not depend on `noise`. The smallest mean squared error of any student on new data is noise**2. Seven
+    arguments, because the task has six numbers. Source: Gardner & Derrida 1989 (the teacher-student setting).
     """
     who = "data.teacher"
     positive(who, examples=examples, features=features, width=width, outputs=outputs)
-    at_least_zero(who, "noise", noise)
+    number(who, noise=noise)
     rng = generator(who, key)
     x, w, v = (rng.standard_normal(shape) for shape in ((examples, features), (features, width), (width, outputs)))
     y = np.tanh(x @ w / math.sqrt(features)) @ v / math.sqrt(width) + noise * rng.standard_normal((examples, outputs))
@@ -84,10 +84,10 @@ def teacher(
 
 
 def adding(*, key: jax.Array, examples: int = 20_000, length: int = 100, test: float = 0.05) -> Parts:
-    """Draw the adding problem: of `length` numbers two are marked, one in each half; the target is their sum.
+    """Draw the adding problem: two of `length` numbers are marked, one in each half; the target is their sum.
 
-    `x: float32[n, length, 2]` (uniform numbers in [0, 1], marks 0 or 1), `y: float32[n, 1]`. Answering 1 always has mean
-    squared error 1/6: anything less has carried a number over many steps.
+    `x: float32[n, length, 2]` (uniform numbers in [0, 1], marks 0 or 1), `y: float32[n, 1]`. A net that always answers 1
+    has mean squared error 1/6; to do better, it must carry a number over many steps.
     Source: Hochreiter and Schmidhuber 1997, section 5.4; marks as in Arjovsky et al. 2016, section 5.2.
     """
     who = "data.adding"
@@ -102,34 +102,18 @@ def adding(*, key: jax.Array, examples: int = 20_000, length: int = 100, test: f
     return random_split(who, x.astype(np.float32), y.astype(np.float32), rng, test)
 
 
-_ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen",
+    "twenty thirty forty fifty sixty seventy eighty ninety",
+)
+_ONES, _TENS = (words.split() for words in _WORDS)
 PAD, END = 0, 1
 NUMBER_TOKENS = ("<pad>", "<end>", "<to figures>", "<to words>", *"0123456789", *_ONES, *_TENS, "hundred", "thousand")
-"""The vocabulary of `number_words`; a token's id is its place."""
+"""The vocabulary of `number_words`; a token's id is its index."""
 PROMPT, ANSWER = 7, 7
-"""Positions of a row of `number_words`: up to six tokens to translate and the direction; up to six and `<end>`."""
+"""Positions of the two parts of a row of `number_words`: six for the source and one for the direction; six for the answer
+and one for `<end>`."""
 
 
 def spell(number: int) -> list[str]:
@@ -151,21 +135,21 @@ def number_words(*, key: jax.Array, test: float = 0.2) -> Parts:
     """Make a translation task: the numbers from 0 to 9,999, from words to figures and back.
 
     A row of 14 tokens is the source padded to six, the direction, the answer, `<end>`, padding. `x: int32[n, 13]` is the
-    row without its last token; `y: int32[n, 13]` the token that follows each, for the answer alone: elsewhere -1, which
-    `losses.sequence_cross_entropy` leaves out. The first `PROMPT` tokens of x are the question. Numbers, not rows, are
-    split: both directions of a number are in the same part.
+    row without its last token; `y: int32[n, 13]` is the next token at each position of the answer, and -1 elsewhere, which
+    `losses.sequence_cross_entropy` skips. The first `PROMPT` tokens of x are the question. The split is by number: both
+    directions of a number are in the same part.
     """
     who = "data.number_words"
     token = {text: i for i, text in enumerate(NUMBER_TOKENS)}
     rows = np.zeros((10_000, 2, PROMPT + ANSWER), np.int32)
-    for number in range(10_000):
-        figures, words = ([token[t] for t in side] for side in (str(number), spell(number)))
+    for n in range(10_000):
+        figures, words = ([token[t] for t in side] for side in (str(n), spell(n)))
         for i, (direction, source, answer) in enumerate(
             (("<to figures>", words, figures), ("<to words>", figures, words))
         ):
-            rows[number, i, : len(source)] = source
-            rows[number, i, PROMPT - 1] = token[direction]
-            rows[number, i, PROMPT : PROMPT + len(answer) + 1] = [*answer, END]
+            rows[n, i, : len(source)] = source
+            rows[n, i, PROMPT - 1] = token[direction]
+            rows[n, i, PROMPT : PROMPT + len(answer) + 1] = [*answer, END]
     targets = rows[:, :, 1:].copy()
     targets[:, :, : PROMPT - 1] = -1
     targets[targets == PAD] = -1

@@ -1,4 +1,4 @@
-"""Activations: functions that know their name, derivative, bounds and Gaussian moments.
+"""Activations: functions that know their name, derivative and bounds.
 
 Values and derivatives are finite at |x| = 1e4 in float32 and bfloat16.
 """
@@ -7,31 +7,20 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.typing import ArrayLike
 
 from fnn import check
 
 
-class Moments(NamedTuple):
-    """Gaussian moments at h = sqrt(q) Z, Z ~ N(0, 1), in float64."""
-
-    mean: float
-    """E[phi(h)]"""
-    second: float
-    """E[phi(h)²]"""
-    derivative: float
-    """E[phi'(h)²]"""
-
-
 class Activation:
-    """Call `phi(x, **options)`; know `phi.name`, `phi.derivative(x)`, `phi.bounds` and `phi.moments(q)`.
+    """A function `phi(x, **options)` with `phi.name`, `phi.derivative(x, **options)` and `phi.bounds`.
 
-    `bounds` are the asymptotes (low, high), infinite where there is none. `phi.bind(slope=0.2)` fixes options.
-    An option that the function does not have is a TypeError.
+    `bounds` are the limits (low, high) of phi as x goes to -inf and inf, infinite if phi grows without end.
+    `phi.bind(slope=0.2)` fixes options. An option that the function does not have is a TypeError.
     """
 
     def __init__(
@@ -46,10 +35,10 @@ class Activation:
         self._function, self._derivative = function, derivative
         self.__doc__ = function.__doc__
 
-    def __call__(self, x: Any, **options: Any) -> jax.Array:
+    def __call__(self, x: ArrayLike, **options: Any) -> jax.Array:
         return self._function(x, **options)
 
-    def derivative(self, x: Any, **options: Any) -> jax.Array:
+    def derivative(self, x: ArrayLike, **options: Any) -> jax.Array:
         """Evaluate phi'(x), elementwise (softmax: the Jacobian, float[..., d, d])."""
         if self._derivative is not None:
             return self._derivative(x, **options)
@@ -63,62 +52,17 @@ class Activation:
             return self
         function = functools.partial(self._function, **options)
         derivative = self._derivative and functools.partial(self._derivative, **options)
-        # Scaling by alpha moves elu's asymptote, so that only a bound of zero is sure to stay.
+        # alpha moves elu's lower bound, so that only a bound of zero is known to stay.
         bounds = (0.0 if self.bounds[0] == 0 else -math.inf, math.inf) if options.keys() & {"alpha"} else self.bounds
         inspect.signature(self._function).bind(None, **options)  # a misspelt option fails here, not at the first call
         return Activation(self.name, function, derivative, bounds, self.elementwise)
-
-    def moments(self, q: float) -> Moments:
-        """Integrate E[phi], E[phi²], E[phi'²] at pre-activation variance q, to 1e-9 relative, in float64.
-
-        Errors: ValueError for q < 0 and for softmax, which is not elementwise.
-        """
-        if not self.elementwise:
-            raise ValueError(f"moments: {self.name} is not elementwise, so it has no Gaussian moments")
-        if not 0 <= q < math.inf:
-            raise ValueError(f"moments: q must be finite and at least 0, got {q!r}")
-        root = math.sqrt(q)
-        values = gaussian_mean(
-            lambda z: jnp.stack([self(root * z), self(root * z) ** 2, self.derivative(root * z) ** 2])
-        )
-        return Moments(*map(float, values))
 
     def __repr__(self) -> str:
         return f"Activation({self.name})"
 
 
-def gaussian_mean(function: Callable[[jax.Array], jax.Array], rtol: float = 1e-9) -> np.ndarray:
-    """Integrate E[f(Z)], Z ~ N(0, 1), for f: float64[n] -> float64[..., n]; refined until it is stable to `rtol`.
-
-    Composite Gauss-Legendre on panels with an edge at 0, where kinks lie; panels are halved until two results agree.
-    A fixed Gauss-Hermite rule does not see a function that saturates within a fraction of a standard deviation.
-    Runs in float64 on the host CPU, whatever the default precision and device are. Errors: ArithmeticError if 2^16
-    panels are not enough.
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(16)
-    reach, last = 14.0, None  # exp(-14²/2) = 3e-43: nothing that grows like a polynomial reaches past it
-    for panels in 2 ** np.arange(6, 17):
-        edges = np.linspace(-reach, reach, panels + 1)
-        half = np.diff(edges) / 2
-        z = ((edges[:-1] + edges[1:]) / 2)[:, None] + half[:, None] * nodes
-        density = (half[:, None] * weights * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)).reshape(-1)
-        with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(_cpu()):
-            # Always the same shape, 1,024 points, so that each of f's operations compiles once.
-            values = np.concatenate([np.asarray(function(jnp.asarray(c))) for c in z.reshape(-1, 1024)], axis=-1)
-        result = values @ density
-        floor = np.abs(values) @ density
-        if last is not None and np.all(np.abs(result - last) <= rtol * np.maximum(np.abs(result), 1e-4 * floor)):
-            return result
-        last = result
-    raise ArithmeticError(f"gaussian_mean: no agreement to {rtol} with 65,536 panels; is the function finite?")
-
-
-def _cpu() -> Any:
-    return jax.local_devices(backend="cpu")[0]
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _relu(x: Any, grad_at_zero: float) -> jax.Array:
+def _relu(x: ArrayLike, grad_at_zero: float) -> jax.Array:
     return jnp.maximum(x, 0)
 
 
@@ -126,75 +70,38 @@ def _relu(x: Any, grad_at_zero: float) -> jax.Array:
 def _relu_jvp(grad_at_zero, primals, tangents):
     (x,), (t,) = primals, tangents
     y = jnp.maximum(x, 0)
-    # The sign of y tells that of x, and y is kept for the next layer anyway: x need be neither kept nor computed again.
+    # The sign of y, not of x: y is kept for the next layer anyway, so that x need not be kept or recomputed.
     return y, t * _relu_slope(x, grad_at_zero) if grad_at_zero else jnp.where(y > 0, t, jnp.zeros_like(t))
 
 
-def _relu_slope(x: Any, grad_at_zero: float = 0.0) -> jax.Array:
+def _relu_slope(x: ArrayLike, grad_at_zero: float = 0.0) -> jax.Array:
     x = jnp.asarray(x)
     return jnp.where(x == 0, grad_at_zero, x > 0).astype(x.dtype)
 
 
-def _f_identity(x: Any) -> jax.Array:
+def _f_identity(x: ArrayLike) -> jax.Array:
     """Return x."""
     return jnp.asarray(x)
 
 
-def _f_sigmoid(x: Any) -> jax.Array:
-    """Evaluate 1/(1 + e^-x)."""
-    return jax.nn.sigmoid(x)
-
-
-def _d_sigmoid(x: Any) -> jax.Array:
+def _d_sigmoid(x: ArrayLike) -> jax.Array:
     return jax.nn.sigmoid(x) * jax.nn.sigmoid(-jnp.asarray(x))
 
 
-def _f_tanh(x: Any) -> jax.Array:
-    """Evaluate tanh x."""
-    return jnp.tanh(x)
-
-
-def _d_tanh(x: Any) -> jax.Array:
-    # 1 - tanh² cancels for large x; sech² does not.
+def _d_tanh(x: ArrayLike) -> jax.Array:
+    # sech², because 1 - tanh² cancels for large x.
     e = jnp.exp(-2 * jnp.abs(jnp.asarray(x)))
     return 4 * e / jnp.square(1 + e)
 
 
-def _f_relu(x: Any, grad_at_zero: float = 0.0) -> jax.Array:
+def _f_relu(x: ArrayLike, grad_at_zero: float = 0.0) -> jax.Array:
     """Evaluate max(x, 0). At x = 0 the derivative is `grad_at_zero`: 0 by default, 1 or ½ in some textbooks."""
     return _relu(x, float(grad_at_zero))
 
 
-def _f_leaky_relu(x: Any, slope: float = 0.01) -> jax.Array:
+def _f_leaky_relu(x: ArrayLike, slope: float = 0.01) -> jax.Array:
     """Evaluate x for x >= 0, slope·x below (Maas et al. 2013)."""
     return jax.nn.leaky_relu(x, slope)
-
-
-def _d_leaky_relu(x: Any, slope: float = 0.01) -> jax.Array:
-    x = jnp.asarray(x)
-    return jnp.where(x >= 0, 1, slope).astype(x.dtype)
-
-
-def _f_elu(x: Any, alpha: float = 1.0) -> jax.Array:
-    """Evaluate x for x > 0, alpha(e^x - 1) below (Clevert et al. 2016)."""
-    return jax.nn.elu(x, alpha)
-
-
-def _d_elu(x: Any, alpha: float = 1.0) -> jax.Array:
-    x = jnp.asarray(x)
-    return jnp.where(x > 0, 1, alpha * jnp.exp(jnp.minimum(x, 0))).astype(x.dtype)
-
-
-_SELU_ALPHA, _SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
-
-
-def _f_selu(x: Any) -> jax.Array:
-    """Evaluate 1.0507·elu(x, 1.6733) (Klambauer et al. 2017)."""
-    return jax.nn.selu(x)
-
-
-def _d_selu(x: Any) -> jax.Array:
-    return _SELU_SCALE * _d_elu(x, _SELU_ALPHA)
 
 
 # With derivatives of their own: newer JAX cannot take its own of these two inside `shard_map(check_vma=True)`.
@@ -213,26 +120,18 @@ def _erfc_tangent(primals, tangents):
     return _erfc(x), -2 / math.sqrt(math.pi) * t * jnp.exp(-jnp.square(x))
 
 
-def _f_gelu(x: Any) -> jax.Array:
+def _f_gelu(x: ArrayLike) -> jax.Array:
     """Evaluate x·Phi(x), Phi the normal distribution function, in its exact form (Hendrycks and Gimpel 2016)."""
     x = jnp.asarray(x)
     return 0.5 * x * _erfc(-x * math.sqrt(0.5))
 
 
-def _d_gelu(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    # x·exp(-x²/2) is 0 from |x| = 40 on, but x² overflows in half precision long before 1e4.
-    near = jnp.clip(x, -40, 40)
-    density = jnp.exp(-jnp.square(near) / 2) / math.sqrt(2 * math.pi)
-    return 0.5 * jax.lax.erfc(-x / math.sqrt(2)) + near * density
-
-
-def _f_gelu_tanh(x: Any) -> jax.Array:
+def _f_gelu_tanh(x: ArrayLike) -> jax.Array:
     """Evaluate ½x(1 + tanh(sqrt(2/pi)(x + 0.044715 x³))), the approximation of gelu."""
     return jax.nn.gelu(x, approximate=True)
 
 
-def _d_gelu_tanh(x: Any) -> jax.Array:
+def _d_gelu_tanh(x: ArrayLike) -> jax.Array:
     x = jnp.asarray(x)
     near = jnp.clip(x, -40, 40)  # beyond, tanh is ±1 to the last bit and its slope 0
     c = math.sqrt(2 / math.pi)
@@ -240,77 +139,41 @@ def _d_gelu_tanh(x: Any) -> jax.Array:
     return 0.5 * (1 + jnp.tanh(inner)) + 0.5 * near * _d_tanh(inner) * c * (1 + 3 * 0.044715 * near**2)
 
 
-def _f_silu(x: Any) -> jax.Array:
-    """Evaluate x·sigmoid(x), also called swish (Elfwing et al. 2017)."""
-    return jax.nn.silu(x)
-
-
-def _d_silu(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    return jax.nn.sigmoid(x) + x * _d_sigmoid(x)
-
-
-def _f_softplus(x: Any) -> jax.Array:
-    """Evaluate log(1 + e^x)."""
-    return jax.nn.softplus(x)
-
-
-def _f_erf(x: Any) -> jax.Array:
+def _f_erf(x: ArrayLike) -> jax.Array:
     """Evaluate erf(x) = 2/sqrt(pi) · integral of e^(-t²) from 0 to x."""
     return _erf(jnp.asarray(x))
 
 
-def _d_erf(x: Any) -> jax.Array:
-    x = jnp.clip(jnp.asarray(x), -40, 40)
-    return 2 / math.sqrt(math.pi) * jnp.exp(-jnp.square(x))
-
-
-def _f_softmax(x: Any) -> jax.Array:
+def _f_softmax(x: ArrayLike) -> jax.Array:
     """Evaluate e^x_i / sum_j e^x_j over the last axis."""
     return jax.nn.softmax(x, axis=-1)
 
 
-def _d_softmax(x: Any) -> jax.Array:
+def _d_softmax(x: ArrayLike) -> jax.Array:
     p = jax.nn.softmax(x, axis=-1)
     return p[..., :, None] * (jnp.eye(p.shape[-1], dtype=p.dtype) - p[..., None, :])
 
 
 identity = Activation("identity", _f_identity, lambda x: jnp.ones_like(jnp.asarray(x)))
-sigmoid = Activation("sigmoid", _f_sigmoid, _d_sigmoid, (0.0, 1.0))
-tanh = Activation("tanh", _f_tanh, _d_tanh, (-1.0, 1.0))
+sigmoid = Activation("sigmoid", jax.nn.sigmoid, _d_sigmoid, (0.0, 1.0))
+tanh = Activation("tanh", jnp.tanh, _d_tanh, (-1.0, 1.0))
 relu = Activation("relu", _f_relu, _relu_slope, (0.0, math.inf))
-leaky_relu = Activation("leaky_relu", _f_leaky_relu, _d_leaky_relu)
-elu = Activation("elu", _f_elu, _d_elu, (-1.0, math.inf))
-selu = Activation("selu", _f_selu, _d_selu, (-_SELU_SCALE * _SELU_ALPHA, math.inf))
-gelu = Activation("gelu", _f_gelu, _d_gelu)
+leaky_relu = Activation("leaky_relu", _f_leaky_relu)
+elu = Activation("elu", jax.nn.elu, None, (-1.0, math.inf))
+selu = Activation("selu", jax.nn.selu, None, (-1.6732632423543772 * 1.0507009873554805, math.inf))
+gelu = Activation("gelu", _f_gelu)
 gelu_tanh = Activation("gelu_tanh", _f_gelu_tanh, _d_gelu_tanh)
-silu = Activation("silu", _f_silu, _d_silu)
-softplus = Activation("softplus", _f_softplus, _f_sigmoid, (0.0, math.inf))
-erf = Activation("erf", _f_erf, _d_erf, (-1.0, 1.0))
+silu = Activation("silu", jax.nn.silu)
+softplus = Activation("softplus", jax.nn.softplus, jax.nn.sigmoid, (0.0, math.inf))
+erf = Activation("erf", _f_erf, None, (-1.0, 1.0))
 softmax = Activation("softmax", _f_softmax, _d_softmax, (0.0, 1.0), elementwise=False)
 
-TABLE = {
-    a.name: a
-    for a in (
-        identity,
-        sigmoid,
-        tanh,
-        relu,
-        leaky_relu,
-        elu,
-        selu,
-        gelu,
-        gelu_tanh,
-        silu,
-        softplus,
-        erf,
-        softmax,
-    )
-}
+TABLE = {phi.name: phi for phi in list(globals().values()) if isinstance(phi, Activation)}
+"""All activations by name."""
 
 
-def get(activation: str | Callable[..., Any]) -> Activation:
-    """Look an activation up by name, or wrap any plain elementwise function `x -> y` as one.
+def get(activation: str | Callable[..., jax.Array]) -> Activation:
+    """Find an activation by name, or make one from any elementwise function `x -> y`.
 
     Errors: an unknown name is a ValueError that suggests the nearest one.
     """

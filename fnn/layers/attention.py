@@ -1,7 +1,6 @@
-"""Attention, and the positions that it cannot see by itself."""
+"""Attention, cross-attention, and learned positions."""
 
 import functools
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +10,9 @@ from fnn import check
 from fnn.core import Layer, as_arrays, as_spec
 from fnn.layers import initializers, memory
 from fnn.layers.dense import affine
-from fnn.layers.inputs import like, sequence
+from fnn.layers.initializers import Initializer
+from fnn.layers.inputs import check_names, check_units, like, sequence
+from fnn.masks import cleared
 from fnn.tree import statistics_dtype
 
 
@@ -22,19 +23,20 @@ def attention(
     rotary: bool = False,
     kv_heads: int | None = None,
     bias: bool = True,
-    kernel_init: str | Callable[..., Any] = "lecun_normal",
-    out_init: str | Callable[..., Any] | None = None,
+    kernel_init: str | Initializer = "lecun_normal",
+    out_init: str | Initializer | None = None,
 ) -> Layer:
     """Attend to all positions: y = concat_h(softmax(q_h k_hᵀ/sqrt(d/heads)) v_h) W_out, with q, k, v = x W + b.
 
     x: float[batch, time, d], alone or in `Masked` -> the same; params: query, key, value, out, each a kernel and bias.
-    `causal`: a position sees itself and what lies before. Of a masked sequence only real positions are seen, and
-    padded ones come out as zero. `kv_heads` (a divisor of heads) shares keys and values among groups of heads. `rotary`
-    turns queries and keys by their positions, counted over real ones, so that only differences matter. The softmax is in
-    at least float32; `jax.nn.dot_product_attention` does it, with an accelerator's fused kernel where there is one.
+    With `causal`, a position attends to itself and to earlier ones. In a masked sequence, positions attend to real ones
+    only, and padded ones give zero. `kv_heads` (a divisor of heads) shares keys and values among groups of heads. `rotary`
+    rotates queries and keys by their positions, counted over real ones, so that only differences matter. The softmax is in
+    at least float32; `jax.nn.dot_product_attention` computes it, with an accelerator's fused kernel if there is one.
 
-    With a started memory (`memory.init_cache`; causal layers only) keys and values of earlier pieces are kept, and a new
-    piece attends to them. Errors: ValueError if heads do not divide d, or for a piece longer than the memory.
+    With a cache (`memory.init_cache`; causal layers only), a new piece of a sequence also attends to the earlier pieces.
+    Seven arguments, all but one optional and independent of each other.
+    Errors: ValueError if heads do not divide d, or for a piece longer than the cache.
     Source: Vaswani et al. 2017; Su et al. 2021 (rotary, base 10,000, halves paired); Ainslie et al. 2023 (kv_heads).
     """
     who = "attention"
@@ -53,8 +55,7 @@ def attention(
         x = as_arrays(x)
         values, mask = sequence(who, x)
         d = params["query"]["kernel"].shape[0]
-        if values.shape[-1] != d:
-            raise ValueError(f"{who}: the input's last axis must be {d}, as at init, got {check.describe(values)}")
+        check_units(who, values, d)
         batch, time, _ = values.shape
         q, k, v = (_project(params[name], values, n) for name, n in (("query", heads), ("key", kv), ("value", kv)))
         if rotary or state.started:
@@ -62,14 +63,11 @@ def attention(
         if rotary:
             q, k = rotate(q, places), rotate(k, places)
         if state.started:
-            y, state = _cached(who, state, q, k, v, places, mask)
+            y, state = _cached(state, q, k, v, places, mask)
         else:
             seen = None if mask is None else mask[:, None, None, :]
             y = _attend(q, k, v, seen, causal)
-        y = affine(params["out"], y.reshape(batch, time, d))
-        if mask is not None:
-            y = jnp.where(mask[..., None], y, 0)
-        return like(x, y), state
+        return cleared(like(x, affine(params["out"], y.reshape(batch, time, d)))), state
 
     return Layer(init, apply)
 
@@ -79,70 +77,65 @@ def cross_attention(
     *,
     kv_heads: int | None = None,
     bias: bool = True,
-    kernel_init: str | Callable[..., Any] = "lecun_normal",
-    out_init: str | Callable[..., Any] | None = None,
+    kernel_init: str | Initializer = "lecun_normal",
+    out_init: str | Initializer | None = None,
 ) -> Layer:
     """Attend to another sequence: `attention` with queries from the target, keys and values from the source.
 
-    x: {"source": float[batch, s, e], "target": float[batch, time, d]}, each alone or in `Masked` -> the new target, as it
-    came; params as in `attention`, kernels of key and value float[e, ...]. Only real positions of the source are seen (an
-    example without any adds the bias of `out` alone); padded ones of the target come out as zero. Residual:
-    `residual(cross_attention(4), of="target")`.
+    x: {"source": float[batch, s, e], "target": float[batch, time, d]}, each alone or in `Masked` -> float[batch, time, d],
+    in `Masked` if the target is; params as in `attention`, kernels of key and value float[e, ...]. Positions attend to real
+    positions of the source only (if there is none, y is the bias of `out`); padded ones of the target give zero. In a
+    residual block: `residual(cross_attention(4), add_to="target")`.
 
-    With a started memory the source's keys and values are computed once, in the call that brings the source, and kept for
-    those that bring none of it, float[batch, 0, e]. Errors: ValueError for other names, other widths than at init, or a
-    piece of a source. Source: Vaswani et al. 2017, section 3.2.3.
+    With a cache the source's keys and values are computed once, in the call that brings the source; later calls bring an
+    empty one, float[batch, 0, e]. Errors: ValueError for other names, for other widths than at init, or for a part of a
+    source. Source: Vaswani et al. 2017, section 3.2.3.
     """
     who = "cross_attention"
     kv, draw = _heads(who, heads, kv_heads, bias, kernel_init, out_init)
 
     def pair(x):
-        if not isinstance(x, Mapping) or sorted(x) != ["source", "target"]:
-            got = sorted(x) if isinstance(x, Mapping) else check.describe(x)
-            raise ValueError(f"{who}: the input must be a dict with the names ['source', 'target'], got {got}")
-        (source, real), (target, mask) = sequence(who, x["source"]), sequence(who, x["target"])
+        x = check_names(who, memory.NAMES, x)
+        (source, real), (target, _) = sequence(who, x["source"]), sequence(who, x["target"])
         if source.shape[0] != target.shape[0]:
-            raise ValueError(f"{who}: source and target must be of one batch, got {check.describe(dict(x))}")
-        return source, real, target, mask
+            raise ValueError(f"{who}: source and target must have the same batch size, got {check.describe(dict(x))}")
+        return source, real, target
 
     def init(key, spec):
-        source, _, target, _ = pair(as_spec(spec))
+        source, _, target = pair(as_spec(spec))
         params, size = draw(key, target, source, False)
         cached = ("source", kv, size)
         return params, memory.empty([("key", cached), ("value", cached), ("real", ("source",))])
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
         x = as_arrays(x)
-        source, real, target, mask = pair(x)
-        for name, values, weights in (("source", source, params["key"]), ("target", target, params["query"])):
-            if values.shape[-1] != (d := weights["kernel"].shape[0]):
-                raise ValueError(f"{who}: the {name}'s last axis must be {d}, as at init, got {check.describe(values)}")
+        source, real, target = pair(x)
+        check_units(who, source, params["key"]["kernel"].shape[0], "source")
+        check_units(who, target, params["query"]["kernel"].shape[0], "target")
         q, k, v = _project(params["query"], target, heads), *(_project(params[n], source, kv) for n in ("key", "value"))
         if state.started:
-            k, v, real, state = _kept(who, state, k, v, real)
+            k, v, real, state = _kept(state, k, v, real)
         y = _attend(q, k, v, None if real is None else real[:, None, None, :], False)
         if real is not None:
             y = jnp.where(jnp.any(real, axis=1)[:, None, None, None], y, 0)
-        y = affine(params["out"], y.reshape(target.shape))
-        if mask is not None:
-            y = jnp.where(mask[..., None], y, 0)
-        return like(x["target"], y), state
+        return cleared(like(x["target"], affine(params["out"], y.reshape(target.shape)))), state
 
     return Layer(init, apply)
 
 
-def positions(longest: int, *, kernel_init: str | Callable[..., Any] | None = None) -> Layer:
-    """Add a learned vector for each position: y_t = x_t + P_t; params: embedding float[longest, d].
+def positions(max_length: int, *, kernel_init: str | Initializer | None = None) -> Layer:
+    """Add a learned vector for each position: y_t = x_t + P_t; params: embedding float[max_length, d].
 
-    x: float[batch, time, d], alone or in `Masked` -> the same. Positions count real ones from 0. P is drawn from
-    N(0, 1/d), or by `kernel_init`. Errors: ValueError for a sequence longer than `longest`. Source: Gehring et al. 2017.
+    x: float[batch, time, d], alone or in `Masked` -> the same. Real positions are numbered from 0. P is drawn from
+    N(0, 1/d), or by `kernel_init`. Errors: ValueError for a longer sequence. Source: Gehring et al. 2017.
     """
-    check.positive("positions", longest=longest)
+    check.positive("positions", max_length=max_length)
 
     def fits(values):
-        if values.shape[1] > longest:
+        if values.shape[1] > max_length:
+            got = check.describe(values)
             raise ValueError(
-                f"positions: the net has {longest} positions, got {check.describe(values)}; build it longer"
+                f"positions: a sequence must have at most {max_length} positions, got {got}; raise max_length"
             )
 
     def init(key, spec):
@@ -150,8 +143,8 @@ def positions(longest: int, *, kernel_init: str | Callable[..., Any] | None = No
         fits(values)
         d = values.shape[-1]
         draw = initializers.normal(d**-0.5) if kernel_init is None else initializers.get(kernel_init)
-        params = {"embedding": draw(key, (longest, d), statistics_dtype(values.dtype))}
-        return params, memory.empty(limit=longest)
+        params = {"embedding": draw(key, (max_length, d), statistics_dtype(values.dtype))}
+        return params, memory.empty(limit=max_length)
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
         x = as_arrays(x)
@@ -206,38 +199,36 @@ def _heads(who: str, heads: int, kv_heads: Any, bias: bool, kernel_init: Any, ou
     return kv, draw
 
 
-def _kept(who: str, state: Any, k: Any, v: Any, real: Any) -> tuple[Any, Any, Any, Any]:
-    """Keep the keys and values of a source that comes; take those kept for one without positions."""
+def _kept(state: Any, k: Any, v: Any, real: Any) -> tuple[Any, Any, Any, Any]:
+    """Cache the keys and values of a source; return the cached ones for a source without positions."""
     batch, length = state.cache["real"].shape
     if k.shape[0] != batch or k.shape[1] not in (0, length):
-        rule = f"memory was started for {batch} sources of {length}, which come whole or with no position"
-        raise ValueError(f"{who}: {rule}, got {k.shape[0]} of {k.shape[1]}")
+        rule = f"the cache is for {batch} sources of {length}, which must come whole or without any position"
+        raise ValueError(f"cross_attention: {rule}, got {k.shape[0]} of {k.shape[1]}")
     if k.shape[1]:
-        held = {"key": k, "value": v, "real": jnp.ones((batch, length)) if real is None else real}
-        held = {name: a.astype(state.cache[name].dtype) for name, a in held.items()}
-        state = memory.advance(state, held, length, real)
+        cache = {"key": k, "value": v, "real": jnp.ones((batch, length)) if real is None else real}
+        cache = {name: a.astype(state.cache[name].dtype) for name, a in cache.items()}
+        state = memory.advance(state, cache, length, real)
     return state.cache["key"].astype(k.dtype), state.cache["value"].astype(v.dtype), state.cache["real"] > 0, state
 
 
-def _cached(who: str, state: Any, q: Any, k: Any, v: Any, places: Any, mask: Any) -> tuple[Any, Any]:
-    """Write the new keys and values behind the old, and attend to all that lie at or before each query."""
+def _cached(state: Any, q: Any, k: Any, v: Any, places: Any, mask: Any) -> tuple[Any, Any]:
+    """Append the new keys and values to the cached ones, and attend to all of them up to each query's position."""
     batch, time = places.shape
     length = state.cache["key"].shape[1]
     if state.cache["key"].shape[0] != batch or time > length:
-        got = f"{batch} of {time} positions"
-        raise ValueError(
-            f"{who}: memory was started for {state.cache['key'].shape[0]} sequences of {length}, got {got}"
-        )
+        rule = f"the cache is for {state.cache['key'].shape[0]} sequences of {length} positions"
+        raise ValueError(f"attention: {rule}, got {batch} of {time}")
     slots = places if mask is None else jnp.where(mask, places, length)  # padding is written nowhere
     rows = jnp.arange(batch)[:, None]
-    held = {
+    cache = {
         name: old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
         for (name, old), new in zip(sorted(state.cache.items()), (k, v), strict=True)
     }
     seen = (jnp.arange(length) <= places[:, :, None])[:, None]
-    y = _attend(q, held["key"].astype(q.dtype), held["value"].astype(q.dtype), seen, False)
+    y = _attend(q, cache["key"].astype(q.dtype), cache["value"].astype(q.dtype), seen, False)
     y = jnp.where((places < length)[:, :, None, None], y, jnp.nan)
-    return y, memory.advance(state, held, time, mask)
+    return y, memory.advance(state, cache, time, mask)
 
 
 def _attend(q: Any, k: Any, v: Any, mask: Any, causal: bool) -> jax.Array:

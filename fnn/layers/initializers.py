@@ -1,10 +1,10 @@
 """Initialisers for weights and biases: functions `(key, shape, dtype=float32) -> array`.
 
-The last axis of a kernel is its output, the one before its input, further axes are a receptive field:
+The last axis of a kernel is its output, the one before it the input, and further axes are a receptive field:
 fan_in = prod(shape[:-1]), fan_out = prod(shape[:-2]) * shape[-1].
 
-Names say which distribution: `he_normal` is a true normal (moment and log tests need its kurtosis of 3),
-`he_truncated_normal` is cut at two standard deviations (kurtosis 2.3655) and rescaled to the same variance.
+The names say the distribution: `he_normal` is a true normal (kurtosis 3, which theory assumes), `he_truncated_normal` is
+cut at two standard deviations and rescaled to the same variance (kurtosis 2.3655). Flax's `he_normal` is the latter.
 """
 
 import math
@@ -14,47 +14,47 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from fnn import check
 
 Initializer = Callable[..., jax.Array]
 
 
-def zeros(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Fill with 0."""
     return jnp.zeros(shape, dtype)
 
 
-def ones(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+def ones(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Fill with 1."""
     return jnp.ones(shape, dtype)
 
 
-def constant(value: Any = 0.0) -> Initializer:
-    """Fill with one value (may be traced)."""
+def constant(value: ArrayLike = 0.0) -> Initializer:
+    """Fill with one value, which may be traced."""
     return lambda key, shape, dtype=jnp.float32: jnp.full(shape, value, dtype)
 
 
-def normal(std: Any = 0.01) -> Initializer:
-    """Draw from N(0, std²), whatever the shape; right for biases too (std may be traced)."""
+def normal(std: ArrayLike = 0.01) -> Initializer:
+    """Draw from N(0, std²) for any shape, so also for biases; std may be traced."""
     _scale("normal", std=std)
 
-    def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jnp.asarray(std, dtype) * jax.random.normal(key, shape, dtype)
 
     return init
 
 
-def scaled(sigma_w: Any = 1.0) -> Initializer:
-    """Draw from N(0, sigma_w²/fan_in), a true normal: mean-field theory's parametrisation (sigma_w may be traced).
+def scaled(sigma_w: ArrayLike = 1.0) -> Initializer:
+    """Draw from N(0, sigma_w²/fan_in), a true normal, as mean-field theory does; sigma_w may be traced.
 
     Source: Poole et al. 2016, section 2.
     """
     _scale("scaled", sigma_w=sigma_w)
 
-    def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        if len(shape) < 2:
-            raise ValueError(f"scaled: needs a fan-in, a shape of at least two axes, got {shape}; use normal(std)")
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        _check_axes("scaled", shape)
         std = jnp.asarray(sigma_w, dtype) / math.sqrt(math.prod(shape[:-1]))
         return std * jax.random.normal(key, shape, dtype)
 
@@ -64,11 +64,8 @@ def scaled(sigma_w: Any = 1.0) -> Initializer:
 def _variance(scale: float, mode: Any, distribution: Any, doc: str) -> Initializer:
     inner = jax.nn.initializers.variance_scaling(scale, mode, distribution)
 
-    def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        if len(shape) < 2:
-            raise ValueError(
-                f"{mode} initialiser: needs a fan-in, a shape of at least two axes, got {shape}; use normal(std)"
-            )
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        _check_axes(f"{mode} initialiser", shape)
         return inner(key, shape, dtype)
 
     init.__doc__ = doc
@@ -89,29 +86,28 @@ lecun_truncated_normal = _variance(1.0, "fan_in", "truncated_normal", f"Draw fro
 lecun_uniform = _variance(1.0, "fan_in", "uniform", f"Draw uniformly with {_LECUN}.")
 
 
-def orthogonal(scale: Any = 1.0) -> Initializer:
-    """Draw `scale` times a uniformly random orthogonal matrix; non-square ones have orthonormal rows or columns.
+def orthogonal(scale: ArrayLike = 1.0) -> Initializer:
+    """Draw `scale` times a uniformly random orthogonal matrix; a non-square one has orthonormal rows or columns.
 
-    All axes but the last count as input. Source: Saxe et al. 2014; sign fix of Mezzadri 2007.
+    All axes except the last count as input. Source: Saxe et al. 2014; sign fix of Mezzadri 2007.
     """
     _scale("orthogonal", scale=scale)
 
-    def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        if len(shape) < 2:
-            raise ValueError(f"orthogonal: needs a shape of at least two axes, got {shape}; use normal(std)")
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
+        _check_axes("orthogonal", shape)
         return jax.nn.initializers.orthogonal(scale)(key, shape, dtype)
 
     return init
 
 
-def delta_orthogonal(scale: Any = 1.0) -> Initializer:
-    """Draw a convolution kernel that is zero but for an orthogonal matrix at its centre; width out >= in.
+def delta_orthogonal(scale: ArrayLike = 1.0) -> Initializer:
+    """Draw a convolution kernel with an orthogonal matrix at its centre and zeros elsewhere, for out >= in channels.
 
     Source: Xiao et al. 2018, algorithm 1.
     """
     _scale("delta_orthogonal", scale=scale)
 
-    def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         if len(shape) not in (3, 4, 5) or shape[-1] < shape[-2]:
             raise ValueError(
                 f"delta_orthogonal: needs a kernel (..., in, out) of 3 to 5 axes with out >= in, got {shape}"
@@ -121,31 +117,15 @@ def delta_orthogonal(scale: Any = 1.0) -> Initializer:
     return init
 
 
-_PLAIN = {
-    "zeros": zeros,
-    "ones": ones,
-    "he_normal": he_normal,
-    "he_truncated_normal": he_truncated_normal,
-    "he_uniform": he_uniform,
-    "glorot_normal": glorot_normal,
-    "glorot_truncated_normal": glorot_truncated_normal,
-    "glorot_uniform": glorot_uniform,
-    "lecun_normal": lecun_normal,
-    "lecun_truncated_normal": lecun_truncated_normal,
-    "lecun_uniform": lecun_uniform,
-}
-_WITH_ARGUMENT = {
-    "constant": constant,
-    "normal": normal,
-    "scaled": scaled,
-    "orthogonal": orthogonal,
-    "delta_orthogonal": delta_orthogonal,
-}
+_FAMILIES = ("he", "glorot", "lecun")
+_KINDS = ("normal", "truncated_normal", "uniform")
+_PLAIN = {name: globals()[name] for name in ("zeros", "ones", *(f"{a}_{b}" for a in _FAMILIES for b in _KINDS))}
+_WITH_ARGUMENT = {make.__name__: make for make in (constant, normal, scaled, orthogonal, delta_orthogonal)}
 NAMES = (*_PLAIN, *_WITH_ARGUMENT)
 
 
 def get(initializer: str | Initializer) -> Initializer:
-    """Look an initialiser up by name, `"he_normal"` or with its argument `"normal(0.1)"`; pass a function through.
+    """Find an initialiser by name, `"he_normal"`, or with an argument, `"normal(0.1)"`; return a function as it is.
 
     Errors: an unknown name is a ValueError that suggests the nearest one.
     """
@@ -163,6 +143,11 @@ def get(initializer: str | Initializer) -> Initializer:
     except ValueError:
         raise ValueError(f"initializers: the argument of {name} must be a number, got {initializer!r}") from None
     return _WITH_ARGUMENT[name](value)
+
+
+def _check_axes(who: str, shape: tuple[int, ...]) -> None:
+    if len(shape) < 2:
+        raise ValueError(f"{who}: the shape must have an input and an output axis, got {shape}; use normal(std)")
 
 
 def _scale(who: str, **values: Any) -> None:

@@ -1,28 +1,38 @@
-"""What x may be besides one array: a padded sequence with its mask, several inputs by name.
+"""Inputs that are not one array: a padded sequence with its mask, and several inputs by name or in a tuple.
 
-A sequence is float[batch, time, d], every position of which is real, or `Masked(values, mask)` (in `masks`). It is a
-pytree and travels as any x does: through `serial`, `repeat`, `residual`, `parallel` and `vmap`, without another argument to
-`apply`. Layers that act on each position alone (dense, activation, dropout, layer_norm, rms_norm, embed) see the values,
-and the mask passes by; layers that mix positions (recurrent ones, attention, pooling over time) and those that take
-statistics over them (batch_norm, tap) read it; all others refuse it. Whoever takes one apart takes the padding out
-(`parts`). Several inputs are a dict of them, for `branches`.
+A sequence is float[batch, time, d] if all its positions are real, and otherwise `Masked(values, mask)` (see `masks`).
+`Masked` is a pytree and goes through `serial`, `repeat`, `residual`, `parallel` and `vmap` like any other x. Layers that
+act on each position alone (dense, activation, dropout, layer_norm, rms_norm, embed) get the values and return the mask
+unchanged. Layers that mix positions (recurrent ones, attention, pooling over time) or take statistics over them
+(batch_norm, tap) read the mask. All other layers refuse it. A layer that reads the values takes the padding out first
+(`parts`). Several inputs are a dict, for `branches`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fnn import check
-from fnn.core import Branch, Layer, as_arrays, located, refuse_rescaling, stateless
+from fnn.core import (
+    Branch,
+    Layer,
+    as_arrays,
+    check_layers,
+    check_length,
+    function,
+    located,
+    refuse_rescaling,
+    split,
+)
 from fnn.masks import Masked, check_mask, filled, harmless
 
 
 def parts(who: str, x: Any, fill: Callable[[Any], Any] = lambda values: 0) -> tuple[Any, Any]:
-    """Take apart what may be masked: (values, mask or None), with `fill(values)` at padded positions, 0 by default.
+    """Split x into (values, mask), the mask None if x is not `Masked`; padded positions get `fill(values)`, 0 by default.
 
-    This is where padding ends: what stood there reaches no product, no sum and no gradient. Specs stay as they are.
+    So what was at the padded positions reaches no product, no sum and no gradient. Specs stay as they are.
     """
     if not isinstance(x, Masked):
         return x, None
@@ -33,7 +43,7 @@ def parts(who: str, x: Any, fill: Callable[[Any], Any] = lambda values: 0) -> tu
 
 
 def sequence(who: str, x: Any) -> tuple[Any, Any]:
-    """Take a sequence apart: (values float[batch, time, d], mask or None), 0 at padding. Anything else is refused."""
+    """Split a sequence into (values float[batch, time, d], mask or None), 0 at padding; refuse anything else."""
     values, mask = parts(who, x)
     if not hasattr(values, "dtype") or not jnp.issubdtype(values.dtype, jnp.floating) or len(values.shape) != 3:
         raise ValueError(
@@ -43,15 +53,44 @@ def sequence(who: str, x: Any) -> tuple[Any, Any]:
 
 
 def like(x: Any, values: Any) -> Any:
-    """Put new values beside the mask of x, if x has one."""
+    """Return new values, with the mask of x if x has one."""
     return Masked(values, x.mask) if isinstance(x, Masked) else values
 
 
-def positionwise(layer: Layer) -> Layer:
-    """Let a layer that acts on each position alone take `Masked` sequences: it sees the values, the mask passes by.
+def check_names(who: str, names: Iterable[str], x: Any) -> Mapping[str, Any]:
+    """Return x, a dict with these names; refuse anything else."""
+    if not isinstance(x, Mapping) or sorted(x) != sorted(names):
+        got = sorted(x) if isinstance(x, Mapping) else check.describe(x)
+        raise ValueError(f"{who}: the input must be a dict with the names {sorted(names)}, got {got}")
+    return x
 
-    In the place of padding the layer sees numbers between 0 and 1, so that what it returns there is finite. Anything but
-    `Masked` reaches the layer unchanged, so that the wrapper costs nothing elsewhere.
+
+def check_array(who: str, x: Any) -> None:
+    """Refuse what is not one array."""
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{who}: the input must be one array, got {check.describe(x)}")
+
+
+def check_floating(who: str, x: Any) -> None:
+    """Refuse what is not one floating array."""
+    check_array(who, x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{who}: the input must be floating point, got {check.describe(x)}; cast it first")
+
+
+def check_units(who: str, x: Any, units: int | None = None, name: str = "input") -> None:
+    """Refuse what is not float[batch, ..., units]; without `units` the last axis may have any size."""
+    check_floating(who, x)
+    if len(x.shape) < 2 or units not in (None, x.shape[-1]):
+        rule = "float[batch, ..., d]" if units is None else f"{x.dtype}[batch, ..., {units}], as at init"
+        raise ValueError(f"{who}: the {name} must be {rule}, got {check.describe(x)}")
+
+
+def positionwise(layer: Layer) -> Layer:
+    """Let a layer that acts on each position alone take `Masked` sequences: it maps the values, the mask stays the same.
+
+    At padded positions the layer gets numbers between 0 and 1, so that what it returns there is finite. Any other input
+    reaches the layer unchanged, at no cost.
     """
 
     def init(key, spec):
@@ -66,15 +105,16 @@ def positionwise(layer: Layer) -> Layer:
 
 
 def drop_mask() -> Layer:
-    """Drop the mask: y = values, zero at padded positions; an input without a mask passes unchanged."""
-    return stateless(lambda key, spec: (), lambda params, x: parts("drop_mask", x)[0])
+    """Drop the mask: y = values, zero at padded positions. An input without a mask stays as it is."""
+    return function(lambda x: parts("drop_mask", x)[0])
 
 
 def take_last() -> Layer:
     """Take the last real position of a sequence: float[batch, time, d] -> float[batch, d].
 
-    There a layer that runs forward in time has read everything, and one that runs backwards (`reverse=True`) a single
-    position: take `take_first` behind that, and `take_ends` behind `bidirectional`. An example without a real position gives 0.
+    A layer that runs forward in time has read the whole sequence there. One that runs backwards (`reverse=True`) has read
+    a single position: use `take_first` after it, and `take_ends` after `bidirectional`. An example without a real
+    position gives 0.
     """
     return _at("take_last", lambda values, mask: _place(values, mask, -1))
 
@@ -82,16 +122,16 @@ def take_last() -> Layer:
 def take_first() -> Layer:
     """Take the first real position of a sequence: float[batch, time, d] -> float[batch, d].
 
-    There a layer with `reverse=True` has read everything. An example without a real position gives 0.
+    A layer with `reverse=True` has read the whole sequence there. An example without a real position gives 0.
     """
     return _at("take_first", lambda values, mask: _place(values, mask, 0))
 
 
 def take_ends(forward: int | None = None) -> Layer:
-    """Take what `bidirectional` has read in full: its forward units at the last real position, the rest at the first.
+    """Take the forward units of `bidirectional` at the last real position, and its backward units at the first.
 
-    float[batch, time, d] -> float[batch, d]. `forward` is the number of units that run forward, half of d by default.
-    An example without a real position gives 0.
+    float[batch, time, d] -> float[batch, d]: there each has read the whole sequence. `forward` is the number of units
+    that run forward, half of d by default. An example without a real position gives 0.
     """
     if forward is not None:
         check.positive("take_ends", forward=forward)
@@ -108,78 +148,92 @@ def take_ends(forward: int | None = None) -> Layer:
 
 
 def _at(who: str, read: Callable[[Any, Any], Any]) -> Layer:
-    return stateless(lambda key, spec: (), lambda params, x: read(*sequence(who, x)))
+    return function(lambda x: read(*sequence(who, x)))
 
 
 def _place(values: Any, mask: Any, end: int) -> Any:
-    """The real position nearest to an end of the sequence, 0 or -1."""
+    """Take the real position nearest to one end of the sequence, 0 or -1."""
     if mask is None:
         return values[:, end]
     index = jnp.argmax(mask, axis=1) if end == 0 else mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return jnp.take_along_axis(values, index[:, None, None], axis=1)[:, 0]
 
 
-def branches(layers: Mapping[str, Layer]) -> Layer:
-    """Give every input its own layer: a dict {name: x} becomes {name: layer(x)}.
+def parallel(*layers: Layer) -> Layer:
+    """Give one input to several layers: y = (f_1(x), ..., f_n(x)). Params and state are tuples.
 
-    Params and state are dicts by name, keys `jax.random.split` over the sorted names. The layers lie beside the trunk:
-    taps in them measure, but do not rescale. Errors: ValueError if the names of the input are others.
+    Keys are `jax.random.split(key, n)`. The layers are on side paths: taps in them measure, but do not rescale.
     """
-    layers = dict(layers)
-    names = sorted(layers)
+    check_layers("parallel", layers)
+    return _side_by_side("parallel", dict(enumerate(layers)), tuple, lambda x, i: x)
+
+
+def branches(layers: Mapping[str, Layer]) -> Layer:
+    """Give every input its own layer: a dict {name: x} becomes {name: layer(x)}. Params and state are dicts by name.
+
+    Keys are `jax.random.split(key, n)`, in the order of the sorted names. The layers are on side paths: taps in them
+    measure, but do not rescale. Errors: ValueError if the input has other names.
+    """
     for name, layer in layers.items():
         if not isinstance(name, str) or not isinstance(layer, Layer):
             raise TypeError(f"branches: needs a dict of names and Layers, got {name!r}: {layer!r}")
     if not layers:
         raise ValueError("branches: needs at least one layer, got none")
+    ordered = {name: layers[name] for name in sorted(layers)}
+    return _side_by_side("branches", ordered, dict, lambda x, name: check_names("branches", ordered, x)[name])
 
-    def check_names(x):
-        if not isinstance(x, Mapping) or sorted(x) != names:
-            got = sorted(x) if isinstance(x, Mapping) else check.describe(x)
-            raise ValueError(f"branches: the input must be a dict with the names {names}, got {got}")
+
+def _side_by_side(who: str, layers: dict[Any, Layer], kind: type, own: Callable[[Any, Any], Any]) -> Layer:
+    """Apply each layer to `own(x, name)`; params, state and y are of that kind, tuple or dict."""
+
+    def collect(values):
+        return tuple(values) if kind is tuple else dict(zip(layers, values, strict=True))
 
     def init(key, spec):
-        check_names(spec)
-        params, states = {}, {}
-        for k, name in zip(jax.random.split(key, len(names)), names, strict=True):
-            with located(name, spec[name]):
-                params[name], states[name] = layers[name].init(k, spec[name])
-        return params, Branch(states)
+        params, states = [], []
+        for k, (name, layer) in zip(split(key, len(layers)), layers.items(), strict=True):
+            given = own(spec, name)
+            with located(str(name), given):
+                p, s = layer.init(k, given)
+            params.append(p)
+            states.append(s)
+        return collect(params), Branch(collect(states))
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
-        check_names(x)
-        refuse_rescaling("branches", state)
-        keys = [None] * len(names) if key is None else jax.random.split(key, len(names))
-        ys, states = {}, {}
-        for k, name in zip(keys, names, strict=True):
-            with located(name, x[name]):
-                ys[name], states[name] = layers[name].apply(
-                    params[name], state.inner[name], x[name], key=k, train=train, axis_name=axis_name
-                )
-        return ys, Branch(states)
+        if kind is tuple:
+            check_length(who, len(layers), params, state.inner)
+        refuse_rescaling(who, state)
+        ys, states = [], []
+        for k, (name, layer) in zip(split(key, len(layers)), layers.items(), strict=True):
+            given, p, s = own(x, name), params[name], state.inner[name]
+            with located(str(name), given):
+                y, s = layer.apply(p, s, given, key=k, train=train, axis_name=axis_name)
+            ys.append(y)
+            states.append(s)
+        return collect(ys), Branch(collect(states))
 
     return Layer(init, apply)
 
 
 def concatenate() -> Layer:
-    """Join a tuple (of `parallel`) or a dict (of `branches`, in the order of its sorted names) along the last axis.
+    """Join a tuple (from `parallel`) or a dict (from `branches`, in the order of its sorted names) along the last axis.
 
-    Masked sequences must come with equal masks, which is the caller's to keep: the first one's is returned.
+    Masked sequences must have equal masks: that is up to the caller, and the first one's mask is returned.
     Errors: ValueError if the other axes differ.
     """
     return _joining("concatenate", lambda arrays: jnp.concatenate(arrays, axis=-1), slice(0, -1))
 
 
 def sum_inputs() -> Layer:
-    """Sum a tuple (of `parallel`) or a dict (of `branches`): y = x_1 + ... + x_n. Masks as in `concatenate`.
+    """Add the entries of a tuple (from `parallel`) or a dict (from `branches`): y = x_1 + ... + x_n.
 
-    Errors: ValueError if the shapes differ.
+    Masks as in `concatenate`. Errors: ValueError if the shapes differ.
     """
     return _joining("sum_inputs", lambda arrays: sum(arrays[1:], start=arrays[0]), slice(None))
 
 
 def _joining(who: str, join: Callable[[list[Any]], Any], common: slice) -> Layer:
-    def apply(params, x):
+    def apply(x):
         given = None
         if isinstance(x, Mapping):
             given = [x[name] for name in sorted(x)]
@@ -189,8 +243,8 @@ def _joining(who: str, join: Callable[[list[Any]], Any], common: slice) -> Layer
             raise ValueError(f"{who}: the input must be a tuple or a dict of arrays, got {check.describe(x)}")
         arrays = [parts(who, part)[0] for part in given]
         if any(not hasattr(a, "shape") or a.shape[common] != arrays[0].shape[common] for a in arrays):
-            rule = "one shape" if common == slice(None) else "one shape but for the last axis"
+            rule = "the same shape" if common == slice(None) else "the same shape except for the last axis"
             raise ValueError(f"{who}: the inputs must have {rule}, got {check.describe(tuple(arrays))}")
         return like(next((part for part in given if isinstance(part, Masked)), None), join(as_arrays(arrays)))
 
-    return stateless(lambda key, spec: (), apply)
+    return function(apply)

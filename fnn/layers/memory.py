@@ -1,16 +1,17 @@
-"""Layers that remember earlier positions, so that a sequence may come in pieces: `init_cache`, and greedy decoding.
+"""Caches for sequences that come in pieces (`init_cache`), and greedy decoding with them (`generate`).
 
-What is remembered (attention's keys and values, a recurrent layer's hidden state) is state, as batch norm's statistics
-are: `apply` reads the old and returns the new. Training never sees it: a layer's state starts empty, and each call stands
-alone, until `init_cache` puts arrays in. It holds for every batch, through `repeat`, `residual` and branches alike.
+Attention caches the keys and values of earlier positions, a recurrent layer its hidden state. The cache is part of the
+layer's state, like batch norm's statistics: `apply` reads the old one and returns the new one. It starts empty, and then
+every call of `apply` is on its own, as in training. `init_cache` fills in arrays for it, inside `repeat`, `residual` and
+branches too.
 
-The number of positions seen, which is a cache's next free place, is kept for each example as a float, as every leaf of
-a state is: whole numbers are exact up to 2^24 in float32, far beyond any cache.
+`position` counts the positions seen in each example; the next one is written there. It is a float, like every leaf of a
+state: whole numbers are exact up to 2^24 in float32, far beyond the length of any cache.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.struct
@@ -20,41 +21,46 @@ import numpy as np
 
 from fnn import arrays, check, mapped
 from fnn.core import Layer, as_arrays
-from fnn.layers.inputs import Masked, parts
+from fnn.layers.inputs import Masked, check_names, parts
+
+NAMES = ("source", "target")
+"""Names of the two inputs of an encoder-decoder."""
 
 
 @flax.struct.dataclass
 class Memory:
-    """State of a layer that can remember. `cache` is () until `init_cache` makes it a dict of arrays, batch first."""
+    """The state of a layer with a cache: `cache` is () until `init_cache` makes it a dict of arrays, batch axis first."""
 
-    position: Any
-    """Real positions seen so far: float[], or float[batch] once started."""
+    position: jax.Array
+    """Number of real positions seen: float[], or float[batch] with a cache."""
     cache: Any = ()
     last: Any = ()
-    """Place of the last real position in the newest piece, -1 where it has none: float[batch], () until started."""
+    """Index of the last real position in the newest piece, -1 if it has none: float[batch], or () without a cache."""
     shapes: tuple[tuple[str, tuple[int | str, ...]], ...] = flax.struct.field(pytree_node=False, default=())
-    """Name and shape of what is held, behind the batch axis; "length" stands for the longest sequence, "source" for
-    that of the source."""
+    """Names and shapes of the cached arrays, without the batch axis; "length" and "source" are the lengths that
+    `init_cache` is given."""
     limit: int | None = flax.struct.field(pytree_node=False, default=None)
     """The longest sequence that the layer has positions for."""
     refusal: str = flax.struct.field(pytree_node=False, default="")
-    """Why this layer cannot take a sequence in pieces, if so."""
+    """Why this layer cannot take a sequence in pieces; "" if it can."""
     full_sequence: bool = flax.struct.field(pytree_node=False, default=False)
-    """Whether its sequence never comes in pieces, so that `init_cache` leaves it alone."""
+    """Whether the layer always gets its whole sequence, so that `init_cache` skips it."""
 
     @property
     def started(self) -> bool:
-        """Whether `init_cache` has put arrays in."""
+        """Whether `init_cache` has made a cache."""
         return isinstance(self.cache, dict)
 
 
-def empty(shapes: Any = (), *, limit: int | None = None, refusal: str = "") -> Memory:
-    """Make the state of a layer that remembers nothing yet."""
+def empty(
+    shapes: Iterable[tuple[str, tuple[int | str, ...]]] = (), *, limit: int | None = None, refusal: str = ""
+) -> Memory:
+    """Make the state of a layer without a cache, for `init`; the arguments are fields of `Memory`."""
     return Memory(jnp.zeros((), jnp.float32), shapes=tuple(shapes), limit=limit, refusal=refusal)
 
 
 def full_sequence(layer: Layer) -> Layer:
-    """Let a layer see its whole sequence at once, while another comes in pieces: an encoder. `init_cache` leaves it alone."""
+    """Mark a layer that always gets its whole sequence, such as an encoder: `init_cache` makes no cache for it."""
 
     def mark(node):
         return dataclasses.replace(node, full_sequence=True) if isinstance(node, Memory) else node
@@ -66,20 +72,22 @@ def full_sequence(layer: Layer) -> Layer:
     return Layer(init, layer.apply)
 
 
-def init_cache(state: Any, batch: int, length: int, *, source: int | None = None, dtype: Any = jnp.float32) -> Any:
-    """Make room in a net's state for sequences of up to `length` positions; `dtype` is that of the activations.
+def init_cache(
+    state: Any, batch: int, length: int, *, source_length: int | None = None, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Any:
+    """Return a net's state with empty caches for sequences of up to `length` positions, in the dtype of the activations.
 
-    The next calls of `apply` in eval mode then continue where the last one stopped: the outputs are those of one call
-    with the whole sequence, to rounding. Positions beyond `length` give NaN where they would need a place.
+    From then on every call of `apply` in eval mode continues the sequence of the last one: the outputs are those of one
+    call with the whole sequence, to rounding. Positions beyond `length` give NaN if a cache would have to hold them.
 
-    A net that attends to a source (`cross_attention`) needs its length, `source`. The first call brings it whole; its keys
-    and values are then held, and later calls bring none of it: an array without positions, [batch, 0].
+    A net with `cross_attention` also needs `source_length`. Its first call must bring the whole source, whose keys and
+    values are then cached; later calls bring an empty source, an array [batch, 0].
 
-    Errors: ValueError if no layer can remember, if one cannot take its sequence in pieces (backwards in time, or
-    attention that looks ahead), if one has positions for fewer than `length`, or if the length of the source is missing.
+    Errors: ValueError if no layer has a cache, if a layer cannot take its sequence in pieces (it runs backwards in time, or
+    its attention looks ahead), if one has positions for fewer than `length`, or if `source_length` is missing.
     """
-    check.positive("memory.start", batch=batch, length=length)
-    sizes: dict[Any, Any] = {"length": length, "source": source}
+    check.positive("memory.init_cache", batch=batch, length=length)
+    sizes: dict[Any, Any] = {"length": length, "source": source_length}
     found = []
 
     def fill(node):
@@ -88,9 +96,11 @@ def init_cache(state: Any, batch: int, length: int, *, source: int | None = None
         if node.refusal:
             raise ValueError(f"memory.init_cache: {node.refusal}")
         if node.limit is not None and length > node.limit:
-            raise ValueError(f"memory.init_cache: the net has positions for {node.limit}, got length={length}")
-        if source is None and any("source" in shape for _, shape in node.shapes):
-            raise ValueError("memory.init_cache: the net attends to a source, got source=None; pass its length")
+            raise ValueError(
+                f"memory.init_cache: length must be at most the net's {node.limit} positions, got {length}"
+            )
+        if source_length is None and _of_source(node):
+            raise ValueError("memory.init_cache: cross_attention needs the source's length, got source_length=None")
         found.append(node)
         depth = node.position.shape[: node.position.ndim - node.started]
         cache = {
@@ -102,26 +112,26 @@ def init_cache(state: Any, batch: int, length: int, *, source: int | None = None
     state = jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, Memory))
     if not found:
         raise ValueError(
-            "memory.init_cache: the net must hold a layer that remembers (attention, rnn, gru, lstm), got none"
+            "memory.init_cache: the net must have a layer with a cache (attention, rnn, gru, lstm), got none"
         )
     return state
 
 
-def advance(memory: Memory, cache: dict[str, Any], time: int, mask: Any = None) -> Memory:
-    """Return the memory after `time` more positions, of which those count that the mask calls real."""
+def advance(memory: Memory, cache: dict[str, jax.Array], time: int, mask: jax.Array | None = None) -> Memory:
+    """Return the memory with a new cache, after `time` more positions; those that the mask calls padding do not count."""
     if mask is None:
         count, last = time, jnp.full_like(memory.last, time - 1)
     else:
-        count, last = jnp.sum(mask, axis=1), jnp.max(jnp.where(mask, jnp.arange(time), -1), axis=1)
+        count, last = jnp.sum(mask, axis=1), _last_real(mask)
     return dataclasses.replace(
         memory, position=memory.position + count, cache=cache, last=last.astype(memory.last.dtype)
     )
 
 
-def number_positions(memory: Memory, batch: int, time: int, mask: Any = None) -> jax.Array:
-    """Number new positions by the real ones before them: int32[batch, time]; padding takes no number.
+def number_positions(memory: Memory, batch: int, time: int, mask: jax.Array | None = None) -> jax.Array:
+    """Count, for each new position, the real positions before it: int32[batch, time].
 
-    So the same tokens get the same numbers wherever the padding stands, and whether they come at once or in pieces.
+    So the same tokens get the same numbers wherever the padding is, and whether they come at once or in pieces.
     """
     if mask is None:
         new = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
@@ -138,53 +148,53 @@ def generate(
     max_new_tokens: int,
     *,
     eos: int | None = None,
-    dtype: Any = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Decode greedily: y_t = argmax net(prompt, y_1, ..., y_{t-1}), one new position a step: int32[batch, max_new_tokens].
+    """Decode greedily: y_t = argmax net(prompt, y_1, ..., y_{t-1}), one new token at a time: int32[batch, max_new_tokens].
 
-    `net` maps tokens int[batch, time] to logits float[batch, time, vocabulary] (`models.decoder`, or a recurrent
-    net with a `dense` on top). `prompt` is int[batch, time] or `Masked`, padded on either side or with holes: each example
-    continues behind its last real token, real being what the net itself takes as such (`Masked`, `padding=`). A padding
-    token that the net predicts is followed by padding. For an encoder-decoder the prompt is {"source": ..., "target": ...},
-    of which the target, with at least a start token, is continued; the source is read once. After `eos` an example
-    repeats `eos`. The state that comes in stays as it is; compiled once for each shape.
+    `net` maps tokens int[batch, time] to logits float[batch, time, vocabulary] (`models.decoder`, or a recurrent net
+    that ends in a `dense`). `prompt` is int[batch, time] or `Masked`, padded on either side or with holes. Each example is
+    continued after its last real token; what is real, the net's own mask says (`Masked`, `padding=`). If the net predicts
+    a padding token, more padding follows. For an encoder-decoder the prompt is {"source": ..., "target": ...}: the target,
+    at least a start token, is continued, and the source is read once. After `eos` an example repeats `eos`.
 
-    Errors: ValueError for an example without a real token (where values can be seen: not under an outer jit).
+    `state` needs no cache, and is not changed; `dtype` is that of the caches. Compiled once for each shape. Seven
+    arguments: the four of any call of the net, and three options.
+    Errors: ValueError for an example without a real token (not under an outer jit, where values cannot be seen).
     """
     check.positive("generate", max_new_tokens=max_new_tokens)
     prompt = arrays.arrays("generate", "the prompt", prompt)
-    if isinstance(prompt, Mapping) and sorted(prompt) != ["source", "target"]:
-        raise ValueError(f"generate: the names of the prompt must be 'source' and 'target', got {sorted(prompt)}")
-    for part in prompt.values() if isinstance(prompt, Mapping) else [prompt]:
+    for part in check_names("generate", NAMES, prompt).values() if isinstance(prompt, Mapping) else [prompt]:
         tokens = part.values if isinstance(part, Masked) else part
         if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"generate: the prompt must be int[batch, time], time > 0, got {check.describe(part)}")
+            raise ValueError(f"generate: the prompt must be int[batch, time] with time > 0, got {check.describe(part)}")
     answers, last = _generate(net, max_new_tokens, eos, dtype, params, state, as_arrays(prompt))
     try:
         empty = np.flatnonzero(np.asarray(last) < 0)
     except jax.errors.TracerArrayConversionError:
         return answers
     if empty.size:
-        raise ValueError(f"generate: each example of the prompt needs a real token, got none in example {empty[0]}")
+        raise ValueError(f"generate: each prompt must have a real token, got none in example {empty[0]}")
     return answers
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _generate(net: Layer, length: int, eos: int | None, dtype: Any, *arrays: Any) -> Any:
-    """Return (tokens, place of each prompt's last real token, -1 where it has none)."""
+    """Return (tokens, index of each prompt's last real token, -1 if it has none)."""
     return mapped.auto(functools.partial(_decode, net, length, eos, dtype))(*arrays)
 
 
 def _decode(net: Layer, length: int, eos: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> Any:
+    """`_generate` without sharding; its arguments are those of `generate`, hence seven."""
     source, target = (prompt["source"], prompt["target"]) if isinstance(prompt, Mapping) else (None, prompt)
     tokens, mask = target if isinstance(target, Masked) else (target, None)
     batch, time = tokens.shape
     span = None if source is None else parts("generate", source)[0].shape[1]
-    memory = init_cache(state, batch, time + length, source=span, dtype=dtype)
+    memory = init_cache(state, batch, time + length, source_length=span, dtype=dtype)
     known = jax.tree.map(lambda a: a[:, :0], source)
 
     def read(memory, piece, mask):
-        """Give (the likeliest token behind the last real position of a piece, its place, memory)."""
+        """Return (the likeliest token after the last real position of a piece, that position's index, memory)."""
         logits, memory = net.apply(params, memory, piece)
         logits = logits.values if isinstance(logits, Masked) else logits
         last = _last(memory, mask, logits.shape[:2])
@@ -207,12 +217,21 @@ def _decode(net: Layer, length: int, eos: int | None, dtype: Any, params: Any, s
 
 
 def _last(memory: Any, mask: Any, shape: tuple[int, int]) -> jax.Array:
-    """Place of the newest piece's last real position, int32[batch]: as the net's own layers saw it, who may know more of
-    padding than the mask of the prompt; that of the prompt where none of them remembers the target."""
+    """Return the index of the newest piece's last real position: int32[batch].
+
+    The net's own layers say it, because they may know of more padding than the prompt's mask shows. Without a cache of the
+    target, the mask says it.
+    """
     nodes = jax.tree.leaves(memory, is_leaf=lambda node: isinstance(node, Memory))
-    nodes = [node for node in nodes if isinstance(node, Memory) and node.started]
-    nodes = [node for node in nodes if not any("source" in shape for _, shape in node.shapes)]
+    nodes = [node for node in nodes if isinstance(node, Memory) and node.started and not _of_source(node)]
     if nodes:
         return nodes[-1].last.reshape(-1, shape[0])[-1].astype(jnp.int32)
-    mask = jnp.ones(shape, bool) if mask is None else mask
-    return jnp.max(jnp.where(mask, jnp.arange(shape[1]), -1), axis=1)
+    return _last_real(jnp.ones(shape, bool) if mask is None else mask)
+
+
+def _last_real(mask: jax.Array) -> jax.Array:
+    return jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), -1), axis=1)
+
+
+def _of_source(node: Memory) -> bool:
+    return any("source" in shape for _, shape in node.shapes)

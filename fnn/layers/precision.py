@@ -1,4 +1,4 @@
-"""In which dtype a net computes: `compute_in`, which training, evaluation and every measurement share."""
+"""The dtype in which a net computes: `compute_in`, used by training, evaluation and every measurement."""
 
 import functools
 from typing import Any
@@ -10,13 +10,13 @@ from fnn import tree
 from fnn.core import Layer, as_arrays
 
 
-def compute_in(net: Layer, dtype: Any) -> Layer:
-    """Let a net compute in another floating dtype: `compute_in(net, jnp.bfloat16)`; None leaves it as it is.
+def compute_in(net: Layer, dtype: jax.typing.DTypeLike | None) -> Layer:
+    """Make a net compute in another floating dtype: `compute_in(net, jnp.bfloat16)`; None returns the net as it is.
 
-    Parameters, their gradients and state keep the dtypes they have, so that this is the same net for an optimiser, a
-    checkpoint or a `TrainState`. Floating inputs are cast, and so are matrices and tables, which makes nets that start
-    from token numbers compute in that dtype too; vectors (biases, scales of norms) each layer casts where it needs them.
-    Statistics are in at least float32, and so is what comes out: a loss, built in or your own, sees no narrower numbers.
+    Parameters, gradients and state keep their dtypes, so that optimisers, checkpoints and a `TrainState` see the same
+    net. Floating inputs are cast, and so are kernels and embeddings, so that nets that start from tokens compute in that
+    dtype too. Each layer casts its vectors (biases, scales of norms) itself. Statistics are in at least float32, and so is
+    the output, which is what a loss gets.
 
     `train_step`, `evaluate`, `gradient_flow` and `example_loss` do this for their `compute_dtype`. The same net and dtype
     give the same layer, so that nothing compiles twice. Errors: TypeError for a dtype that is not floating.

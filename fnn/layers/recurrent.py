@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from fnn import check, mapped
-from fnn.core import Branch, Layer, as_arrays, as_spec, parallel, serial
+from fnn.core import Branch, Layer, as_arrays, as_spec, serial
 from fnn.layers import activations, initializers, memory
 from fnn.layers.dense import product
-from fnn.layers.inputs import Masked, concatenate, like, sequence
+from fnn.layers.inputs import Masked, concatenate, like, parallel, sequence
 from fnn.tree import Stacked, statistics_dtype
 
 Init = str | Callable[..., Any]

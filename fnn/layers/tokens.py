@@ -1,4 +1,4 @@
-"""Layers that take token numbers: embeddings, and embeddings tied to the output."""
+"""Layers that take tokens: embeddings, and embeddings shared with the output."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,22 +11,23 @@ from fnn import check
 from fnn.core import Layer, as_arrays, as_spec, stateless
 from fnn.layers import initializers
 from fnn.layers.dense import product
+from fnn.layers.initializers import Initializer
 from fnn.layers.inputs import like, sequence
 from fnn.masks import Masked, check_mask, cleared, filled
 from fnn.tree import statistics_dtype
 
 
 def embed(
-    vocabulary: int, width: int, *, padding: int | None = None, kernel_init: str | Callable[..., Any] | None = None
+    vocabulary: int, width: int, *, padding: int | None = None, kernel_init: str | Initializer | None = None
 ) -> Layer:
     """Look up y = E[x]: int[batch, ...] -> float32[batch, ..., width]; params: embedding float32[vocabulary, width].
 
-    With `padding`, tokens of that number are padding: int[batch, time] becomes `Masked` (a mask that comes in is kept
-    too). At padded positions y is zero, whatever number stands there, and E gets no gradient. Tokens may have any integer
-    dtype. E is drawn from N(0, 1/width), or by `kernel_init`; its gradient is summed in at least float32.
+    With `padding`, that token means padding: int[batch, time] becomes `Masked` (with a mask in the input, both apply). At
+    padded positions y is zero whatever the token there, and E gets no gradient. Tokens may have any integer dtype. E is
+    drawn from N(0, 1/width), or by `kernel_init`; its gradient is summed in at least float32.
 
-    Numbers outside 0..vocabulary-1 are a ValueError where their values can be seen: outside jit, and where data enters
-    (`fit`, `evaluate`, the first batch of a `train_step`). Inside jit y and the gradient are NaN, never those of another
+    A token outside 0..vocabulary-1 is a ValueError wherever its value can be seen: outside jit, and where data enters
+    (`fit`, `evaluate`, the first batch of a `train_step`). Inside jit, y and the gradient are NaN, never those of another
     token.
     """
     draw = _table("embed", vocabulary, width, padding, kernel_init)
@@ -42,10 +43,11 @@ def embed(
 
 
 def tied(vocabulary: int, width: int, body: Layer, *, padding: int | None = None) -> Layer:
-    """Embed, apply, and read out with the same matrix: y = body(E[x]) Eᵀ: int[batch, time] -> float[batch, time, vocabulary].
+    """Share one matrix between embedding and output: y = body(E[x]) Eᵀ, int[batch, time] -> float[batch, time, vocabulary].
 
-    Of several inputs, a dict, each is embedded; the body makes one sequence of them. Params: embedding and the body's.
-    Taps inside measure, but do not rescale: E is used on both sides of them. Source: Press and Wolf 2017.
+    If x is a dict of several inputs, each is embedded, and the body must return one sequence. Params: embedding, body.
+    Taps in the body measure, but do not rescale, because E gets a gradient on both sides of them.
+    Source: Press and Wolf 2017.
     """
     draw = _table("tied", vocabulary, width, padding, None)
 
@@ -76,13 +78,14 @@ def _table(who: str, vocabulary: int, width: int, padding: Any, kernel_init: Any
     return lambda key: draw(key, (vocabulary, width), jnp.float32)
 
 
-def _tokens(who: str, x: Any) -> Any:
+def _tokens(who: str, x: Any) -> tuple[Any, Any]:
+    """Split x into (tokens, mask or None), the padding left as it is."""
     if isinstance(x, Masked):
         check_mask(who, x)
-    tokens = x.values if isinstance(x, Masked) else x
+    tokens, mask = x if isinstance(x, Masked) else (x, None)
     if not hasattr(tokens, "dtype") or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(f"{who}: the input must be token numbers, int[batch, ...], got {check.describe(x)}")
-    return tokens
+        raise TypeError(f"{who}: the input must be tokens, int[batch, ...], got {check.describe(x)}")
+    return tokens, mask
 
 
 def _each(who: str, embedding: jax.Array, x: Any, padding: int | None) -> Any:
@@ -92,25 +95,25 @@ def _each(who: str, embedding: jax.Array, x: Any, padding: int | None) -> Any:
 
 
 def _look_up(who: str, embedding: jax.Array, x: Any, padding: int | None) -> Any:
-    given, n = _tokens(who, x), embedding.shape[0]
+    (given, real), n = _tokens(who, x), embedding.shape[0]
     if padding is not None and given.ndim != 2:
         raise ValueError(f"{who}: padding needs tokens int[batch, time], got {check.describe(x)}")
-    _check_range(who, n, given, x.mask if isinstance(x, Masked) else None, padding)
-    tokens, real = check.as_int32(given), x.mask if isinstance(x, Masked) else None
+    _check_range(who, n, given, real, padding)
+    tokens = check.as_int32(given)
     if padding is not None:
         real = tokens != padding if real is None else (tokens != padding) & real
     if real is not None:
         tokens = filled(tokens, real)
-    # A frequent token's gradient is a sum over all its places, in which bfloat16 would stand still at 256 ones.
+    # A token's gradient is a sum over all its positions. In bfloat16 a sum of ones stops at 256.
     y = jnp.take(embedding.astype(statistics_dtype(embedding.dtype)), tokens, axis=0, mode="clip")
-    # A factor, not a choice: so the gradient is NaN too.
+    # A factor, not jnp.where, so that the gradient is NaN too.
     y = y * jnp.where((tokens >= 0) & (tokens < n), 1, jnp.nan).astype(y.dtype)[..., None]
     y = y.astype(embedding.dtype)
     return y if real is None else cleared(Masked(y, real))
 
 
 def _check_range(who: str, n: int, tokens: Any, mask: Any, padding: int | None) -> None:
-    """Refuse real tokens that the table does not have, where their values can be seen: in NumPy, which traces nothing."""
+    """Refuse real tokens outside the vocabulary, if their values can be seen. In NumPy, so that nothing is traced."""
     try:
         seen = np.asarray(tokens)
         seen = seen if mask is None else seen[np.asarray(mask)]
@@ -118,4 +121,4 @@ def _check_range(who: str, n: int, tokens: Any, mask: Any, padding: int | None) 
         return
     seen = seen if padding is None else seen[seen != padding]
     if seen.size and (seen.min() < 0 or seen.max() >= n):
-        raise ValueError(f"{who}: token numbers must lie in 0..{n - 1}, got {seen.min()}..{seen.max()}")
+        raise ValueError(f"{who}: tokens must lie in 0..{n - 1}, got {seen.min()}..{seen.max()}")

@@ -1,14 +1,14 @@
-"""Finite width: how log |delta_l|² spreads over random initialisations, to leading order in 1/width.
+"""Finite width: how log |delta_l|² varies over random initialisations, to leading order in 1/width.
 
-Setting and names as in `meanfield`. Width n gives every layer's factor of |delta|² a standard deviation of order
-1/sqrt(n), and the mean of its log an offset of order 1/n; both add up over layers, so that depth/width tells how far a
-deep net is from the infinitely wide one (Hanin 2018; Hanin and Rolnick 2018; Hanin and Nica 2018).
+Setting and names as in `meanfield`. At width n each layer's factor of |delta|² has a standard deviation of order
+1/sqrt(n), and the mean of its log an offset of order 1/n. Both add up over layers, so that depth/width says how far a deep
+net is from the infinitely wide one (Hanin 2018; Hanin and Rolnick 2018; Hanin and Nica 2018).
 """
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,14 +16,14 @@ from fnn import check
 from fnn.layers.activations import Activation
 from fnn.theory import gaussian
 
-_LINEAR, _FAR = 1e-60, 1e60  # fourth powers of phi hold in float64 between these variances; beyond, ratios are limits
+_LINEAR, _FAR = 1e-60, 1e60  # between these variances fourth powers of phi fit in float64; beyond, ratios are limits
 
 
 class Spread(NamedTuple):
-    """Of log |delta_l|², over seeds, for each layer; each float64[depth]."""
+    """Mean and variance over seeds of log |delta_l|² in each layer; each float64[depth]."""
 
     offset: np.ndarray
-    """Mean of log(|delta_l|²/|delta_{l+1}|²), less its value at infinite width; the last: against the output's delta"""
+    """Mean of log(|delta_l|²/|delta_{l+1}|²) minus its value at infinite width; for the last layer, l+1 is the output"""
     variance: np.ndarray
     """Variance of log |delta_l|² itself, scalar output"""
     variance_from_last: np.ndarray
@@ -31,11 +31,11 @@ class Spread(NamedTuple):
 
 
 def he_relu_log_moments(width: int) -> tuple[float, float]:
-    """Give mean and variance of `log((2/n) chi²_K)`, K ~ Binomial(n, 1/2): one He ReLU layer of width n, exactly.
+    """Compute mean and variance of `log((2/n) chi²_K)`, K ~ Binomial(n, 1/2): one He ReLU layer of width n, exactly.
 
-    |delta_l|² (true normal weights, one example, scalar output, no bias) is a product of independent factors of this
-    law, one for each of the layers l..L (Hanin and Nica 2018). K = 0, where the net is dead and the log -inf, is
-    left out: it has probability 2^-n. About -5/(2n) and 5/n.
+    |delta_l|² (true normal weights, one example, scalar output, no bias) is a product of independent factors with this
+    distribution, one for each of the layers l..L (Hanin and Nica 2018). K = 0, where the net is dead and the log is
+    -inf, is left out: it has probability 2^-n. The results are about -5/(2n) and 5/n.
     """
     check.positive("he_relu_log_moments", width=width)
     from scipy.special import digamma, gammaln, polygamma
@@ -47,38 +47,38 @@ def he_relu_log_moments(width: int) -> tuple[float, float]:
 
 
 def he_relu_log_variance(widths: Sequence[int]) -> float:
-    """Give `5 sum(1/n_k)`, about the variance over seeds of log |dL/dW_l|² for *every* l (Hanin and Rolnick 2018).
+    """Compute `5 sum(1/n_k)`, about the variance over seeds of log |dL/dW_l|² for *every* l (Hanin and Rolnick 2018).
 
-    `widths` are those of *all* hidden layers; for log |delta_l|² pass those of layers l..L only. He-initialised
-    ReLU, true normal, scalar output, one example, no bias; leading order, for widths of 100 and more (exactly: sum
-    `he_relu_log_moments`). The mean of the log is lower than the log of the mean by half of this.
+    `widths` are those of *all* hidden layers; for log |delta_l|² pass those of layers l..L only. It holds for ReLU with
+    He's true normal weights, a scalar output, one example and no bias, to leading order (widths of 100 and more; for the
+    exact value, sum `he_relu_log_moments`). The mean of the log is lower than the log of the mean by half of this.
     """
     for width in widths:
         check.positive("he_relu_log_variance", width=width)
     return 5 * math.fsum(1 / n for n in widths)
 
 
-def plain(phi: Activation, sigma_w: float, sigma_b: float, q: Any, widths: Sequence[int]) -> Spread:
-    """Expand log |delta_l|² of a net without norm to order 1/n, along a trajectory q of the length map.
+def plain(phi: Activation, sigma_w: float, sigma_b: float, q: np.ndarray, widths: Sequence[int]) -> Spread:
+    """Expand log |delta_l|² of a net without norm to order 1/n, for variances q of its layers.
 
-    One example, true normal weights. With hats for relative deviations of layer l from infinite width, given layer l:
-    `q^_{l+1} = G q^_l + eta`, `log r_l = log chi_l + A q^_l + A2 q^_l²/2 + eps`, r_l = |delta_l|²/|delta_{l+1}|²,
-    where G, A are logarithmic derivatives of the length map and of chi by q, and eps, eta are means over n units of
-    `phi'² z²` (z normal) and of `phi²`, correlated, for they see the same units. So
-    `var eps = (3 E[phi'^4]/E[phi'²]² - 1)/n`: 5/n for ReLU, 2/n for linear nets. W_{l+1} is used on both ways; given
-    h_{l+1} one of its n directions is known, along phi(h_l), which offsets log r_l by
-    `E[phi² phi'²]/(E[phi²] E[phi'²]) (R_{l+1} - 1)/n`, R = E[(h·delta)²]/(var h |delta|²), in turn by recursion.
+    For one example and true normal weights. Let q^ be the relative deviation of q from infinite width. Given layer l,
+    `q^_{l+1} = G q^_l + eta` and `log r_l = log chi_l + A q^_l + A2 q^_l²/2 + eps`, with r_l = |delta_l|²/|delta_{l+1}|².
+    G and A are logarithmic derivatives of the length map and of chi by q; eps and eta are means over n units of
+    `phi'² z²` (z normal) and of `phi²`. They are correlated, because they are over the same units. So
+    `var eps = (3 E[phi'^4]/E[phi'²]² - 1)/n`: 5/n for ReLU, 2/n for linear nets. W_{l+1} acts both forward and backward:
+    given h_{l+1}, one of its n directions is known, the one along phi(h_l). That offsets log r_l by
+    `E[phi² phi'²]/(E[phi²] E[phi'²]) (R_{l+1} - 1)/n`, where R = E[(h·delta)²]/(var h |delta|²) follows by recursion.
     ReLU's factors are independent and known exactly (`he_relu_log_moments`), with any biases. Otherwise the error is of
-    order depth/n², and `offset` is no better than nothing where R, which may grow with depth (gelu and silu with
-    biases), comes near n. Source: this expansion; ReLU: Hanin and Nica 2018.
+    order depth/n². `offset` is useless where R, which can grow with depth (gelu and silu with biases), comes near n.
+    Source: this expansion; ReLU: Hanin and Nica 2018.
     """
     depth, n = len(q), np.asarray(widths, float)
     slopes = gaussian.one_sided_slopes(phi)
     if slopes is not None and np.min(slopes**2) == 0 < np.max(slopes**2):
         moments = {width: he_relu_log_moments(width) for width in set(widths)}
         offset, variance = np.array([moments[width] for width in widths]).T
-        return Spread(offset, _tail(variance), _tail(variance) - variance[-1])
-    # The share of the next layer's variance that comes through the weights; the rest is that of the biases.
+        return Spread(offset, tail(variance), tail(variance) - variance[-1])
+    # The share of the next layer's variance that comes from the weights; the rest comes from the biases.
     through = sigma_w**2 * np.array([gaussian.moments(phi, float(v)).second for v in q])
     share = through / (through + sigma_b**2) if sigma_b else np.ones(depth)
     grow, bend, lean, curve, own, kick, joint, turn = np.array([_ratios(phi, float(v)) for v in q]).T
@@ -108,18 +108,18 @@ def plain(phi: Activation, sigma_w: float, sigma_b: float, q: Any, widths: Seque
 
 
 def batch_normed(phi: Activation, batch: float, widths: Sequence[int]) -> Spread:
-    """Expand log |delta_l|² under batch norm, |delta|² summed over the batch, to order 1/n.
+    """Expand log |delta_l|² under batch norm to order 1/n, with |delta|² summed over the batch.
 
-    One unit adds `|P (phi'(y) g)|²/s²` to |delta|², P taking out the mean and y, g normal with mean 0 over the batch and
-    s² the variance over the batch that y was divided by. Layers are independent at this order: by symmetry between the
-    examples the Gram matrix of a layer's outputs has nothing but its scale to pass on, which batch norm takes out. The
-    relative variance of that sum over n units, `((B-3)/(B-5) E[|.|^4]/E[|.|²]² - 1)/n`, is averaged over fixed draws of y
-    and g, to a few percent. nan for batch < 6, where it is infinite. What order 1/n adds to the *mean* is not known:
-    `offset` is that of the log alone.
+    One unit adds `|P (phi'(y) g)|²/s²` to |delta|². P removes the mean and y, g is normal with mean 0 over the batch, and s²
+    is the variance over the batch by which y was divided. Layers are independent at this order: all examples are alike, so
+    a layer can pass on only the scale of its outputs' Gram matrix, and batch norm removes that. The relative variance of
+    the sum over n units, `((B-3)/(B-5) E[|.|^4]/E[|.|²]² - 1)/n`, is averaged over fixed draws of y and g, to a few
+    percent. For batch < 6 it is infinite, and the result nan. The order 1/n of the *mean* is not known: `offset` only has
+    the part that comes from taking the log.
     """
     n = np.asarray(widths, float)
     variance = _batch_norm_variance(phi, min(batch, 1024.0)) * min(1.0, 1024 / batch) / n
-    return Spread(-variance / 2, _tail(variance), _tail(variance) - variance[-1])
+    return Spread(-variance / 2, tail(variance), tail(variance) - variance[-1])
 
 
 @functools.lru_cache(maxsize=256)
@@ -139,7 +139,7 @@ def _batch_norm_variance(phi: Activation, batch: float) -> float:
 @functools.lru_cache(maxsize=4096)
 @np.errstate(all="ignore")
 def _ratios(phi: Activation, q: float) -> tuple[float, ...]:
-    """Logarithmic derivatives by q and relative (co)variances of phi² and phi'², as `plain` needs them."""
+    """Compute the logarithmic derivatives by q and the relative (co)variances of phi² and phi'² that `plain` needs."""
     q = min(max(q, _LINEAR), _FAR)
 
     def integrands(h, f, d):
@@ -161,6 +161,6 @@ def _ratios(phi: Activation, q: float) -> tuple[float, ...]:
     )
 
 
-def _tail(x: np.ndarray) -> np.ndarray:
-    """sum_{k = l..L} x_k."""
+def tail(x: np.ndarray) -> np.ndarray:
+    """Sum over each layer and those after it: sum_{k = l..L} x_k."""
     return np.cumsum(x[::-1])[::-1]

@@ -1,13 +1,13 @@
 """Gaussian integrals of an activation and its derivative, over one normal variable or two correlated ones.
 
-In float64 on the host, outside of any trace, refined until they are stable: a fixed Gauss-Hermite rule does not see a
-function that saturates within a fraction of a standard deviation. `phi` is an `Activation`; q is a variance.
+In float64 on the host, outside of any trace, and refined until stable: a fixed Gauss-Hermite rule misses a function that
+saturates within a fraction of a standard deviation. `phi` is an `Activation`; q is a variance.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,17 @@ import numpy as np
 from fnn.layers import activations
 from fnn.layers.activations import Activation
 
-TINY, HUGE = 1e-250, 1e250  # variances beyond these are taken for the limits 0 and infinity
+TINY, HUGE = 1e-250, 1e250  # smaller variances count as 0, larger ones as infinite
 _CHUNK = 4096  # phi is always evaluated on this many points, so that it compiles once
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
-# Takes values at the nodes of a panel to those of the polynomial through them at the nodes of its two halves.
+# Maps values at a panel's nodes to those of the polynomial through them at the nodes of the panel's two halves.
 _TO_HALVES = np.linalg.solve(
     np.polynomial.legendre.legvander(_NODES, 15).T,
     np.polynomial.legendre.legvander(np.concatenate([_NODES - 1, _NODES + 1]) / 2, 15).T,
 )
 
 
-def elementwise(who: str, activation: str | Callable[..., Any]) -> Activation:
+def elementwise(who: str, activation: str | Callable[..., jax.Array]) -> Activation:
     """Look up an activation that has Gaussian integrals; ValueError for softmax and for unknown names."""
     phi = activations.get(activation)
     if not phi.elementwise:
@@ -35,16 +35,22 @@ def elementwise(who: str, activation: str | Callable[..., Any]) -> Activation:
 
 
 class Moments(NamedTuple):
+    """Means over h ~ N(0, q), in float64."""
+
     mean: float
-    second: float  # E[phi²]
-    derivative: float  # E[phi'²]
-    slope: float  # dE[phi²]/dq = E[h phi phi']/q
+    """E[phi(h)]"""
+    second: float
+    """E[phi(h)²]"""
+    derivative: float
+    """E[phi'(h)²]"""
+    slope: float
+    """dE[phi²]/dq = E[h phi phi']/q"""
 
 
 @functools.lru_cache(maxsize=1 << 16)
 @np.errstate(all="ignore")
 def moments(phi: Activation, q: float) -> Moments:
-    """Gaussian moments at h = sqrt(q) Z. As `Activation.moments`, a hundred times faster: phi is tabulated once."""
+    """Compute the Gaussian moments at variance q. phi is tabulated once, so that many q take little time."""
     if not TINY < q < HUGE:
         edge = math.sqrt(TINY if q < 1 else HUGE)
         values, slopes = evaluate(phi, np.array([edge, -edge]))
@@ -62,10 +68,11 @@ def moments(phi: Activation, q: float) -> Moments:
 @functools.lru_cache(maxsize=2048)
 @np.errstate(all="ignore")
 def _table(phi: Activation, octave: int) -> tuple[np.ndarray, ...]:
-    """Nodes, weights, phi, phi' and (phi, phi², phi'², h phi phi') for standard deviations in [2^octave, 2^(octave+1)).
+    """Tabulate nodes, weights, phi, phi', (phi, phi², phi'², h phi phi') for deviations in [2^octave, 2^(octave+1)).
 
-    Octaves of h, in halves, resolve at once the Gaussian, whatever its width, and a phi that saturates within a tiny
-    part of it. They are halved further until polynomials fit phi and phi': each is one 16-point rule on both halves.
+    Panels of half an octave of h resolve both the Gaussian, whatever its width, and a phi that saturates within a tiny part
+    of it. Panels are halved until polynomials fit phi and phi': a 16-point rule on each half. Panels that never fit (at
+    kinks and jumps) must contribute next to nothing to every integral.
     """
     ends = np.append(0.0, 2.0 ** np.arange(min(octave, 0) - 5, octave + 5.5, 0.5))
     left, right, done = np.append(ends[:-1], -ends[1:]), np.append(ends[1:], -ends[:-1]), []
@@ -83,24 +90,30 @@ def _table(phi: Activation, octave: int) -> tuple[np.ndarray, ...]:
         floor = 1e-14 * steepest * np.stack([np.max(np.abs(nodes), axis=-1), np.ones(len(left))])
         rough = np.any(error > 1e-11 * np.max(np.abs(values), axis=-1) + floor, axis=0)
         weights = (half * _WEIGHTS).reshape(-1, 32)
-        done.append(np.stack([nodes, weights, *values])[:, ~rough].reshape(4, -1))
+        panels = np.stack([nodes, weights, *values])
+        done.append(panels[:, ~rough].reshape(4, -1))
         left, right = np.append(left[rough], middle[rough]), np.append(middle[rough], right[rough])
         if not len(left):
             break
         if len(left) > 1 << 13:
             raise ArithmeticError(f"meanfield: {phi.name} oscillates too fast to integrate at variance {4.0**octave}")
-    h, w, f, d = np.concatenate(done, axis=1)
-    return h, w, f, d, np.stack([f, f**2, d**2, h * f * d])
+    rest = panels[:, rough].reshape(4, -1)
+    h, w, f, d = np.concatenate([*done, rest], axis=1)
+    table = np.stack([f, f**2, d**2, h * f * d])
+    parts = np.abs(table) * (w * np.exp(-(h**2) / 2 / 4.0 ** (octave + 1)))
+    if np.any(np.sum(parts[:, h.size - rest.shape[1] :], axis=1) > 1e-9 * np.sum(parts, axis=1)):
+        raise ArithmeticError(f"meanfield: E[phi²] and E[phi'²] must be finite, got a singularity of {phi.name}")
+    return h, w, f, d, table
 
 
 def mean(phi: Activation, q: float, function: Callable[..., np.ndarray]) -> np.ndarray:
-    """E[function(h, phi(h), phi'(h))] for float64[n] arguments -> float64[k, n], at TINY < q < HUGE."""
+    """Compute E[function(h, phi(h), phi'(h))], function: float64[n] three times -> float64[k, n]; TINY < q < HUGE."""
     h, w, f, d, _ = _table(phi, math.floor(math.log2(q) / 2))
     return function(h, f, d) @ (w * np.exp(-(h**2) / (2 * q))) / math.sqrt(2 * math.pi * q)
 
 
 def one_sided_slopes(phi: Activation) -> np.ndarray | None:
-    """Slopes above and below 0 of a phi that is linear on either side, else None."""
+    """Return the slopes of phi above and below 0 if it is linear on either side, else None."""
     probes = np.outer([1.0, -1.0], [1e-3, 1.0, 1e3])
     values, slopes = evaluate(phi, probes)
     linear = np.all(np.abs(values - slopes[:, 1:2] * probes) <= 1e-12 * np.abs(probes))
@@ -110,7 +123,7 @@ def one_sided_slopes(phi: Activation) -> np.ndarray | None:
 @functools.lru_cache(maxsize=4096)
 @np.errstate(all="ignore")
 def pair(phi: Activation, q: float, gap: float) -> tuple[float, float]:
-    """E[(phi(u1) - phi(u2))²]/2 and E[phi'(u1) phi'(u2)] at variance q, correlation 1 - gap; to 1e-8 relative."""
+    """Compute E[(phi(u1) - phi(u2))²]/2 and E[phi'(u1) phi'(u2)] at variance q, correlation 1 - gap, to 1e-8 relative."""
     if gap == 0:
         return 0.0, moments(phi, q).derivative
     alpha, deviation = 2 * math.asin(math.sqrt(gap / 2)), math.sqrt(q)
@@ -126,10 +139,10 @@ def pair(phi: Activation, q: float, gap: float) -> tuple[float, float]:
 
 
 def rays(alpha: float, r: np.ndarray, w: np.ndarray, scale: float, order: int) -> tuple[np.ndarray, ...]:
-    """u1 = scale r cos(theta), u2 = scale r cos(theta - alpha) and weights, over half a circle of theta.
+    """Return u1 = scale r cos(theta), u2 = scale r cos(theta - alpha) and weights, over half a circle of theta.
 
-    The other half is its mirror image with u1 and u2 exchanged. In polar coordinates a kink of phi at 0 lies on a
-    ray, whatever the correlation, so that panels can end there; they halve towards it as far as phi's unit scale.
+    The other half is the mirror image, with u1 and u2 exchanged. In polar coordinates a kink of phi at 0 is a ray at any
+    correlation, so that panels can end there; they halve towards it down to phi's unit scale.
     """
 
     (x, wx), (y, wy) = (
@@ -153,12 +166,13 @@ def refine(rule: Callable[[int], np.ndarray]) -> np.ndarray:
 
 
 def _graded(length: float, scale: float, order: int) -> np.ndarray:
-    """Edges from 0 to a length that halve towards 0 down to the unit of phi, 1/scale; deeper at higher order."""
+    """Return edges from 0 to a length that halve towards 0, down to the unit of phi, 1/scale; further at higher order."""
     count = math.ceil(math.log2(max(1.0, scale * length * (order / 10) ** 2)))
     return length * np.append(0.0, 2.0 ** np.arange(-min(count, 60), 1))
 
 
 def legendre(edges: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return nodes and weights of Gauss-Legendre rules on the panels between edges."""
     nodes, weights = np.polynomial.legendre.leggauss(order)
     half = np.diff(edges)[:, None] / 2
     return (edges[:-1, None] + half * (1 + nodes)).reshape(-1), (half * weights).reshape(-1)
@@ -170,7 +184,7 @@ def _compiled(phi: Activation) -> Callable[[jax.Array], jax.Array]:
 
 
 def evaluate(phi: Activation, h: np.ndarray) -> np.ndarray:
-    """float64[...] -> float64[2, ...]: phi and phi', on the host, whatever the default precision and device are."""
+    """Evaluate phi and phi', float64[...] -> float64[2, ...], on the host whatever the default dtype and device are."""
     padded = np.zeros(-(-h.size // _CHUNK) * _CHUNK)
     padded[: h.size] = h.reshape(-1)
     with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):

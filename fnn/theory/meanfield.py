@@ -1,4 +1,4 @@
-"""Mean-field theory: predicted signal and gradient flow, to draw beside what was measured.
+"""Mean-field theory: how signals and gradients grow with depth in wide random nets, to draw beside a measurement.
 
 Setting: `h_l = W_l x_{l-1} + b_l`, `x_l = phi(h_l)`, `W ~ N(0, sigma_w²/fan_in)`, `b ~ N(0, sigma_b²)`,
 `delta_l = dL/dh_l`; sigmas are standard deviations, logs natural. chi and the batch-norm rate are rates of the
@@ -11,20 +11,22 @@ Yang et al. 2019.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
 
 from fnn import check
 from fnn.layers import activations
-from fnn.layers.activations import Activation
-from fnn.theory import finite_width, gaussian, rates
-from fnn.theory.finite_width import he_relu_log_moments, he_relu_log_variance
+from fnn.theory import finite_width, gaussian, maps, rates
+from fnn.theory.finite_width import he_relu_log_moments, he_relu_log_variance, tail
+from fnn.theory.gaussian import Moments
 from fnn.theory.rates import batch_norm_rate, residual_rate
 
 __all__ = [
     "DepthScales",
     "FixedPoint",
+    "Moments",
     "Prediction",
     "batch_norm_rate",
     "correlation_map",
@@ -34,16 +36,14 @@ __all__ = [
     "he_relu_log_moments",
     "he_relu_log_variance",
     "length_map",
+    "moments",
     "predict",
     "residual_rate",
 ]
 
-_NOISE = 1e-13  # relative differences below this are rounding, not dynamics
-_CRITICAL = 1e-10  # chi this near to 1 is 1
-
 
 class FixedPoint(NamedTuple):
-    """Where the length and correlation maps end, and how gradients fare there."""
+    """Limits of the length map and the correlation map, and the growth of gradients there."""
 
     q: float
     """limit of the length map from q = q0; inf if it diverges, nan if it ends in a cycle"""
@@ -73,20 +73,29 @@ class Prediction(NamedTuple):
     q: np.ndarray
     """variance of phi's input"""
     chi: np.ndarray
-    """E|delta_l|²/E|delta_{l+1}|²; the last entry has no partner and enters no curve"""
+    """E|delta_l|²/E|delta_{l+1}|²; no curve uses the last entry, which has no layer after it"""
     log_error: np.ndarray
     """½ log(E|delta_l|²/E|delta_depth|²): the log of the root *mean square* over seeds, 0 at l = depth"""
     mean_log_error: np.ndarray
-    """E log(|delta_l|/|delta_depth|): the *mean of the log* over seeds; nan where no formula is known"""
+    """E log(|delta_l|/|delta_depth|): the *mean of the log* over seeds; nan where theory has no formula"""
     band: np.ndarray
-    """standard deviation over seeds of log |delta_l| (scalar output, one example); nan where none is known"""
+    """standard deviation over seeds of log |delta_l| (scalar output, one example); nan where theory has no formula"""
     low: np.ndarray
-    """log(|delta_l|/|delta_depth|) of 19 seeds in 20 lies between `low` and `high`, for one example and for the root
-    mean over a batch, whose log lies between `mean_log_error` and `log_error`; nan where no formula is known"""
+    """For 19 seeds in 20, log(|delta_l|/|delta_depth|) lies between `low` and `high`. This holds for one example and for
+    the RMS over a batch, whose log lies between `mean_log_error` and `log_error`. nan where theory has no formula"""
     high: np.ndarray
 
 
-def length_map(activation: str | Callable[..., Any], q: float, sigma_w: float, sigma_b: float) -> float:
+def moments(activation: str | Callable[..., jax.Array], q: float) -> Moments:
+    """Compute E[phi(h)], E[phi(h)²], E[phi'(h)²] and dE[phi(h)²]/dq for h ~ N(0, q), to 1e-9 relative.
+
+    At q = 0 these are the limits q -> 0: at a kink of phi, E[phi'²] is the mean of the two one-sided squares (ReLU 1/2).
+    Errors: ValueError for q < 0 and for softmax; ArithmeticError for a function that has no such means.
+    """
+    return gaussian.moments(gaussian.elementwise("moments", activation), check.number("moments", q=q))
+
+
+def length_map(activation: str | Callable[..., jax.Array], q: float, sigma_w: float, sigma_b: float) -> float:
     """Map a layer's variance to the next: `q' = sigma_w² E[phi(sqrt(q) Z)²] + sigma_b²` (Poole et al. 2016, eq. 3).
 
     Relative error below 1e-9 for every activation of the library and any q >= 0. Errors: ValueError for a negative
@@ -95,10 +104,12 @@ def length_map(activation: str | Callable[..., Any], q: float, sigma_w: float, s
     phi = gaussian.elementwise("length_map", activation)
     q = check.number("length_map", q=q)
     sw, sb = check.number("length_map", sigma_w=sigma_w), check.number("length_map", sigma_b=sigma_b)
-    return _length(phi, q, sw, sb)
+    return maps.length(phi, q, sw, sb)
 
 
-def correlation_map(activation: str | Callable[..., Any], c: float, q: float, sigma_w: float, sigma_b: float) -> float:
+def correlation_map(
+    activation: str | Callable[..., jax.Array], c: float, q: float, sigma_w: float, sigma_b: float
+) -> float:
     """Map the correlation of two inputs of variance q: `c' = (sigma_w² E[phi(u1) phi(u2)] + sigma_b²)/q'`.
 
     (u1, u2) is normal with variances q and correlation c in [-1, 1] (Poole et al. 2016, eq. 5); q' is q at the fixed
@@ -109,37 +120,39 @@ def correlation_map(activation: str | Callable[..., Any], c: float, q: float, si
     c, q = check.number("correlation_map", c=c, low=-1, high=1), float(q)
     check.above_zero("correlation_map", q=q)
     sw, sb = check.number("correlation_map", sigma_w=sigma_w), check.number("correlation_map", sigma_b=sigma_b)
-    after = _length(phi, q, sw, sb)
+    after = maps.length(phi, q, sw, sb)
     return 1 - sw**2 * gaussian.pair(phi, q, 1 - c)[0] / after if after else math.nan
 
 
-def fixed_point(activation: str | Callable[..., Any], sigma_w: float, sigma_b: float, *, q0: float = 1.0) -> FixedPoint:
+def fixed_point(
+    activation: str | Callable[..., jax.Array], sigma_w: float, sigma_b: float, *, q0: float = 1.0
+) -> FixedPoint:
     """Find q*, `chi = sigma_w² E[phi'(sqrt(q*) Z)²]`, c* and `xi_grad = 1/|log chi|` (Schoenholz et al. 2017).
 
-    q* is the limit of the length map from q = `q0`, found by bracketing, so that it is right where the iteration
-    itself takes for ever: tanh at (1, 0) gives 0, ReLU at (sqrt 2, 0) keeps q0. Where the map has several fixed points
-    (GELU), another start may end at another one. The correlation map is a power series
-    with positive coefficients, hence convex: c* = 1 if chi <= 1, and otherwise its one root below 1.
+    q* is the limit of the length map from q = `q0`. It is found by bracketing, so it is right even where iterating the
+    map would take for ever: tanh at (1, 0) gives 0, ReLU at (sqrt 2, 0) keeps q0. Where the map has several fixed points
+    (GELU), another q0 may lead to another one. The correlation map is a power series with positive coefficients, hence
+    convex: c* = 1 if chi <= 1, and otherwise its one fixed point below 1.
 
     Edges: at q* = 0, chi is sigma_w² phi'(0)² (at a kink of phi the mean of the two one-sided squares, the limit
     q -> 0: ReLU sigma_w²/2) and c is nan. No finite q* gives q = inf with chi its limit and c = 1. c is nan for
     linear nets whose correlation never changes. |chi - 1| < 1e-10 counts as critical: xi_grad = inf.
     Errors: ValueError for a negative or infinite sigma or q0, an unknown name, and softmax; ArithmeticError for a function
-    of your own with a kink away from 0, for which c* cannot be integrated well (`predict` does not need it).
+    of your own with a kink away from 0, for which c* cannot be integrated accurately (`predict` does not need c*).
     """
     phi = gaussian.elementwise("fixed_point", activation)
     sw, sb = check.number("fixed_point", sigma_w=sigma_w), check.number("fixed_point", sigma_b=sigma_b)
-    q = _length_limit(phi, sw, sb, check.number("fixed_point", q0=q0))
+    q = maps.length_limit(phi, sw, sb, check.number("fixed_point", q0=q0))
     if math.isnan(q):
         return FixedPoint(q, q, q, q)
     chi = sw**2 * gaussian.moments(phi, q).derivative
-    return FixedPoint(q, chi, _correlation_limit(phi, q, chi, sw, sb), _depth(chi))
+    return FixedPoint(q, chi, maps.correlation_limit(phi, q, chi, sw, sb), maps.depth_scale(chi))
 
 
 def depth_scales(
-    activation: str | Callable[..., Any], sigma_w: float, sigma_b: float, *, q0: float = 1.0
+    activation: str | Callable[..., jax.Array], sigma_w: float, sigma_b: float, *, q0: float = 1.0
 ) -> DepthScales:
-    """Give the depth scales xi_q, xi_c and xi_grad of the fixed point, in layers (Schoenholz et al. 2017, eq. 7-9).
+    """Compute the depth scales xi_q, xi_c and xi_grad at the fixed point, in layers (Schoenholz et al. 2017, eq. 7-9).
 
     `1/|log r|` with r the slope of the length map at q*, of the correlation map at c*, and chi; xi_c = xi_grad in
     the ordered phase, where c* = 1. nan where q* or c* is 0/0 or infinite. Errors: as in `fixed_point`.
@@ -150,17 +163,19 @@ def depth_scales(
         return DepthScales(math.nan, math.nan, point.xi_grad)
     phi = activations.get(activation)
     slope = chi if c == 1 else math.nan if math.isnan(c) else float(sigma_w) ** 2 * gaussian.pair(phi, q, 1 - c)[1]
-    return DepthScales(_depth(float(sigma_w) ** 2 * gaussian.moments(phi, q).slope), _depth(slope), point.xi_grad)
+    return DepthScales(
+        maps.depth_scale(float(sigma_w) ** 2 * gaussian.moments(phi, q).slope), maps.depth_scale(slope), point.xi_grad
+    )
 
 
-def critical(activation: str | Callable[..., Any], sigma_b: float, *, q0: float = 1.0) -> float:
+def critical(activation: str | Callable[..., jax.Array], sigma_b: float, *, q0: float = 1.0) -> float:
     """Find the smallest sigma_w with chi = 1 at a finite q*, the edge of chaos (Poole et al. 2016).
 
-    On the line `sigma_w² = 1/E[phi'²]`, so that q* solves `q - E[phi²]/E[phi'²] = sigma_b²`. That is searched for
-    1e-18 < q < 1e18, and for q = 0 where sigma_b = 0; a root counts if the length map goes there from q = `q0`, or if q0
-    is that root to 1e-3: some are unstable, and only a net that starts there is critical.
-    Errors: ValueError where nothing crosses, as for ReLU and softplus with sigma_b > 0, and where chi = 1 only at
-    lengths that the map does not go to from q0, as for GELU with sigma_b = 0.4158 from 1; it names the first of them.
+    At such a point `sigma_w² = 1/E[phi'²]`, so q* solves `q - E[phi²]/E[phi'²] = sigma_b²`. All solutions with
+    1e-18 < q < 1e18 are found, and q = 0 if sigma_b = 0. A solution counts if the length map leads to it from q = `q0`, or
+    if q0 is that solution to 1e-3: some are unstable, and only a net that starts there is critical.
+    Errors: ValueError if there is no solution, as for ReLU and softplus with sigma_b > 0, and if the map leads to none of
+    them from q0, as for GELU with sigma_b = 0.4158 from q0 = 1; the message gives the q0 to pass.
     """
     phi = gaussian.elementwise("critical", activation)
     sb, start = check.number("critical", sigma_b=sigma_b), check.number("critical", q0=q0)
@@ -177,13 +192,13 @@ def critical(activation: str | Callable[..., Any], sigma_b: float, *, q0: float 
         if abs(value) <= 1e-12 * q:
             continue
         if last is not None and (value > 0) != (last[1] > 0):
-            root = _bisect(excess, last[0], q)
+            root = maps.solve(excess, last[0], q)
             found.append((root, gaussian.moments(phi, root).derivative ** -0.5))
         last = q, value
     ends = []
     for root, sw in sorted(found, key=lambda pair: pair[1]):
-        ends.append(_length_limit(phi, sw, sb, start))
-        # A homogeneous phi keeps any q on its critical line, so that q0 also stands for the root 0.
+        ends.append(maps.length_limit(phi, sw, sb, start))
+        # A homogeneous phi keeps every q on its critical line, so for the root 0 any q0 is right.
         near = abs(ends[-1] - root) <= 1e-4 * root or abs(start - root) <= 1e-3 * root
         if near or (root == 0 and ends[-1] == start):
             return sw
@@ -202,7 +217,7 @@ def critical(activation: str | Callable[..., Any], sigma_b: float, *, q0: float 
 def predict(
     depth: int,
     *,
-    activation: str | Callable[..., Any],
+    activation: str | Callable[..., jax.Array],
     sigma_w: float,
     sigma_b: float,
     width: int | Sequence[int] | None = None,
@@ -211,21 +226,22 @@ def predict(
     residual: float | None = None,
     q0: float | None = None,
 ) -> Prediction:
-    """Predict the error signal of a net of `depth` layers: `|delta_l|²/|delta_{l+1}|² = sigma_w² E[phi'(h_l)²]`.
+    """Predict the error signal of a net with `depth` layers: `|delta_l|²/|delta_{l+1}|² = sigma_w² E[phi'(h_l)²]`.
 
-    h_l has the variance q_l of the length map's trajectory from q_1 = `q0`, the variance at the first layer's
-    pre-activation (default: q*, or 1 where q* is 0 or infinite). `norm="batch_norm"` has q = 1 and the rate of
-    `batch_norm_rate(activation, batch)` throughout; there `q0` is the variance over the batch that the first layer's
-    is divided by (default: that of the other layers). With `residual=a` layers 2..depth are `x + a phi(W x + b)`, with
-    the error signal taken inside the branch: `|dL/dx_l|² = (1 + a² sigma_w² E[phi'²]) |dL/dx_{l+1}|²` (Yang and
-    Schoenholz 2017, eq. 3-5).
+    The variance q_l of h_l follows the length map from q_1 = `q0`, the variance of the first layer's pre-activations
+    (default: q*, or 1 where q* is 0 or infinite). With `norm="batch_norm"`, q is 1 and the rate is
+    `batch_norm_rate(activation, batch)` in all layers; there `q0` is the variance over the batch by which the first
+    layer's norm divides (default: that of the other layers). With `residual=a` layers 2..depth are `x + a phi(W x + b)`,
+    and the error signal is the one inside the branch: `|dL/dx_l|² = (1 + a² sigma_w² E[phi'²]) |dL/dx_{l+1}|²` (Yang
+    and Schoenholz 2017, eq. 3-5).
 
-    With `width` (one, or one per layer) the curves over seeds follow, to order 1/width, for every activation (see
-    `finite_width.plain`; ReLU exactly, others while depth is below width²), and under batch norm of 6 examples or more
-    (`finite_width.batch_normed`; its mean's part of order 1/width is unknown, for which `low` and `high` allow 4/width
-    a layer in log |delta|²). For residual nets they are nan. The output layer must be initialised alike.
-    Errors: ValueError for a depth below 1, a width below 1, batch norm without a batch, a batch without batch norm,
-    batch norm with a residual.
+    `width` (one, or one per layer) adds the curves over seeds, to order 1/width: for every activation (see
+    `finite_width.plain`; exact for ReLU, for others while depth is below width²), and under batch norm of 6 examples or
+    more (`finite_width.batch_normed`; the order 1/width of its mean is unknown, so `low` and `high` allow 4/width a layer
+    in log |delta|²). For residual nets they are nan. The output layer must be initialised like the others.
+
+    It takes nine arguments because each one is a column of a study's table.
+    Errors: ValueError for a depth or width below 1, and for norm without batch, batch without norm, or norm with residual.
     """
     check.positive("predict", depth=depth)
     if norm is not None:
@@ -257,128 +273,26 @@ def predict(
         a = None if residual is None else float(residual)
         if a is not None:
             check.above_zero("predict", residual=a)
-        q = _trajectory(phi, sw, sb, depth, start, a)
+        q = maps.trajectory(phi, sw, sb, depth, start, a)
         chi = sw**2 * np.array([gaussian.moments(phi, float(v)).derivative for v in q])
         if widths and a is None:
             spread = finite_width.plain(phi, sw, sb, q, widths)
         if a is not None:
-            branch = np.append(1.0, np.full(depth - 1, a**2))  # the first layer has no sum behind it
-            # |delta_l|² = a² E[phi'²] |dL/dx_l|², and the sums behind l pass on 1 + a² chi each.
+            branch = np.append(1.0, np.full(depth - 1, a**2))  # the first layer is not a sum
+            # |delta_l|² = a² E[phi'²] |dL/dx_l|², and each sum after l multiplies by 1 + a² chi.
             chi = chi[:-1] * branch[:-1] / (chi[1:] * branch[1:]) * (1 + a**2 * chi[1:]) if depth > 1 else chi[:0]
             chi = np.append(chi, math.nan)
     with np.errstate(divide="ignore"):
-        log_error = _tail_sum(np.log(chi) / 2)
+        log_error = _below(np.log(chi) / 2)
     mean = band = low = high = np.full(depth, math.nan)
     if spread is not None:
-        mean, band = log_error + _tail_sum(spread.offset / 2), np.sqrt(spread.variance) / 2
+        mean, band = log_error + _below(spread.offset / 2), np.sqrt(spread.variance) / 2
         reach = 1.96 * np.sqrt(spread.variance_from_last) / 2
-        bias = _tail_sum(np.full(depth, drift / 2) / np.array(widths))
+        bias = _below(np.full(depth, drift / 2) / np.array(widths))
         low, high = np.minimum(mean, log_error) - reach - bias, np.maximum(mean, log_error) + reach + bias
     return Prediction(np.arange(1, depth + 1), q, chi, log_error, mean, band, low, high)
 
 
-def _trajectory(
-    phi: Activation, sw: float, sb: float, depth: int, start: float | None, residual: float | None
-) -> np.ndarray:
-    """Variances of phi's input, layer by layer, from the first one's (default: the fixed point)."""
-    if start is None:
-        start = _length_limit(phi, sw, sb)
-        start = start if 0 < start < math.inf else 1.0
-    q, second, mean = np.full(depth, start), 0.0, 0.0
-    for i in range(1, depth):
-        m = gaussian.moments(phi, float(q[i - 1]))
-        if residual is None or i == 1:
-            second, mean = m.second, m.mean
-        else:  # the branch's output adds to x with the mean that both have over units
-            second += 2 * residual * mean * m.mean + residual**2 * m.second
-            mean += residual * m.mean
-        q[i] = sw**2 * second + sb**2
-    return q
-
-
-def _length(phi: Activation, q: float, sw: float, sb: float) -> float:
-    return sw**2 * gaussian.moments(phi, q).second + sb**2 if sw else sb**2
-
-
-def _length_limit(phi: Activation, sw: float, sb: float, start: float = 1.0) -> float:
-    """Limit of the length map from q = start: some plain steps, then bracket the next root in their direction."""
-    q = start
-    for _ in range(64):
-        after = _length(phi, q, sw, sb)
-        if abs(after - q) <= _NOISE * q:
-            return q
-        q = after
-        if not gaussian.TINY < q < gaussian.HUGE:
-            return 0.0 if q < 1 else math.inf
-    up = _length(phi, q, sw, sb) > q
-    floor = _length(phi, 0.0, sw, sb)
-
-    # An increasing map cannot step over its root, so the next one is the limit. A lattice of 16 points an octave
-    # makes the moments found here serve the next call too; where the gain is least, two roots may lie between its points.
-    def ahead(v):
-        return (_length(phi, v, sw, sb) - v) * (1 if up else -1)
-
-    position, root = round(16 * math.log2(q)), None
-    passed = [(q, ahead(q))]
-    while root is None:
-        position += 1 if up else -1
-        q = 2.0 ** (position / 16)
-        if q > 1e30 or q < 0.9 * (floor or 1e-30):
-            return math.inf if up else floor
-        passed = [*passed[-2:], (q, ahead(q))]
-        if passed[-1][1] < -_NOISE * q:
-            root = _bisect(ahead, passed[-2][0], q)
-        elif len(passed) == 3 and passed[1][1] < min(passed[0][1], passed[2][1]):
-            least = _least(ahead, passed[0][0], q)
-            if ahead(least) < -_NOISE * q:
-                root = _bisect(ahead, passed[0][0], least)
-    return root if sw**2 * gaussian.moments(phi, root).slope >= -1 else math.nan
-
-
-def _least(function: Callable[[float], float], low: float, high: float) -> float:
-    """Find the minimum of a function with one valley by golden section."""
-    part = (math.sqrt(5) - 1) / 2
-    for _ in range(40):
-        inner, outer = high - part * (high - low), low + part * (high - low)
-        low, high = (low, outer) if function(inner) < function(outer) else (inner, high)
-    return (low + high) / 2
-
-
-def _bisect(function: Callable[[float], float], low: float, high: float) -> float:
-    rising = function(high) > 0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if (function(middle) > 0) == rising else (middle, high)
-    return float((low + high) / 2)
-
-
-def _correlation_limit(phi: Activation, q: float, chi: float, sw: float, sb: float) -> float:
-    if q == 0:
-        return math.nan
-    if (q == math.inf or abs(chi - 1) < _CRITICAL) and (q < math.inf or chi > 1 + _CRITICAL):
-        slopes = gaussian.one_sided_slopes(phi)
-        if slopes is not None and slopes[0] == slopes[1]:
-            return math.nan  # a linear net keeps the correlation that it has
-    if q == math.inf or chi <= 1 + _CRITICAL:
-        return 1.0
-    orthogonal = (sw**2 * gaussian.moments(phi, q).mean ** 2 + sb**2) / q  # c' at c = 0
-    if orthogonal < 1e-14:
-        return 0.0  # an odd phi without biases
-    # Newton's method climbs a convex function to its first root and never passes it.
-    gap = 1 - orthogonal
-    for _ in range(60):
-        distance, product = gaussian.pair(phi, q, gap)
-        step = (sw**2 * distance / q - gap) / (sw**2 * product - 1)
-        gap, last = min(1.0, gap - step) if step < gap else gap / 2, gap
-        if abs(gap - last) <= 1e-11:
-            break
-    return 1 - gap
-
-
-def _tail_sum(x: np.ndarray) -> np.ndarray:
-    """sum_{k = l..L-1} x_k."""
-    return np.cumsum(np.append(x[:-1], 0.0)[::-1])[::-1]
-
-
-def _depth(rate: float) -> float:
-    return math.inf if abs(rate - 1) < _CRITICAL else 0.0 if rate == 0 else 1 / abs(math.log(abs(rate)))
+def _below(x: np.ndarray) -> np.ndarray:
+    """sum_{k = l..depth-1} x_k."""
+    return tail(np.append(x[:-1], 0.0))

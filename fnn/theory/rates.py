@@ -3,8 +3,8 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
+import jax
 import numpy as np
 
 from fnn import check
@@ -12,10 +12,10 @@ from fnn.layers.activations import Activation
 from fnn.theory import gaussian
 
 
-def batch_norm_rate(activation: str | Callable[..., Any], batch: float) -> float:
-    """Give `E|delta_l|²/E|delta_{l+1}|²` under batch norm: dense, batch norm, phi (Yang et al. 2019, theorem 7).
+def batch_norm_rate(activation: str | Callable[..., jax.Array], batch: float) -> float:
+    """Compute `E|delta_l|²/E|delta_{l+1}|²` for layers of dense, batch norm, phi (Yang et al. 2019, theorem 7).
 
-    Train mode, biased variance, eps 0, scale 1, bias 0, infinite width; whatever sigma_w. With y the normalised
+    For train mode, biased variance, eps 0, scale 1, bias 0 and infinite width; sigma_w does not matter. With y the normalised
     pre-activations of two examples of the batch B,
     `E[(B-1-y1²) phi'(y1)² + (1 + y1 y2) phi'(y1) phi'(y2)] / ((B-3) E[(phi(y1) - phi(y2))²]/2)`,
     and `E[phi'²]/Var[phi]` under N(0, 1) for `batch = inf`. It holds for a phi with kinks too (ReLU: the closed form
@@ -34,7 +34,7 @@ def batch_norm_rate(activation: str | Callable[..., Any], batch: float) -> float
 
 @functools.lru_cache(maxsize=256)
 def batch_normed(phi: Activation, size: float) -> tuple[float, float]:
-    """Give the numerator of theorem 7 and E[(phi(y1) - phi(y2))²]/2."""
+    """Compute the numerator of theorem 7 and E[(phi(y1) - phi(y2))²]/2."""
     if size == math.inf:
         m = gaussian.moments(phi, 1.0)
         return math.nan, m.second - m.mean**2
@@ -56,7 +56,7 @@ def batch_normed(phi: Activation, size: float) -> tuple[float, float]:
 
 
 def residual_rate(a: float, sigma_v: float, sigma_w: float, depth: int) -> float:
-    """Give `(1 + a² sigma_v² sigma_w²/2)^depth`, the growth of |x|² and of |delta|² over `x + a V relu(W x)`.
+    """Compute `(1 + a² sigma_v² sigma_w²/2)^depth`, the growth of |x|² and of |delta|² over `x + a V relu(W x)`.
 
     Exact in the mean at any width, without biases. With a = 1/sqrt(depth) it stays bounded. Errors: ValueError for a
     negative sigma or depth.
