@@ -198,7 +198,7 @@ def test_a_finished_study_needs_no_writing(folder, monkeypatch, capsys):
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     for name in ("replace", "rename", "mkdir", "unlink", "fsync"):
         monkeypatch.setattr(os, name, refuse)
-    monkeypatch.setattr(results, "_locked", refuse)
+    monkeypatch.setattr(files, "locked", refuse)
     with again(folder) as found:
         assert found.table().height == 18
     with pytest.raises(OSError, match=r"report: cannot write .*gradient.png: Read-only file system"):
@@ -212,7 +212,7 @@ def test_left_temporary_files_go_and_those_in_use_stay(folder):
         part.touch()
     held = folder / ".gradient.png.1.part"
     with open(held, "wb") as file:
-        files._claim(file)
+        assert files.claim(file)
         with again(folder):
             assert not any(part.exists() for part in left) and held.exists()
     fnn.report.report(folder)

@@ -179,7 +179,7 @@ def test_a_finished_study_on_a_read_only_mount_prints_its_table(copied, monkeypa
         raise files.cannot_write(path, OSError(errno.EROFS, os.strerror(errno.EROFS)))
 
     monkeypatch.setattr(files, "write", refuse)
-    monkeypatch.setattr(results, "_locked", refuse)
+    monkeypatch.setattr(files, "locked", refuse)
     assert fnn.cli.main.main([*ARGUMENTS, str(copied)]) == 0
     shown = capsys.readouterr()
     assert "at layer 1" in shown.out and "and study.png" not in shown.out
@@ -201,7 +201,7 @@ def test_damaged_and_foreign_cells_are_named_set_aside_and_measured_again(copied
 
 def test_one_folder_serves_one_run_at_a_time(copied):
     (copied / "cells" / "00001.parquet").unlink()
-    with results._locked(copied), pytest.raises(OSError, match="in use by another run"):
+    with files.locked(copied), pytest.raises(OSError, match="in use by another run"):
         tiny().run(copied)
     with pytest.raises(OSError, match="cannot write"):
         tiny().run("/dev/null/x")

@@ -240,7 +240,7 @@ def opened(
         (folder / "cells").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise files.cannot_write(folder, error, remedy=_REMEDY) from None
-    with _locked(folder):
+    with files.locked(folder):
         files.sweep(folder, folder / "cells")
         results = _taken_up(folder, description, chosen)
         if results is None:
@@ -334,6 +334,3 @@ def _content(path: Path, name: str) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     files.write(path, content, remedy=_REMEDY)
-
-
-_locked = files.locked

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from fnn import check, losses
+from fnn.progress import Progress
 from fnn.study import axes, cell, results, table
 from fnn.study.asked import arrays, check_functions, check_options
 from fnn.study.cell import Cell
@@ -22,7 +22,7 @@ from fnn.study.identity import identify
 from fnn.study.provenance import configured, digest, session, settings
 from fnn.study.spawning import check_spawning
 from fnn.study.table import TRACED, left_range, summarize
-from fnn.study.workers import Interrupted, Progress, check_executor, compilation_cache, drive, pool
+from fnn.study.workers import Interrupted, check_executor, compilation_cache, drive, pool
 
 TRAINING = {
     "batch_size": 32,
@@ -200,7 +200,6 @@ class Study:
         described = self.describe()
         functions = {"build": self.build, "loss": self.loss} | {f"measure {n}": f for n, f in self.measure.items()}
         check_spawning(executor, workers or 1 if len(described["cells"]) > 1 else 1, functions)
-        show = sys.stderr.isatty() if progress is None else progress
         with (
             compilation_cache(cache),
             results.opened(folder, described, self._with_chunks, session(kind), self.chunk is not None) as found,
@@ -223,13 +222,16 @@ class Study:
 
             def done(task: Task, result: tuple[bytes, dict[str, float]]) -> None:
                 found.store(task.number, result[0])
-                bar.finish(_name(found.description, task.number), result[1])
+                took = "compiled in {compile:.1f} s, ran {run:.1f} s".format(**result[1])
+                bar.finish(f"{_name(found.description, task.number)}; {took}")
 
             own = executor is None and workers is not None and workers > 1 and len(tasks) > 1
             with (
-                Progress(len(found.description["cells"]), len(finished), show) as bar,
+                Progress("cell", len(found.description["cells"]), progress, len(finished)) as bar,
                 pool(min(workers or 1, len(tasks))) if own else nullcontext(executor) as used,
             ):
+                if finished:
+                    bar.say(f"{len(finished)} of {bar.total} cells are there already")
                 try:
                     drive(tasks, work, done, used, bar.set_running)
                 except (Exception, Interrupted) as stop:

@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
@@ -225,65 +224,3 @@ def _died(error: BaseException) -> OSError:
         f"study: a worker process died, perhaps because memory ran out ({error}); use fewer workers or a smaller chunk: "
         "what is finished stays, and the same command resumes"
     )
-
-
-class Progress:
-    """Say what is done, running and left: one line that moves on a terminal, else a line for each finished cell."""
-
-    def __init__(self, total: int, finished: int, show: bool):
-        self.total, self.before, self.done, self.show = total, finished, 0, show
-        self.started, self.running = time.perf_counter(), 0
-        self.bar: Any = None
-        if show and sys.stderr.isatty():
-            try:
-                from rich.console import Console
-                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-            except ImportError:
-                return
-            columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-            self.bar = Progress(*columns, console=Console(stderr=True))
-
-    def __enter__(self) -> "Progress":
-        if self.bar is not None:
-            self.bar.start()
-            self.task = self.bar.add_task("", total=self.total, completed=self.before)
-        if self.show and self.before:
-            self.say(f"{self.before} of {self.total} cells are there already")
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar, or on its own."""
-        if self.bar is not None:
-            self.bar.console.print(text, highlight=False, markup=False)
-        elif self.show:
-            print(text, file=sys.stderr, flush=True)
-
-    def set_running(self, count: int) -> None:
-        """Say how many cells are being worked on."""
-        self.running = count
-        self._refresh()
-
-    def finish(self, name: str, seconds: dict[str, float]) -> None:
-        """Say that a cell is done, and how long it took."""
-        self.done += 1
-        took = f"compiled in {seconds['compile']:.1f} s, ran {seconds['run']:.1f} s"
-        elapsed = time.perf_counter() - self.started
-        count = f"cell {self.before + self.done}/{self.total}"
-        self.say(f"[{elapsed:6.1f} s] {count}: {name}; {took}; {self._left()}")
-        self._refresh()
-
-    def _left(self) -> str:
-        left = self.total - self.before - self.done
-        if not left:
-            return "all done"
-        running = f"{min(self.running, left)} running, {left} left"
-        seconds = (time.perf_counter() - self.started) / max(1, self.done) * left
-        return f"{running}, about {seconds:.0f} s" if self.done else running
-
-    def _refresh(self) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.before + self.done, description=self._left())
