@@ -9,7 +9,8 @@ import polars as pl
 import pytest
 
 import fnn
-from fnn.study import asked, axes, digest, study
+from fnn.study import axes, options, study
+from fnn.study.summary import summarize
 
 # One worker: the tests share the compilations.
 pytestmark = pytest.mark.xdist_group("asked")
@@ -110,12 +111,12 @@ class Exchanged:
 def test_arrays_frames_and_lists_are_the_same_data(make):
     described = tiny(data=make()).describe()
     assert described["data"] == tiny().describe()["data"] == ["float32[12,3]"] * 2 + described["data"][2:]
-    (x, y), _ = asked.arrays(make())
+    (x, y), _ = options.arrays(make())
     assert (x == X).all() and (y == Y).all() and y.dtype == np.int32
 
 
 def test_two_examples_are_no_pair_of_pairs():
-    (x, _), (held_out, _) = asked.arrays(([[1.0, 2.0], [3.0, 4.0]], [0, 1]))
+    (x, _), (held_out, _) = options.arrays(([[1.0, 2.0], [3.0, 4.0]], [0, 1]))
     assert x.shape == held_out.shape == (2, 2)
 
 
@@ -209,16 +210,15 @@ def test_axes_stand_apart_from_the_columns_of_every_other_table():
     """Whatever columns are made from the table: an argument of that name comes through unharmed."""
     plain = tiny(grid={"sigma_w": [1.0, 1.5]}, seeds=2).table()
     own = set(plain.columns)
-    found = digest.digest(plain, ["depth", "sigma_w", "seed"])
-    made = [study.summarize(plain), fnn.compare(plain, plain), found.networks, found.layers, found.runs, found.finals]
+    found = summarize(plain)
+    made = [fnn.compare(plain, plain), found.networks, found.layers, found.runs, found.finals]
     names = sorted({name for table in made for name in table.columns} - own - set(axes.RESERVED))
-    assert {"slope", "a", "rate", "seeds", "middle", "first"} <= set(names)
+    assert {"a", "rate", "seeds", "middle", "first"} <= set(names)
     assert set(plain.columns[plain.columns.index("step") :]) | {"cell"} <= set(axes.RESERVED)
     for name in names:
         table = plain.rename({"sigma_w": name})
-        assert study.summarize(table).height == 2, name  # a row each: only the traced axes that fnn knows are merged
         assert fnn.compare(table, table)["difference"].abs().max() == 0, name
-        other = digest.digest(table, ["depth", name, "seed"])
+        other = summarize(table)
         assert other.networks.height == 2 and other.networks["seeds"].to_list() == [2, 2], name
         assert other.networks["rate"].equals(found.networks["rate"]) and other.layers.equals(found.layers), name
 

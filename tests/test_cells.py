@@ -12,7 +12,7 @@ import pytest
 import fnn
 from fnn import files
 from fnn.cli import main
-from fnn.study import results, sealed, table
+from fnn.study import checksum, results, table
 
 AXES = {"depth": "int", "activation": "str", "norm": "str", "seed": "int"}
 
@@ -160,7 +160,7 @@ def test_a_panic_in_rust_is_a_sentence_too(folder, monkeypatch):
 
 def test_the_names_of_a_hostile_axis_value_do_not_hide_the_digest(folder):
     """Its minimum stands in the footer before the note."""
-    mark = sealed._MARK.decode() + "0" * 64
+    mark = checksum._MARK.decode() + "0" * 64
     frame = pl.read_parquet(path(folder)).with_columns(pl.lit(mark).alias("path"))
     put(folder, 1, frame)
     assert results.read(folder).table().filter(pl.col("cell") == 1)["path"].unique().to_list() == [mark]
@@ -229,9 +229,8 @@ def test_a_full_disk_leaves_the_figure_that_was_there_and_names_it(folder, monke
     monkeypatch.setattr(os, "fsync", full)
     assert main.main(["report", str(folder)]) == 2
     assert "gradient.png: No space left on device" in capsys.readouterr().err
-    for draw in (lambda p: fnn.plot.study(results.read(folder).table(), path=p),):
-        with pytest.raises(OSError, match=r"plot: cannot write .*gradient.png: No space left"):
-            draw(folder / "gradient.png")
+    with pytest.raises(OSError, match=r"report: cannot write .*gradient.png: No space left"):
+        fnn.report.gradient(results.read(folder).table(), path=folder / "gradient.png")
     assert (folder / "gradient.png").read_bytes() == before and not list(folder.rglob(".*.part"))
 
 

@@ -61,9 +61,9 @@ from pathlib import Path
 from typing import Any
 
 from fnn import files
-from fnn.study import sealed, table
+from fnn.study import checksum, table
+from fnn.study.checksum import pack as pack
 from fnn.study.identity import canonical
-from fnn.study.sealed import pack as pack
 
 FORMAT = 3
 _VALUE = (int, float, bool, str, type(None))
@@ -163,12 +163,12 @@ class Results:
 
         name = self._name(number)
         content = self.frames[number] if self.folder is None else _content(self._path(number), name)
-        note = sealed.check(content, name)
+        note = checksum.check(content, name)
         if note["study"] != self._key:
             raise ValueError(f"{name} belongs to another study")
         if note["cell"] != number:
             raise ValueError(f"{name} is a copy of cell {note['cell']}")
-        with sealed.foreign(name):
+        with checksum.foreign(name):
             if dict(pl.read_parquet_schema(io.BytesIO(content))) != dict(self._columns()):
                 raise ValueError("its columns are not those of the study")
         return content, note
@@ -177,7 +177,7 @@ class Results:
         import polars as pl
 
         content, _ = self._whole(number)
-        with sealed.foreign(self._name(number)):
+        with checksum.foreign(self._name(number)):
             return pl.read_parquet(content).select(list(self._columns()))
 
     def _columns(self) -> Any:

@@ -15,13 +15,13 @@ import numpy as np
 from fnn import check, losses
 from fnn.progress import Progress
 from fnn.study import axes, cell, results, table
-from fnn.study.asked import arrays, check_functions, check_options
 from fnn.study.cell import Cell
 from fnn.study.grid import Grid, product
 from fnn.study.identity import identify
+from fnn.study.options import arrays, check_functions, check_options
 from fnn.study.provenance import configured, digest, session, settings
 from fnn.study.spawning import check_spawning
-from fnn.study.table import TRACED, left_range, summarize
+from fnn.study.table import TRACED, left_range
 from fnn.study.workers import Interrupted, check_executor, compilation_cache, drive, pool
 
 TRAINING = {
@@ -37,7 +37,7 @@ MOST_EXAMPLES = 2**28
 """That a run may train on: their order is drawn beforehand, 4 bytes for each."""
 DEFAULT = product(activation=["sigmoid", "tanh", "relu"], norm=["none", "batch_norm"], depth=[4, 16, 64, 128, 256])
 
-__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range", "summarize"]
+__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range"]
 
 
 class Task(NamedTuple):

@@ -1,6 +1,5 @@
 """Turn what a cell measured into rows of the tidy table (its columns are listed in `results.py`), theory beside it."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,6 @@ from fnn import tree
 from fnn.gradients import flow
 from fnn.layers.activations import TABLE
 from fnn.study import cell
-from fnn.study.axes import apart
 from fnn.theory import meanfield
 
 TRACED = ("seed", "sigma_w", "sigma_b", "learning_rate", "clip_threshold")
@@ -19,7 +17,6 @@ TRACED = ("seed", "sigma_w", "sigma_b", "learning_rate", "clip_threshold")
 _TRACES = {"loss": "train_loss", "accuracy": "train_accuracy"}
 MOST_TRACED = 256
 FORWARD = ("mean", "second_moment", "peak", "dead", "saturated")
-SUMMARY = ("first", "last", "steps", "slope", "slope_low", "slope_high", "predicted_slope")
 NUMBERS = ("value", "predicted", "low", "high")
 QUANTITIES = (
     *("log_error", "log_kernel", "log_kernel_rms", "log_bias", "log_bias_rms", "log_scale", "log_scale_rms"),
@@ -130,45 +127,6 @@ def left_range(frame: Any) -> str | None:
     return (
         f"study: {rows.select(run).n_unique()} runs of {cells} left the range of {'float64' if wide else 'float32'}, first "
         f"at layer {first['layer']} ({first['path']}), and what depends on it is NaN; {hint}"
-    )
-
-
-def summarize(frame: Any) -> Any:
-    """Reduce the initialisation of a study to a row a cell: medians over runs of log |delta| at both ends, and slopes.
-
-    `slope` is the change of log |delta_l| for one layer towards the input, over the hidden layers, with the 10th and
-    90th percentile over runs; `outside` the share of numbers outside the predicted band (null where there is none).
-    """
-    import polars as pl
-
-    place = frame.columns.index("step")
-    frame, _ = apart(frame, frame.columns[1:place], SUMMARY)
-    traced = [name for name in frame.columns[1:place] if name in TRACED]
-    static = [name for name in frame.columns[1:place] if name not in TRACED]
-
-    errors = frame.filter(
-        (pl.col("quantity") == "log_error") & pl.col("path").str.ends_with("preactivation") & (pl.col("step") == 0)
-    )
-    hidden = errors.filter(pl.col("layer") <= pl.col("depth") + 1)
-
-    def end(column, layer):
-        return pl.col(column).filter(pl.col("layer") == layer).first()
-
-    ends = hidden.group_by(["cell", *static, *traced], maintain_order=True).agg(
-        first=end("value", pl.col("layer").min()),
-        last=end("value", pl.col("layer").max()),
-        predicted=(end("predicted", pl.col("layer").min()) - end("predicted", pl.col("layer").max())),
-        steps=pl.col("layer").max() - pl.col("layer").min(),
-        outside=pl.col("outside").mean(),
-    )
-    slope = (pl.col("first") - pl.col("last")) / pl.col("steps")
-    known = {"first": pl.col("first").drop_nans(), "last": pl.col("last").drop_nans(), "slope": slope.drop_nans()}
-    return ends.group_by(["cell", *static], maintain_order=True).agg(
-        *(column.median().fill_null(math.nan).alias(name) for name, column in known.items()),
-        slope_low=known["slope"].quantile(0.1).fill_null(math.nan),
-        slope_high=known["slope"].quantile(0.9).fill_null(math.nan),
-        predicted_slope=(pl.col("predicted") / pl.col("steps")).median(),
-        outside=pl.col("outside").mean(),
     )
 
 
