@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 RENAMES_OPEN_FILES = os.name != "nt"
-"""Whether the system renames and removes files that are open; one that does not needs no lock on them."""
+"""Whether the system renames and removes files that are open; one that does not needs no claims on them."""
 
 
 def write(path: Path, content: bytes, who: str = "study", remedy: str = "make room, or choose another folder") -> None:
@@ -50,7 +50,7 @@ def sweep(*folders: Path) -> None:
     """Remove the temporary files that killed processes have left in folders, and none that is still being written."""
     for part in (part for folder in folders for part in folder.glob(".*.part")):
         with suppress(OSError), open(part, "r+b") as file:
-            if claim(file) and RENAMES_OPEN_FILES:
+            if claim(file):
                 part.unlink()
         if not RENAMES_OPEN_FILES:
             with suppress(OSError):  # it is open elsewhere
@@ -93,10 +93,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def claim(file: Any) -> bool:
-    """Lock an open file until it is closed, or its process ends; False where that cannot be done.
+    """Keep an open file from `sweep` until it is closed, or its process ends; False where that cannot be done.
 
     So it is where another process has it, and where the file system or this installation has no locks.
     """
+    if not RENAMES_OPEN_FILES:
+        return False
     try:
         from filelock import lock_descriptor
 

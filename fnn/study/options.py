@@ -13,6 +13,7 @@ import numpy as np
 from fnn import check, losses
 from fnn.datasets import data
 from fnn.study import axes, cell, grid, table
+from fnn.study.workers import Shared
 
 _PARTS = ("x", "y", "held-out x", "held-out y")
 
@@ -95,6 +96,8 @@ def arrays(source: Any) -> tuple[data.Dataset, data.Dataset]:
     Floats keep their precision, except float64 without x64; integers become int32 where they were wider, and labels
     always. Errors: TypeError and ValueError for what is no pair of arrays, frames or lists of real numbers.
     """
+    if isinstance(source, Shared):
+        return source.load()
     if isinstance(source, str | os.PathLike):
         return _named(os.fspath(source))
     try:

@@ -3,10 +3,10 @@
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from fnn.study.options import arrays, check_functions, check_options
 from fnn.study.provenance import configured, digest, session, settings
 from fnn.study.spawning import check_spawning
 from fnn.study.table import TRACED, left_range
-from fnn.study.workers import Interrupted, check_executor, compilation_cache, drive, pool
+from fnn.study.workers import Interrupted, check_executor, compilation_cache, drive, pool, shared
 
 TRAINING = {
     "batch_size": 32,
@@ -44,6 +44,7 @@ class Task(NamedTuple):
     """What a worker needs to measure a cell: no more than can be sent to another machine."""
 
     study: "Study"
+    """Without its grid, and with the name of a file in the place of its arrays."""
     number: int
     cell: Cell
     axes: dict[str, str]
@@ -207,37 +208,39 @@ class Study:
             identity, types = results.key(found.description), found.description["types"]
             config = {name: found.description[name] for name in settings()}
             finished = set(found.finished)
-            tasks = [
-                Task(
-                    self,
-                    number,
-                    Cell(c["static"], tuple(c["runs"]), tuple(c["steps"]), c["chunk"]),
-                    types,
-                    identity,
-                    config,
-                )
-                for number, c in enumerate(found.description["cells"])
-                if number not in finished
-            ]
+            left = [number for number in range(len(found.description["cells"])) if number not in finished]
 
             def done(task: Task, result: tuple[bytes, dict[str, float]]) -> None:
                 found.store(task.number, result[0])
                 took = "compiled in {compile:.1f} s, ran {run:.1f} s".format(**result[1])
                 bar.finish(f"{_name(found.description, task.number)}; {took}")
 
-            own = executor is None and workers is not None and workers > 1 and len(tasks) > 1
+            own = executor is None and workers is not None and workers > 1 and len(left) > 1
             with (
                 Progress("cell", len(found.description["cells"]), progress, len(finished)) as bar,
-                pool(min(workers or 1, len(tasks))) if own else nullcontext(executor) as used,
+                pool(min(workers or 1, len(left))) if own else nullcontext(executor) as used,
+                self._sent(folder, used if left else None) as sent,
             ):
                 if finished:
                     bar.say(f"{len(finished)} of {bar.total} cells are there already")
+                cells = {number: _cell(found.description["cells"][number]) for number in left}
+                tasks = [Task(sent, number, cells[number], types, identity, config) for number in left]
                 try:
-                    drive(tasks, work, done, used, bar.set_running)
+                    drive(tasks, work, done, used, bar.set_running, lambda task: task._replace(study=self))
                 except (Exception, Interrupted) as stop:
                     stop.results = found  # pyright: ignore[reportAttributeAccessIssue]
                     raise
             return found
+
+    @contextmanager
+    def _sent(self, folder: str | os.PathLike[str] | None, executor: Executor | None) -> Iterator["Study"]:
+        """Make the study that tasks hold: for an executor without the points of the grid, and with arrays in a file."""
+        if executor is None:
+            yield self
+            return
+        named = isinstance(self.data, str | os.PathLike)
+        with nullcontext(self.data) if named else shared(arrays(self.data), folder) as data:
+            yield replace(self, grid=Grid(()), data=data)
 
     def table(self) -> Any:
         """Run the study in memory and return its table: polars; `.to_pandas()` makes it pandas.
@@ -280,12 +283,17 @@ class Study:
         """Choose the chunks that are yet to be chosen."""
         setup, cells = self._setup(), []
         for c in description["cells"]:
-            chunk = c["chunk"] or cell.chunk_size(setup, Cell(c["static"], tuple(c["runs"]), tuple(c["steps"])))
+            chunk = c["chunk"] or cell.chunk_size(setup, _cell(c))
             cells.append({**c, "chunk": chunk})
         return {**description, "cells": cells}
 
     def _setup(self) -> cell.Setup:
         return cell.Setup(self.build, self.loss, dict(self.measure), *map(cell.widened, arrays(self.data)))
+
+
+def _cell(described: Mapping[str, Any]) -> Cell:
+    """Read a cell of a description."""
+    return Cell(described["static"], tuple(described["runs"]), tuple(described["steps"]), described["chunk"])
 
 
 def work(task: Task) -> tuple[bytes, dict[str, float]]:

@@ -1,16 +1,22 @@
 """Run tasks here, in spawned processes, or on anybody's `concurrent.futures.Executor`, and say how it goes."""
 
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import threading
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+
+from fnn import files
 
 CONFIG = (
     "jax_enable_x64",
@@ -19,6 +25,49 @@ CONFIG = (
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
 )
+
+
+class Unreachable(OSError):
+    """Raised in a process that cannot read the file of a `Shared`."""
+
+
+class Shared(NamedTuple):
+    """A value that tasks name instead of carrying it: every process reads its file once."""
+
+    path: str
+
+    def load(self) -> Any:
+        """Return the value. Errors: Unreachable."""
+        if self.path not in _LOADED:
+            try:
+                content = Path(self.path).read_bytes()
+            except OSError as error:
+                raise Unreachable(f"study: cannot read {self.path}: {error.strerror or error}") from None
+            _LOADED.clear()  # one value at a time, however many studies a worker lives through
+            _LOADED[self.path] = pickle.loads(content)
+        return _LOADED[self.path]
+
+
+_LOADED: dict[str, Any] = {}
+
+
+@contextmanager
+def shared(value: Any, folder: str | os.PathLike[str] | None) -> Iterator[Shared]:
+    """Keep a value in a temporary file, in `folder` or in the system's, for the processes that tasks are sent to."""
+    path = Path(folder or tempfile.gettempdir()).absolute() / f".shared.{uuid.uuid4().hex}.part"
+    try:
+        with open(path, "wb") as file:
+            files.claim(file)
+            try:
+                pickle.dump(value, file, pickle.HIGHEST_PROTOCOL)
+                file.flush()
+            except OSError as error:
+                raise files.cannot_write(path, error) from None
+            _LOADED[os.fspath(path)] = value  # for threads of this process
+            yield Shared(os.fspath(path))
+    finally:
+        _LOADED.pop(os.fspath(path), None)
+        path.unlink(missing_ok=True)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -153,9 +202,11 @@ def drive(
     done: Callable[[Any, Any], None],
     executor: Executor | None,
     running: Callable[[int], None],
+    whole: Callable[[Any], Any] = lambda task: task,
 ) -> None:
     """Call `done(task, work(task))` for every task, as they finish; `done` runs here, one at a time.
 
+    `whole` makes a task that carries all it needs, for a worker on another machine that cannot read a `Shared`.
     An executor that says how many workers it has is given as many tasks at a time: what a pool of processes has taken
     into its queue can no longer be cancelled. Ctrl-C starts no further task, waits for those in flight and raises
     Interrupted; a second one does not wait. An error of a task stops the rest in the same way; the first one is raised.
@@ -180,7 +231,11 @@ def drive(
                     break
                 running(sum(future.running() for future in flying))
                 for future in wait(flying, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                    wrong = _finish(future, flying.pop(future), done)
+                    task = flying.pop(future)
+                    if not future.cancelled() and isinstance(future.exception(), Unreachable):
+                        flying[executor.submit(work, whole(task))] = task
+                        continue
+                    wrong = _finish(future, task, done)
                     failure = failure or wrong
                 if presses and not told:
                     words = "finishing the cells in flight; Ctrl-C again stops at once"
