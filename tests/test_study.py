@@ -152,7 +152,7 @@ def test_chunks_change_no_number_and_pad_nothing_into_the_table(measured):
     described, table = measured
     first = small(chunk=4).cells()[0]
     setup = described._setup()
-    result = cell.measure(setup, first._replace(chunk=4))
+    result = cell.run_cell(setup, first._replace(chunk=4))
     axes = {name: described.describe()["types"][name] for name in described.describe()["types"]}
     rows = table_of.build(0, first, result, axes=axes, quantities=None, inputs=None)
     whole = table.filter(pl.col("cell") == 0)

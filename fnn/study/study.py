@@ -302,7 +302,7 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
     try:
         with configured(task.settings):
             setup = study._setup()
-            measured = cell.measure(setup, task.cell)
+            measured = cell.run_cell(setup, task.cell)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
