@@ -653,7 +653,7 @@ REFUSALS = {
     "eps": (
         lambda: data.standardize(D, eps=-1.0),
         ValueError,
-        "data.standardize: eps must be a finite number of at least 0, got -1.0",
+        "data.standardize: eps must be finite and at least 0, got -1.0",
     ),
     "classes": (
         lambda: data.clusters(key=KEY, classes=1),
@@ -678,7 +678,7 @@ REFUSALS = {
     "noise": (
         lambda: data.spirals(key=KEY, noise=math.nan),
         ValueError,
-        "data.spirals: noise must be a finite number of at least 0, got nan",
+        "data.spirals: noise must be finite and at least 0, got nan",
     ),
     "width": (
         lambda: data.teacher(key=KEY, width=0),

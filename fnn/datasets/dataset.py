@@ -4,8 +4,6 @@ All of it works on the host in NumPy and hands over finished arrays. The same ke
 because it seeds a NumPy generator: shuffling by `jax.random` would compile anew for every size.
 """
 
-import math
-import numbers
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn.arrays import array, brief, is_numbers, pair
-from fnn.check import above_zero, describe, fraction, positive, prng_key
+from fnn.check import above_zero, at_least_zero, describe, fraction, positive, prng_key
 from fnn.masks import Masked
 
 
@@ -148,7 +146,7 @@ def standardize(train: Dataset, *others: Dataset, eps: float = 1e-8) -> tuple[Da
     eps (in the digits one pixel is lit in one image of 1797 and would become 1e8).
     """
     parts = [Dataset(*pair("data.standardize: every part", part)) for part in (train, *others)]
-    at_least_zero("data.standardize", "eps", eps)
+    at_least_zero("data.standardize", eps=eps)
     same_features("data.standardize", *parts)
     for part in parts:
         check_dataset("data.standardize", *part)
@@ -188,14 +186,17 @@ def batches(
     return iterate()
 
 
-def as_pair(who: str, x: Any, y: Any) -> list[np.ndarray]:
-    """Check the pair and cast it as JAX would, but never let an integer wrap or a float overflow in silence."""
+def as_pair(who: str, x: Any, y: Any, *, negative: bool = False) -> list[np.ndarray]:
+    """Check the pair and cast it as JAX would, but never let an integer wrap or a float overflow in silence.
+
+    Integer y are labels of at least 0; with `negative` they may be below (-1: nothing to predict).
+    """
     both = [np.asarray(array(who, name, a)) for name, a in (("x", x), ("y", y))]
     check_dataset(who, *both)
     for i, (name, a) in enumerate(zip("xy", both, strict=True)):
         label = name == "y" and a.dtype.kind in "biu"
         dtype = np.dtype(np.int32) if label else jax.dtypes.canonicalize_dtype(a.dtype)
-        if label and a.size and a.min() < 0:
+        if label and not negative and a.size and a.min() < 0:
             raise ValueError(f"{who}: integer labels must be at least 0, got {a.min()}; map them to 0, 1, 2, ...")
         if jnp.issubdtype(a.dtype, np.integer) and a.size and not (a.astype(dtype) == a).all():
             raise ValueError(f"{who}: {name} must fit in {dtype}, got values from {a.min()} to {a.max()}; map them")
@@ -262,8 +263,3 @@ def generator(who: str, key: Any, *more: int) -> np.random.Generator:
     prng_key(who, key)
     bits = np.asarray(jax.random.key_data(key))
     return np.random.default_rng([*map(int, bits), *more])
-
-
-def at_least_zero(who: str, name: str, value: Any) -> None:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
-        raise ValueError(f"{who}: {name} must be a finite number of at least 0, got {value!r}")

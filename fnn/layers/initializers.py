@@ -37,7 +37,7 @@ def constant(value: Any = 0.0) -> Initializer:
 
 def normal(std: Any = 0.01) -> Initializer:
     """Draw from N(0, std²), whatever the shape; right for biases too (std may be traced)."""
-    _scale("normal", std=std)
+    check.at_least_zero("normal", std=std)
 
     def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return jnp.asarray(std, dtype) * jax.random.normal(key, shape, dtype)
@@ -50,7 +50,7 @@ def scaled(sigma_w: Any = 1.0) -> Initializer:
 
     Source: Poole et al. 2016, section 2.
     """
-    _scale("scaled", sigma_w=sigma_w)
+    check.at_least_zero("scaled", sigma_w=sigma_w)
 
     def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         if len(shape) < 2:
@@ -94,7 +94,7 @@ def orthogonal(scale: Any = 1.0) -> Initializer:
 
     All axes but the last count as input. Source: Saxe et al. 2014; sign fix of Mezzadri 2007.
     """
-    _scale("orthogonal", scale=scale)
+    check.at_least_zero("orthogonal", scale=scale)
 
     def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         if len(shape) < 2:
@@ -109,7 +109,7 @@ def delta_orthogonal(scale: Any = 1.0) -> Initializer:
 
     Source: Xiao et al. 2018, algorithm 1.
     """
-    _scale("delta_orthogonal", scale=scale)
+    check.at_least_zero("delta_orthogonal", scale=scale)
 
     def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         if len(shape) not in (3, 4, 5) or shape[-1] < shape[-2]:
@@ -163,13 +163,3 @@ def get(initializer: str | Initializer) -> Initializer:
     except ValueError:
         raise ValueError(f"initializers: the argument of {name} must be a number, got {initializer!r}") from None
     return _WITH_ARGUMENT[name](value)
-
-
-def _scale(who: str, **values: Any) -> None:
-    for name, value in values.items():
-        try:
-            bad = not (0 <= value < math.inf)
-        except jax.errors.ConcretizationTypeError:
-            continue
-        if bad:
-            raise ValueError(f"{who}: {name} must be finite and at least 0, got {value!r}")

@@ -31,7 +31,7 @@ def batch_norm(*, decay: float = 0.9, eps: float = 1e-5, scale: bool = True, bia
     Source: Ioffe and Szegedy 2015; debiasing as in Kingma and Ba 2015, section 3.
     """
     check.fraction("batch_norm", decay=decay)
-    _non_negative("batch_norm", eps=eps)
+    check.at_least_zero("batch_norm", eps=eps)
 
     def init(key, spec):
         spec, _ = _maybe_masked(as_spec(spec))
@@ -78,7 +78,7 @@ def layer_norm(*, eps: float = 1e-6, scale: bool = True, bias: bool = True) -> L
 
     Source: Ba et al. 2016.
     """
-    _non_negative("layer_norm", eps=eps)
+    check.at_least_zero("layer_norm", eps=eps)
 
     def normalise(x):
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
@@ -92,7 +92,7 @@ def rms_norm(*, eps: float = 1e-6, scale: bool = True) -> Layer:
 
     Source: Zhang and Sennrich 2019.
     """
-    _non_negative("rms_norm", eps=eps)
+    check.at_least_zero("rms_norm", eps=eps)
 
     def normalise(x):
         return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
@@ -107,7 +107,7 @@ def group_norm(groups: int, *, eps: float = 1e-6, scale: bool = True, bias: bool
     Errors: ValueError if d is not divisible. Source: Wu and He 2018.
     """
     check.positive("group_norm", groups=groups)
-    _non_negative("group_norm", eps=eps)
+    check.at_least_zero("group_norm", eps=eps)
 
     def normalise(x):
         if x.shape[-1] % groups:
@@ -217,9 +217,3 @@ def _width(who: str, d: int, x: Any) -> None:
             f"{who}: the input's last axis must be {d}, as at init, expected {x.dtype}[batch, ..., {d}], "
             f"got {check.describe(x)}"
         )
-
-
-def _non_negative(who: str, **values: float) -> None:
-    for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{who}: {name} must be at least 0, got {value!r}")

@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import check, losses
+from fnn import admission, check, losses
 from fnn.datasets import data
+from fnn.datasets.dataset import as_pair
 from fnn.study import axes, cell, grid, table
 from fnn.study.workers import Shared
-
-_PARTS = ("x", "y", "held-out x", "held-out y")
 
 
 def check_options(study: Any) -> None:
@@ -58,10 +57,7 @@ def check_options(study: Any) -> None:
         if name in table.QUANTITIES:
             raise ValueError(f"study: a measurement needs a name of its own, got {name!r}; choose another")
         _takes(f"measure {name}", function, "params", "state", "batch")
-    if isinstance(study.loss, str):
-        own = [name for name, value in vars(losses).items() if isinstance(value, losses.Loss)]
-        check.choice("study", own, loss=study.loss)
-        raise TypeError(f"study: loss must be a function, got {study.loss!r}; pass fnn.losses.{study.loss}")
+    admission.loss("study", study.loss)
     _takes("loss", study.loss, "outputs", "targets")
 
 
@@ -72,11 +68,7 @@ def check_functions(study: Any, setup: cell.Setup, first: cell.Cell) -> None:
         raise ValueError(f"study: the net must return one array, got {check.describe(outputs)}")
     for part in (setup.train, setup.test):
         losses.check_targets(setup.loss, (part.size, *outputs.shape[1:]), part.y)
-    returned = jax.eval_shape(lambda a, b: jnp.asarray(setup.loss(a, b)), outputs, probe[1])
-    if returned.shape != outputs.shape[:1] or not jnp.issubdtype(returned.dtype, jnp.floating):
-        raise ValueError(
-            f"study: the loss must return float[batch], a number an example, got {check.describe(returned)}"
-        )
+    jax.eval_shape(lambda a, b: admission.values("study", setup.loss, a, b), outputs, probe[1])
     for name, function in setup.measure.items():
         jax.eval_shape(lambda *args, n=name, f=function: _numbers(n, f(*args)), params, state, probe)
     asked = set(study.quantities or ()) - {*table.QUANTITIES, *study.measure}
@@ -93,8 +85,8 @@ def check_functions(study: Any, setup: cell.Setup, first: cell.Cell) -> None:
 def arrays(source: Any) -> tuple[data.Dataset, data.Dataset]:
     """Return training and held-out examples as NumPy's arrays; a lone pair (x, y) is both.
 
-    Floats keep their precision, except float64 without x64; integers become int32 where they were wider, and labels
-    always. Errors: TypeError and ValueError for what is no pair of arrays, frames or lists of real numbers.
+    Floats keep their precision, except float64 without x64; labels become int32, as do other integers without x64.
+    Errors: TypeError and ValueError for what is not a pair of arrays, frames or lists of real numbers.
     """
     if isinstance(source, Shared):
         return source.load()
@@ -109,10 +101,8 @@ def arrays(source: Any) -> tuple[data.Dataset, data.Dataset]:
         if not _is_pair(second):
             raise _no_data(source)
         pairs = (first, second)
-    flat = [_array(name, a) for name, a in zip(_PARTS, (a for pair in pairs for a in pair), strict=False)]
-    parts: list[Any] = [data.Dataset(*flat[i : i + 2]) for i in range(0, len(flat), 2)]
-    for part in parts:
-        data.check_dataset("study", *part)
+    who = ("study", "study: held-out examples")
+    parts: list[Any] = [data.Dataset(*_pair(*named)) for named in zip(who, pairs, strict=False)]
     if len(parts) > 1 and any(a.shape[1:] != b.shape[1:] for a, b in zip(*parts, strict=True)):
         got = " and ".join(f"({check.describe(x)}, {check.describe(y)})" for x, y in parts)
         raise ValueError(f"study: training and held-out examples must have one shape, got {got}; reshape one of them")
@@ -134,27 +124,13 @@ def _is_pair(part: Any) -> bool:
     return type(part) is tuple or any(hasattr(a, "shape") and np.ndim(a) > 0 for a in part)
 
 
-def _array(name: str, a: Any) -> Any:
-    if isinstance(a, Mapping | str | bytes) or (jax.tree.structure(a) != jax.tree.structure(0) and not _is_list(a)):
-        raise TypeError(f"study: {name} must be one array, got {type(a).__name__}; a study takes no trees of arrays")
-    try:
-        a = np.asarray(a) if hasattr(a, "__array__") or not hasattr(a, "__dlpack__") else np.from_dlpack(a)
-    except (TypeError, ValueError) as error:
-        first = str(error).partition("\n")[0]
-        raise TypeError(f"study: {name} must be an array, a frame or a list of equal rows, got {first}") from None
-    if np.iscomplexobj(a):
-        raise TypeError(
-            f"study: {name} must hold real numbers, got {a.dtype}; give real and imaginary parts as features"
-        )
-    if a.dtype.kind in "iu" and (name.endswith("y") or a.dtype.itemsize > 4):
-        if a.size and not (int(a.min()) >= -(2**31) and int(a.max()) < 2**31):
-            raise ValueError(f"study: {name} must fit in int32, got {a.min()} to {a.max()}; renumber them")
-        return a.astype(np.int32)
-    return a.astype(jax.dtypes.canonicalize_dtype(a.dtype)) if a.dtype == np.float64 else a
-
-
-def _is_list(a: Any) -> bool:
-    return type(a) in (list, tuple)
+def _pair(who: str, pair: Any) -> list[np.ndarray]:
+    for name, a in zip("xy", pair, strict=True):
+        whole = type(a) in (list, tuple) or jax.tree.structure(a) == jax.tree.structure(0)
+        if isinstance(a, Mapping | str | bytes) or not whole:
+            got = type(a).__name__
+            raise TypeError(f"{who}: {name} must be one array, got {got}; a study takes no trees of arrays")
+    return as_pair(who, *pair, negative=True)
 
 
 def _no_data(source: Any) -> TypeError:

@@ -331,9 +331,7 @@ def _check_cell(study: Study, static: dict[str, Any], runs: Sequence[dict[str, A
     for run in runs:
         check.non_negative("study", seed=run["seed"])
         check.above_zero("study", learning_rate=run["learning_rate"], clip_threshold=run["clip_threshold"])
-        for name in ("sigma_w", "sigma_b"):
-            if name in run and not 0 <= run[name] < np.inf:
-                raise ValueError(f"study: {name} must be finite and at least 0, got {run[name]!r}")
+        check.at_least_zero("study", **{name: run[name] for name in ("sigma_w", "sigma_b") if name in run})
     setup = cell.Setup(study.build, study.loss, {}, *loaded)
     cell.network(setup, static, runs[0])
     cell.optimizer(static, runs[0])
