@@ -118,7 +118,7 @@ def forged(path, frame=None, **note):
 
 HARM = {
     "damaged or foreign": lambda p: p.write_bytes(b""),
-    "holds no digest": lambda p: pl.DataFrame({"a": [1]}).write_parquet(p),
+    "holds no SHA-256": lambda p: pl.DataFrame({"a": [1]}).write_parquet(p),
     "is a copy of cell 0": lambda p: shutil.copyfile(p.with_name("00000.parquet"), p),
     "belongs to another study": lambda p: shutil.copyfile(path(made(p.parent.parent / "other", seeds=3)), p),
     "it is no file": directory,

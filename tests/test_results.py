@@ -203,7 +203,7 @@ def test_damaged_and_foreign_cells_are_named_set_aside_and_measured_again(copied
     damage(copied / "cells" / "00001.parquet")
     assert fnn.cli.main.main([*ARGUMENTS, str(copied)]) == 0
     err = capsys.readouterr().err
-    assert "00001.parquet is damaged or foreign (it holds no digest); it is kept as 00001.parquet.aside" in err
+    assert "00001.parquet is damaged or foreign (it holds no SHA-256); it is kept as 00001.parquet.aside" in err
     assert "00002.parquet is a copy of cell 0; it is kept as 00002.parquet.aside" in err
     assert results.read(copied).table().equals(results.read(undisturbed).table())
 

@@ -1,10 +1,10 @@
-"""Name functions and values by their content: two share a name only if they do the same.
+"""Name functions and values by their content: two get the same name only if they do the same.
 
-A function is its module and name, its compiled code, and whatever that reaches: the values that it closes over, its
-defaults, its attributes, the global names that it reads, and their content in turn. fnn and installed packages are
-taken by name and version, those whose versions `sessions.json` records by name alone. What has no content that can be
-read (an open file, a lock, a traced value) is a doubt. Not seen: files, environment variables, names that a program
-looks up while it runs.
+A function's content is its module and name, its compiled code, and everything that the code reaches: the values that it
+closes over, its defaults, its attributes, the global names that it reads, and their content in turn. fnn and installed
+packages count by name and version; those whose versions `sessions.json` records, by name alone. Something without
+readable content (an open file, a lock, a traced value) is a doubt. Not seen: files, environment variables, and names that
+a program looks up while it runs.
 """
 
 import copyreg
@@ -27,7 +27,7 @@ import numpy as np
 from fnn import losses
 
 MOST = 200_000
-"""Values that are looked at; a function that reaches more has no name."""
+"""Values that are looked at; a function that reaches more is in doubt."""
 RECORDED = ("fnn", "jax", "jaxlib", "optax", "flax", "numpy", "polars")
 """Packages whose versions each session records."""
 HEAP_TYPE = 1 << 9
@@ -41,10 +41,10 @@ _DESCRIPTORS = (types.FunctionType, staticmethod, classmethod, property, functoo
 
 
 class Identity(NamedTuple):
-    """A name that stands for content."""
+    """The name of a function or value."""
 
     name: str
-    """What is shown: module, name, and 12 digits of the digest of everything reached."""
+    """Module, name, and 12 digits of the SHA-256 of everything reached."""
     doubts: tuple[str, ...]
     """What was reached and could not be read: `log, a TextIOWrapper`."""
 
@@ -73,7 +73,7 @@ def canonical(value: Any) -> Any:
 
 
 class _Walk:
-    """One pass over everything that a value reaches: a digest for each, of its kind and of those of its parts."""
+    """One pass over everything that a value reaches: each gets a digest, of its kind and of the digests of its parts."""
 
     def __init__(self):
         self.doubts: dict[str, None] = {}
@@ -164,7 +164,7 @@ class _Walk:
             parts = (parts,) if isinstance(parts, str) else (*parts[:3], *(list(p or ()) for p in parts[3:5]))
         except RecursionError:
             raise
-        except Exception:
+        except Exception:  # __reduce__ may be anybody's code
             return self._doubt(f"{where or 'itself'}, a {type(value).__name__}")
         return self._all("object", (type(value), *parts), where)
 
@@ -210,7 +210,7 @@ class _Walk:
             if spec is None or _package(spec.origin or "<frozen>") is not None:
                 return _hash("module", name)
             return self._global(importlib.import_module(name), attrs, name)
-        except Exception:
+        except Exception:  # importing runs anybody's code
             return self._doubt(f"{name}, a module that cannot be imported")
 
     def _compiled(self, code: types.CodeType, where: str) -> bytes:
@@ -273,7 +273,7 @@ def _is_module(value: Any) -> bool:
 
 
 def _is_ours(value: Any) -> bool:
-    """Whether a value is one of fnn's own, which its name and fnn's version stand for."""
+    """Whether a value is one of fnn's own: its name and fnn's version identify it."""
     if isinstance(value, losses.Loss):
         return any(value is own for own in vars(losses).values())
     if not isinstance(value, types.FunctionType) or value.__closure__ or not str(value.__module__).startswith("fnn."):

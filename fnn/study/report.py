@@ -1,4 +1,4 @@
-"""Report on a study: figures as PNG, and one HTML page that needs nothing but a browser."""
+"""Report on a study: figures as PNG, and one HTML page with everything in it, which works offline."""
 
 import json
 import math
@@ -15,10 +15,12 @@ from fnn.study import figures, results, summary
 from fnn.study.summary import ERROR, Summary
 
 MOST_LAYERS = 160  # points of a curve on the page; deeper nets are thinned evenly
+WRONG = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a table with the columns of a study and contents of another kind may raise while it is drawn."""
 ABOUT = {
-    ERROR: "error signal |dL/dh|: root mean over examples, behind each kernel",
-    "log_kernel": "weight gradient |dL/dW|: Frobenius norm, of the mean loss",
-    "log_kernel_rms": "weight gradient, root mean square over its numbers",
+    ERROR: "error signal |dL/dh| after each kernel: root mean square over examples",
+    "log_kernel": "weight gradient |dL/dW| of the mean loss: Frobenius norm",
+    "log_kernel_rms": "weight gradient: root mean square over its entries",
     "log_bias": "bias gradient |dL/db|",
     "second_moment at preactivation": "variance of the pre-activations, E[h²]",
     "dead at activation": "share of units that are zero for the whole batch",
@@ -31,17 +33,20 @@ ABOUT = {
 def report(folder: str | os.PathLike[str]) -> list[Path]:
     """Write a study's figures and `report.html` into its folder; return the paths of what was written.
 
-    PNGs, each where the study has something to show: `gradient.png` and `weights.png` (log norms against the layer, a line
-    for each depth, theory dashed), `heat.png` (the gradient's rate over depth and sigma_w, with the critical line),
-    `training.png`, `accuracy.png`. The page holds all finished cells, thinned to 160 layers a curve: one can choose
-    networks, quantity and step. It asks nothing of any network. Lines are medians over seeds, bands the 10th to 90th
-    percentile. A study that is still running is reported as far as it is.
+    The PNGs are `gradient.png` and `weights.png` (log norms against the layer, a line for each depth, theory dashed),
+    `heat.png` (the gradient's rate over depth and sigma_w, with the critical line), `training.png` and `accuracy.png`; one
+    that would have nothing to show is not written. The page holds all finished cells, with at most 160 layers of each
+    curve, and lets the reader choose networks, quantity and step. It loads nothing from the internet. Lines are medians
+    over seeds, bands reach from the 10th to the 90th percentile. Of a study that is still running, the finished cells are
+    reported.
 
-    A cell's file that is damaged or foreign is left out, and named in a warning and on the page.
+    A cell's file that is damaged, or belongs to another study, is left out and named in a warning and on the page.
 
     Errors: FileNotFoundError for a folder without a study or finished cells, ValueError for a damaged description,
     OSError for a folder that cannot be written, ImportError without matplotlib, polars and plotly (`fnn[study]`).
     """
+    import polars as pl
+
     study = results.read(folder)
     folder = Path(folder)
     table = study.table()
@@ -59,9 +64,7 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
         for path, figure in drawn.items():
             files.save_figure(figure, path, 110, "report")
         text = page(s, facts(study, s), _name(folder))
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # whatever a table of no study's may hold
+    except (*WRONG, pl.exceptions.PolarsError) as error:
         first = str(error).partition("\n")[0]
         raise ValueError(f"report: {folder} must hold a study that can be drawn, got {first:.200}") from error
     files.write(folder / "report.html", text.encode(), "report")

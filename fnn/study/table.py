@@ -65,7 +65,7 @@ def build(
     values = np.concatenate([np.asarray(column, np.float64) for column in columns], axis=-1)
     keep = [i for i, (*_, name) in enumerate(labels) if (name != "peak" if quantities is None else name in quantities)]
     labels, values = [labels[i] for i in keep], values[..., keep]
-    layers, paths, names = (list(part) for part in zip(*labels, strict=True)) if labels else ([], [], [])
+    names = [name for *_, name in labels]
     predicted = (
         _predictions(task, labels, values, inputs, np.isfinite(measured.probe[:, 0]))
         if inputs is not None
@@ -73,33 +73,25 @@ def build(
     )
     predicted[:, :, 1:] = np.nan  # theory speaks of the initialisation
     columns = schema(axes)
-    # Each frame has the columns of every other, with their types, whatever its numbers are and however few.
-    kept = [name for name in columns if name in ("step", "layer", "path", "quantity", *NUMBERS)]
-    form = {name: columns[name] for name in kept}
-    places = pl.DataFrame(
-        {"layer": layers, "path": paths, "quantity": names},
-        schema={name: form[name] for name in ("layer", "path", "quantity")},
-    )
-    # The first record has no gradient before it, and a zero weight no ratio: no row, rather than a NaN.
-    cosine = np.isin(names, ["cosine"])
-    ratio = np.isin(names, ["update_ratio"])
     ends, diverged = _ends(measured, steps)
-    frames = []
-    for r, run in enumerate(task.runs):
-        parts = []
-        for k, step in enumerate(steps):
-            if step > ends[r] or not np.isfinite(measured.probe[r, k]):
-                continue
-            row = values[r, k]
-            missing = (ratio | cosine) & np.isnan(row) | (cosine & (k == 0))
-            frame = places.with_columns(pl.lit(step, pl.Int32).alias("step"), pl.Series("value", row))
-            marks = zip(NUMBERS[1:], predicted[:, r, k], strict=True)
-            frame = frame.with_columns(pl.Series(name, mark, pl.Float64, nan_to_null=True) for name, mark in marks)
-            parts.append(frame.filter(pl.Series(~missing)) if missing.any() else frame)
-        parts.append(pl.DataFrame(_traces(measured, r, ends[r], diverged[r], quantities), schema=form, orient="row"))
-        frame = pl.concat(part.select(kept) for part in parts)
-        frames.append(frame.with_columns(pl.lit(value, columns[name]).alias(name) for name, value in run.items()))
-    table = pl.concat(frames).with_columns(
+    shown = (np.array(steps) <= np.array(ends)[:, None]) & np.isfinite(measured.probe)
+    # The first record has no gradient before it, and a zero weight no ratio: no row, rather than a NaN.
+    cosine, ratio = np.isin(names, ["cosine"]), np.isin(names, ["update_ratio"])
+    missing = (ratio | cosine) & np.isnan(values) | (cosine & (np.arange(len(steps)) == 0)[:, None])
+    places = pl.DataFrame(labels, schema={name: columns[name] for name in ("layer", "path", "quantity")}, orient="row")
+    r, k, i = np.nonzero(shown[..., None] & ~missing)
+    numbers = zip(NUMBERS, (values, *predicted), strict=True)
+    inner = places[i].with_columns(
+        pl.Series("run", r, pl.Int32),
+        pl.Series("step", np.array(steps, np.int32)[k], pl.Int32),
+        *(pl.Series(name, a[r, k, i], pl.Float64, nan_to_null=name != "value") for name, a in numbers),
+    )
+    runs = pl.DataFrame(task.runs, schema={name: columns[name] for name in task.runs[0]}).with_row_index("run")
+    traces = [(r, *row) for r, end in enumerate(ends) for row in _traces(measured, r, end, diverged[r], quantities)]
+    kept = {"run": pl.Int32, **{n: columns[n] for n in ("step", "layer", "path", "quantity", *NUMBERS)}}
+    whole = pl.DataFrame(traces, schema=kept, orient="row")
+    table = pl.concat([inner.select(list(kept)), whole]).sort("run", maintain_order=True)
+    table = table.join(runs.cast({"run": pl.Int32}), on="run", maintain_order="left").with_columns(
         *(pl.lit(value, columns[name]).alias(name) for name, value in task.static.items()),
         pl.lit(number, pl.Int32).alias("cell"),
         pl.when(pl.col("value").is_not_nan())
