@@ -246,7 +246,7 @@ def test_runs_sharded_over_eight_devices_agree_with_one(tmp_path):
         ({"seeds": 0}, ValueError, "seeds must be a positive integer"),
         ({"steps": [-1]}, ValueError, "steps must be an integer of at least 0"),
         ({"chunk": 0}, ValueError, "chunk must be a positive integer"),
-        ({"measure": {"loss": largest}}, ValueError, "a name of its own"),
+        ({"measure": {"loss": largest}}, ValueError, "a name that no quantity has"),
         ({"build": lambda **axes: None}, TypeError, "must name each axis"),
         ({"build": lambda depth: None, "grid": {"depth": [1]}}, TypeError, "must return a Layer"),
         ({"build": lambda depth, extra: None, "grid": {"depth": [1]}}, ValueError, "build needs extra"),

@@ -1,7 +1,7 @@
-"""One cell of a study: a single compiled program that draws, measures and trains many runs at once.
+"""Run one cell of a study: a single compiled program that draws, measures and trains many runs at once.
 
-A cell is one value of every static axis; its runs differ in traced axes alone (seed, sigma_w, learning rate, ...), so
-that they are lanes of one `vmap`.
+A cell is one value of every static axis. Its runs differ only in traced axes (seed, sigma_w, learning rate, ...), so they
+are lanes of one `vmap`.
 """
 
 import functools
@@ -75,7 +75,7 @@ def mlp(
 
 
 def run_cell(setup: Setup, cell: Cell) -> Measured:
-    """Run a cell: compile its program once, feed it chunk after chunk, bring the numbers to the host."""
+    """Run a cell: compile its program once, run it on chunk after chunk, and bring the numbers to the host."""
     devices, cell = jax.local_devices(), cell.settled()
     chunk = min(cell.chunk, len(cell.runs))
     lanes = -(-chunk // len(devices))
@@ -130,7 +130,7 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
 
 
 def _check_scales(setup: Setup, cell: Cell, drawn: Any) -> None:
-    """Refuse a net of one's own in which cotangents of different scales meet, by its first run."""
+    """Refuse a net of the user's in which cotangents of different scales meet; its first run is looked at."""
     run, (params, state) = cell.runs[0], jax.tree.map(lambda a: a[0], drawn)
     size = int(cell.static["batch_size"])
     net, key = network(setup, cell.static, run), jax.random.key(2 * run["seed"] + 1)
@@ -138,7 +138,7 @@ def _check_scales(setup: Setup, cell: Cell, drawn: Any) -> None:
 
 
 def _range(setup: Setup, static: Mapping[str, Any]) -> dict[str, bool]:
-    """Say of the built-in nets what `flow.settle` may rely on: a smooth phi, no norm that takes squares."""
+    """Say what `flow.settle` may assume about the built-in nets: a smooth phi, no norm that takes squares."""
     if setup.build is not mlp:
         return {}
     phi, squares = activations.get(static["activation"]), static["norm"] != "none"
@@ -149,7 +149,7 @@ def _range(setup: Setup, static: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def traced(setup: Setup, cell: Cell) -> tuple[Any, Any, Any, Any]:
-    """Trace a cell's net: the specs of its parameters, state, outputs in train mode, and measured batch."""
+    """Trace a cell's net; return the specs of its parameters, state, outputs in train mode, and measured batch."""
     cell = cell.settled()
     (params, state, runs), probe = specs(setup, cell), _probe(setup, cell)
 
@@ -161,7 +161,7 @@ def traced(setup: Setup, cell: Cell) -> tuple[Any, Any, Any, Any]:
 
 
 def widened(data: Dataset) -> Dataset:
-    """Cast float32 to float64 under x64, so that a study really measures in it."""
+    """Cast float32 to float64 under x64, so that the study computes in float64."""
     if not is_x64():
         return data
     return jax.tree.map(lambda a: np.asarray(a, np.float64) if a.dtype == np.float32 else a, data)

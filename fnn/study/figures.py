@@ -72,7 +72,7 @@ def heat(s: Summary) -> Any:
             axis.axvline(line, color="k", linestyle="--", linewidth=1.2)
         axis.set_title(words(summary.label(dict(zip(rest, key, strict=True)))), fontsize=9)
     _labels(figure, r"$\sigma_w$", "depth")
-    figure.colorbar(image, ax=axes.tolist(), label="log factor of |dL/dh|² a layer", shrink=0.9)
+    figure.colorbar(image, ax=axes.tolist(), label="log factor of |dL/dh|² per layer", shrink=0.9)
     return figure
 
 
@@ -120,7 +120,7 @@ def _lines(s: Summary, part: Any, x: str, labels: tuple[str, str], *, logarithmi
 
 
 def _numeric(s: Summary, axis: str) -> bool:
-    """Whether an axis is one of numbers; a net of one's own may call anything `depth`."""
+    """Whether an axis holds numbers; in a user's own net `depth` may be anything."""
     return s.networks[axis].dtype.is_numeric()
 
 

@@ -37,6 +37,14 @@ _MEMBERS = (
     *(types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType),
     *(types.GetSetDescriptorType, types.MemberDescriptorType),
 )
+_WRAPPERS = {
+    types.MethodType: ("__func__", "__self__"),
+    property: ("fget", "fset", "fdel"),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    functools.cached_property: ("func",),
+}
+"""What holds functions, and the attributes in which it holds them."""
 _DESCRIPTORS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
 
 
@@ -121,19 +129,14 @@ class _Walk:
             return self._class(value, where)
         if isinstance(value, types.ModuleType):
             return _hash("module", value.__name__)
-        if isinstance(value, types.MethodType):
-            return self._all("method", (value.__func__, value.__self__), where)
         if isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
             owner = value.__self__
             return _hash("builtin", _label(value), *([] if _is_module(owner) else [self.digest(owner, where)]))
         if isinstance(value, _MEMBERS):
             return _hash("member", value.__objclass__.__qualname__, value.__name__)
-        if isinstance(value, property):
-            return self._all("property", (value.fget, value.fset, value.fdel), where)
-        if isinstance(value, staticmethod | classmethod):
-            return self._all(kind.__name__, (value.__func__,), where)
-        if isinstance(value, functools.cached_property):
-            return self._all("cached_property", (value.func,), where)
+        for wrapper, names in _WRAPPERS.items():
+            if isinstance(value, wrapper):
+                return self._all(wrapper.__name__, [getattr(value, name) for name in names], where)
         if hasattr(value, "__wrapped__") and kind.__module__.split(".")[0] in ("functools", "jaxlib"):
             return self._all(_label(kind), (value.__wrapped__,), where)  # a cache or `jit` around a function
         return self._object(value, where)
@@ -259,12 +262,10 @@ def _number(value: Any) -> str:
 
 
 def _label(value: Any) -> str:
-    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    while not isinstance(name, str) and isinstance(value, functools.partial):
+    while isinstance(value, functools.partial):
         value = value.func
-        module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    if not isinstance(name, str):
-        module, name = type(value).__module__, type(value).__qualname__
+    value = value if isinstance(getattr(value, "__qualname__", None), str) else type(value)
+    module, name = getattr(value, "__module__", None), value.__qualname__
     return f"{module}.{name}" if module else name
 
 
@@ -284,20 +285,15 @@ def _is_ours(value: Any) -> bool:
 
 def _reads(code: types.CodeType) -> tuple[set[str], set[str], set[str]]:
     """List the global names, the attributes and the modules that a function and those inside it ask for."""
-    names: set[str] = set()
-    attrs: set[str] = set()
-    modules: set[str] = set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            names.add(instruction.argval)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM"):
-            attrs.add(instruction.argval)
-        elif instruction.opname == "IMPORT_NAME" and instruction.argval:
-            modules.add(instruction.argval)
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            for mine, more in zip((names, attrs, modules), _reads(inner), strict=True):
-                mine |= more
+    names, attrs, modules = set(), set(), set()
+    kinds = {"LOAD_GLOBAL": names, "LOAD_NAME": names, "LOAD_ATTR": attrs, "LOAD_METHOD": attrs, "IMPORT_FROM": attrs}
+    kinds["IMPORT_NAME"] = modules
+    codes = [code]
+    for part in codes:
+        codes += [inner for inner in part.co_consts if isinstance(inner, types.CodeType)]
+        for instruction in dis.get_instructions(part):
+            if instruction.opname in kinds and instruction.argval:
+                kinds[instruction.opname].add(instruction.argval)
     return names, attrs, modules
 
 

@@ -1,9 +1,9 @@
-"""What a study is asked for: its options, data and functions, checked and brought into one form before anything runs."""
+"""A study's options, data and functions: checked, and brought into one form, before anything runs."""
 
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,12 @@ import numpy as np
 from fnn import admission, check, losses
 from fnn.datasets import data
 from fnn.datasets.dataset import as_pair
-from fnn.study import axes, cell, grid, table
+from fnn.study import axes, cell, grid, program, table
 from fnn.study.workers import Shared
 
 
 def check_options(study: Any) -> None:
-    """Check the options that need no data, and bring whole numbers and lists into one form."""
+    """Check the options that can be checked without data; write whole numbers as int, lists as tuples."""
 
     def put(name, value):
         object.__setattr__(study, name, value)
@@ -55,14 +55,14 @@ def check_options(study: Any) -> None:
         if not isinstance(name, str) or not name:
             raise TypeError(f"study: a measurement's name must be a string, got {name!r}")
         if name in table.QUANTITIES:
-            raise ValueError(f"study: a measurement needs a name of its own, got {name!r}; choose another")
+            raise ValueError(f"study: a measurement needs a name that no quantity has, got {name!r}; choose another")
         _takes(f"measure {name}", function, "params", "state", "batch")
     admission.loss("study", study.loss)
     _takes("loss", study.loss, "outputs", "targets")
 
 
-def check_functions(study: Any, setup: cell.Setup, first: cell.Cell) -> None:
-    """Trace loss and measurements of the first cell, and check what they return, the labels, and names of quantities."""
+def check_functions(study: Any, setup: program.Setup, first: program.Cell) -> None:
+    """Trace loss and measurements in the first cell; check what they return, the labels, and the names of quantities."""
     params, state, outputs, probe = cell.traced(setup, first)
     if not hasattr(outputs, "shape"):
         raise ValueError(f"study: the net must return one array, got {check.describe(outputs)}")
@@ -71,19 +71,35 @@ def check_functions(study: Any, setup: cell.Setup, first: cell.Cell) -> None:
     jax.eval_shape(lambda a, b: admission.values("study", setup.loss, a, b), outputs, probe[1])
     for name, function in setup.measure.items():
         jax.eval_shape(lambda *args, n=name, f=function: _numbers(n, f(*args)), params, state, probe)
-    asked = set(study.quantities or ()) - {*table.QUANTITIES, *study.measure}
-    if not asked and not any(name.startswith("log_") for name in study.measure):
+    unknown = set(study.quantities or ()) - {*table.QUANTITIES, *study.measure}
+    if not unknown and not any(name.startswith("log_") for name in study.measure):
         return
     names = cell.parameter_names(setup, first)  # the net may have parameters of other names
     logs = {pattern.format(name) for name in names for pattern in ("log_{}", "log_{}_rms")}
     if taken := logs.intersection(study.measure):
-        raise ValueError(f"study: a measurement needs a name of its own, got {min(taken)!r}; choose another")
+        raise ValueError(f"study: a measurement needs a name that no quantity has, got {min(taken)!r}; choose another")
     for quantity in study.quantities or ():
         check.choice("study", sorted({*table.QUANTITIES, *study.measure, *logs}), quantity=quantity)
 
 
+def check_cell(study: Any, static: dict[str, Any], runs: Sequence[dict[str, Any]], loaded: Any) -> None:
+    """Check the values of a cell's axes, and that its net and optimiser can be built."""
+    train = loaded[0]
+    check.positive("study", batch_size=static["batch_size"])
+    if static["batch_size"] > train.size:
+        got = static["batch_size"]
+        raise ValueError(f"study: batch_size must be at most the {train.size} training examples, got {got}")
+    for run in runs:
+        check.non_negative("study", seed=run["seed"])
+        check.above_zero("study", learning_rate=run["learning_rate"], clip_threshold=run["clip_threshold"])
+        check.at_least_zero("study", **{name: run[name] for name in ("sigma_w", "sigma_b") if name in run})
+    setup = program.Setup(study.build, study.loss, {}, *loaded)
+    program.network(setup, static, runs[0])
+    program.optimizer(static, runs[0])
+
+
 def arrays(source: Any) -> tuple[data.Dataset, data.Dataset]:
-    """Return training and held-out examples as NumPy's arrays; a lone pair (x, y) is both.
+    """Return training and held-out examples as NumPy arrays; a single pair (x, y) is used for both.
 
     Floats keep their precision, except float64 without x64; labels become int32, as do other integers without x64.
     Errors: TypeError and ValueError for what is not a pair of arrays, frames or lists of real numbers.
@@ -116,7 +132,7 @@ def _named(name: str) -> tuple[data.Dataset, data.Dataset]:
 
 
 def _is_pair(part: Any) -> bool:
-    """Tell a pair (x, y) from examples: a tuple of two, or a list of two arrays."""
+    """Whether something is a pair (x, y), not examples: a tuple of two, or a list of two arrays."""
     if isinstance(part, data.Dataset):
         return True
     if type(part) not in (tuple, list) or len(part) != 2:
@@ -124,7 +140,7 @@ def _is_pair(part: Any) -> bool:
     return type(part) is tuple or any(hasattr(a, "shape") and np.ndim(a) > 0 for a in part)
 
 
-def _pair(who: str, pair: Any) -> list[np.ndarray]:
+def _pair(who: str, pair: Any) -> Any:
     for name, a in zip("xy", pair, strict=True):
         whole = type(a) in (list, tuple) or jax.tree.structure(a) == jax.tree.structure(0)
         if isinstance(a, Mapping | str | bytes) or not whole:
@@ -138,7 +154,7 @@ def _no_data(source: Any) -> TypeError:
 
 
 def _takes(name: str, function: Callable[..., Any], *arguments: str) -> None:
-    """Refuse what is no function of so many arguments."""
+    """Refuse what is not a function that can be called with these arguments."""
     if not callable(function):
         raise TypeError(f"study: {name} must be a function of ({', '.join(arguments)}), got {function!r}")
     try:

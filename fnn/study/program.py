@@ -1,7 +1,7 @@
-"""What happens in a cell's compiled program: a net and an optimiser by their axes, drawn, measured and trained.
+"""The program that a cell compiles: draw a net, measure it, train it.
 
-The program is a loop over recorded steps, each turn first training up to that step and then measuring, so that gradient
-and optimiser are compiled once however many steps are recorded.
+The program loops over the recorded steps. Each turn trains up to that step and then measures, so gradient and optimiser
+are compiled once, however many steps are recorded.
 """
 
 import functools
@@ -49,10 +49,10 @@ class Cell(NamedTuple):
     steps: tuple[int, ...]
     """The recorded ones, 0 first."""
     chunk: int = 1
-    """How many runs are lanes of one `vmap`; the rest follow in turn, through the same program."""
+    """How many runs are lanes of one `vmap`; the others follow, chunk after chunk, through the same program."""
 
     def settled(self) -> "Cell":
-        """Move traced axes that are 0 throughout to the static ones: biases of zero are not drawn."""
+        """Make traced axes that are 0 in all runs static, so that biases of zero are not drawn."""
         zeros = {name: 0.0 for name in self.runs[0] if name != "seed" and not any(run[name] for run in self.runs)}
         runs = tuple({name: value for name, value in run.items() if name not in zeros} for run in self.runs)
         return self._replace(static=self.static | zeros, runs=runs)
@@ -78,7 +78,7 @@ def network(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> 
 
 
 def optimizer(static: Mapping[str, Any], run: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Build a cell's optimiser: the clip by its name, then the optimiser by its."""
+    """Build a cell's optimiser from the names of its clip and optimiser."""
     kind, name = static["clip"], static["optimizer"]
     check.choice("study", ["none", *CLIPS], clip=kind)
     check.choice("study", OPTIMIZERS, optimizer=name)

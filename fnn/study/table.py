@@ -1,4 +1,4 @@
-"""Turn what a cell measured into rows of the tidy table (its columns are listed in `results.py`), theory beside it."""
+"""Turn what a cell measured into rows of the study's table, with theory beside it; `results` lists the columns."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,7 +47,7 @@ def build(
 ) -> Any:
     """Make the table of one cell: polars, columns as in `schema`, runs in order, then steps, then the net's order.
 
-    `inputs` are those of the measured batch; None for a net that theory does not know.
+    `inputs` are those of the measured batch; None for nets that theory does not cover.
     """
     import polars as pl
 
@@ -102,7 +102,7 @@ def build(
 
 
 def left_range(frame: Any) -> str | None:
-    """Say in a sentence which cells hold NaN because their signal left the range of the float type; None if none does."""
+    """Say which cells hold NaN because their signal left the range of the float type; None if there are none."""
     import polars as pl
 
     measured = pl.col("quantity").str.starts_with("log_") | pl.col("quantity").is_in(FORWARD)

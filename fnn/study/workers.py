@@ -1,4 +1,4 @@
-"""Run tasks here, in spawned processes, or on anybody's `concurrent.futures.Executor`, and say how it goes."""
+"""Run tasks in this process, in spawned processes, or on any `concurrent.futures.Executor`."""
 
 import os
 import pickle
@@ -74,14 +74,14 @@ class Interrupted(KeyboardInterrupt):
     """Raised when Ctrl-C has stopped a study."""
 
     at_once = False
-    """Whether it was pressed twice, so that cells may still be in flight."""
+    """Whether it was pressed twice, so that cells may still be running."""
     results: Any = None
-    """Of the cells that were finished."""
+    """Those of the finished cells."""
 
 
 @contextmanager
 def compilation_cache(folder: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Let JAX keep compiled programs in a folder for the next process that needs them; None leaves all as it is."""
+    """Let JAX keep compiled programs in a folder, for the next process that needs them; None changes nothing."""
     if folder is None:
         yield
         return
@@ -111,7 +111,7 @@ def pool(workers: int) -> Iterator[Executor]:
 
     class Pool(ProcessPoolExecutor):
         def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-            with _sigint_blocked():  # a worker may be started here, and inherits what is blocked
+            with _sigint_blocked():  # a worker may be started here; it inherits the blocked signals
                 return super().submit(*args, **kwargs)
 
     settings = {name: getattr(jax.config, name) for name in CONFIG}
@@ -119,7 +119,7 @@ def pool(workers: int) -> Iterator[Executor]:
     executor = Pool(workers, mp_context=context, initializer=_start, initargs=(settings,))
     try:
         yield executor
-    except BaseException:  # what is still in flight is not waited for, and this process could not end before it
+    except BaseException:  # without this, the process could not end before the tasks in flight
         for process in list((executor._processes or {}).values()):
             process.terminate()
         raise
@@ -129,9 +129,9 @@ def pool(workers: int) -> Iterator[Executor]:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Keep Ctrl-C from every process that is started meanwhile, for good, where the system can.
+    """Block Ctrl-C in every process that is started meanwhile, for good, where the system can.
 
-    A worker ignores it from its first line on, but spends its first second before that, importing.
+    A worker ignores Ctrl-C once its first line has run, but it spends a second importing before that.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -145,9 +145,9 @@ def _sigint_blocked() -> Iterator[None]:
 
 @contextmanager
 def _counted_sigint() -> Iterator[list[int]]:
-    """Collect Ctrl-C in a list instead of raising KeyboardInterrupt wherever the program is.
+    """Collect Ctrl-C in a list, instead of raising KeyboardInterrupt wherever the program happens to be.
 
-    So no result is lost between a worker's answer and the folder. Other threads than the main one get no Ctrl-C.
+    So no result is lost between a worker's answer and the folder. Only the main thread gets Ctrl-C.
     """
     presses: list[int] = []
     before = signal.getsignal(signal.SIGINT)
@@ -174,12 +174,12 @@ def _start(settings: dict[str, Any]) -> None:
 
 
 def _follow(parent: Any) -> None:
-    parent.join()  # returns too where the parent was killed and could tell nobody
+    parent.join()  # returns also where the parent was killed
     os._exit(1)
 
 
 def check_executor(executor: Any) -> None:
-    """Refuse what is no executor, and pools of forked processes.
+    """Refuse what is not an executor, and pools of forked processes.
 
     Errors: TypeError, ValueError.
     """
@@ -207,9 +207,10 @@ def drive(
     """Call `done(task, work(task))` for every task, as they finish; `done` runs here, one at a time.
 
     `whole` makes a task that carries all it needs, for a worker on another machine that cannot read a `Shared`.
-    An executor that says how many workers it has is given as many tasks at a time: what a pool of processes has taken
-    into its queue can no longer be cancelled. Ctrl-C starts no further task, waits for those in flight and raises
-    Interrupted; a second one does not wait. An error of a task stops the rest in the same way; the first one is raised.
+    An executor that says how many workers it has is given that many tasks at a time, because a task in the queue of a
+    pool of processes can no longer be cancelled. After Ctrl-C no further task starts, those in flight are waited for, and
+    Interrupted is raised; a second Ctrl-C does not wait. An error in a task stops the rest in the same way; the first
+    error is raised.
     """
     if executor is None:
         try:
