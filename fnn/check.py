@@ -77,7 +77,7 @@ def choice(who: str, options: Iterable[str], **values: Any) -> None:
             raise ValueError(f"{who}: unknown {name} {value!r}; {hint}")
 
 
-def as_int32(a: Any) -> Any:
+def as_int32(a: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """Cast an array of integers (NumPy's or JAX's) to int32; numbers outside int32 become its smallest or largest.
 
     Comparing with -1, or with the number of classes, then gives the same answer for every integer dtype. (In uint8, -1

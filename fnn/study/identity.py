@@ -131,7 +131,9 @@ class _Walk:
             return _hash("module", value.__name__)
         if isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
             owner = value.__self__
-            return _hash("builtin", _label(value), *([] if _is_module(owner) else [self.digest(owner, where)]))
+            return _hash(
+                "builtin", _label(value), *([] if isinstance(owner, types.ModuleType) else [self.digest(owner, where)])
+            )
         if isinstance(value, _MEMBERS):
             return _hash("member", value.__objclass__.__qualname__, value.__name__)
         for wrapper, names in _WRAPPERS.items():
@@ -195,7 +197,10 @@ class _Walk:
 
     def _global(self, value: Any, attrs: set[str], name: str) -> bytes:
         """A module of the user's counts as far as its names are used."""
-        if not _is_module(value) or _package(getattr(value, "__file__", None) or "<frozen>") is not None:
+        if (
+            not isinstance(value, types.ModuleType)
+            or _package(getattr(value, "__file__", None) or "<frozen>") is not None
+        ):
             return self.digest(value, name)
         used = sorted(attrs & vars(value).keys())
         if id(value) in self._open:
@@ -267,10 +272,6 @@ def _label(value: Any) -> str:
     value = value if isinstance(getattr(value, "__qualname__", None), str) else type(value)
     module, name = getattr(value, "__module__", None), value.__qualname__
     return f"{module}.{name}" if module else name
-
-
-def _is_module(value: Any) -> bool:
-    return isinstance(value, types.ModuleType)
 
 
 def _is_ours(value: Any) -> bool:

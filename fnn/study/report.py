@@ -1,5 +1,6 @@
 """Report on a study: figures as PNG, and one HTML page with everything in it, which works offline."""
 
+import html
 import json
 import math
 import os
@@ -115,7 +116,7 @@ def page(s: Summary, sentences: list[str], title: str) -> str:
     template = resources.files("fnn.study").joinpath("page.html").read_text()
     data = json.dumps(contents(s, sentences, title), separators=(",", ":"), allow_nan=False)
     # `</script>` inside a string would end the data, and `<!--<script>` hide its end: no string may hold a tag at all.
-    parts = {"TITLE": _escaped(title), "DATA": data.replace("<", "\\u003c"), "PLOTLY": get_plotlyjs()}
+    parts = {"TITLE": html.escape(title, quote=False), "DATA": data.replace("<", "\\u003c"), "PLOTLY": get_plotlyjs()}
     head, *rest = template.split("{{")
     return head + "".join(parts[name] + text for name, text in (piece.split("}}", 1) for piece in rest))
 
@@ -183,7 +184,3 @@ def _plain(value: Any) -> Any:
     if value is None:
         return "none"
     return value if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else f"{value:g}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -118,7 +118,11 @@ class Study:
             raise ValueError("study: the grid must hold at least one point, got none; give every axis a value")
         for name in self.grid.axes:
             check.choice("study", defaults, axis=name)
-        seeds = {} if "seed" in self.grid.axes else {"seed": self._seeds()}
+        seeds = (
+            {}
+            if "seed" in self.grid.axes
+            else {"seed": range(self.seeds) if isinstance(self.seeds, int) else self.seeds}
+        )
         points = [defaults | point for point in self.grid * product(**seeds)]
         missing = {name: None for point in points for name, v in point.items() if v is inspect.Parameter.empty}
         if missing:
@@ -267,9 +271,6 @@ class Study:
             raise ValueError(f"study: traced must name arguments of build, got {', '.join(unknown)}")
         traced = [name for name in ("seed", *defaults) if name in (*TRACED, *self.traced) and name in defaults]
         return defaults, list(dict.fromkeys(traced))
-
-    def _seeds(self) -> Sequence[int]:
-        return range(self.seeds) if isinstance(self.seeds, int) else self.seeds
 
     def _steps(self, static: Mapping[str, Any], examples: int) -> tuple[int, ...]:
         size = int(static["batch_size"])

@@ -10,9 +10,10 @@ from fnn import tree
 from fnn.gradients import flow
 from fnn.layers.activations import TABLE
 from fnn.study import cell
+from fnn.study.axes import FLOATS
 from fnn.theory import meanfield
 
-TRACED = ("seed", "sigma_w", "sigma_b", "learning_rate", "clip_threshold")
+TRACED = ("seed", *FLOATS)
 """Axes that do not change a program."""
 _TRACES = {"loss": "train_loss", "accuracy": "train_accuracy"}
 MOST_TRACED = 256

@@ -38,14 +38,15 @@ class Shared(NamedTuple):
 
     def load(self) -> Any:
         """Return the value. Errors: Unreachable."""
-        if self.path not in _LOADED:
+        value = _LOADED.get(self.path)
+        if value is None:
             try:
-                content = Path(self.path).read_bytes()
+                value = pickle.loads(Path(self.path).read_bytes())
             except OSError as error:
                 raise Unreachable(f"study: cannot read {self.path}: {error.strerror or error}") from None
             _LOADED.clear()  # one value at a time, however many studies a worker lives through
-            _LOADED[self.path] = pickle.loads(content)
-        return _LOADED[self.path]
+            _LOADED[self.path] = value
+        return value
 
 
 _LOADED: dict[str, Any] = {}
