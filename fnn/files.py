@@ -58,7 +58,7 @@ def sweep(*folders: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what is in a file's place to a free name beside it, and return that name.
+    """Rename a file to a free name in the same folder, and return that name.
 
     Errors: OSError, naming the file.
     """

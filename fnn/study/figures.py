@@ -109,7 +109,7 @@ def _lines(s: Summary, part: Any, x: str, labels: tuple[str, str], *, logarithmi
             _line(axis, part.filter(pl.col("network") == network).sort(x), x, i, name)
         axis.set_title(words(title), fontsize=9)
         axis.margins(x=0.03)
-        # A loss of one's own may be nowhere above 0.
+        # A user's own loss may be nowhere above 0.
         if logarithmic and part.filter((pl.col("middle") > 0) & pl.col("middle").is_finite()).height:
             axis.set_yscale("log")
         _legend(axis, by)

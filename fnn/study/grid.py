@@ -90,7 +90,9 @@ def zip(**axes: Iterable[Value]) -> Grid:
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
         got = ", ".join(f"{name} {n}" for name, n in lengths.items())
-        raise ValueError(f"grid: zipped axes must have as many values each, got {got}; use product for every pair")
+        raise ValueError(
+            f"grid: zipped axes must have the same number of values, got {got}; use product for every pair"
+        )
     return Grid([dict(builtins.zip(lists, row, strict=True)) for row in builtins.zip(*lists.values(), strict=True)])
 
 

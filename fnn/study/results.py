@@ -23,7 +23,7 @@ The table is long: one row for each (cell, run, step, layer, path, quantity); no
 | column | type | |
 |---|---|---|
 | cell | Int32 | number of the cell: one combination of static axes, one compiled program |
-| depth width activation norm residual clip batch_size optimizer init | Int32 Int32 String String Boolean String Int32 String String | static axes; with a `build=` of one's own, that function's axes instead |
+| depth width activation norm residual clip batch_size optimizer init | Int32 Int32 String String Boolean String Int32 String String | static axes; with your own `build=`, the axes of that function instead |
 | seed sigma_w sigma_b learning_rate clip_threshold | Int32 Float64 ... | traced axes: a run is one value of each |
 | step | Int32 | updates done before the measurement; 0 is initialisation |
 | layer | Int32 | layers with weights (arrays of two axes or more), counted from 1 next to the input; 0 for quantities of the whole run |
@@ -42,8 +42,8 @@ before, both for every parameter.
 Quantities of a run: at recorded steps `loss`, `accuracy` on the held-out examples; at every step of training (thinned
 evenly to 256) `train_loss`, `train_accuracy`, `grad_norm`, `clip_fraction`, `clip_removed` on that step's batch; and
 one row `diverged` for each run: 0 at its last step, or 1 at the step whose loss or gradient was not finite. The record
-of a run ends where it diverges; that step's layers are included if its loss was still finite. Measurements of one's own
-have their own names, and layer 0 unless their path is that of a parameter.
+of a run ends where it diverges; that step's layers are included if its loss was still finite. Your own
+measurements have their own names, and layer 0 unless their path is that of a parameter.
 
 Read a folder with `results.read(folder)`: a `Results` with `.description` (study.json), `.sessions`, `.table()` (polars),
 `.finished` (numbers of the finished cells), `.left_out` (what is wrong with files that are left out) and `.times()`.

@@ -134,7 +134,7 @@ class Study:
         }
         found: dict[tuple[Any, ...], tuple[dict[str, Any], list[dict[str, Any]]]] = {}
         for point in points:
-            # What should be whole and is not (depth 1 beside 2.5) goes to build as it was given, which refuses it or not.
+            # Where a whole number is expected and decimals are among the values (depth 1 and 2.5), `build` gets what was given.
             values = {
                 name: value
                 if types[name] == "float" and hints.get(name) is int and name not in traced

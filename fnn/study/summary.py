@@ -132,7 +132,7 @@ def critical_lines(summary: Summary) -> dict[tuple[str, float], float]:
 
 
 def line_of(row: dict[str, Any]) -> tuple[Any, float]:
-    """Name the critical line of a network: its activation and sigma_b; nets of one's own may call other things so."""
+    """Name the critical line of a network: its activation and sigma_b. A user's own net may use these names for anything."""
     sigma_b = row.get("sigma_b") or 0.0
     return row.get("activation"), float(sigma_b) if isinstance(sigma_b, int | float) else math.nan
 
