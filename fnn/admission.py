@@ -50,7 +50,7 @@ def values(who: str, function: Any, outputs: Any, targets: Any) -> Any:
             "jax.numpy, without float(), if, or NumPy on its arguments"
         ) from error
     n = jnp.shape(jax.tree.leaves(outputs)[0])[:1]
-    if not hasattr(found, "shape") or found.shape != n:
+    if not hasattr(found, "shape") or found.shape != n or not jnp.issubdtype(found.dtype, jnp.floating):
         raise ValueError(
             f"{who}: the loss must return float[batch], one number for each example, got {check.describe(found)} for "
             f"outputs {check.describe(outputs)}; average over the other axes, not over the examples"

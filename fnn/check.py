@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import TraceContextError
 
 
 def describe(x: Any) -> str:
@@ -30,34 +31,31 @@ def describe(x: Any) -> str:
 
 def positive(who: str, **values: Any) -> None:
     """Refuse what is not an integer of at least 1."""
-    for name, value in values.items():
-        if not _is_integer(value) or value < 1:
-            raise _refuse(value, numbers.Integral)(f"{who}: {name} must be a positive integer, got {value!r}")
+    _each(who, values, numbers.Integral, lambda v: v >= 1, "be a positive integer")
 
 
 def non_negative(who: str, **values: Any) -> None:
     """Refuse what is not an integer of at least 0."""
-    for name, value in values.items():
-        if not _is_integer(value) or value < 0:
-            raise _refuse(value, numbers.Integral)(f"{who}: {name} must be an integer of at least 0, got {value!r}")
+    _each(who, values, numbers.Integral, lambda v: v >= 0, "be an integer of at least 0")
 
 
 def fraction(who: str, **values: Any) -> None:
-    """Refuse a concrete number outside [0, 1). Traced values pass: their range is the caller's to keep."""
-    for name, value in values.items():
-        if not _holds(value, lambda v: 0 <= v < 1):
-            raise _refuse(value, numbers.Real)(f"{who}: {name} must lie in [0, 1), got {value!r}")
+    """Refuse a number outside [0, 1). Traced numbers pass: their range is the caller's responsibility."""
+    _each(who, values, numbers.Real, lambda v: 0 <= v < 1, "lie in [0, 1)")
 
 
 def above_zero(who: str, **values: Any) -> None:
-    """Refuse a concrete number that is not finite and greater than zero. Traced values pass."""
-    for name, value in values.items():
-        if not _holds(value, lambda v: 0 < v < math.inf):
-            raise _refuse(value, numbers.Real)(f"{who}: {name} must be a finite number above 0, got {value!r}")
+    """Refuse a number that is not finite and greater than zero. Traced numbers pass."""
+    _each(who, values, numbers.Real, lambda v: 0 < v < math.inf, "be a finite number above 0")
+
+
+def at_least_zero(who: str, **values: Any) -> None:
+    """Refuse a number that is not finite and zero or greater. Traced numbers pass."""
+    _each(who, values, numbers.Real, lambda v: 0 <= v < math.inf, "be finite and at least 0")
 
 
 def number(who: str, *, low: float = 0, high: float = 1e100, **values: Any) -> float:
-    """Return one number as a float, on the host; refuse what is none, or lies outside [low, high] (1e100: finite)."""
+    """Return one number as a float on the host; refuse what is no number, or lies outside [low, high] (1e100: finite)."""
     ((name, value),) = values.items()
     try:
         result = float(value)
@@ -79,10 +77,11 @@ def choice(who: str, options: Iterable[str], **values: Any) -> None:
             raise ValueError(f"{who}: unknown {name} {value!r}; {hint}")
 
 
-def as_int32(a: Any) -> Any:
-    """Cast integers of any dtype to int32, so that the dtype decides nothing; numbers beyond it become its ends.
+def as_int32(a: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Cast an array of integers (NumPy's or JAX's) to int32; numbers outside int32 become its smallest or largest.
 
-    So a comparison with -1, or with the number of classes, is one of whole numbers: of uint8 with -1 it would be with 255.
+    Comparing with -1, or with the number of classes, then gives the same answer for every integer dtype. (In uint8, -1
+    would be 255.)
     """
     lowest, highest = np.iinfo(np.int32).min, np.iinfo(np.int32).max
     info = jnp.iinfo(a.dtype)
@@ -93,7 +92,7 @@ def as_int32(a: Any) -> Any:
 
 
 def prng_key(who: str, key: Any, name: str = "key") -> None:
-    """Refuse what is not one PRNG key: of `jax.random.key`, or raw bits of `jax.random.PRNGKey`. Traced keys pass."""
+    """Refuse what is not one PRNG key, from `jax.random.key` or `jax.random.PRNGKey`. Traced keys pass."""
     shape, dtype = getattr(key, "shape", None), getattr(key, "dtype", None)
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and shape == ()
     raw = isinstance(key, np.ndarray | jax.Array) and dtype == np.uint32 and shape in ((2,), (4,))
@@ -103,7 +102,7 @@ def prng_key(who: str, key: Any, name: str = "key") -> None:
 
 
 def parameters(who: str, params: Any, *, trained: bool = True) -> None:
-    """Refuse parameters that are not real arrays, and floating ones where they are to be `trained`."""
+    """Refuse parameters that are not real arrays; if they are to be `trained`, they must also be floating."""
     for entries, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = getattr(leaf, "dtype", None) if not isinstance(leaf, float) else np.dtype(np.float32)
         imaginary = isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.complexfloating)
@@ -114,7 +113,7 @@ def parameters(who: str, params: Any, *, trained: bool = True) -> None:
             hint = "keep real and imaginary parts as two arrays"
         else:
             hint = (
-                "split a model into its floating arrays and the rest, which the loss joins again: "
+                "split the model into its floating arrays and the rest, and join the two in the loss: "
                 "equinox.partition(model, equinox.is_inexact_array), or nnx.split(model, nnx.Param, ...)"
             )
         got = describe(leaf) if dtype is not None else getattr(leaf, "__name__", type(leaf).__name__)
@@ -122,7 +121,7 @@ def parameters(who: str, params: Any, *, trained: bool = True) -> None:
 
 
 def alive(who: str, *trees: Any) -> None:
-    """Refuse arrays whose memory a step has taken over."""
+    """Refuse arrays that were donated to an earlier step, so that their memory is gone."""
 
     def gone(leaf):
         try:
@@ -132,44 +131,31 @@ def alive(who: str, *trees: Any) -> None:
 
     if any(map(gone, jax.tree.leaves(trees))):
         raise ValueError(
-            f"{who}: the state must still have its arrays, got one that an earlier step took over (it is donated); go on "
-            "with the state that the step returned, or pass the step a copy: jax.tree.map(jnp.copy, state)"
+            f"{who}: the state must still have its arrays, got one that was donated to an earlier step; go on with the state "
+            "that the step returned, or pass the step a copy: jax.tree.map(jnp.copy, state)"
         )
 
 
 @contextmanager
 def foreign(who: str) -> Iterator[None]:
-    """Say in a sentence why a function of the user's, of another library's model, cannot be traced."""
+    """Explain in a sentence why a model of another library (Flax NNX) cannot be traced."""
     try:
         yield
-    except Exception as error:
-        if type(error).__name__ != "TraceContextError":  # of flax.nnx
-            raise
+    except TraceContextError as error:
         raise ValueError(
-            f"{who}: what is differentiated must not change variables made outside of it, got an NNX module that does (batch norm's "
-            "statistics, counts of random numbers); merge a copy inside: nnx.merge(graphdef, params, rest, copy=True)"
+            f"{who}: the function must not change variables that were made outside of it, got an NNX module that does (batch "
+            "norm statistics, random counters); merge a copy inside: nnx.merge(graphdef, params, rest, copy=True)"
         ) from error
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, np.ndarray | jax.Array):
-        return value.ndim == 0
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _holds(value: Any, rule: Callable[[Any], Any]) -> bool:
-    """Whether a number keeps the rule; a traced one does so far as anyone can tell here."""
-    try:
-        return _is_number(value) and bool(rule(value))
-    except jax.errors.ConcretizationTypeError:
-        return True
-
-
-def _refuse(value: Any, kind: type) -> type[Exception]:
-    """A wrong type is a TypeError, a wrong value of the right type a ValueError."""
-    right_type = isinstance(value, kind) and not isinstance(value, bool)
-    return ValueError if right_type or isinstance(value, np.ndarray | jax.Array) else TypeError
+def _each(who: str, values: dict[str, Any], kind: type, rule: Callable[[Any], Any], words: str) -> None:
+    """Refuse values of another type with a TypeError, and those of the right type outside the rule with a ValueError."""
+    for name, value in values.items():
+        array = isinstance(value, np.ndarray | jax.Array)
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        try:
+            good = (number or (array and value.ndim == 0 and kind is numbers.Real)) and bool(rule(value))
+        except jax.errors.ConcretizationTypeError:
+            good = True  # traced
+        if not good:
+            raise (ValueError if number or array else TypeError)(f"{who}: {name} must {words}, got {value!r}")

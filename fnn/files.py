@@ -8,10 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # not on this system
-    fcntl = None
+RENAMES_OPEN_FILES = os.name != "nt"
+"""Whether the system renames and removes files that are open; one that does not needs no claims on them."""
 
 
 def write(path: Path, content: bytes, who: str = "study", remedy: str = "make room, or choose another folder") -> None:
@@ -21,23 +19,21 @@ def write(path: Path, content: bytes, who: str = "study", remedy: str = "make ro
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        try:
-            with open(part, "wb") as file:
-                with suppress(OSError):  # this file system may know no locks
-                    _claim(file)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                if fcntl:
-                    os.replace(part, path)  # still claimed, or `sweep` could take it for a left one
-            if not fcntl:
-                os.replace(part, path)  # this system renames no open file
-        except BaseException:
-            with suppress(OSError):  # or it would hide the reason
-                part.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise cannot_write(path, error, who, remedy) from None
+        with open(part, "wb") as file:
+            claim(file)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            if RENAMES_OPEN_FILES:
+                os.replace(part, path)  # still claimed, so that `sweep` lets it be
+        if not RENAMES_OPEN_FILES:
+            os.replace(part, path)
+    except BaseException as error:
+        with suppress(OSError):  # or it would hide the reason
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise cannot_write(path, error, who, remedy) from None
+        raise
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str], dpi: int, who: str = "plot") -> None:
@@ -54,17 +50,15 @@ def sweep(*folders: Path) -> None:
     """Remove the temporary files that killed processes have left in folders, and none that is still being written."""
     for part in (part for folder in folders for part in folder.glob(".*.part")):
         with suppress(OSError), open(part, "r+b") as file:
-            _claim(file)
-            if fcntl:
+            if claim(file):
                 part.unlink()
-                continue
-        if not fcntl:
-            with suppress(OSError):  # this system removes no open file
+        if not RENAMES_OPEN_FILES:
+            with suppress(OSError):  # it is open elsewhere
                 part.unlink()
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what is in a file's place to a free name beside it, and return that name.
+    """Rename a file to a free name in the same folder, and return that name.
 
     Errors: OSError, naming the file.
     """
@@ -79,22 +73,38 @@ def set_aside(path: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system gives back however this process ends."""
-    if not fcntl:  # two runs at once would do work twice, but break nothing
-        yield
-        return
+    """Hold the folder's lock (`.lock` in it), which the system gives back however this process ends.
+
+    Errors: OSError for a folder that another run holds, or that cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        file = open(folder / ".lock", "a")  # noqa: SIM115, or an error of the caller's would be taken for ours
+        lock.acquire()
+    except Timeout:
+        raise OSError(f"study: {folder} is in use by another run; wait for it, or choose another folder") from None
     except OSError as error:
         raise cannot_write(folder, error) from None
-    with file:
-        try:
-            _claim(file)
-        except (BlockingIOError, PermissionError):
-            raise OSError(f"study: {folder} is in use by another run; wait for it, or choose another folder") from None
-        except OSError:
-            pass  # this file system knows no locks
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def claim(file: Any) -> bool:
+    """Keep an open file from `sweep` until it is closed, or its process ends; False where that cannot be done.
+
+    So it is where another process has it, and where the file system or this installation has no locks.
+    """
+    if not RENAMES_OPEN_FILES:
+        return False
+    try:
+        from filelock import lock_descriptor
+
+        return lock_descriptor(file.fileno(), blocking=False)
+    except (OSError, ImportError):
+        return False
 
 
 def load_json(path: Path, shape: Any) -> Any:
@@ -148,12 +158,3 @@ def cannot_write(path: Path, error: OSError, who: str = "study", remedy: str = "
     said = OSError(f"{who}: cannot write {path}: {error.strerror or error}; {remedy}")
     said.errno = error.errno
     return said
-
-
-def _claim(file: Any) -> None:
-    """Take the file's lock, which ends with the process.
-
-    Errors: OSError where another process has it.
-    """
-    if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

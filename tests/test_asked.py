@@ -9,7 +9,8 @@ import polars as pl
 import pytest
 
 import fnn
-from fnn.study import asked, axes, digest, study
+from fnn.study import axes, options, study
+from fnn.study.summary import summarize
 
 # One worker: the tests share the compilations.
 pytestmark = pytest.mark.xdist_group("asked")
@@ -110,12 +111,12 @@ class Exchanged:
 def test_arrays_frames_and_lists_are_the_same_data(make):
     described = tiny(data=make()).describe()
     assert described["data"] == tiny().describe()["data"] == ["float32[12,3]"] * 2 + described["data"][2:]
-    (x, y), _ = asked.arrays(make())
+    (x, y), _ = options.arrays(make())
     assert (x == X).all() and (y == Y).all() and y.dtype == np.int32
 
 
 def test_two_examples_are_no_pair_of_pairs():
-    (x, _), (held_out, _) = asked.arrays(([[1.0, 2.0], [3.0, 4.0]], [0, 1]))
+    (x, _), (held_out, _) = options.arrays(([[1.0, 2.0], [3.0, 4.0]], [0, 1]))
     assert x.shape == held_out.shape == (2, 2)
 
 
@@ -125,9 +126,9 @@ def test_two_examples_are_no_pair_of_pairs():
         (3, TypeError, "data must be a name, a pair"),
         ((X, Y, X), TypeError, "data must be a name, a pair"),
         (((X, Y), X), TypeError, "data must be a name, a pair"),
-        ((X * 1j, Y), TypeError, "x must hold real numbers, got complex"),
+        ((X * 1j, Y), TypeError, "x must be real, got complex"),
         ((X, np.array(["a"] * 12)), TypeError, "y must hold numbers, got <U1"),
-        (([[1, 2], [3]], [0, 1]), TypeError, "x must be an array, a frame or a list of equal rows"),
+        (([[1, 2], [3]], [0, 1]), TypeError, "x must be an array that NumPy can read, got list"),
         (({"a": X}, Y), TypeError, "x must be one array, got dict"),
         ((fnn.Masked(jnp.ones((12, 2, 1)), jnp.ones((12, 2), bool)), Y), TypeError, "x must be one array, got Masked"),
         ((X, Y + 2**32), ValueError, "y must fit in int32"),
@@ -147,9 +148,9 @@ def test_bad_data_is_one_sentence(source, error, sentence):
 @pytest.mark.parametrize(
     ("options", "error", "sentence"),
     [
-        ({"loss": "cross_entropy"}, TypeError, "loss must be a function, got 'cross_entropy'; pass fnn.losses.cross_entropy"),
-        ({"loss": "cross_entrpy"}, ValueError, "unknown loss 'cross_entrpy'; did you mean 'cross_entropy'"),
-        ({"loss": None}, TypeError, "loss must be a function of .outputs, targets., got None"),
+        ({"loss": "cross_entropy"}, TypeError, "loss must be a function .*, got 'cross_entropy'; pass fnn.losses.cross_entropy"),
+        ({"loss": "cross_entrpy"}, TypeError, "loss must be a function .*, got 'cross_entrpy'; pass fnn.losses.cross_entropy"),
+        ({"loss": None}, TypeError, "loss must be a function .*, got None"),
         ({"loss": lambda outputs: 0}, TypeError, "loss must be a function of .outputs, targets., got <lambda>.outputs."),
         ({"loss": lambda outputs, targets: jnp.mean(outputs)}, ValueError, r"must return float\[batch\].*got float32\[\]"),
         ({"loss": lambda outputs, targets: targets}, ValueError, r"must return float\[batch\].*got int32"),
@@ -161,14 +162,14 @@ def test_bad_data_is_one_sentence(source, error, sentence):
         ({"measure": {"a": lambda p, s, b: 1j}}, TypeError, "measure a must return real numbers.*got complex"),
         ({"measure": {"a": lambda p, s, b: {"b": [1, object()]}}}, TypeError, "measure a must return real numbers.*got object"),
         ({"measure": {3: one}}, TypeError, "name must be a string, got 3"),
-        ({"measure": {"cosine": one}}, ValueError, "a name of its own, got 'cosine'"),
-        ({"measure": {"log_gain_rms": one}, "build": lambda depth, classes: fnn.serial(fnn.dense(classes), named())}, ValueError, "a name of its own, got 'log_gain_rms'"),
+        ({"measure": {"cosine": one}}, ValueError, "a name that no quantity has, got 'cosine'"),
+        ({"measure": {"log_gain_rms": one}, "build": lambda depth, classes: fnn.serial(fnn.dense(classes), named())}, ValueError, "a name that no quantity has, got 'log_gain_rms'"),
         ({"quantities": []}, ValueError, "quantities must name at least one, got none"),
         ({"quantities": 3}, TypeError, "quantities must be a list of names, got 3"),
         ({"quantities": [3]}, ValueError, "unknown quantity 3"),
         ({"traced": 3}, TypeError, "traced must be a list of names, got 3"),
         ({"build": 3}, TypeError, "build must be a function"),
-        ({"grid": {"classes": [2]}}, ValueError, "classes is no axis"),
+        ({"grid": {"classes": [2]}}, ValueError, "classes is not an axis"),
     ],
 )  # fmt: skip
 def test_bad_functions_and_names_are_one_sentence(options, error, sentence):
@@ -209,16 +210,15 @@ def test_axes_stand_apart_from_the_columns_of_every_other_table():
     """Whatever columns are made from the table: an argument of that name comes through unharmed."""
     plain = tiny(grid={"sigma_w": [1.0, 1.5]}, seeds=2).table()
     own = set(plain.columns)
-    found = digest.digest(plain, ["depth", "sigma_w", "seed"])
-    made = [study.summarize(plain), fnn.compare(plain, plain), found.networks, found.layers, found.runs, found.finals]
+    found = summarize(plain)
+    made = [fnn.compare(plain, plain), found.networks, found.layers, found.runs, found.finals]
     names = sorted({name for table in made for name in table.columns} - own - set(axes.RESERVED))
-    assert {"slope", "a", "rate", "seeds", "middle", "first"} <= set(names)
+    assert {"a", "rate", "seeds", "middle", "first"} <= set(names)
     assert set(plain.columns[plain.columns.index("step") :]) | {"cell"} <= set(axes.RESERVED)
     for name in names:
         table = plain.rename({"sigma_w": name})
-        assert study.summarize(table).height == 2, name  # a row each: only the traced axes that fnn knows are merged
         assert fnn.compare(table, table)["difference"].abs().max() == 0, name
-        other = digest.digest(table, ["depth", name, "seed"])
+        other = summarize(table)
         assert other.networks.height == 2 and other.networks["seeds"].to_list() == [2, 2], name
         assert other.networks["rate"].equals(found.networks["rate"]) and other.layers.equals(found.layers), name
 

@@ -12,7 +12,7 @@ import pytest
 import fnn
 from fnn import files
 from fnn.cli import main
-from fnn.study import results, sealed, table
+from fnn.study import checksum, results, table
 
 AXES = {"depth": "int", "activation": "str", "norm": "str", "seed": "int"}
 
@@ -118,7 +118,7 @@ def forged(path, frame=None, **note):
 
 HARM = {
     "damaged or foreign": lambda p: p.write_bytes(b""),
-    "holds no digest": lambda p: pl.DataFrame({"a": [1]}).write_parquet(p),
+    "holds no SHA-256": lambda p: pl.DataFrame({"a": [1]}).write_parquet(p),
     "is a copy of cell 0": lambda p: shutil.copyfile(p.with_name("00000.parquet"), p),
     "belongs to another study": lambda p: shutil.copyfile(path(made(p.parent.parent / "other", seeds=3)), p),
     "it is no file": directory,
@@ -160,7 +160,7 @@ def test_a_panic_in_rust_is_a_sentence_too(folder, monkeypatch):
 
 def test_the_names_of_a_hostile_axis_value_do_not_hide_the_digest(folder):
     """Its minimum stands in the footer before the note."""
-    mark = sealed._MARK.decode() + "0" * 64
+    mark = checksum._MARK.decode() + "0" * 64
     frame = pl.read_parquet(path(folder)).with_columns(pl.lit(mark).alias("path"))
     put(folder, 1, frame)
     assert results.read(folder).table().filter(pl.col("cell") == 1)["path"].unique().to_list() == [mark]
@@ -198,7 +198,7 @@ def test_a_finished_study_needs_no_writing(folder, monkeypatch, capsys):
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     for name in ("replace", "rename", "mkdir", "unlink", "fsync"):
         monkeypatch.setattr(os, name, refuse)
-    monkeypatch.setattr(results, "_locked", refuse)
+    monkeypatch.setattr(files, "locked", refuse)
     with again(folder) as found:
         assert found.table().height == 18
     with pytest.raises(OSError, match=r"report: cannot write .*gradient.png: Read-only file system"):
@@ -212,7 +212,7 @@ def test_left_temporary_files_go_and_those_in_use_stay(folder):
         part.touch()
     held = folder / ".gradient.png.1.part"
     with open(held, "wb") as file:
-        files._claim(file)
+        assert files.claim(file)
         with again(folder):
             assert not any(part.exists() for part in left) and held.exists()
     fnn.report.report(folder)
@@ -229,9 +229,8 @@ def test_a_full_disk_leaves_the_figure_that_was_there_and_names_it(folder, monke
     monkeypatch.setattr(os, "fsync", full)
     assert main.main(["report", str(folder)]) == 2
     assert "gradient.png: No space left on device" in capsys.readouterr().err
-    for draw in (lambda p: fnn.plot.study(results.read(folder).table(), path=p),):
-        with pytest.raises(OSError, match=r"plot: cannot write .*gradient.png: No space left"):
-            draw(folder / "gradient.png")
+    with pytest.raises(OSError, match=r"report: cannot write .*gradient.png: No space left"):
+        fnn.report.gradient(results.read(folder).table(), path=folder / "gradient.png")
     assert (folder / "gradient.png").read_bytes() == before and not list(folder.rglob(".*.part"))
 
 

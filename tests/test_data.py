@@ -651,7 +651,7 @@ REFUSALS = {
     "eps": (
         lambda: data.standardize(D, eps=-1.0),
         ValueError,
-        "data.standardize: eps must be at least 0 and finite, got -1.0",
+        "data.standardize: eps must be finite and at least 0, got -1.0",
     ),
     "classes": (
         lambda: data.clusters(key=KEY, classes=1),
@@ -676,7 +676,7 @@ REFUSALS = {
     "noise": (
         lambda: data.spirals(key=KEY, noise=math.nan),
         ValueError,
-        "data.spirals: noise must be at least 0 and finite, got nan",
+        "data.spirals: noise must be finite and at least 0, got nan",
     ),
     "width": (
         lambda: data.teacher(key=KEY, width=0),

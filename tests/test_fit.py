@@ -478,7 +478,7 @@ def test_what_is_no_loss(name):
 def test_a_state_that_a_step_took_over_is_refused():
     state = copy()
     STEP(state, (X, Y))
-    rule = r"the state must still have its arrays, got one that an earlier step took over"
+    rule = r"the state must still have its arrays, got one that was donated to an earlier step"
     for call in (
         lambda: STEP(state, (X, Y)),
         lambda: fnn.fit(STEP, state, (X, Y), **OPTIONS),
@@ -552,9 +552,7 @@ def test_nnx_modules_are_merged_as_copies():
     def loss(copy):
         return lambda p, x: jnp.sum(nnx.merge(graphdef, p, rest, copy=copy)(x[None]) ** 2)
 
-    with pytest.raises(
-        ValueError, match=r"per_example: what is differentiated must not change variables .*copy=True\)"
-    ):
+    with pytest.raises(ValueError, match=r"per_example: the function must not change variables .*copy=True\)"):
         fnn.per_example(loss(False))(params, X)
     with pytest.warns(UserWarning, match="statistic"):  # its batch norm sees batches of one
         assert fnn.per_example(loss(True))(params, X).norms().shape == (48,)
@@ -563,7 +561,7 @@ def test_nnx_modules_are_merged_as_copies():
         lambda p, s, x, *, key=None, train=False, axis_name=None: (nnx.merge(graphdef, p, rest)(x), s),
     )
     state = fnn.TrainState.create(layer, OPTIMIZER, KEY, X)
-    with pytest.raises(ValueError, match=r"net: what is differentiated must not change variables .*copy=True\)"):
+    with pytest.raises(ValueError, match=r"net: the function must not change variables .*copy=True\)"):
         fnn.train_step(layer, fnn.losses.cross_entropy, OPTIMIZER)(state, (X, Y))
 
 

@@ -231,7 +231,7 @@ def test_a_study_that_cannot_be_named_runs_but_is_not_resumed(tmp_path):
     assert found.description["unpromised"] == ["measure one reaches lock, a lock"]
     assert found.table().filter(pl.col("quantity") == "one")["value"].to_list() == [1]
     with pytest.raises(
-        ValueError, match="cannot promise that .* holds this study.*lock, a lock; pass a function without it"
+        ValueError, match="got some whose content cannot be read: .*lock, a lock; pass functions without it"
     ):
         own(3, measure={"one": one}).run(tmp_path)
     assert results.read(tmp_path).table().equals(found.table())

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from fnn.study import digest, figures, report, results, table
+from fnn.study import figures, report, results, summary, table
 from fnn.theory import meanfield
 
 AXES = {"depth": "int", "activation": "str", "norm": "str", "seed": "int", "sigma_w": "float"}
@@ -96,10 +96,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reduced(folder):
-    return digest.digest(results.read(folder).table(), list(AXES))
+    return summary.summarize(results.read(folder).table())
 
 
-def test_digest(reduced):
+def test_summary(reduced):
     assert reduced.axes == ["depth", "norm", "sigma_w"] and reduced.fixed == {"activation": "tanh"}
     networks = reduced.networks
     assert networks.height == 18 and networks["seeds"].unique().to_list() == [SEEDS]
@@ -111,16 +111,16 @@ def test_digest(reduced):
     assert row["outside"] == pytest.approx(2 / 5) and row["diverged"] == 1
     assert row["accuracy"] == pytest.approx(0.1 + 40 / 50 - 0.02)
     curve = reduced.layers.filter(
-        (pl.col("network") == row["network"]) & (pl.col("series") == digest.ERROR) & (pl.col("step") == 0)
+        (pl.col("network") == row["network"]) & (pl.col("series") == summary.ERROR) & (pl.col("step") == 0)
     ).sort("layer")
     np.testing.assert_allclose(curve["high"] - curve["middle"], 0.016, rtol=1e-6)  # 90 % of -2, -1, 0, 1, 2 hundredths
     np.testing.assert_allclose(curve["middle"], (401 - np.arange(1, 403)) * expected / 2, atol=1e-9)
-    assert set(reduced.layers["series"].unique()) == {digest.ERROR, "log_kernel"}
+    assert set(reduced.layers["series"].unique()) == {summary.ERROR, "log_kernel"}
 
 
 def test_labels():
     values = {"activation": "leaky_relu", "norm": "none", "depth": 64, "sigma_w": 1.3, "residual": False}
-    assert digest.label(values) == "leaky relu, no norm, depth 64, sigma_w 1.3, no residual"
+    assert summary.label(values) == "leaky relu, no norm, depth 64, sigma_w 1.3, no residual"
 
 
 def test_report_writes_figures_and_a_page(folder):
@@ -141,7 +141,7 @@ def test_report_writes_figures_and_a_page(folder):
 def test_contents_are_thinned_and_finite(reduced):
     contents = report.contents(reduced, [], "t")
     json.dumps(contents, allow_nan=False)
-    curves = contents["layers"][digest.ERROR]["0"]
+    curves = contents["layers"][summary.ERROR]["0"]
     lengths = [len(curve["x"]) for curve in curves.values()]
     assert max(lengths) == report.MOST_LAYERS and min(lengths) == 5
     deep = next(curve for curve in curves.values() if len(curve["x"]) == report.MOST_LAYERS)
@@ -247,7 +247,7 @@ def test_a_name_is_only_a_name(tmp_path):
     (data,) = (text for tag, name, text in parser.found if name == "data")
     assert "<" not in data and data.isascii()
     contents = json.loads(data)
-    shown = {name: f"{name} (axis)" if name in digest.OWN else name for name in HOSTILE}
+    shown = {name: f"{name} (axis)" if name in summary.OWN else name for name in HOSTILE}
     assert contents["title"] == "<!--<script> $\\frac$ ?" and list(contents["axes"]) == ["depth", *shown.values()]
     for k, name in enumerate(HOSTILE):
         assert contents["axes"][shown[name]] == [HOSTILE[(i + k) % len(HOSTILE)] for i in range(3)]
@@ -296,7 +296,7 @@ def test_a_name_is_only_a_name_in_a_browser(tmp_path):
     with chromium.Page(address, tmp_path / "profile") as page:
         page.wait("document.querySelectorAll('#layers .scatterlayer .trace').length > 0")
         axes = json.loads(page.js("JSON.stringify([...document.querySelectorAll('.axis b')].map(b => b.textContent))"))
-        assert axes == ["depth", *(f"{name} (axis)" if name in digest.OWN else name for name in HOSTILE)]
+        assert axes == ["depth", *(f"{name} (axis)" if name in summary.OWN else name for name in HOSTILE)]
         assert page.js("document.querySelectorAll('#networks tbody tr').length") == 6
         assert "<!--<script>" in page.js("document.querySelector('.legendtext').textContent")
         page.js(f"(() => {{ {choose} }})()")
@@ -304,10 +304,22 @@ def test_a_name_is_only_a_name_in_a_browser(tmp_path):
         assert page.problems == []
 
 
-def test_many_panels_are_cut_and_said(reduced, tmp_path, monkeypatch):
+def test_the_gradients_figure_holds_the_numbers_of_the_table(folder, monkeypatch):
+    figure = report.gradient(results.read(folder).table())
+    titles = [axis.get_title() for axis in figure.axes]
+    assert len(titles) == 6 and titles[-1] == "batch norm, sigma_w 2"
+    lines = figure.axes[2].get_lines()  # no norm, sigma_w 2: for each depth the measured line and theory's
+    assert [line.get_label() for line in lines[::2]] == [str(depth) for depth in DEPTHS]
+    for depth, *drawn in zip(DEPTHS, lines[::2], lines[1::2], strict=True):
+        layers = np.arange(1, depth + 2)  # the output's is left out
+        expected = (depth + 1 - layers) * math.log10(meanfield.fixed_point("tanh", 2.0, 0.0).chi) / 2
+        for line in drawn:  # the median seed lies on the prediction
+            np.testing.assert_array_equal(line.get_xdata(), layers)
+            np.testing.assert_allclose(line.get_ydata(), expected, atol=1e-9)
     monkeypatch.setattr(figures, "MOST_PANELS", 2)
-    said = figures.gradient(reduced, tmp_path / "x.png")
-    assert "The first 2 of 6 panels are shown." in said
+    figure = report.gradient(results.read(folder).table())
+    assert len(figure.axes) == 2 and figure.get_suptitle() == "the first 2 of 6 panels"
+    assert report.gradient(results.read(folder).table().filter(quantity="log_kernel")) is None
 
 
 @pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed")

@@ -5,12 +5,16 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 
+import jax
 import numpy as np
 import polars as pl
 import pytest
@@ -28,6 +32,11 @@ def tiny(**kwargs):
     """Three cells, measured at initialisation: the smallest programs."""
     grid = fnn.grid.product(activation=["tanh", "relu", "sigmoid"], depth=1, width=8, norm="none", batch_size=8)
     return study.Study(grid, **({"seeds": 3, "steps": 0, "data": "clusters"} | kwargs))
+
+
+def arrays(name):
+    """A set by name, as arrays."""
+    return tuple(tuple(part) for part in fnn.data.load(name, key=jax.random.key(0)))
 
 
 ARGUMENTS = [
@@ -179,7 +188,7 @@ def test_a_finished_study_on_a_read_only_mount_prints_its_table(copied, monkeypa
         raise files.cannot_write(path, OSError(errno.EROFS, os.strerror(errno.EROFS)))
 
     monkeypatch.setattr(files, "write", refuse)
-    monkeypatch.setattr(results, "_locked", refuse)
+    monkeypatch.setattr(files, "locked", refuse)
     assert fnn.cli.main.main([*ARGUMENTS, str(copied)]) == 0
     shown = capsys.readouterr()
     assert "at layer 1" in shown.out and "and study.png" not in shown.out
@@ -194,14 +203,14 @@ def test_damaged_and_foreign_cells_are_named_set_aside_and_measured_again(copied
     damage(copied / "cells" / "00001.parquet")
     assert fnn.cli.main.main([*ARGUMENTS, str(copied)]) == 0
     err = capsys.readouterr().err
-    assert "00001.parquet is damaged or foreign (it holds no digest); it is kept as 00001.parquet.aside" in err
+    assert "00001.parquet is damaged or foreign (it holds no SHA-256); it is kept as 00001.parquet.aside" in err
     assert "00002.parquet is a copy of cell 0; it is kept as 00002.parquet.aside" in err
     assert results.read(copied).table().equals(results.read(undisturbed).table())
 
 
 def test_one_folder_serves_one_run_at_a_time(copied):
     (copied / "cells" / "00001.parquet").unlink()
-    with results._locked(copied), pytest.raises(OSError, match="in use by another run"):
+    with files.locked(copied), pytest.raises(OSError, match="in use by another run"):
         tiny().run(copied)
     with pytest.raises(OSError, match="cannot write"):
         tiny().run("/dev/null/x")
@@ -298,15 +307,20 @@ def test_executors_of_all_kinds(tmp_path, undisturbed):
 
 
 DASK = """
-import sys
+import pickle, sys
 sys.path.insert(0, sys.argv[1])
 
 def main():
     from distributed import Client, LocalCluster
-    from test_results import tiny
+    from test_results import arrays, tiny
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
         client.run(sys.path.insert, 0, sys.argv[1])
-        tiny().run(sys.argv[2], executor=client.get_executor())
+        sizes = []
+        executor = client.get_executor()
+        submit = executor.submit
+        executor.submit = lambda work, task: sizes.append(len(pickle.dumps(task))) or submit(work, task)
+        tiny(data=arrays("clusters")).run(sys.argv[2], executor=executor)
+        assert len(sizes) == 3 and max(sizes) < 4000, sizes
 
 if __name__ == "__main__":
     main()
@@ -323,6 +337,38 @@ def test_a_dask_cluster_of_two_workers(tmp_path, undisturbed):
     ours, theirs = results.read(undisturbed).table(), found.table()
     assert ours.drop("value").equals(theirs.drop("value"))
     np.testing.assert_allclose(ours["value"], theirs["value"], rtol=1e-5)
+
+
+class Recording(ThreadPoolExecutor):
+    """Threads that are told what they would be sent as processes, and do it from its bytes."""
+
+    def __init__(self, reads=True):
+        super().__init__(2)
+        self.sizes, self.reads = [], reads
+
+    def submit(self, work, task):
+        content = pickle.dumps(task)
+        self.sizes.append(len(content))
+        if not self.reads:  # as on a machine without the file
+            workers._LOADED.clear()
+            for part in Path(tempfile.gettempdir()).glob(".shared.*.part"):
+                part.unlink()
+        return super().submit(work, pickle.loads(content))
+
+
+def test_a_task_names_its_data_and_takes_it_along_only_where_the_file_cannot_be_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    x, y = np.random.default_rng(0).normal(size=(4000, 3)).astype(np.float32), np.arange(4000) % 2
+    sizes, tables = {}, {}
+    for n, reads in ((40, True), (4000, True), (4000, False)):
+        with Recording(reads) as executor:
+            tables[n, reads] = tiny(data=(x[:n], y[:n])).run(executor=executor).table()
+        sizes[n, reads] = executor.sizes
+        assert not list(tmp_path.iterdir())
+    assert sizes[40, True] == sizes[4000, True] and len(sizes[40, True]) == 3
+    assert sorted(sizes[4000, False])[:3] == sorted(sizes[4000, True]) and len(sizes[4000, False]) == 6
+    assert min(sorted(sizes[4000, False])[3:]) > x.nbytes  # sent again, with the data
+    assert tables[4000, True].equals(tables[4000, False]) and not tables[40, True].equals(tables[4000, True])
 
 
 def test_a_worker_that_dies_is_a_sentence():

@@ -152,7 +152,7 @@ def test_chunks_change_no_number_and_pad_nothing_into_the_table(measured):
     described, table = measured
     first = small(chunk=4).cells()[0]
     setup = described._setup()
-    result = cell.measure(setup, first._replace(chunk=4))
+    result = cell.run_cell(setup, first._replace(chunk=4))
     axes = {name: described.describe()["types"][name] for name in described.describe()["types"]}
     rows = table_of.build(0, first, result, axes=axes, quantities=None, inputs=None)
     whole = table.filter(pl.col("cell") == 0)
@@ -246,7 +246,7 @@ def test_runs_sharded_over_eight_devices_agree_with_one(tmp_path):
         ({"seeds": 0}, ValueError, "seeds must be a positive integer"),
         ({"steps": [-1]}, ValueError, "steps must be an integer of at least 0"),
         ({"chunk": 0}, ValueError, "chunk must be a positive integer"),
-        ({"measure": {"loss": largest}}, ValueError, "a name of its own"),
+        ({"measure": {"loss": largest}}, ValueError, "a name that no quantity has"),
         ({"build": lambda **axes: None}, TypeError, "must name each axis"),
         ({"build": lambda depth: None, "grid": {"depth": [1]}}, TypeError, "must return a Layer"),
         ({"build": lambda depth, extra: None, "grid": {"depth": [1]}}, ValueError, "build needs extra"),

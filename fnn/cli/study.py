@@ -1,7 +1,6 @@
 """`fnn study`."""
 
 import errno
-import math
 import os
 import sys
 import time
@@ -17,6 +16,8 @@ AXES = (
     *("sigma_w", "sigma_b", "learning_rate", "clip_threshold"),
 )
 LATEST = "studies/latest"
+MOST_ROWS = 60
+"""Networks in the printed table."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ def run(options: Study) -> int:
     """Do `fnn study`."""
     import jax
 
-    from fnn import plot
-    from fnn.study import study
+    from fnn import files
+    from fnn.study import figures, study
+    from fnn.study.summary import summarize
     from fnn.study.workers import Interrupted
 
     described = _described(options)
@@ -117,12 +119,12 @@ def run(options: Study) -> int:
         if not options.out:
             _link(folder)
         table = found.table()
-    summary = study.summarize(table)
+    summary = summarize(table.filter(quantity="log_error", step=0))
     figure = ""
-    if summary.height:  # log_error is among the quantities
+    if (drawn := figures.gradient(summary)) is not None:  # log_error is among the quantities
         _print_summary(summary)
         try:
-            plot.study(table, path=folder / "study.png")
+            files.save_figure(drawn, folder / "study.png", 110, "study")
             figure = ", and study.png"
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -195,22 +197,21 @@ def _print_summary(summary: Any) -> None:
         caption="slope: change of log |dL/dh| per layer towards the input (natural log); outside: share of the values "
         "outside the band in which theory expects 19 of 20 seeds",
     )
-    place = summary.columns.index("first")
-    static = [name for name in summary.columns[1:place] if summary[name].n_unique() > 1] or ["activation", "depth"]
-    static = [name for name in static if name in summary.columns]
-    for name in (*static, "at layer 1", "at the last hidden", "slope [10 %, 90 %]", "predicted", "outside"):
+    names = summary.shown()
+    for name in (*names, "at layer 1", "at the last hidden", "slope [10 %, 90 %]", "predicted", "outside"):
         table.add_column(name, justify="left" if name in ("activation", "norm") else "right")
-    for row in summary.iter_rows(named=True):
-        predicted, outside = row["predicted_slope"], row["outside"]
-        slopes = [row["slope"], row["slope_low"], row["slope_high"]]
-        if math.isnan(row["slope"]) or row["first"] == row["last"] == -math.inf:
-            slopes = predicted = None  # one hidden layer, or the signal itself has vanished from float32
+    rows = summary.networks.head(MOST_ROWS).iter_rows(named=True)
+    for row in (summary.fixed | row for row in rows):
+        predicted, outside = row["rate_predicted"], row["outside"]
+        # Without a rate the signal itself has vanished from float32.
+        slopes = None if row["rate"] is None else [row[name] / 2 for name in ("rate", "rate_low", "rate_high")]
         table.add_row(
-            *(escape(str(row[name])) for name in static),
-            f"{row['first']:.2f}",
-            f"{row['last']:.2f}",
+            *(escape(str(row[name])) for name in names),
+            *("" if row[name] is None else f"{row[name]:.2f}" for name in ("first", "last")),
             "" if slopes is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*slopes),
-            "" if predicted is None else f"{predicted:+.3f}",
+            "" if predicted is None or slopes is None else f"{predicted / 2:+.3f}",
             "" if outside is None else f"{outside:.0%}",
         )
     console().print(table)
+    if (more := summary.networks.height - MOST_ROWS) > 0:
+        print(f"and {more} more networks, which fnn report shows")

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from fnn.arrays import array, brief, is_numbers, pair
-from fnn.check import above_zero, describe, fraction, number, positive, prng_key
+from fnn.check import above_zero, at_least_zero, describe, fraction, positive, prng_key
 from fnn.masks import Masked
 
 
@@ -147,7 +147,7 @@ def standardize(train: Dataset, *others: Dataset, eps: float = 1e-8) -> tuple[Da
     image of 1797; divided by eps it would be 1e8.)
     """
     parts = [Dataset(*pair("data.standardize: every part", part)) for part in (train, *others)]
-    number("data.standardize", eps=eps)
+    at_least_zero("data.standardize", eps=eps)
     same_features("data.standardize", *parts)
     for part in parts:
         check_dataset("data.standardize", *part)
@@ -187,14 +187,17 @@ def batches(
     return iterate()
 
 
-def as_pair(who: str, x: Any, y: Any) -> list[np.ndarray]:
-    """Check the pair and cast it to JAX's dtypes; refuse integers that would wrap and floats that would overflow."""
+def as_pair(who: str, x: Any, y: Any, *, negative: bool = False) -> list[np.ndarray]:
+    """Check the pair and cast it as JAX would, but never let an integer wrap or a float overflow in silence.
+
+    Integer y are labels of at least 0; with `negative` they may be below (-1: nothing to predict).
+    """
     both = [np.asarray(array(who, name, a)) for name, a in (("x", x), ("y", y))]
     check_dataset(who, *both)
     for i, (name, a) in enumerate(zip("xy", both, strict=True)):
         label = name == "y" and a.dtype.kind in "biu"
         dtype = np.dtype(np.int32) if label else jax.dtypes.canonicalize_dtype(a.dtype)
-        if label and a.size and a.min() < 0:
+        if label and not negative and a.size and a.min() < 0:
             raise ValueError(f"{who}: integer labels must be at least 0, got {a.min()}; map them to 0, 1, 2, ...")
         if jnp.issubdtype(a.dtype, np.integer) and a.size and not (a.astype(dtype) == a).all():
             raise ValueError(f"{who}: {name} must fit in {dtype}, got values from {a.min()} to {a.max()}; map them")

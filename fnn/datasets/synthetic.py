@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.check import above_zero, number, positive
+from fnn.check import above_zero, at_least_zero, positive
 from fnn.datasets.dataset import Dataset, Parts, generator, random_split
 
 
@@ -48,7 +48,7 @@ def spirals(
     who = "data.spirals"
     positive(who, examples=examples, classes=classes)
     above_zero(who, turns=turns)
-    number(who, noise=noise)
+    at_least_zero(who, noise=noise)
     rng = generator(who, key)
     y = np.arange(examples) % classes
     # The arc grows as r dr, so that the square root of a uniform number spreads examples evenly along it.
@@ -76,7 +76,7 @@ def teacher(
     """
     who = "data.teacher"
     positive(who, examples=examples, features=features, width=width, outputs=outputs)
-    number(who, noise=noise)
+    at_least_zero(who, noise=noise)
     rng = generator(who, key)
     x, w, v = (rng.standard_normal(shape) for shape in ((examples, features), (features, width), (width, outputs)))
     y = np.tanh(x @ w / math.sqrt(features)) @ v / math.sqrt(width) + noise * rng.standard_normal((examples, outputs))

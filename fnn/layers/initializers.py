@@ -38,7 +38,7 @@ def constant(value: ArrayLike = 0.0) -> Initializer:
 
 def normal(std: ArrayLike = 0.01) -> Initializer:
     """Draw from N(0, std²) for any shape, so also for biases; std may be traced."""
-    _scale("normal", std=std)
+    check.at_least_zero("normal", std=std)
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jnp.asarray(std, dtype) * jax.random.normal(key, shape, dtype)
@@ -51,7 +51,7 @@ def scaled(sigma_w: ArrayLike = 1.0) -> Initializer:
 
     Source: Poole et al. 2016, section 2.
     """
-    _scale("scaled", sigma_w=sigma_w)
+    check.at_least_zero("scaled", sigma_w=sigma_w)
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         _check_axes("scaled", shape)
@@ -91,7 +91,7 @@ def orthogonal(scale: ArrayLike = 1.0) -> Initializer:
 
     All axes except the last count as input. Source: Saxe et al. 2014; sign fix of Mezzadri 2007.
     """
-    _scale("orthogonal", scale=scale)
+    check.at_least_zero("orthogonal", scale=scale)
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         _check_axes("orthogonal", shape)
@@ -105,7 +105,7 @@ def delta_orthogonal(scale: ArrayLike = 1.0) -> Initializer:
 
     Source: Xiao et al. 2018, algorithm 1.
     """
-    _scale("delta_orthogonal", scale=scale)
+    check.at_least_zero("delta_orthogonal", scale=scale)
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         if len(shape) not in (3, 4, 5) or shape[-1] < shape[-2]:
@@ -148,13 +148,3 @@ def get(initializer: str | Initializer) -> Initializer:
 def _check_axes(who: str, shape: tuple[int, ...]) -> None:
     if len(shape) < 2:
         raise ValueError(f"{who}: the shape must have an input and an output axis, got {shape}; use normal(std)")
-
-
-def _scale(who: str, **values: Any) -> None:
-    for name, value in values.items():
-        try:
-            bad = not (0 <= value < math.inf)
-        except jax.errors.ConcretizationTypeError:
-            continue
-        if bad:
-            raise ValueError(f"{who}: {name} must be finite and at least 0, got {value!r}")

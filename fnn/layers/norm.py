@@ -37,7 +37,7 @@ def batch_norm(*, decay: float = 0.9, eps: float = 1e-5, scale: bool = True, bia
     Source: Ioffe and Szegedy 2015; debiasing as in Kingma and Ba 2015, section 3.
     """
     check.fraction("batch_norm", decay=decay)
-    check.number("batch_norm", eps=eps)
+    check.at_least_zero("batch_norm", eps=eps)
 
     def init(key, spec):
         spec, _ = _maybe_masked(as_spec(spec))
@@ -84,7 +84,7 @@ def layer_norm(*, eps: float = 1e-6, scale: bool = True, bias: bool = True) -> L
 
     x: float[batch, ..., d] -> the same; params: scale, bias float[d]. eps is Flax's (PyTorch: 1e-5). Source: Ba et al. 2016.
     """
-    check.number("layer_norm", eps=eps)
+    check.at_least_zero("layer_norm", eps=eps)
 
     def normalise(x):
         return _divided(x - jnp.mean(x, axis=-1, keepdims=True), eps, -1)
@@ -98,7 +98,7 @@ def rms_norm(*, eps: float = 1e-6, scale: bool = True) -> Layer:
     x: float[batch, ..., d] -> the same; params: scale float[d]. eps is Flax's (PyTorch: that of the dtype).
     Source: Zhang and Sennrich 2019.
     """
-    check.number("rms_norm", eps=eps)
+    check.at_least_zero("rms_norm", eps=eps)
 
     return positionwise(_per_example("rms_norm", lambda x: _divided(x, eps, -1), scale, False))
 
@@ -111,7 +111,7 @@ def group_norm(groups: int, *, eps: float = 1e-6, scale: bool = True, bias: bool
     Errors: ValueError if d is not divisible. Source: Wu and He 2018.
     """
     check.positive("group_norm", groups=groups)
-    check.number("group_norm", eps=eps)
+    check.at_least_zero("group_norm", eps=eps)
 
     def normalise(x):
         if x.shape[-1] % groups:

@@ -1,4 +1,4 @@
-"""Axes of a study: names that they may not have, the one type of each, and the whole numbers among the options."""
+"""Axes of a study: which names they may have, and the one type of each; and options that are whole numbers."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,8 +23,8 @@ TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 def arguments(build: Callable[..., Any], given: Iterable[str]) -> dict[str, Any]:
     """List the arguments of a build function that are axes, with their defaults (`Parameter.empty` where there is none).
 
-    `classes` is none: the data say how many. An argument whose default is no plain value (a function, an array) keeps it,
-    unless the grid has `given` it values.
+    `classes` is not an axis: the data say how many there are. An argument whose default is not a plain value (a function,
+    an array) keeps its default, unless the grid has `given` it values.
     """
     found, empty = {}, inspect.Parameter.empty
     for name, parameter in parameters(build).items():
@@ -37,7 +37,9 @@ def arguments(build: Callable[..., Any], given: Iterable[str]) -> dict[str, Any]
             one: dict[str, Any] = {name: default}
             found[name] = grid.product(**one).points[0][name] if _is_plain(default) else empty
     if "classes" in given:
-        raise ValueError("study: classes is no axis, for the data say how many there are; take it out of the grid")
+        raise ValueError(
+            "study: classes is not an axis, got it in the grid; take it out (the data say how many there are)"
+        )
     return found
 
 
@@ -53,11 +55,11 @@ def hints(build: Callable[..., Any]) -> dict[str, type]:
 
 
 def kind_of(name: str, values: Iterable[Any], hint: type | None = None, traced: bool = False) -> str:
-    """Name the one type that the values of an axis have: int, float, bool or str; None beside them is allowed.
+    """Name the one type of an axis's values: int, float, bool or str. Values may also be None.
 
-    Whole numbers beside decimals are float; a traced axis is float unless its argument has the `hint` int; the seed is
-    int. Errors: TypeError for a mix of other types, or a traced axis of no numbers; ValueError for an integer beyond
-    int32, or a traced decimal outside of float32's range.
+    Whole numbers and decimals together are float; a traced axis is float unless its argument has the `hint` int; the seed
+    is int. Errors: TypeError for a mix of other types, or a traced axis with values that are not numbers; ValueError for
+    an integer outside int32, or a traced decimal outside float32's range.
     """
     values = list(values)
     kinds = {type(value) for value in values if value is not None}
@@ -84,22 +86,22 @@ def kind_of(name: str, values: Iterable[Any], hint: type | None = None, traced: 
 
 
 def apart(frame: Any, names: Sequence[str], taken: Iterable[str]) -> tuple[Any, list[str]]:
-    """Rename axes that are called like columns which are to stand beside them: `slope` becomes `slope (axis)`."""
+    """Rename axes whose names are `taken` by columns of a new table: `rate` becomes `rate (axis)`."""
     renamed = {name: f"{name} (axis)" for name in names if name in set(taken)}
     return frame.rename(renamed), [renamed.get(name, name) for name in names]
 
 
 def convert(kind: str, value: Any) -> Any:
-    """Write a value in the type of its axis: 1 as 1.0."""
+    """Convert a value to the type of its axis: 1 to 1.0."""
     return value if value is None or type(value) is TYPES[kind] else TYPES[kind](value)
 
 
 def whole_numbers(name: str, values: Any) -> list[int]:
-    """List an option's whole numbers, one or several: NumPy's and JAX's count.
+    """List an option's whole numbers, one or several; they may be NumPy's or JAX's.
 
-    Errors: TypeError for what is none, ValueError for a negative one, one beyond int32, or more than `grid.MOST`.
+    Errors: TypeError for what is not an integer, ValueError for a negative one, one above int32, or more than `grid.MOST`.
     """
-    if _is_plain(values) or getattr(values, "shape", None) == () or not isinstance(values, Iterable | np.ndarray):
+    if isinstance(values, str) or getattr(values, "shape", None) == () or not isinstance(values, Iterable):
         values = [values]
     if isinstance(values, Mapping):
         raise TypeError(f"study: {name} must be integers, got {type(values).__name__}; pass a list")
@@ -123,7 +125,7 @@ def _check_range(name: str, value: float, kind: str, traced: bool) -> None:
 
 
 def parameters(build: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """List the parameters of a build function. Errors: TypeError for what is no function, and for *, ** and /."""
+    """List the parameters of a build function. Errors: TypeError for what is not a function, and for *, ** and /."""
     try:
         found = inspect.signature(build).parameters
     except (TypeError, ValueError):

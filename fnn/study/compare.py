@@ -1,4 +1,4 @@
-"""Compare two studies: where do they differ by more than their seeds do?"""
+"""Compare two studies: where is the difference between them larger than the differences between seeds?"""
 
 import os
 from typing import Any
@@ -16,16 +16,16 @@ def compare(
     *,
     level: float = 0.1,
 ) -> Any:
-    """Join two studies and mark where the bands over seeds, [level, 1 - level] quantiles, do not overlap.
+    """Join two studies and mark where their bands over seeds, the [level, 1 - level] quantiles, do not overlap.
 
-    `a` and `b` are folders, `Results`, or tables. One row for each (axes, step, layer, path, quantity) that both hold:
-    `a`, `b` (medians over seeds), `a_low`, `a_high`, `b_low`, `b_high`, `seeds_a`, `seeds_b`, `difference` = b - a, and
-    `beyond`, whether one band ends before the other begins; the largest differences beyond the bands come first. An
-    axis that has one value in a and another one in b is what is being compared, and is not joined on; where both hold
-    one seed the bands are points, and every difference lies beyond them. An axis with the name of a column of the result
-    is there as `a (axis)`.
+    `a` and `b` are folders, `Results`, or tables. The result has a row for each (axes, step, layer, path, quantity) that
+    both hold: `a`, `b` (medians over seeds), `a_low`, `a_high`, `b_low`, `b_high`, `seeds_a`, `seeds_b`, `difference` = b - a,
+    and `beyond`, whether one band ends before the other begins. Rows with `beyond` come first, the largest differences at
+    the top. An axis with one value in a and another one in b is what is being compared, so rows are not matched by it.
+    With one seed in each the bands are points, and every difference is beyond them. An axis with the name of a column of
+    the result is renamed to `a (axis)`.
 
-    Errors: ValueError for studies that share no row, an axis of two types, a table that is no study's, or a level
+    Errors: ValueError for studies that share no row, an axis of two types, a table that is not a study's, or a level
     outside [0, 0.5).
     """
     import polars as pl
@@ -73,7 +73,7 @@ def compare(
 
 
 def different_axes(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
-    """Find the axes with one value in each table, not the same: {axis: (value in left, value in right)}."""
+    """Find the axes that have one value in each table, but not the same: {axis: (value in left, value in right)}."""
     found = {}
     for name in left.columns[1 : left.columns.index("step")]:
         if name == "seed" or name not in right.columns:

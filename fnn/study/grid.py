@@ -1,4 +1,4 @@
-"""Grids of a study: points are dicts of axis values, and grids add (chain) and multiply (product).
+"""Grids of a study: a point is a dict of axis values; grids can be chained (+) and multiplied (*).
 
 product(depth=[4, 16], activation=["tanh", "relu"])            four points
 zip(depth=[4, 16], learning_rate=[1e-2, 1e-3])                 two points: the axes advance together
@@ -11,6 +11,7 @@ import itertools
 import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,28 +20,23 @@ import numpy as np
 Value = str | int | float | bool | None
 Point = dict[str, Value]
 MOST = 1_000_000
-"""Points of a grid, and values of an axis: what is more is refused from the counts, before a list is made."""
+"""Points of a grid, or values of an axis. More are refused before any list is made."""
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Grid:
     """Hold the points of a study in order: an immutable sequence of {axis: value}.
 
-    `a * b` merges every point of a with every one of b (they may not share an axis), `a + b` puts b's points behind
-    a's. A point that comes twice counts once; 1 and 1.0 are one value, true is another.
+    `a * b` merges every point of a with every one of b (they may not share an axis); `a + b` appends b's points to a's. A
+    point that comes twice is kept once. 1 and 1.0 are the same value, 1 and true are not.
 
-    Errors: ValueError for more than `MOST` points, from the counts alone.
+    Errors: ValueError for more than `MOST` points, before any list is made.
     """
 
-    __slots__ = ("points",)
+    points: Sequence[Point]
 
-    def __init__(self, points: Iterable[Mapping[str, Value]]):
-        object.__setattr__(self, "points", tuple({_key(point): dict(point) for point in points}.values()))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError("a Grid does not change; build a new one of it with * and +")
-
-    def __reduce__(self):
-        return Grid, (self.points,)
+    def __post_init__(self):
+        object.__setattr__(self, "points", tuple({_key(point): dict(point) for point in self.points}.values()))
 
     def __iter__(self) -> Iterator[Point]:
         return iter(self.points)
@@ -59,7 +55,7 @@ class Grid:
         if shared:
             raise ValueError(f"grid: a product needs axes that differ, got {', '.join(shared)} twice; use + or zip")
         _bounded(len(self) * len(other))
-        return Grid({**a, **b} for a in self.points for b in other.points)
+        return Grid([{**a, **b} for a in self.points for b in other.points])
 
     def __add__(self, other: "Grid") -> "Grid":
         _bounded(len(self) + len(other))
@@ -82,9 +78,7 @@ def product(**axes: Iterable[Value] | Value) -> Grid:
     """
     lists = {name: _values(name, values) for name, values in axes.items()}
     _bounded(math.prod(map(len, lists.values())))
-    return Grid(
-        dict(builtins.zip(lists, combination, strict=True)) for combination in itertools.product(*lists.values())
-    )
+    return Grid([dict(builtins.zip(lists, values, strict=True)) for values in itertools.product(*lists.values())])
 
 
 def zip(**axes: Iterable[Value]) -> Grid:
@@ -96,12 +90,14 @@ def zip(**axes: Iterable[Value]) -> Grid:
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
         got = ", ".join(f"{name} {n}" for name, n in lengths.items())
-        raise ValueError(f"grid: zipped axes must have as many values each, got {got}; use product for every pair")
-    return Grid(dict(builtins.zip(lists, row, strict=True)) for row in builtins.zip(*lists.values(), strict=True))
+        raise ValueError(
+            f"grid: zipped axes must have the same number of values, got {got}; use product for every pair"
+        )
+    return Grid([dict(builtins.zip(lists, row, strict=True)) for row in builtins.zip(*lists.values(), strict=True)])
 
 
 def chain(*grids: Grid) -> Grid:
-    """Put grids one behind the other; a point that comes twice counts once."""
+    """Join grids one after the other; a point that comes twice is kept once."""
     return sum(grids, start=Grid(()))
 
 
@@ -158,7 +154,7 @@ def from_toml(path: str | Path) -> Recipe:
 
 
 def from_axes(axes: Mapping[str, Sequence[Value]], zipped: Sequence[str] = ()) -> Grid:
-    """Multiply axes, but let those named in `zipped` advance together."""
+    """Make the product of axes, where those named in `zipped` advance together."""
     if not all(isinstance(name, str) for name in zipped):
         raise TypeError(f"grid: zip must name axes, got {zipped!r}; write their names as strings")
     if unknown := [name for name in zipped if name not in axes]:

@@ -1,10 +1,10 @@
-"""Name functions and values by their content: two share a name only if they do the same.
+"""Name functions and values by their content: two get the same name only if they do the same.
 
-A function is its module and name, its compiled code, and whatever that reaches: the values that it closes over, its
-defaults, its attributes, the global names that it reads, and their content in turn. fnn and installed packages are
-taken by name and version, those whose versions `sessions.json` records by name alone. What has no content that can be
-read (an open file, a lock, a traced value) is a doubt. Not seen: files, environment variables, names that a program
-looks up while it runs.
+A function's content is its module and name, its compiled code, and everything that the code reaches: the values that it
+closes over, its defaults, its attributes, the global names that it reads, and their content in turn. fnn and installed
+packages count by name and version; those whose versions `sessions.json` records, by name alone. Something without
+readable content (an open file, a lock, a traced value) is a doubt. Not seen: files, environment variables, and names that
+a program looks up while it runs.
 """
 
 import copyreg
@@ -27,7 +27,7 @@ import numpy as np
 from fnn import losses
 
 MOST = 200_000
-"""Values that are looked at; a function that reaches more has no name."""
+"""Values that are looked at; a function that reaches more is in doubt."""
 RECORDED = ("fnn", "jax", "jaxlib", "optax", "flax", "numpy", "polars")
 """Packages whose versions each session records."""
 HEAP_TYPE = 1 << 9
@@ -37,14 +37,22 @@ _MEMBERS = (
     *(types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType),
     *(types.GetSetDescriptorType, types.MemberDescriptorType),
 )
+_WRAPPERS = {
+    types.MethodType: ("__func__", "__self__"),
+    property: ("fget", "fset", "fdel"),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    functools.cached_property: ("func",),
+}
+"""What holds functions, and the attributes in which it holds them."""
 _DESCRIPTORS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
 
 
 class Identity(NamedTuple):
-    """A name that stands for content."""
+    """The name of a function or value."""
 
     name: str
-    """What is shown: module, name, and 12 digits of the digest of everything reached."""
+    """Module, name, and 12 digits of the SHA-256 of everything reached."""
     doubts: tuple[str, ...]
     """What was reached and could not be read: `log, a TextIOWrapper`."""
 
@@ -73,7 +81,7 @@ def canonical(value: Any) -> Any:
 
 
 class _Walk:
-    """One pass over everything that a value reaches: a digest for each, of its kind and of those of its parts."""
+    """One pass over everything that a value reaches: each gets a digest, of its kind and of the digests of its parts."""
 
     def __init__(self):
         self.doubts: dict[str, None] = {}
@@ -121,19 +129,16 @@ class _Walk:
             return self._class(value, where)
         if isinstance(value, types.ModuleType):
             return _hash("module", value.__name__)
-        if isinstance(value, types.MethodType):
-            return self._all("method", (value.__func__, value.__self__), where)
         if isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
             owner = value.__self__
-            return _hash("builtin", _label(value), *([] if _is_module(owner) else [self.digest(owner, where)]))
+            return _hash(
+                "builtin", _label(value), *([] if isinstance(owner, types.ModuleType) else [self.digest(owner, where)])
+            )
         if isinstance(value, _MEMBERS):
             return _hash("member", value.__objclass__.__qualname__, value.__name__)
-        if isinstance(value, property):
-            return self._all("property", (value.fget, value.fset, value.fdel), where)
-        if isinstance(value, staticmethod | classmethod):
-            return self._all(kind.__name__, (value.__func__,), where)
-        if isinstance(value, functools.cached_property):
-            return self._all("cached_property", (value.func,), where)
+        for wrapper, names in _WRAPPERS.items():
+            if isinstance(value, wrapper):
+                return self._all(wrapper.__name__, [getattr(value, name) for name in names], where)
         if hasattr(value, "__wrapped__") and kind.__module__.split(".")[0] in ("functools", "jaxlib"):
             return self._all(_label(kind), (value.__wrapped__,), where)  # a cache or `jit` around a function
         return self._object(value, where)
@@ -164,7 +169,7 @@ class _Walk:
             parts = (parts,) if isinstance(parts, str) else (*parts[:3], *(list(p or ()) for p in parts[3:5]))
         except RecursionError:
             raise
-        except Exception:
+        except Exception:  # __reduce__ may be anybody's code
             return self._doubt(f"{where or 'itself'}, a {type(value).__name__}")
         return self._all("object", (type(value), *parts), where)
 
@@ -192,7 +197,10 @@ class _Walk:
 
     def _global(self, value: Any, attrs: set[str], name: str) -> bytes:
         """A module of the user's counts as far as its names are used."""
-        if not _is_module(value) or _package(getattr(value, "__file__", None) or "<frozen>") is not None:
+        if (
+            not isinstance(value, types.ModuleType)
+            or _package(getattr(value, "__file__", None) or "<frozen>") is not None
+        ):
             return self.digest(value, name)
         used = sorted(attrs & vars(value).keys())
         if id(value) in self._open:
@@ -210,7 +218,7 @@ class _Walk:
             if spec is None or _package(spec.origin or "<frozen>") is not None:
                 return _hash("module", name)
             return self._global(importlib.import_module(name), attrs, name)
-        except Exception:
+        except Exception:  # importing runs anybody's code
             return self._doubt(f"{name}, a module that cannot be imported")
 
     def _compiled(self, code: types.CodeType, where: str) -> bytes:
@@ -259,21 +267,15 @@ def _number(value: Any) -> str:
 
 
 def _label(value: Any) -> str:
-    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    while not isinstance(name, str) and isinstance(value, functools.partial):
+    while isinstance(value, functools.partial):
         value = value.func
-        module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    if not isinstance(name, str):
-        module, name = type(value).__module__, type(value).__qualname__
+    value = value if isinstance(getattr(value, "__qualname__", None), str) else type(value)
+    module, name = getattr(value, "__module__", None), value.__qualname__
     return f"{module}.{name}" if module else name
 
 
-def _is_module(value: Any) -> bool:
-    return isinstance(value, types.ModuleType)
-
-
 def _is_ours(value: Any) -> bool:
-    """Whether a value is one of fnn's own, which its name and fnn's version stand for."""
+    """Whether a value is one of fnn's own: its name and fnn's version identify it."""
     if isinstance(value, losses.Loss):
         return any(value is own for own in vars(losses).values())
     if not isinstance(value, types.FunctionType) or value.__closure__ or not str(value.__module__).startswith("fnn."):
@@ -284,20 +286,15 @@ def _is_ours(value: Any) -> bool:
 
 def _reads(code: types.CodeType) -> tuple[set[str], set[str], set[str]]:
     """List the global names, the attributes and the modules that a function and those inside it ask for."""
-    names: set[str] = set()
-    attrs: set[str] = set()
-    modules: set[str] = set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            names.add(instruction.argval)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM"):
-            attrs.add(instruction.argval)
-        elif instruction.opname == "IMPORT_NAME" and instruction.argval:
-            modules.add(instruction.argval)
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            for mine, more in zip((names, attrs, modules), _reads(inner), strict=True):
-                mine |= more
+    names, attrs, modules = set(), set(), set()
+    kinds = {"LOAD_GLOBAL": names, "LOAD_NAME": names, "LOAD_ATTR": attrs, "LOAD_METHOD": attrs, "IMPORT_FROM": attrs}
+    kinds["IMPORT_NAME"] = modules
+    codes = [code]
+    for part in codes:
+        codes += [inner for inner in part.co_consts if isinstance(inner, types.CodeType)]
+        for instruction in dis.get_instructions(part):
+            if instruction.opname in kinds and instruction.argval:
+                kinds[instruction.opname].add(instruction.argval)
     return names, attrs, modules
 
 

@@ -1,4 +1,4 @@
-"""What a study was made of: digests of data, JAX's settings, versions, devices, commit."""
+"""Where a study's numbers come from: hashes of its data, JAX's settings, versions, devices, commit."""
 
 import hashlib
 import os
@@ -22,12 +22,12 @@ SETTINGS = {
     "prng": ("jax_default_prng_impl", jax.default_prng_impl),
     "threefry_partitionable": ("jax_threefry_partitionable", jax.threefry_partitionable),
 }
-"""By their names in `study.json`: the option of `jax.config`, and the context that sets it."""
+"""Names in `study.json`: the option of `jax.config`, and the context manager that sets it."""
 
 
 @contextmanager
 def configured(settings: Mapping[str, Any]) -> Iterator[None]:
-    """Compute under the settings that a study's description holds, in whatever process or thread this is."""
+    """Compute under the settings in a study's description, in whatever process or thread this is."""
     with ExitStack() as stack:
         for name, (_, context) in SETTINGS.items():
             stack.enter_context(context(settings[name]))
@@ -35,11 +35,11 @@ def configured(settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 def settings() -> dict[str, Any]:
-    """Read JAX's settings that change a study's numbers: they are part of what it is."""
+    """Read JAX's settings that change numbers; they are part of a study's description."""
     return {name: getattr(jax.config, option) for name, (option, _) in SETTINGS.items()}
 
 
-def digest(parts: Iterable[Iterable[Any]]) -> str:
+def hash_arrays(parts: Iterable[Iterable[Any]]) -> str:
     """Give a short name that two data sets share only if their numbers are the same."""
     total = hashlib.sha256()
     for a in (array for part in parts for array in part):
@@ -49,7 +49,7 @@ def digest(parts: Iterable[Iterable[Any]]) -> str:
 
 
 def session(executor: str | None) -> dict[str, Any]:
-    """Say when, with which versions, on which devices, from which commit a study is worked on."""
+    """Record when, with which versions, on which devices and from which commit a study is run."""
     from importlib.metadata import PackageNotFoundError, version
 
     def installed(name):
@@ -74,9 +74,9 @@ def session(executor: str | None) -> dict[str, Any]:
 def _commit() -> str | None:
     """Name the commit of the working directory, -dirty if tracked files differ; None outside a repository.
 
-    A repository is anybody's, and its configuration may name programs that git is to run: monitors, filters, hooks.
-    To resolve HEAD runs none. Whether files differ is asked from an empty repository beside, with the index, objects
-    and files of this one and nobody's configuration: where only a filter makes files differ, they are marked.
+    The repository may be anybody's, and its configuration may name programs for git to run: monitors, filters, hooks.
+    Resolving HEAD runs none of them. To ask whether files differ, git is given an empty repository with the index, objects
+    and files of this one, and no configuration; files that differ only by a filter then count as different.
     Where that fails the mark is -unchecked.
     """
 

@@ -1,51 +1,52 @@
-"""A study's folder: description, finished cells, and the table that they make up.
+"""A study's folder: its description, its finished cells, and the table that they make up.
 
     FOLDER/study.json            what was asked: axes, cells with their runs, recorded steps, data, chunk sizes
     FOLDER/sessions.json         who worked on it: a list of {started, versions, devices, device_kind, x64, ..., xla_flags,
                                  commit, executor}
-    FOLDER/cells/00000.parquet   one file per finished cell, numbered as in study.json; written to a temporary name
+    FOLDER/cells/00000.parquet   one file per finished cell, numbered as in study.json; written under a temporary name
                                  and renamed, so that a file that is there is whole
 
 Each cell's file is plain Parquet. Its metadata `fnn` names the study and the cell that it belongs to, and holds a
-SHA-256 of all its bytes (those of the SHA-256 itself taken as "0"): what is damaged, or of another study or cell, is
-found before any of it is parsed, named, and left out of the table. A study that is run again sets such a file aside
+SHA-256 of all its bytes (see `checksum`). So a file that is damaged, or belongs to another study or cell, is found before
+any of it is parsed; it is named in a warning and left out of the table. Running the study again moves it aside
 (00000.parquet.aside) and measures the cell again.
 
 `study.json` is an object: `format` (3), `axes` ({"static": [...], "traced": [...]}, names in column order), `types`
 (of the axes), `cells` (a list of {"static": {axis: value}, "runs": [{"seed": 0, "sigma_w": 1.0, ...}, ...], "steps":
-recorded, 0 first, "chunk": runs at once}), `steps` (those of all cells), `data` (shapes and a digest), `loss`, `build`,
-`measure` (functions, by name and a digest of their content), `unpromised` (what in them has no content that can be read:
-such a study is not resumed), `quantities`, `x64`, `matmul_precision`, `prng`, `threefry_partitionable` (JAX's settings
-that change numbers).
+recorded, 0 first, "chunk": runs at once}), `steps` (those of all cells), `data` (shapes and a SHA-256), `loss`, `build`,
+`measure` (functions, by name and a SHA-256 of their content), `unpromised` (what the functions reach that has no readable
+content, such as an open file; a study with any is not resumed), `quantities`, and JAX's settings that change numbers:
+`x64`, `matmul_precision`, `prng`, `threefry_partitionable`.
 
-The table is tidy and long: a row for each (cell, run, step, layer, path, quantity); nothing is averaged.
+The table is long: one row for each (cell, run, step, layer, path, quantity); nothing is averaged.
 
 | column | type | |
 |---|---|---|
 | cell | Int32 | number of the cell: one combination of static axes, one compiled program |
-| depth width activation norm residual clip batch_size optimizer init | Int32 Int32 String String Boolean String Int32 String String | static axes; with a `build=` of one's own, that function's axes instead |
+| depth width activation norm residual clip batch_size optimizer init | Int32 Int32 String String Boolean String Int32 String String | static axes; with your own `build=`, the axes of that function instead |
 | seed sigma_w sigma_b learning_rate clip_threshold | Int32 Float64 ... | traced axes: a run is one value of each |
 | step | Int32 | updates done before the measurement; 0 is initialisation |
-| layer | Int32 | counted by their weights (arrays of two axes or more), 1 next to the input; 0 for quantities of the whole run |
-| path | String | of the parameter or tap, "" for quantities of the whole run |
+| layer | Int32 | layers with weights (arrays of two axes or more), counted from 1 next to the input; 0 for quantities of the whole run |
+| path | String | of the parameter or tap; "" for quantities of the whole run |
 | quantity | String | see below |
-| value | Float64 | as measured; logs are natural; -inf is the log of zero, NaN a number that the signal's leaving the float range has spoiled |
-| predicted low high | Float64 | theory at that layer and the band that 19 of 20 seeds stay in; null where there is none |
+| value | Float64 | the measured number; logs are natural; -inf is the log of zero; NaN where the signal left the range of the float type |
+| predicted low high | Float64 | theory for that layer, and the band that holds 19 of 20 seeds; null where there is no theory |
 | outside | Boolean | whether value lies outside low..high; null where there is no band |
 
-Quantities of a layer: `log_error`, log root mean over examples of |d l_i/dh|, at every tap (theory speaks of those
-whose path ends in "preactivation", layers 1..depth, step 0); `log_kernel`, `log_bias` (and other parameters), log
-Frobenius norm of the mean loss's gradient, and `log_kernel_rms`, per number; `mean`, `second_moment`, `dead`,
-`saturated` (and `peak`, if asked for) at every tap; `update_ratio`, |update|/|weights| of the update that the optimiser takes next, and `cosine`
-with the gradient at the recorded step before, both for every parameter.
-Quantities of a run: at recorded steps `loss`, `accuracy` on the held-out examples; at every step of training (evenly
-thinned to 256) `train_loss`, `train_accuracy`, `grad_norm`, `clip_fraction`, `clip_removed` on that step's batch; and
-one row `diverged` for each run, 0 at its last step, or 1 at the step whose loss or gradient was not finite: the record
-of that run ends there, with the layers' numbers if the loss still was finite. Measurements of one's own go by their
-names, at layer 0 unless their path is that of a parameter.
+Quantities of a layer: `log_error`, the log of the root mean square over examples of |d l_i/dh|, at every tap (theory
+predicts those whose path ends in "preactivation", up to the last hidden layer, at step 0); `log_kernel`, `log_bias` (and
+so on for other parameters), the log Frobenius norm of the mean loss's gradient, and `log_kernel_rms`, its root mean square
+per entry; `mean`, `second_moment`, `dead`, `saturated` (and `peak`, if asked for) at every tap; `update_ratio`,
+|update|/|weights| of the optimiser's next update, and `cosine`, between the gradient and the one at the recorded step
+before, both for every parameter.
+Quantities of a run: at recorded steps `loss`, `accuracy` on the held-out examples; at every step of training (thinned
+evenly to 256) `train_loss`, `train_accuracy`, `grad_norm`, `clip_fraction`, `clip_removed` on that step's batch; and
+one row `diverged` for each run: 0 at its last step, or 1 at the step whose loss or gradient was not finite. The record
+of a run ends where it diverges; that step's layers are included if its loss was still finite. Your own
+measurements have their own names, and layer 0 unless their path is that of a parameter.
 
 Read a folder with `results.read(folder)`: a `Results` with `.description` (study.json), `.sessions`, `.table()` (polars),
-`.finished` (numbers of the finished cells), `.left_out` (what is wrong with the files of others) and `.times()`.
+`.finished` (numbers of the finished cells), `.left_out` (what is wrong with files that are left out) and `.times()`.
 """
 
 import functools
@@ -61,9 +62,9 @@ from pathlib import Path
 from typing import Any
 
 from fnn import files
-from fnn.study import sealed, table
+from fnn.study import checksum, table
+from fnn.study.checksum import pack as pack
 from fnn.study.identity import canonical
-from fnn.study.sealed import pack as pack
 
 FORMAT = 4
 """Formats up to 3 counted depth without the first hidden layer."""
@@ -78,34 +79,33 @@ _REMEDY = "make room or choose another folder with --out (what is finished stays
 
 
 class LeftOut(UserWarning):
-    """Names a cell's file that is damaged or foreign, and says what became of it."""
+    """Warns of a cell's file that is damaged or belongs to another study, and says what was done with it."""
 
 
 @dataclass
 class Results:
-    """What a study has measured so far: in a folder, or in memory alone."""
+    """What a study has measured so far, in a folder or in memory."""
 
     description: dict[str, Any]
     sessions: list[dict[str, Any]] = field(default_factory=list)
     folder: Path | None = None
     frames: dict[int, Any] = field(default_factory=dict)
-    """Finished cells that are in no folder."""
+    """Finished cells, where there is no folder."""
 
     @property
     def finished(self) -> list[int]:
-        """Numbers of the finished cells, in order; every byte of theirs is checked."""
+        """Numbers of the finished cells, in order. Reads and checks every byte of their files."""
         return [number for number, why in self._checked() if why is None]
 
     @property
     def left_out(self) -> dict[int, str]:
-        """What is wrong with the files that are damaged or foreign: {number of the cell: a sentence's beginning}."""
+        """What is wrong with files that are left out: {number of the cell: the beginning of a sentence}."""
         return {number: why for number, why in self._checked() if why is not None}
 
     def table(self) -> Any:
-        """Read all finished cells as one polars table, cells in order; `.to_pandas()` makes it pandas, where
-        pandas and pyarrow are there.
+        """Read all finished cells as one polars table, cells in order. (`.to_pandas()` needs pandas and pyarrow.)
 
-        A file that is damaged or foreign is left out, and named in a warning (`LeftOut`).
+        A file that is damaged, or belongs to another study, is left out and named in a warning (`LeftOut`).
         Errors: FileNotFoundError where no cell is finished.
         """
         import polars as pl
@@ -156,7 +156,7 @@ class Results:
                 yield number, str(error)
 
     def _whole(self, number: int) -> tuple[bytes, dict[str, Any]]:
-        """Return a cell's bytes and note when its digest has been found right, and it is this cell of this study.
+        """Return a cell's bytes and note, after checking that they are whole and belong to this cell of this study.
 
         Errors: ValueError, naming the file.
         """
@@ -164,12 +164,12 @@ class Results:
 
         name = self._name(number)
         content = self.frames[number] if self.folder is None else _content(self._path(number), name)
-        note = sealed.check(content, name)
+        note = checksum.check(content, name)
         if note["study"] != self._key:
             raise ValueError(f"{name} belongs to another study")
         if note["cell"] != number:
             raise ValueError(f"{name} is a copy of cell {note['cell']}")
-        with sealed.foreign(name):
+        with checksum.foreign(name):
             if dict(pl.read_parquet_schema(io.BytesIO(content))) != dict(self._columns()):
                 raise ValueError("its columns are not those of the study")
         return content, note
@@ -178,7 +178,7 @@ class Results:
         import polars as pl
 
         content, _ = self._whole(number)
-        with sealed.foreign(self._name(number)):
+        with checksum.foreign(self._name(number)):
             return pl.read_parquet(content).select(list(self._columns()))
 
     def _columns(self) -> Any:
@@ -220,19 +220,19 @@ def opened(
     session: dict[str, Any],
     chosen: bool,
 ) -> Iterator[Results]:
-    """Start a study in a folder, or take up the one that is there, and keep others out meanwhile.
+    """Start a study in a folder, or resume the one that is there, and lock the folder meanwhile.
 
-    `complete` chooses the chunk sizes of a new study; one that is taken up keeps its own, and refuses others if they
-    were `chosen`. Where all cells are finished nothing is written, so that the folder may be read-only. What is damaged
-    or foreign in the place of a cell is set aside, with a warning (`LeftOut`), and the cell is measured again.
-    Errors: ValueError for a study that differs, with the differences, and for a damaged description; OSError for a
-    folder that cannot be written, or in use.
+    `complete` chooses the chunk sizes of a new study. A study that is resumed keeps its own, and refuses others if they
+    were `chosen`. Where all cells are finished nothing is written, so the folder may be read-only. A cell's file that is
+    damaged, or belongs to another study, is moved aside with a warning (`LeftOut`), and the cell is measured again.
+    Errors: ValueError for a folder with another study (and how it differs) or a damaged description; OSError for a
+    folder that cannot be written, or is in use.
     """
     if folder is None:
         yield Results(complete(description), [session])
         return
     folder = Path(folder)
-    results = _taken_up(folder, description, chosen)
+    results = _resumed(folder, description, chosen)
     if results is not None and len(results.finished) == len(results.description["cells"]):
         files.sweep(folder, folder / "cells")
         yield results
@@ -241,9 +241,9 @@ def opened(
         (folder / "cells").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise files.cannot_write(folder, error, remedy=_REMEDY) from None
-    with _locked(folder):
+    with files.locked(folder):
         files.sweep(folder, folder / "cells")
-        results = _taken_up(folder, description, chosen)
+        results = _resumed(folder, description, chosen)
         if results is None:
             strangers = sorted((folder / "cells").glob("*.parquet"))
             if strangers:
@@ -262,15 +262,15 @@ def opened(
         yield results
 
 
-def _taken_up(folder: Path, description: dict[str, Any], chosen: bool) -> Results | None:
-    """Read the study that a folder holds, if it holds one, and refuse it if it is another one than described."""
+def _resumed(folder: Path, description: dict[str, Any], chosen: bool) -> Results | None:
+    """Read the study in a folder, None where there is none; refuse one that differs from the description."""
     if not (folder / "study.json").is_file():
         return None
     results = read(folder)
     if doubts := description.get("unpromised"):
         raise ValueError(
-            f"study: cannot promise that {folder} holds this study, for its content cannot be read: {'; '.join(doubts)}; "
-            "pass a function without it, or choose another folder"
+            f"study: to resume {folder} its functions must be compared with these, got some whose content cannot be read: "
+            f"{'; '.join(doubts)}; pass functions without it, or choose another folder"
         )
     if differences := difference(results.description, description, chosen):
         raise ValueError(
@@ -281,12 +281,12 @@ def _taken_up(folder: Path, description: dict[str, Any], chosen: bool) -> Result
 
 
 def key(description: dict[str, Any]) -> str:
-    """Give a short name that two descriptions share only if their numbers must be the same: 1 and 1.0 are one."""
+    """Give a short name that two descriptions share only if they must give the same numbers; 1 and 1.0 count as equal."""
     return hashlib.sha256(_text({**description, "types": None}).encode()).hexdigest()[:16]
 
 
 def difference(there: dict[str, Any], here: dict[str, Any], chosen: bool = False) -> list[str]:
-    """Say how two descriptions differ, axis by axis and option by option; an empty list if they do not."""
+    """List how two descriptions differ, axis by axis and option by option."""
 
     def shown(value):
         if isinstance(value, list):
@@ -335,6 +335,3 @@ def _content(path: Path, name: str) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     files.write(path, content, remedy=_REMEDY)
-
-
-_locked = files.locked

@@ -1,4 +1,4 @@
-"""What spawned worker processes need: functions that they can import, and a script that they can import again."""
+"""Checks before processes are spawned: workers must be able to import the study's functions, and its script again."""
 
 import ast
 import inspect
@@ -13,10 +13,10 @@ GUARD = 'if __name__ == "__main__":'
 
 
 def check_spawning(executor: Executor | None, workers: int, functions: Mapping[str, Any]) -> None:
-    """Refuse, before anything runs, functions and scripts that spawned processes could not take.
+    """Refuse functions and scripts that spawned processes cannot import, before anything runs.
 
-    Errors: ValueError for a lambda, a function inside a function or of a notebook, and for a script without a guard. A
-    worker that is still importing such a script ends with that sentence.
+    Errors: ValueError for a lambda, for a function defined inside a function or in a notebook, and for a script without a
+    guard (`if __name__ == "__main__":`). A worker that is importing such a script exits with that sentence.
     """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +28,7 @@ def check_spawning(executor: Executor | None, workers: int, functions: Mapping[s
     for name, function in functions.items():
         try:
             content = pickle.dumps(function)
-        except Exception:
+        except (pickle.PicklingError, AttributeError, TypeError, RecursionError):
             content = b""
         if not content or (b"__main__" in content and not _main_is_a_file()):
             raise ValueError(
@@ -42,7 +42,7 @@ def check_spawning(executor: Executor | None, workers: int, functions: Mapping[s
 def _unguarded() -> str:
     return (
         f"study: with worker processes the script must run the study under {GUARD}, got a call outside of it, which each "
-        "worker would repeat when it imports the script; put it there, or use workers=1"
+        "worker would repeat when it imports the script; move it there, or use workers=1"
     )
 
 
@@ -55,7 +55,7 @@ def _main_is_a_file() -> bool:
 
 
 def _called_without_guard() -> bool:
-    """Whether the script's own line that leads here stands under no `if` on `__name__`, and behind none."""
+    """Whether no `if` on `__name__` stands before or around the line of the script that leads here."""
     main = sys.modules["__main__"]
     path = getattr(main, "__file__", None)
     spec = getattr(main, "__spec__", None)

@@ -1,28 +1,28 @@
-"""Depth studies: a grid of networks in; gradients, activations and training out, beside the theory, in one tidy table."""
+"""Depth studies: measure gradients, activations and training of a grid of networks, with theory beside them in one table."""
 
 import inspect
 import os
-import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from fnn import check, losses
+from fnn.progress import Progress
 from fnn.study import axes, cell, results, table
-from fnn.study.asked import arrays, check_functions, check_options
 from fnn.study.cell import Cell
 from fnn.study.grid import Grid, product
 from fnn.study.identity import identify
-from fnn.study.provenance import configured, digest, session, settings
+from fnn.study.options import arrays, check_cell, check_functions, check_options
+from fnn.study.provenance import configured, hash_arrays, session, settings
 from fnn.study.spawning import check_spawning
-from fnn.study.table import TRACED, left_range, summarize
-from fnn.study.workers import Interrupted, Progress, check_executor, compilation_cache, drive, pool
+from fnn.study.table import TRACED, left_range
+from fnn.study.workers import Interrupted, check_executor, compilation_cache, drive, pool, shared
 
 TRAINING = {
     "batch_size": 32,
@@ -34,16 +34,17 @@ TRAINING = {
 }
 """Axes that every study has, whatever its `build=`, and their defaults."""
 MOST_EXAMPLES = 2**28
-"""That a run may train on: their order is drawn beforehand, 4 bytes for each."""
+"""Examples that a run may train on: their order is drawn beforehand, in 4 bytes each."""
 DEFAULT = product(activation=["sigmoid", "tanh", "relu"], norm=["none", "batch_norm"], depth=[4, 16, 64, 128, 256])
 
-__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range", "summarize"]
+__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range"]
 
 
 class Task(NamedTuple):
-    """What a worker needs to measure a cell: no more than can be sent to another machine."""
+    """What a worker needs to measure a cell; it can be pickled and sent to another machine."""
 
     study: "Study"
+    """For executors without its grid, and with the name of a file in place of its arrays."""
     number: int
     cell: Cell
     axes: dict[str, str]
@@ -54,46 +55,49 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """Describe a grid of networks to be measured at initialisation and at steps of training; `run` measures it.
+    """Describe a grid of networks and how each is trained; `run` measures them at initialisation and during training.
 
-    Axes of the grid (`fnn.grid`: product, zip, chain) are the arguments of `build` and those of `TRAINING`. Static ones
-    (depth, width, activation, norm, residual, init, batch_size, optimizer, clip) make a cell each: one compiled
-    program. Traced ones (seed, sigma_w, sigma_b, learning_rate, clip_threshold, and what `traced` names) run inside it.
+    The axes of the grid (made with `fnn.grid`: product, zip, chain) are the arguments of `build` and those of `TRAINING`.
+    Each combination of static axes (depth, width, activation, norm, residual, init, batch_size, optimizer, clip) is a
+    cell: one compiled program. Traced axes (seed, sigma_w, sigma_b, learning_rate, clip_threshold, and those that `traced`
+    names) vary inside the program.
 
-    Measured on the first `batch_size` training examples in train mode, before the first step and after those that
-    `steps` or `epochs` ask for; evaluated on all held-out examples. Quantities and columns: `fnn.results`.
+    Networks are measured in train mode on the first `batch_size` training examples, before the first step and at the
+    steps that `steps` or `epochs` ask for, and evaluated on all held-out examples. `fnn.results` lists all quantities and
+    columns.
 
-    Every axis has one type: whole numbers beside decimals are floats, as are traced axes, unless their argument has an
-    int as default or annotation. Under x64 a study computes in float64, from the same draws and data.
+    Every axis has one type. Whole numbers and decimals together are floats; traced axes are floats unless their argument
+    has an int as default or annotation. Under x64 a study computes in float64, from the same initial weights and data.
 
-    Guarantees: the same study gives the same numbers, bit for bit, on the same machine, devices and kind of executor,
-    whatever is interrupted and resumed; a run that diverges ends its own record and changes no other.
-    Errors: ValueError and TypeError, before anything runs, for an empty or unknown axis or value or quantity, an argument
-    of `build` that is named like a column, more than a million runs, functions that do not return what they should.
+    Guarantees: the same study gives the same numbers, bit for bit, on the same machine, devices and kind of executor, also
+    when it is interrupted and resumed. A run that diverges ends only its own record and changes no other run.
+    Errors: ValueError and TypeError, before anything runs, for an empty or unknown axis, value or quantity, an argument
+    of `build` that has the name of a column, more than a million runs, and functions that return something else than they
+    should.
     """
 
     grid: Grid = DEFAULT
     _: KW_ONLY
     seeds: int | Sequence[int] = 8
-    """How many seeds, from 0; or which. A `seed` axis in the grid wins."""
+    """How many seeds, counted from 0, or a list of seeds. A `seed` axis in the grid is used instead."""
     epochs: int = 3
     """Passes over the training data, each recorded; 0 measures the initialisation alone."""
     steps: int | Sequence[int] | None = None
-    """The recorded steps instead, 0 always among them."""
+    """Steps to record, instead of `epochs`; 0 is always among them."""
     data: Any = "digits"
-    """A name or path for `data.load`, a pair (x, y), or a pair of such pairs: training and held-out examples. Arrays,
-    frames or lists."""
+    """A name or path for `data.load`, a pair (x, y) of arrays, frames or lists, or two such pairs: training and held-out
+    examples."""
     build: Callable[..., Any] = cell.mlp
-    """Any function from axes (and `classes`, if it asks) to a Layer; traced axes reach it as tracers."""
+    """Any function of axes (and of `classes`, if it has that argument) that returns a Layer. Traced axes are tracers."""
     loss: Callable[[Any, Any], Any] = losses.cross_entropy
     measure: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    """Measurements of one's own, by name: (params, state, batch) -> any tree of numbers, run inside the program."""
+    """Your own measurements by name: functions (params, state, batch) -> any tree of numbers, compiled into the program."""
     quantities: Sequence[str] | None = None
-    """Which to keep; all by default."""
+    """Which quantities to keep; all by default."""
     traced: Sequence[str] = ()
-    """Further axes of `build` that do not change the program."""
+    """More axes of `build` that do not change the program, only numbers in it."""
     chunk: int | None = None
-    """Runs that share one `vmap`; by default chosen from the device's memory, once, and kept with the results."""
+    """How many runs share one `vmap`; by default chosen from the device's memory, once, and kept with the results."""
 
     def __post_init__(self):
         if isinstance(self.grid, Mapping):
@@ -103,7 +107,7 @@ class Study:
         check_options(self)
 
     def cells(self) -> list[Cell]:
-        """Lay out the cells in the grid's order, each with its runs, and check every value; chunks are not chosen."""
+        """List the cells in the grid's order, each with its runs, and check every value; chunks are not chosen yet."""
         return self._laid_out()[0]
 
     def _laid_out(self) -> tuple[list[Cell], dict[str, str]]:
@@ -114,7 +118,11 @@ class Study:
             raise ValueError("study: the grid must hold at least one point, got none; give every axis a value")
         for name in self.grid.axes:
             check.choice("study", defaults, axis=name)
-        seeds = {} if "seed" in self.grid.axes else {"seed": self._seeds()}
+        seeds = (
+            {}
+            if "seed" in self.grid.axes
+            else {"seed": range(self.seeds) if isinstance(self.seeds, int) else self.seeds}
+        )
         points = [defaults | point for point in self.grid * product(**seeds)]
         missing = {name: None for point in points for name, v in point.items() if v is inspect.Parameter.empty}
         if missing:
@@ -126,7 +134,7 @@ class Study:
         }
         found: dict[tuple[Any, ...], tuple[dict[str, Any], list[dict[str, Any]]]] = {}
         for point in points:
-            # What should be whole and is not (depth 1 beside 2.5) goes to build as it was given, which refuses it or not.
+            # Where a whole number is expected and decimals are among the values (depth 1 and 2.5), `build` gets what was given.
             values = {
                 name: value
                 if types[name] == "float" and hints.get(name) is int and name not in traced
@@ -138,13 +146,13 @@ class Study:
             found.setdefault(tuple(static.values()), (static, []))[1].append(run)
         cells = []
         for static, runs in found.values():
-            _check_cell(self, static, runs, loaded)
+            check_cell(self, static, runs, loaded)
             cells.append(Cell(static, tuple(runs), self._steps(static, loaded[0].size)))
         check_functions(self, self._setup(), cells[0])
         return cells, {name: types[name] for name in (*cells[0].static, *cells[0].runs[0])}
 
     def describe(self) -> dict[str, Any]:
-        """Describe the study as JSON will hold it; chunks are 0 where they are yet to be chosen."""
+        """Describe the study as `study.json` will hold it; chunks are 0 where they are not chosen yet."""
         cells, types = self._laid_out()
         loaded = arrays(self.data)
         named = {"build": identify(self.build), "loss": identify(self.loss)}
@@ -155,7 +163,7 @@ class Study:
             "axes": {"static": list(cells[0].static), "traced": list(cells[0].runs[0])},
             "types": types,
             "steps": sorted({step for c in cells for step in c.steps}),
-            "data": [check.describe(part.x) for part in loaded] + [digest(loaded)],
+            "data": [check.describe(part.x) for part in loaded] + [hash_arrays(loaded)],
             **{name: found.name for name, found in named.items()},
             "measure": {name: found.name for name, found in measured.items()},
             "unpromised": [f"{name} reaches {what}" for name, found in doubts.items() for what in found.doubts],
@@ -176,19 +184,22 @@ class Study:
         cache: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
     ) -> results.Results:
-        """Measure what the folder does not hold yet; return all results. Without a folder they stay in memory.
+        """Measure the cells that the folder does not hold yet; return all results. Without a folder they stay in memory.
 
-        Cells run here one after the other; in `workers` spawned processes; or on any `concurrent.futures.Executor`
-        (Dask: `client.get_executor()`). `cache` is a folder for JAX's compiled programs. `progress` shows cells done,
-        running and left on standard error, by default on a terminal only.
+        Cells run in this process one after the other, in `workers` spawned processes, or on any
+        `concurrent.futures.Executor` (Dask: `client.get_executor()`). Tasks name the data's file, in the folder or in the
+        system's temporary one, and each worker reads it once; a worker on a machine that cannot read it is sent the data.
+        `cache` is a folder for JAX's compiled programs. `progress` shows on standard error how many cells are done,
+        running and left; by default only on a terminal.
 
-        Each finished cell is written at once, whole; run again, the study goes on where it was. Errors: those of the
-        study; ValueError for a folder with another study (and how it differs), or with one whose functions reach what has
-        no content to compare, for a damaged description, a pool of forked processes, functions that worker processes cannot
-        import, a script without a guard; OSError for a folder that cannot be written: what is finished stays. A cell's
-        file that is damaged or foreign is set aside, with a warning, and the cell is measured again. Ctrl-C raises
-        KeyboardInterrupt when the cells in flight are finished; one that runs here is not waited for. What is raised
-        while cells run has `.results`, those that are finished.
+        Each finished cell is written at once. Running the study again resumes it. A cell's file that is damaged, or belongs
+        to another study, is moved aside with a warning, and the cell is measured again. Ctrl-C raises KeyboardInterrupt
+        once the cells that workers have begun are finished; a cell that runs in this process is not waited for. Whatever
+        is raised while cells run has `.results`, those of the finished cells.
+
+        Errors: those of the study; ValueError for a folder with another study (and how it differs), a damaged description,
+        a study to be resumed whose functions have content that cannot be compared, a pool of forked processes, functions
+        that worker processes cannot import, and a script without a guard; OSError for a folder that cannot be written.
         """
         if executor is not None:
             check_executor(executor)
@@ -200,7 +211,6 @@ class Study:
         described = self.describe()
         functions = {"build": self.build, "loss": self.loss} | {f"measure {n}": f for n, f in self.measure.items()}
         check_spawning(executor, workers or 1 if len(described["cells"]) > 1 else 1, functions)
-        show = sys.stderr.isatty() if progress is None else progress
         with (
             compilation_cache(cache),
             results.opened(folder, described, self._with_chunks, session(kind), self.chunk is not None) as found,
@@ -208,37 +218,42 @@ class Study:
             identity, types = results.key(found.description), found.description["types"]
             config = {name: found.description[name] for name in settings()}
             finished = set(found.finished)
-            tasks = [
-                Task(
-                    self,
-                    number,
-                    Cell(c["static"], tuple(c["runs"]), tuple(c["steps"]), c["chunk"]),
-                    types,
-                    identity,
-                    config,
-                )
-                for number, c in enumerate(found.description["cells"])
-                if number not in finished
-            ]
+            left = [number for number in range(len(found.description["cells"])) if number not in finished]
 
             def done(task: Task, result: tuple[bytes, dict[str, float]]) -> None:
                 found.store(task.number, result[0])
-                bar.finish(_name(found.description, task.number), result[1])
+                took = "compiled in {compile:.1f} s, ran {run:.1f} s".format(**result[1])
+                bar.finish(f"{_name(found.description, task.number)}; {took}")
 
-            own = executor is None and workers is not None and workers > 1 and len(tasks) > 1
+            own = executor is None and workers is not None and workers > 1 and len(left) > 1
             with (
-                Progress(len(found.description["cells"]), len(finished), show) as bar,
-                pool(min(workers or 1, len(tasks))) if own else nullcontext(executor) as used,
+                Progress("cell", len(found.description["cells"]), progress, len(finished)) as bar,
+                pool(min(workers or 1, len(left))) if own else nullcontext(executor) as used,
+                self._sent(folder, used if left else None) as sent,
             ):
+                if finished:
+                    bar.say(f"{len(finished)} of {bar.total} cells are there already")
+                cells = {number: _cell(found.description["cells"][number]) for number in left}
+                tasks = [Task(sent, number, cells[number], types, identity, config) for number in left]
                 try:
-                    drive(tasks, work, done, used, bar.set_running)
+                    drive(tasks, work, done, used, bar.set_running, lambda task: task._replace(study=self))
                 except (Exception, Interrupted) as stop:
                     stop.results = found  # pyright: ignore[reportAttributeAccessIssue]
                     raise
             return found
 
+    @contextmanager
+    def _sent(self, folder: str | os.PathLike[str] | None, executor: Executor | None) -> Iterator["Study"]:
+        """Make the study that tasks hold: for an executor without its grid, and with the data's arrays in a file."""
+        if executor is None:
+            yield self
+            return
+        named = isinstance(self.data, str | os.PathLike)
+        with nullcontext(self.data) if named else shared(arrays(self.data), folder) as data:
+            yield replace(self, grid=Grid(()), data=data)
+
     def table(self) -> Any:
-        """Run the study in memory and return its table: polars; `.to_pandas()` makes it pandas.
+        """Run the study in memory and return its table, a polars frame (`.to_pandas()` makes it one of pandas).
 
         Warns where numbers are NaN because a signal left the range of the float type.
         """
@@ -256,9 +271,6 @@ class Study:
             raise ValueError(f"study: traced must name arguments of build, got {', '.join(unknown)}")
         traced = [name for name in ("seed", *defaults) if name in (*TRACED, *self.traced) and name in defaults]
         return defaults, list(dict.fromkeys(traced))
-
-    def _seeds(self) -> Sequence[int]:
-        return range(self.seeds) if isinstance(self.seeds, int) else self.seeds
 
     def _steps(self, static: Mapping[str, Any], examples: int) -> tuple[int, ...]:
         size = int(static["batch_size"])
@@ -278,7 +290,7 @@ class Study:
         """Choose the chunks that are yet to be chosen."""
         setup, cells = self._setup(), []
         for c in description["cells"]:
-            chunk = c["chunk"] or cell.chunk_size(setup, Cell(c["static"], tuple(c["runs"]), tuple(c["steps"])))
+            chunk = c["chunk"] or cell.chunk_size(setup, _cell(c))
             cells.append({**c, "chunk": chunk})
         return {**description, "cells": cells}
 
@@ -286,13 +298,18 @@ class Study:
         return cell.Setup(self.build, self.loss, dict(self.measure), *map(cell.widened, arrays(self.data)))
 
 
+def _cell(described: Mapping[str, Any]) -> Cell:
+    """Read a cell of a description."""
+    return Cell(described["static"], tuple(described["runs"]), tuple(described["steps"]), described["chunk"])
+
+
 def work(task: Task) -> tuple[bytes, dict[str, float]]:
-    """Measure a cell, in whatever process this is: the bytes of its Parquet file, and the seconds that it took."""
+    """Measure a cell in whatever process this is; return the bytes of its Parquet file, and the seconds that it took."""
     study = task.study
     try:
         with configured(task.settings):
             setup = study._setup()
-            measured = cell.measure(setup, task.cell)
+            measured = cell.run_cell(setup, task.cell)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -310,23 +327,6 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
     )
     note = {"study": task.identity, "cell": task.number, "seconds": measured.seconds}
     return results.pack(frame, note), measured.seconds
-
-
-def _check_cell(study: Study, static: dict[str, Any], runs: Sequence[dict[str, Any]], loaded: Any) -> None:
-    train = loaded[0]
-    check.positive("study", batch_size=static["batch_size"])
-    if static["batch_size"] > train.size:
-        got = static["batch_size"]
-        raise ValueError(f"study: batch_size must be at most the {train.size} training examples, got {got}")
-    for run in runs:
-        check.non_negative("study", seed=run["seed"])
-        check.above_zero("study", learning_rate=run["learning_rate"], clip_threshold=run["clip_threshold"])
-        for name in ("sigma_w", "sigma_b"):
-            if name in run and not 0 <= run[name] < np.inf:
-                raise ValueError(f"study: {name} must be finite and at least 0, got {run[name]!r}")
-    setup = cell.Setup(study.build, study.loss, {}, *loaded)
-    cell.network(setup, static, runs[0])
-    cell.optimizer(static, runs[0])
 
 
 def _name(description: dict[str, Any], number: int) -> str:

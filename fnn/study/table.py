@@ -1,6 +1,5 @@
-"""Turn what a cell measured into rows of the tidy table (its columns are listed in `results.py`), theory beside it."""
+"""Turn what a cell measured into rows of the study's table, with theory beside it; `results` lists the columns."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,15 +10,14 @@ from fnn import tree
 from fnn.gradients import flow
 from fnn.layers.activations import TABLE
 from fnn.study import cell
-from fnn.study.axes import apart
+from fnn.study.axes import FLOATS
 from fnn.theory import meanfield
 
-TRACED = ("seed", "sigma_w", "sigma_b", "learning_rate", "clip_threshold")
+TRACED = ("seed", *FLOATS)
 """Axes that do not change a program."""
 _TRACES = {"loss": "train_loss", "accuracy": "train_accuracy"}
 MOST_TRACED = 256
 FORWARD = ("mean", "second_moment", "peak", "dead", "saturated")
-SUMMARY = ("first", "last", "steps", "slope", "slope_low", "slope_high", "predicted_slope")
 NUMBERS = ("value", "predicted", "low", "high")
 QUANTITIES = (
     *("log_error", "log_kernel", "log_kernel_rms", "log_bias", "log_bias_rms", "log_scale", "log_scale_rms"),
@@ -50,7 +48,7 @@ def build(
 ) -> Any:
     """Make the table of one cell: polars, columns as in `schema`, runs in order, then steps, then the net's order.
 
-    `inputs` are those of the measured batch; None for a net that theory does not know.
+    `inputs` are those of the measured batch; None for nets that theory does not cover.
     """
     import polars as pl
 
@@ -68,7 +66,7 @@ def build(
     values = np.concatenate([np.asarray(column, np.float64) for column in columns], axis=-1)
     keep = [i for i, (*_, name) in enumerate(labels) if (name != "peak" if quantities is None else name in quantities)]
     labels, values = [labels[i] for i in keep], values[..., keep]
-    layers, paths, names = (list(part) for part in zip(*labels, strict=True)) if labels else ([], [], [])
+    names = [name for *_, name in labels]
     predicted = (
         _predictions(task, labels, values, inputs, np.isfinite(measured.probe[:, 0]))
         if inputs is not None
@@ -76,33 +74,25 @@ def build(
     )
     predicted[:, :, 1:] = np.nan  # theory speaks of the initialisation
     columns = schema(axes)
-    # Each frame has the columns of every other, with their types, whatever its numbers are and however few.
-    kept = [name for name in columns if name in ("step", "layer", "path", "quantity", *NUMBERS)]
-    form = {name: columns[name] for name in kept}
-    places = pl.DataFrame(
-        {"layer": layers, "path": paths, "quantity": names},
-        schema={name: form[name] for name in ("layer", "path", "quantity")},
-    )
-    # The first record has no gradient before it, and a zero weight no ratio: no row, rather than a NaN.
-    cosine = np.isin(names, ["cosine"])
-    ratio = np.isin(names, ["update_ratio"])
     ends, diverged = _ends(measured, steps)
-    frames = []
-    for r, run in enumerate(task.runs):
-        parts = []
-        for k, step in enumerate(steps):
-            if step > ends[r] or not np.isfinite(measured.probe[r, k]):
-                continue
-            row = values[r, k]
-            missing = (ratio | cosine) & np.isnan(row) | (cosine & (k == 0))
-            frame = places.with_columns(pl.lit(step, pl.Int32).alias("step"), pl.Series("value", row))
-            marks = zip(NUMBERS[1:], predicted[:, r, k], strict=True)
-            frame = frame.with_columns(pl.Series(name, mark, pl.Float64, nan_to_null=True) for name, mark in marks)
-            parts.append(frame.filter(pl.Series(~missing)) if missing.any() else frame)
-        parts.append(pl.DataFrame(_traces(measured, r, ends[r], diverged[r], quantities), schema=form, orient="row"))
-        frame = pl.concat(part.select(kept) for part in parts)
-        frames.append(frame.with_columns(pl.lit(value, columns[name]).alias(name) for name, value in run.items()))
-    table = pl.concat(frames).with_columns(
+    shown = (np.array(steps) <= np.array(ends)[:, None]) & np.isfinite(measured.probe)
+    # The first record has no gradient before it, and a zero weight no ratio: no row, rather than a NaN.
+    cosine, ratio = np.isin(names, ["cosine"]), np.isin(names, ["update_ratio"])
+    missing = (ratio | cosine) & np.isnan(values) | (cosine & (np.arange(len(steps)) == 0)[:, None])
+    places = pl.DataFrame(labels, schema={name: columns[name] for name in ("layer", "path", "quantity")}, orient="row")
+    r, k, i = np.nonzero(shown[..., None] & ~missing)
+    numbers = zip(NUMBERS, (values, *predicted), strict=True)
+    inner = places[i].with_columns(
+        pl.Series("run", r, pl.Int32),
+        pl.Series("step", np.array(steps, np.int32)[k], pl.Int32),
+        *(pl.Series(name, a[r, k, i], pl.Float64, nan_to_null=name != "value") for name, a in numbers),
+    )
+    runs = pl.DataFrame(task.runs, schema={name: columns[name] for name in task.runs[0]}).with_row_index("run")
+    traces = [(r, *row) for r, end in enumerate(ends) for row in _traces(measured, r, end, diverged[r], quantities)]
+    kept = {"run": pl.Int32, **{n: columns[n] for n in ("step", "layer", "path", "quantity", *NUMBERS)}}
+    whole = pl.DataFrame(traces, schema=kept, orient="row")
+    table = pl.concat([inner.select(list(kept)), whole]).sort("run", maintain_order=True)
+    table = table.join(runs.cast({"run": pl.Int32}), on="run", maintain_order="left").with_columns(
         *(pl.lit(value, columns[name]).alias(name) for name, value in task.static.items()),
         pl.lit(number, pl.Int32).alias("cell"),
         pl.when(pl.col("value").is_not_nan())
@@ -113,7 +103,7 @@ def build(
 
 
 def left_range(frame: Any) -> str | None:
-    """Say in a sentence which cells hold NaN because their signal left the range of the float type; None if none does."""
+    """Say which cells hold NaN because their signal left the range of the float type; None if there are none."""
     import polars as pl
 
     measured = pl.col("quantity").str.starts_with("log_") | pl.col("quantity").is_in(FORWARD)
@@ -130,45 +120,6 @@ def left_range(frame: Any) -> str | None:
     return (
         f"study: {rows.select(run).n_unique()} runs of {cells} left the range of {'float64' if wide else 'float32'}, first "
         f"at layer {first['layer']} ({first['path']}), and what depends on it is NaN; {hint}"
-    )
-
-
-def summarize(frame: Any) -> Any:
-    """Reduce the initialisation of a study to a row a cell: medians over runs of log |delta| at both ends, and slopes.
-
-    `slope` is the change of log |delta_l| for one layer towards the input, over the hidden layers, with the 10th and
-    90th percentile over runs; `outside` the share of numbers outside the predicted band (null where there is none).
-    """
-    import polars as pl
-
-    place = frame.columns.index("step")
-    frame, _ = apart(frame, frame.columns[1:place], SUMMARY)
-    traced = [name for name in frame.columns[1:place] if name in TRACED]
-    static = [name for name in frame.columns[1:place] if name not in TRACED]
-
-    errors = frame.filter(
-        (pl.col("quantity") == "log_error") & pl.col("path").str.ends_with("preactivation") & (pl.col("step") == 0)
-    )
-    hidden = errors.filter(pl.col("layer") <= pl.col("depth"))
-
-    def end(column, layer):
-        return pl.col(column).filter(pl.col("layer") == layer).first()
-
-    ends = hidden.group_by(["cell", *static, *traced], maintain_order=True).agg(
-        first=end("value", pl.col("layer").min()),
-        last=end("value", pl.col("layer").max()),
-        predicted=(end("predicted", pl.col("layer").min()) - end("predicted", pl.col("layer").max())),
-        steps=(pl.col("layer").max() - pl.col("layer").min()).replace(0, None),  # one hidden layer has no slope
-        outside=pl.col("outside").mean(),
-    )
-    slope = (pl.col("first") - pl.col("last")) / pl.col("steps")
-    known = {"first": pl.col("first").drop_nans(), "last": pl.col("last").drop_nans(), "slope": slope.drop_nans()}
-    return ends.group_by(["cell", *static], maintain_order=True).agg(
-        *(column.median().fill_null(math.nan).alias(name) for name, column in known.items()),
-        slope_low=known["slope"].quantile(0.1).fill_null(math.nan),
-        slope_high=known["slope"].quantile(0.9).fill_null(math.nan),
-        predicted_slope=(pl.col("predicted") / pl.col("steps")).median(),
-        outside=pl.col("outside").mean(),
     )
 
 

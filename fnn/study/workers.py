@@ -1,17 +1,22 @@
-"""Run tasks here, in spawned processes, or on anybody's `concurrent.futures.Executor`, and say how it goes."""
+"""Run tasks in this process, in spawned processes, or on any `concurrent.futures.Executor`."""
 
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import threading
-import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+
+from fnn import files
 
 CONFIG = (
     "jax_enable_x64",
@@ -22,18 +27,62 @@ CONFIG = (
 )
 
 
+class Unreachable(OSError):
+    """Raised in a process that cannot read the file of a `Shared`."""
+
+
+class Shared(NamedTuple):
+    """A value that tasks name instead of carrying it: every process reads its file once."""
+
+    path: str
+
+    def load(self) -> Any:
+        """Return the value. Errors: Unreachable."""
+        value = _LOADED.get(self.path)
+        if value is None:
+            try:
+                value = pickle.loads(Path(self.path).read_bytes())
+            except OSError as error:
+                raise Unreachable(f"study: cannot read {self.path}: {error.strerror or error}") from None
+            _LOADED.clear()  # one value at a time, however many studies a worker lives through
+            _LOADED[self.path] = value
+        return value
+
+
+_LOADED: dict[str, Any] = {}
+
+
+@contextmanager
+def shared(value: Any, folder: str | os.PathLike[str] | None) -> Iterator[Shared]:
+    """Keep a value in a temporary file, in `folder` or in the system's, for the processes that tasks are sent to."""
+    path = Path(folder or tempfile.gettempdir()).absolute() / f".shared.{uuid.uuid4().hex}.part"
+    try:
+        with open(path, "wb") as file:
+            files.claim(file)
+            try:
+                pickle.dump(value, file, pickle.HIGHEST_PROTOCOL)
+                file.flush()
+            except OSError as error:
+                raise files.cannot_write(path, error) from None
+            _LOADED[os.fspath(path)] = value  # for threads of this process
+            yield Shared(os.fspath(path))
+    finally:
+        _LOADED.pop(os.fspath(path), None)
+        path.unlink(missing_ok=True)
+
+
 class Interrupted(KeyboardInterrupt):
     """Raised when Ctrl-C has stopped a study."""
 
     at_once = False
-    """Whether it was pressed twice, so that cells may still be in flight."""
+    """Whether it was pressed twice, so that cells may still be running."""
     results: Any = None
-    """Of the cells that were finished."""
+    """Those of the finished cells."""
 
 
 @contextmanager
 def compilation_cache(folder: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Let JAX keep compiled programs in a folder for the next process that needs them; None leaves all as it is."""
+    """Let JAX keep compiled programs in a folder, for the next process that needs them; None changes nothing."""
     if folder is None:
         yield
         return
@@ -63,7 +112,7 @@ def pool(workers: int) -> Iterator[Executor]:
 
     class Pool(ProcessPoolExecutor):
         def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-            with _sigint_blocked():  # a worker may be started here, and inherits what is blocked
+            with _sigint_blocked():  # a worker may be started here; it inherits the blocked signals
                 return super().submit(*args, **kwargs)
 
     settings = {name: getattr(jax.config, name) for name in CONFIG}
@@ -71,7 +120,7 @@ def pool(workers: int) -> Iterator[Executor]:
     executor = Pool(workers, mp_context=context, initializer=_start, initargs=(settings,))
     try:
         yield executor
-    except BaseException:  # what is still in flight is not waited for, and this process could not end before it
+    except BaseException:  # without this, the process could not end before the tasks in flight
         for process in list((executor._processes or {}).values()):
             process.terminate()
         raise
@@ -81,9 +130,9 @@ def pool(workers: int) -> Iterator[Executor]:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Keep Ctrl-C from every process that is started meanwhile, for good, where the system can.
+    """Block Ctrl-C in every process that is started meanwhile, for good, where the system can.
 
-    A worker ignores it from its first line on, but spends its first second before that, importing.
+    A worker ignores Ctrl-C once its first line has run, but it spends a second importing before that.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -97,9 +146,9 @@ def _sigint_blocked() -> Iterator[None]:
 
 @contextmanager
 def _counted_sigint() -> Iterator[list[int]]:
-    """Collect Ctrl-C in a list instead of raising KeyboardInterrupt wherever the program is.
+    """Collect Ctrl-C in a list, instead of raising KeyboardInterrupt wherever the program happens to be.
 
-    So no result is lost between a worker's answer and the folder. Other threads than the main one get no Ctrl-C.
+    So no result is lost between a worker's answer and the folder. Only the main thread gets Ctrl-C.
     """
     presses: list[int] = []
     before = signal.getsignal(signal.SIGINT)
@@ -126,12 +175,12 @@ def _start(settings: dict[str, Any]) -> None:
 
 
 def _follow(parent: Any) -> None:
-    parent.join()  # returns too where the parent was killed and could tell nobody
+    parent.join()  # returns also where the parent was killed
     os._exit(1)
 
 
 def check_executor(executor: Any) -> None:
-    """Refuse what is no executor, and pools of forked processes.
+    """Refuse what is not an executor, and pools of forked processes.
 
     Errors: TypeError, ValueError.
     """
@@ -154,12 +203,15 @@ def drive(
     done: Callable[[Any, Any], None],
     executor: Executor | None,
     running: Callable[[int], None],
+    whole: Callable[[Any], Any] = lambda task: task,
 ) -> None:
     """Call `done(task, work(task))` for every task, as they finish; `done` runs here, one at a time.
 
-    An executor that says how many workers it has is given as many tasks at a time: what a pool of processes has taken
-    into its queue can no longer be cancelled. Ctrl-C starts no further task, waits for those in flight and raises
-    Interrupted; a second one does not wait. An error of a task stops the rest in the same way; the first one is raised.
+    `whole` makes a task that carries all it needs, for a worker on another machine that cannot read a `Shared`.
+    An executor that says how many workers it has is given that many tasks at a time, because a task in the queue of a
+    pool of processes can no longer be cancelled. After Ctrl-C no further task starts, those in flight are waited for, and
+    Interrupted is raised; a second Ctrl-C does not wait. An error in a task stops the rest in the same way; the first
+    error is raised.
     """
     if executor is None:
         try:
@@ -181,7 +233,11 @@ def drive(
                     break
                 running(sum(future.running() for future in flying))
                 for future in wait(flying, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                    wrong = _finish(future, flying.pop(future), done)
+                    task = flying.pop(future)
+                    if not future.cancelled() and isinstance(future.exception(), Unreachable):
+                        flying[executor.submit(work, whole(task))] = task
+                        continue
+                    wrong = _finish(future, task, done)
                     failure = failure or wrong
                 if presses and not told:
                     words = "finishing the cells in flight; Ctrl-C again stops at once"
@@ -225,65 +281,3 @@ def _died(error: BaseException) -> OSError:
         f"study: a worker process died, perhaps because memory ran out ({error}); use fewer workers or a smaller chunk: "
         "what is finished stays, and the same command resumes"
     )
-
-
-class Progress:
-    """Say what is done, running and left: one line that moves on a terminal, else a line for each finished cell."""
-
-    def __init__(self, total: int, finished: int, show: bool):
-        self.total, self.before, self.done, self.show = total, finished, 0, show
-        self.started, self.running = time.perf_counter(), 0
-        self.bar: Any = None
-        if show and sys.stderr.isatty():
-            try:
-                from rich.console import Console
-                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-            except ImportError:
-                return
-            columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-            self.bar = Progress(*columns, console=Console(stderr=True))
-
-    def __enter__(self) -> "Progress":
-        if self.bar is not None:
-            self.bar.start()
-            self.task = self.bar.add_task("", total=self.total, completed=self.before)
-        if self.show and self.before:
-            self.say(f"{self.before} of {self.total} cells are there already")
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar, or on its own."""
-        if self.bar is not None:
-            self.bar.console.print(text, highlight=False, markup=False)
-        elif self.show:
-            print(text, file=sys.stderr, flush=True)
-
-    def set_running(self, count: int) -> None:
-        """Say how many cells are being worked on."""
-        self.running = count
-        self._refresh()
-
-    def finish(self, name: str, seconds: dict[str, float]) -> None:
-        """Say that a cell is done, and how long it took."""
-        self.done += 1
-        took = f"compiled in {seconds['compile']:.1f} s, ran {seconds['run']:.1f} s"
-        elapsed = time.perf_counter() - self.started
-        count = f"cell {self.before + self.done}/{self.total}"
-        self.say(f"[{elapsed:6.1f} s] {count}: {name}; {took}; {self._left()}")
-        self._refresh()
-
-    def _left(self) -> str:
-        left = self.total - self.before - self.done
-        if not left:
-            return "all done"
-        running = f"{min(self.running, left)} running, {left} left"
-        seconds = (time.perf_counter() - self.started) / max(1, self.done) * left
-        return f"{running}, about {seconds:.0f} s" if self.done else running
-
-    def _refresh(self) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.before + self.done, description=self._left())

@@ -3,7 +3,6 @@
 import contextlib
 import numbers
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from fnn.datasets.dataset import (
     shuffled,
     split_index,
 )
+from fnn.progress import Progress
 from fnn.training.step import CLIPPING, TrainState, TrainStep, averages, check_state
 
 
@@ -106,7 +106,7 @@ def fit(
     run = _Run(jax.tree.map(jnp.copy, state))  # the steps donate their state; the caller's is not ours to give away
     best, best_loss, stopped = state, np.inf, False
     try:
-        with _Progress(epochs, progress) as bar:
+        with Progress("epoch", epochs, progress) as bar:
             for epoch in range(epochs):
                 run.lengths.append(0)
                 run_epoch(run, epoch)
@@ -119,7 +119,7 @@ def fit(
                         best_loss, run.best_epoch = scores["loss"], epoch
                         if patience is not None:
                             best = jax.tree.map(jnp.copy, run.state)
-                bar.update(epoch + 1, shown)
+                bar.finish("  ".join(f"{name} {value:.4f}" for name, value in shown.items()), keep=False)
                 if patience is not None and epoch - (-1 if run.best_epoch is None else run.best_epoch) >= patience:
                     stopped = True
                     break
@@ -320,37 +320,3 @@ def _split_off(data: Dataset, validation: Any, key: Any) -> tuple[Dataset, Datas
     instead = "validation=(x, y)"
     train, held = split_index("fit", np.asarray(data.y), rng, instead=instead, validation=validation)
     return data.take(train), data.take(held)
-
-
-class _Progress:
-    """A bar of epochs: rich's on a terminal where it is installed, else plain lines, else nothing."""
-
-    def __init__(self, total: int, show: bool | None):
-        self.total, self.bar = total, None
-        terminal = sys.stderr.isatty()
-        self.show = terminal if show is None else show
-        if self.show and terminal:
-            try:
-                from rich.console import Console
-                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-            except ImportError:
-                return
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self.bar = Progress(TextColumn("epoch"), *columns, console=Console(stderr=True))
-            self.task = self.bar.add_task("", total=total)
-
-    def __enter__(self) -> "_Progress":
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def update(self, done: int, values: dict[str, float]) -> None:
-        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, description=text)
-        elif self.show:
-            print(f"epoch {done}/{self.total}  {text}", file=sys.stderr, flush=True)
-
-    def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()

@@ -1,33 +1,32 @@
-"""Reduce a study's table to what figures show: quantiles over seeds, by network, step, quantity and layer.
+"""Summarize a study's table for terminal, figures and page: quantiles over seeds, by network, step, quantity and layer.
 
 Columns are those that `results` lists. A *network* is one value of every axis but `seed`; a *series* is a quantity, with
 the tap or parameter that it belongs to where a layer has several.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fnn.study.axes import apart
 
-LOG = ("log_error", "log_kernel", "log_bias", "log_scale")
 ERROR = "log_error at preactivation"
 OWN = (
     *("network", "series", "low", "middle", "high", "predicted", "seeds", "outside", "diverged", "accuracy"),
-    *("rate", "rate_low", "rate_high", "rate_predicted"),
+    *("first", "last", "rate", "rate_low", "rate_high", "rate_predicted"),
 )
-"""Columns that a digest adds."""
+"""Columns that a summary adds."""
 QUANTILES = {"low": 0.1, "middle": 0.5, "high": 0.9}
 
 
-class Digest(NamedTuple):
+class Summary(NamedTuple):
     """Tables (polars) of one study; all carry the columns of `axes`, and `network`, the number of a combination."""
 
     axes: list[str]
     """Axes but the seed that have more than one value; the others are in `fixed`."""
     fixed: dict[str, Any]
     networks: Any
-    """A row each: network, axes, seeds, rate, rate_low, rate_high, rate_predicted, outside, diverged, accuracy, ..."""
+    """A row each: network, axes, seeds, outside, diverged, first, last, rate, rate_low, rate_high, rate_predicted,
+    accuracy"""
     layers: Any
     """network, step, series, layer, low, middle, high, predicted"""
     runs: Any
@@ -35,21 +34,25 @@ class Digest(NamedTuple):
     finals: Any
     """network, low, middle, high, of the last recorded accuracy of each run; empty where none was recorded"""
 
+    def shown(self) -> list[str]:
+        """Name the axes that tell networks apart; the activation and depth of a network that is alone."""
+        return self.axes or [name for name in ("activation", "depth") if name in self.fixed]
 
-def digest(table: Any, axes: Sequence[str]) -> Digest:
-    """Take medians, 10th and 90th percentiles over seeds; `axes` are the names of all axes of the study.
+
+def summarize(table: Any) -> Summary:
+    """Take medians, 10th and 90th percentiles over seeds.
 
     `rate` is log |dL/dh_1|² - log |dL/dh_L|² over L - 1 at initialisation, for L hidden layers: the log of the factor of
-    the squared error signal for one layer towards the input. `outside` is the share of predicted numbers whose seed lies
-    outside theory's band, where 1 in 20 is expected; null where there is no theory. An axis with the name of a column
-    of these tables is there as `rate (axis)`.
+    the squared error signal for one layer towards the input; `first` and `last` are log |dL/dh| at layers 1 and L.
+    `outside` is the share of predicted numbers whose seed lies outside theory's band, where 1 in 20 is expected; null
+    where there is no theory. An axis with the name of a column of these tables is there as `rate (axis)`.
     """
     import polars as pl
 
-    table, axes = apart(table, axes, OWN)
+    table, axes = apart(table, table.columns[1 : table.columns.index("step")], OWN)
     others = [name for name in axes if name != "seed"]
     many = [name for name in others if table[name].n_unique() > 1]
-    fixed = {name: table[name][0] for name in others if name not in many}
+    fixed = {name: next(iter(table[name]), None) for name in others if name not in many}
     keys = many or others[:1]
     networks = table.select(keys).unique(maintain_order=True).with_row_index("network")
     table = table.join(networks, on=keys, how="left", maintain_order="left", nulls_equal=True)
@@ -70,40 +73,38 @@ def digest(table: Any, axes: Sequence[str]) -> Digest:
     runs = whole.group_by("network", "step", "series").agg(*spread).sort("network", "series", "step")
     accuracy = whole.filter(pl.col("quantity") == "accuracy").sort("step").group_by(run, maintain_order=True).last()
     finals = accuracy.group_by("network").agg(*spread).sort("network")
-    summary = networks
-    for part in (_sizes(table, run), _rates(inner, run), finals.select("network", accuracy="middle")):
-        summary = summary.join(part, on="network", how="left", maintain_order="left")
-    return Digest(many, fixed, summary, layers, runs, finals)
-
-
-def _sizes(table: Any, run: list[str]) -> Any:
-    import polars as pl
-
-    ends = table.filter(pl.col("quantity") == "diverged")
-    return (
-        table.group_by("network")
-        .agg(
-            seeds=pl.struct(run).n_unique(),
-            outside=pl.col("outside").cast(pl.Float64).mean(),
-        )
-        .join(ends.group_by("network").agg(diverged=pl.col("value").sum().cast(pl.Int32)), on="network", how="left")
+    ends = table.filter(pl.col("quantity") == "diverged").group_by("network")
+    sizes = table.group_by("network").agg(
+        seeds=pl.struct(run).n_unique(), outside=pl.col("outside").cast(pl.Float64).mean()
     )
+    parts = (
+        sizes,
+        ends.agg(diverged=pl.col("value").sum().cast(pl.Int32)),
+        _rates(inner, run),
+        finals.select("network", accuracy="middle"),
+    )
+    for part in parts:
+        networks = networks.join(part, on="network", how="left", maintain_order="left")
+    return Summary(many, fixed, networks, layers, runs, finals)
 
 
 def _rates(inner: Any, run: list[str]) -> Any:
-    """Rates of the squared error signal over the hidden layers: all that have a preactivation, but the output's."""
+    """Rates of the squared error signal over the hidden layers: all that have a preactivation, except the output's."""
     import polars as pl
 
     errors = inner.filter((pl.col("series") == ERROR) & (pl.col("step") == 0)).sort("layer")
     hidden = errors.filter(pl.col("layer") < pl.col("layer").max().over(run))
 
     def rate(column):
-        rate = 2 * (pl.col(column).first() - pl.col(column).last()) / (pl.len() - 1)
-        return pl.when(pl.len() > 1).then(rate)  # one hidden layer has no rate
+        change = 2 * (pl.col(column).first() - pl.col(column).last()) / (pl.len() - 1)
+        return pl.when(change.is_finite()).then(change)
 
-    each = hidden.group_by(run).agg(rate=rate("value"), predicted=rate("predicted"))
-    each = each.with_columns(pl.when(pl.col("rate").is_finite()).then("rate").alias("rate"))
+    value = pl.col("value")
+    each = hidden.group_by(run).agg(
+        rate=rate("value"), predicted=rate("predicted"), first=value.first(), last=value.last()
+    )
     return each.group_by("network").agg(
+        *(pl.col(name).drop_nans().median() for name in ("first", "last")),
         rate_low=pl.col("rate").quantile(0.1, "linear"),
         rate_high=pl.col("rate").quantile(0.9, "linear"),
         rate=pl.col("rate").median(),
@@ -111,13 +112,13 @@ def _rates(inner: Any, run: list[str]) -> Any:
     )
 
 
-def critical_lines(digest: Digest) -> dict[tuple[str, float], float]:
+def critical_lines(summary: Summary) -> dict[tuple[str, float], float]:
     """Find sigma_w of the critical line for every (activation, sigma_b) of the plain networks, where there is one."""
     from fnn.layers.activations import TABLE
     from fnn.theory import meanfield
 
     found = {}
-    rows = [digest.fixed | row for row in digest.networks.iter_rows(named=True)]
+    rows = [summary.fixed | row for row in summary.networks.iter_rows(named=True)]
     for row in rows:
         plain = row.get("norm", "none") == "none" and not row.get("residual") and row.get("init", "scaled") == "scaled"
         pair = line_of(row)
@@ -131,23 +132,21 @@ def critical_lines(digest: Digest) -> dict[tuple[str, float], float]:
 
 
 def line_of(row: dict[str, Any]) -> tuple[Any, float]:
-    """Name the critical line of a network: its activation and sigma_b; nets of one's own may call other things so."""
+    """Name the critical line of a network: its activation and sigma_b. A user's own net may use these names for anything."""
     sigma_b = row.get("sigma_b") or 0.0
     return row.get("activation"), float(sigma_b) if isinstance(sigma_b, int | float) else math.nan
 
 
 def label(values: dict[str, Any]) -> str:
     """Name a network by its axes: `tanh, batch norm, depth 64, sigma_w 1.3`."""
-    words = []
-    for name, value in values.items():
-        if value is None:
-            words.append(f"no {name}")
-        elif isinstance(value, bool):
-            words.append(name if value else f"no {name}")
-        elif isinstance(value, str):
-            words.append(
-                ("no norm" if name == "norm" else f"{name} none") if value == "none" else value.replace("_", " ")
-            )
-        else:
-            words.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
-    return ", ".join(words)
+
+    def word(name: str, value: Any) -> str:
+        if value is None or value is False or (name, value) == ("norm", "none"):
+            return f"no {name}"
+        if value is True:
+            return name
+        if isinstance(value, str):
+            return f"{name} none" if value == "none" else value.replace("_", " ")
+        return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+
+    return ", ".join(word(name, value) for name, value in values.items())

@@ -1,8 +1,8 @@
-"""Parquet files that hold a digest of their own bytes: what is damaged is found before any of it is parsed.
+"""Parquet files that hold a SHA-256 of their own bytes, so that damage is found before any of it is parsed.
 
-The digest stands in the file's metadata, in the note `{"sha256": "...", "study": ..., "cell": ..., "seconds": ...}`; it
-is that of all bytes, its own taken as "0". So one file is whole or not at all, plain Parquet for every reader, and may be
-copied and renamed; whose cell it is it says itself.
+The file's metadata hold a note, `{"sha256": "...", "study": ..., "cell": ..., "seconds": ...}`. The SHA-256 is that of all
+bytes of the file, with its own digits taken as "0". So one file is whole or not at all, is plain Parquet for every reader,
+and may be copied and renamed: the note says whose cell it is.
 """
 
 import hashlib
@@ -15,12 +15,13 @@ from typing import Any
 from fnn import files
 
 _NOTE = {"study": str, "cell": int, "seconds": {"compile": float, "run": float}}
+_WRONG = (LookupError, OSError, RecursionError, TypeError, ValueError)
 _MARK = b'{"sha256": "'
 _HOLE = b"0" * 64
 
 
 def pack(table: Any, note: dict[str, Any]) -> bytes:
-    """Write the table of a cell as the bytes of a Parquet file, with a note and their digest in its metadata.
+    """Write the table of a cell as the bytes of a Parquet file, with a note and a SHA-256 in its metadata.
 
     `note` is {"study": key of its description, "cell": its number, "seconds": {"compile": ..., "run": ...}}.
     """
@@ -32,15 +33,12 @@ def pack(table: Any, note: dict[str, Any]) -> bytes:
 
 
 def check(content: bytes, name: str) -> dict[str, Any]:
-    """Return the note of a file whose bytes are those of its digest; `name` begins the sentence of an error.
-
-    Errors: ValueError.
-    """
-    at = content.rfind(_MARK) + len(_MARK)  # the note is behind all data and their statistics
+    """Return the note of a file whose bytes match its SHA-256. Errors: ValueError, whose sentence begins with `name`."""
+    at = content.rfind(_MARK) + len(_MARK)  # the note comes after all data and their statistics
     if at < len(_MARK):
-        raise ValueError(f"{name} is damaged or foreign (it holds no digest)")
+        raise ValueError(f"{name} is damaged or foreign (it holds no SHA-256)")
     if _digest(content, at) != content[at : at + len(_HOLE)]:
-        raise ValueError(f"{name} is damaged (its bytes are not those of its digest)")
+        raise ValueError(f"{name} is damaged (its bytes do not match its SHA-256)")
     with foreign(name):
         note, _ = json.JSONDecoder().raw_decode(content[at - len(_MARK) :].decode(errors="replace"))
         if wrong := files.misfit(note, _NOTE):
@@ -50,12 +48,12 @@ def check(content: bytes, name: str) -> dict[str, Any]:
 
 @contextmanager
 def foreign(name: str) -> Iterator[None]:
-    """Say in a sentence what is wrong with a file that another program gave a digest; a panic in Rust is no Exception."""
+    """Say in a sentence what is wrong with a file that another program wrote and gave a matching SHA-256."""
     import polars as pl
 
     try:
         yield
-    except (Exception, pl.exceptions.PanicException) as error:
+    except (*_WRONG, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # a panic is no Exception
         first = str(error).partition("\n")[0]
         raise ValueError(f"{name} is foreign ({first:.200})") from None
 

@@ -1,24 +1,24 @@
-"""What a study is asked for: its options, data and functions, checked and brought into one form before anything runs."""
+"""A study's options, data and functions: checked, and brought into one form, before anything runs."""
 
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import check, losses
+from fnn import admission, check, losses
 from fnn.datasets import data
-from fnn.study import axes, cell, grid, table
-
-_PARTS = ("x", "y", "held-out x", "held-out y")
+from fnn.datasets.dataset import as_pair
+from fnn.study import axes, cell, grid, program, table
+from fnn.study.workers import Shared
 
 
 def check_options(study: Any) -> None:
-    """Check the options that need no data, and bring whole numbers and lists into one form."""
+    """Check the options that can be checked without data; write whole numbers as int, lists as tuples."""
 
     def put(name, value):
         object.__setattr__(study, name, value)
@@ -55,46 +55,57 @@ def check_options(study: Any) -> None:
         if not isinstance(name, str) or not name:
             raise TypeError(f"study: a measurement's name must be a string, got {name!r}")
         if name in table.QUANTITIES:
-            raise ValueError(f"study: a measurement needs a name of its own, got {name!r}; choose another")
+            raise ValueError(f"study: a measurement needs a name that no quantity has, got {name!r}; choose another")
         _takes(f"measure {name}", function, "params", "state", "batch")
-    if isinstance(study.loss, str):
-        own = [name for name, value in vars(losses).items() if isinstance(value, losses.Loss)]
-        check.choice("study", own, loss=study.loss)
-        raise TypeError(f"study: loss must be a function, got {study.loss!r}; pass fnn.losses.{study.loss}")
+    admission.loss("study", study.loss)
     _takes("loss", study.loss, "outputs", "targets")
 
 
-def check_functions(study: Any, setup: cell.Setup, first: cell.Cell) -> None:
-    """Trace loss and measurements of the first cell, and check what they return, the labels, and names of quantities."""
+def check_functions(study: Any, setup: program.Setup, first: program.Cell) -> None:
+    """Trace loss and measurements in the first cell; check what they return, the labels, and the names of quantities."""
     params, state, outputs, probe = cell.traced(setup, first)
     if not hasattr(outputs, "shape"):
         raise ValueError(f"study: the net must return one array, got {check.describe(outputs)}")
     for part in (setup.train, setup.test):
         losses.check_targets(setup.loss, (part.size, *outputs.shape[1:]), part.y)
-    returned = jax.eval_shape(lambda a, b: jnp.asarray(setup.loss(a, b)), outputs, probe[1])
-    if returned.shape != outputs.shape[:1] or not jnp.issubdtype(returned.dtype, jnp.floating):
-        raise ValueError(
-            f"study: the loss must return float[batch], a number an example, got {check.describe(returned)}"
-        )
+    jax.eval_shape(lambda a, b: admission.values("study", setup.loss, a, b), outputs, probe[1])
     for name, function in setup.measure.items():
         jax.eval_shape(lambda *args, n=name, f=function: _numbers(n, f(*args)), params, state, probe)
-    asked = set(study.quantities or ()) - {*table.QUANTITIES, *study.measure}
-    if not asked and not any(name.startswith("log_") for name in study.measure):
+    unknown = set(study.quantities or ()) - {*table.QUANTITIES, *study.measure}
+    if not unknown and not any(name.startswith("log_") for name in study.measure):
         return
     names = cell.parameter_names(setup, first)  # the net may have parameters of other names
     logs = {pattern.format(name) for name in names for pattern in ("log_{}", "log_{}_rms")}
     if taken := logs.intersection(study.measure):
-        raise ValueError(f"study: a measurement needs a name of its own, got {min(taken)!r}; choose another")
+        raise ValueError(f"study: a measurement needs a name that no quantity has, got {min(taken)!r}; choose another")
     for quantity in study.quantities or ():
         check.choice("study", sorted({*table.QUANTITIES, *study.measure, *logs}), quantity=quantity)
 
 
-def arrays(source: Any) -> tuple[data.Dataset, data.Dataset]:
-    """Return training and held-out examples as NumPy's arrays; a lone pair (x, y) is both.
+def check_cell(study: Any, static: dict[str, Any], runs: Sequence[dict[str, Any]], loaded: Any) -> None:
+    """Check the values of a cell's axes, and that its net and optimiser can be built."""
+    train = loaded[0]
+    check.positive("study", batch_size=static["batch_size"])
+    if static["batch_size"] > train.size:
+        got = static["batch_size"]
+        raise ValueError(f"study: batch_size must be at most the {train.size} training examples, got {got}")
+    for run in runs:
+        check.non_negative("study", seed=run["seed"])
+        check.above_zero("study", learning_rate=run["learning_rate"], clip_threshold=run["clip_threshold"])
+        check.at_least_zero("study", **{name: run[name] for name in ("sigma_w", "sigma_b") if name in run})
+    setup = program.Setup(study.build, study.loss, {}, *loaded)
+    program.network(setup, static, runs[0])
+    program.optimizer(static, runs[0])
 
-    Floats keep their precision, except float64 without x64; integers become int32 where they were wider, and labels
-    always. Errors: TypeError and ValueError for what is no pair of arrays, frames or lists of real numbers.
+
+def arrays(source: Any) -> tuple[data.Dataset, data.Dataset]:
+    """Return training and held-out examples as NumPy arrays; a single pair (x, y) is used for both.
+
+    Floats keep their precision, except float64 without x64; labels become int32, as do other integers without x64.
+    Errors: TypeError and ValueError for what is not a pair of arrays, frames or lists of real numbers.
     """
+    if isinstance(source, Shared):
+        return source.load()
     if isinstance(source, str | os.PathLike):
         return _named(os.fspath(source))
     try:
@@ -106,10 +117,8 @@ def arrays(source: Any) -> tuple[data.Dataset, data.Dataset]:
         if not _is_pair(second):
             raise _no_data(source)
         pairs = (first, second)
-    flat = [_array(name, a) for name, a in zip(_PARTS, (a for pair in pairs for a in pair), strict=False)]
-    parts: list[Any] = [data.Dataset(*flat[i : i + 2]) for i in range(0, len(flat), 2)]
-    for part in parts:
-        data.check_dataset("study", *part)
+    who = ("study", "study: held-out examples")
+    parts: list[Any] = [data.Dataset(*_pair(*named)) for named in zip(who, pairs, strict=False)]
     if len(parts) > 1 and any(a.shape[1:] != b.shape[1:] for a, b in zip(*parts, strict=True)):
         got = " and ".join(f"({check.describe(x)}, {check.describe(y)})" for x, y in parts)
         raise ValueError(f"study: training and held-out examples must have one shape, got {got}; reshape one of them")
@@ -123,7 +132,7 @@ def _named(name: str) -> tuple[data.Dataset, data.Dataset]:
 
 
 def _is_pair(part: Any) -> bool:
-    """Tell a pair (x, y) from examples: a tuple of two, or a list of two arrays."""
+    """Whether something is a pair (x, y), not examples: a tuple of two, or a list of two arrays."""
     if isinstance(part, data.Dataset):
         return True
     if type(part) not in (tuple, list) or len(part) != 2:
@@ -131,27 +140,13 @@ def _is_pair(part: Any) -> bool:
     return type(part) is tuple or any(hasattr(a, "shape") and np.ndim(a) > 0 for a in part)
 
 
-def _array(name: str, a: Any) -> Any:
-    if isinstance(a, Mapping | str | bytes) or (jax.tree.structure(a) != jax.tree.structure(0) and not _is_list(a)):
-        raise TypeError(f"study: {name} must be one array, got {type(a).__name__}; a study takes no trees of arrays")
-    try:
-        a = np.asarray(a) if hasattr(a, "__array__") or not hasattr(a, "__dlpack__") else np.from_dlpack(a)
-    except (TypeError, ValueError) as error:
-        first = str(error).partition("\n")[0]
-        raise TypeError(f"study: {name} must be an array, a frame or a list of equal rows, got {first}") from None
-    if np.iscomplexobj(a):
-        raise TypeError(
-            f"study: {name} must hold real numbers, got {a.dtype}; give real and imaginary parts as features"
-        )
-    if a.dtype.kind in "iu" and (name.endswith("y") or a.dtype.itemsize > 4):
-        if a.size and not (int(a.min()) >= -(2**31) and int(a.max()) < 2**31):
-            raise ValueError(f"study: {name} must fit in int32, got {a.min()} to {a.max()}; renumber them")
-        return a.astype(np.int32)
-    return a.astype(jax.dtypes.canonicalize_dtype(a.dtype)) if a.dtype == np.float64 else a
-
-
-def _is_list(a: Any) -> bool:
-    return type(a) in (list, tuple)
+def _pair(who: str, pair: Any) -> Any:
+    for name, a in zip("xy", pair, strict=True):
+        whole = type(a) in (list, tuple) or jax.tree.structure(a) == jax.tree.structure(0)
+        if isinstance(a, Mapping | str | bytes) or not whole:
+            got = type(a).__name__
+            raise TypeError(f"{who}: {name} must be one array, got {got}; a study takes no trees of arrays")
+    return as_pair(who, *pair, negative=True)
 
 
 def _no_data(source: Any) -> TypeError:
@@ -159,7 +154,7 @@ def _no_data(source: Any) -> TypeError:
 
 
 def _takes(name: str, function: Callable[..., Any], *arguments: str) -> None:
-    """Refuse what is no function of so many arguments."""
+    """Refuse what is not a function that can be called with these arguments."""
     if not callable(function):
         raise TypeError(f"study: {name} must be a function of ({', '.join(arguments)}), got {function!r}")
     try:

@@ -1,0 +1,190 @@
+"""The program that a cell compiles: draw a net, measure it, train it.
+
+The program loops over the recorded steps. Each turn trains up to that step and then measures, so gradient and optimiser
+are compiled once, however many steps are recorded.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fnn import check, losses, tree
+from fnn.core import Layer, as_spec
+from fnn.datasets.data import Dataset
+from fnn.gradients import flow
+from fnn.layers import taps
+from fnn.study import axes
+from fnn.training import clip
+from fnn.training import step as stepping
+from fnn.training.optimizers import per_depth
+
+CLIPS: dict[str, Callable[[Any], Any]] = {
+    "value": clip.by_value,
+    "from_above": clip.from_above,
+    "global_norm": clip.by_global_norm,
+    "block_norm": clip.by_block_norm,
+    "adaptive": clip.adaptive,
+}
+OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "rmsprop": optax.rmsprop,
+    "lamb": optax.lamb,
+}
+
+
+class Cell(NamedTuple):
+    """What one compiled program does."""
+
+    static: dict[str, Any]
+    runs: tuple[dict[str, Any], ...]
+    """A value of every traced axis for each run."""
+    steps: tuple[int, ...]
+    """The recorded ones, 0 first."""
+    chunk: int = 1
+    """How many runs are lanes of one `vmap`; the others follow, chunk after chunk, through the same program."""
+
+    def settled(self) -> "Cell":
+        """Make traced axes that are 0 in all runs static, so that biases of zero are not drawn."""
+        zeros = {name: 0.0 for name in self.runs[0] if name != "seed" and not any(run[name] for run in self.runs)}
+        runs = tuple({name: value for name, value in run.items() if name not in zeros} for run in self.runs)
+        return self._replace(static=self.static | zeros, runs=runs)
+
+
+class Setup(NamedTuple):
+    """What all cells share."""
+
+    build: Callable[..., Layer]
+    loss: Callable[[Any, Any], Any]
+    measure: dict[str, Callable[..., Any]]
+    train: Dataset
+    test: Dataset
+
+
+def network(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> Layer:
+    """Build the net of a cell; the values of `run` may be traced."""
+    values = {"classes": _classes(setup.train), **static, **run}
+    net = setup.build(**{name: values[name] for name in axes.parameters(setup.build) if name in values})
+    if not isinstance(net, Layer):
+        raise TypeError(f"study: build must return a Layer, got {type(net).__name__}; return fnn.serial(...)")
+    return net
+
+
+def optimizer(static: Mapping[str, Any], run: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Build a cell's optimiser from the names of its clip and optimiser."""
+    kind, name = static["clip"], static["optimizer"]
+    check.choice("study", ["none", *CLIPS], clip=kind)
+    check.choice("study", OPTIMIZERS, optimizer=name)
+    clips = [] if kind == "none" else [CLIPS[kind](run["clip_threshold"])]
+    return per_depth(optax.chain(*clips, OPTIMIZERS[name](run["learning_rate"])))
+
+
+def is_x64() -> bool:
+    """Whether JAX's default float is float64, here and now."""
+    return jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+
+
+def draw(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Draw a run's parameters and state. Under x64 they are drawn in float32 and cast up, so that the net is the same."""
+    x = setup.train.x
+    dtype = np.float32 if x.dtype == np.float64 else x.dtype
+    spec = jax.ShapeDtypeStruct((int(static["batch_size"]), *x.shape[1:]), dtype)
+    made = network(setup, static, run).init(jax.random.key(2 * run["seed"]), spec)
+    # With bfloat16 inputs the user has asked for less than float32: nothing is cast up.
+    wide = is_x64() and not (jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4)
+    return jax.tree.map(lambda a: a.astype(np.float64) if wide and a.dtype == np.float32 else a, made)
+
+
+def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: Any) -> Any:
+    """Measure a run at every recorded step and train in between; leaves of the result have a leading axis of records.
+
+    `drawn` are its parameters and state, `order` int[steps, batch] the examples of each step, `data` train and test.
+    """
+    (x, y, test_x, test_y), (params, state), (static, _, steps, _) = data, drawn, cell
+    net, key = network(setup, static, run), jax.random.key(2 * run["seed"] + 1)
+    probe = x[: int(static["batch_size"])], y[: int(static["batch_size"])]
+    trains = len(steps) > 1
+    tx = optimizer(static, run) if trains else optax.identity()
+    names = ["loss", *(["accuracy"] if losses.correct(setup.loss) else []), "grad_norm"]
+    names += ["clip_fraction", "clip_removed"] if static["clip"] != "none" else []
+    step = stepping.train_step(net, setup.loss, tx, metrics=names)
+
+    def advance(t, carry):
+        at, traces = carry
+        new, metrics = step.pure(at, (x[order[t]], y[order[t]]))
+        if (reports := clip.reports(new.opt_state)) and not is_x64():  # reports are float32
+            metrics["grad_norm"] = reports[0].before  # the same number, from the clip, which has to take it anyway
+        return new, {name: trace.at[t].set(metrics[name]) for name, trace in traces.items()}
+
+    def observe(at, before):
+        measured, gradient = flow.differentiate(net, setup.loss, True, at.params, at.net_state, *probe, key)
+        results: dict[str, Any] = {"flow": measured}
+        if trains:
+            true = jax.tree.map(_unscaled, gradient, measured["exponents"])
+            updates, _ = tx.update(true, at.opt_state, at.params)
+            results["update_ratio"] = jax.tree.map(
+                lambda u, w: u / jnp.where(w > 0, w, jnp.nan), tree.norms(updates), tree.norms(at.params)
+            )
+            # Directions of single arrays: the scales of the taps, which differ by layer, drop out.
+            gradient = jax.tree.map(_direction, gradient, measured["logs"])
+            results["cosine"] = tree.map_depth(
+                lambda k, a, b: jnp.sum(a * b, axis=tuple(range(k, a.ndim))), gradient, before
+            )
+        extra = {name: function(at.params, at.net_state, probe) for name, function in setup.measure.items()}
+        extra = jax.tree.map(jnp.asarray, extra)
+        heldout = stepping.means(net, setup.loss, min(1024, test_x.shape[0]), at.params, at.net_state, test_x, test_y)
+        return (results, heldout, extra), gradient
+
+    at = stepping.TrainState(params, state, tx.init(params), key, jnp.zeros((), jnp.int32))
+    if not trains:
+        record, _ = observe(at, None)
+        return (*jax.tree.map(lambda a: a[None], record), {})
+    traces = {name: jnp.zeros(steps[-1]) for name in names}
+
+    def turn(carry, bounds):
+        at, before, traces = carry
+        at, traces = jax.lax.fori_loop(bounds[0], bounds[1], advance, (at, traces))
+        record, gradient = observe(at, before)
+        return (at, gradient, traces), record
+
+    bounds = jnp.stack([jnp.array((0, *steps[:-1])), jnp.array(steps)], axis=1)
+    carry = at, jax.tree.map(jnp.zeros_like, params), traces
+    (_, _, traces), records = jax.lax.scan(turn, carry, bounds)
+    return (*records, traces)
+
+
+def _unscaled(a: jax.Array, exponent: jax.Array) -> jax.Array:
+    return taps.ldexp(a, aligned(exponent, a).astype(jnp.int32))
+
+
+def _direction(a: jax.Array, log: jax.Array) -> jax.Array:
+    return a * aligned(jnp.exp(-log), a).astype(a.dtype)
+
+
+def aligned(per_array: Any, a: Any) -> Any:
+    """Add axes to one number per array of a stack, so that it broadcasts against the arrays."""
+    return per_array.reshape(per_array.shape + (1,) * (a.ndim - per_array.ndim))
+
+
+def _classes(data: Dataset) -> int:
+    y = np.asarray(data.y)
+    return int(y.max()) + 1 if np.issubdtype(y.dtype, np.integer) else int(np.prod(y.shape[1:]))
+
+
+def specs(setup: Setup, cell: Cell) -> tuple[Any, Any, dict[str, Any]]:
+    """Trace the shapes and types of a cell's parameters and state, and of its runs' traced axes."""
+    runs = {name: as_spec(number(value)) for name, value in cell.runs[0].items()}
+    return (*jax.eval_shape(functools.partial(draw, setup, cell.static), runs), runs)
+
+
+def number(value: Any) -> np.ndarray:
+    """Write the value of a traced axis as the array that a program takes."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return np.asarray(value, np.int32 if whole else jax.dtypes.canonicalize_dtype(np.float64))
