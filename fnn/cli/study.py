@@ -102,7 +102,7 @@ def run_study(options: Study) -> int:
     """Do `fnn study`."""
     import jax
 
-    from fnn import plot
+    from fnn import lowering, plot
     from fnn.study import study
     from fnn.study.workers import Interrupted
 
@@ -115,12 +115,11 @@ def run_study(options: Study) -> int:
     print(f"{cells} cells, {runs} runs, recorded at step {steps}; results in {folder}", file=sys.stderr, flush=True)
     started = time.perf_counter()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    alone = jax.default_backend() != "cpu" or cells < 4
     with _plain_warnings():
         try:
             found = described.run(
                 folder,
-                workers=options.workers or (1 if alone else cores),
+                workers=options.workers or (1 if lowering.one_process(cells) else cores),
                 cache=options.cache or _cache(),
                 progress=True,
             )

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fnn import check, losses, models, tree
+from fnn import check, losses, lowering, models, tree
 from fnn.core import Layer, as_spec
 from fnn.datasets.data import Dataset
 from fnn.gradients import flow
@@ -42,9 +42,6 @@ OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "rmsprop": optax.rmsprop,
     "lamb": optax.lamb,
 }
-CPU_BUDGET = 12 << 20
-"""Bytes that the lanes of one `vmap` may touch on a CPU: about a core's cache. At depth 256 one lane after the other was
-measured twice as fast as eight at once, at depth 4 half as fast."""
 
 
 class Cell(NamedTuple):
@@ -269,11 +266,7 @@ def chunk_size(setup: Setup, cell: Cell) -> int:
     training = 2 if len(cell.steps) > 1 else 1
     touched = (1 + training) * _bytes(params) + _bytes(residuals) + (_bytes(moments) if training == 2 else 0)
     devices = jax.local_devices()
-    if devices[0].platform == "cpu":
-        budget = CPU_BUDGET
-    else:
-        budget = ((devices[0].memory_stats() or {}).get("bytes_limit", 8 << 30)) // 2
-    most = max(1, budget // max(1, touched)) * len(devices)
+    most = max(1, lowering.lanes_budget(devices[0]) // max(1, touched)) * len(devices)
     return -(-len(runs) // -(-len(runs) // most))
 
 

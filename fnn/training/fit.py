@@ -64,6 +64,7 @@ def fit(
     validation: Any = None,
     patience: int | None = None,
     progress: bool | None = None,
+    scan: bool = True,
 ) -> tuple[TrainState, History]:
     """Train for some epochs, each one `lax.scan` on the device; return the new state and the curves.
 
@@ -77,7 +78,14 @@ def fit(
     not fallen for k epochs, and the best epoch's state is returned.
 
     `progress` shows a bar with loss and validation accuracy (plain lines where the output is no terminal); by default
-    it does so on a terminal alone. The state passed in stays usable.
+    only on a terminal. The state passed in stays usable.
+
+    `scan=False` calls the compiled step once for every batch, with the same result to rounding. It is slower for small
+    nets, and faster for operations that XLA runs slowly inside a loop: on a CPU the gradients of convolutions that do not
+    come from `fnn.conv`, such as Flax's.
+
+    The keywords are many because each can be left out by itself, and a call reads better with them than with an object
+    of options.
 
     Ctrl-C, or an error in the data, loses nothing: the exception passes on with `state` and `history` of all steps that
     were finished, as two attributes, and `step.unfinished` holds the two: in a notebook go on with
@@ -101,7 +109,10 @@ def fit(
     if key is not None:
         check.prng_key("fit", key)
     train, held = _data(step, state, train, key, batch_size, validation)
-    run_epoch = _epochs(step, state, train, key, batch_size, epochs)
+    if isinstance(train, Dataset):
+        run_epoch = _in_memory(step, state, train, jax.random.split(key, epochs), int(batch_size or 0), scan)
+    else:
+        run_epoch = _from_batches(step, train, epochs, scan)
     step.unfinished = None
     run = _Run(jax.tree.map(jnp.copy, state))  # the steps donate their state; the caller's is not ours to give away
     best, best_loss, stopped = state, np.inf, False
@@ -239,43 +250,44 @@ def _uninterrupted() -> Iterator[None]:
         before(*pending[0])
 
 
-def _epochs(
-    step: TrainStep, state: TrainState, train: Any, key: Any, batch_size: int | None, epochs: int
+def _in_memory(
+    step: TrainStep, state: TrainState, data: Dataset, keys: Any, batch_size: int, scan: bool
 ) -> Callable[[_Run, int], None]:
-    """Return `(run, epoch)`, which advances the run by an epoch of data in memory or of an iterable of batches."""
-    if isinstance(train, Dataset) and batch_size is not None:
-        n, data, batch_size = train.size, train, int(batch_size)
-        if batch_size > n:
-            raise ValueError(f"fit: batch_size must be at most the {n} examples of the data, got {batch_size}")
-        first = _rows(data, jnp.arange(batch_size))
-        step.admit(state, first)
-        keys = jax.random.split(key, epochs)
-        if not step.loops(state, first):
-            return lambda run, epoch: run.advance(step.epoch, data, keys[epoch], batch_size, steps=n // batch_size)
+    """Return `(run, epoch)`, which advances the run by an epoch, shuffled by the epoch's key."""
+    n = data.size
+    if batch_size > n:
+        raise ValueError(f"fit: batch_size must be at most the {n} examples of the data, got {batch_size}")
+    step.admit(state, _rows(data, jnp.arange(batch_size)))
+    if scan:
+        return lambda run, epoch: run.advance(step.epoch, data, keys[epoch], batch_size, steps=n // batch_size)
 
-        def one_by_one(run, epoch):
-            order = shuffled(keys[epoch], n)
-            for start in range(0, n - batch_size + 1, batch_size):
-                run.advance(step.jitted, _rows(data, order[start : start + batch_size]))
+    def one_by_one(run, epoch):
+        order = shuffled(keys[epoch], n)
+        for start in range(0, n - batch_size + 1, batch_size):
+            run.advance(step.jitted, _rows(data, order[start : start + batch_size]))
 
-        return one_by_one
-    if isinstance(train, Iterator) and epochs > 1:
+    return one_by_one
+
+
+def _from_batches(step: TrainStep, data: Any, epochs: int, scan: bool) -> Callable[[_Run, int], None]:
+    """Return `(run, epoch)`, which advances the run by all batches of an iterable."""
+    if isinstance(data, Iterator) and epochs > 1:
         raise ValueError(
             f"fit: an iterator can be read once, got epochs={epochs}; pass an object whose iter() starts anew"
         )
+    most = 32 if scan else 1
 
     def batches(run, epoch):
-        scanned = None
-        for chunk in _chunks(step, run, train, 32):
-            if scanned is None:
+        chunk = None
+        for chunk in _chunks(step, run, data, most):
+            if not run.lengths[-1]:
                 step.admit(run.state, chunk[0])
-                scanned = not step.loops(run.state, chunk[0])
-            if len(chunk) == 32 and scanned:
-                run.advance(step.stretch, jax.tree.map(lambda *leaves: np.stack(leaves), *chunk), steps=32)
+            if len(chunk) == most > 1:
+                run.advance(step.stretch, jax.tree.map(lambda *leaves: np.stack(leaves), *chunk), steps=most)
             else:
                 for batch in chunk:
                     run.advance(step.jitted, batch)
-        if scanned is None:
+        if chunk is None:
             raise ValueError(f"fit: the iterable of batches must not be empty, got none in epoch {epoch}")
 
     return batches

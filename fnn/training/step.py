@@ -1,7 +1,6 @@
 """Training: one compiled step, its state, and the average over a data set."""
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,18 +85,6 @@ class TrainStep:
         """Lower without running, to look at the HLO and `memory_analysis()`."""
         return self.jitted.lower(state, batch)
 
-    def loops(self, state: TrainState, batch: Any) -> bool:
-        """Whether stretches of steps should be called from Python, one by one, instead of scanned over.
-
-        On a CPU XLA computes the gradient of a convolution some 30 times slower inside a loop than outside of it, unless
-        its arrays lie in the order of a forward pass (`conv`'s "turned").
-        """
-        ranks = jax.tree.leaves(tree.map_depth(lambda k, a: a.ndim - k, state.params))
-        if jax.default_backend() != "cpu" or max(ranks, default=0) < 3:
-            return False
-        text = self.jitted.lower(state, batch).as_text()
-        return any(not IN_ORDER.match(layout) for layout in text.split("dim_numbers = ")[1:])
-
     def check(self, state: TrainState, batch: Any) -> tuple[Any, Any]:
         """Turn a batch into arrays, and refuse what does not fit, in one sentence, while its values can be seen.
 
@@ -131,7 +118,6 @@ class TrainStep:
         return mapped.auto(steps_of, keep=True)(state, data, key)
 
 
-IN_ORDER = re.compile(r"\[b, [\d, ]+, f\]x\[[\d, ]+, i, o\]->\[b, [\d, ]+, f\]")
 CLIPPING = ("grad_norm_clipped", "clip_fraction", "clip_removed")
 METRICS = ("loss", "accuracy", "grad_norm", *CLIPPING, "update_ratio")
 
@@ -239,12 +225,8 @@ def train_step(
             "train_step", optimizer, grads, before, state.params, value=values["loss"], grad=grads
         )
         params = optax.apply_updates(state.params, updates)
-        # Plain squares: `tree.norm` would keep all updates in memory. Beyond 1e19 the ratio is inf; an update below 1e-19
-        # changes no parameter.
-        size = tree.squared_norm(updates)
-        ratio = jnp.sqrt(size) / jnp.sqrt(tree.squared_norm(state.params))
-        grad_norm = tree.norm(grads)
-        values |= {"grad_norm": grad_norm, "update_ratio": ratio}
+        size, grad_norm = tree.norm(updates), tree.norm(grads)
+        values |= {"grad_norm": grad_norm, "update_ratio": size / tree.norm(state.params)}
         if (report := clip.summary(opt_state, grads)) is not None:
             removed = 1 - report.after / jnp.where(report.before == 0, 1, report.before)
             values |= {

@@ -1,0 +1,98 @@
+"""Choose the fastest of several ways to compute the same numbers: the one file that knows platforms and measurements.
+
+Every choice is made while JAX traces, from the device that it uses by default (`jax.default_device`, else the default
+backend), and changes speed and memory but never values. A program that is lowered for another platform (`jax.export`)
+is therefore right there too; it may be slower than one traced there.
+
+Where a constant says "CPU", it was measured on two cores of Intel Xeon and AMD EPYC servers (AVX-512, 2 MiB of second
+level cache a core) with JAX 0.10. What is not a CPU takes XLA's and JAX's own ways throughout.
+"""
+
+from typing import Any
+
+import jax
+
+SMALL = 2**14
+"""Numbers in an array up to which `tree.pack` joins it with others: starting a kernel for it costs more than copying it.
+CPU, steps of 3 to 256 layers of width 64 and 256. Used on all platforms: on accelerators kernels cost more to start."""
+UNROLLED = 16
+"""Layers up to which the nets of `models` write their depth out: 10 to 30 % faster steps for seconds of compiling. CPU; used
+on all platforms."""
+FEW = 32
+"""Numbers in a patch up to which a product of patches is faster than a convolution. CPU; others use XLA's convolutions."""
+PATCHES = 1 << 28
+"""Bytes of patches that a convolution makes at a time; beyond it takes the examples in turn. CPU, so that memory is enough
+there; elsewhere only where `implementation="patches"` asks for them."""
+COMPARED = 16
+"""Numbers in a window up to which a max pool compares them one by one, which XLA fuses: it saved an eighth of a conv net's
+step. CPU; used on all platforms."""
+GRAM_SHARE = 0.25
+"""One example's |G|² comes from Gram matrices over positions below this share of the operations that G itself takes. At
+equal cost G is better: Gram matrices cancel badly in float32. CPU; used on all platforms."""
+STORED_SHARE = 0.5
+"""From this share on, at which G is at most twice as large as its factors, sums over examples use the G that |G|² has made
+already. CPU; used on all platforms."""
+CHUNK = 2**21
+"""Numbers of all examples' G that are held at a time where only norms are asked for: 8 MiB of float32. CPU; used on all
+platforms."""
+LANES = 12 << 20
+"""Bytes that the lanes of one `vmap` of a study may touch: about a core's cache. At depth 256 one lane after the other was
+twice as fast as eight at once, at depth 4 half as fast. CPU; elsewhere half of the device's memory."""
+FEW_CELLS = 4
+"""Cells of a study below which the command line starts no worker processes: starting them takes longer. CPU; elsewhere one
+process always holds the device."""
+
+
+def platform() -> str:
+    """Name the platform of the device that JAX uses by default: "cpu", "gpu", "tpu", ..."""
+    device: Any = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
+def conditionals() -> bool:
+    """Whether the program may wait for a number before it chooses what to compute next.
+
+    On a CPU that costs nothing. An accelerator stands still meanwhile: there it is cheaper to compute what is right in
+    both cases.
+    """
+    return platform() == "cpu"
+
+
+def convolution(strided: bool, groups: int, per_group: int, patch: int, size: int) -> str:
+    """Choose how to convolve: "patches", "turned" or "xla"; see `conv`.
+
+    `per_group` is the input channels that an output channel sees, `patch` the numbers in a patch, `size` the bytes of all
+    patches. On a CPU XLA's own gradient takes 10 to 100 times as long inside a loop as outside, so that it is never used;
+    the rest are times of gradients inside `lax.scan`: patches are up to 12 times faster than "turned" for strides and
+    groups and take more memory, and half as fast for windows without strides over one channel each.
+    """
+    if platform() != "cpu":
+        return "xla"
+    if groups == 1:
+        turned = size > PATCHES or (not strided and patch > FEW)
+    else:
+        turned = size > PATCHES and not strided and per_group == 1
+    return "turned" if turned else "patches"
+
+
+def written_out_attention(narrow: bool, grouped: bool) -> bool:
+    """Whether attention is four lines of `jax.numpy` instead of `jax.nn.dot_product_attention`.
+
+    JAX's function is worth having for an accelerator's kernels. On a CPU it maps over groups of heads, which is slower,
+    and takes the gradient of numbers narrower than float32 in float32.
+    """
+    return platform() == "cpu" and (narrow or not grouped)
+
+
+def lanes_budget(device: Any) -> int:
+    """Return the bytes that the lanes of one `vmap` may touch on a device; see `LANES`."""
+    if device.platform == "cpu":
+        return LANES
+    return ((device.memory_stats() or {}).get("bytes_limit", 8 << 30)) // 2
+
+
+def one_process(cells: int) -> bool:
+    """Whether a study of so many cells runs in one process by default; see `FEW_CELLS`."""
+    return platform() != "cpu" or cells < FEW_CELLS
