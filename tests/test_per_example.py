@@ -10,7 +10,6 @@ import fnn
 from fnn import lowering
 from fnn.gradients import program as jaxprs
 
-
 THOROUGH = {"mlp", "nested", "recurrent", "embedding"}
 
 

@@ -198,13 +198,10 @@ def _correlate(x: jax.Array, kernel: jax.Array, how: _How, implementation: str |
         strided = {*how.strides, *how.spread} != {1}
         implementation = lowering.convolution(strided, how.groups, kernel.shape[-2], patch, len(x) * size)
     if implementation != "patches":
-
-        def xla(x, kernel, layout=_LAYOUT[len(window)]):
-            options = {"dimension_numbers": layout, "feature_group_count": how.groups}
-            spread = {"lhs_dilation": how.spread, "rhs_dilation": how.dilations}
-            return jax.lax.conv_general_dilated(x, kernel, how.strides, how.pads, **spread, **options)
-
-        return xla(x, kernel) if implementation == "xla" else _turned(xla, len(window))(x, kernel)
+        options = {"lhs_dilation": how.spread, "rhs_dilation": how.dilations, "feature_group_count": how.groups}
+        xla = functools.partial(jax.lax.conv_general_dilated, window_strides=how.strides, padding=how.pads, **options)
+        turned, layout = _turned(xla, len(window)), _LAYOUT[len(window)]
+        return turned(x, kernel) if implementation == "turned" else xla(x, kernel, dimension_numbers=layout)
 
     # A loop's backward pass keeps x and makes its patches again; outside of loops XLA may find the two alike.
     of_patches = jax.checkpoint(functools.partial(_of_patches, how, sizes), prevent_cse=False)
@@ -235,17 +232,16 @@ def _turned(xla: Any, axes: int) -> Any:
     The backward pass convolves dy with the kernel, and x with dy with examples in the place of channels. JAX's own leaves
     the arrays in place and renames their axes; XLA on a CPU transposes them outside of loops only.
     """
-    space = "DHW"[-axes:]
+    space, last = "DHW"[-axes:], axes + 1
     layouts = (f"N{space}C", f"{space}OI", f"N{space}C"), (f"C{space}N", f"I{space}O", f"{space}NC")
-    run = jax.custom_jvp(lambda x, kernel: xla(x, kernel))
+    run = jax.custom_jvp(functools.partial(xla, dimension_numbers=_LAYOUT[axes]))
 
     @run.defjvp
     def tangents(primals, tangents):
         (x, kernel), (dx, d_kernel) = primals, tangents
-        last = axes + 1
-        by_x = xla(dx, jnp.swapaxes(kernel, axes, last), layouts[0])
-        by_kernel = xla(jnp.swapaxes(x, 0, last), jnp.moveaxis(d_kernel, axes, 0), layouts[1])
-        return xla(*primals), by_x + jnp.moveaxis(by_kernel, axes, 0)
+        by_x = xla(dx, jnp.swapaxes(kernel, axes, last), dimension_numbers=layouts[0])
+        by_kernel = xla(jnp.swapaxes(x, 0, last), jnp.moveaxis(d_kernel, axes, 0), dimension_numbers=layouts[1])
+        return run(x, kernel), by_x + jnp.moveaxis(by_kernel, axes, 0)
 
     return run
 

@@ -5,8 +5,11 @@ alone: an operation on another block's values must be one that the first block w
 blocks come together, it must be in a sum (a product, a maximum, ...) into which every block enters alike.
 """
 
+import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,15 +21,8 @@ from fnn.gradients.program import CALLS, Const, read, trace
 from fnn.training.blocks import Blocks, order_noted, specs, split
 from fnn.tree import Stacked
 
-SUMS = {
-    "add": jnp.sum,
-    "add_any": jnp.sum,
-    "mul": jnp.prod,
-    "max": jnp.max,
-    "min": jnp.min,
-    "and": jnp.all,
-    "or": jnp.any,
-}
+SUMS = {"add": jnp.add, "add_any": jnp.add, "mul": jnp.multiply, "max": jnp.maximum, "min": jnp.minimum}
+SUMS |= {"and": jnp.logical_and, "or": jnp.logical_or}
 REDUCTIONS = {"reduce_sum": "add", "reduce_prod": "mul", "reduce_max": "max", "reduce_min": "min"}
 REDUCTIONS |= {"reduce_and": "and", "reduce_or": "or"}
 JOINS = {"concatenate": "dimension", "stack": "axis"}
@@ -36,6 +32,9 @@ JOINS = {"concatenate": "dimension", "stack": "axis"}
 class Unlike(Exception):
     """Blocks go different ways, or meet in something other than a sum over all of them."""
 
+    def __init__(self, why: str = "it does something else to some of them"):
+        super().__init__(why)
+
 
 class Names(dict[Any, int]):
     """Number expressions: equal ones get equal numbers."""
@@ -44,29 +43,30 @@ class Names(dict[Any, int]):
         return self.setdefault(key, len(self))
 
 
+@dataclass(slots=True, eq=False)
 class Value:
     """A value of the program: of no block (`depth` 0), or of block `rep` of the stacks of some depth."""
 
-    __slots__ = ("array", "depth", "made", "name", "rep")
-
-    def __init__(self, name: int, array: Any = None, depth: int = 0, rep: int = 0, made: Any = None):
-        self.name, self.array, self.depth, self.rep, self.made = name, array, depth, rep, made
+    name: int
+    array: Any = None
+    depth: int = 0
+    rep: int = 0
+    made: Any = None
+    """(operation, inputs) of a sum or of arrays laid side by side, so that it can be taken apart again."""
 
     @property
     def place(self) -> tuple[int, int]:
         return self.depth, self.rep
 
 
+@dataclass(slots=True, eq=False)
 class Meeting:
-    """Values of several blocks on their way into one sum: `op` joins the terms, whose number and order do not count.
+    """Values of several blocks on their way into one sum: `op` joins the terms, whose number and order do not count."""
 
-    `axis` is set for arrays laid side by side (`JOINS`), which a reduction over that axis turns into a sum.
-    """
-
-    __slots__ = ("axis", "op", "terms")
-
-    def __init__(self, op: str, terms: list[Value], axis: int | None = None):
-        self.op, self.terms, self.axis = op, terms, axis
+    op: str
+    terms: list[Value]
+    axis: int | None = None
+    """Set for arrays laid side by side (`JOINS`), which a reduction over that axis turns into a sum."""
 
 
 class Reading:
@@ -82,16 +82,14 @@ class Reading:
     def __init__(self, f: Callable[..., Any], args: Any, inputs: list[Value], reps: dict[int, int], table: Names):
         self.inputs, self.reps, self.table = inputs, reps, table
         leaves, structure = jax.tree.flatten(args)
-        traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
+        traced = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
 
         def flat(*values):
-            filled = list(leaves)
-            for i, value in zip(traced, values, strict=True):
-                filled[i] = value
-            return f(*structure.unflatten(filled))
+            given = iter(values)
+            return f(*structure.unflatten(next(given) if t else a for a, t in zip(leaves, traced, strict=True)))
 
         with order_noted() as noted:
-            closed, self.out = trace(flat, *(leaves[i] for i in traced))
+            closed, self.out = trace(flat, *itertools.compress(leaves, traced))
         (self.order_read,) = noted
         self.program = read(closed, keep=frozenset(tree.WHOLE))
         self.known: dict[int, dict[int, Value]] = {}
@@ -138,7 +136,7 @@ class Reading:
             for rep, row in enumerate(rows):
                 for one, other in zip(rows[0], row, strict=True):
                     if one.name != other.name or (other.depth, other.rep) not in ((0, 0), (node.depth, rep)):
-                        raise Unlike("it does something else to some of them")
+                        raise Unlike()
             outputs += rows[0]
         return outputs, nodes, rebuild
 
@@ -178,18 +176,13 @@ class Reading:
             if any(name not in known for name in names):
                 if op.name in SUMS or op.name in JOINS:  # a part of a sum that the first block's does not have
                     return self._meet(op, inputs, dry)
-                raise Unlike("it does something else to some of them")
+                raise Unlike()
             return [Value(name, None, depth, rep, known[name].made) for name in names]
         if not all(name in known for name in names):
             arrays = [None] * len(names) if dry else self._computed(op, inputs, depth)
             made = (op.name, inputs) if op.name in SUMS or op.name in JOINS else None
-            known.update(
-                {
-                    name: Value(name, a, depth, 0, made)
-                    for name, a in zip(names, arrays, strict=True)
-                    if name not in known
-                }
-            )
+            for name, array in zip(names, arrays, strict=True):
+                known.setdefault(name, Value(name, array, depth, 0, made))
         return [known[name] for name in names]
 
     def _noted(self, value: Value) -> Value:
@@ -232,12 +225,12 @@ class Reading:
 
     def _branched(self, op: Any, inputs: list[Value], dry: bool) -> list[Any]:
         """A conditional on a value of no block, around values of several."""
-        programs = [read(branch, keep=frozenset(tree.WHOLE)) for branch in op.params["branches"]]
+        programs, known = [read(branch, keep=frozenset(tree.WHOLE)) for branch in op.params["branches"]], self.known
 
         def outputs(program, dry):
+            self.known = {depth: dict(values) for depth, values in known.items()}
             return [self._settled(v, dry) for v in self._execute(program, inputs[1:], dry)]
 
-        known = {depth: dict(values) for depth, values in self.known.items()}
         sides = [outputs(program, True) for program in programs]
         places = []
         for values in zip(*sides, strict=True):
@@ -252,7 +245,6 @@ class Reading:
 
             def branch(program):
                 def run():
-                    self.known = {depth: dict(values) for depth, values in known.items()}
                     values = outputs(program, False)
                     return [self._stacked(values[i], d) if (d := places[i][0]) else values[i].array for i in first]
 
@@ -260,15 +252,11 @@ class Reading:
 
             arrays = jax.lax.switch(inputs[0].array, [branch(program) for program in programs])
         self.known = known
-        found: list[Value] = [None] * len(names)  # type: ignore[list-item]
-        for i, array in zip(first, arrays, strict=True):
-            found[i] = self._noted(Value(names[i], array, places[i][0]))
+        found = {i: self._noted(Value(names[i], a, places[i][0])) for i, a in zip(first, arrays, strict=True)}
         for i, (depth, rep) in enumerate(places):
-            if rep:
-                if names[i] not in self.known.get(depth, {}):
-                    raise Unlike("it does something else to some of them")
-                found[i] = Value(names[i], None, depth, rep)
-        return found
+            if rep and names[i] not in known.get(depth, {}):
+                raise Unlike()
+        return [found.get(i) or Value(names[i], None, *place) for i, place in enumerate(places)]
 
     def _reduced(self, op: Any, meeting: Meeting, dry: bool) -> Meeting:
         if tuple(op.params["axes"]) != (meeting.axis,):
@@ -292,11 +280,8 @@ class Reading:
         if not dry:
             if value.op in ("and", "or") and any(v.array.dtype != bool for v in own):
                 raise Unlike(f"blocks meet in an operation {value.op!r} on bits")
-            reduce = SUMS[value.op]
-            parts = [v.array for v in terms] + [reduce(v.array, axis=0).astype(v.array.dtype) for v in own]
-            array = parts[0]
-            for part in parts[1:]:
-                array = _JOIN[value.op](array, part)
+            join = SUMS[value.op]
+            array = functools.reduce(join, [v.array for v in terms] + [join.reduce(v.array, axis=0) for v in own])
         return self._noted(Value(name, array))
 
     def _whole(self, name: str, inputs: list[Value], dry: bool) -> Value:
@@ -332,18 +317,7 @@ class Reading:
                     values[i : i + 1] = self._opened(v)
                     break
             else:
-                raise Unlike("it does something else to some of them")
-
-
-_JOIN = {
-    "add": jnp.add,
-    "add_any": jnp.add,
-    "mul": jnp.multiply,
-    "max": jnp.maximum,
-    "min": jnp.minimum,
-    "and": jnp.logical_and,
-    "or": jnp.logical_or,
-}
+                raise Unlike()
 
 
 def constant(value: Any) -> tuple[Any, ...]:

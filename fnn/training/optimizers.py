@@ -157,57 +157,12 @@ def _groups(args: Any, structure: Any) -> list[Any]:
 
 
 SHAPES = {"shape", "broadcast_dimensions", "sharding", "out_sharding", "axes", "dtype", "new_dtype", "weak_type"}
-ELEMENTWISE = {
-    *(
-        "abs",
-        "add",
-        "add_any",
-        "and",
-        "broadcast_in_dim",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "convert_element_type",
-        "copy",
-        "cos",
-    ),
-    *(
-        "div",
-        "eq",
-        "erf",
-        "erf_inv",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "log",
-    ),
-    *(
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "or",
-        "pow",
-        "real",
-        "rem",
-        "round",
-    ),
-    *("rsqrt", "select_n", "sign", "sin", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "pvary", "pcast"),
-}
-
-
+_ELEMENTWISE = """
+abs add add_any and broadcast_in_dim cbrt ceil clamp convert_element_type copy cos div eq erf erf_inv exp exp2
+expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow real
+rem round rsqrt select_n sign sin sqrt square stop_gradient sub tan tanh pvary pcast
+"""
+ELEMENTWISE = set(_ELEMENTWISE.split())
 PASSED = {"broadcast_in_dim", "convert_element_type", "expand_dims", "reshape", "squeeze", *JOINS}
 """What the sum over one array may go through on its way into a sum over all."""
 
