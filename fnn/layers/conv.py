@@ -198,7 +198,11 @@ def _correlate(x: jax.Array, kernel: jax.Array, how: _How, implementation: str |
         strided = {*how.strides, *how.spread} != {1}
         implementation = lowering.convolution(strided, how.groups, kernel.shape[-2], patch, len(x) * size)
     if implementation != "patches":
-        options = {"lhs_dilation": how.spread, "rhs_dilation": how.dilations, "feature_group_count": how.groups}
+        options: dict[str, Any] = {
+            "lhs_dilation": how.spread,
+            "rhs_dilation": how.dilations,
+            "feature_group_count": how.groups,
+        }
         xla = functools.partial(jax.lax.conv_general_dilated, window_strides=how.strides, padding=how.pads, **options)
         turned, layout = _turned(xla, len(window)), _LAYOUT[len(window)]
         return turned(x, kernel) if implementation == "turned" else xla(x, kernel, dimension_numbers=layout)

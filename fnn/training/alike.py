@@ -1,8 +1,8 @@
-"""Read a traced function of several blocks: does it treat them all alike, and what does it do to one of them?
+"""Read a traced function of several blocks: does it treat all of them alike, and what does it do to one of them?
 
-The blocks of a stack come in as inputs of their own. `Reading` walks through the program with values of the first block
-alone: an operation on another block's values must be one that the first block went through too. Where values of several
-blocks come together, it must be in a sum (a product, a maximum, ...) into which every block enters alike.
+Each block's arrays are inputs of the program. `Reading` computes values of the first block only: an operation on another
+block's values must be one that the first block went through too. Values of several blocks may only meet in a sum (a
+product, a maximum, ...) that every block enters in the same way.
 """
 
 import functools
@@ -30,7 +30,7 @@ JOINS = {"concatenate": "dimension", "stack": "axis"}
 
 
 class Unlike(Exception):
-    """Blocks go different ways, or meet in something other than a sum over all of them."""
+    """Blocks are treated differently, or meet in something other than a sum over all of them."""
 
     def __init__(self, why: str = "it does something else to some of them"):
         super().__init__(why)
@@ -73,7 +73,7 @@ class Reading:
     """One traced program of f on stand-ins, and what is known of its values."""
 
     ignored: frozenset[str] | set[str] = frozenset()
-    """Parameters that do not count, of the operations in `shapeless`."""
+    """Parameters of the operations in `shapeless` that make no difference."""
     shapeless: frozenset[str] | set[str] = frozenset()
 
     level = 0
@@ -96,7 +96,7 @@ class Reading:
         self.avals: dict[Any, Any] = {}
 
     def names(self) -> list[Any]:
-        """Number what each output is, blocks of a stack as one; two programs with equal lists do the same."""
+        """Number each output, the blocks of a stack as one. Two programs with equal lists do the same."""
         return [value.name for value in self._outputs(dry=True)[0]]
 
     def run(self) -> Any:

@@ -1,4 +1,4 @@
-"""`fit`: whole stretches of training steps inside one `lax.scan`, and the curves that they leave."""
+"""`fit`: epochs of training steps, each epoch one `lax.scan`, and the curves of a run."""
 
 import contextlib
 import numbers
@@ -68,14 +68,14 @@ def fit(
 ) -> tuple[TrainState, History]:
     """Train for some epochs, each one `lax.scan` on the device; return the new state and the curves.
 
-    `train` is a tuple (x, y), such as a `data.Dataset`: it is moved to the device once and reshuffled each epoch by
+    `train` is a tuple (x, y), such as a `data.Dataset`: it is moved to the device once and shuffled anew each epoch by
     `key`; a last partial batch is dropped. Or it is an iterable of batches (x, y) on the host, for data larger than
-    memory (a DataLoader, a list of batches): it is read anew each epoch, 32 batches at a time, and takes no `key` and
+    memory (a DataLoader, a list of batches): it is read again each epoch, 32 batches at a time, and takes no `key` and
     no `batch_size`. Arrays may be any that NumPy reads: tensors, frames of pandas and polars, lists of numbers.
 
     `validation` is a pair too, or batches that are joined in memory, evaluated after each epoch; or a fraction of the
-    training data in memory, split off by `key` as in `data.split`. With `patience=k` training stops once its loss has
-    not fallen for k epochs, and the best epoch's state is returned.
+    training data in memory, split off by `key` as in `data.split`. With `patience=k` training stops once the validation
+    loss has not fallen for k epochs, and the best epoch's state is returned.
 
     `progress` shows a bar with loss and validation accuracy (plain lines where the output is no terminal); by default
     only on a terminal. The state passed in stays usable.
@@ -87,15 +87,14 @@ def fit(
     The keywords are many because each can be left out by itself, and a call reads better with them than with an object
     of options.
 
-    Ctrl-C, or an error in the data, loses nothing: the exception passes on with `state` and `history` of all steps that
-    were finished, as two attributes, and `step.unfinished` holds the two: in a notebook go on with
-    `state, history = step.unfinished`. An unfinished epoch is the last of `history.steps_per_epoch`; without its
-    validation. Only an error inside a compiled step itself takes along the state that it was given: then it is the
-    best epoch's (with patience), or the first.
+    Ctrl-C, or an error in the data, loses nothing: the exception has two attributes, `state` and `history` of all finished
+    steps, and `step.unfinished` is the pair of them: in a notebook go on with `state, history = step.unfinished`. An
+    unfinished epoch is the last of `history.steps_per_epoch`, and has no validation. Only an error inside a compiled step
+    destroys the state that it was given: then `state` is the best epoch's (with patience), or the first.
 
-    Errors: ValueError for NaN in the data, labels out of range, a batch larger than the data, an iterator that cannot
-    be read again, a state of another net or optimiser; TypeError for what is no data, and for arguments that do not
-    apply to it. Same key, same data, same state: same result, bit for bit, on one device.
+    Guarantee: same key, same data, same state: same result, bit for bit, on one device. Errors: ValueError for NaN in the
+    data, labels out of range, a batch larger than the data, an iterator that cannot be read again, a state of another net
+    or optimiser; TypeError for what is no data, and for arguments that do not apply to it.
     """
     check.positive("fit", epochs=epochs)
     if patience is not None:
@@ -114,7 +113,7 @@ def fit(
     else:
         run_epoch = _from_batches(step, train, epochs, scan)
     step.unfinished = None
-    run = _Run(jax.tree.map(jnp.copy, state))  # the steps donate their state; the caller's is not ours to give away
+    run = _Run(jax.tree.map(jnp.copy, state))  # the steps donate their state, and the caller's stays usable
     best, best_loss, stopped = state, np.inf, False
     try:
         with _Progress(epochs, progress) as bar:
@@ -138,9 +137,7 @@ def fit(
         kept = run.keeps_state()
         step.unfinished = (run.state if kept else best), run.history()
         n = sum(run.lengths)
-        where = (
-            "after them" if kept else "before them all, or the best epoch's: the step that failed took its own along"
-        )
+        where = "after them" if kept else "before them all, or the best epoch's: the step that failed destroyed its own"
         with contextlib.suppress(Exception):  # an exception that takes no attributes
             error.state, error.history = step.unfinished  # type: ignore[attr-defined]
             error.add_note(f"fit: {n} steps were finished; state, history = step.unfinished holds the state {where}")
@@ -149,7 +146,7 @@ def fit(
 
 
 class _Run:
-    """What a run has finished: its state, the metrics of its steps, its curves."""
+    """Keep what a run has finished: its state, the metrics of its steps, its curves."""
 
     def __init__(self, state: TrainState):
         self.state, self.lengths, self.curves = state, [], []
@@ -158,9 +155,9 @@ class _Run:
         self._fetched = 0
 
     def advance(self, function: Callable[..., Any], *args: Any, steps: int | None = None) -> None:
-        """Replace the state by what a stretch of steps (a single one without `steps`) makes of it, and keep its metrics.
+        """Run a stretch of steps (a single one without `steps`): replace the state, and keep the metrics.
 
-        Ctrl-C waits until the call returns: in between the old state is given away and the new one not yet here.
+        Ctrl-C waits until the call returns: meanwhile the old state is gone and the new one not yet there.
         """
         with _uninterrupted():
             self.state, metrics = function(self.state, *args)
@@ -187,7 +184,7 @@ class _Run:
         )
 
     def keeps_state(self) -> bool:
-        """Tell, after an error, whether the state is still there, and keep the metrics that are."""
+        """Say, after an error, whether the state is still there, and keep the metrics that are."""
         try:
             jax.block_until_ready(self.state)
             check.alive("fit", self.state)
