@@ -45,7 +45,8 @@ process always holds the device."""
 
 def platform() -> str:
     """Name the platform of the device that JAX uses by default: "cpu", "gpu", "tpu", ..."""
-    device: Any = jax.config.jax_default_device
+    config: Any = jax.config
+    device = config.jax_default_device
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform

@@ -152,7 +152,7 @@ def global_avg_pool() -> Layer:
 def _with_kernel(who: str, slide: Callable[..., Any], sizes: Any, inits: Any) -> Layer:
     """Make a layer of `slide(x, kernel)`; sizes are (channels, window, groups), inits of the kernel and of a bias or None."""
     channels, window, groups = sizes
-    kernel_init, bias_init = (None if init is None else initializers.get(init) for init in inits)
+    kernel_init, bias_init = initializers.get(inits[0]), None if inits[1] is None else initializers.get(inits[1])
 
     def init(key, spec):
         full, c = _each(who, window, _image(who, spec), "window"), spec.shape[-1]
@@ -198,11 +198,7 @@ def _correlate(x: jax.Array, kernel: jax.Array, how: _How, implementation: str |
         strided = {*how.strides, *how.spread} != {1}
         implementation = lowering.convolution(strided, how.groups, kernel.shape[-2], patch, len(x) * size)
     if implementation != "patches":
-        options: dict[str, Any] = {
-            "lhs_dilation": how.spread,
-            "rhs_dilation": how.dilations,
-            "feature_group_count": how.groups,
-        }
+        options = {"lhs_dilation": how.spread, "rhs_dilation": how.dilations, "feature_group_count": how.groups}
         xla = functools.partial(jax.lax.conv_general_dilated, window_strides=how.strides, padding=how.pads, **options)
         turned, layout = _turned(xla, len(window)), _LAYOUT[len(window)]
         return turned(x, kernel) if implementation == "turned" else xla(x, kernel, dimension_numbers=layout)

@@ -108,8 +108,8 @@ def fit(
     if key is not None:
         check.prng_key("fit", key)
     train, held = _data(step, state, train, key, batch_size, validation)
-    if isinstance(train, Dataset):
-        run_epoch = _in_memory(step, state, train, jax.random.split(key, epochs), int(batch_size or 0), scan)
+    if isinstance(train, Dataset) and key is not None and batch_size is not None:
+        run_epoch = _in_memory(step, state, train, jax.random.split(key, epochs), int(batch_size), scan)
     else:
         run_epoch = _from_batches(step, train, epochs, scan)
     step.unfinished = None
