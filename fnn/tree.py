@@ -107,7 +107,8 @@ def norm(tree: Any) -> jax.Array:
     Right wherever the norm itself is a float: this and all norms below take squares that leave float32's range again,
     relative to the largest number. Errors: TypeError for complex numbers, here and below.
     """
-    return _of_all(norm_of_all, tree) if jax.tree.leaves(tree) else jnp.zeros(())
+    leaves = jax.tree.leaves(tree)
+    return _JITTED[norm_of_all](leaves) if leaves else jnp.zeros(())
 
 
 def squared_norm(tree: Any) -> jax.Array:
@@ -116,8 +117,8 @@ def squared_norm(tree: Any) -> jax.Array:
 
 
 def count(tree: Any) -> jax.Array:
-    """Count the numbers in a tree, as `size` does, but as a float32[] that stands in the program: see `WHOLE`."""
-    return _of_all(count_of_all, tree) if jax.tree.leaves(tree) else jnp.zeros(())
+    """Count the numbers in a tree, as `size` does, but as a float32[] that programs compute: see `WHOLE`."""
+    return _JITTED[count_of_all](jax.tree.leaves(tree))
 
 
 def norm_of_all(leaves: Sequence[Any]) -> jax.Array:
@@ -130,17 +131,12 @@ def count_of_all(leaves: Sequence[Any]) -> jax.Array:
     return jnp.asarray(sum(jnp.size(a) for a in leaves), jnp.float32)
 
 
-WHOLE: dict[str, Callable[[Sequence[Any]], jax.Array]] = {"norm_of_all": norm_of_all, "count_of_all": count_of_all}
-"""Functions of all arrays of a tree at once, the same however these are cut or stacked. They stand in a program as one
-operation of that name, by which `lift` knows them."""
-for _name, _function in list(WHOLE.items()):  # names that no function of a user's has
-    _function.__name__ = f"fnn.tree.{_name}"
-WHOLE = {function.__name__: function for function in WHOLE.values()}
-_JITTED = {function: jax.jit(function) for function in WHOLE.values()}
-
-
-def _of_all(function: Callable[[Sequence[Any]], jax.Array], tree: Any) -> jax.Array:
-    return _JITTED[function](jax.tree.leaves(tree))
+for _function in (norm_of_all, count_of_all):  # names that no function of a user's has
+    _function.__name__ = f"fnn.tree.{_function.__name__}"
+_JITTED = {function: jax.jit(function) for function in (norm_of_all, count_of_all)}
+WHOLE: dict[str, Callable[[Sequence[Any]], jax.Array]] = {function.__name__: function for function in _JITTED}
+"""Functions of all arrays of a tree at once, the same however these are cut or stacked. Each is one operation of that name
+in a program, by which `lift` knows it."""
 
 
 def norms(tree: Any) -> Any:
@@ -223,8 +219,8 @@ def safe(square: jax.Array, bound: Any = 1) -> jax.Array:
 def guarded(plain: Callable[..., Any], relative: Callable[..., Any], *args: Any, axis_name: Any = None) -> Any:
     """Return the value of `plain(*args) -> (value, inside)` if all are inside, else `relative(*args)`, right at any scale.
 
-    With `axis_name` all of a mapped axis decide together: a decision of each would be a select, which computes both.
-    Where conditionals are not for nothing (`lowering`), `relative` alone.
+    With `axis_name` all of a mapped axis decide together, since `vmap` would compute both for each. Where a conditional is
+    expensive (`lowering.conditionals`), `relative` is always taken.
     """
     if not lowering.conditionals():
         return relative(*args)
@@ -283,9 +279,10 @@ def safe_sqrt(a: jax.Array) -> jax.Array:
 
 
 def divisor(peak: jax.Array) -> jax.Array:
-    """Bound the largest number of an array, so that dividing by it is safe: 0/0 and inf/inf do not arise.
+    """Bound the largest number of an array, so that a division by it is safe: no 0/0 and no inf/inf.
 
-    XLA may divide by multiplying with the reciprocal, and flushes subnormal numbers to zero, so that both must be normal.
+    The bound and its reciprocal are normal numbers, since XLA may multiply by the reciprocal and takes subnormal numbers for
+    zero.
     """
     tiny = jnp.finfo(peak.dtype).tiny
     return jax.lax.stop_gradient(jnp.clip(peak, tiny, 1 / tiny))

@@ -82,6 +82,16 @@ def test_metrics_by_choice_are_the_same_numbers_and_what_is_left_out_is_not_comp
         fnn.train_step(NET, fnn.losses.cross_entropy, OPTIMIZER, metrics=("grad_nrom",))
 
 
+@pytest.mark.parametrize("rate", [1e25, 1e-25])
+def test_the_update_ratio_is_right_where_squares_leave_the_range(rate):
+    net, optimizer = fnn.serial(fnn.dense(2)), optax.sgd(rate)
+    x, y = jnp.ones((2, 3)), jnp.array([0, 1])
+    state = fnn.TrainState.create(net, optimizer, jax.random.key(0), x)
+    size = fnn.tree.norm(state.params)
+    _, metrics = fnn.train_step(net, fnn.losses.cross_entropy, optimizer)(state, (x, y))
+    assert float(metrics["update_ratio"]) == pytest.approx(float(rate * metrics["grad_norm"] / size), rel=1e-5)
+
+
 def test_buffers_are_donated():
     state, batch = fresh(), clusters()
     new, _ = STEP(state, batch)
