@@ -4,8 +4,8 @@ Every choice is made while JAX traces, from the device that it uses by default (
 backend), and changes speed and memory but never values. A program that is lowered for another platform (`jax.export`)
 is therefore right there too; it may be slower than one traced there.
 
-Where a constant says "CPU", it was measured on two cores of Intel Xeon and AMD EPYC servers (AVX-512, 2 MiB of second
-level cache a core) with JAX 0.10. What is not a CPU takes XLA's and JAX's own ways throughout.
+"CPU" at a constant means: measured on two cores of an Intel Xeon or AMD EPYC server, with JAX 0.10. No constant was tuned
+on an accelerator; each says whether it counts there.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ import jax
 
 SMALL = 2**14
 """Numbers in an array up to which `tree.pack` joins it with others: starting a kernel for it costs more than copying it.
-CPU, steps of 3 to 256 layers of width 64 and 256. Used on all platforms: on accelerators kernels cost more to start."""
+CPU; used on all platforms."""
 UNROLLED = 16
-"""Layers up to which the nets of `models` write their depth out: 10 to 30 % faster steps for seconds of compiling. CPU; used
-on all platforms."""
+"""Layers up to which the nets of `models` write their depth out: faster to run (10 % at 64 layers of width 128), slower to
+compile. CPU; used on all platforms."""
 FEW = 32
 """Numbers in a patch up to which a product of patches is faster than a convolution. CPU; others use XLA's convolutions."""
 PATCHES = 1 << 28
@@ -39,8 +39,8 @@ LANES = 12 << 20
 """Bytes that the lanes of one `vmap` of a study may touch: about a core's cache. At depth 256 one lane after the other was
 twice as fast as eight at once, at depth 4 half as fast. CPU; elsewhere half of the device's memory."""
 FEW_CELLS = 4
-"""Cells of a study below which the command line starts no worker processes: starting them takes longer. CPU; elsewhere one
-process always holds the device."""
+"""Cells of a study from which on the command line starts worker processes, which takes seconds. CPU; elsewhere one process
+always holds the device."""
 
 
 def platform() -> str:

@@ -5,6 +5,7 @@ block's values must be one that the first block went through too. Values of seve
 product, a maximum, ...) that every block enters in the same way.
 """
 
+import contextlib
 import functools
 import itertools
 from collections import Counter
@@ -23,8 +24,7 @@ from fnn.tree import Stacked
 
 SUMS = {"add": jnp.add, "add_any": jnp.add, "mul": jnp.multiply, "max": jnp.maximum, "min": jnp.minimum}
 SUMS |= {"and": jnp.logical_and, "or": jnp.logical_or}
-REDUCTIONS = {"reduce_sum": "add", "reduce_prod": "mul", "reduce_max": "max", "reduce_min": "min"}
-REDUCTIONS |= {"reduce_and": "and", "reduce_or": "or"}
+REDUCTIONS = {"reduce_sum": "add", "reduce_prod": "mul"} | {f"reduce_{op}": op for op in ("max", "min", "and", "or")}
 JOINS = {"concatenate": "dimension", "stack": "axis"}
 """Operations that lay arrays side by side, and what they call the axis."""
 
@@ -219,9 +219,9 @@ class Reading:
         if op.name == "cond" and not inputs[0].depth:
             return self._branched(op, inputs, dry)
         inner = op.params.get("call_jaxpr", op.params.get("fun_jaxpr"))
-        if op.name.startswith("custom_") and inner is not None:
-            return self._execute(read(inner, keep=frozenset(tree.WHOLE)), inputs, dry)
-        raise Unlike(f"blocks meet in an operation {op.name!r}")
+        if inner is None or not op.name.startswith("custom_"):
+            raise Unlike(f"blocks meet in an operation {op.name!r}")
+        return self._execute(read(inner, keep=frozenset(tree.WHOLE)), inputs, dry)
 
     def _branched(self, op: Any, inputs: list[Value], dry: bool) -> list[Any]:
         """A conditional on a value of no block, around values of several."""
@@ -234,10 +234,9 @@ class Reading:
         sides = [outputs(program, True) for program in programs]
         places = []
         for values in zip(*sides, strict=True):
-            there = {v.place for v in values if v.depth} or {(0, 0)}
-            if len(there) > 1:
+            places.append(max(v.place for v in values))
+            if any(v.depth and v.place != places[-1] for v in values):
                 raise Unlike("a conditional exchanges blocks")
-            places.append(there.pop())
         names = [self.table("cond", inputs[0].name, *(v.name for v in values)) for values in zip(*sides, strict=True)]
         first = [i for i, (_, rep) in enumerate(places) if not rep]
         arrays: list[Any] = [None] * len(first)
@@ -322,13 +321,11 @@ class Reading:
 
 def constant(value: Any) -> tuple[Any, ...]:
     """Name a constant by its numbers where they are to be had, else by the object that it is."""
-    try:
-        a = np.asarray(value) if np.size(value) <= 2**16 else None
-    except jax.errors.TracerArrayConversionError:
-        a = None
-    if a is None or a.dtype == object:
-        return "object", id(value)
-    return "constant", str(a.dtype), a.shape, a.tobytes()
+    with contextlib.suppress(jax.errors.TracerArrayConversionError):
+        a = np.asarray(value if np.size(value) <= 2**16 else None)
+        if a.dtype != object:
+            return "constant", str(a.dtype), a.shape, a.tobytes()
+    return "object", id(value)
 
 
 def _constants(value: Any) -> list[Any]:
