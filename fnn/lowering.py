@@ -61,20 +61,25 @@ def conditionals() -> bool:
     return platform() == "cpu"
 
 
-def convolution(strided: bool, groups: int, per_group: int, patch: int, size: int) -> str:
+def convolution(strided: bool, groups: int, per_group: int, rank: int, patch: int, size: int) -> str:
     """Choose how to convolve: "patches", "turned" or "xla"; see `conv`.
 
-    `per_group` is the input channels that an output channel sees, `patch` the numbers in a patch, `size` the bytes of all
-    patches. On a CPU XLA's own gradient takes 10 to 100 times as long inside a loop as outside, so that it is never used.
-    Gradients by patches take 0.04 to 0.8 of the time of "turned" for strides and for groups of several channels, also where
-    the patches are made in pieces; for one channel a group without strides twice the time, once they are large.
+    `per_group` is the input channels that an output channel sees, `rank` the axes of positions, `patch` the numbers in a
+    patch, `size` the bytes of all patches. On a CPU XLA's own gradient takes 10 to 100 times as long inside a loop as
+    outside, so that it is never used. Gradients by patches are faster than "turned" for strides (1.2 to 2 times, in three
+    dimensions 20 times) and for groups of several channels (5 to 8 times); large ones are made in pieces, which takes 1.3
+    times as long, more than "turned" for strides in one and two dimensions and for one channel a group.
     """
     if platform() != "cpu":
         return "xla"
     large = size > PATCHES
-    if strided or not (large or patch > FEW):
-        return "patches"
-    return "turned" if groups == 1 or (large and per_group == 1) else "patches"
+    if groups > 1:
+        turned = large and per_group == 1 and not strided
+    elif strided:
+        turned = large and rank < 3
+    else:
+        turned = large or patch > FEW
+    return "turned" if turned else "patches"
 
 
 def written_out_attention(narrow: bool, grouped: bool) -> bool:

@@ -196,7 +196,8 @@ def _correlate(x: jax.Array, kernel: jax.Array, how: _How, implementation: str |
     size = math.prod(sizes) * patch * x.dtype.itemsize
     if implementation is None:
         strided = {*how.strides, *how.spread} != {1}
-        implementation = lowering.convolution(strided, how.groups, kernel.shape[-2], patch, len(x) * size)
+        shapes = kernel.shape[-2], len(window), patch, len(x) * size
+        implementation = lowering.convolution(strided, how.groups, *shapes)
     if implementation != "patches":
         options = {"lhs_dilation": how.spread, "rhs_dilation": how.dilations, "feature_group_count": how.groups}
         xla = functools.partial(jax.lax.conv_general_dilated, window_strides=how.strides, padding=how.pads, **options)
