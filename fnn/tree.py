@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import mapped
+from fnn import lowering, mapped
 from fnn.check import describe
 
 _DEPTH = jax.tree_util.GetAttrKey("[:]")
@@ -101,29 +101,29 @@ def dot(a: Any, b: Any) -> jax.Array:
     return sum(jax.tree.leaves(products), start=jnp.zeros(()))
 
 
-def squared_norm(tree: Any) -> jax.Array:
-    """Sum |a_i|² over all leaves: float[]. A square that leaves float32's range is 0 or inf; `norm` is right there."""
-    leaves = pack([_wide(a) for a in jax.tree.leaves(tree)])
-    return sum((jnp.sum(jnp.square(a)) for a in leaves), start=jnp.zeros(()))
-
-
 def norm(tree: Any) -> jax.Array:
     """Take sqrt(sum |a_i|²) over all leaves: float[]. Its gradient at the zero tree is zero, not NaN.
 
-    Squares that leave float32's range are taken again, relative to the largest number: exact for exploded and vanished
-    gradients too. Errors: TypeError for complex numbers, here and below.
+    Right wherever the norm itself is a float: this and all norms below take squares that leave float32's range again,
+    relative to the largest number. Errors: TypeError for complex numbers, here and below.
     """
-    return _of_all(norm_of_all, tree) if jax.tree.leaves(tree) else jnp.zeros(())
+    leaves = jax.tree.leaves(tree)
+    return _JITTED[norm_of_all](leaves) if leaves else jnp.zeros(())
+
+
+def squared_norm(tree: Any) -> jax.Array:
+    """Sum |a_i|² over all leaves: float[], 0 or inf where only the square leaves the range."""
+    return jnp.square(norm(tree))
 
 
 def count(tree: Any) -> jax.Array:
-    """Count the numbers in a tree, as `size` does, but as a float32[] that stands in the program: see `WHOLE`."""
-    return _of_all(count_of_all, tree) if jax.tree.leaves(tree) else jnp.zeros(())
+    """Count the numbers in a tree, as `size` does, but as a float32[] that programs compute: see `WHOLE`."""
+    return _JITTED[count_of_all](jax.tree.leaves(tree))
 
 
 def norm_of_all(leaves: Sequence[Any]) -> jax.Array:
     """`norm` of a list of arrays."""
-    return _norm(pack([_wide(a) for a in leaves]))
+    return _lengths(pack([_wide(a) for a in leaves]), None)[0]
 
 
 def count_of_all(leaves: Sequence[Any]) -> jax.Array:
@@ -131,69 +131,56 @@ def count_of_all(leaves: Sequence[Any]) -> jax.Array:
     return jnp.asarray(sum(jnp.size(a) for a in leaves), jnp.float32)
 
 
-WHOLE: dict[str, Callable[[Sequence[Any]], jax.Array]] = {"norm_of_all": norm_of_all, "count_of_all": count_of_all}
-"""Functions of all arrays of a tree at once, the same however these are cut or stacked. They stand in a program as one
-operation of that name, by which `lift` knows them."""
-for _name, _function in list(WHOLE.items()):  # names that no function of a user's has
-    _function.__name__ = f"fnn.tree.{_name}"
-WHOLE = {function.__name__: function for function in WHOLE.values()}
-_JITTED = {function: jax.jit(function) for function in WHOLE.values()}
-
-
-def _of_all(function: Callable[[Sequence[Any]], jax.Array], tree: Any) -> jax.Array:
-    return _JITTED[function](jax.tree.leaves(tree))
-
-
-@jax.custom_jvp
-def _norm(leaves: list[jax.Array]) -> jax.Array:
-    total = squared_norm(leaves)
-    return jax.lax.cond(safe(total), _plain_norm, _relative_norm, total, leaves)
-
-
-@_norm.defjvp
-def _norm_jvp(primals, tangents):
-    # a/|a| by hand: through the squares the derivative would be 0·inf where they leave the range.
-    (leaves,), (directions,) = primals, tangents
-    size = _norm(leaves)
-    peak = divisor(size)
-    rest = jnp.where(size > 0, size / peak, 1)
-    slopes = [jnp.sum(a / peak / rest * t) for a, t in zip(leaves, directions, strict=True)]
-    return size, sum(slopes, start=jnp.zeros((), size.dtype))
-
-
-# Not local to `norm`: JAX recognises a branch by its function, and would compile new ones at every eager call.
-def _plain_norm(total: jax.Array, leaves: list[jax.Array]) -> jax.Array:
-    return safe_sqrt(total)
-
-
-def _relative_norm(total: jax.Array, leaves: list[jax.Array]) -> jax.Array:
-    peak = divisor(jnp.max(jnp.stack([jnp.max(jnp.abs(a), initial=0) for a in leaves])))
-    return peak * safe_sqrt(squared_norm([a / peak for a in leaves]))
+for _function in (norm_of_all, count_of_all):  # names that no function of a user's has
+    _function.__name__ = f"fnn.tree.{_function.__name__}"
+_JITTED = {function: jax.jit(function) for function in (norm_of_all, count_of_all)}
+WHOLE: dict[str, Callable[[Sequence[Any]], jax.Array]] = {function.__name__: function for function in _JITTED}
+"""Functions of all arrays of a tree at once, the same however these are cut or stacked. Each is one operation of that name
+in a program, by which `lift` knows it."""
 
 
 def norms(tree: Any) -> Any:
-    """Take the norm of every parameter array: a tree of float[], float[depth] below a `Stacked` node; right as `norm` is."""
+    """Take the norm of every parameter array: a tree of float[], float[depth] below a `Stacked` node."""
     leaves, treedef = jax.tree.flatten(tree)
-    depths = tuple(jax.tree.leaves(map_depth(lambda k, _: k, tree)))
-    return treedef.unflatten(_norms([_wide(a) for a in leaves], depths))
+    depths = jax.tree.leaves(map_depth(lambda k, _: k, tree))
+    axes = tuple(tuple(range(k, jnp.ndim(a))) for a, k in zip(leaves, depths, strict=True))
+    return treedef.unflatten(_lengths_jitted([_wide(a) for a in leaves], axes))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _norms(leaves: list[jax.Array], depths: tuple[int, ...]) -> list[jax.Array]:
-    axes = [tuple(range(k, a.ndim)) for a, k in zip(leaves, depths, strict=True)]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _lengths(leaves: list[jax.Array], axes: Any) -> list[jax.Array]:
+    """Take |a| of each array over its axes or, without axes, of all arrays together."""
 
     def plain(leaves):
-        squares = [jnp.sum(jnp.square(a), axis=i) for a, i in zip(leaves, axes, strict=True)]
-        return [safe_sqrt(s) for s in squares], [jnp.all(safe(s)) for s in squares]
+        squares = [jnp.sum(jnp.square(a), axis=i) for a, i in _with_axes(leaves, axes)]
+        squares = squares if axes is not None else [sum(squares, start=jnp.zeros(()))]
+        return [safe_sqrt(s) for s in squares], [safe(s) for s in squares]
 
-    return guarded(plain, lambda leaves: [length(a, i) for a, i in zip(leaves, axes, strict=True)], leaves)
+    return guarded(plain, functools.partial(_relative_lengths, axes=axes), leaves)
+
+
+@_lengths.defjvp
+def _lengths_jvp(axes, primals, tangents):
+    # Through plain squares the derivative would be 0·inf where they leave the range.
+    return jax.jvp(functools.partial(_relative_lengths, axes=axes), primals, tangents)
+
+
+_lengths_jitted = jax.jit(_lengths, static_argnums=1)
+
+
+def _relative_lengths(leaves: list[jax.Array], axes: Any) -> list[jax.Array]:
+    found = [length(a, i) for a, i in _with_axes(leaves, axes)]
+    return found if axes is not None else [length(jnp.stack(found))]
+
+
+def _with_axes(leaves: list[jax.Array], axes: Any) -> Iterator[tuple[jax.Array, Any]]:
+    return zip(leaves, [None] * len(leaves) if axes is None else axes, strict=True)
 
 
 def length(a: jax.Array, axis: Any = None, keepdims: bool = False) -> jax.Array:
-    """Take |a| over some axes (all of them by default), relative to the largest number: no square leaves the range."""
-    peak, total = _relative(a, axis)
-    total = peak * safe_sqrt(total)
-    return total if keepdims else jnp.squeeze(total, axis)
+    """Take |a| over some axes (all of them by default), always relative to the largest number."""
+    peak, total = relative_square(a, axis, keepdims)
+    return peak * safe_sqrt(total)
 
 
 def log_norms(tree: Any) -> Any:
@@ -206,15 +193,18 @@ def log_norms(tree: Any) -> Any:
 
 def log_norm(a: jax.Array, axis: Any = None) -> jax.Array:
     """Take log |a| over some axes (all of them by default); see `log_norms`."""
-    peak, total = _relative(a, axis)
-    return jnp.squeeze(jnp.log(peak) + 0.5 * jnp.log(total), axis)
+    peak, total = relative_square(a, axis)
+    return jnp.log(peak) + 0.5 * jnp.log(total)
 
 
-def _relative(a: Any, axis: Any) -> tuple[jax.Array, jax.Array]:
-    """Write sum |a|² as peak²·total, the axes kept with size 1."""
+def relative_square(a: Any, axis: Any = None, keepdims: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Write sum |a|² over some axes (all of them by default) as peak²·total, where no square leaves the range."""
     a = _wide(a)
-    peak = divisor(jnp.max(jnp.abs(a), axis=axis, keepdims=True, initial=0))
-    return peak, jnp.sum(jnp.square(a / peak), axis=axis, keepdims=True)
+    some = keepdims or (axis is not None and len(np.atleast_1d(axis)) < a.ndim)  # XLA copies for sums to axes of size 1
+    peak = divisor(jnp.max(jnp.abs(a), axis=axis, keepdims=some, initial=0))
+    # Not times 1/peak: of constants XLA would make a² times 1/peak², which may be inf.
+    total = jnp.sum(jnp.square(a / peak), axis=axis, keepdims=keepdims)
+    return (peak if keepdims or not some else jnp.squeeze(peak, axis)), total
 
 
 def safe(square: jax.Array, bound: Any = 1) -> jax.Array:
@@ -229,46 +219,43 @@ def safe(square: jax.Array, bound: Any = 1) -> jax.Array:
 def guarded(plain: Callable[..., Any], relative: Callable[..., Any], *args: Any, axis_name: Any = None) -> Any:
     """Return the value of `plain(*args) -> (value, inside)` if all are inside, else `relative(*args)`, right at any scale.
 
-    With `axis_name` all of a mapped axis decide together: a decision of each would be a select, which computes both.
-    Accelerators would wait for the decision; there `relative` alone costs less.
+    With `axis_name` all of a mapped axis decide together, since `vmap` would compute both for each. Where a conditional is
+    expensive (`lowering.conditionals`), `relative` is always taken.
     """
-
-    def decided(*args):
-        value, inside = plain(*args)
-        inside = functools.reduce(jnp.logical_and, map(jnp.all, jax.tree.leaves(inside)), jnp.array(True))
-        if axis_name is not None:
-            inside = mapped.reduce(jax.lax.pmin, inside.astype(jnp.int32), mapped.lanes(axis_name)) > 0
-        return jax.lax.cond(inside, lambda value, args: value, lambda value, args: relative(*args), value, args)
-
-    return jax.lax.platform_dependent(*args, cpu=decided, default=relative)
-
-
-SMALL = 2**14
-"""An array of up to so many numbers costs more to start a kernel for than to copy."""
+    if not lowering.conditionals():
+        return relative(*args)
+    value, inside = plain(*args)
+    inside = functools.reduce(jnp.logical_and, map(jnp.all, jax.tree.leaves(inside)), jnp.array(True))
+    if axis_name is not None:
+        inside = mapped.reduce(jax.lax.pmin, inside.astype(jnp.int32), mapped.lanes(axis_name)) > 0
+    return jax.lax.cond(inside, lambda value, args: value, lambda value, args: relative(*args), value, args)
 
 
 def pack(leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    """Join the small arrays of a list into one vector for each dtype, behind the large ones; `unpack` undoes it."""
-    large = [a for a in leaves if jnp.size(a) > SMALL]
-    return large + [jnp.concatenate([jnp.reshape(a, -1) for a in group]) for group in _small(leaves).values()]
+    """Join the small arrays of a list into one vector for each dtype, after the large ones; `unpack` undoes it."""
+    groups = _small(leaves).values()
+    return [a for a in leaves if not _is_small(a)] + [jnp.concatenate([jnp.ravel(a) for a in g]) for g in groups]
 
 
 def unpack(packed: Sequence[jax.Array], like: Sequence[Any]) -> list[jax.Array]:
     """Split what `pack` joined into arrays of the shapes and dtypes of `like`."""
-    large = iter(packed)
-    leaves = [next(large) if jnp.size(a) > SMALL else None for a in like]
+    rest = iter(packed)
+    large = [None if _is_small(a) else next(rest) for a in like]
     parts = {
-        dtype: iter(jnp.split(next(large), np.cumsum([a.size for a in group])[:-1]))
+        dtype: iter(jnp.split(next(rest), np.cumsum([a.size for a in group])[:-1]))
         for dtype, group in _small(like).items()
     }
-    return [next(parts[b.dtype]).reshape(b.shape) if a is None else a for a, b in zip(leaves, like, strict=True)]
+    return [next(parts[b.dtype]).reshape(b.shape) if a is None else a for a, b in zip(large, like, strict=True)]
+
+
+def _is_small(a: Any) -> bool:
+    return jnp.size(a) <= lowering.SMALL
 
 
 def _small(leaves: Sequence[Any]) -> dict[Any, list[Any]]:
     groups: dict[Any, list[Any]] = {}
-    for a in leaves:
-        if jnp.size(a) <= SMALL:
-            groups.setdefault(a.dtype, []).append(a)
+    for a in filter(_is_small, leaves):
+        groups.setdefault(a.dtype, []).append(a)
     return groups
 
 
@@ -292,9 +279,10 @@ def safe_sqrt(a: jax.Array) -> jax.Array:
 
 
 def divisor(peak: jax.Array) -> jax.Array:
-    """Bound the largest number of an array, so that dividing by it is safe: 0/0 and inf/inf do not arise.
+    """Bound the largest number of an array, so that a division by it is safe: no 0/0 and no inf/inf.
 
-    XLA may divide by multiplying with the reciprocal, and flushes subnormal numbers to zero, so that both must be normal.
+    The bound and its reciprocal are normal numbers, since XLA may multiply by the reciprocal and takes subnormal numbers for
+    zero.
     """
     tiny = jnp.finfo(peak.dtype).tiny
     return jax.lax.stop_gradient(jnp.clip(peak, tiny, 1 / tiny))

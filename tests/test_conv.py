@@ -1,7 +1,5 @@
 """Convolutions and pools: the same weights in Flax and PyTorch, sums by hand, and refusals."""
 
-import sys
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +8,7 @@ import pytest
 from conftest import randomized
 
 import fnn
+from fnn import lowering
 
 CASES = [
     # rank, window, stride, dilation, groups, padding, Flax's padding
@@ -81,33 +80,47 @@ def test_implementations_have_the_same_derivatives(case, x64):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), ours, theirs)
 
 
+@pytest.mark.skipif(lowering.platform() != "cpu", reason="elsewhere convolutions are XLA's")
 def test_on_a_cpu_no_convolution_lies_otherwise_than_in_a_forward_pass(monkeypatch):
-    """Few channels and strides go as patches, made anew in the backward pass: kept they would be 9 times their inputs."""
+    """XLA's own gradients take 10 to 100 times as long inside a loop. Patches are made again in the backward pass."""
 
-    def compiled(channels, stride=1):
-        net = fnn.repeat(fnn.serial(fnn.conv(channels, 3, stride=stride), fnn.activation("tanh")), 20)
-        x = jnp.ones((4, 8, 8, channels))
-        if stride > 1:
-            net = fnn.conv(channels, 3, stride=stride)
+    def compiled(channels, stride=1, groups=1, layer=fnn.conv):
+        options = {} if groups == 1 else {"groups": groups}
+        net, x = layer(channels, 3, stride=stride, **options), jnp.ones((4, 8, 8, channels))
+        if stride == groups == 1:
+            net = fnn.repeat(fnn.serial(net, fnn.activation("tanh")), 20)
         params, state = net.init(jax.random.key(0), x)
         gradient = jax.jit(jax.grad(lambda params, x: jnp.sum(net.apply(params, state, x)[0]), (0, 1)))
         return gradient.lower(params, x), x
 
-    def layouts(lowered):
-        return [text.split("{")[0].strip() for text in lowered.as_text().split("dim_numbers = ")[1:]]
+    def layouts(*args, **kwargs):
+        found = compiled(*args, **kwargs)[0].as_text().split("dim_numbers = ")[1:]
+        return {text.split("{")[0].strip().split(", window")[0] for text in found}
 
-    if jax.default_backend() == "cpu":
-        turned, x = compiled(16)
-        assert {layout.split(", window")[0] for layout in layouts(turned)} == {
-            "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"
-        }
-        for lowered in turned, compiled(3)[0]:
-            assert lowered.compile().memory_analysis().temp_size_in_bytes < 20 * 5 * x.nbytes
-        assert not layouts(compiled(3)[0]) and not layouts(compiled(16, 2)[0])
-        monkeypatch.setattr(sys.modules["fnn.layers.conv"], "PATCHES_LIMIT", 1000)
-        assert layouts(compiled(3)[0])  # too large for patches: turned, not left to XLA
-        assert all(layout.startswith("[b, 0, 1, f]x[0, 1, i, o]->[b") for layout in layouts(compiled(3)[0]))
-    assert layouts(compiled(16, 2)[0])
+    forward = {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
+    for channels in 16, 3:
+        lowered, x = compiled(channels)
+        assert lowered.compile().memory_analysis().temp_size_in_bytes < 20 * 5 * x.nbytes
+    assert layouts(16) == forward and not layouts(3)
+    large = ({"channels": 16, "stride": 2}, {"channels": 16, "layer": fnn.conv_transpose, "stride": 2})
+    grouped = {"channels": 16, "groups": 4}
+    assert not any(layouts(**options) for options in (*large, grouped))
+    monkeypatch.setattr(lowering, "PATCHES", 1000)
+    assert all(layouts(**options) == forward for options in (*large, {"channels": 3}, {"channels": 16, "groups": 16}))
+    assert not layouts(**grouped)  # patches of some examples at a time
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[2]], ids=str)
+def test_patches_of_some_examples_at_a_time(case, monkeypatch):
+    rank, window, stride, dilation, groups, padding, _ = case
+    layer = fnn.conv(8, window, stride=stride, dilation=dilation, groups=groups, padding=padding)
+    x = image(rank, batch=5)
+    params = randomized(layer.init(jax.random.key(0), x)[0])
+    gradient = jax.grad(lambda params, x: jnp.sum(jnp.sin(layer.apply(params, (), x)[0])), (0, 1))
+    whole = gradient(params, x)
+    monkeypatch.setattr(lowering, "PATCHES", 2100)
+    assert "scan" in str(jax.make_jaxpr(layer.apply)(params, (), x))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradient(params, x), whole)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_a_step_that_fails_takes_its_state_along_and_says_so():
         step = told(fail, at=5)
         fnn.fit(step, STATE, (X, Y), **OPTIONS | {"epochs": 3})
     state, history = raised.value.state, raised.value.history
-    assert "took its own along" in raised.value.__notes__[-1] and history.steps_per_epoch == (3,)
+    assert "destroyed its own" in raised.value.__notes__[-1] and history.steps_per_epoch == (3,)
     same(state, STATE)
 
 

@@ -80,6 +80,12 @@ def test_imports_point_down_and_stay_public(path):
                 assert name in ("fnn.__version__", "fnn.__all__") or (module == "fnn" and not names), name
 
 
+def test_one_file_knows_platforms():
+    for path in FILES:
+        found = re.search(r"default_backend|platform_dependent|\.platform\s*[!=]=|\.platform in ", path.read_text())
+        assert module_of(path) == "fnn.lowering" or not found, path
+
+
 def test_every_public_name_has_a_docstring():
     for name in fnn.__all__:
         thing = getattr(fnn, name)

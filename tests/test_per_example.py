@@ -7,8 +7,8 @@ import pytest
 from subjects import SUBJECTS, B, draw, flat
 
 import fnn
+from fnn import lowering
 from fnn.gradients import program as jaxprs
-from fnn.gradients import squares
 
 THOROUGH = {"mlp", "nested", "recurrent", "embedding"}
 
@@ -226,7 +226,7 @@ def test_gradients_made_in_parts_are_the_same(monkeypatch, name):
 
     whole = sums()
     jax.clear_caches()
-    monkeypatch.setattr(squares, "CHUNK", 100)
+    monkeypatch.setattr(lowering, "CHUNK", 100)
     for a, b in zip(jax.tree.leaves(sums()), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     jax.clear_caches()

@@ -82,6 +82,16 @@ def test_metrics_by_choice_are_the_same_numbers_and_what_is_left_out_is_not_comp
         fnn.train_step(NET, fnn.losses.cross_entropy, OPTIMIZER, metrics=("grad_nrom",))
 
 
+@pytest.mark.parametrize("rate", [1e25, 1e-25])
+def test_the_update_ratio_is_right_where_squares_leave_the_range(rate):
+    net, optimizer = fnn.serial(fnn.dense(2)), optax.sgd(rate)
+    x, y = jnp.ones((2, 3)), jnp.array([0, 1])
+    state = fnn.TrainState.create(net, optimizer, jax.random.key(0), x)
+    size = fnn.tree.norm(state.params)
+    _, metrics = fnn.train_step(net, fnn.losses.cross_entropy, optimizer)(state, (x, y))
+    assert float(metrics["update_ratio"]) == pytest.approx(float(rate * metrics["grad_norm"] / size), rel=1e-5)
+
+
 def test_buffers_are_donated():
     state, batch = fresh(), clusters()
     new, _ = STEP(state, batch)
@@ -247,26 +257,16 @@ def test_digits_reach_97_percent():
     assert history.by_epoch("loss")[-1] < 0.05
 
 
-def test_nets_of_xlas_convolutions_are_trained_step_by_step_on_a_cpu_with_the_same_result():
-    """XLA's CPU code for the gradient of a convolution is some 30 times slower inside a loop than outside of it."""
-    rng = np.random.default_rng(0)
-    data = jnp.asarray(rng.normal(size=(12, 4, 4, 1)), jnp.float32), jnp.asarray(rng.integers(0, 2, 12), jnp.int32)
-
-    def ready(implementation):
-        conv = fnn.conv(2, 3, implementation=implementation)
-        net = fnn.serial(conv, fnn.batch_norm(), fnn.flatten(), fnn.dense(2))
-        step = fnn.train_step(net, fnn.losses.cross_entropy, OPTIMIZER)
-        return step, fnn.TrainState.create(net, OPTIMIZER, jax.random.key(0), data[0])
-
-    (step, state), key = ready("xla"), jax.random.key(3)
-    assert step.loops(state, data) and not STEP.loops(fresh(), clusters())
-    for scannable, start in map(ready, ("turned", "patches")):
-        assert not scannable.loops(start, data)
-    one_by_one, history = fnn.fit(step, state, data, epochs=1, batch_size=4, key=key)
-    scanned, metrics = step.epoch(state, fnn.data.Dataset(*data), jax.random.split(key, 1)[0], 4)
-    np.testing.assert_allclose(history.train["loss"], metrics["loss"], rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(one_by_one.params), jax.tree.leaves(scanned.params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+def test_steps_called_one_by_one_are_those_of_the_scan():
+    data = clusters()
+    state, history = fnn.fit(STEP, fresh(), data, epochs=2, batch_size=40, key=jax.random.key(3))
+    single, steps = fnn.fit(STEP, fresh(), data, epochs=2, batch_size=40, key=jax.random.key(3), scan=False)
+    np.testing.assert_allclose(steps.train["loss"], history.train["loss"], rtol=1e-5)
+    batches = [tuple(a[i : i + 3] for a in data) for i in range(0, 96, 3)]
+    ends = [fnn.fit(STEP, fresh(), batches, epochs=1, scan=scan)[0] for scan in (True, False)]
+    for one, other in ((state, single), ends):
+        for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["batch", "axis_name"])

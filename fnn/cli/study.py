@@ -83,7 +83,7 @@ def run(options: Study) -> int:
     """Do `fnn study`."""
     import jax
 
-    from fnn import files
+    from fnn import files, lowering
     from fnn.study import figures, study
     from fnn.study.summary import summarize
     from fnn.study.workers import Interrupted
@@ -97,12 +97,11 @@ def run(options: Study) -> int:
     print(f"{cells} cells, {runs} runs, recorded at step {steps}; results in {folder}", file=sys.stderr, flush=True)
     started = time.perf_counter()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    alone = jax.default_backend() != "cpu" or cells < 4
     with plain_warnings():
         try:
             found = described.run(
                 folder,
-                workers=options.workers or (1 if alone else cores),
+                workers=options.workers or (1 if lowering.one_process(cells) else cores),
                 cache=options.cache or _cache(),
                 progress=True,
             )

@@ -16,11 +16,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fnn import mapped
+from fnn import lowering, mapped
 from fnn.gradients.factors import Convolution, Move, Term
 from fnn.gradients.squares import (
     AXIS,
-    CHUNK,
     Examples,
     arrange,
     dot,
@@ -32,9 +31,6 @@ from fnn.gradients.squares import (
     widened,
 )
 from fnn.tree import divisor
-
-STORED_SHARE = 0.5
-"""From this share on, at which G is at most twice its factors, sums come from the G that |G|² has made already."""
 
 
 @flax.struct.dataclass
@@ -174,7 +170,7 @@ class Pair:
                 return jnp.sum(products[0] * products[1], axis=0)
 
             total = jnp.zeros((batch, batch))
-            for part in split(a, CHUNK // (batch * groups * n)):
+            for part in split(a, lowering.CHUNK // (batch * groups * n)):
                 g = dot(part, d, ((2,), (2,)), ((0, 1), (0, 1))).reshape(batch, -1)
                 total += dot(g, g, ((1,), (1,)), ((), ()))
             return total
@@ -200,7 +196,7 @@ class Pair:
             return False
         a, d = jax.eval_shape(self._arranged, self.arrays)
         (_, _, t, m), n = a.shape, d.shape[-1]
-        return t > 1 and t * (m + n) >= STORED_SHARE * m * n
+        return t > 1 and t * (m + n) >= lowering.STORED_SHARE * m * n
 
     def _arranged(self, arrays: Any) -> tuple[jax.Array, jax.Array]:
         return jax.vmap(lambda arrays: arrange(self.terms, arrays))(arrays)

@@ -13,13 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fnn import lowering
 from fnn.gradients.factors import Convolution, Lookup, Term
 from fnn.tree import divisor, guarded, length, safe, safe_sqrt, statistics_dtype
 
-GRAM_SHARE = 0.25
-"""|G|² is taken from Gram matrices over positions below this share of the cost of G: they cancel badly in float32."""
-CHUNK = 2**21
-"""How many numbers of all the examples' G are held at a time, where only norms are asked for."""
 AXIS = "fnn's examples"
 """Names the axis of examples where a loss does not."""
 
@@ -54,7 +51,7 @@ def norm(terms: Sequence[Term], arrays: Sequence[tuple[Any, Any]], examples: Exa
             return peak * safe_sqrt(sum((square(part, 0) for part in parts), start=jnp.zeros(())))
         return length(jnp.stack([norm_of_whole(part, examples) for part in outer(*factors, examples.count)]))
     if not lookup and not examples.loop and _single(factors[0]):
-        lengths = [jax.vmap(_length)(x.reshape(x.shape[0], -1)) for x in factors]
+        lengths = [jax.vmap(length)(x.reshape(x.shape[0], -1)) for x in factors]
         return jnp.sum(lengths[0] * lengths[1]) if len(lengths[0]) == 1 else length(lengths[0] * lengths[1])
 
     def plain(*factors):
@@ -99,13 +96,6 @@ def norm_of_whole(a: jax.Array, examples: Examples) -> jax.Array:
     return guarded(plain, length, a, axis_name=examples.axis_name)
 
 
-def _length(x: jax.Array) -> jax.Array:
-    """Take |x| of a vector as `tree.length` does. Of one axis: XLA copies arrays with axes of size one for sums on CPUs."""
-    x = widened(x)
-    bound = divisor(jnp.max(jnp.abs(x), initial=0))
-    return bound * safe_sqrt(jnp.sum(jnp.square(x * (1 / bound))))
-
-
 def _single(a: jax.Array) -> bool:
     return a.shape[1] == 1
 
@@ -113,7 +103,7 @@ def _single(a: jax.Array) -> bool:
 def _made(a: jax.Array, d: jax.Array) -> bool:
     """Whether the norm is that of G, written out."""
     (_, t, m), n = a.shape, d.shape[-1]
-    return t > 1 and t * (m + n) >= GRAM_SHARE * m * n
+    return t > 1 and t * (m + n) >= lowering.GRAM_SHARE * m * n
 
 
 def _square(lookup: bool, a: jax.Array, d: jax.Array) -> tuple[jax.Array, Any]:
@@ -145,7 +135,7 @@ def outer(a: jax.Array, d: jax.Array, examples: int) -> list[jax.Array]:
     """Make G of one example in parts of its longer side, which comes last: the better matrix product."""
     if a.shape[-1] > d.shape[-1]:
         a, d = d, a
-    parts = split(d, CHUNK // (examples * a.shape[0] * a.shape[-1]))
+    parts = split(d, lowering.CHUNK // (examples * a.shape[0] * a.shape[-1]))
     return [dot(a, part, ((1,), (1,)), ((0,), (0,))) for part in parts]
 
 

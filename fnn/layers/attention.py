@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn import check
+from fnn import check, lowering
 from fnn.core import Layer, as_arrays, as_spec
 from fnn.layers import initializers, memory
 from fnn.layers.dense import affine
@@ -234,9 +234,8 @@ def _cached(state: Any, q: Any, k: Any, v: Any, places: Any, mask: Any) -> tuple
 def _attend(q: Any, k: Any, v: Any, mask: Any, causal: bool) -> jax.Array:
     if 0 in (q.shape[1], k.shape[1]):
         return jnp.zeros_like(q)
-    # JAX's own takes the softmax in float32, whatever its inputs; and on a CPU it is a map over groups of heads, slower
-    # than these lines, and of narrower numbers it takes the gradient in float32: its worth is an accelerator's kernel.
-    plain = jax.default_backend() == "cpu" and (q.shape[2] == k.shape[2] or q.dtype != jnp.float32)
+    # JAX's own takes the softmax in float32, whatever its inputs.
+    plain = lowering.written_out_attention(narrow=q.dtype != jnp.float32, grouped=q.shape[2] != k.shape[2])
     if q.dtype != jnp.float64 and not plain:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
     k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))

@@ -131,8 +131,9 @@ def _pass_forward(rescale, axis_name, x, backward):
 def _pass_backward(rescale, axis_name, backward, cotangent):
     # The loss is a mean over the batch, so that d l_i/dh is the batch size times example i's share of the cotangent.
     batch = cotangent.shape[0]
-    log = tree.log_norm(cotangent) + 0.5 * jnp.log(batch)
-    squared = batch * tree.squared_norm(cotangent)
+    peak, total = tree.relative_square(cotangent)
+    log = jnp.log(peak) + 0.5 * jnp.log(batch * total)
+    squared = peak * (batch * total) * peak
     if axis_name is not None:
         try:
             squared = mapped.mean(squared, axis_name)

@@ -14,17 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fnn import models, tree
+from fnn import lowering, models, tree
 from fnn.core import Layer
 from fnn.datasets.data import Dataset
 from fnn.gradients import flow
 from fnn.layers import activations, initializers
 from fnn.study.program import Cell, Setup, aligned, draw, is_x64, network, number, one_run, optimizer, specs
 from fnn.theory import gaussian
-
-CPU_BUDGET = 12 << 20
-"""Bytes that the lanes of one `vmap` may touch on a CPU: about a core's cache. At depth 256 one lane after the other was
-measured twice as fast as eight at once, at depth 4 half as fast."""
 
 
 class Measured(NamedTuple):
@@ -195,11 +191,7 @@ def chunk_size(setup: Setup, cell: Cell) -> int:
     training = 2 if len(cell.steps) > 1 else 1
     touched = (1 + training) * _bytes(params) + _bytes(residuals) + (_bytes(moments) if training == 2 else 0)
     devices = jax.local_devices()
-    if devices[0].platform == "cpu":
-        budget = CPU_BUDGET
-    else:
-        budget = ((devices[0].memory_stats() or {}).get("bytes_limit", 8 << 30)) // 2
-    most = max(1, budget // max(1, touched)) * len(devices)
+    most = max(1, lowering.lanes_budget(devices[0]) // max(1, touched)) * len(devices)
     return -(-len(cell.runs) // -(-len(cell.runs) // most))
 
 

@@ -1,12 +1,16 @@
-"""Read a traced function of several blocks: does it treat them all alike, and what does it do to one of them?
+"""Read a traced function of several blocks: does it treat all of them alike, and what does it do to one of them?
 
-The blocks of a stack come in as inputs of their own. `Reading` walks through the program with values of the first block
-alone: an operation on another block's values must be one that the first block went through too. Where values of several
-blocks come together, it must be in a sum (a product, a maximum, ...) into which every block enters alike.
+Each block's arrays are inputs of the program. `Reading` computes values of the first block only: an operation on another
+block's values must be one that the first block went through too. Values of several blocks may only meet in a sum (a
+product, a maximum, ...) that every block enters in the same way.
 """
 
+import contextlib
+import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,23 +22,18 @@ from fnn.gradients.program import CALLS, Const, read, trace
 from fnn.training.blocks import Blocks, order_noted, specs, split
 from fnn.tree import Stacked
 
-SUMS = {
-    "add": jnp.sum,
-    "add_any": jnp.sum,
-    "mul": jnp.prod,
-    "max": jnp.max,
-    "min": jnp.min,
-    "and": jnp.all,
-    "or": jnp.any,
-}
-REDUCTIONS = {"reduce_sum": "add", "reduce_prod": "mul", "reduce_max": "max", "reduce_min": "min"}
-REDUCTIONS |= {"reduce_and": "and", "reduce_or": "or"}
+SUMS = {"add": jnp.add, "add_any": jnp.add, "mul": jnp.multiply, "max": jnp.maximum, "min": jnp.minimum}
+SUMS |= {"and": jnp.logical_and, "or": jnp.logical_or}
+REDUCTIONS = {"reduce_sum": "add", "reduce_prod": "mul"} | {f"reduce_{op}": op for op in ("max", "min", "and", "or")}
 JOINS = {"concatenate": "dimension", "stack": "axis"}
 """Operations that lay arrays side by side, and what they call the axis."""
 
 
 class Unlike(Exception):
-    """Blocks go different ways, or meet in something other than a sum over all of them."""
+    """Blocks are treated differently, or meet in something other than a sum over all of them."""
+
+    def __init__(self, why: str = "it does something else to some of them"):
+        super().__init__(why)
 
 
 class Names(dict[Any, int]):
@@ -44,36 +43,37 @@ class Names(dict[Any, int]):
         return self.setdefault(key, len(self))
 
 
+@dataclass(slots=True, eq=False)
 class Value:
     """A value of the program: of no block (`depth` 0), or of block `rep` of the stacks of some depth."""
 
-    __slots__ = ("array", "depth", "made", "name", "rep")
-
-    def __init__(self, name: int, array: Any = None, depth: int = 0, rep: int = 0, made: Any = None):
-        self.name, self.array, self.depth, self.rep, self.made = name, array, depth, rep, made
+    name: int
+    array: Any = None
+    depth: int = 0
+    rep: int = 0
+    made: Any = None
+    """(operation, inputs) of a sum or of arrays laid side by side, so that it can be taken apart again."""
 
     @property
     def place(self) -> tuple[int, int]:
         return self.depth, self.rep
 
 
+@dataclass(slots=True, eq=False)
 class Meeting:
-    """Values of several blocks on their way into one sum: `op` joins the terms, whose number and order do not count.
+    """Values of several blocks on their way into one sum: `op` joins the terms, whose number and order do not count."""
 
-    `axis` is set for arrays laid side by side (`JOINS`), which a reduction over that axis turns into a sum.
-    """
-
-    __slots__ = ("axis", "op", "terms")
-
-    def __init__(self, op: str, terms: list[Value], axis: int | None = None):
-        self.op, self.terms, self.axis = op, terms, axis
+    op: str
+    terms: list[Value]
+    axis: int | None = None
+    """Set for arrays laid side by side (`JOINS`), which a reduction over that axis turns into a sum."""
 
 
 class Reading:
     """One traced program of f on stand-ins, and what is known of its values."""
 
     ignored: frozenset[str] | set[str] = frozenset()
-    """Parameters that do not count, of the operations in `shapeless`."""
+    """Parameters of the operations in `shapeless` that make no difference."""
     shapeless: frozenset[str] | set[str] = frozenset()
 
     level = 0
@@ -82,23 +82,21 @@ class Reading:
     def __init__(self, f: Callable[..., Any], args: Any, inputs: list[Value], reps: dict[int, int], table: Names):
         self.inputs, self.reps, self.table = inputs, reps, table
         leaves, structure = jax.tree.flatten(args)
-        traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
+        traced = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
 
         def flat(*values):
-            filled = list(leaves)
-            for i, value in zip(traced, values, strict=True):
-                filled[i] = value
-            return f(*structure.unflatten(filled))
+            given = iter(values)
+            return f(*structure.unflatten(next(given) if t else a for a, t in zip(leaves, traced, strict=True)))
 
         with order_noted() as noted:
-            closed, self.out = trace(flat, *(leaves[i] for i in traced))
+            closed, self.out = trace(flat, *itertools.compress(leaves, traced))
         (self.order_read,) = noted
         self.program = read(closed, keep=frozenset(tree.WHOLE))
         self.known: dict[int, dict[int, Value]] = {}
         self.avals: dict[Any, Any] = {}
 
     def names(self) -> list[Any]:
-        """Number what each output is, blocks of a stack as one; two programs with equal lists do the same."""
+        """Number each output, the blocks of a stack as one. Two programs with equal lists do the same."""
         return [value.name for value in self._outputs(dry=True)[0]]
 
     def run(self) -> Any:
@@ -138,7 +136,7 @@ class Reading:
             for rep, row in enumerate(rows):
                 for one, other in zip(rows[0], row, strict=True):
                     if one.name != other.name or (other.depth, other.rep) not in ((0, 0), (node.depth, rep)):
-                        raise Unlike("it does something else to some of them")
+                        raise Unlike()
             outputs += rows[0]
         return outputs, nodes, rebuild
 
@@ -178,18 +176,13 @@ class Reading:
             if any(name not in known for name in names):
                 if op.name in SUMS or op.name in JOINS:  # a part of a sum that the first block's does not have
                     return self._meet(op, inputs, dry)
-                raise Unlike("it does something else to some of them")
+                raise Unlike()
             return [Value(name, None, depth, rep, known[name].made) for name in names]
         if not all(name in known for name in names):
             arrays = [None] * len(names) if dry else self._computed(op, inputs, depth)
             made = (op.name, inputs) if op.name in SUMS or op.name in JOINS else None
-            known.update(
-                {
-                    name: Value(name, a, depth, 0, made)
-                    for name, a in zip(names, arrays, strict=True)
-                    if name not in known
-                }
-            )
+            for name, array in zip(names, arrays, strict=True):
+                known.setdefault(name, Value(name, array, depth, 0, made))
         return [known[name] for name in names]
 
     def _noted(self, value: Value) -> Value:
@@ -226,25 +219,24 @@ class Reading:
         if op.name == "cond" and not inputs[0].depth:
             return self._branched(op, inputs, dry)
         inner = op.params.get("call_jaxpr", op.params.get("fun_jaxpr"))
-        if op.name.startswith("custom_") and inner is not None:
-            return self._execute(read(inner, keep=frozenset(tree.WHOLE)), inputs, dry)
-        raise Unlike(f"blocks meet in an operation {op.name!r}")
+        if inner is None or not op.name.startswith("custom_"):
+            raise Unlike(f"blocks meet in an operation {op.name!r}")
+        return self._execute(read(inner, keep=frozenset(tree.WHOLE)), inputs, dry)
 
     def _branched(self, op: Any, inputs: list[Value], dry: bool) -> list[Any]:
         """A conditional on a value of no block, around values of several."""
-        programs = [read(branch, keep=frozenset(tree.WHOLE)) for branch in op.params["branches"]]
+        programs, known = [read(branch, keep=frozenset(tree.WHOLE)) for branch in op.params["branches"]], self.known
 
         def outputs(program, dry):
+            self.known = {depth: dict(values) for depth, values in known.items()}
             return [self._settled(v, dry) for v in self._execute(program, inputs[1:], dry)]
 
-        known = {depth: dict(values) for depth, values in self.known.items()}
         sides = [outputs(program, True) for program in programs]
         places = []
         for values in zip(*sides, strict=True):
-            there = {v.place for v in values if v.depth} or {(0, 0)}
-            if len(there) > 1:
+            places.append(max(v.place for v in values))
+            if any(v.depth and v.place != places[-1] for v in values):
                 raise Unlike("a conditional exchanges blocks")
-            places.append(there.pop())
         names = [self.table("cond", inputs[0].name, *(v.name for v in values)) for values in zip(*sides, strict=True)]
         first = [i for i, (_, rep) in enumerate(places) if not rep]
         arrays: list[Any] = [None] * len(first)
@@ -252,7 +244,6 @@ class Reading:
 
             def branch(program):
                 def run():
-                    self.known = {depth: dict(values) for depth, values in known.items()}
                     values = outputs(program, False)
                     return [self._stacked(values[i], d) if (d := places[i][0]) else values[i].array for i in first]
 
@@ -260,15 +251,11 @@ class Reading:
 
             arrays = jax.lax.switch(inputs[0].array, [branch(program) for program in programs])
         self.known = known
-        found: list[Value] = [None] * len(names)  # type: ignore[list-item]
-        for i, array in zip(first, arrays, strict=True):
-            found[i] = self._noted(Value(names[i], array, places[i][0]))
+        found = {i: self._noted(Value(names[i], a, places[i][0])) for i, a in zip(first, arrays, strict=True)}
         for i, (depth, rep) in enumerate(places):
-            if rep:
-                if names[i] not in self.known.get(depth, {}):
-                    raise Unlike("it does something else to some of them")
-                found[i] = Value(names[i], None, depth, rep)
-        return found
+            if rep and names[i] not in known.get(depth, {}):
+                raise Unlike()
+        return [found.get(i) or Value(names[i], None, *place) for i, place in enumerate(places)]
 
     def _reduced(self, op: Any, meeting: Meeting, dry: bool) -> Meeting:
         if tuple(op.params["axes"]) != (meeting.axis,):
@@ -292,11 +279,8 @@ class Reading:
         if not dry:
             if value.op in ("and", "or") and any(v.array.dtype != bool for v in own):
                 raise Unlike(f"blocks meet in an operation {value.op!r} on bits")
-            reduce = SUMS[value.op]
-            parts = [v.array for v in terms] + [reduce(v.array, axis=0).astype(v.array.dtype) for v in own]
-            array = parts[0]
-            for part in parts[1:]:
-                array = _JOIN[value.op](array, part)
+            join = SUMS[value.op]
+            array = functools.reduce(join, [v.array for v in terms] + [join.reduce(v.array, axis=0) for v in own])
         return self._noted(Value(name, array))
 
     def _whole(self, name: str, inputs: list[Value], dry: bool) -> Value:
@@ -332,29 +316,16 @@ class Reading:
                     values[i : i + 1] = self._opened(v)
                     break
             else:
-                raise Unlike("it does something else to some of them")
-
-
-_JOIN = {
-    "add": jnp.add,
-    "add_any": jnp.add,
-    "mul": jnp.multiply,
-    "max": jnp.maximum,
-    "min": jnp.minimum,
-    "and": jnp.logical_and,
-    "or": jnp.logical_or,
-}
+                raise Unlike()
 
 
 def constant(value: Any) -> tuple[Any, ...]:
     """Name a constant by its numbers where they are to be had, else by the object that it is."""
-    try:
-        a = np.asarray(value) if np.size(value) <= 2**16 else None
-    except jax.errors.TracerArrayConversionError:
-        a = None
-    if a is None or a.dtype == object:
-        return "object", id(value)
-    return "constant", str(a.dtype), a.shape, a.tobytes()
+    with contextlib.suppress(jax.errors.TracerArrayConversionError):
+        a = np.asarray(value if np.size(value) <= 2**16 else None)
+        if a.dtype != object:
+            return "constant", str(a.dtype), a.shape, a.tobytes()
+    return "object", id(value)
 
 
 def _constants(value: Any) -> list[Any]:

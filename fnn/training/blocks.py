@@ -1,4 +1,4 @@
-"""The blocks of a stack shown one by one: what an optimiser sees of `repeat`, and whether it asks which block is which."""
+"""The blocks of a stack one by one, as an optimiser sees them, with a note of whether it asks which block is which."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ _order_read: list[bool] = [False]
 
 @contextmanager
 def order_noted() -> Iterator[list[bool]]:
-    """Yield a list whose one entry says, afterwards, whether anybody asked which block is which meanwhile."""
+    """Yield a list of one entry, which says at the end whether anybody asked which block is which."""
     before, _order_read[0], noted = _order_read[0], False, [False]
     try:
         yield noted
@@ -25,7 +25,7 @@ def order_noted() -> Iterator[list[bool]]:
 
 
 LIBRARIES = ("jax", "optax", "flax", "fnn")
-"""What these do with trees does not depend on where an array stands among the others, except as a program shows."""
+"""What these do with trees depends on the place of an array among the others only as a program shows."""
 
 
 def _note(by_path: bool) -> None:
@@ -45,7 +45,7 @@ def _note(by_path: bool) -> None:
 
 
 class _Number(jax.tree_util.SequenceKey):
-    """The place of a block in a path, as in a tuple; takes note of being read."""
+    """The place of a block in a path, as in a tuple. Notes that it is read."""
 
     @property
     def idx(self) -> int:
@@ -68,9 +68,9 @@ class _Number(jax.tree_util.SequenceKey):
 
 
 def paths(shown: Any) -> frozenset[str]:
-    """Name the arrays of a tree as `tree.paths` does, `[:]` standing for all blocks, shown one by one or stacked.
+    """Name the arrays of a tree as `tree.paths` does, with `[:]` for all blocks, shown one by one or stacked.
 
-    What is there for some blocks alone goes by their places: `trunk/[3]/kernel`.
+    An array that only some blocks have is named by their places: `trunk/[3]/kernel`.
     """
     found = set()
     for entries, node in jax.tree_util.tree_leaves_with_path(shown, is_leaf=lambda node: isinstance(node, Blocks)):
@@ -87,9 +87,9 @@ def paths(shown: Any) -> frozenset[str]:
 
 @jax.tree_util.register_pytree_with_keys_class
 class Blocks(tuple):
-    """The blocks of a stack as f sees them: the tuple that `serial` would hold, or some of it (a stand-in).
+    """The blocks of a stack as an optimiser sees them: the tuple that `serial` would hold, or some of it (a stand-in).
 
-    Takes note if somebody asks which block is which, or how many there are.
+    Notes when somebody asks which block is which, or how many there are.
     """
 
     depth: int

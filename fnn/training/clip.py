@@ -1,7 +1,7 @@
-"""Gradient clipping as optax transformations, each right on stacked parameters too.
+"""Gradient clipping as optax transformations, right on stacked parameters too.
 
-All keep their report in the optimiser's state (`ClipState`), from which a train step takes its metrics; all leave a
-zero gradient zero and let NaN through, so that a divergence stays visible.
+Each keeps a report in the optimiser's state (`ClipState`), from which a train step takes its metrics. Each leaves a zero
+gradient zero and lets NaN through, so that a divergence stays visible.
 """
 
 import re
@@ -29,7 +29,7 @@ class ClipState(NamedTuple):
     """Report on the last step: three float32[], 0 before the first."""
 
     fraction: Any
-    """Which share was clipped: of all numbers, units or blocks, or 0 or 1 for the global norm."""
+    """The share that was clipped: of all numbers, units or blocks; 0 or 1 for the global norm."""
     before: Any
     """Global norm of the gradient before clipping."""
     after: Any
@@ -44,13 +44,13 @@ def by_value(limit: Any) -> optax.GradientTransformation:
 
 
 def from_above(limit: Any) -> optax.GradientTransformation:
-    """Clip every number to min(limit, g), one-sided as some textbooks print it: negative gradients stay unbounded."""
+    """Clip every number to min(limit, g), as some textbooks print it. Negative gradients are not bounded."""
     check.above_zero("clip.from_above", limit=limit)
     return _elementwise(lambda g: jnp.minimum(g, limit))
 
 
 def by_global_norm(max_norm: Any) -> optax.GradientTransformation:
-    """Scale the whole gradient by min(1, max_norm/|g|). Right for norms beyond the range of float32's squares too.
+    """Scale the whole gradient by min(1, max_norm/|g|), right at any scale.
 
     Source: Pascanu et al. 2013, algorithm 1.
     """
@@ -104,29 +104,23 @@ def reports(opt_state: Any) -> list[ClipState]:
 
 
 def unreported(opt_state: Any) -> Any:
-    """Set the reports in an optimiser's state to NaN: after an update, those of clips that did not run still are."""
+    """Set the reports in an optimiser's state to NaN, so that after an update those of clips that did not run show it."""
     nan = jnp.full((), jnp.nan, jnp.float32)
-    return jax.tree.map(
-        lambda node: ClipState(nan, nan, nan, node.seen) if _is_report(node) else node,
-        opt_state,
-        is_leaf=_is_report,
-    )
+    return _with_reports(opt_state, fraction=nan, before=nan, after=nan)
 
 
 def retold(opt_state: Any, params: Any) -> Any:
     """Let the reports in an optimiser's state name the arrays of `params` as those that were seen."""
-    seen = Seen(paths(params))
-    return jax.tree.map(
-        lambda node: node._replace(seen=seen) if _is_report(node) else node, opt_state, is_leaf=_is_report
-    )
+    return _with_reports(opt_state, seen=Seen(paths(params)))
 
 
 def summary(opt_state: Any, gradient: Any) -> ClipState | None:
-    """Join the reports of all clips in an optimiser's state to one on the whole gradient; None without a clip.
+    """Join the reports of all clips in an optimiser's state to one report on the whole gradient; None without a clip.
 
-    Clips in a row: `before` the first, `after` the last. Clips of parts (`masked`, `multi_transform`): root of the
-    summed squares over parts, with what no clip sees; fractions weighted by how many numbers each part has. NaN where
-    the parts' clips saw another gradient than this one (an average over several steps), so that the rest is not known.
+    Of clips in a row, `before` is that of the first and `after` that of the last. Clips of parts (`masked`,
+    `multi_transform`) and what no clip sees are joined by the root of their summed squares, fractions weighted by the
+    numbers in each part. NaN where the clips of parts saw another gradient than this one (an average over several steps):
+    then the rest is not known.
     """
     found = reports(opt_state)
     if not found:
@@ -197,6 +191,13 @@ def _scaling(factor: Callable[..., jax.Array], needs_params: str | None = None) 
         return clipped, ClipState(fraction, tree.norm(updates), tree.norm(clipped))
 
     return _transformation(clip)
+
+
+def _with_reports(opt_state: Any, **fields: Any) -> Any:
+    def new(node):
+        return node._replace(**fields) if _is_report(node) else node
+
+    return jax.tree.map(new, opt_state, is_leaf=_is_report)
 
 
 def _is_report(node: Any) -> bool:

@@ -1,4 +1,4 @@
-"""`fit`: whole stretches of training steps inside one `lax.scan`, and the curves that they leave."""
+"""`fit`: epochs of training steps, each epoch one `lax.scan`, and the curves of a run."""
 
 import contextlib
 import numbers
@@ -64,30 +64,37 @@ def fit(
     validation: Any = None,
     patience: int | None = None,
     progress: bool | None = None,
+    scan: bool = True,
 ) -> tuple[TrainState, History]:
     """Train for some epochs, each one `lax.scan` on the device; return the new state and the curves.
 
-    `train` is a tuple (x, y), such as a `data.Dataset`: it is moved to the device once and reshuffled each epoch by
+    `train` is a tuple (x, y), such as a `data.Dataset`: it is moved to the device once and shuffled anew each epoch by
     `key`; a last partial batch is dropped. Or it is an iterable of batches (x, y) on the host, for data larger than
-    memory (a DataLoader, a list of batches): it is read anew each epoch, 32 batches at a time, and takes no `key` and
+    memory (a DataLoader, a list of batches): it is read again each epoch, 32 batches at a time, and takes no `key` and
     no `batch_size`. Arrays may be any that NumPy reads: tensors, frames of pandas and polars, lists of numbers.
 
     `validation` is a pair too, or batches that are joined in memory, evaluated after each epoch; or a fraction of the
-    training data in memory, split off by `key` as in `data.split`. With `patience=k` training stops once its loss has
-    not fallen for k epochs, and the best epoch's state is returned.
+    training data in memory, split off by `key` as in `data.split`. With `patience=k` training stops once the validation
+    loss has not fallen for k epochs, and the best epoch's state is returned.
 
     `progress` shows a bar with loss and validation accuracy (plain lines where the output is no terminal); by default
-    it does so on a terminal alone. The state passed in stays usable.
+    only on a terminal. The state passed in stays usable.
 
-    Ctrl-C, or an error in the data, loses nothing: the exception passes on with `state` and `history` of all steps that
-    were finished, as two attributes, and `step.unfinished` holds the two: in a notebook go on with
-    `state, history = step.unfinished`. An unfinished epoch is the last of `history.steps_per_epoch`; without its
-    validation. Only an error inside a compiled step itself takes along the state that it was given: then it is the
-    best epoch's (with patience), or the first.
+    `scan=False` calls the compiled step once for every batch, with the same result to rounding. It is slower for small
+    nets, and faster for operations that XLA runs slowly inside a loop: on a CPU the gradients of convolutions that do not
+    come from `fnn.conv`, such as Flax's.
 
-    Errors: ValueError for NaN in the data, labels out of range, a batch larger than the data, an iterator that cannot
-    be read again, a state of another net or optimiser; TypeError for what is no data, and for arguments that do not
-    apply to it. Same key, same data, same state: same result, bit for bit, on one device.
+    The keywords are many because each can be left out by itself, and a call reads better with them than with an object
+    of options.
+
+    Ctrl-C, or an error in the data, loses nothing: the exception has two attributes, `state` and `history` of all finished
+    steps, and `step.unfinished` is the pair of them: in a notebook go on with `state, history = step.unfinished`. An
+    unfinished epoch is the last of `history.steps_per_epoch`, and has no validation. Only an error inside a compiled step
+    destroys the state that it was given: then `state` is the best epoch's (with patience), or the first.
+
+    Guarantee: same key, same data, same state: same result, bit for bit, on one device. Errors: ValueError for NaN in the
+    data, labels out of range, a batch larger than the data, an iterator that cannot be read again, a state of another net
+    or optimiser; TypeError for what is no data, and for arguments that do not apply to it.
     """
     check.positive("fit", epochs=epochs)
     if patience is not None:
@@ -101,9 +108,12 @@ def fit(
     if key is not None:
         check.prng_key("fit", key)
     train, held = _data(step, state, train, key, batch_size, validation)
-    run_epoch = _epochs(step, state, train, key, batch_size, epochs)
+    if isinstance(train, Dataset) and key is not None and batch_size is not None:
+        run_epoch = _in_memory(step, state, train, jax.random.split(key, epochs), int(batch_size), scan)
+    else:
+        run_epoch = _from_batches(step, train, epochs, scan)
     step.unfinished = None
-    run = _Run(jax.tree.map(jnp.copy, state))  # the steps donate their state; the caller's is not ours to give away
+    run = _Run(jax.tree.map(jnp.copy, state))  # the steps donate their state, and the caller's stays usable
     best, best_loss, stopped = state, np.inf, False
     try:
         with Progress("epoch", epochs, progress) as bar:
@@ -127,9 +137,7 @@ def fit(
         kept = run.keeps_state()
         step.unfinished = (run.state if kept else best), run.history()
         n = sum(run.lengths)
-        where = (
-            "after them" if kept else "before them all, or the best epoch's: the step that failed took its own along"
-        )
+        where = "after them" if kept else "before them all, or the best epoch's: the step that failed destroyed its own"
         with contextlib.suppress(Exception):  # an exception that takes no attributes
             error.state, error.history = step.unfinished  # type: ignore[attr-defined]
             error.add_note(f"fit: {n} steps were finished; state, history = step.unfinished holds the state {where}")
@@ -138,7 +146,7 @@ def fit(
 
 
 class _Run:
-    """What a run has finished: its state, the metrics of its steps, its curves."""
+    """Keep what a run has finished: its state, the metrics of its steps, its curves."""
 
     def __init__(self, state: TrainState):
         self.state, self.lengths, self.curves = state, [], []
@@ -147,9 +155,9 @@ class _Run:
         self._fetched = 0
 
     def advance(self, function: Callable[..., Any], *args: Any, steps: int | None = None) -> None:
-        """Replace the state by what a stretch of steps (a single one without `steps`) makes of it, and keep its metrics.
+        """Run a stretch of steps (a single one without `steps`): replace the state, and keep the metrics.
 
-        Ctrl-C waits until the call returns: in between the old state is given away and the new one not yet here.
+        Ctrl-C waits until the call returns: meanwhile the old state is gone and the new one not yet there.
         """
         with _uninterrupted():
             self.state, metrics = function(self.state, *args)
@@ -176,7 +184,7 @@ class _Run:
         )
 
     def keeps_state(self) -> bool:
-        """Tell, after an error, whether the state is still there, and keep the metrics that are."""
+        """Say, after an error, whether the state is still there, and keep the metrics that are."""
         try:
             jax.block_until_ready(self.state)
             check.alive("fit", self.state)
@@ -239,43 +247,44 @@ def _uninterrupted() -> Iterator[None]:
         before(*pending[0])
 
 
-def _epochs(
-    step: TrainStep, state: TrainState, train: Any, key: Any, batch_size: int | None, epochs: int
+def _in_memory(
+    step: TrainStep, state: TrainState, data: Dataset, keys: Any, batch_size: int, scan: bool
 ) -> Callable[[_Run, int], None]:
-    """Return `(run, epoch)`, which advances the run by an epoch of data in memory or of an iterable of batches."""
-    if isinstance(train, Dataset) and batch_size is not None:
-        n, data, batch_size = train.size, train, int(batch_size)
-        if batch_size > n:
-            raise ValueError(f"fit: batch_size must be at most the {n} examples of the data, got {batch_size}")
-        first = _rows(data, jnp.arange(batch_size))
-        step.admit(state, first)
-        keys = jax.random.split(key, epochs)
-        if not step.loops(state, first):
-            return lambda run, epoch: run.advance(step.epoch, data, keys[epoch], batch_size, steps=n // batch_size)
+    """Return `(run, epoch)`, which advances the run by an epoch, shuffled by the epoch's key."""
+    n = data.size
+    if batch_size > n:
+        raise ValueError(f"fit: batch_size must be at most the {n} examples of the data, got {batch_size}")
+    step.admit(state, _rows(data, jnp.arange(batch_size)))
+    if scan:
+        return lambda run, epoch: run.advance(step.epoch, data, keys[epoch], batch_size, steps=n // batch_size)
 
-        def one_by_one(run, epoch):
-            order = shuffled(keys[epoch], n)
-            for start in range(0, n - batch_size + 1, batch_size):
-                run.advance(step.jitted, _rows(data, order[start : start + batch_size]))
+    def one_by_one(run, epoch):
+        order = shuffled(keys[epoch], n)
+        for start in range(0, n - batch_size + 1, batch_size):
+            run.advance(step.jitted, _rows(data, order[start : start + batch_size]))
 
-        return one_by_one
-    if isinstance(train, Iterator) and epochs > 1:
+    return one_by_one
+
+
+def _from_batches(step: TrainStep, data: Any, epochs: int, scan: bool) -> Callable[[_Run, int], None]:
+    """Return `(run, epoch)`, which advances the run by all batches of an iterable."""
+    if isinstance(data, Iterator) and epochs > 1:
         raise ValueError(
             f"fit: an iterator can be read once, got epochs={epochs}; pass an object whose iter() starts anew"
         )
+    most = 32 if scan else 1
 
     def batches(run, epoch):
-        scanned = None
-        for chunk in _chunks(step, run, train, 32):
-            if scanned is None:
+        chunk = None
+        for chunk in _chunks(step, run, data, most):
+            if not run.lengths[-1]:
                 step.admit(run.state, chunk[0])
-                scanned = not step.loops(run.state, chunk[0])
-            if len(chunk) == 32 and scanned:
-                run.advance(step.stretch, jax.tree.map(lambda *leaves: np.stack(leaves), *chunk), steps=32)
+            if len(chunk) == most > 1:
+                run.advance(step.stretch, jax.tree.map(lambda *leaves: np.stack(leaves), *chunk), steps=most)
             else:
                 for batch in chunk:
                     run.advance(step.jitted, batch)
-        if scanned is None:
+        if chunk is None:
             raise ValueError(f"fit: the iterable of batches must not be empty, got none in epoch {epoch}")
 
     return batches

@@ -1,8 +1,9 @@
-"""Run a function of trees with `Stacked` nodes as if every block were an array of its own, at the price of one block.
+"""Run a function of trees with `Stacked` nodes as if every block had arrays of its own, at the cost of one block.
 
-An optimiser is a function from trees to trees that knows nothing of `repeat`. `serial(*[block] * n)` shows it n small
-arrays, `repeat(block, n)` one with a leading axis, and whatever looks at shapes, paths or single arrays (a mask
-`ndim > 1`, LAMB's norms, Muon's products) would do something else. `lifted(f)(*args)` calls f on the first form:
+An optimiser is a function from trees to trees that does not know `repeat`. It sees n small arrays from
+`serial(*[block] * n)` and one array with a leading axis from `repeat(block, n)`. So an optimiser that looks at shapes,
+paths or single arrays (a mask `ndim > 1`, LAMB's norms, Muon's products) would treat the two differently.
+`lifted(f)(*args)` calls f on the first form:
 
 1. f is traced on stand-ins in which each stack is a tuple of two of its blocks, and once more of three.
 2. The program is read: does every block go through the same operations, and do blocks meet only in sums (products,
@@ -25,7 +26,7 @@ from fnn.training.blocks import Blocks, specs, split
 from fnn.tree import Stacked
 
 MANY = 64
-"""From this depth on, a function that must be traced or run block by block is worth a sentence."""
+"""Above this depth, a function that must be traced or run block by block gets a warning."""
 
 
 def lifted(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +57,9 @@ def lifted(f: Callable[..., Any]) -> Callable[..., Any]:
                 "compile; use one that treats all blocks alike",
                 stacklevel=2,
             )
-        shown = [_all_blocks(node) if isinstance(node, Stacked) else node for node in nodes]
+        shown = [
+            Blocks([node[i] for i in range(_depth(node))]) if isinstance(node, Stacked) else node for node in nodes
+        ]
         return _restacked(inner(*treedef.unflatten(shown)), level)
 
     return call
@@ -80,33 +83,24 @@ def _as_one(f: Callable[..., Any], nodes: list[Any], treedef: Any, level: int) -
     return first.run()
 
 
-def _stood_in(f: Callable[..., Any], nodes: list[Any], treedef: Any, count: int, table: "Names") -> "Reading":
+def _stood_in(f: Callable[..., Any], nodes: list[Any], treedef: Any, count: int, table: Names) -> Reading:
     """Trace f on stand-ins of `count` blocks."""
     inputs: list[Value] = []
-
-    def stand_in(number, node):
+    for number, node in enumerate(nodes):
         if not isinstance(node, Stacked):
-            if not _is_array(node):
-                return node
-            inputs.append(Value(table("input", number, 0), node))
-            return _spec(node, 0)
+            inputs += [Value(table("input", number, 0), node)] if _is_array(node) else []
+            continue
         depth = _depth(node)
-        leaves, structure = jax.tree.flatten(node.blocks)
         for rep in range(min(count, depth)):
-            for i, leaf in enumerate(leaves):
-                # A stack of one block is no stack: its block lies beside it like any other array.
-                value = (leaf, depth, rep) if depth > 1 else (leaf[0], 0, 0)
-                inputs.append(Value(table("input", number, i), *value))
-        block = structure.unflatten(_spec(leaf, 1) for leaf in leaves)
-        return Blocks([block] * min(count, depth), depth, range(min(count, depth)))
-
-    args = treedef.unflatten([stand_in(number, node) for number, node in enumerate(nodes)])
-    reps = {depth: min(count, depth) for depth in map(_depth, filter(_is_stack, nodes)) if depth > 1}
-    return Reading(f, args, inputs, reps, table)
+            for i, leaf in enumerate(jax.tree.leaves(node)):
+                # A stack of one block is no stack: its block is there like any other array.
+                inputs.append(Value(table("input", number, i), *((leaf, depth, rep) if depth > 1 else (leaf[0],))))
+    reps = {value.depth: min(count, value.depth) for value in inputs if value.depth}
+    return Reading(f, stand_ins(treedef.unflatten(nodes), count, inner=False), inputs, reps, table)
 
 
-def stand_ins(args: Any, count: int | None) -> Any:
-    """Replace every array by its spec, and every stack by `count` of its blocks (None: by all)."""
+def stand_ins(args: Any, count: int | None, inner: bool = True) -> Any:
+    """Replace arrays by their specs, and stacks by `count` of their blocks (None: all), with `inner` those inside too."""
 
     def one(node):
         if not _is_stack(node):
@@ -114,7 +108,7 @@ def stand_ins(args: Any, count: int | None) -> Any:
         depth = _depth(node)
         places = range(depth if count is None else min(count, depth))
         block = jax.tree.map(lambda a: _spec(a, 1), node.blocks)
-        return Blocks([stand_ins(block, count) for _ in places], depth, places)
+        return Blocks([stand_ins(block, count) if inner else block for _ in places], depth, places)
 
     return jax.tree.map(one, args, is_leaf=_is_stack)
 
@@ -165,11 +159,6 @@ def _spec(leaf: Any, drop: int) -> jax.ShapeDtypeStruct:
     if getattr(aval, "vma", None):
         options["vma"] = aval.vma
     return jax.ShapeDtypeStruct(leaf.shape[drop:], leaf.dtype, **options)
-
-
-def _all_blocks(node: Stacked) -> Blocks:
-    depth = _depth(node)
-    return Blocks([node[i] for i in range(depth)], depth, range(depth))
 
 
 def _restacked(result: Any, level: int) -> Any:

@@ -1,7 +1,6 @@
-"""What stands between optax and a net's parameters: the blocks of `repeat` shown one by one, small arrays packed.
+"""Two wrappers of optax's transformations: `per_depth` shows the blocks of `repeat` one by one, `packed` joins small arrays.
 
-`TrainState.create` and `train_step` wrap every optimiser in `per_depth`, so that depth as a loop and depth written out
-train alike.
+`TrainState.create` and `train_step` wrap every optimiser in `per_depth`, so that `repeat` and `serial` train alike.
 """
 
 from collections import Counter
@@ -24,18 +23,18 @@ class DepthAware(optax.GradientTransformationExtraArgs):
 
 
 def per_depth(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Let a transformation see every block of `repeat` as arrays of its own, as on `serial`.
+    """Let a transformation see every block of `repeat` as arrays of its own, as it does with `serial`.
 
-    For one n, `repeat(block, n)` and `serial(*[block] * n)` from the same weights then have equal parameters, to
-    rounding, after any number of steps of any deterministic transformation: masks and labels see the shapes and paths
-    that `serial` has, norms of single arrays are taken block by block, global ones over all. What treats all blocks
-    alike compiles as one block, at any depth; what does not runs block by block, with a warning above 64. States are
+    Guarantee: from the same weights `repeat(block, n)` and `serial(*[block] * n)` have equal parameters, to rounding,
+    after any number of steps of any deterministic transformation. Masks and labels see the shapes and paths that `serial`
+    has; norms of single arrays are taken block by block, global norms over all. A transformation that treats all blocks
+    alike compiles as one block, at any depth; others run block by block, with a warning above 64 blocks. States are
     `Stacked` where all blocks keep the same arrays.
 
-    Two things it cannot see, and a transformation must not do: side effects while it maps over arrays, and a different
-    course from some number of arrays or parameters on (an average over them is seen).
+    A transformation must not do two things, which cannot be seen here: have side effects while it maps over arrays, and
+    behave differently above some number of arrays or parameters (an average over them is fine).
 
-    `TrainState.create` and `train_step` do this by themselves, and doing it twice changes nothing.
+    `TrainState.create` and `train_step` call this by themselves; to call it twice changes nothing.
     Errors: ValueError for a mask or labels given as a tree, which can only fit one of the two forms.
     """
     if isinstance(transformation, DepthAware):
@@ -68,12 +67,12 @@ def per_depth(transformation: optax.GradientTransformation) -> optax.GradientTra
 def packed(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Let a transformation see all small arrays as one vector: the same update from far fewer kernels.
 
-    For transformations that treat every number alike (SGD, Adam, weight decay, `by_value`) or look at all of them at
-    once (`by_global_norm`), alone or chained: small nets spend most of a step on starting kernels. Its state holds packed
-    arrays.
+    For transformations that treat every number alike (SGD, Adam, weight decay, `by_value`) or take a norm over all of
+    them (`by_global_norm`), alone or chained. Small nets spend most of a step on starting kernels, and train faster so.
+    The state holds packed arrays.
 
-    Errors: ValueError, at the first update, for one that tells arrays apart (a mask that takes some, labels, LAMB,
-    `adaptive`): the packed vector would be treated as one array.
+    Errors: ValueError, at the first update, for a transformation that tells arrays apart (a mask that takes some, labels,
+    LAMB, `adaptive`): it would treat the packed vector as one array.
     """
     inner = optax.with_extra_args_support(transformation)
 
@@ -111,7 +110,7 @@ def packed(transformation: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def _shown(params: Any) -> bool:
-    """Whether somebody shows blocks one by one already: then there is nothing to pack."""
+    """Whether blocks are shown one by one already: then there is nothing to pack."""
     nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Blocks))
     return any(isinstance(node, Blocks) for node in nodes)
 
@@ -126,7 +125,7 @@ def _refusal(got: str) -> ValueError:
 def _check_packable(f: Any, plain: tuple[Any, ...], small: tuple[Any, ...], init: Any = None) -> None:
     """Refuse a function of (arrays, ...) that does something else to packed arrays than to the arrays themselves.
 
-    With `init`, of (updates, params, extra), the state that it makes is one more argument.
+    With `init`, f is a function of (updates, params, extra, state), and `init` makes the state.
     """
     table = Names()
 
@@ -157,66 +156,20 @@ def _groups(args: Any, structure: Any) -> list[Any]:
 
 
 SHAPES = {"shape", "broadcast_dimensions", "sharding", "out_sharding", "axes", "dtype", "new_dtype", "weak_type"}
-ELEMENTWISE = {
-    *(
-        "abs",
-        "add",
-        "add_any",
-        "and",
-        "broadcast_in_dim",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "convert_element_type",
-        "copy",
-        "cos",
-    ),
-    *(
-        "div",
-        "eq",
-        "erf",
-        "erf_inv",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "log",
-    ),
-    *(
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "or",
-        "pow",
-        "real",
-        "rem",
-        "round",
-    ),
-    *("rsqrt", "select_n", "sign", "sin", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "pvary", "pcast"),
-}
-
-
+_ELEMENTWISE = """
+abs add add_any and broadcast_in_dim cbrt ceil clamp convert_element_type copy cos div eq erf erf_inv exp exp2
+expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow real
+rem round rsqrt select_n sign sin sqrt square stop_gradient sub tan tanh pvary pcast
+"""
+ELEMENTWISE = set(_ELEMENTWISE.split())
 PASSED = {"broadcast_in_dim", "convert_element_type", "expand_dims", "reshape", "squeeze", *JOINS}
 """What the sum over one array may go through on its way into a sum over all."""
 
 
 class _Each(Reading):
-    """Reads an update as one function of every number: the arrays are the blocks, whatever their shapes.
+    """Read an update as one function of every number: the arrays are the blocks, whatever their shapes.
 
-    Only operations on each number by itself may touch an array, and sums over all of an array, which must go into a sum
-    over all arrays.
+    Allowed are operations on each number by itself, and sums over a whole array that go into a sum over all arrays.
     """
 
     @classmethod

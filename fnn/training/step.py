@@ -1,7 +1,6 @@
 """Training: one compiled step, its state, and the average over a data set."""
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from fnn.training.optimizers import per_depth
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step carries: parameters, the net's state, the optimiser's, the key, the number of steps."""
+    """Hold all that a step carries: parameters, the states of net and optimiser, the key, the number of steps."""
 
     params: Any
     net_state: Any
@@ -54,7 +53,8 @@ class TrainState:
 class TrainStep:
     """Call `step(state, batch) -> (state, metrics)`: one jitted function that owns and reuses the state's buffers.
 
-    `step.pure` is the same function before `jit`; the signature is that of `lax.scan`. Made by `train_step`.
+    Made by `train_step`. `step.pure` is the same function before `jit`; it fits `lax.scan`. `step.stretch(state, batches)`
+    is that scan, compiled; `step.epoch` also shuffles and cuts the data.
     """
 
     def __init__(self, pure: Callable[..., Any], net: Layer, loss: Callable[..., Any], optimizer: Any):
@@ -76,7 +76,7 @@ class TrainStep:
         return self.jitted(state, self.check(state, batch))
 
     def admit(self, state: Any, batch: Any) -> None:
-        """Refuse a state of another net or optimiser, and batches without examples; reads no values."""
+        """Refuse a state of another net or optimiser, and batches without examples. Reads no values."""
         admission.examples("train_step", batch)
         check.parameters("train_step", state.params)
         admission.state("train_step", self.net, state.params, state.net_state, batch[0])
@@ -86,23 +86,11 @@ class TrainStep:
         """Lower without running, to look at the HLO and `memory_analysis()`."""
         return self.jitted.lower(state, batch)
 
-    def loops(self, state: TrainState, batch: Any) -> bool:
-        """Whether stretches of steps should be called from Python, one by one, instead of scanned over.
-
-        On a CPU XLA computes the gradient of a convolution some 30 times slower inside a loop than outside of it, unless
-        its arrays lie in the order of a forward pass (`conv`'s "turned").
-        """
-        ranks = jax.tree.leaves(tree.map_depth(lambda k, a: a.ndim - k, state.params))
-        if jax.default_backend() != "cpu" or max(ranks, default=0) < 3:
-            return False
-        text = self.jitted.lower(state, batch).as_text()
-        return any(not IN_ORDER.match(layout) for layout in text.split("dim_numbers = ")[1:])
-
     def check(self, state: TrainState, batch: Any) -> tuple[Any, Any]:
-        """Turn a batch into arrays, and refuse what does not fit, in one sentence, while its values can be seen.
+        """Turn a batch into arrays, and refuse one that does not fit while its values can still be read.
 
-        Targets on the host are read each time. Reading those on a device waits for them, so that only the first batch
-        of each shape is; a bad label that comes later makes the loss NaN.
+        Targets on the host are checked each time. Reading targets on a device would wait for it: of these only the first
+        batch of each shape is checked, and a bad label that comes later makes the loss NaN.
         """
         check_state("train_step", state)
         x, y = batch = arrays.pair("train_step: the batch", batch)
@@ -131,7 +119,6 @@ class TrainStep:
         return mapped.auto(steps_of, keep=True)(state, data, key)
 
 
-IN_ORDER = re.compile(r"\[b, [\d, ]+, f\]x\[[\d, ]+, i, o\]->\[b, [\d, ]+, f\]")
 CLIPPING = ("grad_norm_clipped", "clip_fraction", "clip_removed")
 METRICS = ("loss", "accuracy", "grad_norm", *CLIPPING, "update_ratio")
 
@@ -151,42 +138,45 @@ def train_step(
 ) -> TrainStep:
     """Compile `(state, batch) -> (state, metrics)`: gradient of the mean loss, clipping and update through optax.
 
-    `batch` is a pair (x, y); `loss(outputs, y) -> float[batch]`. Metrics, float32[] (float64 where the net computes in
-    it): `loss`; `accuracy` where the loss has one; `grad_norm`, the global norm before clipping, and with a clip of
-    `fnn.clip` in the optimiser `grad_norm_clipped`, `clip_fraction` (share of numbers, units or blocks; 0 or 1 for the
-    global norm) and `clip_removed` = 1 - after/before (0 for a zero gradient), NaN in a step that the optimiser skips or
-    only accumulates (`MultiSteps`, `apply_if_finite`); several clips are reported as one (`clip.summary`).
-    `update_ratio` = |update|/|params|. With `per_layer=True` also
-    `grad_norms`, a tree like params (float[depth] below `repeat`) and, if the net has taps, `taps`: the new state and
-    the gradient with respect to the old one, for `fnn.taps.read`. `metrics` names those to keep (`loss` always is):
-    what is left out is not computed, and a few per cent of a step are spent on `update_ratio` and `accuracy`.
+    `batch` is a pair (x, y); `loss(outputs, y) -> float[batch]`. The keywords are many because each adds one thing to the
+    step by itself, and all have a default.
+
+    Metrics, float32[] (float64 where the net computes in it): `loss`; `accuracy` where the loss has one; `grad_norm`, the
+    global norm before clipping; `update_ratio` = |update|/|params|. Norms are right at any scale. With a clip of
+    `fnn.clip` in the optimiser also `grad_norm_clipped`, `clip_fraction` (share of numbers, units or blocks; 0 or 1 for
+    the global norm) and `clip_removed` = 1 - after/before (0 for a zero gradient), NaN in a step that the optimiser skips
+    or only accumulates (`apply_if_finite`, `MultiSteps`); several clips are reported as one (`clip.summary`).
+    `metrics` names those to keep (`loss` always is): the others are not computed; `update_ratio` and `accuracy` take a
+    few per cent of a step. With `per_layer=True` also `grad_norms`, a tree like params (float[depth] below `repeat`) and,
+    if the net has taps, `taps`: the new state and the gradient with respect to the old one, for `fnn.taps.read`.
 
     `per_example="norms"` adds, from the same backward pass, the norms of single examples' gradients:
     `per_example_norms` float[batch], their five quartiles `per_example_quantiles`, and the unbiased `noise_trace` and
-    `noise_signal` of this batch for `noise.scale`, with `per_layer` each by layer too. These are squares: 0 or inf for
-    norms outside 1e±19, where their ratio `signal_to_noise` holds. `examples_nonfinite` and `examples_zero` count
-    gradients without a finite norm and without any. `per_example="clip"` also clips every example's gradient to `max_norm`
-    before they are averaged, and reports `examples_clipped` and `clip_bias`, by how much that moved the mean. An example
-    without a finite norm makes the gradient NaN; with `skip_nonfinite=True` it counts as zero. Under batch norm an example's gradient is that of its own path (`fnn.per_example`),
-    and the noise scale takes groups (`noise.groups`). Under an outer `axis_name` norms are those of the local batch.
+    `noise_signal` of this batch for `noise.scale`, with `per_layer` each by layer too. These two are squares: 0 or inf
+    for norms outside 1e±19; their ratio `signal_to_noise` is right there too. `examples_nonfinite` counts gradients
+    without a finite norm, `examples_zero` those that are zero. `per_example="clip"` also clips every example's gradient to
+    `max_norm` before they are averaged, and reports `examples_clipped` and `clip_bias`, by how much that moved the mean.
+    An example without a finite norm makes the gradient NaN; with `skip_nonfinite=True` it counts as zero. Under batch norm
+    an example's gradient is that of its own path (`fnn.per_example`), and the noise scale takes groups (`noise.groups`).
+    Under an outer `axis_name` norms are those of the local batch.
 
     The optimiser sees each block of `repeat` as arrays of its own (`per_depth`): depth as a loop and depth written out
     train alike.
 
-    `compute_dtype=jnp.bfloat16` lets all layers compute in it (`compute_in`), those behind an embedding too; parameters,
+    `compute_dtype=jnp.bfloat16` lets all layers compute in it (`compute_in`), also those after an embedding; parameters,
     optimiser, statistics and loss stay float32. `step.net` is that net: `fit` validates as it trains.
 
     With `axis_name` (under `vmap`, or `shard_map` with `check_vma` on or off) gradients and metrics are averaged over the
-    mapped batch axis, and all that is computed is that of the whole batch on one device; but dropout draws other masks.
-    All of it comes out the same on every device, except `per_example_norms` (and by layer), which are each device's own.
+    mapped batch axis. Every number is that of the whole batch on one device, except that dropout draws other masks, and
+    equal on all devices, except `per_example_norms` (and by layer), which are each device's own.
     Plain `jit` of a sharded batch needs no `axis_name`, on a mesh with automatic or explicit axes (`jax.make_mesh`).
 
-    A batch that is not finite stays out of the running statistics if the step is skipped: where the gradient's norm is not
-    finite and the optimiser's updates all are (`optax.apply_if_finite`, `zero_nans`), the net's state stays as it was.
-    Where NaN passes on to the parameters, it does to the state.
+    A batch that is not finite stays out of the running statistics if the optimiser skips the step: the net's state is
+    kept where the gradient's norm is not finite and all updates are (`optax.apply_if_finite`, `zero_nans`). Where NaN
+    reaches the parameters, it reaches the state too.
 
-    Guarantees: traced once for each batch shape; the state's buffers are donated (do not use the old state again); the
-    same state and batch give the same result, bit for bit, on one device.
+    Guarantees: traced once for each batch shape; the same state and batch give the same result, bit for bit, on one
+    device. The state's buffers are donated: do not use the old state again.
     """
     admission.net("train_step", net)
     admission.loss("train_step", loss)
@@ -239,12 +229,8 @@ def train_step(
             "train_step", optimizer, grads, before, state.params, value=values["loss"], grad=grads
         )
         params = optax.apply_updates(state.params, updates)
-        # Plain squares: `tree.norm` would keep all updates in memory. Beyond 1e19 the ratio is inf; an update below 1e-19
-        # changes no parameter.
-        size = tree.squared_norm(updates)
-        ratio = jnp.sqrt(size) / jnp.sqrt(tree.squared_norm(state.params))
-        grad_norm = tree.norm(grads)
-        values |= {"grad_norm": grad_norm, "update_ratio": ratio}
+        size, grad_norm = tree.norm(updates), tree.norm(grads)
+        values |= {"grad_norm": grad_norm, "update_ratio": size / tree.norm(state.params)}
         if (report := clip.summary(opt_state, grads)) is not None:
             removed = 1 - report.after / jnp.where(report.before == 0, 1, report.before)
             values |= {
@@ -302,7 +288,7 @@ def averages(net: Layer, params: Any, state: Any, data: Any, loss: Any, batch_si
 
 
 def means(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: Any) -> dict[str, jax.Array]:
-    """Do the device's part of `evaluate`, `size` examples at a time; may be mapped by `vmap`."""
+    """Do the part of `evaluate` that runs on the device, `size` examples at a time; works under `vmap`."""
     n, correct = y.shape[0], losses.correct(loss)
 
     def values(xs, ys):
@@ -325,7 +311,7 @@ def means(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: 
 
 
 def check_state(who: str, state: Any) -> None:
-    """Refuse what is no `TrainState`, or one that a step has taken over: its counter tells for all its arrays."""
+    """Refuse what is no `TrainState`, and one whose buffers a step has reused: its counter shows it for all arrays."""
     if not isinstance(state, TrainState):
         got = arrays.brief(state)
         raise TypeError(f"{who}: state must be a TrainState, got {got}; make one with TrainState.create")

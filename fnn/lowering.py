@@ -1,0 +1,103 @@
+"""Choose the fastest of several ways to compute the same numbers: the one file that knows platforms and measurements.
+
+Every choice is made while JAX traces, from the device that it uses by default (`jax.default_device`, else the default
+backend), and changes speed and memory but never values. A program that is lowered for another platform (`jax.export`)
+is therefore right there too; it may be slower than one traced there.
+
+"CPU" at a constant means: measured on two cores of an Intel Xeon or AMD EPYC server, with JAX 0.10. No constant was tuned
+on an accelerator; each says whether it counts there.
+"""
+
+from typing import Any
+
+import jax
+
+SMALL = 2**14
+"""Numbers in an array up to which `tree.pack` joins it with others: starting a kernel for it costs more than copying it.
+CPU; used on all platforms."""
+UNROLLED = 16
+"""Layers up to which the nets of `models` write their depth out: faster to run (10 % at 64 layers of width 128), slower to
+compile. CPU; used on all platforms."""
+FEW = 32
+"""Numbers in a patch up to which a product of patches is faster than a convolution. CPU; others use XLA's convolutions."""
+PATCHES = 1 << 28
+"""Bytes of patches that a convolution makes at a time; beyond it takes the examples in turn. CPU, so that memory is enough
+there; elsewhere only where `implementation="patches"` asks for them."""
+COMPARED = 16
+"""Numbers in a window up to which a max pool compares them one by one, which XLA fuses: it saved an eighth of a conv net's
+step. CPU; used on all platforms."""
+GRAM_SHARE = 0.25
+"""One example's |G|² comes from Gram matrices over positions below this share of the operations that G itself takes. At
+equal cost G is better: Gram matrices cancel badly in float32. CPU; used on all platforms."""
+STORED_SHARE = 0.5
+"""From this share on, at which G is at most twice as large as its factors, sums over examples use the G that |G|² has made
+already. CPU; used on all platforms."""
+CHUNK = 2**21
+"""Numbers of all examples' G that are held at a time where only norms are asked for: 8 MiB of float32. CPU; used on all
+platforms."""
+LANES = 12 << 20
+"""Bytes that the lanes of one `vmap` of a study may touch: about a core's cache. At depth 256 one lane after the other was
+twice as fast as eight at once, at depth 4 half as fast. CPU; elsewhere half of the device's memory."""
+FEW_CELLS = 4
+"""Cells of a study from which on the command line starts worker processes, which takes seconds. CPU; elsewhere one process
+always holds the device."""
+
+
+def platform() -> str:
+    """Name the platform of the device that JAX uses by default: "cpu", "gpu", "tpu", ..."""
+    config: Any = jax.config
+    device = config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
+def conditionals() -> bool:
+    """Whether the program may wait for a number before it chooses what to compute next.
+
+    On a CPU that costs nothing. An accelerator stands still meanwhile: there it is cheaper to compute what is right in
+    both cases.
+    """
+    return platform() == "cpu"
+
+
+def convolution(strided: bool, groups: int, per_group: int, rank: int, patch: int, size: int) -> str:
+    """Choose how to convolve: "patches", "turned" or "xla"; see `conv`.
+
+    `per_group` is the input channels that an output channel sees, `rank` the axes of positions, `patch` the numbers in a
+    patch, `size` the bytes of all patches. On a CPU XLA's own gradient takes 10 to 100 times as long inside a loop as
+    outside, so that it is never used. Gradients by patches are faster than "turned" for strides (1.2 to 2 times, in three
+    dimensions 20 times) and for groups of several channels (5 to 8 times); large ones are made in pieces, which takes 1.3
+    times as long, more than "turned" for strides in one and two dimensions and for one channel a group.
+    """
+    if platform() != "cpu":
+        return "xla"
+    large = size > PATCHES
+    if groups > 1:
+        turned = large and per_group == 1 and not strided
+    elif strided:
+        turned = large and rank < 3
+    else:
+        turned = large or patch > FEW
+    return "turned" if turned else "patches"
+
+
+def written_out_attention(narrow: bool, grouped: bool) -> bool:
+    """Whether attention is four lines of `jax.numpy` instead of `jax.nn.dot_product_attention`.
+
+    JAX's function is worth having for an accelerator's kernels. On a CPU it maps over groups of heads, which is slower,
+    and takes the gradient of numbers narrower than float32 in float32.
+    """
+    return platform() == "cpu" and (narrow or not grouped)
+
+
+def lanes_budget(device: Any) -> int:
+    """Return the bytes that the lanes of one `vmap` may touch on a device; see `LANES`."""
+    if device.platform == "cpu":
+        return LANES
+    return ((device.memory_stats() or {}).get("bytes_limit", 8 << 30)) // 2
+
+
+def one_process(cells: int) -> bool:
+    """Whether a study of so many cells runs in one process by default; see `FEW_CELLS`."""
+    return platform() != "cpu" or cells < FEW_CELLS
