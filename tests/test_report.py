@@ -114,7 +114,7 @@ def test_digest(reduced):
         (pl.col("network") == row["network"]) & (pl.col("series") == digest.ERROR) & (pl.col("step") == 0)
     ).sort("layer")
     np.testing.assert_allclose(curve["high"] - curve["middle"], 0.016, rtol=1e-6)  # 90 % of -2, -1, 0, 1, 2 hundredths
-    np.testing.assert_allclose(curve["middle"], (401 - np.arange(1, 403)) * expected / 2, atol=1e-9)
+    np.testing.assert_allclose(curve["middle"], (400 - np.arange(1, 402)) * expected / 2, atol=1e-9)
     assert set(reduced.layers["series"].unique()) == {digest.ERROR, "log_kernel"}
 
 
