@@ -143,7 +143,7 @@ def test_contents_are_thinned_and_finite(reduced):
     json.dumps(contents, allow_nan=False)
     curves = contents["layers"][digest.ERROR]["0"]
     lengths = [len(curve["x"]) for curve in curves.values()]
-    assert max(lengths) == report.MOST_LAYERS and min(lengths) == 5
+    assert max(lengths) == report.MOST_LAYERS and min(lengths) == 4
     deep = next(curve for curve in curves.values() if len(curve["x"]) == report.MOST_LAYERS)
     assert deep["x"][0] == 1 and deep["x"][-1] == 401
     broken = [curve for curve in curves.values() if None in curve["middle"]]
