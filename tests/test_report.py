@@ -114,7 +114,7 @@ def test_summary(reduced):
         (pl.col("network") == row["network"]) & (pl.col("series") == summary.ERROR) & (pl.col("step") == 0)
     ).sort("layer")
     np.testing.assert_allclose(curve["high"] - curve["middle"], 0.016, rtol=1e-6)  # 90 % of -2, -1, 0, 1, 2 hundredths
-    np.testing.assert_allclose(curve["middle"], (401 - np.arange(1, 403)) * expected / 2, atol=1e-9)
+    np.testing.assert_allclose(curve["middle"], (400 - np.arange(1, 402)) * expected / 2, atol=1e-9)
     assert set(reduced.layers["series"].unique()) == {summary.ERROR, "log_kernel"}
 
 
@@ -143,7 +143,7 @@ def test_contents_are_thinned_and_finite(reduced):
     json.dumps(contents, allow_nan=False)
     curves = contents["layers"][summary.ERROR]["0"]
     lengths = [len(curve["x"]) for curve in curves.values()]
-    assert max(lengths) == report.MOST_LAYERS and min(lengths) == 5
+    assert max(lengths) == report.MOST_LAYERS and min(lengths) == 4
     deep = next(curve for curve in curves.values() if len(curve["x"]) == report.MOST_LAYERS)
     assert deep["x"][0] == 1 and deep["x"][-1] == 401
     broken = [curve for curve in curves.values() if None in curve["middle"]]

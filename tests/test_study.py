@@ -24,7 +24,7 @@ STEPS = (0, 2, 5)
 def small(**kwargs):
     """Two cells of six runs: three seeds that train, and the same three at a rate at which they diverge."""
     grid = fnn.grid.product(
-        depth=2, width=16, activation="tanh", norm=["none", "batch_norm"], batch_size=16, optimizer="momentum"
+        depth=3, width=16, activation="tanh", norm=["none", "batch_norm"], batch_size=16, optimizer="momentum"
     )
     options = {"seeds": 3, "steps": STEPS, "data": "clusters", "measure": {"largest": largest}} | kwargs
     return study.Study(grid * fnn.grid.product(learning_rate=[0.3, 1e38]), **options)
@@ -128,7 +128,7 @@ def test_a_run_that_diverges_ends_its_own_record_and_harms_no_neighbour(measured
     assert table.filter(pl.col("learning_rate") < 1)["value"].is_finite().all()
     # The runs that train are those of a study without the others.
     alone = study.Study(
-        fnn.grid.product(depth=2, width=16, norm="none", batch_size=16, optimizer="momentum", learning_rate=0.3),
+        fnn.grid.product(depth=3, width=16, norm="none", batch_size=16, optimizer="momentum", learning_rate=0.3),
         seeds=3, steps=STEPS, data="clusters", measure={"largest": largest},
     ).table()  # fmt: skip
     with_others = table.filter((pl.col("norm") == "none") & (pl.col("learning_rate") < 1))
