@@ -1,7 +1,6 @@
 """`gradient_flow`: true log norms of error signals and gradients, layer by layer, finite at any depth."""
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import admission, arrays, check, losses, mapped, tree
+from fnn import admission, arrays, check, compiled, losses, tree
 from fnn.core import Layer, as_arrays, output_shape, output_spec
 from fnn.gradients.numbers import Numbers, Verdict, disagreement, flat, label, resolve, settle
 from fnn.layers import taps
@@ -193,7 +192,6 @@ def check_scales(
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def measure(net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any, y: Any, key: Any) -> dict[str, Any]:
     """Do the device's part of `gradient_flow`; may be mapped over params, state and key by `vmap`.
 
@@ -201,8 +199,11 @@ def measure(net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any,
     which each is to be multiplied stand in `exponents` and in `taps`' own. They are added on the host, in float64:
     a log of -30,000 has no digit to spare in float32.
     """
-    run = mapped.auto(lambda *arrays: differentiate(net, loss, train, *arrays)[0])
-    return run(params, state, x, y, key)
+    return compiled.call(_measure, (net, loss, train), params, state, x, y, key)
+
+
+def _measure(*arguments: Any) -> dict[str, Any]:
+    return differentiate(*arguments)[0]
 
 
 def differentiate(

@@ -8,7 +8,6 @@ looks up while it runs.
 """
 
 import copyreg
-import dis
 import functools
 import hashlib
 import importlib
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import losses
+from fnn import compiled, losses
 
 MOST = 200_000
 """Values that are looked at; a function that reaches more has no name."""
@@ -176,7 +175,7 @@ class _Walk:
         if _package(code.co_filename) is not None:  # a library's: by name, and by what was given to it
             return _hash("function", label, _version(_package(code.co_filename)), *parts)
         attributes = {name: v for name, v in vars(value).items() if name != "__wrapped__"}
-        reads, attrs, modules = _reads(code)
+        reads, attrs, modules = compiled.reads(code)
         for name in sorted(reads & value.__globals__.keys()):
             parts += [name.encode(), self._global(value.__globals__[name], attrs, name)]
         for name in sorted(modules):
@@ -280,25 +279,6 @@ def _is_ours(value: Any) -> bool:
         return False
     module = sys.modules.get(value.__module__)
     return getattr(module, value.__name__, None) is value and _package(value.__code__.co_filename) == "fnn"
-
-
-def _reads(code: types.CodeType) -> tuple[set[str], set[str], set[str]]:
-    """List the global names, the attributes and the modules that a function and those inside it ask for."""
-    names: set[str] = set()
-    attrs: set[str] = set()
-    modules: set[str] = set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            names.add(instruction.argval)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM"):
-            attrs.add(instruction.argval)
-        elif instruction.opname == "IMPORT_NAME" and instruction.argval:
-            modules.add(instruction.argval)
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            for mine, more in zip((names, attrs, modules), _reads(inner), strict=True):
-                mine |= more
-    return names, attrs, modules
 
 
 @functools.cache
