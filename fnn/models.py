@@ -53,17 +53,17 @@ def mlp(
 
     def dense(n: int) -> list[Layer]:
         kernel = layers.dense(n, kernel_init=kernel_init, bias_init=bias_init)
-        return [kernel, *([core.named("preactivation", tap())] if taps else [])]
+        return [kernel, *_tap(taps, "preactivation")]
 
     hidden = [*dense(width), *_norm(norm), layers.activation(phi)]
     if taps:
-        hidden.append(core.named("activation", tap(bounds=bounds)))
+        hidden.append(core.named("activation", tap(bounds=bounds, role="activation")))
     if dropout:
         hidden.append(layers.dropout(dropout))
     block = core.serial(*hidden)
     if residual:
         block = core.residual(block, scale=residual_scale)
-        block = core.serial(block, *([core.named("sum", tap())] if taps else []))
+        block = core.serial(block, *_tap(taps, "sum"))
     if unroll is None:
         unroll = True if depth <= 16 else 1
     trunk = core.repeat(block, depth, unroll=unroll, checkpoint=checkpoint)
@@ -347,12 +347,15 @@ def _dense(n: int, kernel_init: Any) -> Layer:
 
 
 def _tap(taps: bool, name: str) -> list[Layer]:
-    return [core.named(name, tap())] if taps else []
+    return [core.named(name, tap(role=name))] if taps else []
 
 
 def _activation(phi: activations.Activation, taps: bool) -> list[Layer]:
     bounds = phi.bounds if all(map(_finite, phi.bounds)) else None
-    return [layers.activation(phi), *([core.named("activation", tap(bounds=bounds))] if taps else [])]
+    return [
+        layers.activation(phi),
+        *([core.named("activation", tap(bounds=bounds, role="activation"))] if taps else []),
+    ]
 
 
 def _check_norm(who: str, kind: str | Layer | None) -> None:

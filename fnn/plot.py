@@ -7,6 +7,7 @@ import numpy as np
 
 from fnn import files
 from fnn.gradients.flow import GradientFlow
+from fnn.layers.taps import PREACTIVATION
 from fnn.theory.meanfield import Prediction
 
 # Okabe and Ito's palette, distinct to the colour-blind; with markers, so that print in grey keeps the lines apart.
@@ -84,7 +85,7 @@ def study(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
 
     hidden = table.filter(
         (pl.col("quantity") == "log_error")
-        & pl.col("path").str.ends_with("preactivation")
+        & (pl.col("role") == PREACTIVATION)
         & (pl.col("layer") <= pl.col("depth") + 1)
         & (pl.col("step") == 0)
     )

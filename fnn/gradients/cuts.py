@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn.gradients.factors import Convolution, Lookup, Product, Term
-from fnn.gradients.products import Full, Pair, Rows, Zero
+from fnn.gradients.products import Full, Pair, Rows, zero
 from fnn.gradients.program import Atom, Const, Loop, Program
 from fnn.gradients.search import REINDEXING, Out, Path, Resized, Scaled, maker
 from fnn.gradients.squares import Examples, norm, norm_of_whole
@@ -34,7 +34,7 @@ def plan(program: Program, atom: Atom, path: Path | None, spec: Any, depth: int,
     Gives the program's loops new outputs.
     """
     if path is not None and not path.sources:
-        return Plan((), "zero", lambda _: Zero(tuple(spec.shape), examples.count, depth))
+        return Plan((), "zero", lambda _: zero(tuple(spec.shape), examples.count, depth))
     blocks = math.prod(spec.shape[:depth])
     per_block = (
         path is not None

@@ -13,13 +13,13 @@ import numpy as np
 
 from fnn import admission, arrays, check, compiled, losses, tree
 from fnn.core import Layer, as_arrays, output_shape, output_spec
-from fnn.gradients.numbers import Numbers, Verdict, disagreement, flat, label, resolve, settle
+from fnn.gradients.numbers import Label, Numbers, Verdict, disagreement, resolve, settle
 from fnn.layers import taps
 from fnn.layers.precision import compute_in
 from fnn.layers.taps import Row, TapState
 from fnn.tree import Stacked
 
-__all__ = ["GradientFlow", "Numbers", "check_scales", "flat", "gradient_flow", "label", "resolve", "settle"]
+__all__ = ["GradientFlow", "Label", "Numbers", "check_scales", "gradient_flow", "resolve", "settle"]
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,10 @@ def gradient_flow(
     if verdict.left:
         note = f"the signal left the range of {dtype}{_place(verdict)}, and what depends on it is NaN; {hint}"
         warnings.warn(f"gradient_flow: {note}", stacklevel=2)
-    values = flat(numbers)
-    rows = [Row(layer, path, quantity, float(values[i])) for layer, path, quantity, i in verdict.rows]
+    rows = [
+        Row(label.layer, label.path, label.quantity, float(value), label.role)
+        for label, value in zip(numbers.labels, numbers.values, strict=True)
+    ]
     return GradientFlow(rows, float(measured["loss"]), numbers.weights, str(dtype), note)
 
 
@@ -184,7 +186,7 @@ def check_scales(
     first = jax.device_get(measure(net, loss, train, params, state, x, y, key)) if measured is None else measured
     shifted = jax.tree.map(shift, state, is_leaf=lambda node: isinstance(node, TapState))
     again = jax.device_get(measure(net, loss, train, params, shifted, x, y, key))
-    if path := disagreement((first, resolve(first, params)), (again, resolve(again, params))):
+    if path := disagreement(resolve(first, params), resolve(again, params), np.asarray(first["loss"]).dtype):
         raise ValueError(
             f"gradient_flow: the taps that rescale must lie one behind the other, got paths of different scales that "
             f"meet again, or a backward pass that is not linear, around {path}; where a combinator of your own splits "
@@ -236,7 +238,7 @@ def _narrowest(values: Any) -> Any:
 
 
 def _place(verdict: Verdict) -> str:
-    return " at layer {} ({})".format(*verdict.first) if verdict.first else ""
+    return f" at layer {verdict.first.layer} ({verdict.first.path})" if verdict.first else ""
 
 
 def _cast(values: Any, dtype: Any) -> Any:

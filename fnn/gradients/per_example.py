@@ -19,7 +19,7 @@ from fnn.core import Layer
 from fnn.gradients import batch_axis, cuts
 from fnn.gradients import program as jaxprs
 from fnn.gradients.example_gradients import PerExampleGradients, Route
-from fnn.gradients.products import Full, Pair, Rows
+from fnn.gradients.products import Full, Pair
 from fnn.gradients.program import Program
 from fnn.gradients.search import search
 from fnn.gradients.squares import AXIS, Examples
@@ -245,7 +245,7 @@ def _assembled(
 ) -> PerExampleGradients:
     rows = []
     for path, leaf, route, (spec, _) in zip(tree.paths(params), leaves, routes, found, strict=True):
-        kept = jax.tree.leaves(leaf.arrays if isinstance(leaf, Pair | Rows) else leaf)
+        kept = jax.tree.leaves(leaf.arrays if isinstance(leaf, Pair) else leaf)
         whole = size * math.prod(spec.shape) * spec.dtype.itemsize
         rows.append(Route(path, route, sum(a.size * a.dtype.itemsize for a in kept), whole))
     specs = tuple((jax.ShapeDtypeStruct(spec.shape, spec.dtype), k) for spec, k in found)

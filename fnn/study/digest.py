@@ -8,10 +8,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from fnn.layers.taps import PREACTIVATION
 from fnn.study.axes import apart
 
 LOG = ("log_error", "log_kernel", "log_bias", "log_scale")
-ERROR = "log_error at preactivation"
+ERROR = f"log_error at {PREACTIVATION}"
 OWN = (
     *("network", "series", "low", "middle", "high", "predicted", "seeds", "outside", "diverged", "accuracy"),
     *("rate", "rate_low", "rate_high", "rate_predicted"),
@@ -53,7 +54,7 @@ def digest(table: Any, axes: Sequence[str]) -> Digest:
     keys = many or others[:1]
     networks = table.select(keys).unique(maintain_order=True).with_row_index("network")
     table = table.join(networks, on=keys, how="left", maintain_order="left", nulls_equal=True)
-    tail = pl.col("path").str.split("/").list.last()
+    tail = pl.when(pl.col("role") != "").then("role").otherwise(pl.col("path").str.split("/").list.last())
     plain = pl.col("quantity").str.replace("_rms$", "").str.replace("^log_", "") == tail
     table = table.with_columns(
         series=pl.when((pl.col("layer") == 0) | plain).then("quantity").otherwise(pl.col("quantity") + " at " + tail)
@@ -91,7 +92,7 @@ def _sizes(table: Any, run: list[str]) -> Any:
 
 
 def _rates(inner: Any, run: list[str]) -> Any:
-    """Rates of the squared error signal over the hidden layers: all that have a preactivation, but the output's."""
+    """Rates of the squared error signal over the hidden layers: all with a tap before their activation, except the output's."""
     import polars as pl
 
     errors = inner.filter((pl.col("series") == ERROR) & (pl.col("step") == 0)).sort("layer")

@@ -28,13 +28,14 @@ The table is tidy and long: a row for each (cell, run, step, layer, path, quanti
 | step | Int32 | updates done before the measurement; 0 is initialisation |
 | layer | Int32 | counted by their weights (arrays of two axes or more), 1 next to the input; 0 for quantities of the whole run |
 | path | String | of the parameter or tap, "" for quantities of the whole run |
+| role | String | of the tap, "preactivation", "activation" or "sum" in the nets of fnn; "" for everything else |
 | quantity | String | see below |
 | value | Float64 | as measured; logs are natural; -inf is the log of zero, NaN a number that the signal's leaving the float range has spoiled |
 | predicted low high | Float64 | theory at that layer and the band that 19 of 20 seeds stay in; null where there is none |
 | outside | Boolean | whether value lies outside low..high; null where there is no band |
 
 Quantities of a layer: `log_error`, log root mean over examples of |d l_i/dh|, at every tap (theory speaks of those
-whose path ends in "preactivation", layers 1..depth+1, step 0); `log_kernel`, `log_bias` (and other parameters), log
+with the role "preactivation", layers 1..depth+1, step 0); `log_kernel`, `log_bias` (and other parameters), log
 Frobenius norm of the mean loss's gradient, and `log_kernel_rms`, per number; `mean`, `second_moment`, `dead`,
 `saturated` (and `peak`, if asked for) at every tap; `update_ratio`, |update|/|weights| of the update that the optimiser takes next, and `cosine`
 with the gradient at the recorded step before, both for every parameter.
@@ -65,7 +66,7 @@ from fnn.study import sealed, table
 from fnn.study.identity import canonical
 from fnn.study.sealed import pack as pack
 
-FORMAT = 3
+FORMAT = 4
 _VALUE = (int, float, bool, str, type(None))
 _SHAPE = {
     "axes": {"static": [str], "traced": [str]},
