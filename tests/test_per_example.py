@@ -206,7 +206,7 @@ def refuse(*_):
 
 
 @pytest.mark.parametrize("what", ["scan", "all"])
-def test_a_trace_that_reads_otherwise_is_materialised_with_one_warning(monkeypatch, what):
+def test_a_trace_that_reads_otherwise_is_stored_in_full_with_one_warning(monkeypatch, what):
     subject = SUBJECTS["depth"]()
     right = fnn.per_example(subject.loss)(subject.params, subject.batch)
     jaxprs.warn.cache_clear()
@@ -215,10 +215,10 @@ def test_a_trace_that_reads_otherwise_is_materialised_with_one_warning(monkeypat
         monkeypatch.setattr(jaxprs, "_atom", refuse)
     else:
         monkeypatch.setattr(jaxprs, "_rank", lambda var: 0)
-    with pytest.warns(UserWarning, match="reads otherwise than known") as caught:
+    with pytest.warns(UserWarning, match="in a way that fnn does not know") as caught:
         g = fnn.per_example(subject.loss)(subject.params, subject.batch)
     assert len(caught) == 1
-    assert "materialized" in {r.route for r in g.routes}
+    assert "stored in full" in {r.route for r in g.routes}
     np.testing.assert_allclose(g.norms(), right.norms(), rtol=1e-6)
     np.testing.assert_allclose(flat(g.materialize()), flat(right.materialize()), rtol=1e-5, atol=1e-6)
 

@@ -18,6 +18,8 @@ from fnn.gradients.program import Atom, Const, Loop, Program
 from fnn.gradients.search import REINDEXING, Out, Path, Resized, Scaled, maker
 from fnn.gradients.squares import Examples, norm, norm_of_whole
 
+STORED = "stored in full"
+
 
 class Plan(NamedTuple):
     """Which values of one example to compute for a parameter array, and how to hold those of all."""
@@ -51,7 +53,7 @@ def plan(program: Program, atom: Atom, path: Path | None, spec: Any, depth: int,
 
 
 def whole(atoms: tuple[Any, ...], route: str, depth: int) -> Plan:
-    """Hold gradients as they are: atoms are the gradient and, if a loop has taken it, its norm."""
+    """Store gradients: atoms are the gradient and, if a loop has taken it, its norm."""
 
     def build(values):
         known = jnp.moveaxis(values[1], 0, depth) if len(values) == 2 else None
@@ -61,7 +63,7 @@ def whole(atoms: tuple[Any, ...], route: str, depth: int) -> Plan:
 
 
 def factored(path: Path, examples: Examples) -> Plan:
-    """Hold gradients as factors."""
+    """Keep the factors of gradients."""
     atoms, known = emit(path, examples)
     levels = [[step.level for step in reversed(s.steps) if isinstance(step, Out)] for s in path.sources]
     terms = tuple(Term(s.kind, names.count("time")) for s, names in zip(path.sources, levels, strict=True))
@@ -184,7 +186,7 @@ def _unfactored(program: Program, atom: Atom, shape: tuple[int, ...]) -> str:
     while op is not None and op.name in REINDEXING and isinstance(op.inputs[0], int):
         op, _ = maker(program, op.inputs[0])
     summed = op is not None and op.name == "reduce_sum"
-    return "as it is" if summed or math.prod(shape) <= max([1, *shape]) else "materialized"
+    return "stored, small" if summed or math.prod(shape) <= max([1, *shape]) else STORED
 
 
 def _route(terms: Sequence[Term], levels: int) -> str:

@@ -24,15 +24,15 @@ __all__ = ["GradientFlow", "Label", "Numbers", "check_scales", "gradient_flow", 
 
 @dataclass(frozen=True)
 class GradientFlow:
-    """What `gradient_flow` measured: `rows` in long form, the usual profiles as arrays over layers. Logs are natural.
+    """What `gradient_flow` measured: `rows`, one number each, and the usual profiles as arrays over layers.
 
     Layers are counted from the input, 1 being the first. A layer is a group of arrays side by side (of one dict) that
     holds a weight, an array of two axes or more that is not called bias or scale: a dense or convolutional layer, an
-    embedding, a recurrent cell with its two kernels; norms and gains belong to the layer before them.
+    embedding, a recurrent cell with its two kernels. Norms and gains belong to the layer before them.
 
-    Quantities: `log_error`, the root mean over examples of |d l_i/dh|, at every tap; `log_kernel`, `log_bias`, ..., the
-    Frobenius norm of the mean loss's gradient, and the same with `_rms`, per number; `mean`, `second_moment`, `peak`,
-    `dead`, `saturated` of what a tap saw on the way forward.
+    Quantities, logs being natural: `log_error` at every tap, of the root mean over examples of |d l_i/dh|; `log_kernel`,
+    `log_bias`, ..., of the Frobenius norm of the mean loss's gradient, and `log_kernel_rms`, ..., of its root mean square;
+    `mean`, `second_moment`, `peak`, `dead`, `saturated` of the values that pass a tap on the way forward.
     """
 
     rows: list[Row]
@@ -54,7 +54,7 @@ class GradientFlow:
 
     @property
     def error(self) -> np.ndarray:
-        """log_error by layer: at the first tap behind each layer's weights."""
+        """log_error by layer, at the first tap after each layer's weights."""
         return self.profile("log_error")[1]
 
     @property
@@ -100,18 +100,18 @@ def gradient_flow(
     """Measure log |dL/dh| at every tap and log |dL/dW| of every parameter, L being the mean loss of a batch.
 
     `state` is a `TrainState` or a pair (params, state). With `train=True` (what training sees) batch norm uses the
-    batch's statistics and dropout needs a key; `compute_dtype` is that of `train_step`. The cotangent is rescaled at every tap of the trunk, so that norms of
-    1e-10000 come out as finite logs in float32; put a tap into every block (`models.mlp(..., taps=True)`). A zero
-    gradient reports -inf, a non-finite one NaN or inf.
+    batch's statistics and dropout needs a key; `compute_dtype` is that of `train_step`. The cotangent is rescaled at every
+    tap of the trunk, so that norms of 1e-10000 come out as finite logs in float32: put a tap into every block
+    (`models.mlp(..., taps=True)`). The log of a zero gradient is -inf, of a non-finite one NaN or inf.
 
-    Where a signal comes near an end of the net's float type, or a gradient is zero, all is measured again with
-    parameters, state and batch in float64: the result's `precision` and `note` say so. What leaves float64 too is NaN,
-    with a warning that names the layer; a `second_moment` whose squares alone leave it is NaN without one. Every
-    measurement is made a second time with other scales, which must drop out.
+    If a signal comes near an end of the range of the net's float type, or a gradient is zero, everything is measured again
+    with parameters, state and batch in float64; `precision` and `note` of the result say so. What leaves float64 too is
+    NaN, with a warning that names the layer; a `second_moment` of which only the squares leave it is NaN without a warning.
+    Every measurement is made a second time with other scales, which must drop out. Equal nets share one compiled program.
 
-    Errors: ValueError if no tap lies on the trunk; if a tap is passed more than once (a weight is used on both sides
-    of it), where one scale cannot be undone; if the paths of two taps meet again in a combinator that does not say so
-    by `core.Branch`.
+    Errors: ValueError if no tap lies on the trunk; if a tap is passed more than once (a weight is used on both sides of
+    it), where one scale cannot be undone; if the paths of two taps meet again in a combinator that does not say so by
+    `core.Branch`.
     """
     admission.net("gradient_flow", net)
     admission.loss("gradient_flow", loss)
@@ -197,9 +197,9 @@ def check_scales(
 def measure(net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any, y: Any, key: Any) -> dict[str, Any]:
     """Do the device's part of `gradient_flow`; may be mapped over params, state and key by `vmap`.
 
-    Returns logs of the rescaled norms in `logs` (like params) and in the taps' cotangents, `taps`; the exponents by
-    which each is to be multiplied stand in `exponents` and in `taps`' own. They are added on the host, in float64:
-    a log of -30,000 has no digit to spare in float32.
+    Returns the logs of the rescaled norms in `logs` (like params) and in `taps`, the taps' cotangents. The powers of two
+    that each must be multiplied with stand in `exponents`, and in `taps` as well. They are added on the host, in float64:
+    in float32 a log of -30,000 has no digit to spare.
     """
     return compiled.call(_measure, (net, loss, train), params, state, x, y, key)
 
@@ -249,8 +249,8 @@ def _cast(values: Any, dtype: Any) -> Any:
 def _accumulate(params: Any, state: Any, above: jax.Array) -> tuple[Any, Any, jax.Array]:
     """Sum, for every array, the exponents of all taps between it and the loss.
 
-    `params` and `state` are gradients, `above` the sum of what lies behind this node, with the depth axes of the node.
-    Returns (sums like params, state with each tap's exponent replaced by its sum, the sum in front of this node).
+    `params` and `state` are gradients, `above` the sum over what comes after this node, with the depth axes of the node.
+    Returns (sums like params, state with each tap's exponent replaced by its sum, the sum that includes this node).
     """
     if isinstance(state, TapState):
         own = state.backward.exponent

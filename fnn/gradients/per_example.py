@@ -1,6 +1,6 @@
-"""Gradients of single examples at about the price of one backward pass, for any JAX loss.
+"""Gradients of single examples at about the cost of one backward pass, for any JAX loss.
 
-Defined by `vmap(grad(loss))`, computed from what each gradient is a product of: see `factors`, `cuts` and `products`.
+They equal `vmap(grad(loss))`, and are computed from what each gradient is a product of: see `search`, `cuts`, `products`.
 """
 
 import functools
@@ -36,14 +36,17 @@ def per_example(
     batch_norm: str = "path",
     eval_loss: Callable[[Any, Any], Any] | None = None,
 ) -> Callable[..., Any]:
-    """Make `(params, batch) -> PerExampleGradients` of `loss(params, example) -> float[]`, at the price of one gradient.
+    """Make `(params, batch) -> PerExampleGradients` of `loss(params, example) -> float[]`, at about the cost of one gradient.
 
-    An example is any pytree, a batch the same with a leading axis. The result stands for `vmap(grad(loss))`, whose
-    values all of its methods have; `explain()` tells what is held as factors and what, not recognised, as it is.
-    A loss with noise (dropout) takes the key as an argument, `loss(params, example, key)`: with `(params, batch, key=key)`
-    example i gets `jax.random.split(key, batch)[i]`. Of a key that the loss closes over all examples share one mask.
-    With `has_aux` the loss returns (value, aux) and the call (gradients, aux of all examples). `axis_name` names the
-    batch axis, for collectives in the loss (batch norm): `net.apply(..., x[None], train=True, axis_name=axis_name)`.
+    An example is any pytree, and a batch is the same with a leading axis. The gradients are those of
+    `vmap(grad(loss), in_axes=(None, 0))`, and every method of the result gives the values that these have. They are not
+    stored: of most weights the two factors of each gradient are kept, and `explain()` prints what is kept of which.
+
+    A loss with noise (dropout) takes the key as an argument, `loss(params, example, key)`: called as
+    `(params, batch, key=key)`, example i gets `jax.random.split(key, batch)[i]`. If the loss closes over a key instead, all
+    examples share one mask. With `has_aux` the loss returns (value, aux), and the call (gradients, aux of all examples).
+    `axis_name` names the batch axis, for averages over it in the loss (batch norm):
+    `net.apply(..., x[None], train=True, axis_name=axis_name)`.
 
     Where examples depend on one another, `batch_norm` says what an example's gradient is:
 
@@ -51,16 +54,20 @@ def per_example(
     |---|---|---|
     | path | of the batch; example i has its own copy of the weights: `vmap(grad(loss), axis_name=...)` | yes |
     | loss | of the batch; the gradient of example i's loss through them; costs `batch` backward passes | yes |
-    | frozen | of the batch, but held constant: no gradient through the results of collectives | no |
-    | running | those of training: differentiates `eval_loss(params, example)` in the place of `loss` | no |
+    | frozen | of the batch, but held constant: no gradient passes through them | no |
+    | running | those of training: differentiates `eval_loss(params, example)` instead of `loss` | no |
 
     The batch may be sharded: under plain `jit` (on a mesh with explicit axes what is kept is replicated), and inside
     `shard_map`, where the gradients are those of the device's own examples.
 
+    Compiled once for each shape, and equal losses share what is compiled: those that `example_loss` makes of equal nets,
+    and functions that close over plain values only. One that closes over arrays is known by its identity, so make it once,
+    outside of the loop.
+
     Errors: ValueError for leaves without a common batch axis, a loss that is no scalar, and a batch of one whose
-    gradient passes a statistic over the batch (batch norm makes it zero); TypeError for complex parameters. Compiled once
-    for each shape. A warning where an example's program takes a statistic over a batch axis of its own, of size one (batch
-    norm without `axis_name`): those are gradients of batches of one.
+    gradient passes a statistic over the batch (batch norm makes it zero); TypeError for complex parameters. Warns if the
+    loss takes a statistic over a batch axis of its own, of size one (batch norm without `axis_name`): these are then
+    gradients of batches of one.
     """
     check.choice("per_example", SEMANTICS, batch_norm=batch_norm)
     if not callable(loss):
@@ -114,12 +121,12 @@ def example_loss(
 ) -> Callable[..., Any]:
     """Make `(params, (x, y), key=None) -> float[]`, the loss of a net on one example, for `per_example`.
 
-    `state` is a `TrainState` or a pair (params, net_state), of which the second counts; the parameters are those of the
-    call. `loss(outputs, targets) -> float[batch]` and `compute_dtype` as in `train_step`; pass the same `axis_name` to
-    `per_example`. A net that draws random numbers gets a key for each example:
+    `state` is a `TrainState` or a pair (params, net_state), of which only the net's state is used: the parameters are
+    those of the call. `loss(outputs, targets) -> float[batch]` and `compute_dtype` are as in `train_step`; pass the same
+    `axis_name` to `per_example`. A net that draws random numbers gets a key for each example:
     `per_example(example_loss(...))(params, batch, key=key)`.
 
-    Errors: TypeError for a key given here, of which all examples would share one dropout mask.
+    Errors: TypeError for a key given here, with which all examples would share one dropout mask.
     """
     admission.net("example_loss", net)
     admission.loss("example_loss", loss)
@@ -171,7 +178,9 @@ def _by_path(function: Any, axis_name: Any, frozen: bool, params: Any, batch: An
     trace = functools.partial(jaxprs.trace, axes=[(axis_name, size)])
     if frozen:
         function = _frozen(*trace(function, params, example))
-    share = 1 if jaxprs.has_custom_vjp(trace(function, params, example)[0]) else size
+    # A derivative rule of the loss's own need not be linear: it must see the loss itself, not its share of the mean.
+    traced = jaxprs.equations(trace(function, params, example)[0])
+    share = 1 if any(name.startswith("custom_vjp") for name, _ in traced) else size
 
     def shared(params, example):
         value, aux = function(params, example)
@@ -185,7 +194,7 @@ def _by_path(function: Any, axis_name: Any, frozen: bool, params: Any, batch: An
         run = functools.partial(jaxprs.execute, program)
     except jaxprs.Unreadable as error:
         jaxprs.warn(str(error))
-        leaves = [cuts.whole((atom,), "materialized", k) for atom, (_, k) in enumerate(found)]
+        leaves = [cuts.whole((atom,), cuts.STORED, k) for atom, (_, k) in enumerate(found)]
         run = functools.partial(jaxprs.call, closed)
     outputs = iter(jax.vmap(lambda example: run(jax.tree.leaves((params, example))), axis_name=axis_name)(batch))
     built = [leaf.build(list(itertools.islice(outputs, len(leaf.atoms)))) for leaf in leaves]

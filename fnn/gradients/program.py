@@ -151,11 +151,6 @@ def read(closed: Any, open_up: bool = False, keep: frozenset[str] = frozenset())
     return program
 
 
-def has_custom_vjp(closed: Any) -> bool:
-    """Whether a traced function has a derivative rule of its own in reverse mode, which need not be linear."""
-    return any(name.startswith("custom_vjp") for name, _ in equations(closed))
-
-
 def equations(part: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Go through all equations of a program, an operation or a jaxpr, those inside loops, branches and calls too: (name, params)."""
     if isinstance(part, Program):
@@ -344,9 +339,9 @@ def _inner(params: dict[str, Any]) -> list[Any]:
 
 @functools.cache
 def warn(reason: str) -> None:
-    """Say, once for each reason, that gradients are stored whole."""
+    """Say, once for each reason, that gradients are stored in full."""
     warnings.warn(
-        f"per_example: a gradient's trace reads otherwise than known ({reason}), so that it is materialised: right, but "
-        "as slow and large as vmap(grad)",
+        f"per_example: JAX writes a gradient's program in a way that fnn does not know ({reason}), so that gradients are "
+        "stored in full: right, but as slow and large as vmap(grad)",
         stacklevel=2,
     )
