@@ -44,7 +44,8 @@ def program(function: Callable[..., Any], statics: tuple[Any, ...], keep: bool =
 
 def traced(arrays: Any) -> bool:
     """Whether arrays are being traced, by `jit`, `vmap` or `grad`."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
+    tracer = jax.core.Tracer  # pyright: ignore[reportAttributeAccessIssue]
+    return any(isinstance(leaf, tracer) for leaf in jax.tree.leaves(arrays))
 
 
 def key(value: Any) -> tuple[Any, ...]:
@@ -174,7 +175,7 @@ def _is_library(module: Any) -> bool:
 def _of_a_library(value: Any) -> bool:
     """Whether a function or class is what a library's module holds under its name."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    return _is_library(module) and isinstance(name, str) and getattr(sys.modules.get(module), name, None) is value
+    return _is_library(module) and isinstance(name, str) and getattr(sys.modules.get(str(module)), name, None) is value
 
 
 @functools.lru_cache(1 << 12)

@@ -87,12 +87,12 @@ def emit(path: Path, examples: Examples) -> tuple[tuple[Atom, ...], tuple[Atom, 
 
     Gives loops on the way new outputs: what they hold in every turn, stacked.
     """
-    pairs, parts, steps = [], [], ()
+    pairs, parts, steps = [], [], list[Any]()
     for source in path.sources:
         # The norm is taken right before the first step out of a loop over depth; from there on all sources go together.
         depths = [i for i, step in enumerate(source.steps) if isinstance(step, Out) and step.level == "depth"]
         first = depths[0] if depths else len(source.steps)
-        pair, steps = source.atoms, source.steps[first:]
+        pair, steps = source.atoms, list(source.steps[first:])
         pair, levels = _carried(pair, source.steps[:first], 0)
         parts.append((Term(source.kind, levels), pair))
         pairs.append(_carried(pair, steps, levels)[0])

@@ -130,14 +130,14 @@ def gradient_flow(
         )
     losses.check_targets(loss, output_shape(net, params, net_state, x), y)
     dtype, note = _narrowest((x, params)) if compute_dtype is None else jnp.dtype(compute_dtype), ""
-    arguments: tuple[Any, ...] = (net, loss, train, params, net_state, x, y, key)
+    arguments: Any = (net, loss, train, params, net_state, x, y, key)
     measured = jax.device_get(measure(*arguments))
     numbers, verdict = settle(measured, params, dtype=dtype)
     wider, hint = nullcontext(), "use fewer layers, or weights nearer to their critical scale"
     if verdict.strained and dtype != jnp.float64:
         try:
             with jax.enable_x64(True):
-                wide = (plain, loss, train, *_cast(as_arrays((params, net_state, x, y)), jnp.float64), key)
+                wide: Any = (plain, loss, train, *_cast(as_arrays((params, net_state, x, y)), jnp.float64), key)
                 if output_spec(plain, *wide[3:6]).dtype != jnp.float64:
                     raise TypeError("it casts to another type itself")
                 again = jax.device_get(measure(*wide))

@@ -109,7 +109,7 @@ def resolve(measured: dict[str, Any], params: Any) -> Numbers:
     ]
     arrays = [np.stack([np.asarray(column[i], np.float64) for column in columns], -1) for i in (2, 3)]
     flags = [np.array([column[i] for column in columns], bool) for i in (4, 5)]
-    return Numbers(labels, *arrays, *flags, weights)
+    return Numbers(labels, arrays[0], arrays[1], flags[0], flags[1], weights)
 
 
 def settle(

@@ -144,10 +144,10 @@ def _pass_backward(rescale, axis_name, backward, cotangent):
     size = tree.length(cotangent) * batch**0.5
     # With a barrier, or XLA would make size² times a constant of them.
     scaled = jax.lax.optimization_barrier((2.0**60 * jnp.minimum(size, 8), 2.0**-60 * size))
-    squares = jax.tree.map(jnp.square, scaled)
+    small, large = map(jnp.square, scaled)
     if axis_name is not None:
         try:
-            squares = mapped.mean(squares, axis_name)
+            small, large = mapped.mean((small, large), axis_name)
         except NameError:  # JAX runs this rule outside of the map
             raise ValueError(
                 f"tap: the gradient must be taken inside the function that is mapped over {axis_name!r} (vmap(grad(f)), "
@@ -162,7 +162,7 @@ def _pass_backward(rescale, axis_name, backward, cotangent):
         # One scale for all lanes of a mapped axis: their cotangents meet again in the collectives of batch norm.
         exponent = jnp.where(jnp.isfinite(log), jnp.round(log / np.log(2)) + backward.exponent, 0)
         cotangent = ldexp(cotangent, -exponent.astype(jnp.int32))
-    news = Backward(*squares, log, exponent, jnp.ones_like(log))
+    news = Backward(small, large, log, exponent, jnp.ones_like(log))
     if own := mapped.over(news) - mapped.over(backward):
         raise ValueError(
             f"tap: on a sharded batch its state's gradient is a mean over devices, got axis_name={axis_name!r} and an "
