@@ -97,7 +97,10 @@ def emit(path: Path, examples: Examples) -> tuple[tuple[Atom, ...], tuple[Atom, 
         parts.append((Term(source.kind, levels), pair))
         pairs.append(_carried(pair, steps, levels)[0])
     factors = tuple(atom for pair in pairs for atom in pair)
-    return factors, (_carried_norm(_norm(parts, steps[0].loop.body, examples), steps),) if path.normed else ()
+    if not path.normed:
+        return factors, ()
+    assert isinstance(steps[0], Out)
+    return factors, (_carried_norm(_norm(parts, steps[0].loop.body, examples), steps),)
 
 
 def _carried(pair: tuple[Atom, Atom], steps: Sequence[Any], levels: int) -> tuple[tuple[Atom, Atom], int]:

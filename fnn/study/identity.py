@@ -189,7 +189,7 @@ class _Walk:
             return _hash("cell", name)
         return _hash("cell", name, self.digest(content, name))
 
-    def _global(self, value: Any, attrs: set[str], name: str) -> bytes:
+    def _global(self, value: Any, attrs: frozenset[str], name: str) -> bytes:
         """A module of the user's counts as far as its names are used."""
         if not _is_module(value) or _package(getattr(value, "__file__", None) or "<frozen>") is not None:
             return self.digest(value, name)
@@ -202,7 +202,7 @@ class _Walk:
         finally:
             del self._open[id(value)]
 
-    def _imported(self, name: str, attrs: set[str]) -> bytes:
+    def _imported(self, name: str, attrs: frozenset[str]) -> bytes:
         """A module that a function imports when it is called."""
         try:
             spec = importlib.util.find_spec(name.partition(".")[0])
