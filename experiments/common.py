@@ -215,9 +215,7 @@ def labelled(net: fnn.Layer, x: Any, measured: Any) -> tuple[list[tuple[int, str
     """
     measured = jax.device_get(measured)
     numbers = fnn.flow.resolve(measured, jax.eval_shape(net.init, jax.random.key(0), x)[0])
-    lead = np.ndim(measured["loss"])
-    rows = fnn.flow.label(numbers, lead)
-    return [row[:3] for row in rows], fnn.flow.flat(numbers, lead)[..., [place for *_, place in rows]]
+    return [label[:3] for label in numbers.labels], numbers.values
 
 
 def log_mean_square(log_norms: np.ndarray) -> np.ndarray:

@@ -31,13 +31,16 @@ def normed(who: str, kind: str | Layer | None) -> list[Layer]:
 
 def tapped(taps: bool, name: str) -> list[Layer]:
     """List a tap with this name, if taps are wanted."""
-    return [core.named(name, tap())] if taps else []
+    return [core.named(name, tap(role=name))] if taps else []
 
 
 def activated(phi: activations.Activation, taps: bool) -> list[Layer]:
     """List the activation and its tap, which counts saturated units where phi is bounded."""
     bounds = phi.bounds if all(map(isfinite, phi.bounds)) else None
-    return [layers.activation(phi), *([core.named("activation", tap(bounds=bounds))] if taps else [])]
+    return [
+        layers.activation(phi),
+        *([core.named("activation", tap(bounds=bounds, role="activation"))] if taps else []),
+    ]
 
 
 def dropped(rate: float) -> list[Layer]:

@@ -14,7 +14,8 @@ import numpy as np
 from fnn import lowering, mapped
 from fnn.check import describe
 
-_DEPTH = jax.tree_util.GetAttrKey("[:]")
+DEPTH = jax.tree_util.GetAttrKey("[:]")
+"""The key of a depth axis."""
 UNNAMED = jax.tree_util.GetAttrKey("")
 """The key of a node that paths do not show."""
 
@@ -34,7 +35,7 @@ class Stacked:
         self.blocks, self.depth = blocks, depth
 
     def tree_flatten_with_keys(self):
-        return ((_DEPTH, self.blocks),), self.depth
+        return ((DEPTH, self.blocks),), self.depth
 
     def tree_flatten(self):
         return (self.blocks,), self.depth
@@ -85,7 +86,7 @@ def map_depth(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     others = [treedef.flatten_up_to(other) for other in rest]
     return treedef.unflatten(
-        function(sum(key == _DEPTH for key in entries), leaf, *args)
+        function(sum(key == DEPTH for key in entries), leaf, *args)
         for (entries, leaf), *args in zip(leaves, *others, strict=True)
     )
 

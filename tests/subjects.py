@@ -21,7 +21,7 @@ class Subject(NamedTuple):
     batch: Any
     axis_name: Any = None
     routes: tuple[str, ...] = ()
-    """Routes that must occur in the table; the rest is `as it is`."""
+    """Routes that must occur in the table; the rest is `stored, small`."""
 
 
 def draw(*shape, seed=0):
@@ -141,7 +141,7 @@ def unknown():
         return jnp.sum(jnp.sort(h @ p["squared"] @ p["squared"])[:2]) + jnp.sum(jnp.square(p["squared"]))
 
     params = {name: draw(4, 4, seed=i) for i, name in enumerate(("masked", "branch", "squared"))}
-    return Subject(loss, params, draw(B, 4), None, ("materialized",))
+    return Subject(loss, params, draw(B, 4), None, ("stored in full",))
 
 
 def linen():
@@ -210,7 +210,7 @@ SUBJECTS = {
     "depth": lambda: mlp("product", "product, by depth", norm="layer_norm", unroll=1),
     "depth_batch_norm": lambda: mlp("product", "product, by depth", norm="batch_norm", unroll=1),
     "depth_in_groups": lambda: mlp("product, by depth", depth=5, unroll=1, checkpoint=2),
-    "depth_in_uneven_groups": lambda: mlp("product", "materialized", depth=4, unroll=1, checkpoint=2),
+    "depth_in_uneven_groups": lambda: mlp("product", "stored in full", depth=4, unroll=1, checkpoint=2),
     "nested": nested,
     "sequences": lambda: net(
         fnn.serial(fnn.dense(40), fnn.activation("tanh"), fnn.dense(30), fnn.flatten(), fnn.dense(3)),

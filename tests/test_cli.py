@@ -30,7 +30,7 @@ def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, c
     assert folder.parent == tmp_path / "studies" and list((tmp_path / "cache" / "fnn" / "xla").iterdir())
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
     table = results.read("studies/latest").table()
-    errors = table.filter((pl.col("quantity") == "log_error") & pl.col("path").str.ends_with("preactivation"))
+    errors = table.filter((pl.col("quantity") == "log_error") & (pl.col("role") == "preactivation"))
     # 2 sigmas x 3 seeds x 2 steps x (2 and 4 hidden kernels, and the output's)
     assert errors.height == 2 * 3 * 2 * (3 + 5)
     assert errors["value"].is_finite().all()

@@ -1,5 +1,7 @@
 """Gradients of single examples: every method against `vmap(grad)`."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from subjects import SUBJECTS, B, draw, flat
 
 import fnn
-from fnn import lowering
+from fnn import compiled, lowering
+from fnn.gradients import cuts, search, squares
 from fnn.gradients import program as jaxprs
 
 THOROUGH = {"mlp", "nested", "recurrent", "embedding"}
@@ -198,21 +201,63 @@ def test_bad_input_is_one_sentence():
         lone.variance()
 
 
+def refuse(*_):
+    raise jaxprs.Unreadable("renamed")
+
+
 @pytest.mark.parametrize("what", ["scan", "all"])
-def test_a_trace_that_reads_otherwise_is_materialised_with_one_warning(monkeypatch, what):
+def test_a_trace_that_reads_otherwise_is_stored_in_full_with_one_warning(monkeypatch, what):
     subject = SUBJECTS["depth"]()
     right = fnn.per_example(subject.loss)(subject.params, subject.batch)
     jaxprs.warn.cache_clear()
+    compiled._shared.cache_clear()
     if what == "all":
-        monkeypatch.setattr(jaxprs, "_inline", lambda *_: 1 / 0)
+        monkeypatch.setattr(jaxprs, "_atom", refuse)
     else:
         monkeypatch.setattr(jaxprs, "_rank", lambda var: 0)
-    with pytest.warns(UserWarning, match="reads otherwise than known") as caught:
+    with pytest.warns(UserWarning, match="in a way that fnn does not know") as caught:
         g = fnn.per_example(subject.loss)(subject.params, subject.batch)
     assert len(caught) == 1
-    assert "materialized" in {r.route for r in g.routes}
+    assert "stored in full" in {r.route for r in g.routes}
     np.testing.assert_allclose(g.norms(), right.norms(), rtol=1e-6)
     np.testing.assert_allclose(flat(g.materialize()), flat(right.materialize()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("file", [jaxprs, search, cuts])
+def test_a_bug_shows_itself(monkeypatch, file):
+    subject = SUBJECTS["depth"]()
+    compiled._shared.cache_clear()
+    name = {jaxprs: "_inline", search: "recognise", cuts: "norm"}[file]
+    monkeypatch.setattr(file, name, lambda *_, **__: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        fnn.per_example(subject.loss)(subject.params, subject.batch).norms()
+
+
+def test_the_example_of_the_search():
+    """That of the text at the top of `search`."""
+
+    def loss(w, x):
+        h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)
+        return jnp.sum(h)
+
+    program = jaxprs.read(jaxprs.trace(jax.grad(loss), draw(3, 4, 4), draw(4))[0])
+    (gradient,) = program.outputs
+    before = [len(op.outputs) for op in program.ops]
+    path = search.search(program, gradient)
+    (source,) = path.sources
+    (step,) = source.steps
+    assert (path.levels, path.turn, path.normed, step.level) == (1, (4, 4), True, "depth")
+    assert source.kind.swapped and [step.loop.body.spec(a).shape for a in source.atoms] == [(4,), (4,)]
+    assert [len(op.outputs) for op in program.ops] == before
+    factors, norms = cuts.emit(path, squares.Examples(1, None))
+    assert [program.spec(a).shape for a in (*factors, *norms)] == [(3, 4), (3, 4), (3,)]
+    cut = jaxprs.prune(dataclasses.replace(program, outputs=[*factors, *norms]))
+    d, h, sizes = jaxprs.execute(cut, (w := draw(3, 4, 4), x := draw(4)))
+    want = jax.grad(loss)(w, x)
+    np.testing.assert_allclose(h[:, :, None] * d[:, None], want, rtol=1e-5)
+    np.testing.assert_allclose(sizes, jnp.linalg.norm(want, axis=(1, 2)), rtol=1e-5)
+    loop = next(op for op in cut.ops if op.name == "scan" and len(op.outputs) == 3)
+    assert all(loop.body.spec(out).shape != (4, 4) for op in loop.body.ops for out in op.outputs)
 
 
 @pytest.mark.parametrize("name", ["conv_groups", "sequences", "recurrent"])

@@ -56,13 +56,19 @@ def made(folder, sigmas=(0.5, 1.3, 2.0), norms=("none", "batch_norm"), steps=(0,
                             band = {"predicted": mean, "low": mean - 0.015, "high": mean + 0.015} if known else {}
                             rows.append(
                                 run
-                                | {"step": step, "layer": layer, "path": path, "quantity": "log_error", "value": value}
+                                | {"step": step, "layer": layer, "path": path, "role": "preactivation"}
+                                | {"quantity": "log_error", "value": value}
                                 | band
                                 | ({"outside": abs(seed - 2) > 1} if known else {})
                             )
-                            kernel = {"path": f"{layer}/kernel", "quantity": "log_kernel", "value": value + 1}
+                            kernel = {
+                                "path": f"{layer}/kernel",
+                                "role": "",
+                                "quantity": "log_kernel",
+                                "value": value + 1,
+                            }
                             rows.append(run | {"step": step, "layer": layer} | kernel)
-                    whole = {"layer": 0, "path": ""}
+                    whole = {"layer": 0, "path": "", "role": ""}
                     for step in range(max(steps) + 1):
                         loss = {"step": step, "quantity": "train_loss", "value": 2.3 * 0.97**step + seed / 50}
                         rows.append(run | whole | loss)
@@ -213,7 +219,10 @@ def hostile(folder):
     for number, part in enumerate(static):
         rows = [
             {"cell": number, **part, **run, "step": step, "layer": layer, "quantity": quantity, "path": path}
-            | {"value": 0.0 if quantity == "diverged" else 0.5 + layer + run["seed"]}
+            | {
+                "role": "preactivation" if quantity == "log_error" and path else "",
+                "value": 0.0 if quantity == "diverged" else 0.5 + layer + run["seed"],
+            }
             for run in runs
             for step in (0, 1)
             for layer, quantity, path in places

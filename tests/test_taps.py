@@ -172,6 +172,13 @@ def test_a_tap_used_twice_reports_the_root_of_the_summed_squares():
 
     a, b = jax.grad(offset, argnums=(0, 1))(jnp.zeros((16, 3)), jnp.zeros((16, 3)))
     assert row.value == pytest.approx(0.5 * np.log(16 * float(jnp.sum(a**2) + jnp.sum(b**2))), abs=1e-5)
+    for scale in (1e-30, 1e-3, 1e3, 1e30):  # squares that float32 cannot hold, and error signals around 1
+
+        def scaled(state, scale=scale):
+            return scale * jnp.mean(fnn.losses.cross_entropy(net.apply(params, state, x)[0], y))
+
+        (again,) = (r for r in fnn.taps.read(new, jax.jit(jax.grad(scaled))(state)) if r.quantity == "log_error")
+        assert again.value == pytest.approx(row.value + np.log(scale), abs=1e-4)
     with pytest.raises(ValueError, match="passed 2 times.*used on both sides"):
         fnn.gradient_flow(net, (params, state), (x, y))
 

@@ -57,10 +57,12 @@ class Estimates(NamedTuple):
 
 
 class Route(NamedTuple):
-    """How the gradients of one parameter array are held."""
+    """How the gradients of one parameter array are kept."""
 
     path: str
     route: str
+    """`product`, `convolution` or `rows`, which are kept as factors; `zero`; `stored, small` for biases and scales, whose
+    gradients are as small as the error signals; `stored in full` where none of these was recognised."""
     bytes: int
     """What is kept of all examples."""
     materialized: int
@@ -69,16 +71,16 @@ class Route(NamedTuple):
 
 @flax.struct.dataclass
 class PerExampleGradients:
-    """The gradients g_i of all examples of a batch, held as factors; a pytree. Made by `per_example`.
+    """The gradients g_i of all examples of a batch, kept as factors; a pytree. Made by `per_example`.
 
-    Every method is computed when it is called; what is not asked for within one `jit` is not computed at all, and
-    what several methods share is computed once. Norms, sums and products are in at least float32.
+    A method computes when it is called. Within one `jit` nothing is computed that is not asked for, and what several
+    methods share is computed once. Norms, sums and products are in at least float32.
     """
 
     leaves: list[Any]
     batch: int = flax.struct.field(pytree_node=False)
     share: int = flax.struct.field(pytree_node=False)
-    """Leaves hold g_i / share. A share of `batch` makes the mean one product of the factors as they are."""
+    """Leaves hold g_i / share. With a share of `batch` the mean is one product of the factors, without weights."""
     structure: Any = flax.struct.field(pytree_node=False)
     specs: tuple[Any, ...] = flax.struct.field(pytree_node=False)
     """Shape and dtype of every parameter array, and how many depth axes it has."""
@@ -88,7 +90,7 @@ class PerExampleGradients:
     def squared_norms(self, per_leaf: bool = False) -> Any:
         """Take |g_i|² over all parameters: float[batch]; `per_leaf` of each: float[batch], below `repeat` [depth, batch].
 
-        A square outside float32's range is 0 or inf: norms below 1e-19 and above 1e19. `norms` and all else hold beyond.
+        A square outside float32's range is 0 or inf: that of a norm below 1e-19 or above 1e19. `norms` holds there too.
         """
         return jax.tree.map(jnp.square, self.norms(per_leaf))
 
@@ -127,7 +129,7 @@ class PerExampleGradients:
 
         With `per_layer` every parameter array of every layer is clipped on its own, below `repeat` every depth. An
         example whose norm is not finite (or beyond 1e38·max_norm) makes the mean NaN, so that it stays visible, and is
-        counted in `nonfinite`; with `skip_nonfinite` it counts as zero, and the sum is divided by the whole batch still.
+        counted in `nonfinite`; with `skip_nonfinite` it counts as zero, and the sum is still divided by the whole batch.
         Source: Abadi et al. 2016, algorithm 1 (without its noise).
         """
         check.above_zero("clipped_mean", max_norm=max_norm)
@@ -215,11 +217,11 @@ class PerExampleGradients:
         )
 
     def explain(self) -> None:
-        """Print a table: parameter array, how its gradients are held, and what that takes for the batch."""
+        """Print a table: for each parameter array how its gradients are kept (see `Route`), and the memory that takes."""
         print(self)
 
     def __str__(self) -> str:
-        rows = [("parameter", "route", "kept", "materialized")]
+        rows = [("parameter", "kept as", "kept", "in full")]
         rows += [(r.path, r.route, _size(r.bytes), _size(r.materialized)) for r in self.routes]
         kept, whole = (_size(sum(getattr(r, name) for r in self.routes)) for name in ("bytes", "materialized"))
         rows.append(("total", f"{self.batch} examples", kept, whole))
@@ -263,7 +265,7 @@ class PerExampleGradients:
         return self._unflatten(sums)
 
     def _kept(self, wanted: jax.Array) -> "PerExampleGradients":
-        """Put zeros in the place of some examples' gradients, also where these are NaN."""
+        """Replace some examples' gradients by zeros, also where these are NaN."""
 
         def kept(leaf, x):
             return jnp.where(wanted.reshape(-1, *(1,) * (x.ndim - leaf.lead - 1)), x, jnp.zeros((), x.dtype))

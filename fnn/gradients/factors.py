@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnn.gradients.program import reading
 from fnn.tree import statistics_dtype
 
 
@@ -174,15 +175,10 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Term:
-    """One product in a gradient: what made it, from which values (the searcher's names of them), in which loops."""
+    """One product in a gradient: what made it, and in how many loops that use the parameter in every turn."""
 
-    kind: Product | Convolution | Lookup
-    atoms: tuple[Any, ...] = ()
-    levels: tuple[str, ...] = ()
-
-    @property
-    def times(self) -> int:
-        return self.levels.count("time")
+    kind: "Kind"
+    times: int = 0
 
     def factors(self, a: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Arrange one example's arrays: a float[groups, t, m], d float[groups, t, n]; of a lookup int[t], float[t, n]."""
@@ -200,16 +196,27 @@ class Term:
         return (merged(a), merged(d)) if self.times else (a, d)
 
 
-def recognise(name: str, params: dict[str, Any], specs: Sequence[Any], out: Any) -> Term | None:
-    """Make a term of an equation whose result is a gradient, or None. A scatter's operand must be zero: see to it."""
+Kind = Product | Convolution | Lookup
+
+
+def recognise(name: str, params: dict[str, Any], specs: Sequence[Any], out: Any) -> Kind | None:
+    """Read the equation that makes a gradient as a product of its last two operands; None if it is no such product.
+
+    Of a scatter this holds only if its first operand is zero, which the caller checks. Errors: Unreadable.
+    """
+    with reading(name):
+        return _recognised(name, params, specs, out)
+
+
+def _recognised(name: str, params: dict[str, Any], specs: Sequence[Any], out: Any) -> Kind | None:
     if name == "dot_general":
         contracted, batched = params["dimension_numbers"]
         left, right = (tuple(spec.shape) for spec in specs)
         (c, other_c), (b, other_b) = contracted, batched
-        return Term(Product(left, right, (tuple(c), tuple(other_c)), (tuple(b), tuple(other_b))))
+        return Product(left, right, (tuple(c), tuple(other_c)), (tuple(b), tuple(other_b)))
     if name == "conv_general_dilated" and params["feature_group_count"] == 1:
         numbers = params["dimension_numbers"]
-        kind = Convolution(
+        return Convolution(
             left=tuple(specs[0].shape),
             right=tuple(specs[1].shape),
             out=tuple(out.shape),
@@ -219,7 +226,6 @@ def recognise(name: str, params: dict[str, Any], specs: Sequence[Any], out: Any)
             dilations=(tuple(params["lhs_dilation"]), tuple(params["rhs_dilation"])),
             groups=params["batch_group_count"],
         )
-        return Term(kind)
     if name == "scatter-add":
         n, mode = params["dimension_numbers"], getattr(params["mode"], "name", str(params["mode"]))
         rank = len(out.shape)
@@ -234,5 +240,5 @@ def recognise(name: str, params: dict[str, Any], specs: Sequence[Any], out: Any)
             and tuple(n.inserted_window_dims) == tuple(n.scatter_dims_to_operand_dims) == (0,)
             and tuple(n.update_window_dims) == rows
         ):
-            return Term(Lookup(tuple(out.shape), mode))
+            return Lookup(tuple(out.shape), mode)
     return None

@@ -1,7 +1,6 @@
 """`gradient_flow`: true log norms of error signals and gradients, layer by layer, finite at any depth."""
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,28 +11,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import admission, arrays, check, losses, mapped, tree
+from fnn import admission, arrays, check, compiled, losses, tree
 from fnn.core import Layer, as_arrays, output_shape, output_spec
-from fnn.gradients.numbers import Numbers, Verdict, disagreement, flat, label, resolve, settle
+from fnn.gradients.numbers import Label, Numbers, Verdict, disagreement, resolve, settle
 from fnn.layers import taps
 from fnn.layers.precision import compute_in
 from fnn.layers.taps import Row, TapState
 from fnn.tree import Stacked
 
-__all__ = ["GradientFlow", "Numbers", "check_scales", "flat", "gradient_flow", "label", "resolve", "settle"]
+__all__ = ["GradientFlow", "Label", "Numbers", "check_scales", "gradient_flow", "resolve", "settle"]
 
 
 @dataclass(frozen=True)
 class GradientFlow:
-    """What `gradient_flow` measured: `rows` in long form, the usual profiles as arrays over layers. Logs are natural.
+    """What `gradient_flow` measured: `rows`, one number each, and the usual profiles as arrays over layers.
 
     Layers are counted from the input, 1 being the first. A layer is a group of arrays side by side (of one dict) that
     holds a weight, an array of two axes or more that is not called bias or scale: a dense or convolutional layer, an
-    embedding, a recurrent cell with its two kernels; norms and gains belong to the layer before them.
+    embedding, a recurrent cell with its two kernels. Norms and gains belong to the layer before them.
 
-    Quantities: `log_error`, the root mean over examples of |d l_i/dh|, at every tap; `log_kernel`, `log_bias`, ..., the
-    Frobenius norm of the mean loss's gradient, and the same with `_rms`, per number; `mean`, `second_moment`, `peak`,
-    `dead`, `saturated` of what a tap saw on the way forward.
+    Quantities, logs being natural: `log_error` at every tap, of the root mean over examples of |d l_i/dh|; `log_kernel`,
+    `log_bias`, ..., of the Frobenius norm of the mean loss's gradient, and `log_kernel_rms`, ..., of its root mean square;
+    `mean`, `second_moment`, `peak`, `dead`, `saturated` of the values that pass a tap on the way forward.
     """
 
     rows: list[Row]
@@ -55,7 +54,7 @@ class GradientFlow:
 
     @property
     def error(self) -> np.ndarray:
-        """log_error by layer: at the first tap behind each layer's weights."""
+        """log_error by layer, at the first tap after each layer's weights."""
         return self.profile("log_error")[1]
 
     @property
@@ -101,18 +100,18 @@ def gradient_flow(
     """Measure log |dL/dh| at every tap and log |dL/dW| of every parameter, L being the mean loss of a batch.
 
     `state` is a `TrainState` or a pair (params, state). With `train=True` (what training sees) batch norm uses the
-    batch's statistics and dropout needs a key; `compute_dtype` is that of `train_step`. The cotangent is rescaled at every tap of the trunk, so that norms of
-    1e-10000 come out as finite logs in float32; put a tap into every block (`models.mlp(..., taps=True)`). A zero
-    gradient reports -inf, a non-finite one NaN or inf.
+    batch's statistics and dropout needs a key; `compute_dtype` is that of `train_step`. The cotangent is rescaled at every
+    tap of the trunk, so that norms of 1e-10000 come out as finite logs in float32: put a tap into every block
+    (`models.mlp(..., taps=True)`). The log of a zero gradient is -inf, of a non-finite one NaN or inf.
 
-    Where a signal comes near an end of the net's float type, or a gradient is zero, all is measured again with
-    parameters, state and batch in float64: the result's `precision` and `note` say so. What leaves float64 too is NaN,
-    with a warning that names the layer; a `second_moment` whose squares alone leave it is NaN without one. Every
-    measurement is made a second time with other scales, which must drop out.
+    If a signal comes near an end of the range of the net's float type, or a gradient is zero, everything is measured again
+    with parameters, state and batch in float64; `precision` and `note` of the result say so. What leaves float64 too is
+    NaN, with a warning that names the layer; a `second_moment` of which only the squares leave it is NaN without a warning.
+    Every measurement is made a second time with other scales, which must drop out. Equal nets share one compiled program.
 
-    Errors: ValueError if no tap lies on the trunk; if a tap is passed more than once (a weight is used on both sides
-    of it), where one scale cannot be undone; if the paths of two taps meet again in a combinator that does not say so
-    by `core.Branch`.
+    Errors: ValueError if no tap lies on the trunk; if a tap is passed more than once (a weight is used on both sides of
+    it), where one scale cannot be undone; if the paths of two taps meet again in a combinator that does not say so by
+    `core.Branch`.
     """
     admission.net("gradient_flow", net)
     admission.loss("gradient_flow", loss)
@@ -131,14 +130,14 @@ def gradient_flow(
         )
     losses.check_targets(loss, output_shape(net, params, net_state, x), y)
     dtype, note = _narrowest((x, params)) if compute_dtype is None else jnp.dtype(compute_dtype), ""
-    arguments: tuple[Any, ...] = (net, loss, train, params, net_state, x, y, key)
+    arguments: Any = (net, loss, train, params, net_state, x, y, key)
     measured = jax.device_get(measure(*arguments))
     numbers, verdict = settle(measured, params, dtype=dtype)
     wider, hint = nullcontext(), "use fewer layers, or weights nearer to their critical scale"
     if verdict.strained and dtype != jnp.float64:
         try:
             with jax.enable_x64(True):
-                wide = (plain, loss, train, *_cast(as_arrays((params, net_state, x, y)), jnp.float64), key)
+                wide: Any = (plain, loss, train, *_cast(as_arrays((params, net_state, x, y)), jnp.float64), key)
                 if output_spec(plain, *wide[3:6]).dtype != jnp.float64:
                     raise TypeError("it casts to another type itself")
                 again = jax.device_get(measure(*wide))
@@ -155,8 +154,10 @@ def gradient_flow(
     if verdict.left:
         note = f"the signal left the range of {dtype}{_place(verdict)}, and what depends on it is NaN; {hint}"
         warnings.warn(f"gradient_flow: {note}", stacklevel=2)
-    values = flat(numbers)
-    rows = [Row(layer, path, quantity, float(values[i])) for layer, path, quantity, i in verdict.rows]
+    rows = [
+        Row(label.layer, label.path, label.quantity, float(value), label.role)
+        for label, value in zip(numbers.labels, numbers.values, strict=True)
+    ]
     return GradientFlow(rows, float(measured["loss"]), numbers.weights, str(dtype), note)
 
 
@@ -185,7 +186,7 @@ def check_scales(
     first = jax.device_get(measure(net, loss, train, params, state, x, y, key)) if measured is None else measured
     shifted = jax.tree.map(shift, state, is_leaf=lambda node: isinstance(node, TapState))
     again = jax.device_get(measure(net, loss, train, params, shifted, x, y, key))
-    if path := disagreement((first, resolve(first, params)), (again, resolve(again, params))):
+    if path := disagreement(resolve(first, params), resolve(again, params), np.asarray(first["loss"]).dtype):
         raise ValueError(
             f"gradient_flow: the taps that rescale must lie one behind the other, got paths of different scales that "
             f"meet again, or a backward pass that is not linear, around {path}; where a combinator of your own splits "
@@ -193,16 +194,18 @@ def check_scales(
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def measure(net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any, y: Any, key: Any) -> dict[str, Any]:
     """Do the device's part of `gradient_flow`; may be mapped over params, state and key by `vmap`.
 
-    Returns logs of the rescaled norms in `logs` (like params) and in the taps' cotangents, `taps`; the exponents by
-    which each is to be multiplied stand in `exponents` and in `taps`' own. They are added on the host, in float64:
-    a log of -30,000 has no digit to spare in float32.
+    Returns the logs of the rescaled norms in `logs` (like params) and in `taps`, the taps' cotangents. The powers of two
+    that each must be multiplied with stand in `exponents`, and in `taps` as well. They are added on the host, in float64:
+    in float32 a log of -30,000 has no digit to spare.
     """
-    run = mapped.auto(lambda *arrays: differentiate(net, loss, train, *arrays)[0])
-    return run(params, state, x, y, key)
+    return compiled.call(_measure, (net, loss, train), params, state, x, y, key)
+
+
+def _measure(*arguments: Any) -> dict[str, Any]:
+    return differentiate(*arguments)[0]
 
 
 def differentiate(
@@ -235,7 +238,7 @@ def _narrowest(values: Any) -> Any:
 
 
 def _place(verdict: Verdict) -> str:
-    return " at layer {} ({})".format(*verdict.first) if verdict.first else ""
+    return f" at layer {verdict.first.layer} ({verdict.first.path})" if verdict.first else ""
 
 
 def _cast(values: Any, dtype: Any) -> Any:
@@ -246,8 +249,8 @@ def _cast(values: Any, dtype: Any) -> Any:
 def _accumulate(params: Any, state: Any, above: jax.Array) -> tuple[Any, Any, jax.Array]:
     """Sum, for every array, the exponents of all taps between it and the loss.
 
-    `params` and `state` are gradients, `above` the sum of what lies behind this node, with the depth axes of the node.
-    Returns (sums like params, state with each tap's exponent replaced by its sum, the sum in front of this node).
+    `params` and `state` are gradients, `above` the sum over what comes after this node, with the depth axes of the node.
+    Returns (sums like params, state with each tap's exponent replaced by its sum, the sum that includes this node).
     """
     if isinstance(state, TapState):
         own = state.backward.exponent

@@ -1,7 +1,7 @@
 """What `flow.measure` returned, as labelled numbers: scales undone, layers counted, numbers that left the range marked."""
 
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,19 +11,39 @@ import numpy as np
 from fnn import tree
 from fnn.layers import taps
 from fnn.layers.taps import TapState
+from fnn.tree import DEPTH, UNNAMED
 
 Order = tuple[tuple[int, str], ...]
+"""A place in a net, which sorts in forward order: an index is (index, ""), a name (-1, name)."""
+
+
+class Label(NamedTuple):
+    """What one number is."""
+
+    layer: int
+    """Counted from the input, 1 being the first; 0 is in front of it."""
+    path: str
+    quantity: str
+    role: str
+    """Of a tap: see `taps.tap`; "" for parameters."""
+    place: Order
 
 
 class Numbers(NamedTuple):
-    """Measured numbers as trees of float64[lead..., depth...]; the leading axes are those of `vmap`."""
+    """Measured numbers in forward order, in float64: the last axis of each array is that of the labels.
 
-    params: dict[str, Any]
-    """Trees like params, by the pattern of their quantity: `log_{}` becomes `log_kernel`."""
-    taps: Any
-    """Like the net's state; for every tap a dict of quantities."""
-    layers: list[Order]
-    """The place of every layer in the net, in order."""
+    `values` and `held` are float64[lead..., n]; the leading axes are those of `vmap`.
+    """
+
+    labels: list[Label]
+    values: np.ndarray
+    held: np.ndarray
+    """The log of what the device held for each number: of a gradient its norm as the taps rescaled it, of an error signal
+    its norm as it arrived at the tap, of the statistics of the forward pass the largest number at the tap."""
+    backward: np.ndarray
+    """Which are logs of gradients and error signals: bool[n]."""
+    rescaled: np.ndarray
+    """Which are error signals at taps that rescale: bool[n]."""
     weights: tuple[str, ...]
     """The quantities that belong to a layer's weights: `log_kernel`, ..."""
 
@@ -37,29 +57,59 @@ class Verdict(NamedTuple):
     """The forward pass left the range, so that every gradient is unknown."""
     left: np.ndarray
     """Some number was set to NaN."""
-    first: tuple[int, str] | None
-    """(layer, path) where the forward pass first left the range, or else where gradients did, on the way back."""
-    rows: list[tuple[int, str, str, int]]
-    """The numbers' labels, as `label` gives them."""
+    first: Label | None
+    """Where the forward pass first left the range, or else where gradients did, on the way back."""
+
+
+class _Where(NamedTuple):
+    place: Order
+    path: str
+    name: str
+
+
+class _Column(NamedTuple):
+    where: _Where
+    quantity: str
+    value: Any
+    held: Any
+    backward: Any = False
+    rescaled: Any = False
+    role: str = ""
 
 
 def resolve(measured: dict[str, Any], params: Any) -> Numbers:
     """Undo the scales in float64; `measured` may carry leading axes, `params` (or their specs) must not."""
-    logs = jax.tree.map(_unscale, measured["logs"], measured["exponents"])
+    lead, columns = np.ndim(measured["loss"]), []
     sizes = tree.map_depth(lambda k, a: 0.5 * np.log(max(1, np.prod(a.shape[k:]))), params)
-
-    def one(path, new, old):
+    logs = jax.tree.map(_unscale, measured["logs"], measured["exponents"])
+    for where, log, rms, held in _entries(lead, logs, jax.tree.map(np.subtract, logs, sizes), measured["logs"]):
+        columns += [
+            _Column(where, f"log_{where.name}", log, held, True),
+            _Column(where, f"log_{where.name}_rms", rms, held, True),
+        ]
+    for where, new, old in _entries(lead, measured["state"], measured["taps"]):
+        if not isinstance(new, TapState):
+            continue
         if new.rescale and np.any(old.backward.uses > 1):
             raise ValueError(
-                f"gradient_flow: tap {path} was passed {int(np.max(old.backward.uses))} times on the way back, so a "
+                f"gradient_flow: tap {where.path} was passed {int(np.max(old.backward.uses))} times on the way back, so a "
                 "weight is used on both sides of it and one scale cannot be undone; move the tap out of the part that "
                 "is reused"
             )
-        log = _unscale(taps.log_error(old.backward), old.backward.exponent)
-        return {"log_error": log} | {name: np.asarray(value, np.float64) for name, value in new.forward.items()}
-
-    by_quantity = {"log_{}": logs, "log_{}_rms": jax.tree.map(np.subtract, logs, sizes)}
-    return Numbers(by_quantity, _at_taps(one, measured), *_layers(params))
+        held = taps.log_error(old.backward)
+        log = _unscale(held, old.backward.exponent)
+        columns.append(_Column(where, "log_error", log, held, True, new.rescale, new.role))
+        with np.errstate(divide="ignore"):
+            peak = np.log(np.asarray(new.forward["peak"], np.float64))
+        columns += [_Column(where, name, value, peak, role=new.role) for name, value in new.forward.items()]
+    columns.sort(key=lambda column: column.where.place)
+    layers, weights = _layers(params)
+    labels = [
+        Label(bisect.bisect(layers, c.where.place), c.where.path, c.quantity, c.role, c.where.place) for c in columns
+    ]
+    arrays = [np.stack([np.asarray(column[i], np.float64) for column in columns], -1) for i in (2, 3)]
+    flags = [np.array([column[i] for column in columns], bool) for i in (4, 5)]
+    return Numbers(labels, arrays[0], arrays[1], flags[0], flags[1], weights)
 
 
 def settle(
@@ -69,25 +119,19 @@ def settle(
 
     The forward pass has left the range where the largest number at a tap is not finite, or so small that part of the
     signal is flushed to zero (below tiny/eps); or where a tap holds zeros alone and the signal was on its way there
-    (below the root of that); or where the loss is not finite. Zeros behind a signal of normal size (a dead layer, a
+    (below the root of that); or where the loss is not finite. Zeros after a signal of normal size (a dead layer, a
     weight of zero) are zeros. Then every gradient is NaN, and every statistic from that tap on. With `squares`, what a
     norm layer takes, signals above the root of the largest number count as left too. `smooth` says that phi'(0) is not
     zero and has no jump there, so that error signals are right though the signal itself is lost: then only those logs
     are NaN that vanished themselves.
 
-    A gradient that vanished on the way back because there were too few taps is NaN as well. `dtype` is the type that the net
-    computes in (the loss's by default).
+    A gradient that vanished on the way back because there were too few taps is NaN as well. `dtype` is the type that the
+    net computes in (by default the loss's).
     """
     loss = np.asarray(measured["loss"])
-    lead, info = loss.ndim, jnp.finfo(dtype or loss.dtype)
+    info = jnp.finfo(dtype or loss.dtype)
     numbers = resolve(measured, params)
-    rows = label(numbers, lead)
-    index, quantities = [place for *_, place in rows], np.array([quantity for _, _, quantity, _ in rows])
-    every = flat(numbers, lead)
-    values, sizes = every[..., index], flat(_held(measured, numbers), lead)[..., index]
-    backward = np.char.startswith(quantities, "log_")
-    trunk = {path for path, tap in taps.find(jax.tree.map(lambda a: a[(0,) * lead], measured["state"])) if tap.rescale}
-    errors = np.array([quantity == "log_error" and path in trunk for _, path, quantity, _ in rows], bool)
+    values, sizes, backward = numbers.values, numbers.held, numbers.backward
 
     def some(mask):
         return np.any(mask, axis=-1)
@@ -101,139 +145,83 @@ def settle(
     unbounded = ~np.isfinite(loss) | some(large)
     lost = unbounded | (small & (not smooth))
     # In float32 the signal may vanish between two taps without a trace; float64 reaches further than a net's blocks.
-    gone = some(errors & zero) & ~some(zero & ~backward) & (info.bits < 64)
+    gone = some(numbers.rescaled & zero) & ~some(zero & ~backward) & (info.bits < 64)
     faint = backward & (zero | near) & (small | gone | some(backward & near))[..., None]
     behind = np.logical_or.accumulate(bad, axis=-1) & lost[..., None] & ~backward
-    square = quantities == "second_moment"
+    square = np.array([label.quantity == "second_moment" for label in numbers.labels], bool)
     outside = square & np.isfinite(sizes) & ~((values > float(info.tiny) / float(info.eps)) & np.isfinite(values))
     marked = (backward & lost[..., None]) | faint | bad | behind | outside
     steady = np.where(backward, sizes > low, np.abs(sizes) < -low / 2) & np.isfinite(sizes)
-    every[..., index] = np.where(marked, np.nan, values)
+    forward, back = (np.nonzero(np.any(mask.reshape(-1, mask.shape[-1]), axis=0))[0] for mask in (bad, faint))
+    where = [*forward[:1], *back[-1:]]
     verdict = Verdict(
         ~np.isfinite(loss) | ~np.all(steady, axis=-1),
         lost,
         lost | some(marked & ~square),
-        _first(rows, bad, faint),
-        rows,
+        numbers.labels[where[0]] if where else None,
     )
-    return _filled(numbers, every, lead), verdict
+    return numbers._replace(values=np.where(marked, np.nan, values)), verdict
 
 
-def disagreement(first: tuple[dict[str, Any], Numbers], again: tuple[dict[str, Any], Numbers]) -> str | None:
+def disagreement(first: Numbers, again: Numbers, dtype: Any) -> str | None:
     """Name the last array or tap, in forward order, whose log is not the same in two measurements with other scales.
 
     The scales are powers of two, so that they drop out exactly unless paths of different scales meet. Left out are logs
-    that are not finite, or near the end of the range; and arrays that are small beside others of their layer: they may
-    be rounding errors, which differ from run to run on some devices.
+    that are not finite, or near the end of the range of `dtype`; and arrays that are small beside others of their layer:
+    they may be rounding errors, which differ from run to run on some devices.
     """
-    values, others = flat(first[1]), flat(again[1])
-    held = np.minimum(*(flat(_held(measured, numbers)) for measured, numbers in (first, again)))
-    info = jnp.finfo(np.asarray(first[0]["loss"]).dtype)
+    values, others, info = first.values, again.values, jnp.finfo(dtype)
+    held = np.minimum(first.held, again.held)
     usable = np.isfinite(values) & np.isfinite(others) & (held > np.log(float(info.tiny) / float(info.eps)) + 10)
     differ = usable & (np.abs(np.where(usable, values, 0) - np.where(usable, others, 0)) > 1e-3)
-    if not differ.any():
-        return None
-    logs = [(path, i) for _, path, quantity, i in label(first[1]) if quantity.startswith("log_")]
-    largest: dict[str, float] = {}
-    for path, i in logs:
-        largest[_group(path)] = max(largest.get(_group(path), -np.inf), values[i])
-    found = [path for path, i in logs if differ[i] and values[i] > largest[_group(path)] - 9]
+    largest: dict[Order, float] = {}
+    for label, value in zip(first.labels, np.where(first.backward, values, -np.inf), strict=True):
+        group = _group(label.place)
+        largest[group] = max(largest.get(group, -np.inf), value)
+    rows = zip(first.labels, differ & first.backward, values, strict=True)
+    found = [label.path for label, differs, value in rows if differs and value > largest[_group(label.place)] - 9]
     return found[-1] if found else None
 
 
-def flat(numbers: Numbers, lead: int = 0) -> np.ndarray:
-    """Lay all numbers in a row: float64[lead..., n], to be indexed by the positions of `label`."""
-    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(numbers[:2])]
-    return np.concatenate([leaf.reshape(*leaf.shape[:lead], -1) for leaf in leaves], axis=-1)
+def _layers(params: Any) -> tuple[list[Order], tuple[str, ...]]:
+    """List the places of the layers, and the quantities of their weights.
 
-
-def label(numbers: Numbers, lead: int = 0) -> list[tuple[int, str, str, int]]:
-    """List (layer, path, quantity, position in `flat`) in forward order.
-
-    A layer is a group of arrays side by side (of one dict) that holds a weight: an array of two axes or more behind
+    A layer is a group of arrays side by side (of one dict) that holds a weight: an array of two axes or more after
     depth, which is not called bias or scale. So kernel and bias are one layer, and an LSTM's two kernels; a norm or a
     gain is none, and belongs to the layer before it. Arrays that stand in a tuple are groups of their own.
     """
-    leaves, treedef = jax.tree.flatten(numbers[:2])
-    shapes = [np.shape(leaf)[lead:] for leaf in leaves]
-    starts = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
-    places = [np.arange(int(np.prod(s))).reshape(s) + start for s, start in zip(shapes, starts, strict=False)]
-    params, tapped = treedef.unflatten(places)
-    found: list[tuple[str, str, int]] = []
-    for rows in zip(*(tree.rows(t) for t in params.values()), strict=True):
-        for pattern, (path, place) in zip(params, rows, strict=True):
-            found.append((path, pattern.format(path.rpartition("/")[2]), int(place)))
-    for full, place in tree.rows(tapped):
-        path, _, quantity = full.rpartition("/")
-        found.append((path, quantity, int(place)))
-    ordered = sorted(((_order(path), path, quantity, place) for path, quantity, place in found), key=lambda row: row[0])
-    return [(bisect.bisect(numbers.layers, order), path, quantity, place) for order, path, quantity, place in ordered]
-
-
-def _layers(params: Any) -> tuple[list[Order], tuple[str, ...]]:
-    """List the places of the layers, and the quantities of their weights; see `label`."""
     axes = tree.map_depth(lambda k, a: np.full(a.shape[:k], len(a.shape) - k), params)
-    names = [(path, path.rpartition("/")[2], n) for path, n in tree.rows(axes)]
-    weights = [(path, name) for path, name, n in names if n >= 2 and name not in ("bias", "scale")]
-    return sorted({_order(_group(path)) for path, _ in weights}), tuple({f"log_{name}": None for _, name in weights})
+    weights = [where for where, n in _entries(0, axes) if n >= 2 and where.name not in ("bias", "scale")]
+    return sorted({_group(where.place) for where in weights}), tuple({f"log_{w.name}": None for w in weights})
 
 
-def _group(path: str) -> str:
-    parent, _, name = path.rpartition("/")
-    return path if name.strip("[]").isdecimal() else parent
+def _group(place: Order) -> Order:
+    return place[:-1] if place and place[-1][1] else place
 
 
-def _held(measured: dict[str, Any], like: Numbers) -> Numbers:
-    """Give, in the place of every number, the log of what the device held for it.
-
-    For a gradient its norm as the taps rescaled it, for an error signal its norm as it arrived at the tap, for the
-    statistics of the forward pass the largest number at the tap.
-    """
-
-    def one(path, new, old):
-        with np.errstate(divide="ignore"):
-            peak = np.log(np.asarray(new.forward["peak"], np.float64))
-        return {"log_error": taps.log_error(old.backward)} | dict.fromkeys(new.forward, peak)
-
-    return like._replace(params=dict.fromkeys(like.params, measured["logs"]), taps=_at_taps(one, measured))
-
-
-def _at_taps(function: Callable[[str, TapState, TapState], Any], measured: dict[str, Any]) -> Any:
-    """Map `function(path, state, its cotangent)` over the taps of a net's state; the rest becomes ()."""
-
-    def one(entries, new, old):
-        return function(tree.path(entries), new, old) if isinstance(new, TapState) else ()
-
-    is_tap = lambda node: isinstance(node, TapState)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(one, measured["state"], measured["taps"], is_leaf=is_tap)
+def _entries(lead: int, *trees: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield (where, leaf, ...) of trees of one form, a tap being one leaf, every depth axis written out."""
+    flat = [jax.tree_util.tree_leaves_with_path(t, is_leaf=lambda node: isinstance(node, TapState)) for t in trees]
+    for rows in zip(*flat, strict=True):
+        keys, leaves = (
+            [key for key in rows[0][0] if key != UNNAMED],
+            [jax.tree.map(np.asarray, leaf) for _, leaf in rows],
+        )
+        shape = jax.tree.leaves(leaves[0])[0].shape[lead:]
+        for index in np.ndindex(shape[: keys.count(DEPTH)]):
+            at = (slice(None),) * lead + index
+            yield _where(keys, index), *(jax.tree.map(lambda a, at=at: a[at], leaf) for leaf in leaves)
 
 
-def _first(rows: list[tuple[int, str, str, int]], bad: np.ndarray, faint: np.ndarray) -> tuple[int, str] | None:
-    forward, backward = (np.nonzero(np.any(mask.reshape(-1, len(rows)), axis=0))[0] for mask in (bad, faint))
-    where = forward[:1] if len(forward) else backward[-1:]
-    return rows[where[0]][:2] if len(where) else None
-
-
-def _filled(numbers: Numbers, every: np.ndarray, lead: int) -> Numbers:
-    """Undo `flat`."""
-    leaves, treedef = jax.tree.flatten(numbers[:2])
-
-    def parts() -> Iterator[np.ndarray]:
-        start = 0
-        for leaf in leaves:
-            size = int(np.prod(np.shape(leaf)[lead:]))
-            yield every[..., start : start + size].reshape(np.shape(leaf))
-            start += size
-
-    params, tapped = treedef.unflatten(parts())
-    return numbers._replace(params=params, taps=tapped)
+def _where(keys: Any, index: tuple[int, ...]) -> _Where:
+    numbers = iter(index)
+    place: list[tuple[int, str]] = []
+    for key in keys:
+        number = next(numbers) if key == DEPTH else getattr(key, "idx", None)
+        place.append((-1, tree.path((key,))) if number is None else (number, ""))
+    parts = [f"[{n}]" if key == DEPTH else tree.path((key,)) for key, (n, _) in zip(keys, place, strict=True)]
+    return _Where(tuple(place), "/".join(parts), parts[-1] if parts else "")
 
 
 def _unscale(log: Any, exponent: Any) -> np.ndarray:
     return np.asarray(log, np.float64) + np.log(2) * np.asarray(exponent, np.float64)
-
-
-def _order(path: str) -> Order:
-    """Order paths by their place in the net: numbers count; names, which only branches have beside others, by letter."""
-    parts = (part.strip("[]") for part in path.split("/"))
-    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in parts)

@@ -1,9 +1,10 @@
-"""Gradients of single examples at about the price of one backward pass, for any JAX loss.
+"""Gradients of single examples at about the cost of one backward pass, for any JAX loss.
 
-Defined by `vmap(grad(loss))`, computed from what each gradient is a product of: see `factors`, `cuts` and `products`.
+They equal `vmap(grad(loss))`, and are computed from what each gradient is a product of: see `search`, `cuts`, `products`.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,13 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
-from fnn import admission, arrays, check, losses, mapped, tree
+from fnn import admission, arrays, check, compiled, losses, mapped, tree
 from fnn.core import Layer
-from fnn.gradients import cuts
+from fnn.gradients import batch_axis, cuts
 from fnn.gradients import program as jaxprs
-from fnn.gradients.example_gradients import Estimates, PerExampleGradients, Route, estimate, total
-from fnn.gradients.products import Full, Pair, Rows
+from fnn.gradients.example_gradients import PerExampleGradients, Route
+from fnn.gradients.products import Full, Pair
+from fnn.gradients.program import Program
+from fnn.gradients.search import search
 from fnn.gradients.squares import AXIS, Examples
 from fnn.layers.precision import compute_in
 
@@ -32,14 +36,17 @@ def per_example(
     batch_norm: str = "path",
     eval_loss: Callable[[Any, Any], Any] | None = None,
 ) -> Callable[..., Any]:
-    """Make `(params, batch) -> PerExampleGradients` of `loss(params, example) -> float[]`, at the price of one gradient.
+    """Make `(params, batch) -> PerExampleGradients` of `loss(params, example) -> float[]`, at about the cost of one gradient.
 
-    An example is any pytree, a batch the same with a leading axis. The result stands for `vmap(grad(loss))`, whose
-    values all of its methods have; `explain()` tells what is held as factors and what, not recognised, as it is.
-    A loss with noise (dropout) takes the key as an argument, `loss(params, example, key)`: with `(params, batch, key=key)`
-    example i gets `jax.random.split(key, batch)[i]`. Of a key that the loss closes over all examples share one mask.
-    With `has_aux` the loss returns (value, aux) and the call (gradients, aux of all examples). `axis_name` names the
-    batch axis, for collectives in the loss (batch norm): `net.apply(..., x[None], train=True, axis_name=axis_name)`.
+    An example is any pytree, and a batch is the same with a leading axis. The gradients are those of
+    `vmap(grad(loss), in_axes=(None, 0))`, and every method of the result gives the values that these have. They are not
+    stored: of most weights the two factors of each gradient are kept, and `explain()` prints what is kept of which.
+
+    A loss with noise (dropout) takes the key as an argument, `loss(params, example, key)`: called as
+    `(params, batch, key=key)`, example i gets `jax.random.split(key, batch)[i]`. If the loss closes over a key instead, all
+    examples share one mask. With `has_aux` the loss returns (value, aux), and the call (gradients, aux of all examples).
+    `axis_name` names the batch axis, for averages over it in the loss (batch norm):
+    `net.apply(..., x[None], train=True, axis_name=axis_name)`.
 
     Where examples depend on one another, `batch_norm` says what an example's gradient is:
 
@@ -47,16 +54,20 @@ def per_example(
     |---|---|---|
     | path | of the batch; example i has its own copy of the weights: `vmap(grad(loss), axis_name=...)` | yes |
     | loss | of the batch; the gradient of example i's loss through them; costs `batch` backward passes | yes |
-    | frozen | of the batch, but held constant: no gradient through the results of collectives | no |
-    | running | those of training: differentiates `eval_loss(params, example)` in the place of `loss` | no |
+    | frozen | of the batch, but held constant: no gradient passes through them | no |
+    | running | those of training: differentiates `eval_loss(params, example)` instead of `loss` | no |
 
     The batch may be sharded: under plain `jit` (on a mesh with explicit axes what is kept is replicated), and inside
     `shard_map`, where the gradients are those of the device's own examples.
 
+    Compiled once for each shape, and equal losses share what is compiled: those that `example_loss` makes of equal nets,
+    and functions that close over plain values only. One that closes over arrays is known by its identity, so make it once,
+    outside of the loop.
+
     Errors: ValueError for leaves without a common batch axis, a loss that is no scalar, and a batch of one whose
-    gradient passes a statistic over the batch (batch norm makes it zero); TypeError for complex parameters. Compiled once
-    for each shape. A warning where an example's program takes a statistic over a batch axis of its own, of size one (batch
-    norm without `axis_name`): those are gradients of batches of one.
+    gradient passes a statistic over the batch (batch norm makes it zero); TypeError for complex parameters. Warns if the
+    loss takes a statistic over a batch axis of its own, of size one (batch norm without `axis_name`): these are then
+    gradients of batches of one.
     """
     check.choice("per_example", SEMANTICS, batch_norm=batch_norm)
     if not callable(loss):
@@ -71,20 +82,8 @@ def per_example(
     elif batch_norm != "path" and axis_name is None:
         raise ValueError(f"per_example: batch_norm={batch_norm!r} is about a named batch axis, got axis_name=None")
 
-    def value_and_aux(params, example_and_key):
-        example, key = example_and_key
-        with check.foreign("per_example"):
-            out = loss(params, example) if key is None else loss(params, example, key)
-        value, aux = out if has_aux else (out, ())
-        if jnp.shape(value) != ():
-            raise ValueError(
-                f"per_example: the loss of one example must be a scalar, got {check.describe(jnp.asarray(value))}; "
-                "average over what is left, or index the batch axis of one: loss(...)[0]"
-            )
-        return value, aux
-
-    compute = _by_loss if batch_norm == "loss" else functools.partial(_by_path, frozen=batch_norm == "frozen")
-    compiled = jax.jit(mapped.auto(functools.partial(compute, value_and_aux, axis_name)))
+    function, kept = (loss.func, (loss.args, loss.keywords)) if isinstance(loss, Partial) else (loss, ((), {}))
+    run = None
 
     def gradients(params, batch, *more, key=None):
         if more:
@@ -97,10 +96,14 @@ def per_example(
         if key is not None:
             check.prng_key("per_example", key)
         batch = arrays.arrays("per_example", "the batch", batch)
-        size = _batch_size(batch)
+        size = batch_size(batch)
         keys = None if key is None else jax.random.split(key, size)
+        nonlocal run
+        if run is None:
+            statics = function, has_aux, axis_name, batch_norm
+            run = compiled.program(_gradients, statics, keep=not compiled.traced((params, batch, kept)))
         # Each example has parameters of its own: else, inside `shard_map`, autodiff would sum over the devices' examples.
-        found, aux = compiled(mapped.varying(params, like=batch), (batch, keys))
+        found, aux = run(kept, mapped.varying(params, like=batch), (batch, keys))
         return (found, aux) if has_aux else found
 
     return gradients
@@ -118,12 +121,12 @@ def example_loss(
 ) -> Callable[..., Any]:
     """Make `(params, (x, y), key=None) -> float[]`, the loss of a net on one example, for `per_example`.
 
-    `state` is a `TrainState` or a pair (params, net_state), of which the second counts; the parameters are those of the
-    call. `loss(outputs, targets) -> float[batch]` and `compute_dtype` as in `train_step`; pass the same `axis_name` to
-    `per_example`. A net that draws random numbers gets a key for each example:
+    `state` is a `TrainState` or a pair (params, net_state), of which only the net's state is used: the parameters are
+    those of the call. `loss(outputs, targets) -> float[batch]` and `compute_dtype` are as in `train_step`; pass the same
+    `axis_name` to `per_example`. A net that draws random numbers gets a key for each example:
     `per_example(example_loss(...))(params, batch, key=key)`.
 
-    Errors: TypeError for a key given here, of which all examples would share one dropout mask.
+    Errors: TypeError for a key given here, with which all examples would share one dropout mask.
     """
     admission.net("example_loss", net)
     admission.loss("example_loss", loss)
@@ -135,177 +138,96 @@ def example_loss(
     net = compute_in(net, compute_dtype)
     _, net_state = admission.parts("example_loss", state)
 
-    def of_example(params, example, key=None):
+    def of_example(net_state, params, example, key=None):
         x, y = jax.tree.map(lambda a: jnp.asarray(a)[None], example)
         outputs, _ = net.apply(params, net_state, x, key=key, train=train, axis_name=mapped.lanes(axis_name))
         return admission.values("example_loss", loss, outputs, y)[0]
 
-    return of_example
+    # The state is an argument of the program, so that the losses of equal nets with other states share one.
+    return Partial(of_example, net_state)
 
 
-def check_step(per_example: Any, max_norm: Any, skip_nonfinite: bool) -> None:
-    """Refuse options of a train step that do not go together."""
-    if skip_nonfinite and per_example != "clip":
-        raise ValueError(
-            f"train_step: skip_nonfinite belongs to per_example='clip', got per_example={per_example!r}; pass both"
-        )
-    if per_example is not None:
-        check.choice("train_step", ("norms", "clip"), per_example=per_example)
-    if (per_example == "clip") != (max_norm is not None):
-        raise ValueError(
-            f"train_step: max_norm belongs to per_example='clip', got per_example={per_example!r} and "
-            f"max_norm={max_norm!r}; pass both or neither"
-        )
-    if max_norm is not None:
-        check.above_zero("train_step", max_norm=max_norm)
+def _gradients(
+    loss: Any, has_aux: bool, axis_name: Any, batch_norm: str, kept: Any, params: Any, batch: Any
+) -> tuple[Any, Any]:
+    """Do the device's part of `per_example`. `kept` are the arguments that a `Partial` loss holds, `batch` is (batch, keys)."""
+    args, keywords = kept
 
-
-def step_gradients(
-    net: Layer,
-    loss: Callable[[Any, Any], Any],
-    correct: Callable[[Any, Any], Any] | None,
-    batch: tuple[Any, Any],
-    *,
-    key: Any,
-    axis_name: Any,
-    max_norm: Any,
-    skip_nonfinite: bool,
-    per_layer: bool,
-) -> Callable[..., tuple[Any, Any, dict[str, Any], dict[str, Any]]]:
-    """Make `(params, state) -> (gradient, new state, means, of examples)` for a train step, from single examples' gradients.
-
-    With a state of None `params` is a pair (params, state), and both are differentiated; norms and clips are those of params.
-    """
-    outer = mapped.names(axis_name)
-    # In this order an example has the same number, and so the same dropout mask, on one device and on many.
-    every_axis = (*outer, "examples") if outer else "examples"
-
-    def average(a):
-        return mapped.mean(a, outer)
-
-    def counted(holds):
-        count = jnp.sum(holds, dtype=jnp.float32)
-        return mapped.reduce(jax.lax.psum, count, outer)
-
-    def of_example(diff, example, state):
-        params, state = (diff, state) if state is not None else diff
-        (x, y), number = jax.tree.map(lambda a: a[None], example[0]), example[1]
-        axes = mapped.lanes(every_axis, number)
-        with check.foreign("train_step"):
-            outputs, new = net.apply(params, state, x, key=key, train=True, axis_name=axes)
-            values = admission.values("train_step", loss, outputs, y)
-        hits = {} if correct is None else {"accuracy": correct(outputs, y)[0]}
-        return values[0], (new, {"loss": values[0]} | hits)
-
-    def gradients(diff, state):
-        function = functools.partial(of_example, state=state)
-        numbers = jnp.arange(_batch_size(batch)) if mapped.checked() else None
-        every, (new, values) = per_example(function, has_aux=True, axis_name="examples")(diff, (batch, numbers))
-        n = every.batch * mapped.size(outer)
-        if n == 1 and max_norm is None:
+    def value_and_aux(params, example_and_key):
+        example, key = example_and_key
+        keys = () if key is None else (key,)
+        with check.foreign("per_example"):
+            out = loss(*args, params, example, *keys, **keywords)
+        value, aux = out if has_aux else (out, ())
+        if jnp.shape(value) != ():
             raise ValueError(
-                "train_step: per_example='norms' estimates noise from at least two examples, got a batch of one; use a "
-                "larger batch, or fnn.per_example(...)(params, batch).norms()"
+                f"per_example: the loss of one example must be a scalar, got {check.describe(jnp.asarray(value))}; "
+                "average over what is left, or index the batch axis of one: loss(...)[0]"
             )
-        own = every if state is not None else every[0]
-        news = None if state is not None else average(every[1].mean())
-        new = jax.tree.map(lambda a: a[0], new)  # averaged over the axis by the net, and so the same for all
-        values = jax.tree.map(lambda a: average(jnp.mean(a)), values)
-        norms, mean = own.norms(), average(own.mean())
-        each = own.norms(per_leaf=True)
-        pairs = zip(*map(jax.tree.leaves, (each, tree.norms(mean))), strict=True)
-        estimates = [estimate(norms, m, n, outer) for norms, m in pairs]
-        layers = Estimates(*(jax.tree.unflatten(jax.tree.structure(mean), p) for p in zip(*estimates, strict=True)))
-        whole = total(layers)
-        sums = whole.moments()
-        found = {
-            "per_example_norms": norms,
-            "per_example_quantiles": jnp.quantile(_of_all(norms, outer), jnp.linspace(0, 1, 5)),
-            "noise_trace": sums.trace,
-            "noise_signal": sums.signal,
-            "signal_to_noise": whole.ratio(),
-            "examples_nonfinite": counted(~jnp.isfinite(norms)),
-            "examples_zero": counted(norms == 0),
-        }
-        if per_layer:
-            sums = layers.moments()
-            found |= {"per_example_norms_by_layer": each, "noise_traces": sums.trace, "noise_signals": sums.signal}
-        if max_norm is not None:
-            clipped = own.clipped_mean(max_norm, skip_nonfinite=skip_nonfinite)
-            kept = own._kept(jnp.isfinite(norms)) if skip_nonfinite else own
-            unclipped, mean = average(kept.mean()), average(clipped.mean)
-            bias = tree.norm(jax.tree.map(jnp.subtract, mean, unclipped))
-            found |= {"examples_clipped": average(clipped.fraction), "clip_bias": bias}
-            found["examples_nonfinite"] = counted(clipped.nonfinite)
-        return (mean if news is None else (mean, news)), new, values, found
+        return value, aux
 
-    return gradients
+    if batch_norm == "loss":
+        return _by_loss(value_and_aux, axis_name, params, batch)
+    return _by_path(value_and_aux, AXIS if axis_name is None else axis_name, batch_norm == "frozen", params, batch)
 
 
-def _of_all(a: jax.Array, outer: tuple[Any, ...]) -> jax.Array:
-    """Gather the numbers of all devices, the same on each: as a sum, since `all_gather` leaves the type of a varying one."""
-    for name in outer:
-        mine = jnp.arange(jax.lax.axis_size(name)) == jax.lax.axis_index(name)
-        a = mapped.reduce(jax.lax.psum, jnp.where(mine[:, None], a, 0), name).reshape(-1)
-    return a
+def _by_path(function: Any, axis_name: Any, frozen: bool, params: Any, batch: Any) -> tuple[Any, Any]:
+    size = batch_size(batch)
+    # Of the right shape and type; its values are not used.
+    example = jax.tree.map(lambda a: jax.lax.index_in_dim(a, 0, keepdims=False), batch)
+    trace = functools.partial(jaxprs.trace, axes=[(axis_name, size)])
+    if frozen:
+        function = _frozen(*trace(function, params, example))
+    # A derivative rule of the loss's own need not be linear: it must see the loss itself, not its share of the mean.
+    traced = jaxprs.equations(trace(function, params, example)[0])
+    share = 1 if any(name.startswith("custom_vjp") for name, _ in traced) else size
 
+    def shared(params, example):
+        value, aux = function(params, example)
+        return value / share, aux
 
-def _by_path(value_and_aux: Any, axis_name: Any, params: Any, batch: Any, *, frozen: bool) -> tuple[Any, Any]:
-    size = _batch_size(batch)
-    axis_name = AXIS if axis_name is None else axis_name
-    plans: list[Any] = []
-
-    def one(example):
-        function = _frozen(value_and_aux, params, example) if frozen else value_and_aux
-
-        def shared(params, example):
-            value, aux = function(params, example)
-            return value / share, aux
-
-        share = 1 if jaxprs.has_custom_vjp(function, params, example) else size
-        closed, specs = jaxprs.trace(jax.grad(shared, has_aux=True), params, example)
-        depths = jax.tree.leaves(tree.map_depth(lambda k, _: k, specs[0]))
-        found = list(zip(jax.tree.leaves(specs[0]), depths, strict=True))
-        values = jax.tree.leaves((params, example))
-        try:
-            program = jaxprs.read(closed)
-            leaves = [
-                cuts.plan(program, atom, *at, Examples(size, axis_name))
-                for atom, at in zip(program.outputs, found, strict=False)
-            ]
-            wanted = [atom for leaf in leaves for atom in leaf.atoms]
-            gradient = jaxprs.prune(replace(program, outputs=wanted))
-            moving = [i < len(found) for i in range(len(values))]
-            if jaxprs.lone_statistic(gradient, moving):
-                jaxprs.warn_of_lone_statistic()
-            lone = size == 1 and jaxprs.collectives(gradient, axis_name)
-            program = jaxprs.prune(replace(program, outputs=[*wanted, *program.outputs[len(found) :]]))
-            outputs = None if lone else jaxprs.execute(program, values)
-        except Exception as error:  # a jaxpr that reads otherwise than known: never a wrong number
-            jaxprs.warn(f"{type(error).__name__}: {error}")
-            lone, outputs = False, jaxprs.call(closed, values)
-            leaves = [cuts.whole((atom,), "materialized", k) for atom, (_, k) in enumerate(found)]
-        if lone:
-            raise ValueError(
-                "per_example: the gradient passes a statistic over the batch axis, which must hold at least two "
-                "examples, got one: batch norm takes a lone example to its bias, and the gradient below it is zero; "
-                "use a larger batch, or batch_norm='running'"
-            )
-        plans[:] = [specs, found, leaves, share]
-        return outputs
-
-    outputs: Any = jax.vmap(one, axis_name=axis_name)(batch)
-    specs, found, leaves, share = plans
-    position, built = 0, []
-    for leaf in leaves:
-        built.append(leaf.build(outputs[position : position + len(leaf.atoms)]))
-        position += len(leaf.atoms)
-    aux = jax.tree.unflatten(jax.tree.structure(specs[1]), outputs[position:])
+    closed, specs = trace(jax.grad(shared, has_aux=True), params, example)
+    depths = jax.tree.leaves(tree.map_depth(lambda k, _: k, specs[0]))
+    found = list(zip(jax.tree.leaves(specs[0]), depths, strict=True))
+    try:
+        program, leaves = _plan(jaxprs.read(closed), found, Examples(size, axis_name), params)
+        run = functools.partial(jaxprs.execute, program)
+    except jaxprs.Unreadable as error:
+        jaxprs.warn(str(error))
+        leaves = [cuts.whole((atom,), cuts.STORED, k) for atom, (_, k) in enumerate(found)]
+        run = functools.partial(jaxprs.call, closed)
+    outputs = iter(jax.vmap(lambda example: run(jax.tree.leaves((params, example))), axis_name=axis_name)(batch))
+    built = [leaf.build(list(itertools.islice(outputs, len(leaf.atoms)))) for leaf in leaves]
+    aux = jax.tree.unflatten(jax.tree.structure(specs[1]), outputs)
     return _assembled(params, built, [leaf.route for leaf in leaves], found, size, share), aux
 
 
+def _plan(program: Program, found: list[Any], examples: Examples, params: Any) -> tuple[Program, list[cuts.Plan]]:
+    """Cut the gradients' program: what each array's gradient is made of comes first among its outputs, then aux.
+
+    Errors: ValueError for one example whose gradient passes a statistic over the batch. Unreadable.
+    """
+    gradients, aux = program.outputs[: len(found)], program.outputs[len(found) :]
+    paths = [search(program, atom) for atom in gradients]
+    leaves = [
+        cuts.plan(program, atom, path, spec, depth, examples)
+        for atom, path, (spec, depth) in zip(gradients, paths, found, strict=True)
+    ]
+    wanted = [atom for leaf in leaves for atom in leaf.atoms]
+    gradient = jaxprs.prune(replace(program, outputs=wanted))
+    if batch_axis.lone_statistic(gradient, [i < len(found) for i in range(len(program.inputs))]):
+        batch_axis.warn_of_lone_statistic()
+    if examples.count == 1 and batch_axis.collectives(gradient, examples.axis_name):
+        raise ValueError(
+            "per_example: the gradient passes a statistic over the batch axis, which must hold at least two examples, got "
+            "one: batch norm takes a lone example to its bias, and the gradient below it is zero; use a larger batch, or "
+            "batch_norm='running'"
+        )
+    return jaxprs.prune(replace(program, outputs=[*wanted, *aux])), leaves
+
+
 def _by_loss(value_and_aux: Any, axis_name: Any, params: Any, batch: Any) -> tuple[Any, Any]:
-    size = _batch_size(batch)
+    size = batch_size(batch)
     if size == 1:
         raise ValueError(
             "per_example: batch_norm='loss' needs at least two examples, got one; use batch_norm='running'"
@@ -332,26 +254,24 @@ def _assembled(
 ) -> PerExampleGradients:
     rows = []
     for path, leaf, route, (spec, _) in zip(tree.paths(params), leaves, routes, found, strict=True):
-        kept = jax.tree.leaves(leaf.arrays if isinstance(leaf, Pair | Rows) else leaf)
+        kept = jax.tree.leaves(leaf.arrays if isinstance(leaf, Pair) else leaf)
         whole = size * math.prod(spec.shape) * spec.dtype.itemsize
         rows.append(Route(path, route, sum(a.size * a.dtype.itemsize for a in kept), whole))
     specs = tuple((jax.ShapeDtypeStruct(spec.shape, spec.dtype), k) for spec, k in found)
     return PerExampleGradients(leaves, size, share, jax.tree.structure(params), specs, tuple(rows))
 
 
-def _frozen(value_and_aux: Any, params: Any, example: Any) -> Any:
-    closed, specs = jaxprs.trace(value_and_aux, params, example)
-    program = jaxprs.freeze(jaxprs.read(closed, open_up=True))
+def _frozen(closed: Any, specs: Any) -> Any:
+    program = batch_axis.freeze(jaxprs.read(closed, open_up=True))
 
     def function(params, example):
-        return jax.tree.unflatten(
-            jax.tree.structure(specs), jaxprs.execute(program, jax.tree.leaves((params, example)))
-        )
+        outputs = jaxprs.execute(program, jax.tree.leaves((params, example)))
+        return jax.tree.unflatten(jax.tree.structure(specs), outputs)
 
     return function
 
 
-def _batch_size(batch: Any) -> int:
+def batch_size(batch: Any) -> int:
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
     sizes = {shape[0] if shape else 0 for shape in shapes}
     if len(sizes) != 1 or 0 in sizes:

@@ -9,6 +9,7 @@ factors far from 1, `bounds` on an example's numbers up to a factor, and `gram(s
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import lowering, mapped
-from fnn.gradients.factors import Convolution, Move, Term
+from fnn.gradients.factors import Convolution, Move, Product, Term
 from fnn.gradients.squares import (
     AXIS,
     Examples,
@@ -82,36 +83,6 @@ class Full:
 
 
 @flax.struct.dataclass
-class Zero:
-    """No gradient at all: the loss does not depend on the parameter."""
-
-    shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
-    batch: int = flax.struct.field(pytree_node=False)
-    lead: int = flax.struct.field(pytree_node=False)
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        return self.shape[: self.lead]
-
-    def norms(self) -> jax.Array:
-        return jnp.zeros((*self.levels, self.batch))
-
-    def weighted(self, w: jax.Array | None) -> jax.Array:
-        return jnp.zeros(self.shape)
-
-    balanced = weighted
-
-    def bounds(self) -> jax.Array:
-        return divisor(self.norms())
-
-    def gram(self, scale: jax.Array) -> jax.Array:
-        return jnp.zeros((self.batch, self.batch))
-
-    def materialize(self) -> jax.Array:
-        return jnp.zeros((self.batch, *self.shape))
-
-
-@flax.struct.dataclass
 class Pair:
     """Products: one pair (a, d) for each term, arranged by `arrange` to a float[groups, t, m], d float[groups, t, n]."""
 
@@ -129,11 +100,8 @@ class Pair:
         if self.norm is not None:
             return self.norm
         examples = Examples(self.arrays[0][0].shape[self.lead], loop=self.lead > 0)
-        one = jax.vmap(lambda arrays: norm(self.terms, arrays, examples), axis_name=AXIS)
         # One depth at a time, so that as much is held as for a single layer.
-        for _ in range(self.lead):
-            one = functools.partial(_mapped, one)
-        return one(self.arrays)
+        return self._in_turn(jax.vmap(lambda arrays: norm(self.terms, arrays, examples), axis_name=AXIS))(self.arrays)
 
     def weighted(self, w: jax.Array | None) -> jax.Array:
         if self._stored():
@@ -141,18 +109,17 @@ class Pair:
             parts, peak = jax.vmap(lambda arrays: in_units(self.terms, arrays, batch))(self.arrays)
             g = jnp.concatenate([_combined(peak if w is None else w * peak, part) for part in parts], axis=-1)
             return self._moved(g if g.shape[1] == m else g.swapaxes(1, 2))
-        if isinstance(self.terms[0].kind, Convolution) and len(self.terms) == 1 and not self.terms[0].times:
-            one = self._convolved
-            for _ in range(self.lead):  # a loop: XLA would make one slow grouped convolution of them
-                one = functools.partial(_mapped, one)
-            return one(w, *self.arrays[0])
+        kind = self.terms[0].kind
+        if isinstance(kind, Convolution) and len(self.terms) == 1 and not self.terms[0].times:
+            # A loop over depth: XLA would make one slow grouped convolution of them.
+            return self._in_turn(lambda w, x, d: kind.weighted(*_shared(w, x, d)))(w, *self.arrays[0])
         return self._moved(_depth(self._weighted, self.lead)(w, self.arrays))
 
     def balanced(self, w: jax.Array) -> jax.Array:
         def one(w, arrays):
             a, d, bound = self._normalized(arrays)
             w, common = _relative(w * bound)
-            return common * _contracted(a, d * _spread(w, d))
+            return common * self._contracted(a, d * _spread(w, d))
 
         return self._moved(_depth(one, self.lead)(w, self.arrays))
 
@@ -162,29 +129,15 @@ class Pair:
     def gram(self, scale: jax.Array) -> jax.Array:
         def one(arrays):
             a, d, bound = self._normalized(arrays)
-            d = d * _spread(bound / scale, d)
-            (batch, groups, t, _), n = a.shape, d.shape[-1]
-            if t == 1:
-                a, d = (x.reshape(batch, groups, -1).swapaxes(0, 1) for x in (a, d))
-                products = [dot(x, x, ((2,), (2,)), ((0,), (0,))) for x in (a, d)]
-                return jnp.sum(products[0] * products[1], axis=0)
-
-            total = jnp.zeros((batch, batch))
-            for part in split(a, lowering.CHUNK // (batch * groups * n)):
-                g = dot(part, d, ((2,), (2,)), ((0, 1), (0, 1))).reshape(batch, -1)
-                total += dot(g, g, ((1,), (1,)), ((), ()))
-            return total
+            return self._inner_products(a, d * _spread(bound / scale, d))
 
         for _ in range(self.lead):
             one = _summed(one)
         return one(self.arrays)
 
     def materialize(self) -> jax.Array:
-        def one(arrays):
-            return dot(*arrange(self.terms, arrays), ((1,), (1,)), ((0,), (0,)))
-
-        one = jax.vmap(_depth(one, self.lead), in_axes=self.lead)
-        return jax.vmap(self._moved)(one(self.arrays))
+        g = _depth(lambda arrays: self._each(*self._arranged(arrays)), self.lead)(self.arrays)
+        return jax.vmap(self._moved, in_axes=self.lead)(g)
 
     def _stored(self) -> bool:
         """Whether a sum comes from every example's G: 2mn operations, where the factors would take 2tmn once more.
@@ -198,19 +151,42 @@ class Pair:
         (_, _, t, m), n = a.shape, d.shape[-1]
         return t > 1 and t * (m + n) >= lowering.STORED_SHARE * m * n
 
+    def _in_turn(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Loop over the depths; weights of None are the same for all."""
+        for _ in range(self.lead):
+            function = functools.partial(_mapped, function)
+        return function
+
     def _arranged(self, arrays: Any) -> tuple[jax.Array, jax.Array]:
         return jax.vmap(lambda arrays: arrange(self.terms, arrays))(arrays)
 
     def _normalized(self, arrays: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return jax.vmap(lambda arrays: normalized(False, *arrange(self.terms, arrays)))(arrays)
+        return jax.vmap(functools.partial(normalized, isinstance(self, Rows)))(*self._arranged(arrays))
 
     def _weighted(self, w: jax.Array | None, arrays: Any) -> jax.Array:
-        return _contracted(*_shared(w, *self._arranged(arrays)))
+        return self._contracted(*_shared(w, *self._arranged(arrays)))
 
-    def _convolved(self, w: jax.Array | None, x: jax.Array, d: jax.Array) -> jax.Array:
-        kind = self.terms[0].kind
-        assert isinstance(kind, Convolution)
-        return kind.weighted(*_shared(w, x, d))
+    def _contracted(self, a: jax.Array, d: jax.Array) -> jax.Array:
+        """Take sum_it a_it d_itᵀ: float[batch, groups, t, m] and float[batch, groups, t, n] -> float[groups, m, n]."""
+        if a.shape[1] == 1:  # one group: a plain matrix product
+            a, d = (x.reshape(-1, x.shape[-1]) for x in (a, d))
+            return dot(a, d, ((0,), (0,)), ((), ()))[None]
+        return dot(a, d, ((0, 2), (0, 2)), ((1,), (1,)))
+
+    def _each(self, a: jax.Array, d: jax.Array) -> jax.Array:
+        return dot(a, d, ((2,), (2,)), ((0, 1), (0, 1)))
+
+    def _inner_products(self, a: jax.Array, d: jax.Array) -> jax.Array:
+        (batch, groups, t, _), n = a.shape, d.shape[-1]
+        if t == 1:
+            a, d = (x.reshape(batch, groups, -1).swapaxes(0, 1) for x in (a, d))
+            products = [dot(x, x, ((2,), (2,)), ((0,), (0,))) for x in (a, d)]
+            return jnp.sum(products[0] * products[1], axis=0)
+        total = jnp.zeros((batch, batch))
+        for part in split(a, lowering.CHUNK // (batch * groups * n)):
+            g = self._each(part, d).reshape(batch, -1)
+            total += dot(g, g, ((1,), (1,)), ((), ()))
+        return total
 
     def _moved(self, g: jax.Array) -> jax.Array:
         for move in self.moves:
@@ -219,72 +195,40 @@ class Pair:
 
 
 @flax.struct.dataclass
-class Rows:
+class Rows(Pair):
     """Rows d float[t, n] added into a table at ids int[t]: the gradient of an embedding."""
 
-    arrays: tuple[tuple[Any, Any], ...]
-    norm: Any
-    lead: int = flax.struct.field(pytree_node=False)
-    terms: tuple[Term, ...] = flax.struct.field(pytree_node=False)
-    moves: tuple[Move, ...] = flax.struct.field(pytree_node=False)
+    def _stored(self) -> bool:
+        return False
 
-    def norms(self) -> jax.Array:
-        if self.norm is not None:
-            return self.norm
-        one = jax.vmap(lambda arrays: norm(self.terms, arrays, Examples(1, loop=self.lead > 0)), axis_name=AXIS)
-        for _ in range(self.lead):
-            one = functools.partial(_mapped, one)
-        return one(self.arrays)
+    def _weighted(self, w: jax.Array | None, arrays: Any) -> jax.Array:
+        ids, d = self._arranged(arrays)
+        return self._contracted(ids, widened(d) if w is None else widened(d) * _spread(w, d))
 
-    def weighted(self, w: jax.Array | None) -> jax.Array:
-        def one(w, arrays):
-            ids, d = jax.vmap(lambda arrays: arrange(self.terms, arrays))(arrays)
-            return self._table(ids, widened(d) if w is None else widened(d) * _spread(w, d))
-
-        return self._moved(_depth(one, self.lead)(w, self.arrays))
-
-    def balanced(self, w: jax.Array) -> jax.Array:
-        def one(w, arrays):
-            ids, d, bound = self._normalized(arrays)
-            w, common = _relative(w * bound)
-            return common * self._table(ids, d * _spread(w, d))
-
-        return self._moved(_depth(one, self.lead)(w, self.arrays))
-
-    def gram(self, scale: jax.Array) -> jax.Array:
-        def one(arrays):
-            ids, d, bound = self._normalized(arrays)
-            d = d * _spread(bound / scale, d)
-            batch, t, n = d.shape
-            flat_ids, flat = ids.reshape(-1), d.reshape(-1, n)
-
-            def row(example):  # all pairs of positions of one example with those of all others
-                ids, d = example
-                products = dot(d, flat, ((1,), (1,)), ((), ())) * (ids[:, None] == flat_ids)
-                return jnp.sum(products.reshape(t, batch, t), axis=(0, 2))
-
-            return jax.lax.map(row, (ids, d))
-
-        for _ in range(self.lead):
-            one = _summed(one)
-        return one(self.arrays)
-
-    def materialize(self) -> jax.Array:
-        def one(arrays):
-            ids, d = arrange(self.terms, arrays)
-            return self._table(ids, widened(d))
-
-        return jax.vmap(self._moved)(jax.vmap(_depth(one, self.lead), in_axes=self.lead)(self.arrays))
-
-    def _normalized(self, arrays: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return jax.vmap(lambda arrays: normalized(True, *arrange(self.terms, arrays)))(arrays)
-
-    def _table(self, ids: jax.Array, d: jax.Array) -> jax.Array:
+    def _contracted(self, ids: jax.Array, d: jax.Array) -> jax.Array:
         ids, d = ids.reshape(-1), d.reshape(-1, d.shape[-1])
         return jnp.zeros((self.terms[0].kind.shape[1], d.shape[-1]), d.dtype).at[ids].add(d, mode="drop")[None]
 
-    levels, bounds = Pair.levels, Pair.bounds
-    _moved = Pair._moved
+    def _each(self, ids: jax.Array, d: jax.Array) -> jax.Array:
+        return jax.vmap(self._contracted)(ids, widened(d))
+
+    def _inner_products(self, ids: jax.Array, d: jax.Array) -> jax.Array:
+        batch, t, n = d.shape
+        flat_ids, flat = ids.reshape(-1), d.reshape(-1, n)
+
+        def row(example):  # all pairs of positions of one example with those of all others
+            ids, d = example
+            products = dot(d, flat, ((1,), (1,)), ((), ())) * (ids[:, None] == flat_ids)
+            return jnp.sum(products.reshape(t, batch, t), axis=(0, 2))
+
+        return jax.lax.map(row, (ids, d))
+
+
+def zero(shape: tuple[int, ...], batch: int, lead: int) -> Pair:
+    """Hold no gradient at all, where the loss does not depend on the parameter: a product over no positions."""
+    kind = Product((0, math.prod(shape[lead:])), (0, 1), ((0,), (0,)), ((), ()))
+    a, d = (jnp.zeros((*shape[:lead], batch, *side)) for side in (kind.left, kind.right))
+    return Pair(((a, d),), None, lead, (Term(kind),), (Move("reshape", shape[lead:], lead),))
 
 
 def _combined(w: jax.Array | None, g: jax.Array) -> jax.Array:
@@ -292,14 +236,6 @@ def _combined(w: jax.Array | None, g: jax.Array) -> jax.Array:
     g = widened(g)
     w = jnp.ones(g.shape[0], g.dtype) if w is None else w.astype(g.dtype)
     return jax.lax.dot_general(w, g, (((0,), (0,)), ((), ())), precision="highest")
-
-
-def _contracted(a: jax.Array, d: jax.Array) -> jax.Array:
-    """Take sum_it a_it d_itᵀ: float[batch, groups, t, m] and float[batch, groups, t, n] -> float[groups, m, n]."""
-    if a.shape[1] == 1:  # one group: a plain matrix product
-        a, d = (x.reshape(-1, x.shape[-1]) for x in (a, d))
-        return dot(a, d, ((0,), (0,)), ((), ()))[None]
-    return dot(a, d, ((0, 2), (0, 2)), ((1,), (1,)))
 
 
 def _shared(w: jax.Array | None, a: jax.Array, d: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,13 +1,15 @@
-"""The one file that looks into jaxprs: write a traced function out as a `Program` that can be searched, cut and run.
+"""The one file that reads jaxprs: write a traced function out as a `Program` that can be searched, cut and run.
 
-Calls are inlined; loops are read by the shapes of their arguments, since versions of JAX name them differently, and a
-loop that reads otherwise stays one opaque operation. Only public names of JAX are used.
+Calls are inlined. Loops are read by the shapes of their arguments, since versions of JAX name these differently; a loop
+that reads otherwise stays one operation. A jaxpr that reads otherwise raises `Unreadable`. Only public names of JAX are
+used.
 """
 
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +28,19 @@ CALLS = {
 }
 REMATS = {"checkpoint", "remat", "remat2"}
 _numbers = itertools.count()
+
+
+class Unreadable(Exception):
+    """A jaxpr is written in another way than this file knows."""
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn the error of a part that is missing or has another form into `Unreadable`. For parts of jaxprs alone."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise Unreadable(f"{what}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +64,11 @@ class Op:
     call: Callable[..., Sequence[Any]]
     effects: bool = False
     """It must run even if nobody reads its results."""
+
+    def __getitem__(self, name: str) -> Any:
+        """Look up a parameter. Errors: Unreadable if there is none of this name."""
+        with reading(self.name):
+            return self.params[name]
 
 
 @dataclass(eq=False)
@@ -91,10 +111,9 @@ class Program:
         self.ops.append(op)
         self.makers.update({output: (op, i) for i, output in enumerate(op.outputs)})
 
-    def compute(self, function: Callable[..., Any], *inputs: Atom) -> int:
-        """Append a function of some atoms, with one result."""
-        specs = [self.spec(atom) for atom in inputs]
-        output = self.variable(jax.eval_shape(function, *specs))
+    def compute(self, function: Callable[..., Any], *inputs: Atom, like: Callable[..., Any] | None = None) -> int:
+        """Append a function of some atoms, with one result; its shape is that of `like`, where a mapped axis is needed."""
+        output = self.variable(jax.eval_shape(like or function, *map(self.spec, inputs)))
         self.append(Op("function", {}, list(inputs), [output], lambda *values: [function(*values)]))
         return output
 
@@ -103,9 +122,12 @@ class Program:
         return jax.ShapeDtypeStruct(jnp.shape(aval), aval.dtype)
 
 
-def trace(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
-    """Trace `function(*args)` to a closed jaxpr, to be read by `read` or run by `call`; and the specs of its results."""
-    return jax.make_jaxpr(function, return_shape=True)(*args)
+def trace(function: Callable[..., Any], *args: Any, axes: Sequence[tuple[Any, int]] = ()) -> tuple[Any, Any]:
+    """Trace `function(*args)` to a closed jaxpr, to be read by `read` or run by `call`; and the specs of its results.
+
+    `axes` are the (name, size) of mapped axes over which the function may average.
+    """
+    return jax.make_jaxpr(function, return_shape=True, axis_env=axes)(*args)
 
 
 def call(closed: Any, values: Sequence[Any]) -> list[Any]:
@@ -114,12 +136,13 @@ def call(closed: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def read(closed: Any, open_up: bool = False, keep: frozenset[str] = frozenset()) -> Program:
-    """Write a traced function out; `open_up` also what has a derivative rule and a collective in it, without the rule.
+    """Write a traced function out; with `open_up` also what has a derivative rule and a collective in it, without the rule.
 
-    Jitted functions whose name is in `keep` stay one operation.
+    Jitted functions whose name is in `keep` stay one operation. Errors: Unreadable.
     """
     jaxpr, program, env = _opened(closed), Program(), {}
-    env.update(zip(jaxpr.constvars, map(Const, closed.consts), strict=True))
+    with reading("a traced function"):
+        env.update(zip(jaxpr.constvars, map(Const, closed.consts), strict=True))
     for var in jaxpr.invars:
         env[var] = program.variable(var.aval)
         program.inputs.append(env[var])
@@ -128,9 +151,20 @@ def read(closed: Any, open_up: bool = False, keep: frozenset[str] = frozenset())
     return program
 
 
-def has_custom_vjp(function: Callable[..., Any], *args: Any) -> bool:
-    """Whether a function has a derivative rule of its own in reverse mode, which need not be linear."""
-    return any(name.startswith("custom_vjp") for name in _primitives(_opened(trace(function, *args)[0])))
+def equations(part: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Go through all equations of a program, an operation or a jaxpr, those inside loops, branches and calls too: (name, params)."""
+    if isinstance(part, Program):
+        for op in part.ops:
+            yield from equations(op)
+    elif isinstance(part, Op):
+        yield part.name, part.params
+        for inner in [part.body] if isinstance(part, Loop) else _inner(part.params):
+            yield from equations(inner)
+    else:
+        for eqn in _opened(part).eqns:
+            yield eqn.primitive.name, eqn.params
+            for inner in _inner(eqn.params):
+                yield from equations(inner)
 
 
 def execute(program: Program, values: Sequence[Any]) -> list[Any]:
@@ -163,92 +197,6 @@ def prune(program: Program) -> Program:
     return kept
 
 
-def collectives(program: Program, axis_name: Any) -> bool:
-    """Whether a program averages over a mapped axis and no other besides, in a loop or a branch too."""
-    names = set(axis_name) if isinstance(axis_name, tuple | list) else {axis_name}
-
-    def uses(op):
-        if isinstance(op, Loop):
-            return collectives(op.body, axis_name)
-        if op.name not in COLLECTIVES:
-            return any(uses_inside(inner) for inner in _inner(op.params))
-        return uses_axes(op.params)
-
-    def uses_axes(params):
-        axes = params.get("axes", params.get("axis_name", ()))
-        axes = set(axes if isinstance(axes, tuple | list) else (axes,))
-        return bool(axes) and axes <= names
-
-    def uses_inside(jaxpr):
-        return any(
-            (e.primitive.name in COLLECTIVES and uses_axes(e.params)) or any(map(uses_inside, _inner(e.params)))
-            for e in jaxpr.eqns
-        )
-
-    return any(map(uses, program.ops))
-
-
-SAME = {"convert_element_type", "copy", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "optimization_barrier"}
-
-
-def lone_statistic(program: Program, moving: Sequence[bool]) -> bool:
-    """Whether a program centres a value by its mean over a leading axis of size one, as batch norm does with one example.
-
-    Only values that depend on the inputs that are `moving` count. The mean is over the first axis and perhaps others, but
-    not over all: layer norm averages over the last, softmax takes a maximum, a sum alone is no statistic.
-    """
-    moved = {atom for atom, m in zip(program.inputs, moving, strict=True) if m}
-
-    def source(atom):
-        """Go back through what changes no numbers, and through factors: to the value and the operation that made it."""
-        while not isinstance(atom, Const) and (op := program.makers.get(atom, (None,))[0]) is not None:
-            factor = op.name in ("mul", "div") and isinstance(op.inputs[1], Const)
-            if op.name not in SAME and not factor:
-                return atom, op
-            atom = op.inputs[0]
-        return atom, None
-
-    for op in program.ops:
-        inputs = [atom in moved for atom in op.inputs]
-        if isinstance(op, Loop):
-            carried = inputs[op.consts : op.consts + op.carries]
-            inside = [*inputs[: op.consts], *(any(inputs) for _ in carried), *inputs[op.consts + op.carries :]]
-            if lone_statistic(op.body, inside):
-                return True
-        elif op.name == "sub" and any(inputs):
-            for value, mean in (op.inputs, op.inputs[::-1]):
-                reduced = source(mean)[1]
-                if reduced is None or reduced.name != "reduce_sum":
-                    continue
-                axes, shape = reduced.params["axes"], program.spec(reduced.inputs[0]).shape
-                # Over no axis at all: batch norm on an example without a batch axis.
-                alone = not axes or (0 in axes and shape[0] == 1 and len(axes) < len(shape))
-                if alone and source(reduced.inputs[0])[0] == source(value)[0] and source(value)[0] in moved:
-                    return True
-        if any(inputs):
-            moved.update(op.outputs)
-    return False
-
-
-def freeze(program: Program) -> Program:
-    """Stop gradients at the results of collectives.
-
-    Errors: NotImplementedError for a collective inside a branch, a while loop or a custom derivative.
-    """
-    frozen = replace(program, ops=[], makers={})
-    for op in program.ops:
-        if isinstance(op, Loop):
-            op = _loop(op, freeze(op.body), op.inputs, op.outputs, op.consts, op.carries)
-        elif op.name in COLLECTIVES:
-            op = replace(op, call=lambda *values, call=op.call: [jax.lax.stop_gradient(out) for out in call(*values)])
-        elif any(e in COLLECTIVES for inner in _inner(op.params) for e in _primitives(inner)):
-            raise NotImplementedError(
-                f"per_example: batch_norm='frozen' cannot reach the collective inside a {op.name}; use 'path' or 'loss'"
-            )
-        frozen.append(op)
-    return frozen
-
-
 def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, open_up: bool, keep: frozenset[str]) -> None:
     for eqn in jaxpr.eqns:
         name, inputs = eqn.primitive.name, [_atom(env, var) for var in eqn.invars]
@@ -258,17 +206,22 @@ def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, open_up: bool, k
         elif inner is None and name.startswith("custom_"):
             # What JAX cannot map over, `linear_call`, is opened up too; its rule has been used by then.
             wanted = COLLECTIVES | {"linear_call"} if open_up else {"linear_call"}
-            inner = next((i for i in _inner(eqn.params) if wanted & _primitives(i)), None)
+            inner = next((i for i in _inner(eqn.params) if any(name in wanted for name, _ in equations(i))), None)
         if inner is not None:
-            if name in REMATS and eqn.params.get("differentiated", True) and _any(eqn.params.get("prevent_cse", True)):
+            if (
+                name in REMATS
+                and eqn.params.get("differentiated", True)
+                and np.any(eqn.params.get("prevent_cse", True))
+            ):
                 # What JAX itself does there: without it the forward pass would be kept instead of computed anew.
                 inputs = _barrier(program, inputs)
-            opened = _opened(inner)
-            consts = getattr(inner, "consts", ())
-            local: dict[Any, Atom] = {var: Const(c) for var, c in zip(opened.constvars, consts, strict=True)}
-            local.update(zip(opened.invars, inputs, strict=True))
+            opened, local = _opened(inner), {}
+            with reading(f"the arguments of {name}"):
+                local.update(zip(opened.constvars, map(Const, getattr(inner, "consts", ())), strict=True))
+                local.update(zip(opened.invars, inputs, strict=True))
             _inline(opened, local, program, open_up, keep)
-            env.update({var: _atom(local, out) for var, out in zip(eqn.outvars, opened.outvars, strict=True)})
+            with reading(f"the results of {name}"):
+                env.update({var: _atom(local, out) for var, out in zip(eqn.outvars, opened.outvars, strict=True)})
             continue
         outputs = [program.variable(var.aval) for var in eqn.outvars]
         env.update(zip(eqn.outvars, outputs, strict=True))
@@ -285,11 +238,16 @@ def _op(jaxpr: Any, eqn: Any, inputs: list[Atom], outputs: list[int]) -> Op:
     params = {name: eqn.params[name] for name in eqn.params}
 
     def call(*values):
-        single = jaxpr.replace(constvars=[], invars=list(fresh), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
-        return jaxpr_as_fun(ClosedJaxpr(single, ()))(*(values[i] for i in first))
+        return list(run(*(values[i] for i in first)))
 
-    effects = any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
-    return Op(eqn.primitive.name, params, inputs, outputs, lambda *values: list(call(*values)), effects)
+    with reading(eqn.primitive.name):
+        single = jaxpr.replace(constvars=[], invars=list(fresh), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
+        run = jaxpr_as_fun(ClosedJaxpr(single, ()))
+    return Op(eqn.primitive.name, params, inputs, outputs, call, _effects(eqn))
+
+
+def _effects(eqn: Any) -> bool:
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 
 
 def _read_loop(eqn: Any, inputs: list[Atom], outputs: list[int], open_up: bool) -> Loop | None:
@@ -313,12 +271,12 @@ def _read_loop(eqn: Any, inputs: list[Atom], outputs: list[int], open_up: bool) 
     )
     if wrong:
         return warn("a scan with arguments in another order")
-    effects = any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
-    template = Loop("scan", {**eqn.params}, inputs, outputs, list, effects)
-    return _loop(template, read(closed, open_up), inputs, outputs, consts, carries)
+    template = Loop("scan", {**eqn.params}, inputs, outputs, list, _effects(eqn))
+    return rebuilt(template, read(closed, open_up), inputs, outputs, consts, carries)
 
 
-def _loop(old: Loop, body: Program, inputs: list[Atom], outputs: list[int], consts: int, carries: int) -> Loop:
+def rebuilt(old: Loop, body: Program, inputs: list[Atom], outputs: list[int], consts: int, carries: int) -> Loop:
+    """Make a loop of the same kind with another body."""
     new = Loop(old.name, old.params, inputs, outputs, old.call, old.effects, body, consts, carries)
     new.call = new.run
     return new
@@ -343,7 +301,7 @@ def _pruned_loop(loop: Loop, wanted: list[bool]) -> Loop:
     body.inputs = [var for var, s in zip(loop.body.inputs, stay, strict=True) if s]
     inputs = [atom for atom, s in zip(loop.inputs, stay, strict=True) if s]
     names = [var for var, k in zip(loop.outputs, keep, strict=True) if k]
-    return _loop(loop, body, inputs, names, sum(stay[:first]), sum(carried))
+    return rebuilt(loop, body, inputs, names, sum(stay[:first]), sum(carried))
 
 
 def _opened(jaxpr: Any) -> Any:
@@ -352,17 +310,14 @@ def _opened(jaxpr: Any) -> Any:
 
 def _atom(env: dict[Any, Atom], var: Any) -> Atom:
     if not isinstance(var, Literal):
-        return env[var]
+        with reading("a variable"):
+            return env[var]
     aval: Any = var.aval
     return Const(np.asarray(var.val, aval.dtype))
 
 
 def _rank(var: Any) -> int:
     return len(getattr(var.aval, "shape", ()))
-
-
-def _any(flags: Any) -> bool:
-    return any(flags) if isinstance(flags, tuple | list) else bool(flags)
 
 
 def _barrier(program: Program, inputs: list[Atom]) -> list[Atom]:
@@ -382,26 +337,11 @@ def _inner(params: dict[str, Any]) -> list[Any]:
     return found
 
 
-def _primitives(jaxpr: Any) -> set[str]:
-    names = {eqn.primitive.name for eqn in jaxpr.eqns}
-    return names.union(*(_primitives(inner) for eqn in jaxpr.eqns for inner in _inner(eqn.params)))
-
-
-def warn_of_lone_statistic() -> None:
-    """Say that an example's program takes a batch statistic of its own."""
-    warnings.warn(
-        "per_example: the loss takes a statistic over a batch axis of size one (batch norm in training), so that these are "
-        "gradients of batches of one, whose mean is not the batch's gradient; give the layer and per_example the same "
-        "axis_name, or use batch_norm='running' with a loss in eval mode",
-        stacklevel=2,
-    )
-
-
 @functools.cache
 def warn(reason: str) -> None:
-    """Say, once for each reason, that gradients are stored whole."""
+    """Say, once for each reason, that gradients are stored in full."""
     warnings.warn(
-        f"per_example: a gradient's trace reads otherwise than known ({reason}), so that it is materialised: right, but "
-        "as slow and large as vmap(grad)",
+        f"per_example: JAX writes a gradient's program in a way that fnn does not know ({reason}), so that gradients are "
+        "stored in full: right, but as slow and large as vmap(grad)",
         stacklevel=2,
     )

@@ -85,7 +85,7 @@ def normalized(lookup: bool, a: jax.Array, d: jax.Array) -> tuple[jax.Array, jax
 
 
 def norm_of_whole(a: jax.Array, examples: Examples) -> jax.Array:
-    """Take |a| of one example's gradient that is held as it is."""
+    """Take |a| of one example's gradient that is stored in full."""
 
     def plain(a):
         total = square(a, 0)

@@ -10,7 +10,6 @@ state: whole numbers are exact up to 2^24 in float32, far beyond the length of a
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import arrays, check, mapped
+from fnn import arrays, check, compiled, mapped
 from fnn.core import Layer, as_arrays
 from fnn.layers.inputs import Masked, check_names, parts
 
@@ -168,7 +167,8 @@ def generate(
         tokens = part.values if isinstance(part, Masked) else part
         if not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"generate: the prompt must be int[batch, time] with time > 0, got {check.describe(part)}")
-    answers, last = _generate(net, max_new_tokens, eos, dtype, params, state, as_arrays(prompt))
+    statics = (net, max_new_tokens, eos, jnp.dtype(dtype))
+    answers, last = compiled.call(_decode, statics, params, state, as_arrays(prompt))
     try:
         empty = np.flatnonzero(np.asarray(last) < 0)
     except jax.errors.TracerArrayConversionError:
@@ -178,14 +178,8 @@ def generate(
     return answers
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(net: Layer, length: int, eos: int | None, dtype: Any, *arrays: Any) -> Any:
-    """Return (tokens, index of each prompt's last real token, -1 if it has none)."""
-    return mapped.auto(functools.partial(_decode, net, length, eos, dtype))(*arrays)
-
-
 def _decode(net: Layer, length: int, eos: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> Any:
-    """`_generate` without sharding; its arguments are those of `generate`, hence seven."""
+    """Return (tokens, index of each prompt's last real token, -1 if it has none)."""
     source, target = (prompt["source"], prompt["target"]) if isinstance(prompt, Mapping) else (None, prompt)
     tokens, mask = target if isinstance(target, Masked) else (target, None)
     batch, time = tokens.shape

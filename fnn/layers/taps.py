@@ -2,8 +2,7 @@
 
 State carries news forward: the new state that a tap returns holds statistics of its input. The state's cotangent
 carries news back: the gradient of the loss with respect to the *old* state holds statistics of the error signal dL/dh.
-Parameters, optimiser and the signature of `apply` know nothing of it, and inside `repeat` both come out with a leading
-depth axis by themselves.
+Parameters, optimiser and the signature of `apply` know nothing of it, and inside `repeat` both have a leading depth axis.
 
 With rescaling on (`gradient_flow` does it, a train step never), a tap on the trunk also divides the cotangent that
 passes through it by a power of two, to a norm near one, and reports the exponent. The sum of the exponents of all taps
@@ -24,14 +23,20 @@ from fnn.core import Layer, as_arrays, as_spec
 from fnn.layers.inputs import like, parts
 from fnn.tree import Stacked, statistics_dtype
 
+PREACTIVATION, ACTIVATION, SUM = "preactivation", "activation", "sum"
+"""Roles of taps: after a layer's weights, after an activation, after a residual sum."""
+
 
 class Backward(NamedTuple):
-    """What the cotangent of a tap's state holds; all float[], and additive if a tap is used several times."""
+    """What the cotangent of a tap's state holds; all float[], and added up if a tap is used several times."""
 
-    squared: Any
-    """Mean over examples of |d l_i/dh|², summed over uses. It may underflow; `log` does not."""
+    small: Any
+    """Mean over examples of (2^60 |d l_i/dh|)², summed over uses; for error signals below 1, larger ones count as 8."""
+    large: Any
+    """Mean over examples of (2^-60 |d l_i/dh|)², summed over uses; for error signals from 1 on."""
     log: Any
-    """Natural log of the root mean over examples of |d l_i/dh|, as it arrived: -inf for a zero cotangent."""
+    """Natural log of the root mean over examples of |d l_i/dh|, as it arrived: -inf for a zero cotangent. Not additive:
+    it holds for a tap that is used once."""
     exponent: Any
     """e, where the cotangent left multiplied by 2^-e; 0 unless rescaling is on. What the state holds here is added to e:
     0, or another whole number to see whether the scales really drop out (`gradient_flow` does so)."""
@@ -46,20 +51,24 @@ class TapState:
     forward: dict[str, jax.Array]
     backward: Backward
     rescale: bool = flax.struct.field(pytree_node=False, default=False)
+    role: str = flax.struct.field(pytree_node=False, default="")
 
 
-def tap(*, bounds: tuple[float, float] | None = None) -> Layer:
-    """Return x unchanged (0 at padded positions) and report its statistics; see the module's text for how.
+def tap(*, bounds: tuple[float, float] | None = None, role: str = "") -> Layer:
+    """Return x unchanged (0 at padded positions) and report its statistics; the module's text says how.
 
     Forward, over batch and units, float[]: `mean`; `second_moment` E[x²]; `peak`, the largest |x|, which stays in range
-    where squares do not; `dead`, the fraction of units that are zero for the whole batch; with `bounds` (an activation's asymptotes, both finite) `saturated`, the fraction of numbers
-    within 1 % of their distance to either. With `axis_name` all are those of the whole mapped axis, so that the state is
-    unbatched. Of a `Masked` sequence only real positions count (`dead`: units, each of its own position, of which one
-    example or more is real); without any, all are 0.
+    where squares do not; `dead`, the fraction of units that are zero for the whole batch; with `bounds` (the asymptotes of
+    an activation, both finite) `saturated`, the fraction of numbers within 1 % of their distance to one of them. With
+    `axis_name` all are taken over the whole mapped axis, so that the state is unbatched. Of a `Masked` sequence only real
+    positions count (`dead` counts a unit at each position that is real in at least one example); without any, all are 0.
 
-    Backward: see `Backward`; the loss must be the mean of per-example losses over the batch of `x` (with `axis_name`:
-    over the local batch, gradients averaged over the axis afterwards). Padded positions add nothing: no layer lets them
-    reach the loss, so that their cotangents are zero.
+    Backward: see `Backward`. The loss must be the mean of per-example losses over the batch of `x` (with `axis_name`:
+    over the local batch, and gradients are averaged over the axis afterwards). Padded positions add nothing: no layer
+    lets them reach the loss, so their cotangents are zero.
+
+    `role` says what the tap looks at. Rows and tables carry it; the nets of `models` use `PREACTIVATION`, `ACTIVATION`
+    and `SUM`, and mean-field theory is compared with the error signals at `PREACTIVATION`.
     """
     if bounds is not None and not (np.all(np.isfinite(bounds)) and bounds[0] < bounds[1]):
         raise ValueError(f"tap: bounds must be finite and (low, high), got {bounds}; leave them out for open functions")
@@ -68,7 +77,7 @@ def tap(*, bounds: tuple[float, float] | None = None) -> Layer:
         values, _ = parts("tap", as_spec(spec))
         zero = jnp.zeros((), statistics_dtype(values.dtype))
         names = ["mean", "second_moment", "peak", "dead"] + (["saturated"] if bounds else [])
-        return (), TapState(dict.fromkeys(names, zero), Backward(zero, zero, zero, zero))
+        return (), TapState(dict.fromkeys(names, zero), Backward(*[zero] * len(Backward._fields)), role=role)
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
         x = as_arrays(x)
@@ -131,12 +140,14 @@ def _pass_forward(rescale, axis_name, x, backward):
 def _pass_backward(rescale, axis_name, backward, cotangent):
     # The loss is a mean over the batch, so that d l_i/dh is the batch size times example i's share of the cotangent.
     batch = cotangent.shape[0]
-    peak, total = tree.relative_square(cotangent)
-    log = jnp.log(peak) + 0.5 * jnp.log(batch * total)
-    squared = peak * (batch * total) * peak
+    log = tree.log_norm(cotangent) + 0.5 * jnp.log(batch)
+    size = tree.length(cotangent) * batch**0.5
+    # With a barrier, or XLA would make size² times a constant of them.
+    scaled = jax.lax.optimization_barrier((2.0**60 * jnp.minimum(size, 8), 2.0**-60 * size))
+    small, large = map(jnp.square, scaled)
     if axis_name is not None:
         try:
-            squared = mapped.mean(squared, axis_name)
+            small, large = mapped.mean((small, large), axis_name)
         except NameError:  # JAX runs this rule outside of the map
             raise ValueError(
                 f"tap: the gradient must be taken inside the function that is mapped over {axis_name!r} (vmap(grad(f)), "
@@ -151,7 +162,7 @@ def _pass_backward(rescale, axis_name, backward, cotangent):
         # One scale for all lanes of a mapped axis: their cotangents meet again in the collectives of batch norm.
         exponent = jnp.where(jnp.isfinite(log), jnp.round(log / np.log(2)) + backward.exponent, 0)
         cotangent = ldexp(cotangent, -exponent.astype(jnp.int32))
-    news = Backward(squared, log, exponent, jnp.ones_like(log))
+    news = Backward(small, large, log, exponent, jnp.ones_like(log))
     if own := mapped.over(news) - mapped.over(backward):
         raise ValueError(
             f"tap: on a sharded batch its state's gradient is a mean over devices, got axis_name={axis_name!r} and an "
@@ -213,20 +224,23 @@ class Row(NamedTuple):
     path: str
     quantity: str
     value: float
+    role: str = ""
+    """Of the tap: see `tap`."""
 
 
 def read(state: Any, state_gradients: Any) -> list[Row]:
     """Turn a new state, and the gradient of the loss with respect to the old one, into labelled rows.
 
-    Rows come in forward order: the forward statistics of every tap (`mean`, `second_moment`, `peak`, ...), then `log_error`, the natural log of the root mean
-    over examples of |d l_i/dh|, as it arrived at the tap (true for every state that does not rescale). `layer` counts
-    taps here. A tap used k times reports the root of the summed squares, one that the loss does not reach -inf.
+    Rows come in forward order: the forward statistics of every tap (`mean`, `second_moment`, `peak`, ...), then
+    `log_error`, the natural log of the root mean over examples of |d l_i/dh|, as it arrived at the tap (that is the true
+    one for every state that does not rescale). `layer` counts taps here. A tap used k times reports the root of the
+    summed squares; one that the loss does not reach reports -inf.
     """
     rows = []
     news = zip(find(jax.device_get(state)), find(jax.device_get(state_gradients)), strict=True)
     for number, ((path, new), (_, old)) in enumerate(news, 1):
-        rows += [Row(number, path, name, float(value)) for name, value in new.forward.items()]
-        rows.append(Row(number, path, "log_error", float(log_error(old.backward))))
+        values = new.forward | {"log_error": log_error(old.backward)}
+        rows += [Row(number, path, name, float(value), new.role) for name, value in values.items()]
     return rows
 
 
@@ -237,7 +251,8 @@ def find(state: Any) -> list[tuple[str, TapState]]:
 
 
 def log_error(backward: Backward) -> np.ndarray:
-    """Read the log norm that arrived at a tap, or at many, in float64: float64[...]."""
+    """Read the log norm that arrived at a tap, or at many, in float64: float64[...]. Of several uses, the root of the sum."""
+    small, large, log = (np.asarray(a, np.float64) for a in (backward.small, backward.large, backward.log))
     with np.errstate(divide="ignore"):  # log 0 = -inf is the right answer
-        summed = 0.5 * np.log(np.asarray(backward.squared, np.float64))
-    return np.where(np.asarray(backward.uses) == 1, np.asarray(backward.log, np.float64), summed)
+        logs = [0.5 * np.log(small) - 60 * np.log(2), 0.5 * np.log(large) + 60 * np.log(2)]
+    return np.where(np.asarray(backward.uses) == 1, log, np.where(small < 2.0**120, *logs))

@@ -30,7 +30,7 @@ class Measured(NamedTuple):
     losses: dict[str, np.ndarray]
     """loss and accuracy on held-out examples."""
     extra: dict[str, Any]
-    """The user's own measurements."""
+    """`update_ratio`, `cosine`, and the user's own measurements."""
     traces: dict[str, np.ndarray]
     """By step of training: float32[runs, steps]."""
     probe: np.ndarray
@@ -118,11 +118,11 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
     numbers, heldout, extra, traces = whole
     params = specs(setup, cell)[0]
     resolved, verdict = flow.settle(numbers["flow"], params, **_range(setup, cell.static))
-    resolved.params.update({name: numbers[name] for name in ("update_ratio", "cosine") if name in numbers})
-    if "cosine" in numbers:  # of two directions
+    more = {name: numbers[name] for name in ("update_ratio", "cosine") if name in numbers}
+    if "cosine" in more:  # of two directions
         lost = verdict.lost | np.roll(verdict.lost, 1, axis=1)
-        resolved.params["cosine"] = jax.tree.map(lambda a: np.where(aligned(lost, a), np.nan, a), numbers["cosine"])
-    return Measured(resolved, heldout, extra, traces, numbers["flow"]["loss"], seconds)
+        more["cosine"] = jax.tree.map(lambda a: np.where(aligned(lost, a), np.nan, a), more["cosine"])
+    return Measured(resolved, heldout, more | extra, traces, numbers["flow"]["loss"], seconds)
 
 
 def _check_scales(setup: Setup, cell: Cell, drawn: Any) -> None:

@@ -59,9 +59,9 @@ def compare(
 
     joined = bands(left, "a").join(bands(right, "b"), on=keys, how="inner", maintain_order="left", nulls_equal=True)
     if joined.is_empty():
+        axes = ", ".join(keys[: keys.index("step")]) or "axes"
         raise ValueError(
-            f"compare: the studies must share a row, got none with the same {', '.join(keys[:-4]) or 'axes'}; compare "
-            "studies whose grids overlap"
+            f"compare: the studies must share a row, got none with the same {axes}; compare studies whose grids overlap"
         )
     # Where both are -inf (a gradient that is zero) the difference is NaN, and nothing differs.
     difference = (pl.col("b") - pl.col("a")).fill_nan(0.0)

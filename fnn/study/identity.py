@@ -8,7 +8,6 @@ a program looks up while it runs.
 """
 
 import copyreg
-import dis
 import functools
 import hashlib
 import importlib
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import losses
+from fnn import compiled, losses
 
 MOST = 200_000
 """Values that are looked at; a function that reaches more is in doubt."""
@@ -181,7 +180,7 @@ class _Walk:
         if _package(code.co_filename) is not None:  # a library's: by name, and by what was given to it
             return _hash("function", label, _version(_package(code.co_filename)), *parts)
         attributes = {name: v for name, v in vars(value).items() if name != "__wrapped__"}
-        reads, attrs, modules = _reads(code)
+        reads, attrs, modules = compiled.reads(code)
         for name in sorted(reads & value.__globals__.keys()):
             parts += [name.encode(), self._global(value.__globals__[name], attrs, name)]
         for name in sorted(modules):
@@ -195,7 +194,7 @@ class _Walk:
             return _hash("cell", name)
         return _hash("cell", name, self.digest(content, name))
 
-    def _global(self, value: Any, attrs: set[str], name: str) -> bytes:
+    def _global(self, value: Any, attrs: frozenset[str], name: str) -> bytes:
         """A module of the user's counts as far as its names are used."""
         if (
             not isinstance(value, types.ModuleType)
@@ -211,7 +210,7 @@ class _Walk:
         finally:
             del self._open[id(value)]
 
-    def _imported(self, name: str, attrs: set[str]) -> bytes:
+    def _imported(self, name: str, attrs: frozenset[str]) -> bytes:
         """A module that a function imports when it is called."""
         try:
             spec = importlib.util.find_spec(name.partition(".")[0])
@@ -282,20 +281,6 @@ def _is_ours(value: Any) -> bool:
         return False
     module = sys.modules.get(value.__module__)
     return getattr(module, value.__name__, None) is value and _package(value.__code__.co_filename) == "fnn"
-
-
-def _reads(code: types.CodeType) -> tuple[set[str], set[str], set[str]]:
-    """List the global names, the attributes and the modules that a function and those inside it ask for."""
-    names, attrs, modules = set(), set(), set()
-    kinds = {"LOAD_GLOBAL": names, "LOAD_NAME": names, "LOAD_ATTR": attrs, "LOAD_METHOD": attrs, "IMPORT_FROM": attrs}
-    kinds["IMPORT_NAME"] = modules
-    codes = [code]
-    for part in codes:
-        codes += [inner for inner in part.co_consts if isinstance(inner, types.CodeType)]
-        for instruction in dis.get_instructions(part):
-            if instruction.opname in kinds and instruction.argval:
-                kinds[instruction.opname].add(instruction.argval)
-    return names, attrs, modules
 
 
 @functools.cache

@@ -28,13 +28,14 @@ The table is long: one row for each (cell, run, step, layer, path, quantity); no
 | step | Int32 | updates done before the measurement; 0 is initialisation |
 | layer | Int32 | layers with weights (arrays of two axes or more), counted from 1 next to the input; 0 for quantities of the whole run |
 | path | String | of the parameter or tap; "" for quantities of the whole run |
+| role | String | of the tap: "preactivation", "activation" or "sum" in the nets of fnn; "" for everything else |
 | quantity | String | see below |
 | value | Float64 | the measured number; logs are natural; -inf is the log of zero; NaN where the signal left the range of the float type |
 | predicted low high | Float64 | theory for that layer, and the band that holds 19 of 20 seeds; null where there is no theory |
 | outside | Boolean | whether value lies outside low..high; null where there is no band |
 
 Quantities of a layer: `log_error`, the log of the root mean square over examples of |d l_i/dh|, at every tap (theory
-predicts those whose path ends in "preactivation", up to the last hidden layer, at step 0); `log_kernel`, `log_bias` (and
+predicts those with the role "preactivation", up to the last hidden layer, at step 0); `log_kernel`, `log_bias` (and
 so on for other parameters), the log Frobenius norm of the mean loss's gradient, and `log_kernel_rms`, its root mean square
 per entry; `mean`, `second_moment`, `dead`, `saturated` (and `peak`, if asked for) at every tap; `update_ratio`,
 |update|/|weights| of the optimiser's next update, and `cosine`, between the gradient and the one at the recorded step
@@ -67,7 +68,7 @@ from fnn.study.checksum import pack as pack
 from fnn.study.identity import canonical
 
 FORMAT = 4
-"""Formats up to 3 counted depth without the first hidden layer."""
+"""Formats up to 3 counted depth without the first hidden layer, and had no column `role`."""
 _VALUE = (int, float, bool, str, type(None))
 _SHAPE = {
     "axes": {"static": [str], "traced": [str]},

@@ -7,9 +7,10 @@ the tap or parameter that it belongs to where a layer has several.
 import math
 from typing import Any, NamedTuple
 
+from fnn.layers.taps import PREACTIVATION
 from fnn.study.axes import apart
 
-ERROR = "log_error at preactivation"
+ERROR = f"log_error at {PREACTIVATION}"
 OWN = (
     *("network", "series", "low", "middle", "high", "predicted", "seeds", "outside", "diverged", "accuracy"),
     *("first", "last", "rate", "rate_low", "rate_high", "rate_predicted"),
@@ -56,7 +57,7 @@ def summarize(table: Any) -> Summary:
     keys = many or others[:1]
     networks = table.select(keys).unique(maintain_order=True).with_row_index("network")
     table = table.join(networks, on=keys, how="left", maintain_order="left", nulls_equal=True)
-    tail = pl.col("path").str.split("/").list.last()
+    tail = pl.when(pl.col("role") != "").then("role").otherwise(pl.col("path").str.split("/").list.last())
     plain = pl.col("quantity").str.replace("_rms$", "").str.replace("^log_", "") == tail
     table = table.with_columns(
         series=pl.when((pl.col("layer") == 0) | plain).then("quantity").otherwise(pl.col("quantity") + " at " + tail)
@@ -89,7 +90,7 @@ def summarize(table: Any) -> Summary:
 
 
 def _rates(inner: Any, run: list[str]) -> Any:
-    """Rates of the squared error signal over the hidden layers: all that have a preactivation, except the output's."""
+    """Rates of the squared error signal over the hidden layers: all with a tap before their activation, except the output's."""
     import polars as pl
 
     errors = inner.filter((pl.col("series") == ERROR) & (pl.col("step") == 0)).sort("layer")

@@ -9,6 +9,7 @@ import numpy as np
 from fnn import tree
 from fnn.gradients import flow
 from fnn.layers.activations import TABLE
+from fnn.layers.taps import PREACTIVATION
 from fnn.study import cell
 from fnn.study.axes import FLOATS
 from fnn.theory import meanfield
@@ -18,6 +19,7 @@ TRACED = ("seed", *FLOATS)
 _TRACES = {"loss": "train_loss", "accuracy": "train_accuracy"}
 MOST_TRACED = 256
 FORWARD = ("mean", "second_moment", "peak", "dead", "saturated")
+PLACE = ("layer", "path", "role", "quantity")
 NUMBERS = ("value", "predicted", "low", "high")
 QUANTITIES = (
     *("log_error", "log_kernel", "log_kernel_rms", "log_bias", "log_bias_rms", "log_scale", "log_scale_rms"),
@@ -31,7 +33,7 @@ def schema(axes: Mapping[str, str]) -> dict[str, Any]:
     import polars as pl
 
     types = {"int": pl.Int32, "float": pl.Float64, "bool": pl.Boolean, "str": pl.String}
-    place = {"step": pl.Int32, "layer": pl.Int32, "path": pl.String, "quantity": pl.String}
+    place = {"step": pl.Int32, "layer": pl.Int32, "path": pl.String, "role": pl.String, "quantity": pl.String}
     numbers = dict.fromkeys(NUMBERS, pl.Float64)
     columns = {name: types[kind] for name, kind in axes.items()}
     return {"cell": pl.Int32, **columns, **place, **numbers, "outside": pl.Boolean}
@@ -53,20 +55,18 @@ def build(
     import polars as pl
 
     steps = task.steps
-    labels = flow.label(measured.numbers, lead=2)
-    values = flow.flat(measured.numbers, lead=2)[..., [place for *_, place in labels]]
-    extra = _extra_labels(measured.extra, {path: layer for layer, path, *_ in labels})
-    labels = [(layer, path, quantity) for layer, path, quantity, _ in labels] + [label for label, _ in extra]
-    labels += [(0, "", name) for name in sorted(measured.losses)]
+    labels = measured.numbers.labels
+    extra = _extra_labels(measured.extra, {label.path: label.layer for label in labels})
+    labels = labels + [label for label, _ in extra] + [_label(0, "", name) for name in sorted(measured.losses)]
     columns = [
-        values,
+        measured.numbers.values,
         *(v[..., None] for _, v in extra),
         *(measured.losses[n][..., None] for n in sorted(measured.losses)),
     ]
     values = np.concatenate([np.asarray(column, np.float64) for column in columns], axis=-1)
-    keep = [i for i, (*_, name) in enumerate(labels) if (name != "peak" if quantities is None else name in quantities)]
-    labels, values = [labels[i] for i in keep], values[..., keep]
-    names = [name for *_, name in labels]
+    names = [label.quantity for label in labels]
+    keep = [i for i, name in enumerate(names) if (name != "peak" if quantities is None else name in quantities)]
+    labels, names, values = [labels[i] for i in keep], [names[i] for i in keep], values[..., keep]
     predicted = (
         _predictions(task, labels, values, inputs, np.isfinite(measured.probe[:, 0]))
         if inputs is not None
@@ -79,7 +79,10 @@ def build(
     # The first record has no gradient before it, and a zero weight no ratio: no row, rather than a NaN.
     cosine, ratio = np.isin(names, ["cosine"]), np.isin(names, ["update_ratio"])
     missing = (ratio | cosine) & np.isnan(values) | (cosine & (np.arange(len(steps)) == 0)[:, None])
-    places = pl.DataFrame(labels, schema={name: columns[name] for name in ("layer", "path", "quantity")}, orient="row")
+    places = pl.DataFrame(
+        {name: [getattr(label, name) for label in labels] for name in PLACE},
+        schema={name: columns[name] for name in PLACE},
+    )
     r, k, i = np.nonzero(shown[..., None] & ~missing)
     numbers = zip(NUMBERS, (values, *predicted), strict=True)
     inner = places[i].with_columns(
@@ -89,7 +92,7 @@ def build(
     )
     runs = pl.DataFrame(task.runs, schema={name: columns[name] for name in task.runs[0]}).with_row_index("run")
     traces = [(r, *row) for r, end in enumerate(ends) for row in _traces(measured, r, end, diverged[r], quantities)]
-    kept = {"run": pl.Int32, **{n: columns[n] for n in ("step", "layer", "path", "quantity", *NUMBERS)}}
+    kept = {"run": pl.Int32, **{n: columns[n] for n in ("step", *PLACE, *NUMBERS)}}
     whole = pl.DataFrame(traces, schema=kept, orient="row")
     table = pl.concat([inner.select(list(kept)), whole]).sort("run", maintain_order=True)
     table = table.join(runs.cast({"run": pl.Int32}), on="run", maintain_order="left").with_columns(
@@ -139,21 +142,25 @@ def _ends(measured: cell.Measured, steps: Sequence[int]) -> tuple[list[int], lis
 def _traces(
     measured: cell.Measured, r: int, end: int, diverged: bool, quantities: Sequence[str] | None
 ) -> list[tuple[Any, ...]]:
-    """List the rows of a whole run: step, layer, path, quantity, value, and no prediction."""
+    """List the rows of a whole run: step, layer, path, role, quantity, value, and no prediction."""
     rows: list[tuple[Any, ...]] = []
     for name, trace in measured.traces.items():
         quantity = _TRACES.get(name, name)
         if quantities is None or quantity in quantities:
             shown = np.unique(np.linspace(0, len(trace[r]) - 1, min(MOST_TRACED, len(trace[r]))).round().astype(int))
             times = (int(t) for t in shown if t < end or (t == end and not diverged))
-            rows += [(t, 0, "", quantity, float(trace[r][t]), None, None, None) for t in times]
+            rows += [(t, 0, "", "", quantity, float(trace[r][t]), None, None, None) for t in times]
     if quantities is None or "diverged" in quantities:
-        rows.append((end, 0, "", "diverged", float(diverged), None, None, None))
+        rows.append((end, 0, "", "", "diverged", float(diverged), None, None, None))
     return rows
 
 
-def _extra_labels(extra: dict[str, Any], layers: dict[str, int]) -> list[tuple[tuple[int, str, str], np.ndarray]]:
-    """Label the user's measurements: the layer is that of the parameter or tap of the same path, else 0."""
+def _label(layer: int, path: str, quantity: str) -> flow.Label:
+    return flow.Label(layer, path, quantity, "", ())
+
+
+def _extra_labels(extra: dict[str, Any], layers: dict[str, int]) -> list[tuple[flow.Label, np.ndarray]]:
+    """Label measurements beside those of `flow`: the layer is that of the parameter or tap of the same path, else 0."""
     parents = {path.rpartition("/")[0]: layer for path, layer in layers.items()}
     found = []
     for name, measurement in extra.items():
@@ -167,12 +174,12 @@ def _extra_labels(extra: dict[str, Any], layers: dict[str, int]) -> list[tuple[t
             layer = layers.get(path, parents.get(path, 0))
             for index in np.ndindex(np.shape(place)):
                 full = f"{path}[{','.join(map(str, index))}]" if index else path
-                found.append(((layer, full, name), values[..., place[index]]))
+                found.append((_label(layer, full, name), values[..., place[index]]))
     return found
 
 
 def _predictions(
-    task: cell.Cell, labels: Sequence[tuple[int, str, str]], values: np.ndarray, inputs: np.ndarray, good: Any
+    task: cell.Cell, labels: Sequence[flow.Label], values: np.ndarray, inputs: np.ndarray, good: Any
 ) -> np.ndarray:
     """Predict log_error of the hidden layers of every run: float64[3, runs, records, labels], nan where not known.
 
@@ -181,9 +188,9 @@ def _predictions(
     """
     hidden = int(task.static["depth"])
     found = {
-        (quantity, layer): i
-        for i, (layer, path, quantity) in enumerate(labels)
-        if path.endswith("preactivation") and 1 <= layer <= hidden
+        (label.quantity, label.layer): i
+        for i, label in enumerate(labels)
+        if label.role == PREACTIVATION and 1 <= label.layer <= hidden
     }
     result = np.full((3, *values.shape), np.nan)
     if any(("log_error", layer) not in found for layer in range(1, hidden + 1)):

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import admission, arrays, check, losses, mapped, tree
+from fnn import admission, arrays, check, compiled, losses, mapped, tree
 from fnn.core import Layer, as_arrays, check_values, output_shape
 from fnn.datasets.dataset import Dataset, check_dataset, in_memory, shuffled
-from fnn.gradients.per_example import check_step, step_gradients
 from fnn.layers.precision import compute_in
 from fnn.layers.taps import TapState
 from fnn.training import clip
+from fnn.training.examples import check_step, step_gradients
 from fnn.training.optimizers import per_depth
 
 
@@ -264,7 +264,7 @@ def evaluate(
 
     `state` is a `TrainState` or a pair (params, state). `data` is a pair (x, y), or an iterable of such batches (a
     DataLoader), which are joined in memory. Every example counts once, whatever the batch size. `compute_dtype` is that
-    of `train_step`: pass the same for the same computation.
+    of `train_step`: pass the same for the same computation. Equal nets share one compiled program (`fnn/compiled.py`).
     """
     check.positive("evaluate", batch_size=batch_size)
     admission.net("evaluate", net)
@@ -283,7 +283,7 @@ def evaluate(
 def averages(net: Layer, params: Any, state: Any, data: Any, loss: Any, batch_size: int = 1024) -> dict[str, float]:
     """Do `evaluate` for data that were checked before."""
     x, y = data
-    totals = _means(net, loss, min(int(batch_size), y.shape[0]), params, state, x, y)
+    totals = compiled.call(means, (net, loss, min(int(batch_size), y.shape[0])), params, state, x, y)
     return {name: float(value) for name, value in totals.items()}
 
 
@@ -317,11 +317,6 @@ def check_state(who: str, state: Any) -> None:
         raise TypeError(f"{who}: state must be a TrainState, got {got}; make one with TrainState.create")
     if isinstance(state.step, jax.Array) and state.step.is_deleted():
         check.alive(who, state.step)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _means(net: Layer, loss: Any, size: int, *arrays: Any) -> dict[str, jax.Array]:
-    return mapped.auto(functools.partial(means, net, loss, size))(*arrays)
 
 
 def _check_sharding(axis_name: Any, params: Any, batch: Any) -> None:
