@@ -9,7 +9,7 @@ import pytest
 from conftest import by_layer, randomized
 
 import fnn
-from fnn.study import digest, study
+from fnn.study import study, summary
 
 KEY = jax.random.key(0)
 
@@ -192,5 +192,5 @@ def test_depth_is_the_number_of_hidden_layers_where_theory_stands_beside_measure
     # One hidden layer has no slope: neither a number nor a prediction.
     row = study.summarize(table).row(0, named=True)
     assert row["depth"] == 1 and np.isnan(row["slope"]) and row["predicted_slope"] is None
-    network = digest.digest(table, ["depth", "seed"]).networks.row(0, named=True)
+    network = summary.digest(table, ["depth", "seed"]).networks.row(0, named=True)
     assert network["depth"] == 1 and network["rate"] is None and network["rate_predicted"] is None
