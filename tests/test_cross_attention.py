@@ -241,7 +241,8 @@ def test_decoder_block_equals_pytorch(norm_position):
 )
 def test_decoding_equals_the_forward_pass_token_by_token(options):
     net, params, state, x = translation(**options)
-    params["embedding"] = jnp.asarray(np.asarray(params["embedding"]) * (np.arange(VOCABULARY) > 0)[:, None])  # so that padding is never the likeliest token
+    # So that padding is never the likeliest token.
+    params["embedding"] = params["embedding"] * (np.arange(VOCABULARY) > 0)[:, None]
     apply = jax.jit(net.apply)
     whole, _ = apply(params, state, x)
     memory, parts = fnn.memory.init_cache(state, BATCH, TIME, source=SPAN), []

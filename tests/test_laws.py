@@ -12,17 +12,19 @@ from zoo import CASES, PADDED, floating, sample
 import fnn
 
 
-def table(cases):
-    return pytest.mark.parametrize(
-        "case", [pytest.param(c, id=c.name, marks=pytest.mark.xdist_group(c.name)) for c in cases]
-    )
+def table(cases, slow=lambda case: False):
+    def marks(case):
+        return [pytest.mark.xdist_group(case.name), *[pytest.mark.slow] * slow(case)]
+
+    return pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=marks(c)) for c in cases])
 
 
 every = table(CASES)
+unless_models = table(CASES, slow=lambda case: case.model)
 # A repeat of `repeat` says all that a repeat of its variants would, and those compile for long.
 repeatable = table([case for case in CASES if case.keeps_shape and not case.name.startswith("repeat_")])
 bare = ("activation", "flatten", "dropout", "tap", "serial_empty")
-parametric = table([case for case in CASES if not case.name.startswith(bare)])
+parametric = table([case for case in CASES if not case.name.startswith(bare)], slow=lambda case: case.model)
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -73,12 +75,18 @@ def close(a, b, rtol=2e-5):
         np.testing.assert_allclose(np.asarray(u, np.float64), np.asarray(v, np.float64), rtol=0, atol=rtol * scale)
 
 
-@every
-def test_jit_equals_eager_and_eval_needs_no_key_and_state_keeps_its_form(case):
+@unless_models
+def test_jit_equals_eager(case):
     x, params, state, compiled = prepared(case.name)
-    without_key, with_key, same, trained, new = compiled(params, state, x)
+    without_key, _, same, trained, new = compiled(params, state, x)
     eager = case.layer.apply(params, state, x), case.layer.apply(params, state, x, key=keys()[1], train=True)
     close(((without_key, same), (trained, new)), eager)
+
+
+@every
+def test_eval_needs_no_key_and_state_keeps_its_form(case):
+    x, params, state, compiled = prepared(case.name)
+    without_key, with_key, same, trained, new = compiled(params, state, x)
     for a, b in zip(jax.tree.leaves(without_key), jax.tree.leaves(with_key), strict=True):
         np.testing.assert_array_equal(a, b)
     for other in (same, new):
@@ -110,7 +118,7 @@ def test_vmap_over_examples_equals_the_batch(case):
 @repeatable
 def test_repeat_equals_serial(case):
     x = sample(case)
-    nets = fnn.repeat(case.layer, 3), fnn.serial(*[case.layer] * 3)
+    nets = fnn.repeat(case.layer, 2), fnn.serial(*[case.layer] * 2)
 
     @jax.jit
     def both(init_key, x):
@@ -134,7 +142,7 @@ def test_repeat_equals_serial(case):
     close(tuple(a), ((value, (y, stack(new))), (stack(gp), stack(gs), gx)), rtol=1e-4)
 
 
-@every
+@unless_models
 def test_gradients_agree_with_finite_differences_in_float64(case):
     x, params, state, *_ = prepared(case.name)
     with jax.enable_x64(True):

@@ -214,7 +214,11 @@ def test_compile_time_does_not_depend_on_the_length():
 def test_bfloat16_keeps_the_cell_in_float32():
     # Each step adds 2^-9 to the content, which bfloat16 would round away beside 1.
     steps = 256
-    params = {"kernel": jnp.zeros((1, 4)), "recurrent_kernel": jnp.zeros((1, 4)), "bias": jnp.array([20, 20, np.arctanh(2**-9), 20])}
+    params = {
+        "kernel": jnp.zeros((1, 4)),
+        "recurrent_kernel": jnp.zeros((1, 4)),
+        "bias": jnp.array([20, 20, np.arctanh(2**-9), 20]),
+    }
     params["initial"] = {"hidden": jnp.zeros(1), "cell": jnp.ones(1)}
     layer = fnn.lstm(1, initial="learned")
     x = jnp.zeros((1, steps, 1), jnp.bfloat16)
