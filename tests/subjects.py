@@ -156,7 +156,7 @@ def linen():
         def __call__(self, ids):
             x = nn.Embed(11, 8)(ids)
             x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
-            x = nn.RNN(nn.OptimizedLSTMCell(4))(x[None])[0]
+            x = nn.RNN(nn.SimpleCell(4))(x[None])[0]
             return nn.Dense(3)(x[-1])
 
     ids = whole(11, B, 5)

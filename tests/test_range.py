@@ -15,7 +15,8 @@ POWERS = (-96, -64, 0, 63, 110)
 """Down to -96 only: error signals lie 2^-30 below the loss, and XLA flushes what is below 2^-126 to zero."""
 KINDS = (
     *("depth", "nested", "sequences", "recurrent", "layers_inside_time", "tied", "embedding"),
-    *("conv", "conv_groups", "parts", "unknown", "linen"),
+    *("conv_groups", "parts", "unknown"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("conv", "linen")),  # of parts that are all above
 )
 THOROUGH = {"nested", "recurrent", "embedding"}
 

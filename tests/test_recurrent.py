@@ -43,12 +43,11 @@ def flax_cell(kind, params, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance", "reverse"),
-    [(jnp.float32, 1e-5, False), (jnp.float64, 1e-10, True)],
-    ids=["forward_f32", "reverse_f64"],
+    ("kind", "dtype", "tolerance", "reverse"),
+    [*((kind, jnp.float64, 1e-10, True) for kind in LAYERS), ("lstm", jnp.float32, 1e-5, False)],
+    ids=[*(f"{kind}-reverse_f64" for kind in LAYERS), "lstm-forward_f32"],
 )
-@pytest.mark.parametrize("kind", LAYERS)
-def test_values_and_gradients_equal_flax_with_lengths(kind, reverse, dtype, tolerance):
+def test_values_and_gradients_equal_flax_with_lengths(kind, dtype, tolerance, reverse):
     with jax.enable_x64(dtype == jnp.float64):
         layer, params, state, x = prepared(kind, dtype, reverse=reverse)
         cell, _ = flax_cell(kind, params, dtype)
