@@ -79,8 +79,9 @@ def close(a, b, rtol=2e-5):
 def test_jit_equals_eager(case):
     x, params, state, compiled = prepared(case.name)
     without_key, _, same, trained, new = compiled(params, state, x)
-    eager = case.layer.apply(params, state, x), case.layer.apply(params, state, x, key=keys()[1], train=True)
-    close(((without_key, same), (trained, new)), eager)
+    close((trained, new), case.layer.apply(params, state, x, key=keys()[1], train=True))
+    if case.noisy or case.mixes:  # all others do in eval mode what they do in training
+        close((without_key, same), case.layer.apply(params, state, x))
 
 
 @every
