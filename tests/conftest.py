@@ -2,6 +2,7 @@
 
 Most of the tests' time is compiling. So XLA optimises little, unless a test asks for `optimised`, and what one process has
 compiled is kept for the others until the run ends; in a folder that JAX_COMPILATION_CACHE_DIR names, for the next run too.
+Before JAX 0.11 XLA can also make its kernels without "fusion emitters", which take most of the time of a compile.
 """
 
 import atexit
@@ -27,6 +28,27 @@ for name, value in SETTINGS.items():
     if name.upper() not in os.environ:
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)  # child processes compile as this one, or would differ in the last bits
+
+FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+if jax.__version_info__ < (0, 11):  # newer ones do not know this flag, and would stop here
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([given, *(flag for flag in FLAGS if flag.split("=")[0] not in given)])
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: only with --slow; a faster test covers the same law")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: needs --slow"))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -63,7 +85,7 @@ def key():
 def randomized(tree, seed=0):
     """Move every floating leaf off its initial value, so that zeros and ones hide nothing."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: jnp.asarray(a + 0.1 * rng.normal(size=a.shape), a.dtype), tree)
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a) + 0.1 * rng.normal(size=a.shape), a.dtype), tree)
 
 
 def by_layer(rows):

@@ -25,19 +25,25 @@ class Subject(NamedTuple):
 
 
 def draw(*shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
+    """Draw in NumPy, which compiles nothing."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def whole(n, *shape):
+    return jnp.asarray(np.random.default_rng(5).integers(0, n, shape))
 
 
 def labels(n=3):
-    return jax.random.randint(jax.random.key(5), (B,), 0, n)
+    return whole(n, B)
 
 
 def net(layer, *routes, shape=(5,), norm=False):
     """Make a subject of an fnn net on vectors."""
-    params, state = layer.init(jax.random.key(1), jax.ShapeDtypeStruct((B, *shape), jnp.float32))
+    x = draw(B, *shape)
+    params, state = jax.jit(layer.init)(jax.random.key(1), x)
     axis_name = "batch" if norm else None
     loss = fnn.example_loss(layer, (params, state), loss=fnn.losses.cross_entropy, axis_name=axis_name)
-    return Subject(loss, randomized(params), (draw(B, *shape), labels()), axis_name, routes)
+    return Subject(loss, randomized(params), (x, labels()), axis_name, routes)
 
 
 def mlp(*routes, depth=4, **options):
@@ -99,7 +105,7 @@ def embedding(take):
         h = take(p["table"], ids)
         return jnp.sum(jnp.tanh(h @ p["w"]) ** 2) + jnp.sum(jnp.sin(take(p["table"], ids[::2])))
 
-    ids = jax.random.randint(jax.random.key(0), (B, 8), 0, 5)  # repeated within an example
+    ids = whole(5, B, 8)  # repeated within an example
     return Subject(loss, {"table": draw(9, 4), "w": draw(4, 3)}, ids, None, ("rows, used 2 times", "product"))
 
 
@@ -150,12 +156,12 @@ def linen():
         def __call__(self, ids):
             x = nn.Embed(11, 8)(ids)
             x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
-            x = nn.RNN(nn.OptimizedLSTMCell(4))(x[None])[0]
+            x = nn.RNN(nn.SimpleCell(4))(x[None])[0]
             return nn.Dense(3)(x[-1])
 
-    ids = jax.random.randint(jax.random.key(0), (B, 5), 0, 11)
+    ids = whole(11, B, 5)
     module = Net()
-    params = module.init(jax.random.key(0), ids[0])
+    params = jax.jit(module.init)(jax.random.key(0), ids[0])
 
     def loss(p, example):
         return fnn.losses.cross_entropy(module.apply(p, example[0])[None], example[1][None])[0]
@@ -173,8 +179,8 @@ def linen_batch_norm():
 
     module = Net()
     x = draw(B, 6, 6, 2)
-    variables = jax.vmap(lambda x: module.init(jax.random.key(0), x), axis_name="batch")(x)
-    variables = jax.tree.map(lambda a: a[0], variables)
+    init = jax.vmap(lambda x: module.init(jax.random.key(0), x), axis_name="batch", out_axes=None)
+    variables = jax.jit(init)(x)
 
     def loss(p, example):
         outputs, _ = module.apply(variables | {"params": p}, example[0], mutable=["batch_stats"])

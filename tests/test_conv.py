@@ -38,7 +38,7 @@ def test_conv_equals_flax(case, dtype, tolerance):
         x = image(rank).astype(dtype)
         options = {"stride": stride, "dilation": dilation, "groups": groups, "padding": padding}
         layer = fnn.conv(8, window, **options)
-        params = randomized(layer.init(jax.random.key(0), x)[0])
+        params = randomized(jax.jit(layer.init)(jax.random.key(0), x)[0])
         theirs = nn.Conv(
             8,
             each(window, rank),
@@ -48,9 +48,15 @@ def test_conv_equals_flax(case, dtype, tolerance):
             feature_group_count=groups,
             dtype=dtype,
         )
-        expected = theirs.apply({"params": params}, x)
-        for implementation in ("patches", "turned", "xla"):
-            y, _ = fnn.conv(8, window, **options, implementation=implementation).apply(params, (), x)
+
+        @jax.jit
+        def every(params, x):
+            kinds = ("patches", "turned", "xla")
+            ours = [fnn.conv(8, window, **options, implementation=kind).apply(params, (), x)[0] for kind in kinds]
+            return theirs.apply({"params": params}, x), ours
+
+        expected, ours = every(params, x)
+        for y in ours:
             assert y.dtype == dtype and y.shape == expected.shape
             np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance)
 
@@ -66,17 +72,20 @@ def test_implementations_have_the_same_derivatives(case, x64):
         ),
         lambda kind: fnn.conv_transpose(3, window, stride=3, implementation=kind),
     ):
-        params = randomized(make("xla").init(jax.random.key(0), x)[0])
+        params = randomized(jax.jit(make("xla").init)(jax.random.key(0), x)[0])
 
-        def derivatives(kind, make=make, params=params):
+        def derivatives(kind, params, x, make=make):
             def loss(params, x):
                 return jnp.sum(jnp.sin(make(kind).apply(params, (), x)[0]))
 
             gradient = jax.grad(loss, (0, 1))
             return jax.jvp(gradient, (params, x), jax.tree.map(jnp.cos, (params, x)))
 
-        theirs = derivatives("xla")
-        for ours in derivatives("patches"), derivatives("turned"):
+        def every(params, x, derivatives=derivatives):
+            return [derivatives(kind, params, x) for kind in ("xla", "patches", "turned")]
+
+        theirs, *others = jax.jit(every)(params, x)
+        for ours in others:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), ours, theirs)
 
 
@@ -132,10 +141,10 @@ def test_conv_transpose_equals_flax(window, stride, padding, their_padding, dtyp
     with jax.enable_x64(dtype == jnp.float64):
         x = image(2).astype(dtype)
         layer = fnn.conv_transpose(3, window, stride=stride, padding=padding)
-        params = randomized(layer.init(jax.random.key(0), x)[0])
-        y, _ = layer.apply(params, (), x)
+        params = randomized(jax.jit(layer.init)(jax.random.key(0), x)[0])
         theirs = nn.ConvTranspose(3, each(window, 2), each(stride, 2), their_padding, dtype=dtype)
-        expected = theirs.apply({"params": params}, x)
+        both = jax.jit(lambda p, x: (layer.apply(p, (), x)[0], theirs.apply({"params": p}, x)))
+        y, expected = both(params, x)
         assert y.shape == expected.shape
         np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance)
         if padding == "same":
@@ -160,15 +169,23 @@ def test_pools_equal_flax(window, stride, padding, their_padding):
 def test_the_largest_number_of_windows_side_by_side(window):
     """As a window's reduction has it: the first of equals takes the gradient, NaN wins, what does not fill a window is cut."""
     x = jnp.asarray(np.random.default_rng(0).integers(-2, 2, (3, 11, 7, 2)), jnp.float32)  # three in four windows tie
-    dy = jnp.asarray(np.random.default_rng(1).normal(size=nn.max_pool(x, each(window, 2), each(window, 2)).shape))
-    ours, pull = jax.vjp(lambda x: fnn.max_pool(window).apply((), (), x)[0], x)
-    theirs, their_pull = jax.vjp(lambda x: nn.max_pool(x, each(window, 2), each(window, 2)), x)
-    np.testing.assert_array_equal(ours, theirs)
-    np.testing.assert_array_equal(pull(dy)[0], their_pull(dy)[0])
-    broken = x.at[0, 0, 0, 0].set(jnp.nan).at[1, 1, 0, 1].set(jnp.nan)
-    ours, theirs = fnn.max_pool(window).apply((), (), broken)[0], nn.max_pool(broken, each(window, 2), each(window, 2))
-    assert jnp.isnan(theirs).any()
-    np.testing.assert_array_equal(ours, theirs)
+    shape = tuple(n // w for n, w in zip(x.shape[1:3], each(window, 2), strict=True))
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=(3, *shape, 2)), jnp.float32)
+    pools = [lambda x: fnn.max_pool(window).apply((), (), x)[0], lambda x: nn.max_pool(x, *[each(window, 2)] * 2)]
+
+    @jax.jit
+    def both(x):
+        values, pulls = zip(*(jax.vjp(pool, x) for pool in pools), strict=True)
+        return values, [pull(dy) for pull in pulls]
+
+    values, slopes = both(x)
+    np.testing.assert_array_equal(*values)
+    np.testing.assert_array_equal(*slopes)
+    broken = np.array(x)
+    broken[0, 0, 0, 0] = broken[1, 1, 0, 1] = np.nan
+    values, _ = both(broken)
+    assert np.isnan(values[0]).any()
+    np.testing.assert_array_equal(*values)
 
 
 def test_conv_and_transpose_by_hand():

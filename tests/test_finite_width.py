@@ -15,9 +15,11 @@ def simulate(name, sigma_w, sigma_b, q1, widths, seeds, residual=None):
     f, d = DEFINITIONS[name]
     rng, out = np.random.default_rng(0), []
     for _ in range(seeds // 50):
-        h, x, tape = rng.normal(size=(50, 1, widths[0])) * math.sqrt(q1), None, []
+        h, x, tape = rng.standard_normal((50, 1, widths[0]), np.float32) * np.float32(math.sqrt(q1)), None, []
         for i, after in enumerate([*widths[1:], 1]):
-            kernel = rng.normal(size=(50, widths[i], after)) * (sigma_w / math.sqrt(widths[i]))
+            kernel = rng.standard_normal((50, widths[i], after), np.float32) * np.float32(
+                sigma_w / math.sqrt(widths[i])
+            )
             x = f(h) if residual is None or i == 0 else x + residual * f(h)
             tape.append((kernel, d(h) * (1.0 if residual is None or i == 0 else residual)))
             h = x @ kernel + rng.normal(size=(50, 1, after)) * sigma_b

@@ -1,5 +1,6 @@
 """Gaussian integrals of every activation against SciPy's adaptive quadrature, on definitions of their own."""
 
+import functools
 import itertools
 import math
 
@@ -130,6 +131,13 @@ def test_critical_line_by_another_quadrature(name, sigma_b):
     assert variance * w @ d(math.sqrt(q) * z) ** 2 == pytest.approx(1, abs=1e-7)
 
 
+@functools.cache
+def batches(batch):
+    y, g = np.random.default_rng(0).normal(size=(2, 200_000, batch))
+    y, g = y - y.mean(1, keepdims=True), g - g.mean(1, keepdims=True)
+    return y / np.sqrt(np.mean(y**2, axis=1, keepdims=True)), g
+
+
 @pytest.mark.parametrize("batch", [6, 12])
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_norm_rate_by_sampling_whole_batches(name, batch):
@@ -137,11 +145,7 @@ def test_batch_norm_rate_by_sampling_whole_batches(name, batch):
 
     200,000 draws: the relative standard error is below 0.3 %, the bound 1.5 %.
     """
-    f, d = DEFINITIONS[name]
-    rng = np.random.default_rng(0)
-    y, g = rng.normal(size=(2, 200_000, batch))
-    y, g = y - y.mean(1, keepdims=True), g - g.mean(1, keepdims=True)
-    y /= np.sqrt(np.mean(y**2, axis=1, keepdims=True))
+    (f, d), (y, g) = DEFINITIONS[name], batches(batch)
     back = d(y) * g
     back -= back.mean(1, keepdims=True) + y * np.mean(back * y, axis=1, keepdims=True)
     forward = np.mean(np.var(f(y), axis=1))  # over the batch, biased: what the next batch norm divides by
