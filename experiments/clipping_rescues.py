@@ -26,7 +26,7 @@ CLIPS = {
 
 
 def run(options: common.Options) -> common.Result:
-    depth, seeds, steps = options.pick((7, 8, 400), (7, 3, 200))
+    depth, seeds, steps = options.pick((7, 8, 400), (7, 2, 120))
     train, test = fnn.data.digits(key=jax.random.key(0))
     figure, axes = common.panels(2, size=(4.0, 3.0))
     checks = []

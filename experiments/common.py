@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 import fnn
+from fnn.gradients import flow
 from fnn.plot import COLOURS, MARKERS
 
 HERE = Path(__file__).parent
@@ -190,7 +191,7 @@ def signals(
 
             def measure(s):
                 scaled = jax.tree.map(lambda p: s * p, params)
-                return fnn.flow.measure(net, loss, train, scaled, state, *batch, None)
+                return flow.measure(net, loss, train, scaled, state, *batch, None)
 
             return jax.lax.map(measure, factors)
 
@@ -209,12 +210,12 @@ def signals(
 
 
 def labelled(net: fnn.Layer, x: Any, measured: Any) -> tuple[list[tuple[int, str, str]], np.ndarray]:
-    """Undo the scales of what `fnn.flow.measure` returned, with any leading axes.
+    """Undo the scales of what `flow.measure` returned, with any leading axes.
 
     Returns labels (layer, path, quantity) in forward order, and float64[lead..., labels].
     """
     measured = jax.device_get(measured)
-    numbers = fnn.flow.resolve(measured, jax.eval_shape(net.init, jax.random.key(0), x)[0])
+    numbers = flow.resolve(measured, jax.eval_shape(net.init, jax.random.key(0), x)[0])
     return [label[:3] for label in numbers.labels], numbers.values
 
 

@@ -30,7 +30,7 @@ def third(key, shape, dtype=jnp.float32):
 
 
 def run(options: common.Options) -> common.Result:
-    depth, epochs, seeds = options.pick((100, 5, 2), (32, 2, 1))
+    depth, epochs, seeds = options.pick((100, 5, 2), (24, 2, 1))
     figure, axes = common.panels(2)
     checks, reached = [], {}
     for i, (label, init) in enumerate(options.pick(INITS, INITS[:2])):

@@ -36,7 +36,7 @@ def run(options: common.Options) -> common.Result:
 def slopes(options: common.Options, axis: object) -> list[common.Check]:
     depth, width, seeds, tolerance = options.pick((30, 400, 10, 0.03), (15, 100, 6, 0.09))
     checks = []
-    for i, variance in enumerate(options.pick(VARIANCES, VARIANCES[:3:2])):
+    for i, variance in enumerate(options.pick(VARIANCES, VARIANCES[:1])):
         sigma_w, sigma_b = math.sqrt(variance), math.sqrt(BIAS)
         point = fnn.meanfield.fixed_point("tanh", sigma_w, sigma_b)
         # An input of this size puts the first pre-activations at q*.
@@ -59,7 +59,7 @@ def steps(options: common.Options) -> int:
 
 
 def training(options: common.Options, axis: object) -> list[common.Check]:
-    depths = options.pick((4, 8, 16, 32, 64), (2, 24))
+    depths = options.pick((4, 8, 16, 32, 64), (2, 16))
     variances = options.pick((0.7, 1.0, 1.3, 1.76095464, 2.5, 4.0), (0.5, 1.76095464))
     train, test = fnn.data.digits(key=jax.random.key(0))
     scores = np.array([[accuracy(depth, variances, train, test, steps(options))] for depth in depths])[:, 0]
@@ -68,7 +68,7 @@ def training(options: common.Options, axis: object) -> list[common.Check]:
     axis.set_yticks(np.arange(len(depths)) + 0.5, [str(d) for d in depths])
     axis.figure.colorbar(image, ax=axis, label="test accuracy")
     # 6 xi, in the unit of the axis: the logarithm of the depth.
-    grid = np.linspace(variances[0], variances[-1], 300)
+    grid = np.linspace(variances[0], variances[-1], options.pick(300, 30))
     limits = [6 * fnn.meanfield.fixed_point("tanh", math.sqrt(v), math.sqrt(BIAS)).xi_grad for v in grid]
     x = np.interp(grid, variances, np.arange(len(variances)) + 0.5)
     y = np.interp(np.log(np.minimum(limits, 2 * depths[-1])), np.log(depths), np.arange(len(depths)) + 0.5)

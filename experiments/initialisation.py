@@ -20,7 +20,7 @@ CHI = {"he_normal": 1.0, "glorot_normal": 0.5, "normal(0.01)": WIDTH / 2 * 1e-4}
 
 
 def run(options: common.Options) -> common.Result:
-    depth, seeds, epochs = options.pick((30, 40, 30), (24, 6, 12))
+    depth, seeds, epochs = options.pick((30, 40, 30), (16, 6, 6))
     train, test = fnn.data.digits(key=jax.random.key(0))
     batch = train.x[:16], train.y[:16]
     figure, axes = common.panels(3)

@@ -18,7 +18,7 @@ WIDTH, TOKENS = 128, 32
 
 
 def run(options: common.Options) -> common.Result:
-    depths = np.array(options.pick((1, 2, 4, 8, 16, 32, 64), (1, 4, 16)))
+    depths = np.array(options.pick((1, 2, 4, 8, 16, 32, 64), (1, 16)))
     seeds = options.pick(12, 4)
     figure, axes = common.panels(1, size=(4.5, 3))
     checks = []

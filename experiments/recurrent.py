@@ -39,7 +39,7 @@ def measure(options: common.Options) -> common.Result:
     back = np.arange(time)[::-1]  # T - t
     figure, axes = common.panels(2)
     checks = []
-    for i, (label, activation, init, gamma) in enumerate(CASES):
+    for i, (label, activation, init, gamma) in enumerate(options.pick(CASES, (CASES[0], *CASES[3:]))):
         layer = fnn.rnn(WIDTH, activation=activation, recurrent_init=init, kernel_init="scaled(0.5)", tap=fnn.tap())
         logs, largest = error_signals(layer, x, ends, seeds)
         logs = logs - logs[:, -1:]
@@ -56,7 +56,7 @@ def measure(options: common.Options) -> common.Result:
             common.predicted(axes[0, 0], back, np.median(bound, axis=0) / math.log(10))
     bottom = axes[0, 0].get_ylim()[0]
     axes[0, 0].set_ylim(max(bottom, -60), 5)
-    for i, bias in enumerate((0.0, 1.0, 3.0, 5.0)):
+    for i, bias in enumerate(options.pick((0.0, 1.0, 3.0, 5.0), (1.0, 5.0))):
         quiet = fnn.lstm(WIDTH, forget_bias=bias, recurrent_init="zeros", kernel_init="scaled(0.01)")
         slopes = input_gradients(quiet, x, ends, seeds)
         rate = math.log(1 / (1 + math.exp(-bias)))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fnn
+from fnn.gradients import flow
 
 WIDTH = 64
 
@@ -64,7 +65,7 @@ def measure(depth: int, a: float, seeds: int) -> tuple[np.ndarray, np.ndarray]:
     def run(keys):
         def one(key):
             params, state = net.init(key, x)
-            return fnn.flow.measure(net, lambda y, _: y @ ends, True, params, state, x, jnp.zeros(1), None)
+            return flow.measure(net, lambda y, _: y @ ends, True, params, state, x, jnp.zeros(1), None)
 
         return jax.lax.map(one, keys, batch_size=50)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fnn
+from fnn.gradients import flow
 
 WIDTH, BATCH = 256, 256
 STEP = 1 - 1 / math.pi
@@ -63,7 +64,7 @@ def measure(block: fnn.Layer, depth: int, seeds: int) -> np.ndarray:
     def run(keys):
         def one(key):
             params, state = net.init(key, x)
-            return fnn.flow.measure(net, lambda y, _: jnp.sum(y * ends, 1), True, params, state, x, jnp.zeros(1), None)
+            return flow.measure(net, lambda y, _: jnp.sum(y * ends, 1), True, params, state, x, jnp.zeros(1), None)
 
         return jax.lax.map(one, keys)
 

@@ -1,4 +1,4 @@
-"""A headless Chromium over its debugging pipe: open a page, click, look at what is there, take a picture.
+"""A headless Chromium over its debugging pipe: open pages, click, look at what is there, take a picture.
 
 It speaks the DevTools protocol: JSON ended by a zero byte, on file descriptors 3 (to the browser) and 4 (from it).
 """
@@ -21,10 +21,13 @@ def find():
 
 
 class Page:
-    """One page. `problems` lists console errors, exceptions, and requests to anything but files and data."""
+    """One tab, which opens one page after another.
 
-    def __init__(self, url, scratch, seconds=60):
-        self.deadline, self.problems, self.requests = time.monotonic() + seconds, [], []
+    `problems` lists the present page's console errors, exceptions, and requests to anything but files and data.
+    """
+
+    def __init__(self, scratch, seconds=60):
+        self.seconds, self.deadline, self.problems, self.requests = seconds, time.monotonic() + seconds, [], []
         self._number, self._buffer, self._session = 0, b"", None
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
@@ -47,6 +50,10 @@ class Page:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+
+    def open(self, url):
+        """Load a page; what was noted of the one before it is forgotten."""
+        self.deadline, self.problems, self.requests = time.monotonic() + self.seconds, [], []
         self.call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 

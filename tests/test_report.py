@@ -14,6 +14,8 @@ import pytest
 from fnn.study import figures, report, results, summary, table
 from fnn.theory import meanfield
 
+# One worker: the tests share the folders and the browser.
+pytestmark = pytest.mark.xdist_group("report")
 AXES = {"depth": "int", "activation": "str", "norm": "str", "seed": "int", "sigma_w": "float"}
 DEPTHS, SEEDS = (4, 16, 400), 5
 
@@ -101,6 +103,19 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def written(folder):
+    return {path.name: path for path in report.report(folder)}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    if chromium.find() is None:
+        pytest.skip("no Chromium is installed")
+    with chromium.Page(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
 def reduced(folder):
     return summary.summarize(results.read(folder).table())
 
@@ -129,8 +144,7 @@ def test_labels():
     assert summary.label(values) == "leaky relu, no norm, depth 64, sigma_w 1.3, no residual"
 
 
-def test_report_writes_figures_and_a_page(folder):
-    written = {path.name: path for path in report.report(folder)}
+def test_report_writes_figures_and_a_page(folder, written):
     names = {"gradient.png", "weights.png", "heat.png", "training.png", "accuracy.png", "report.html"}
     assert (
         set(written)
@@ -247,12 +261,18 @@ class Scripts(html.parser.HTMLParser):
             self.at = None
 
 
-def test_a_name_is_only_a_name(tmp_path):
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """What is written about a study full of names that could be more than names."""
+    folder = hostile(tmp_path_factory.mktemp("names") / os.fsdecode(b"<!--<script> $\\frac$ \xff"))
+    return {path.name: path for path in report.report(folder)}
+
+
+def test_a_name_is_only_a_name(names):
     """Nothing that a study holds ends the page's data, or is a formula to matplotlib, or another axis to a table."""
-    folder = hostile(tmp_path / os.fsdecode(b"<!--<script> $\\frac$ \xff"))
-    assert {p.name for p in report.report(folder)} >= {"gradient.png", "training.png", "accuracy.png", "report.html"}
+    assert set(names) >= {"gradient.png", "training.png", "accuracy.png", "report.html"}
     parser = Scripts()
-    parser.feed((folder / "report.html").read_text())
+    parser.feed(names["report.html"].read_text())
     (data,) = (text for tag, name, text in parser.found if name == "data")
     assert "<" not in data and data.isascii()
     contents = json.loads(data)
@@ -293,24 +313,21 @@ def test_axes_of_other_kinds_than_ours_are_no_obstacle(tmp_path):
         assert [p.name for p in report.report(folder)] == ["training.png", "report.html"]
 
 
-@pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed")
-def test_a_name_is_only_a_name_in_a_browser(tmp_path):
-    report.report(hostile(tmp_path / "<!--<script>"))
-    address = (tmp_path / "<!--<script>" / "report.html").as_uri()
+def test_a_name_is_only_a_name_in_a_browser(names, page):
     choose = """
         for (const id of ['series', 'run']) for (const o of document.getElementById(id).options) {
           o.parentElement.value = o.value; o.parentElement.dispatchEvent(new Event('change')); }
         for (const button of document.querySelectorAll('.axis button')) button.click();
     """
-    with chromium.Page(address, tmp_path / "profile") as page:
-        page.wait("document.querySelectorAll('#layers .scatterlayer .trace').length > 0")
-        axes = json.loads(page.js("JSON.stringify([...document.querySelectorAll('.axis b')].map(b => b.textContent))"))
-        assert axes == ["depth", *(f"{name} (axis)" if name in summary.OWN else name for name in HOSTILE)]
-        assert page.js("document.querySelectorAll('#networks tbody tr').length") == 6
-        assert "<!--<script>" in page.js("document.querySelector('.legendtext').textContent")
-        page.js(f"(() => {{ {choose} }})()")
-        assert page.js("document.querySelectorAll('.figure a, .figure b, .figure img, #facts *:not(p)').length") == 0
-        assert page.problems == []
+    page.open(names["report.html"].as_uri())
+    page.wait("document.querySelectorAll('#layers .scatterlayer .trace').length > 0")
+    axes = json.loads(page.js("JSON.stringify([...document.querySelectorAll('.axis b')].map(b => b.textContent))"))
+    assert axes == ["depth", *(f"{name} (axis)" if name in summary.OWN else name for name in HOSTILE)]
+    assert page.js("document.querySelectorAll('#networks tbody tr').length") == 6
+    assert "<!--<script>" in page.js("document.querySelector('.legendtext').textContent")
+    page.js(f"(() => {{ {choose} }})()")
+    assert page.js("document.querySelectorAll('.figure a, .figure b, .figure img, #facts *:not(p)').length") == 0
+    assert page.problems == []
 
 
 def test_the_gradients_figure_holds_the_numbers_of_the_table(folder, monkeypatch):
@@ -331,43 +348,41 @@ def test_the_gradients_figure_holds_the_numbers_of_the_table(folder, monkeypatch
     assert report.gradient(results.read(folder).table().filter(quantity="log_kernel")) is None
 
 
-@pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed")
-def test_page_in_a_browser(folder, tmp_path):
+def test_page_in_a_browser(written, page, tmp_path):
     """It loads without network and console errors; clicks, the slider and hovering change what is drawn."""
-    report.report(folder)
     state = "JSON.stringify(document.querySelector('#layers').data.map(t => [t.name, t.y]))"
-    with chromium.Page((folder / "report.html").as_uri(), tmp_path / "profile") as page:
-        page.wait("document.querySelectorAll('#layers .scatterlayer .trace').length > 3")
-        assert page.js("document.title") == "tanh <b>&amp;" == page.js("document.querySelector('h1').textContent")
-        assert "cpu </script>" in page.js("document.querySelector('#facts').textContent")
-        first = page.js(state)
-        says = page.js("document.querySelector('#layers-says').textContent")
-        assert "at initialisation" in says and "median over 5 runs" in says and "(40 %)" in says
-        page.click("button[data-axis=sigma_w][data-value='2']")
-        second = page.js(state)
-        assert second != first and "sigma_w 2" in second
-        page.click("#networks tbody tr.shown")
-        third = page.js(state)
-        assert third != second and len(json.loads(third)) < len(json.loads(second))
-        page.js(
-            "(s => { s.value = 'log_kernel'; s.dispatchEvent(new Event('change')) })(document.querySelector('#series'))"
-        )
-        assert "weight gradient" in page.js("document.querySelector('#layers-says').textContent")
-        page.js("(s => { s.value = 1; s.dispatchEvent(new Event('input')) })(document.querySelector('#step'))")
-        assert "after 40 steps" in page.js("document.querySelector('#layers-says').textContent")
-        assert page.js("document.querySelector('#stepnow').textContent") == "40" and page.js(state) != third
-        assert page.js("document.querySelector('#rate').data[0].type") == "heatmap"
-        assert "sigma_w = 1, has no change" in page.js("document.querySelector('#rate-says').textContent")
-        assert "Runs that diverged: 1 of 5" in page.js("document.querySelector('#training-says').textContent")
-        assert page.js("document.querySelector('#accuracy').data.length") == 4
-        box = page.js(
-            "(e => (e.scrollIntoView(), (r => [r.x, r.y, r.width, r.height])(e.querySelector('.nsewdrag').getBoundingClientRect())))(document.querySelector('#accuracy'))"
-        )
-        for share in np.linspace(0.05, 0.95, 60):
-            page.move(box[0] + share * box[2], box[1] + 0.15 * box[3])
-            if page.js("document.querySelectorAll('#accuracy .hovertext').length"):
-                break
-        page.wait("document.querySelectorAll('#accuracy .hovertext').length > 0")
-        page.picture(tmp_path / "page.png")
-        assert page.problems == [] and len(page.requests) >= 1
+    page.open(written["report.html"].as_uri())
+    page.wait("document.querySelectorAll('#layers .scatterlayer .trace').length > 3")
+    assert page.js("document.title") == "tanh <b>&amp;" == page.js("document.querySelector('h1').textContent")
+    assert "cpu </script>" in page.js("document.querySelector('#facts').textContent")
+    first = page.js(state)
+    says = page.js("document.querySelector('#layers-says').textContent")
+    assert "at initialisation" in says and "median over 5 runs" in says and "(40 %)" in says
+    page.click("button[data-axis=sigma_w][data-value='2']")
+    second = page.js(state)
+    assert second != first and "sigma_w 2" in second
+    page.click("#networks tbody tr.shown")
+    third = page.js(state)
+    assert third != second and len(json.loads(third)) < len(json.loads(second))
+    page.js(
+        "(s => { s.value = 'log_kernel'; s.dispatchEvent(new Event('change')) })(document.querySelector('#series'))"
+    )
+    assert "weight gradient" in page.js("document.querySelector('#layers-says').textContent")
+    page.js("(s => { s.value = 1; s.dispatchEvent(new Event('input')) })(document.querySelector('#step'))")
+    assert "after 40 steps" in page.js("document.querySelector('#layers-says').textContent")
+    assert page.js("document.querySelector('#stepnow').textContent") == "40" and page.js(state) != third
+    assert page.js("document.querySelector('#rate').data[0].type") == "heatmap"
+    assert "sigma_w = 1, has no change" in page.js("document.querySelector('#rate-says').textContent")
+    assert "Runs that diverged: 1 of 5" in page.js("document.querySelector('#training-says').textContent")
+    assert page.js("document.querySelector('#accuracy').data.length") == 4
+    box = page.js(
+        "(e => (e.scrollIntoView(), (r => [r.x, r.y, r.width, r.height])(e.querySelector('.nsewdrag').getBoundingClientRect())))(document.querySelector('#accuracy'))"
+    )
+    for share in np.linspace(0.05, 0.95, 60):
+        page.move(box[0] + share * box[2], box[1] + 0.15 * box[3])
+        if page.js("document.querySelectorAll('#accuracy .hovertext').length"):
+            break
+    page.wait("document.querySelectorAll('#accuracy .hovertext').length > 0")
+    page.picture(tmp_path / "page.png")
+    assert page.problems == [] and len(page.requests) >= 1
     assert (tmp_path / "page.png").stat().st_size > 20_000

@@ -248,57 +248,39 @@ def test_what_is_finished_comes_with_what_stops_a_study_in_memory(monkeypatch, u
 
 
 def test_interrupts_and_kills_end_in_the_undisturbed_table(tmp_path, undisturbed):
-    """Two workers: Ctrl-C after the first cell, `kill -9` after the next, then to the end."""
+    """Two workers: Ctrl-C in their first second, `kill -9` after the next cell, then to the end."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "fnn", *ARGUMENTS, str(out), "--workers", "2", "--cache", str(tmp_path / "xla")]
-
-    def until(count):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
-        for _ in range(1200):
-            if len(finished(out)) >= count or process.poll() is not None:
-                break
-            time.sleep(0.05)
-        return process
-
-    process = until(1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    # The first cell done, Ctrl-C lets the other in flight finish; the third may have begun by then.
-    assert process.returncode in (0, 130), err
-    assert process.returncode == 0 or "the same command resumes" in err
-    count = len(finished(out))
-    (out / "cells" / finished(out)[-1]).unlink()
-    process = until(count)
-    process.kill()
-    process.communicate(timeout=120)
-    subprocess.run(command, check=True, capture_output=True)
-    found = results.read(out)
-    assert found.table().equals(results.read(undisturbed).table())
-    assert not list(out.rglob("*.part")) and list((tmp_path / "xla").iterdir())
-
-
-def test_ctrl_c_in_the_workers_first_second(tmp_path):
-    """As a terminal sends it, to parent and workers: what was begun is finished and shown, nothing else is begun."""
-    out = tmp_path / "out"
-    arguments = [word.replace("sigmoid", "sigmoid,elu,selu,gelu") for word in ARGUMENTS]
-    command = [sys.executable, "-m", "fnn", *arguments, str(out), "--workers", "2"]
+    command = [sys.executable, "-m", "fnn", *ARGUMENTS, str(out), "--workers", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    def until(holds, process):
+        while not holds() and process.poll() is None:
+            time.sleep(0.02)
+
+    # As a terminal sends it, to parent and workers: what was begun is finished and shown, nothing else is begun.
     process = subprocess.Popen(command, start_new_session=True, **pipes)
-    while not (out / "sessions.json").exists() and process.poll() is None:  # the workers are started next
-        time.sleep(0.02)
+    until((out / "sessions.json").exists, process)  # the workers are started next
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
     shown, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in err, err
     assert 1 <= len(finished(out)) <= 2 and "the same command resumes" in err
     assert "at layer 1" in shown and "tanh" in shown and (out / "study.png").exists()
+    for name in finished(out)[1:]:
+        (out / "cells" / name).unlink()
+    process = subprocess.Popen([*command, "--cache", str(tmp_path / "xla")], **pipes)
+    until(lambda: len(finished(out)) >= 2, process)
+    process.kill()
+    process.communicate(timeout=120)
+    assert list((tmp_path / "xla").iterdir())
+    assert tiny().run(out).table().equals(results.read(undisturbed).table())
+    assert not list(out.rglob("*.part"))
 
 
-def test_executors_of_all_kinds(tmp_path, undisturbed):
+def test_executors_of_all_kinds(undisturbed):
     table = results.read(undisturbed).table()
     with ThreadPoolExecutor(2) as executor:
-        assert tiny().run(executor=executor, cache=tmp_path).table().equals(table)
-    assert list(tmp_path.iterdir())
+        assert tiny().run(executor=executor).table().equals(table)
     fork = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
     with pytest.raises(ValueError, match="forked processes hangs"):
         tiny().run(executor=fork)
@@ -306,33 +288,14 @@ def test_executors_of_all_kinds(tmp_path, undisturbed):
         tiny().run(executor=3)
 
 
-DASK = """
-import pickle, sys
-sys.path.insert(0, sys.argv[1])
-
-def main():
+@pytest.mark.filterwarnings("default")
+def test_a_dask_cluster(tmp_path, undisturbed):
+    """One process with two threads; the tasks name their data instead of holding them."""
     from distributed import Client, LocalCluster
-    from test_results import arrays, tiny
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
-        client.run(sys.path.insert, 0, sys.argv[1])
-        sizes = []
-        executor = client.get_executor()
-        submit = executor.submit
-        executor.submit = lambda work, task: sizes.append(len(pickle.dumps(task))) or submit(work, task)
-        tiny(data=arrays("clusters")).run(sys.argv[2], executor=executor)
-        assert len(sizes) == 3 and max(sizes) < 4000, sizes
 
-if __name__ == "__main__":
-    main()
-"""
-
-
-def test_a_dask_cluster_of_two_workers(tmp_path, undisturbed):
-    script = tmp_path / "script.py"
-    script.write_text(DASK)
-    command = [sys.executable, str(script), os.path.dirname(__file__), str(tmp_path / "out")]
-    subprocess.run(command, check=True, timeout=300)
-    found = results.read(tmp_path / "out")
+    options = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": None}
+    with LocalCluster(**options) as cluster, Client(cluster) as client:
+        found = tiny().run(tmp_path / "out", executor=client.get_executor())
     assert found.sessions[0]["executor"] == "ClientExecutor"
     ours, theirs = results.read(undisturbed).table(), found.table()
     assert ours.drop("value").equals(theirs.drop("value"))

@@ -35,10 +35,12 @@ def test_a_step_equals_gradient_clip_and_update_by_hand_and_traces_once():
     state = fresh()
     old = jax.device_get(state.params)
     key = jax.random.fold_in(state.key, 0)
-    value, grads = jax.value_and_grad(
-        lambda p: fnn.losses.cross_entropy(
-            NET.apply(p, state.net_state, batch[0], key=key, train=True)[0], batch[1]
-        ).mean()
+    value, grads = jax.jit(
+        jax.value_and_grad(
+            lambda p: fnn.losses.cross_entropy(
+                NET.apply(p, state.net_state, batch[0], key=key, train=True)[0], batch[1]
+            ).mean()
+        )
     )(state.params)
     grads = jax.device_get(grads)
     norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(grads)))
