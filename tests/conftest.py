@@ -28,10 +28,6 @@ for name, value in SETTINGS.items():
     if name.upper() not in os.environ:
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)  # child processes compile as this one, or would differ in the last bits
-if jax.__version_info__ < (0, 11):
-    # XLA's older way from fused operations to machine code takes a third of the time; later versions do not have it.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
-
 FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11):  # newer ones do not know this flag, and would stop here
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")

@@ -206,13 +206,28 @@ def test_held_out_labels_beyond_the_training_classes(tmp_path, capsys):
     assert capsys.readouterr().err.strip().startswith(sentence)
 
 
-def test_commands_of_the_readme_are_understood(monkeypatch):
+def test_commands_of_the_readme_are_understood_and_find_what_earlier_ones_made(monkeypatch):
     seen = []
     for name, (kind, _) in main.COMMANDS.items():
         monkeypatch.setitem(main.COMMANDS, name, (kind, lambda options: seen.append(options) or 0))
     block = re.search(r"```sh\n(fnn train.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.S)
-    lines = block.group(1).splitlines()
-    for line in lines:
-        assert main.main(shlex.split(line, comments=True)[1:]) == 0, line
+    text, made = re.sub(r"(?s)cat > (\S+) <<'END'.*?END\n", r"made \1\n", block.group(1)), []
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[0] == "made":
+            made.append(words[1])
+            continue
+        assert main.main(words[1:]) == 0, line
+        needed = (
+            words[2:]
+            if words[1] in ("compare", "report")
+            else [words[words.index("--file") + 1]]
+            if "--file" in words
+            else []
+        )
+        assert set(needed) <= set(made), line
+        if "--out" in words:
+            assert words[words.index("--out") + 1] not in made, line
+            made.append(words[words.index("--out") + 1])
     trained = [options.model for options in seen if isinstance(options, train.Train)]
-    assert len(seen) == len(lines) and {type(model).__name__.lower() for model in trained} >= {"mlp", "convnet", "rnn"}
+    assert {type(model).__name__.lower() for model in trained} >= {"mlp", "convnet", "rnn"} and len(made) == 4
