@@ -4,7 +4,7 @@ from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
-from fnn import check, core
+from fnn import check, core, lowering
 from fnn.core import Layer
 from fnn.layers import activations, norm
 from fnn.layers import dense as layers
@@ -53,5 +53,5 @@ def repeated(block: Layer, n: int, unroll: int | bool | None = None, checkpoint:
 
     By default up to 16 blocks are unrolled, which runs faster; more are scanned, which compiles in constant time.
     """
-    times = unroll if unroll is not None else True if n <= 16 else 1
+    times = unroll if unroll is not None else True if n <= lowering.UNROLLED else 1
     return [core.repeat(block, n, unroll=times, checkpoint=checkpoint)] if n else []
