@@ -155,7 +155,7 @@ def test_models_report_gradient_flow():
         (lambda: fnn.models.transformer(5, 1, 4, 2, positions="learned"), "need longest=, got 'learned' and None"),
         (lambda: fnn.models.transformer(None, 1, 4, 2), "without a vocabulary it needs outputs="),
         (lambda: fnn.models.transformer(5, 1, 4, 2, norm_position="last"), "unknown norm_position 'last'"),
-        (lambda: fnn.scalar_affine(None), "gain: needs a scale or a bias"),
+        (lambda: fnn.scalar_affine(None), "scalar_affine: needs a scale or a bias"),
     ],
 )
 def test_refusals(make, sentence):
