@@ -76,6 +76,22 @@ def test_dropout_masks_differ_between_the_blocks_of_repeat():
     assert abs(float(jnp.mean(y != 0)) - 0.25) < 0.041
 
 
+def test_dropout_masks_differ_between_the_branches_of_parallel():
+    net = fnn.parallel(fnn.dropout(0.5), fnn.dropout(0.5))
+    first, second = apply(net, jnp.ones((1, 4000)), key=jax.random.key(1), train=True)
+    # As between blocks: 1/4 are kept by both.
+    assert abs(np.mean(np.asarray(first) * np.asarray(second) != 0) - 0.25) < 0.041
+
+
+def test_groups_of_blocks_return_their_states_in_order():
+    for options in ({}, {"checkpoint": 2}, {"unroll": True, "checkpoint": 2}):
+        net = fnn.repeat(fnn.serial(scale(2), fnn.tap()), 5, **options)
+        params, state = net.init(jax.random.key(0), X)
+        _, new = jax.jit(net.apply)(params, state, jnp.ones(X.shape))
+        moments = [row.value for row in fnn.taps.read(new, state) if row.quantity == "second_moment"]
+        assert moments == [4.0**i for i in range(1, 6)]
+
+
 def test_checkpoint_saves_memory():
     """One step of backward through 64 blocks keeps 64 inputs; with groups of 8 about 8 + 8."""
 

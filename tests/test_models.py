@@ -154,17 +154,9 @@ def test_models_report_gradient_flow():
         (lambda: fnn.models.resnet([1], 3, block="bottle"), "did you mean 'bottleneck'?"),
         (lambda: fnn.models.rnn(1, 3, 2, bidirectional=True), "needs an even width, got 3"),
         (lambda: fnn.models.rnn(1, 3, 2, cell="lstn"), "did you mean 'lstm'?"),
-        (
-            lambda: fnn.models.decoder(5, 1, 4, fnn.models.Block(2, positions="learned")),
-            "decoder: learned positions, and only they, need longest=, got 'learned' and None",
-        ),
-        (lambda: fnn.models.encoder(None, 1, 4), "encoder: without a vocabulary it needs outputs="),
-        (
-            lambda: fnn.models.translator(5, 1, 4, fnn.models.Block(norm_position="last")),
-            "translator: unknown norm_position 'last'",
-        ),
-        (lambda: fnn.models.translator(5, 1, 4, encoder_depth=0), "encoder_depth must be a positive integer, got 0"),
-        (lambda: fnn.models.decoder(5, 1, 4, fnn.models.Block(norm=None)), "decoder: blocks need a norm, got None"),
+        (lambda: fnn.models.transformer(5, 1, 4, 2, positions="learned"), "need longest=, got 'learned' and None"),
+        (lambda: fnn.models.transformer(None, 1, 4, 2), "without a vocabulary it needs outputs="),
+        (lambda: fnn.models.transformer(5, 1, 4, 2, norm_position="last"), "unknown norm_position 'last'"),
         (lambda: fnn.scalar_affine(None), "scalar_affine: needs a scale or a bias"),
     ],
 )

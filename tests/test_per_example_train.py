@@ -35,7 +35,7 @@ def test_train_step_with_norms_and_clip():
     plain, with_norms = run(), run(per_example="norms")
     for a, b in zip(jax.tree.leaves(plain[0].params), jax.tree.leaves(with_norms[0].params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-    for a, b in zip(jax.tree.leaves(plain[0].state), jax.tree.leaves(with_norms[0].state), strict=True):
+    for a, b in zip(jax.tree.leaves(plain[0].net_state), jax.tree.leaves(with_norms[0].net_state), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     rows = [fnn.taps.read(*metrics["taps"]) for _, metrics in (plain, with_norms)]
     for a, b in zip(*rows, strict=True):
