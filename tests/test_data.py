@@ -336,6 +336,22 @@ def test_stratified_split_law(counts, test):
         assert held.size == round(test * len(y))
 
 
+@pytest.mark.parametrize(
+    ("counts", "test", "held"),
+    [
+        ([5, 9, 6], 0.3, [1, 3, 2]),  # shares 1.5, 2.7, 1.8: 2 examples are left when 1, 2, 1 are taken
+        ([6, 9, 5], 0.3, [2, 3, 1]),
+        ([13, 16, 19], 0.25, [3, 4, 5]),  # 3.25, 4, 4.75: 1 is left
+        ([10, 10, 10, 11], 0.5, [5, 5, 5, 5]),  # 5.5 of the last, and none is left: 20.5 rounds to 20
+        ([7, 7, 8], 0.5, [4, 3, 4]),  # equal remainders: the first class
+    ],
+)
+def test_what_is_left_of_a_split_goes_to_the_classes_that_lost_most(counts, test, held):
+    y = np.repeat(np.arange(len(counts)), counts)
+    parts = data.split(np.arange(len(y)), y, key=KEY, test=test)
+    np.testing.assert_array_equal(np.bincount(parts[1].y), held)
+
+
 def test_split_is_uniform_over_examples():
     # 100 keys, 10 examples, half held out: each is held out 50 times, sd 5; a deviation of 28 anywhere has p < 3e-7.
     parts = [data.split(range(10), np.zeros(10), key=jax.random.key(s), test=0.5)[1].x for s in range(100)]

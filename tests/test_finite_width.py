@@ -83,6 +83,19 @@ def test_linear_nets_closed_form():
     np.testing.assert_allclose(spread.variance_from_last, [0.03, 0.01, 0.0], rtol=1e-9, atol=1e-15)
 
 
+def test_length_and_slope_of_one_layer_vary_together():
+    """phi(h) = h², depth 2, no biases: the variance of log |delta_1|² to leading order, by hand.
+
+    A unit of variance q gives E[phi²] = 3q², E[phi'²] = 4q. The variances times n, relative to the squared means:
+    of phi'² z², with z normal, 3 E[16 h^4]/(4q)² - 1 = 8; of phi², E[h^8]/(3q²)² - 1 = 32/3; their covariance is
+    E[h^4 4h²]/(3q² 4q) - 1 = 4. The second layer's slope is proportional to q_2, hence to the first layer's mean of phi².
+    So the second layer gives 8 + 32/3, and both give 8 + (8 + 2·4 + 32/3).
+    """
+    n = 1000
+    p = meanfield.predict(2, activation=lambda h: h**2, sigma_w=0.7, sigma_b=0.0, width=n, q0=1.3)
+    np.testing.assert_allclose(4 * n * p.band**2, [8 + 8 + 2 * 4 + 32 / 3, 8 + 32 / 3], rtol=1e-8)
+
+
 def test_ratios_have_limits():
     """tanh of a tiny variance is linear, of a huge one a step; no power underflows on the way."""
     tiny = meanfield.predict(40, activation="tanh", sigma_w=0.01, sigma_b=0.0, width=100, q0=1e-9)

@@ -137,6 +137,50 @@ def test_correlation_map_agrees_with_a_grid(name):
     assert meanfield.correlation_map(name, c, q, 1.0, 0.3) == pytest.approx(expected, rel=tolerance)
 
 
+def test_lengths_of_residual_sums_have_the_product_of_the_means():
+    """ReLU by hand: E[phi²] = q/2, E[phi] = sqrt(q/2pi), and x and phi(W x + b) are independent in an infinite net."""
+    sw, sb, a, q1 = 1.2, 0.3, 0.5, 0.8
+    q2 = sw**2 * q1 / 2 + sb**2
+    mean = math.sqrt(q1 / (2 * math.pi)), math.sqrt(q2 / (2 * math.pi))
+    q3 = sw**2 * (q1 / 2 + 2 * a * mean[0] * mean[1] + a**2 * q2 / 2) + sb**2
+    p = meanfield.predict(3, activation="relu", sigma_w=sw, sigma_b=sb, residual=a, q0=q1)
+    np.testing.assert_allclose(p.q, [q1, q2, q3], rtol=1e-10)
+
+
+@pytest.mark.parametrize("name, a", [("relu", 0.5), ("sigmoid", 1.0), ("gelu", 0.7)])
+def test_lengths_of_residual_sums_are_those_of_a_net(name, a):
+    """One net of width 500,000: given x, the units of W x + b are independent normals of variance sw² mean(x²) + sb².
+
+    So no W is drawn. Over seeds a length has a standard deviation of at most 0.45 %; the bound is 6 of them, and the seed
+    is fixed. Without the product of the means the last length would be off by 30 % and more.
+    """
+    sw, sb, q1, n, rng = 1.1, 0.2, 1.0, 500_000, np.random.default_rng(0)
+    x, lengths = numpy_phi(name, math.sqrt(q1) * rng.normal(size=n))[0], [q1]
+    for _ in range(4):
+        lengths.append(sw**2 * np.mean(x**2) + sb**2)
+        x = x + a * numpy_phi(name, math.sqrt(lengths[-1]) * rng.normal(size=n))[0]
+    p = meanfield.predict(5, activation=name, sigma_w=sw, sigma_b=sb, residual=a, q0=q1)
+    np.testing.assert_allclose(lengths, p.q, rtol=0.027)
+
+
+@pytest.mark.parametrize("batch", [4, 5, 32])
+@pytest.mark.parametrize("name", ["identity", "relu"])
+def test_batch_norm_divides_the_first_layer_by_its_own_variance(name, batch):
+    """Its rate is that of the others times their variance over the batch, and by `q0`, its own.
+
+    Theirs is sigma_w² E[variance of phi(y) over the batch], y being uniform on the sphere of vectors of mean 0 and mean
+    square 1: for a linear net sigma_w². 400,000 normals: for ReLU a standard error of 0.17 %, and a bound of 6 of them. (1 - 1/B) is 0.75 to 0.97.
+    """
+    y = np.random.default_rng(0).normal(size=(400_000 // batch, batch))
+    y -= y.mean(axis=1, keepdims=True)
+    y /= np.sqrt(np.mean(y**2, axis=1, keepdims=True))
+    variance = np.mean(np.var(np.maximum(y, 0) if name == "relu" else y, axis=1))
+    p = meanfield.predict(3, activation=name, sigma_w=1.7, sigma_b=0.3, norm="batch_norm", batch=batch, q0=2.5)
+    assert p.chi[0] / p.chi[1] == pytest.approx(1.7**2 * variance / 2.5, rel=1e-9 if name == "identity" else 0.0102)
+    if name == "identity":
+        assert p.chi[0] == pytest.approx((batch - 2) / (batch - 3) * 1.7**2 / 2.5, rel=1e-9)
+
+
 # Values: the critical line --------------------------------------------------------------------------------------------
 
 

@@ -154,9 +154,17 @@ def test_models_report_gradient_flow():
         (lambda: fnn.models.resnet([1], 3, block="bottle"), "did you mean 'bottleneck'?"),
         (lambda: fnn.models.rnn(1, 3, 2, bidirectional=True), "needs an even width, got 3"),
         (lambda: fnn.models.rnn(1, 3, 2, cell="lstn"), "did you mean 'lstm'?"),
-        (lambda: fnn.models.transformer(5, 1, 4, 2, positions="learned"), "need longest=, got 'learned' and None"),
-        (lambda: fnn.models.transformer(None, 1, 4, 2), "without a vocabulary it needs outputs="),
-        (lambda: fnn.models.transformer(5, 1, 4, 2, norm_position="last"), "unknown norm_position 'last'"),
+        (
+            lambda: fnn.models.decoder(5, 1, 4, fnn.models.Block(2, positions="learned")),
+            "decoder: learned positions, and only they, need longest=, got 'learned' and None",
+        ),
+        (lambda: fnn.models.encoder(None, 1, 4), "encoder: without a vocabulary it needs outputs="),
+        (
+            lambda: fnn.models.translator(5, 1, 4, fnn.models.Block(norm_position="last")),
+            "translator: unknown norm_position 'last'",
+        ),
+        (lambda: fnn.models.translator(5, 1, 4, encoder_depth=0), "encoder_depth must be a positive integer, got 0"),
+        (lambda: fnn.models.decoder(5, 1, 4, fnn.models.Block(norm=None)), "decoder: blocks need a norm, got None"),
         (lambda: fnn.scalar_affine(None), "scalar_affine: needs a scale or a bias"),
     ],
 )
@@ -193,8 +201,6 @@ def test_depth_is_the_number_of_hidden_layers_where_theory_stands_beside_measure
         )
         # Six seeds at width 512: a layer adds a spread of about 1/sqrt(6 · 512) = 0.02; it adds 0.1 and more to the curve.
         np.testing.assert_allclose((measured - predicted)[:, :depth].mean(axis=0), 0, atol=0.05)
-    # One hidden layer has no slope: neither a number nor a prediction.
-    row = study.summarize(table).row(0, named=True)
-    assert row["depth"] == 1 and np.isnan(row["slope"]) and row["predicted_slope"] is None
-    network = summary.digest(table, ["depth", "seed"]).networks.row(0, named=True)
+    # One hidden layer has no rate: neither measured nor predicted.
+    network = summary.summarize(table).networks.row(0, named=True)
     assert network["depth"] == 1 and network["rate"] is None and network["rate_predicted"] is None

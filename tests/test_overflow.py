@@ -32,7 +32,7 @@ def test_a_run_that_overflows_at_initialisation_is_diverged_at_step_0(mixed):
     assert ends(mixed) == [(0, 0.0)] * 4 + [(0, 0.0), (0, 0.0), (0, 1.0), (0, 1.0)]
     lost = mixed.filter((pl.col("sigma_w") == 16) & pl.col("seed").is_in([2, 3]))
     assert lost["quantity"].to_list() == ["diverged"] * 2
-    assert study.summarize(mixed).height == 1
+    assert summarize(mixed).networks.height == 2
 
 
 @pytest.mark.parametrize("others", [{"sigma_w": [1.0]}, {"sigma_w": [16.0], "seeds": [0, 1]}])

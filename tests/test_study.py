@@ -117,6 +117,19 @@ def test_every_number_is_that_of_a_plain_loop(measured, number):
         np.testing.assert_allclose(trace, [m[name] for m in metrics], rtol=1e-3, atol=1e-4)
 
 
+def test_every_epoch_has_an_order_of_its_own():
+    """No example comes twice in an epoch; each epoch and each seed has another order, and all rates of a seed have one."""
+    described = small(norms=["none"], seeds=2, steps=(0, 12), data=(np.zeros((50, 2)), np.arange(50) % 2), measure={})
+    setup, (task,) = described._setup(), described.cells()
+    orders = cell._orders(setup, task)
+    assert orders.shape == (4, 12, 16)  # 2 seeds at 2 rates; 4 epochs of 3 batches, which leave 2 of 50 examples out
+    epochs = {}
+    for run, order in zip(task.runs, orders.reshape(4, 4, 48).tolist(), strict=True):
+        assert all(len(set(epoch)) == 48 and set(epoch) <= set(range(50)) for epoch in order)
+        assert epochs.setdefault(run["seed"], order) == order
+    assert len({tuple(epoch) for order in epochs.values() for epoch in order}) == 2 * 4
+
+
 def test_a_run_that_diverges_ends_its_own_record_and_harms_no_neighbour(measured):
     _, table = measured
     ends = table.filter(pl.col("quantity") == "diverged")

@@ -267,6 +267,28 @@ def test_a_deep_sigmoid_net_is_finite_in_low_precision_with_the_predicted_slope(
     assert (flow.error[-52] - flow.error[50]) / (depth - 100) == pytest.approx(predicted, abs=0.02)
 
 
+def test_the_root_mean_square_of_a_gradient_is_that_of_one_block_of_a_stack():
+    """A linear net x W_1 W_2 W_3 V, three of its kernels in a stack: its gradients by hand, in float64."""
+    rng = np.random.default_rng(0)
+    x, y, stack, last = (rng.normal(size=shape) for shape in ((8, 4), (8, 2), (3, 4, 4), (4, 2)))
+    net = fnn.serial(fnn.repeat(fnn.serial(fnn.dense(4, bias=False), fnn.tap()), 3), fnn.dense(2, bias=False))
+    params, state = net.init(jax.random.key(0), x)
+    leaves = [jnp.asarray(a, jnp.float32) for a in (stack, last)]
+    params = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    flow = fnn.gradient_flow(net, (params, state), (x, y), loss=lambda outputs, y: jnp.sum((outputs - y) ** 2, -1) / 2)
+    inputs = [x]
+    for kernel in (*stack, last):
+        inputs.append(inputs[-1] @ kernel)
+    error, expected = (inputs.pop() - y) / 8, []
+    for kernel, given in zip(reversed([*stack, last]), reversed(inputs), strict=True):
+        gradient = given.T @ error
+        expected.insert(0, np.log(np.mean(gradient**2)) / 2)
+        error = error @ kernel.T
+    measured = flow.profile("log_kernel_rms")
+    assert measured[0].tolist() == [1, 2, 3, 4]
+    np.testing.assert_allclose(measured[1], expected, atol=1e-5)
+
+
 def test_zero_and_non_finite_gradients_say_so():
     x, y = problem()
     net = fnn.serial(fnn.dense(6), fnn.tap(), fnn.activation("tanh"), fnn.dense(3), fnn.tap())
