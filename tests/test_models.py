@@ -9,7 +9,7 @@ import pytest
 from conftest import by_layer, randomized
 
 import fnn
-from fnn.study import study, summary
+from fnn.study import summary
 
 KEY = jax.random.key(0)
 

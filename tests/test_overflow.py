@@ -6,14 +6,15 @@ import pytest
 
 import fnn
 from fnn.study import results, study
+from fnn.study.summary import summarize
 
 # One worker: the tests share the compilations.
 pytestmark = pytest.mark.xdist_group("overflow")
 
 
 def linear(**options):
-    """Thirty linear layers: at sigma_w = 16 two of four seeds overflow, at 1 none, at 1e3 all."""
-    axes = {"depth": 30, "width": 4, "norm": "none", "activation": "identity", "batch_size": 8}
+    """31 linear layers: at sigma_w = 16 two of four seeds overflow, at 1 none, at 1e3 all."""
+    axes = {"depth": 31, "width": 4, "norm": "none", "activation": "identity", "batch_size": 8}
     axes |= {"sigma_w": options.pop("sigma_w", [1.0, 16.0])}
     return study.Study(fnn.grid.product(**axes), **({"seeds": 4, "steps": 0, "data": "clusters", "chunk": 1} | options))
 
