@@ -127,6 +127,8 @@ def test_a_validation_that_fails_keeps_the_epoch_before_it(monkeypatch):
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(loop.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(history.by_epoch("loss"), history.train["loss"].reshape(2, 3).mean(1), rtol=1e-6)
+    lines = str(history).splitlines()
+    assert len(lines) == 2 and lines[0].startswith(f"epoch 1: train loss {history.by_epoch('loss')[0]:.4g}")
 
 
 def told(act, at):

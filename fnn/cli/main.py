@@ -17,8 +17,8 @@ COMMANDS = {
     "report": (report.Report, report.run),
 }
 TRAIN = (
-    "Train a network and print its test accuracy. Each model has its own options: see fnn train MODEL --help. Without a "
-    "model it is an mlp: fnn train --depth 50."
+    "Train a network and print its test accuracy. The model may be left out: fnn train --depth 50 trains an mlp. All "
+    "options are listed by fnn train mlp --help, and so on."
 )
 
 

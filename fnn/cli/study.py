@@ -64,9 +64,9 @@ class Study:
     epochs: int = 3
     """passes over the training data; numbers are recorded after each one. 0: at initialisation only"""
     steps: str = ""
-    """record at these training steps instead: 0,10,100. 0: at initialisation only"""
+    """record at these training steps instead of after each epoch: 0,10,100. 0: at initialisation only"""
     quantities: str = ""
-    """which numbers to keep: log_error,loss,...; all by default"""
+    """which numbers to keep: log_error,loss,...; by default all except peak"""
     data: str = "digits"
     """digits, clusters, spirals, a folder of IDX files, or a .npz file"""
     chunk: int = 0

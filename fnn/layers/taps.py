@@ -25,6 +25,8 @@ from fnn.tree import Stacked, statistics_dtype
 
 PREACTIVATION, ACTIVATION, SUM = "preactivation", "activation", "sum"
 """Roles of taps: after a layer's weights, after an activation, after a residual sum."""
+STATISTICS = ("mean", "second_moment", "peak", "dead", "saturated")
+"""What a tap records on the way forward; the last one only with `bounds`. Studies have a row for each."""
 
 
 class Backward(NamedTuple):
@@ -76,7 +78,7 @@ def tap(*, bounds: tuple[float, float] | None = None, role: str = "") -> Layer:
     def init(key, spec):
         values, _ = parts("tap", as_spec(spec))
         zero = jnp.zeros((), statistics_dtype(values.dtype))
-        names = ["mean", "second_moment", "peak", "dead"] + (["saturated"] if bounds else [])
+        names = STATISTICS if bounds else STATISTICS[:-1]
         return (), TapState(dict.fromkeys(names, zero), Backward(*[zero] * len(Backward._fields)), role=role)
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):

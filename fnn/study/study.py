@@ -91,9 +91,10 @@ class Study:
     """Any function of axes (and of `classes`, if it has that argument) that returns a Layer. Traced axes are tracers."""
     loss: Callable[[Any, Any], Any] = losses.cross_entropy
     measure: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    """Your own measurements by name: functions (params, state, batch) -> any tree of numbers, compiled into the program."""
+    """Your own measurements by name: functions (params, state, batch) -> any tree of numbers, compiled into the
+    program. The state is that from before the measured forward pass: what its taps see there is not in it yet."""
     quantities: Sequence[str] | None = None
-    """Which quantities to keep; all by default."""
+    """Which quantities to keep; by default all except `peak`. `fnn.results` lists them."""
     traced: Sequence[str] = ()
     """More axes of `build` that do not change the program, only numbers in it."""
     chunk: int | None = None

@@ -9,7 +9,7 @@ import numpy as np
 from fnn import tree
 from fnn.gradients import flow
 from fnn.layers.activations import TABLE
-from fnn.layers.taps import PREACTIVATION
+from fnn.layers.taps import PREACTIVATION, STATISTICS
 from fnn.study import cell
 from fnn.study.axes import FLOATS
 from fnn.theory import meanfield
@@ -18,12 +18,11 @@ TRACED = ("seed", *FLOATS)
 """Axes that do not change a program."""
 _TRACES = {"loss": "train_loss", "accuracy": "train_accuracy"}
 MOST_TRACED = 256
-FORWARD = ("mean", "second_moment", "peak", "dead", "saturated")
 PLACE = ("layer", "path", "role", "quantity")
 NUMBERS = ("value", "predicted", "low", "high")
 QUANTITIES = (
     *("log_error", "log_kernel", "log_kernel_rms", "log_bias", "log_bias_rms", "log_scale", "log_scale_rms"),
-    *(*FORWARD, "update_ratio", "cosine"),
+    *(*STATISTICS, "update_ratio", "cosine"),
     *("loss", "accuracy", "train_loss", "train_accuracy", "grad_norm", "clip_fraction", "clip_removed", "diverged"),
 )
 
@@ -109,12 +108,12 @@ def left_range(frame: Any) -> str | None:
     """Say which cells hold NaN because their signal left the range of the float type; None if there are none."""
     import polars as pl
 
-    measured = pl.col("quantity").str.starts_with("log_") | pl.col("quantity").is_in(FORWARD)
+    measured = pl.col("quantity").str.starts_with("log_") | pl.col("quantity").is_in(STATISTICS)
     rows = frame.filter(measured & pl.col("value").is_nan())
     if rows.is_empty():
         return None
     run = [name for name in frame.columns[: frame.columns.index("step")] if name == "cell" or name in TRACED]
-    forward = rows.filter(pl.col("quantity").is_in(FORWARD))
+    forward = rows.filter(pl.col("quantity").is_in(STATISTICS))
     first = (rows if forward.is_empty() else forward).row(0, named=True)
     numbers = rows["cell"].unique().sort().to_list()
     cells = f"cell{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

@@ -41,6 +41,16 @@ class History:
     """Index of the epoch with the lowest validation loss."""
     stopped_early: bool
 
+    def __str__(self) -> str:
+        rows = []
+        for epoch in range(len(self.steps_per_epoch)):
+            train = {f"train {name}": self.by_epoch(name)[epoch] for name in ("loss", "accuracy") if name in self.train}
+            held_out = {f"validation {name}": values[epoch] for name, values in self.validation.items()}
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in (train | held_out).items())
+            rows.append(f"epoch {epoch + 1}: {numbers}{' (best)' * (epoch == self.best_epoch)}")
+        rows = rows if len(rows) <= 24 else [*rows[:12], f"... {len(rows) - 24} more", *rows[-12:]]
+        return "\n".join([*rows, *(["stopped early"] if self.stopped_early else [])])
+
     def by_epoch(self, name: str) -> np.ndarray:
         """Average a metric of the training steps over each epoch, to lay beside `validation`.
 
