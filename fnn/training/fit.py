@@ -45,7 +45,7 @@ class History:
         rows = []
         for epoch in range(len(self.steps_per_epoch)):
             train = {f"train {name}": self.by_epoch(name)[epoch] for name in ("loss", "accuracy") if name in self.train}
-            held_out = {f"validation {name}": values[epoch] for name, values in self.validation.items()}
+            held_out = {f"validation {name}": v[epoch] for name, v in self.validation.items() if epoch < len(v)}
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in (train | held_out).items())
             rows.append(f"epoch {epoch + 1}: {numbers}{' (best)' * (epoch == self.best_epoch)}")
         rows = rows if len(rows) <= 24 else [*rows[:12], f"... {len(rows) - 24} more", *rows[-12:]]
