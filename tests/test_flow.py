@@ -12,6 +12,7 @@ from test_taps import float64_flow, problem
 import fnn
 from fnn.gradients import flow
 from fnn.study import cell, study
+from fnn.study.summary import summarize
 
 KEY = jax.random.key(0)
 
@@ -336,8 +337,7 @@ def test_a_study_marks_what_left_float32_and_keeps_what_is_right():
     known = ~np.isnan(kernels)
     assert 0 < known.sum() < len(known)
     np.testing.assert_allclose(kernels[known], expected[known], atol=1e-3)
-    summary = study.summarize(table)
-    assert summary["first"].is_finite().all()
+    assert summarize(table).networks["first"].is_finite().all()
 
 
 def meeting(gain):

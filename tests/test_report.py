@@ -165,7 +165,7 @@ def test_contents_are_thinned_and_finite(reduced):
     lengths = [len(curve["x"]) for curve in curves.values()]
     assert max(lengths) == report.MOST_LAYERS and min(lengths) == 4
     deep = next(curve for curve in curves.values() if len(curve["x"]) == report.MOST_LAYERS)
-    assert deep["x"][0] == 1 and deep["x"][-1] == 401
+    assert deep["x"][0] == 1 and deep["x"][-1] == 400
     broken = [curve for curve in curves.values() if None in curve["middle"]]
     assert broken and all(curve["middle"][1] is None for curve in broken)
     critical = {network["axes"]["norm"]: network["critical"] for network in contents["networks"]}
@@ -337,8 +337,8 @@ def test_the_gradients_figure_holds_the_numbers_of_the_table(folder, monkeypatch
     lines = figure.axes[2].get_lines()  # no norm, sigma_w 2: for each depth the measured line and theory's
     assert [line.get_label() for line in lines[::2]] == [str(depth) for depth in DEPTHS]
     for depth, *drawn in zip(DEPTHS, lines[::2], lines[1::2], strict=True):
-        layers = np.arange(1, depth + 2)  # the output's is left out
-        expected = (depth + 1 - layers) * math.log10(meanfield.fixed_point("tanh", 2.0, 0.0).chi) / 2
+        layers = np.arange(1, depth + 1)  # the output's is left out
+        expected = (depth - layers) * math.log10(meanfield.fixed_point("tanh", 2.0, 0.0).chi) / 2
         for line in drawn:  # the median seed lies on the prediction
             np.testing.assert_array_equal(line.get_xdata(), layers)
             np.testing.assert_allclose(line.get_ydata(), expected, atol=1e-9)
