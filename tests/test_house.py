@@ -96,6 +96,19 @@ def test_every_public_name_has_a_docstring():
                     assert inspect.getdoc(value), f"{name}.{inner}"
 
 
+def test_functions_of_more_than_six_parameters_say_why():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name not in ("apply", "layer_apply"):
+                names = [arg.arg for arg in (*node.args.args, *node.args.kwonlyargs) if arg.arg not in ("self", "cls")]
+                said = re.search("argument|keyword|option|parameter", ast.get_docstring(node) or "", re.I)
+                assert len(names) <= 6 or said, f"{path.name}: {node.name}"
+
+
+def test_no_file_is_longer_than_350_lines():
+    assert not [path.name for path in FILES if len(path.read_text().splitlines()) > 350]
+
+
 def test_import_is_light_and_touches_no_backend():
     """fnn brings nothing beyond what it depends on and the standard library."""
     code = """if True:

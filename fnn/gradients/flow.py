@@ -99,6 +99,8 @@ def gradient_flow(
 ) -> GradientFlow:
     """Measure log |dL/dh| at every tap and log |dL/dW| of every parameter, L being the mean loss of a batch.
 
+    Its seven arguments are those of `evaluate`, and two more for a net in training mode.
+
     `state` is a `TrainState` or a pair (params, state). With `train=True` (what training sees) batch norm uses the
     batch's statistics and dropout needs a key; `compute_dtype` is that of `train_step`. The cotangent is rescaled at every
     tap of the trunk, so that norms of 1e-10000 come out as finite logs in float32: put a tap into every block
@@ -166,7 +168,7 @@ def check_scales(
 ) -> None:
     """Refuse a net in which cotangents of different scales meet: measure again with other scales, and compare.
 
-    The program is the same, the scales are an input of it. Errors: ValueError that names the first place on the way back
+    The program is the same, the scales are an input of it. Its arguments are those of `measure`. Errors: ValueError that names the first place on the way back
     where they do not drop out.
     """
     if not _rescales(params, state):
@@ -197,6 +199,8 @@ def check_scales(
 def measure(net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any, y: Any, key: Any) -> dict[str, Any]:
     """Do the device's part of `gradient_flow`; may be mapped over params, state and key by `vmap`.
 
+    Each array is an argument of its own, and so eight, since `vmap` maps over some and not over others.
+
     Returns the logs of the rescaled norms in `logs` (like params) and in `taps`, the taps' cotangents. The powers of two
     that each must be multiplied with stand in `exponents`, and in `taps` as well. They are added on the host, in float64:
     in float32 a log of -30,000 has no digit to spare.
@@ -211,7 +215,7 @@ def _measure(*arguments: Any) -> dict[str, Any]:
 def differentiate(
     net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any, y: Any, key: Any
 ) -> tuple[dict[str, Any], Any]:
-    """Do `measure`, and return the gradient too, as the taps rescaled it: to be multiplied by 2^exponents."""
+    """Do `measure`, with its arguments, and return the gradient too, as the taps rescaled it: to be multiplied by 2^exponents."""
 
     def objective(params, state):
         with check.foreign("gradient_flow"):

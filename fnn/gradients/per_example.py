@@ -126,6 +126,7 @@ def example_loss(
     `axis_name` to `per_example`. A net that draws random numbers gets a key for each example:
     `per_example(example_loss(...))(params, batch, key=key)`.
 
+    Its seven arguments are those of `evaluate`, and those of a net's `apply`.
     Errors: TypeError for a key given here, with which all examples would share one dropout mask.
     """
     admission.net("example_loss", net)
@@ -150,7 +151,7 @@ def example_loss(
 def _gradients(
     loss: Any, has_aux: bool, axis_name: Any, batch_norm: str, kept: Any, params: Any, batch: Any
 ) -> tuple[Any, Any]:
-    """Do the device's part of `per_example`. `kept` are the arguments that a `Partial` loss holds, `batch` is (batch, keys)."""
+    """Do the device's part of `per_example`; what is static comes first, as one argument each. `kept` are the arguments that a `Partial` loss holds, `batch` is (batch, keys)."""
     args, keywords = kept
 
     def value_and_aux(params, example_and_key):

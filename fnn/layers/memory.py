@@ -179,7 +179,7 @@ def generate(
 
 
 def _decode(net: Layer, length: int, eos: int | None, dtype: Any, params: Any, state: Any, prompt: Any) -> Any:
-    """Return (tokens, index of each prompt's last real token, -1 if it has none)."""
+    """Return (tokens, index of each prompt's last real token, -1 if it has none); the arguments are those of `generate`."""
     source, target = (prompt["source"], prompt["target"]) if isinstance(prompt, Mapping) else (None, prompt)
     tokens, mask = target if isinstance(target, Masked) else (target, None)
     batch, time = tokens.shape

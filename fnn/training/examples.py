@@ -44,7 +44,7 @@ def step_gradients(
 ) -> Callable[..., tuple[Any, Any, dict[str, Any], dict[str, Any]]]:
     """Make `(params, state) -> (gradient, new state, means, of examples)` for a train step, from single examples' gradients.
 
-    With a state of None `params` is a pair (params, state), and both are differentiated; norms and clips are those of params.
+    The keywords are those of `train_step` that matter here, hence nine. With a state of None `params` is a pair (params, state), and both are differentiated; norms and clips are those of params.
     """
     outer = mapped.names(axis_name)
     # In this order an example has the same number, and so the same dropout mask, on one device and on many.

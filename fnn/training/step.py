@@ -288,7 +288,8 @@ def averages(net: Layer, params: Any, state: Any, data: Any, loss: Any, batch_si
 
 
 def means(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: Any) -> dict[str, jax.Array]:
-    """Do the part of `evaluate` that runs on the device, `size` examples at a time; works under `vmap`."""
+    """Do the part of `evaluate` that runs on the device, `size` examples at a time; works under `vmap`, and so takes
+    each array as an argument."""
     n, correct = y.shape[0], losses.correct(loss)
 
     def values(xs, ys):
