@@ -112,11 +112,6 @@ def norm(tree: Any) -> jax.Array:
     return _JITTED[norm_of_all](leaves) if leaves else jnp.zeros(())
 
 
-def squared_norm(tree: Any) -> jax.Array:
-    """Sum |a_i|² over all leaves: float[], 0 or inf where only the square leaves the range."""
-    return jnp.square(norm(tree))
-
-
 def count(tree: Any) -> jax.Array:
     """Count the numbers in a tree, as `size` does, but as a float32[] that programs compute: see `WHOLE`."""
     return _JITTED[count_of_all](jax.tree.leaves(tree))

@@ -225,6 +225,6 @@ def test_complex_parameters_are_refused_by_name():
     params = {"w": jnp.ones(2, jnp.complex64)}
     with pytest.raises(TypeError, match="per_example: params must be real"):
         fnn.per_example(lambda p, x: jnp.real(x @ p["w"]))(params, X)
-    for function in (fnn.tree.norm, fnn.tree.norms, fnn.tree.log_norms, fnn.tree.squared_norm):
+    for function in (fnn.tree.norm, fnn.tree.norms, fnn.tree.log_norms):
         with pytest.raises(TypeError, match="tree: arrays must be real, got complex64"):
             function(params)

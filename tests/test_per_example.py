@@ -304,6 +304,14 @@ def test_every_example_draws_a_dropout_mask_of_its_own():
         fnn.example_loss(layer, (params, state), loss=fnn.losses.cross_entropy, key=key)
 
 
+def test_a_bare_state_of_two_layers_is_not_taken_for_parameters_and_state():
+    net, x = fnn.serial(fnn.batch_norm(), fnn.batch_norm()), draw(4, 3)
+    params, state = net.init(jax.random.key(0), x)
+    loss = fnn.example_loss(net, state, axis_name="batch")
+    with pytest.raises(ValueError, match="example_loss: the state must be this net's"):
+        fnn.per_example(loss, axis_name="batch")(params, (x, jnp.zeros(4, int)))
+
+
 @pytest.mark.parametrize("batch_norm", ["loss", "frozen", "running"])
 def test_keys_reach_every_meaning_of_batch_norm(batch_norm):
     layer = fnn.serial(fnn.dense(8), fnn.dropout(0.5), fnn.dense(1))

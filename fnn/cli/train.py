@@ -17,7 +17,7 @@ class Train(Generic[M]):
 
     model: M
     data: str = "digits"
-    """digits, clusters, spirals, adding, number_words, a folder of IDX files (MNIST and its kin), or a .npz file"""
+    """digits, clusters, spirals, adding, number_words, a folder of IDX files (the format of MNIST), or a .npz file"""
     epochs: int = 30
     """passes over the training data"""
     batch_size: int = 64

@@ -141,6 +141,7 @@ def example_loss(
 
     def of_example(net_state, params, example, key=None):
         x, y = jax.tree.map(lambda a: jnp.asarray(a)[None], example)
+        admission.state("example_loss", net, params, net_state, x)
         outputs, _ = net.apply(params, net_state, x, key=key, train=train, axis_name=mapped.lanes(axis_name))
         return admission.values("example_loss", loss, outputs, y)[0]
 
@@ -151,7 +152,10 @@ def example_loss(
 def _gradients(
     loss: Any, has_aux: bool, axis_name: Any, batch_norm: str, kept: Any, params: Any, batch: Any
 ) -> tuple[Any, Any]:
-    """Do the device's part of `per_example`; what is static comes first, as one argument each. `kept` are the arguments that a `Partial` loss holds, `batch` is (batch, keys)."""
+    """Do the device's part of `per_example`; what is static comes first, as one argument each.
+
+    `kept` are the arguments that a `Partial` loss holds, `batch` is (batch, keys).
+    """
     args, keywords = kept
 
     def value_and_aux(params, example_and_key):

@@ -80,7 +80,7 @@ def canonical(value: Any) -> Any:
 
 
 class _Walk:
-    """One pass over everything that a value reaches: each gets a digest, of its kind and of the digests of its parts."""
+    """One pass over everything that a value reaches. The digest of each is made of its type and of its parts' digests."""
 
     def __init__(self):
         self.doubts: dict[str, None] = {}
