@@ -8,7 +8,7 @@ used.
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -64,6 +64,8 @@ class Op:
     call: Callable[..., Sequence[Any]]
     effects: bool = False
     """It must run even if nobody reads its results."""
+    where: str = ""
+    """The names of the modules and functions around it, as JAX knows them (`jax.named_scope`; Linen and Haiku set it)."""
 
     def __getitem__(self, name: str) -> Any:
         """Look up a parameter. Errors: Unreadable if there is none of this name."""
@@ -79,17 +81,42 @@ class Loop(Op):
     consts: int = 0
     carries: int = 0
 
-    def run(self, *values: Any) -> list[Any]:
+    def run(self, *values: Any, hooks: "Hooks | None" = None) -> Any:
+        """Scan over the body; with hooks return (outputs, what the hooks found, stacked over the turns)."""
         consts, carry = values[: self.consts], values[self.consts : self.consts + self.carries]
 
         def body(carry, xs):
-            outs = execute(self.body, [*consts, *carry, *xs])
-            return tuple(outs[: self.carries]), tuple(outs[self.carries :])
+            found: dict[str, Any] = {}
+            outs = execute(self.body, [*consts, *carry, *xs], hooks, found)
+            return tuple(outs[: self.carries]), (tuple(outs[self.carries :]), found)
 
         xs = values[self.consts + self.carries :]
         options = {name: self.params[name] for name in ("length", "reverse", "unroll")}
-        carry, ys = jax.lax.scan(body, tuple(carry), tuple(xs), **options)
-        return [*carry, *ys]
+        carry, (ys, found) = jax.lax.scan(body, tuple(carry), tuple(xs), **options)
+        return [*carry, *ys] if hooks is None else ([*carry, *ys], found)
+
+
+@dataclass(eq=False)
+class Remat(Op):
+    """What `jax.checkpoint` marks: computed anew in the backward pass of whatever runs this program."""
+
+    body: "Program" = None  # type: ignore[assignment]
+
+    def run(self, *values: Any, hooks: "Hooks | None" = None) -> Any:
+        """Run the body; with hooks return (outputs, what the hooks found)."""
+
+        def body(*values):
+            found: dict[str, Any] = {}
+            return execute(self.body, values, hooks, found), found
+
+        options = {name: self.params[name] for name in ("policy", "prevent_cse") if name in self.params}
+        outs, found = jax.checkpoint(body, **options)(*values)
+        return outs if hooks is None else (outs, found)
+
+
+Hook = Callable[[Any], tuple[Any, dict[str, Any]]]
+"""Sees a value where it is made; returns what goes on in its place, and named numbers."""
+Hooks = dict[int, Hook]
 
 
 @dataclass(eq=False)
@@ -122,6 +149,15 @@ class Program:
         return jax.ShapeDtypeStruct(jnp.shape(aval), aval.dtype)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How `read` goes about it."""
+
+    open_up: bool
+    keep: frozenset[str]
+    forward: bool
+
+
 def trace(function: Callable[..., Any], *args: Any, axes: Sequence[tuple[Any, int]] = ()) -> tuple[Any, Any]:
     """Trace `function(*args)` to a closed jaxpr, to be read by `read` or run by `call`; and the specs of its results.
 
@@ -135,18 +171,23 @@ def call(closed: Any, values: Sequence[Any]) -> list[Any]:
     return list(jaxpr_as_fun(closed)(*values))
 
 
-def read(closed: Any, open_up: bool = False, keep: frozenset[str] = frozenset()) -> Program:
+def read(closed: Any, open_up: bool = False, keep: frozenset[str] = frozenset(), forward: bool = False) -> Program:
     """Write a traced function out; with `open_up` also what has a derivative rule and a collective in it, without the rule.
 
-    Jitted functions whose name is in `keep` stay one operation. Errors: Unreadable.
+    Jitted functions whose name is in `keep` stay one operation. With `forward` the program is to be differentiated: what
+    `jax.checkpoint` marks stays marked, and what has a derivative rule stays one operation. Errors: Unreadable.
     """
+    return _read(closed, Reading(open_up, keep, forward))
+
+
+def _read(closed: Any, how: Reading) -> Program:
     jaxpr, program, env = _opened(closed), Program(), {}
     with reading("a traced function"):
-        env.update(zip(jaxpr.constvars, map(Const, closed.consts), strict=True))
+        env.update(zip(jaxpr.constvars, map(Const, getattr(closed, "consts", ())), strict=True))
     for var in jaxpr.invars:
         env[var] = program.variable(var.aval)
         program.inputs.append(env[var])
-    _inline(jaxpr, env, program, open_up, keep)
+    _inline(jaxpr, env, program, how)
     program.outputs = [_atom(env, var) for var in jaxpr.outvars]
     return program
 
@@ -167,29 +208,49 @@ def equations(part: Any) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield from equations(inner)
 
 
-def execute(program: Program, values: Sequence[Any]) -> list[Any]:
-    """Run a program; under `vmap`, `jit` and `grad` like any function."""
+def execute(
+    program: Program, values: Sequence[Any], hooks: Hooks | None = None, found: dict[str, Any] | None = None
+) -> list[Any]:
+    """Run a program; under `vmap`, `jit` and `grad` like any function.
+
+    `hooks` are called with the values of the variables that are their keys, inside loops too; what they return goes into
+    `found`, stacked over the turns of the loops around.
+    """
     known = dict(zip(program.inputs, values, strict=True))
 
     def value(atom):
         return atom.value if isinstance(atom, Const) else known[atom]
 
+    def hooked(variables):
+        for variable in variables if hooks else ():
+            if variable in hooks:
+                known[variable], numbers = hooks[variable](known[variable])
+                found.update(numbers)
+
+    hooked(program.inputs)
     for op in program.ops:
-        known.update(zip(op.outputs, op.call(*map(value, op.inputs)), strict=True))
+        inputs = map(value, op.inputs)
+        if hooks and isinstance(op, Loop | Remat):
+            outputs, numbers = op.run(*inputs, hooks=hooks)
+            found.update(numbers)
+        else:
+            outputs = op.call(*inputs)
+        known.update(zip(op.outputs, outputs, strict=True))
+        hooked(op.outputs)
     return [value(atom) for atom in program.outputs]
 
 
-def prune(program: Program) -> Program:
-    """Drop what no output needs, inside loops too."""
-    live = {atom for atom in program.outputs if not isinstance(atom, Const)}
+def prune(program: Program, keep: Set[int] = frozenset()) -> Program:
+    """Drop what neither an output needs nor a variable of `keep`, inside loops too."""
+    live = {atom for atom in program.outputs if not isinstance(atom, Const)} | keep
     kept = Program(program.inputs, [], program.outputs, program.avals)
     ops = []
     for op in reversed(program.ops):
         wanted = [output in live for output in op.outputs]
-        if not (op.effects or any(wanted)):
+        if not (op.effects or any(wanted) or (keep and holds(op, keep))):
             continue
         if isinstance(op, Loop) and not op.effects:
-            op = _pruned_loop(op, wanted)
+            op = _pruned_loop(op, wanted, keep)
         live.update(atom for atom in op.inputs if not isinstance(atom, Const))
         ops.append(op)
     for op in reversed(ops):
@@ -197,37 +258,50 @@ def prune(program: Program) -> Program:
     return kept
 
 
-def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, open_up: bool, keep: frozenset[str]) -> None:
+def holds(op: Op, variables: Set[int]) -> bool:
+    """Whether an operation makes one of some variables, or what runs inside it does."""
+    if not variables.isdisjoint(op.outputs):
+        return True
+    if not isinstance(op, Loop | Remat):
+        return False
+    return not variables.isdisjoint(op.body.inputs) or any(holds(inner, variables) for inner in op.body.ops)
+
+
+def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, how: Reading) -> None:
     for eqn in jaxpr.eqns:
         name, inputs = eqn.primitive.name, [_atom(env, var) for var in eqn.invars]
         inner = eqn.params.get("jaxpr" if name in REMATS else CALLS.get(name, ""))
-        if name in CALLS and eqn.params.get("name") in keep:
+        again = name in REMATS and eqn.params.get("differentiated", True)
+        if name in CALLS and eqn.params.get("name") in how.keep:
             inner = None
-        elif inner is None and name.startswith("custom_"):
+        elif inner is None and name.startswith("custom_") and not how.forward:
             # What JAX cannot map over, `linear_call`, is opened up too; its rule has been used by then.
-            wanted = COLLECTIVES | {"linear_call"} if open_up else {"linear_call"}
+            wanted = COLLECTIVES | {"linear_call"} if how.open_up else {"linear_call"}
             inner = next((i for i in _inner(eqn.params) if any(name in wanted for name, _ in equations(i))), None)
-        if inner is not None:
-            if (
-                name in REMATS
-                and eqn.params.get("differentiated", True)
-                and np.any(eqn.params.get("prevent_cse", True))
-            ):
-                # What JAX itself does there: without it the forward pass would be kept instead of computed anew.
-                inputs = _barrier(program, inputs)
-            opened, local = _opened(inner), {}
-            with reading(f"the arguments of {name}"):
-                local.update(zip(opened.constvars, map(Const, getattr(inner, "consts", ())), strict=True))
-                local.update(zip(opened.invars, inputs, strict=True))
-            _inline(opened, local, program, open_up, keep)
-            with reading(f"the results of {name}"):
-                env.update({var: _atom(local, out) for var, out in zip(eqn.outvars, opened.outvars, strict=True)})
+        if inner is None or (name in REMATS and how.forward and not again):
+            outputs = [program.variable(var.aval) for var in eqn.outvars]
+            env.update(zip(eqn.outvars, outputs, strict=True))
+            special = _read_loop if name == "scan" else _read_remat if inner is not None else None
+            op = special(eqn, inputs, outputs, how) if special else None
+            program.append(op or _op(jaxpr, eqn, inputs, outputs))
             continue
-        outputs = [program.variable(var.aval) for var in eqn.outvars]
-        env.update(zip(eqn.outvars, outputs, strict=True))
-        program.append(
-            (_read_loop(eqn, inputs, outputs, open_up) if name == "scan" else None) or _op(jaxpr, eqn, inputs, outputs)
-        )
+        if again and np.any(eqn.params.get("prevent_cse", True)):
+            # What JAX itself does there: without it the forward pass would be kept instead of computed anew.
+            inputs = _barrier(program, inputs)
+        opened, local = _opened(inner), {}
+        with reading(f"the arguments of {name}"):
+            local.update(zip(opened.constvars, map(Const, getattr(inner, "consts", ())), strict=True))
+            local.update(zip(opened.invars, inputs, strict=True))
+        _inline(opened, local, program, how)
+        with reading(f"the results of {name}"):
+            env.update({var: _atom(local, out) for var, out in zip(eqn.outvars, opened.outvars, strict=True)})
+
+
+def _read_remat(eqn: Any, inputs: list[Atom], outputs: list[int], how: Reading) -> Remat:
+    body = _read(eqn.params["jaxpr"], how)
+    op = Remat(eqn.primitive.name, {**eqn.params}, inputs, outputs, list, _effects(eqn), where(eqn), body)
+    op.call = op.run
+    return op
 
 
 def _op(jaxpr: Any, eqn: Any, inputs: list[Atom], outputs: list[int]) -> Op:
@@ -243,14 +317,19 @@ def _op(jaxpr: Any, eqn: Any, inputs: list[Atom], outputs: list[int]) -> Op:
     with reading(eqn.primitive.name):
         single = jaxpr.replace(constvars=[], invars=list(fresh), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
         run = jaxpr_as_fun(ClosedJaxpr(single, ()))
-    return Op(eqn.primitive.name, params, inputs, outputs, call, _effects(eqn))
+    return Op(eqn.primitive.name, params, inputs, outputs, call, _effects(eqn), where(eqn))
+
+
+def where(eqn: Any) -> str:
+    """Read an equation's name stack; "" where JAX keeps it in another way."""
+    return str(getattr(getattr(eqn, "source_info", None), "name_stack", ""))
 
 
 def _effects(eqn: Any) -> bool:
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 
 
-def _read_loop(eqn: Any, inputs: list[Atom], outputs: list[int], open_up: bool) -> Loop | None:
+def _read_loop(eqn: Any, inputs: list[Atom], outputs: list[int], how: Reading) -> Loop | None:
     """Understand a scan by its shapes: what it maps over has one axis more outside than inside."""
     closed = eqn.params.get("jaxpr")
     if closed is None or not all(isinstance(eqn.params.get(n), int | bool) for n in ("length", "reverse", "unroll")):
@@ -271,26 +350,27 @@ def _read_loop(eqn: Any, inputs: list[Atom], outputs: list[int], open_up: bool) 
     )
     if wrong:
         return warn("a scan with arguments in another order")
-    template = Loop("scan", {**eqn.params}, inputs, outputs, list, _effects(eqn))
-    return rebuilt(template, read(closed, open_up), inputs, outputs, consts, carries)
+    template = Loop("scan", {**eqn.params}, inputs, outputs, list, _effects(eqn), where(eqn))
+    return rebuilt(template, _read(closed, how), inputs, outputs, consts, carries)
 
 
 def rebuilt(old: Loop, body: Program, inputs: list[Atom], outputs: list[int], consts: int, carries: int) -> Loop:
     """Make a loop of the same kind with another body."""
-    new = Loop(old.name, old.params, inputs, outputs, old.call, old.effects, body, consts, carries)
+    new = Loop(old.name, old.params, inputs, outputs, old.call, old.effects, old.where, body, consts, carries)
     new.call = new.run
     return new
 
 
-def _pruned_loop(loop: Loop, wanted: list[bool]) -> Loop:
+def _pruned_loop(loop: Loop, wanted: list[bool], kept: Set[int]) -> Loop:
     """Drop outputs that nobody reads, the carries that only they needed, and what these were computed from."""
     first, last = loop.consts, loop.consts + loop.carries
     carried = wanted[: loop.carries]
     while True:
         keep = [*carried, *wanted[loop.carries :]]
         outputs = [atom for atom, k in zip(loop.body.outputs, keep, strict=True) if k]
-        body = prune(replace(loop.body, outputs=outputs))
-        used = {atom for op in body.ops for atom in op.inputs if not isinstance(atom, Const)}
+        body = prune(replace(loop.body, outputs=outputs), kept)
+        used = set(kept)
+        used |= {atom for op in body.ops for atom in op.inputs if not isinstance(atom, Const)}
         used |= {atom for atom in outputs if not isinstance(atom, Const)}
         needed = [k or var in used for k, var in zip(carried, loop.body.inputs[first:last], strict=True)]
         if needed == carried:

@@ -1,0 +1,430 @@
+"""Measure a loss: find its layers, differentiate it with marks, run the gradient's program exactly, label what was seen.
+
+1. The loss is traced, and `places` finds its layers: products of data with parameters.
+2. The traced loss is differentiated with marks: each layer's output passes through an identity whose derivative names the
+   error signal that comes back, and statistics of the forward pass are taken where values are made.
+3. The program of the gradient runs with a power of two beside every value (`exact`), so that no depth is too much for it;
+   norms are taken where gradients and error signals are made, inside loops over layers too. So nothing is stored that a
+   plain gradient does not store.
+"""
+
+import fnmatch
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from fnn import check, mapped, tree
+from fnn.gradients import exact, places, program, reductions
+from fnn.gradients.places import Found, Place
+from fnn.gradients.program import Atom, Hook, Hooks, Loop, Program, Remat
+from fnn.gradients.readings import Flow, Labels, Series
+from fnn.gradients.softmax import Softmax, Turns
+
+GROUPS = ("gradient", "error", "activation", "kurtosis", "saturated", "rank", "cosine", "attention")
+DEFAULT = GROUPS[:3]
+MARK = "fnn.error."
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `watch` measures; see there."""
+
+    has_aux: bool
+    axis_name: Any
+    only: str
+    groups: tuple[str, ...]
+    weighted: bool
+
+    def wants(self, path: str) -> bool:
+        return fnmatch.fnmatchcase(path, self.only)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A traced loss with its layers."""
+
+    forward: Program
+    value: Any
+    """Specs of (loss, aux)."""
+    found: Found
+    names: list[str]
+    """Paths of the parameters."""
+    axes: list[int]
+    """How many leading axes of each parameter count layers."""
+
+
+def searched(loss: Callable[..., Any], options: Options, params: Any, rest: Any) -> Subject:
+    """Trace the loss and find its layers, those alone that are wanted."""
+
+    def call(params, *rest):
+        with check.foreign("watch"):
+            out = loss(params, *rest)
+        value, aux = out if options.has_aux else (out, ())
+        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            got = check.describe(jnp.asarray(value))
+            raise ValueError(f"watch: the loss must be one float, got {got}; average over the batch")
+        return value, aux
+
+    names = [name.removesuffix("/value") for name in tree.paths(params)]
+    closed, specs = program.trace(call, params, *rest)
+    forward = program.read(closed, forward=True)
+    found = places.find(forward, len(names))
+    found.places = [place for place in found.places if options.wants(names[place.parameter])]
+    depths = jax.tree.leaves(tree.map_depth(lambda k, _: k, params))
+    axes = [_axes(found, i, leaf, k) for i, (leaf, k) in enumerate(zip(jax.tree.leaves(params), depths, strict=True))]
+    return Subject(forward, specs, found, names, axes)
+
+
+def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, rest: Any) -> Any:
+    """Do the device's part of `watch`; what is static comes first, one argument each.
+
+    Returns a `Flow`; with `grads` what `jax.value_and_grad` returns, and the flow.
+    """
+    subject = searched(loss, options, params, rest)
+    found, count = subject.found, len(subject.names)
+    hooks = _statistics(options, found)
+
+    def marked(params, rest):
+        seen: dict[str, Any] = {}
+        value, *aux = program.execute(subject.forward, jax.tree.leaves((params, rest)), hooks, seen)
+        return value, (aux, seen)
+
+    def seeded(seed, params, rest):
+        value, pull, more = jax.vjp(lambda p: marked(p, rest), params, has_aux=True)
+        return (value, more), pull(seed.astype(value.dtype))[0]
+
+    params = mapped.varying(params, options.axis_name, like=rest)
+    closed, specs = program.trace(seeded, jnp.ones((), subject.value[0].dtype), params, rest)
+    backward = program.read(closed)
+    wanted = [i for i in range(count) if options.wants(subject.names[i])]
+    noted: Hooks = {}
+    for variable, name in _marked(backward):
+        noted[variable] = functools.partial(_error, name, options.axis_name)
+    inside = options.axis_name is None and "gradient" in options.groups
+    outputs = backward.outputs[-count:] if count else []
+    for i in wanted if inside else []:
+        variable, below = _seat(backward, outputs[i], subject.axes[i])
+        if isinstance(variable, int):
+            name, axes = f"gradient.{i}", subject.axes[i] - below
+            noted[variable] = _both(noted.get(variable), functools.partial(_norm, name, axes))
+    full = grads or not inside or "cosine" in options.groups
+    kept = backward.outputs if full else backward.outputs[:-count]
+    backward = program.prune(replace(backward, outputs=kept), frozenset(noted))
+    results, seen = exact.run(backward, jax.tree.leaves((params, rest)), subject.value[0].dtype, noted)
+    first, gradients = (results[:-count], results[-count:]) if full and count else (results, [])
+    value, (aux, statistics) = jax.tree.unflatten(jax.tree.structure(specs[0]), first)
+    seen = seen | statistics
+    if options.axis_name is not None:
+        gradients = [exact.mean(g, options.axis_name) for g in gradients]
+    if full and "gradient" in options.groups:
+        for i in wanted:
+            seen |= _norm(f"gradient.{i}", subject.axes[i], gradients[i])[1]
+    if "cosine" in options.groups:
+        for i in wanted:
+            seen |= _alignment(str(i), subject.axes[i], gradients[i], jax.tree.leaves(params)[i])
+    flow = _assembled(options, subject, wanted, size, seen, params, value)
+    if not grads:
+        return flow
+    leaves = [exact.rounded(g).astype(p.dtype) for g, p in zip(gradients, jax.tree.leaves(params), strict=True)]
+    gradient = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    aux = jax.tree.unflatten(jax.tree.structure(subject.value[1]), aux)
+    return ((value, aux) if options.has_aux else value, gradient), flow
+
+
+# Forward ---------------------------------------------------------------------------------------------------------------
+
+
+def _statistics(options: Options, found: Found) -> Hooks:
+    """Take what is wanted of each layer's input and output, and mark where its error signal comes back."""
+    hooks: Hooks = {}
+    taken: dict[str, Hook] = {}
+    for i, place in enumerate(found.places):
+        if "error" in options.groups:
+            hooks[place.product] = _both(functools.partial(_mark_hook, f"{MARK}{i}"), hooks.get(place.product))
+    for place in found.places:
+        for variable, units, bounds in (
+            (place.input, place.units[0], place.bounds),
+            (place.output, place.units[1], (None, None)),
+        ):
+            for name, function in _wanted(options, units, bounds) if variable is not None else []:
+                known = f"{name}.{variable}"
+                if known not in taken:
+                    taken[known] = functools.partial(_seen, known, function, options.axis_name)
+                    hooks[variable] = _both(hooks.get(variable), taken[known])
+    for i, softmax in enumerate(found.softmaxes if "attention" in options.groups else []):
+        function = functools.partial(_attention, softmax)
+        hook = functools.partial(_seen, f"attention.{i}", function, options.axis_name)
+        hooks[softmax.logits] = _both(hooks.get(softmax.logits), hook)
+    return hooks
+
+
+def _wanted(options: Options, units: Any, bounds: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
+    if "activation" in options.groups:
+        yield "moments", reductions.moments
+        if units is not None:
+            yield "dead", lambda x, axis_name: reductions.dead(x, units, axis_name)
+    if "kurtosis" in options.groups:
+        yield "central", reductions.central
+    if "rank" in options.groups and units is not None:
+        yield "rank", lambda x, axis_name: reductions.rank(x, units, axis_name)
+    known = next(filter(None, bounds), None)
+    if "saturated" in options.groups and known is not None:
+        yield "saturated", lambda x, axis_name: reductions.saturated(x, known, axis_name)
+
+
+def _attention(softmax: Softmax, x: jax.Array, axis_name: Any) -> dict[str, jax.Array]:
+    return reductions.attention(x, softmax.axis, softmax.heads, axis_name)
+
+
+def _seen(name: str, function: Callable[..., Any], axis_name: Any, x: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    return x, {name: function(jax.lax.stop_gradient(x), axis_name)}
+
+
+def _both(first: Hook | None, second: Hook | None) -> Hook:
+    if first is None or second is None:
+        return first or second  # type: ignore[return-value]
+
+    def hook(x):
+        x, a = first(x)
+        x, b = second(x)
+        return x, a | b
+
+    return hook
+
+
+def _mark_hook(name: str, x: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    return _mark(name, x), {}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mark(name: str, x: jax.Array) -> jax.Array:
+    """Do nothing, and give the cotangent a name in the program of the gradient."""
+    return x
+
+
+_mark.defvjp(lambda name, x: (x, None), lambda name, _, d: (checkpoint_name(d, name),))
+
+
+# Backward --------------------------------------------------------------------------------------------------------------
+
+
+def _marked(part: Program) -> Iterator[tuple[int, str]]:
+    """Find the named error signals of a program, inside its loops too."""
+    for op in part.ops:
+        name = op.params.get("name", "") if op.name == "name" else ""
+        if name.startswith(MARK):
+            yield op.outputs[0], name
+        elif isinstance(op, Loop | Remat):
+            yield from _marked(op.body)
+
+
+def _error(name: str, axis_name: Any, d: Any) -> tuple[Any, dict[str, Any]]:
+    m, e = exact.norm(d)
+    if axis_name is not None:
+        m, e = exact.root_mean(m, e, axis_name)
+    return d, {name: (m, e)}
+
+
+def _norm(name: str, axes: int, g: Any) -> tuple[Any, dict[str, Any]]:
+    return g, {name: exact.norm(g, axes)}
+
+
+def _alignment(name: str, axes: int, g: Any, w: jax.Array) -> dict[str, Any]:
+    """Take cosine and ratio of norms of a gradient and its array, by layer."""
+    (gm, ge), (wm, we) = exact.norm(g, axes), exact.norm(w, axes)
+    dm, de = exact.dot(g, w, axes)
+    scale = jnp.exp2((de - ge - we).astype(dm.dtype))
+    return {f"cosine.{name}": dm * scale / (gm * wm), f"ratio.{name}": (gm / wm, ge - we)}
+
+
+def _seat(part: Program, atom: Atom, axes: int) -> tuple[Atom, int]:
+    """Follow a gradient into the loops over layers that stack it: (its name there, how many loops)."""
+    below = 0
+    while isinstance(atom, int):
+        op, index = part.makers.get(atom, (None, 0))
+        if op is not None and op.name == "convert_element_type":
+            atom = op.inputs[0]
+        elif isinstance(op, Loop) and index >= op.carries and below < axes and isinstance(op.body.outputs[index], int):
+            part, atom, below = op.body, op.body.outputs[index], below + 1
+        else:
+            break
+    return atom, below
+
+
+def _axes(found: Found, i: int, leaf: jax.Array, depth: int) -> int:
+    """Count the leading axes of a parameter that count layers."""
+    use = found.uses.get(i)
+    if depth or use is None:
+        return depth
+    loops = [turn for turn in use.turns if turn.depth]
+    if use.axes or not leaf.ndim:
+        return use.axes
+    by_index = bool(loops) and leaf.ndim > 1 and leaf.shape[0] == loops[0].length
+    by_rows = leaf.ndim > 1 and set(use.rows) == {(row,) for row in range(leaf.shape[0])}
+    return int(by_index or by_rows)
+
+
+# Labels ----------------------------------------------------------------------------------------------------------------
+
+
+class _Numbers:
+    """Numbers and their labels, one after the other."""
+
+    def __init__(self) -> None:
+        self.series: list[Series] = []
+        self.mantissas: list[jax.Array] = []
+        self.exponents: list[jax.Array] = []
+
+    def add(self, label: Series, value: Any) -> None:
+        m, e = value if isinstance(value, tuple) else (value, jnp.zeros(jnp.shape(value), jnp.int32))
+        size = label.size
+        self.series.append(label)
+        self.mantissas.append(jnp.broadcast_to(m, jnp.shape(m)).astype(jnp.float32).reshape(size))
+        self.exponents.append(jnp.broadcast_to(e, jnp.shape(m)).astype(jnp.int32).reshape(size))
+
+    def flow(self, loss: jax.Array, notes: Sequence[str]) -> Flow:
+        empty = jnp.zeros(0)
+        m = jnp.concatenate([empty, *self.mantissas]).astype(jnp.float32)
+        e = jnp.concatenate([empty.astype(jnp.int32), *self.exponents])
+        return Flow(loss, m, e, Labels(tuple(self.series), tuple(notes)))
+
+
+def _assembled(
+    options: Options, subject: Subject, wanted: Sequence[int], size: int, seen: dict[str, Any], params: Any, loss: Any
+) -> Flow:
+    """Label everything that was seen; its seven arguments are what labels are made of."""
+    numbers, found = _Numbers(), subject.found
+    leaves = jax.tree.leaves(params)
+    for i, place in enumerate(found.places):
+        label = _label(place, subject.names[place.parameter])
+        time = tuple(k for k, turn in enumerate(place.turns) if not turn.depth)
+        if "error" in options.groups:
+            none = (jnp.zeros(label.lengths), jnp.full(label.lengths, reductions.LOWEST))
+            error = seen.get(f"{MARK}{i}")
+            error = none if error is None else reductions.joined(error, time, 2)
+            name, shift = ("log10_error", 0.5 * math.log10(size)) if size else ("log10_error_norm", 0.0)
+            numbers.add(replace(label, quantity=name, shift=shift), error)
+        for side, variable in (("input", place.input), ("output", place.output)):
+            for name, value in _of_side(side, variable, place, seen, time):
+                numbers.add(replace(label, quantity=f"{side}_{name}"), value)
+    for i in wanted:
+        for label, row in _labels_of(found, i, subject.names[i], leaves[i], subject.axes[i]):
+
+            def add(quantity, value, shift=0.0, label=label, row=row):
+                value = value if row is None else jax.tree.map(lambda a: a[row], value)
+                numbers.add(replace(label, quantity=quantity, shift=shift), value)
+
+            if "gradient" in options.groups:
+                count = math.prod(leaves[i].shape[subject.axes[i] :])
+                add("log10_gradient", seen[f"gradient.{i}"])
+                add("log10_gradient_rms", seen[f"gradient.{i}"], -0.5 * math.log10(max(1, count)))
+            if "cosine" in options.groups:
+                add("cosine", seen[f"cosine.{i}"])
+                add("log10_gradient_to_weight", seen[f"ratio.{i}"])
+    for i, softmax in enumerate(found.softmaxes if "attention" in options.groups else []):
+        label = _label_of_softmax(found, softmax, subject.names, seen[f"attention.{i}"]["largest"])
+        for name, quantity in (("largest", "largest_logit"), ("entropy", "attention_entropy")):
+            time = [k for k, turn in enumerate(softmax.turns) if not turn.depth]
+            value = seen[f"attention.{i}"][name]
+            value = jnp.max(value, axis=time) if name == "largest" else jnp.mean(value, axis=time)
+            numbers.add(replace(label, quantity=quantity), value)
+    return numbers.flow(loss, [])
+
+
+def _of_side(side: str, variable: Any, place: Place, seen: Any, time: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    if f"moments.{variable}" in seen:
+        for name, pair in seen[f"moments.{variable}"].items():
+            yield name, reductions.joined(pair, time)
+    if f"dead.{variable}" in seen:
+        yield "dead", jnp.mean(jnp.min(seen[f"dead.{variable}"], axis=time), axis=-1)
+    if f"central.{variable}" in seen:
+        yield "kurtosis", reductions.kurtosis(*seen[f"central.{variable}"], time)
+    if f"rank.{variable}" in seen:
+        yield "rank", jnp.mean(seen[f"rank.{variable}"], axis=time)
+    if side == "input" and f"saturated.{variable}" in seen and any(place.bounds):
+        value, (first, others) = seen[f"saturated.{variable}"], place.bounds
+        if first != others:  # the first turn's input comes from elsewhere
+            axis, turn = len(place.turns) - 1, place.turns[-1]
+            index = turn.length - 1 if turn.backwards else 0
+            which = jnp.arange(turn.length) == index
+            value = jnp.where(which.reshape((-1,) + (1,) * (value.ndim - 1 - axis)), jnp.nan, value)
+        yield "saturated", jnp.nanmean(value, axis=time) if time else value
+
+
+def _label(place: Place, path: str) -> Series:
+    for row in place.rows:
+        path = _row_of(path, row)
+    recurrent = any(not turn.depth for turn in place.turns)
+    return Series("", path, *_turns(place.turns, place.order), starts=True, recurrent=recurrent)
+
+
+def _labels_of(found: Found, i: int, path: str, leaf: jax.Array, axes: int) -> Iterator[tuple[Series, int | None]]:
+    """Label the gradient of a parameter by where it is first used; in parts, if its entries are used one by one."""
+    lengths, use = leaf.shape[:axes], found.uses.get(i)
+    if use is None:
+        yield Series("", path, lengths, (2**30, *[None] * axes), tuple((k, False) for k in range(axes)), False), None
+    elif axes == 1 and set(use.rows) == {(row,) for row in range(leaf.shape[0])}:
+        for (row,), order in use.rows.items():
+            yield Series("", _row_of(path, row), *_turns(use.turns, order), starts=False), row
+    else:
+        lengths_of, order, turns = _turns(use.turns, use.order)
+        if lengths_of != lengths:
+            order = tuple(0 if number is None else number for number in use.order)
+            order, turns = (*order, *[None] * axes), tuple((k, False) for k in range(axes))
+        yield Series("", path, lengths, order, turns, False), None
+
+
+def _row_of(path: str, row: int) -> str:
+    return path.replace("[:]", f"[{row}]", 1) if "[:]" in path else f"{path}[{row}]"
+
+
+def _label_of_softmax(found: Found, softmax: Softmax, names: Sequence[str], value: jax.Array) -> Series:
+    near = [names[i].split("/") for i in softmax.near]
+    shared = [a for a, *others in zip(*near, strict=False) if all(a == b for b in others)] if near else []
+    path, heads = "/".join(shared) or "softmax", value.shape[-1]
+    return Series("", path, *_turns(softmax.turns, softmax.order), starts=False, heads=heads)
+
+
+def _turns(turns: Sequence[Turns], order: Sequence[Any]) -> tuple[tuple[int, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """Give lengths of the loops over layers, the order, and which loop each None in it is."""
+    lengths = tuple(turn.length for turn in turns if turn.depth)
+    number = iter(range(len(lengths)))
+    marks = tuple((next(number) if turn.depth else None, turn.backwards) for turn in turns)
+    return lengths, tuple(order), marks
+
+
+def explained(loss: Callable[..., Any], options: Options, params: Any, rest: Any) -> str:
+    """Say what was recognised: a line for each layer in forward order, then what was not."""
+    subject = searched(loss, options, params, rest)
+    found, lines = subject.found, []
+    for place in found.places:
+        loops = "".join(f", {turn.length} {'layers' if turn.depth else 'steps'}" for turn in place.turns)
+        shapes = " -> ".join(
+            check.describe(_spec(subject.forward, place, v)) for v in (place.input, place.product) if v is not None
+        )
+        where = f" in {place.op.where}" if place.op.where else ""
+        lines.append(f"{subject.names[place.parameter]}: {place.op.name} {shapes}{loops}{where}")
+    used = {place.parameter for place in found.places}
+    alone = [n for i, n in enumerate(subject.names) if i not in used and options.wants(n)]
+    if alone:
+        lines.append("gradients alone, no product with data: " + ", ".join(alone))
+    if found.softmaxes:
+        lines.append(f"softmaxes of attention: {len(found.softmaxes)}")
+    for text, parameters in found.unread:
+        lines.append(f"not looked into: {text}, which takes {', '.join(subject.names[i] for i in parameters)}")
+    return "\n".join(lines)
+
+
+def _spec(part: Program, place: Place, variable: int) -> Any:
+    for turn in place.turns:
+        part = turn.loop.body
+    for inner in (part, *(op.body for op in part.ops if isinstance(op, Remat))):
+        if variable in inner.avals:
+            return inner.spec(variable)
+    return place.op

@@ -1,0 +1,255 @@
+"""What `watch` returns: numbers with labels, as a pytree; tables, figures and flat names of them on the host."""
+
+import fnmatch
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+LOG2 = math.log10(2)
+
+
+@dataclass(frozen=True)
+class Series:
+    """The label of one quantity of one array: a number, or one for each turn of the loops over layers around it."""
+
+    quantity: str
+    path: str
+    lengths: tuple[int, ...]
+    """Of the loops over layers."""
+    order: tuple[Any, ...]
+    """The place in the program: numbers of operations; None stands for a turn, in the order of `turns`."""
+    turns: tuple[tuple[int | None, bool], ...]
+    """For each None in `order`: which of `lengths` it is (None for a loop over time), and whether it runs backwards."""
+    starts: bool
+    """Whether a layer begins here: a product with a parameter."""
+    heads: int = 0
+    """Of attention: how many numbers stand side by side."""
+    recurrent: bool = False
+    shift: float = 0.0
+    """What is added to a log10."""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.lengths) * max(1, self.heads)
+
+
+class Row(NamedTuple):
+    """One number of one layer."""
+
+    layer: int
+    """Counted from the input, 1 being the first; 0 for what comes before it."""
+    path: str
+    quantity: str
+    value: float
+
+
+class Labels:
+    """The labels of a `Flow`; equal where they say the same. Hashed once, since JAX compares them at every call."""
+
+    def __init__(self, series: tuple[Series, ...], notes: tuple[str, ...]):
+        self.series, self.notes = series, notes
+        self._hash = hash((series, notes))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Labels) and (self.series, self.notes) == (other.series, other.notes)
+
+    @functools.cached_property
+    def rows(self) -> list[tuple[int, str, str, int, float]]:
+        """List (layer, path, quantity, index of the number, shift) in forward order."""
+        return [row[:5] for row in _rows(self.series)]
+
+    @functools.cached_property
+    def starts(self) -> list[tuple[int, str]]:
+        """List (layer, path) of the weights that begin a layer."""
+        return list(dict.fromkeys(row[:2] for row in _rows(self.series) if row[5]))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["loss", "mantissas", "exponents"], meta_fields=["labels"]
+)
+@dataclass(frozen=True)
+class Flow:
+    """Measured numbers of a loss and its gradient, layer by layer; a pytree with static labels.
+
+    `table()` has the columns layer, path, quantity and value (and `lane` if the flow was made under `vmap` or `scan`);
+    `flat()` is a dict for loggers; `print` shows the layers; `plot()` draws them; `select` keeps a part. All these are for
+    the host.
+
+    | quantity | of | what |
+    |---|---|---|
+    | log10_gradient | every array | log10 of the Frobenius norm of the mean loss's gradient |
+    | log10_gradient_rms | every array | the same of the root mean square of its entries |
+    | log10_error | layers | log10 of the RMS over examples of |d l_i/dh|, h the layer's output |
+    | input_mean, input_second_moment, input_dead | layers | E[x], E[x²], fraction of units that are 0 for the whole batch |
+    | output_mean, output_second_moment, output_dead | layers | the same of the output, with its bias |
+    | input_kurtosis, output_kurtosis | layers, on request | E[(x - m)⁴] / E[(x - m)²]²; 3 for a Gaussian |
+    | input_saturated | layers after tanh or logistic, on request | fraction within 1 % of the range of a bound |
+    | input_rank, output_rank | layers, on request | (tr G)² / tr G² of the Gram matrix of all positions |
+    | cosine, log10_gradient_to_weight | every array, on request | cosine of gradient and array; |g| / |w| |
+    | largest_logit, attention_entropy | heads of attention, on request | before and after the softmax; entropy in nats |
+    """
+
+    loss: jax.Array
+    mantissas: jax.Array
+    """float32[..., n]; number i is mantissas[i] · 2^exponents[i]."""
+    exponents: jax.Array
+    """int32[..., n]"""
+    labels: Labels
+
+    def numbers(self) -> np.ndarray:
+        """Give all numbers in the order of `labels.rows`, logs as log10: float64[..., n]."""
+        m, e = np.asarray(jax.device_get(self.mantissas), np.float64), np.asarray(jax.device_get(self.exponents))
+        rows = self.labels.rows
+        index = np.array([row[3] for row in rows], int)
+        logs = np.array([row[2].startswith("log10_") for row in rows], bool)
+        shift = np.array([row[4] for row in rows])
+        m, e = m[..., index], e[..., index].astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
+            plain = m * np.exp2(e)
+            return np.where(logs, np.log10(m) + e * LOG2 + shift, plain)
+
+    def rows(self) -> list[Row]:
+        """List all numbers in forward order. Errors: ValueError for a flow of several lanes; see `table`."""
+        values = self.numbers()
+        if values.ndim != 1:
+            raise ValueError(
+                f"flow.rows: a flow of several lanes has no single list, got lanes {values.shape[:-1]}; use table(), or "
+                "jax.tree.map(lambda a: a[0], flow)"
+            )
+        return [
+            Row(layer, path, quantity, float(value))
+            for (layer, path, quantity, _, _), value in zip(self.labels.rows, values, strict=True)
+        ]
+
+    def table(self) -> Any:
+        """Make a polars DataFrame with the columns layer, path, quantity and value; before them `lane`, if there are several.
+
+        Several mapped axes are numbered through, the last one fastest.
+        """
+        import polars as pl
+
+        values, rows = self.numbers(), self.labels.rows
+        lanes = int(np.prod(values.shape[:-1]))
+        columns = {"layer": [r[0] for r in rows], "path": [r[1] for r in rows], "quantity": [r[2] for r in rows]}
+        columns = {name: column * lanes for name, column in columns.items()}
+        if values.ndim > 1:
+            columns = {"lane": np.repeat(np.arange(lanes), len(rows))} | columns
+        return pl.DataFrame(columns | {"value": values.reshape(-1)})
+
+    def flat(self) -> dict[str, float]:
+        """Make a dict for loggers: `{"path/quantity": number}`, and the loss."""
+        return {"loss": float(self.loss)} | {f"{row.path}/{row.quantity}": row.value for row in self.rows()}
+
+    def select(self, only: str = "*", quantity: str = "*") -> "list[Row]":
+        """List the rows whose path and quantity match patterns of `fnmatch`."""
+        return [
+            row
+            for row in self.rows()
+            if fnmatch.fnmatchcase(row.path, only) and fnmatch.fnmatchcase(row.quantity, quantity)
+        ]
+
+    def worst(self, k: int = 5, quantity: str = "log10_gradient") -> list[Row]:
+        """List the k rows of a quantity that lie farthest from its median, not finite ones first."""
+        rows = self.select(quantity=quantity)
+        finite = [row.value for row in rows if math.isfinite(row.value)]
+        middle = float(np.median(finite)) if finite else 0.0
+        return sorted(rows, key=lambda row: -abs(row.value - middle) if math.isfinite(row.value) else -math.inf)[:k]
+
+    def profile(self, quantity: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return (layers, values) of a quantity; of several rows of a layer the first in forward order."""
+        first: dict[int, float] = {}
+        for row in self.rows():
+            if row.quantity == quantity:
+                first.setdefault(row.layer, row.value)
+        return np.array(list(first), int), np.array(list(first.values()))
+
+    def plot(self, path: Any = None) -> Any:
+        """Draw log10 of error signal and gradient, and the second moment of the layers' inputs, against the layer."""
+        from fnn import plot
+
+        return plot.readings(self, path=path)
+
+    def __str__(self) -> str:
+        if np.ndim(self.loss):
+            return f"flow of {np.shape(self.loss)} lanes, {len(self.labels.rows)} numbers each; see table()"
+        paths = dict(reversed(self.labels.starts))
+        names = ("log10_error", "log10_gradient", "input_second_moment", "input_dead", "output_second_moment")
+        columns: dict[str, dict[int, float]] = {name: {} for name in names}
+        for row in self.rows():
+            if row.quantity in columns and paths.get(row.layer) == row.path:
+                columns[row.quantity].setdefault(row.layer, row.value)
+        columns = {name: column for name, column in columns.items() if column}
+        shown: list[int | None] = sorted(paths)  # type: ignore[assignment]
+        if len(shown) > 24:
+            shown = [*shown[:12], None, *shown[-12:]]
+        wide = min(40, max([5, *(len(paths[layer]) for layer in shown if layer)]))
+        lines = [*self.labels.notes, f"loss {float(self.loss):.6g}"]
+        lines.append(f"{'layer':>5}  {'path':{wide}}  " + "  ".join(f"{name:>{max(9, len(name))}}" for name in columns))
+        for layer in shown:
+            if layer is None:
+                lines.append(f"  ... {len(paths) - 24} more")
+                continue
+            path = paths[layer] if len(paths[layer]) <= wide else "…" + paths[layer][1 - wide :]
+            cells = (f"{c[layer]:{max(9, len(n))}.4g}" if layer in c else " " * len(n) for n, c in columns.items())
+            lines.append(f"{layer:5d}  {path:{wide}}  " + "  ".join(cells))
+        return "\n".join(lines)
+
+
+def _rows(series: tuple[Series, ...]) -> Iterator[tuple[int, str, str, int, float, bool]]:
+    starts = np.cumsum([0, *(s.size for s in series)])
+    every = [
+        (_key(s, turn), not s.starts, i, turn, head)
+        for i, s in enumerate(series)
+        for turn in itertools.product(*map(range, s.lengths))
+        for head in range(max(1, s.heads))
+    ]
+    layer, known = 0, {}
+    for key, _, i, turn, head in sorted(every, key=lambda row: (row[0], row[2], row[4])):
+        s = series[i]
+        path = _named(s.path, turn)
+        if s.starts:
+            # The products of one recurrent cell belong to one layer.
+            own = (path.rpartition("/")[0], turn) if s.recurrent else (key, path)
+            if own not in known:
+                layer += 1
+                known[own] = layer
+        place = known.get(own, layer) if s.starts else layer
+        index = int(starts[i]) + int(np.ravel_multi_index(turn, s.lengths) if turn else 0) * max(1, s.heads) + head
+        yield place, path + (f"[head {head}]" if s.heads else ""), s.quantity, index, s.shift, s.starts
+
+
+def _key(s: Series, turn: tuple[int, ...]) -> tuple[int, ...]:
+    turns = iter(s.turns)
+
+    def number(part):
+        if part is not None:
+            return part
+        axis, backwards = next(turns)
+        return 0 if axis is None else s.lengths[axis] - 1 - turn[axis] if backwards else turn[axis]
+
+    return tuple(number(part) for part in s.order)
+
+
+def _named(path: str, turn: tuple[int, ...]) -> str:
+    for i in turn:
+        path = path.replace("[:]", f"[{i}]", 1) if "[:]" in path else f"{path}[{i}]"
+    return path
+
+
+def empty(flow: Flow) -> Flow:
+    """Give a flow of the same form whose numbers are NaN."""
+    return replace(
+        flow,
+        loss=np.full_like(flow.loss, np.nan),
+        mantissas=np.full(np.shape(flow.mantissas), np.nan, np.float32),
+        exponents=np.zeros(np.shape(flow.exponents), np.int32),
+    )

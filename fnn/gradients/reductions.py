@@ -1,0 +1,112 @@
+"""What `watch` reduces values to, where they are made: moments, dead units, norms, ranks, attention. All safe at any scale.
+
+Numbers come as pairs (m, e), which stand for m · 2^e: float32[...] and int32[...]. A pair holds the square of 1e-30, and the
+norm of a gradient at any depth. Forward values are averaged over `axis_name`, if there is one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnn import mapped
+from fnn.tree import statistics_dtype
+
+Pair = tuple[jax.Array, jax.Array]
+LOWEST = -(2**28)
+"""The exponent of zero: in a sum the other one counts."""
+
+
+def moments(x: jax.Array, axis_name: Any) -> dict[str, Pair]:
+    """Take the mean of all numbers of an array, and of their squares: E[x], E[x²]."""
+    r, k = _scaled(x, axis_name)
+    first, second = mapped.mean((jnp.mean(r), jnp.mean(r * r)), axis_name)
+    return {"mean": (first, k), "second_moment": (second, 2 * k)}
+
+
+def dead(x: jax.Array, units: Sequence[int], axis_name: Any) -> jax.Array:
+    """Tell which units are zero at every example and position: float32[units], of zeros and ones."""
+    others = [axis for axis in range(x.ndim) if axis not in units]
+    zero = jnp.all(x == 0, axis=others).reshape(-1).astype(jnp.float32)
+    return mapped.reduce(jax.lax.pmin, zero, axis_name)
+
+
+def saturated(x: jax.Array, bounds: tuple[float, float], axis_name: Any) -> jax.Array:
+    """Take the fraction of numbers within 1 % of the distance between two bounds of one of them."""
+    low, high = bounds
+    margin = 0.01 * (high - low)
+    outside = (x < low + margin) | (x > high - margin)
+    return mapped.mean(jnp.mean(outside.astype(jnp.float32)), axis_name)
+
+
+def central(x: jax.Array, axis_name: Any) -> tuple[jax.Array, jax.Array]:
+    """Take mean and central moments of an array: (float32[4] of mean, m2, m3, m4 in units of 2^k, k)."""
+    r, k = _scaled(x, axis_name)
+    mean = mapped.mean(jnp.mean(r), axis_name)
+    d = r - mean
+    return jnp.stack([mean, *mapped.mean([jnp.mean(d**n) for n in (2, 3, 4)], axis_name)]), k
+
+
+def kurtosis(parts: jax.Array, k: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """Join central moments over some leading axes: E[(x - mean)^4] / E[(x - mean)²]², 3 for a Gaussian."""
+    top = jnp.max(k, axis=axes, keepdims=True)
+    unit = jnp.exp2((k - top).astype(parts.dtype))
+    mean, m2, m3, m4 = (parts[..., n] * unit ** (n + 1) for n in range(4))
+    d = mean - jnp.mean(mean, axis=axes, keepdims=True)
+    second, fourth = m2 + d**2, m4 + 4 * d * m3 + 6 * d**2 * m2 + d**4
+    return jnp.mean(fourth, axis=axes) / jnp.mean(second, axis=axes) ** 2
+
+
+def rank(x: jax.Array, units: Sequence[int], axis_name: Any) -> jax.Array:
+    """Take the participation ratio (tr G)² / tr G² of the Gram matrix of all positions over units: 1 to min(both)."""
+    r, _ = _scaled(x, axis_name)
+    others = [axis for axis in range(x.ndim) if axis not in units]
+    r = r.transpose(*others, *units).reshape(-1, max(1, _count(x, units)))
+    by_units = axis_name is not None or r.shape[1] <= r.shape[0]
+    # The smaller of the two matrices: both have the same eigenvalues. Exact products, since the ratio may be near 1.
+    g = jnp.matmul(r.T, r, precision="highest") if by_units else jnp.matmul(r, r.T, precision="highest")
+    g = mapped.mean(g, axis_name)
+    total = jnp.trace(g)
+    return total**2 / jnp.sum(g * g)
+
+
+def attention(logits: jax.Array, axis: int, heads: Sequence[int], axis_name: Any) -> dict[str, jax.Array]:
+    """Take by head the largest logit, and the mean entropy of the weights in nats: float32[heads] each."""
+    wide = logits.astype(statistics_dtype(logits.dtype))
+    others = [a for a in range(wide.ndim) if a not in heads]
+    largest = jnp.max(wide, axis=others).reshape(-1)
+    log = jax.nn.log_softmax(wide, axis=axis)
+    entropy = -jnp.sum(jnp.where(log > -1e30, jnp.exp(log) * log, 0), axis=axis, keepdims=True)
+    entropy = jnp.mean(entropy, axis=others).reshape(-1)
+    return {
+        "largest": mapped.reduce(jax.lax.pmax, largest, axis_name),
+        "entropy": mapped.mean(entropy, axis_name),
+    }
+
+
+def joined(pair: Pair, axes: Sequence[int], power: int = 1) -> Pair:
+    """Average pairs over some axes; with power 2 take the root of the sum of squares (of norms over time)."""
+    if not axes:
+        return pair
+    m, e = pair
+    top = jnp.max(jnp.where(m == 0, LOWEST, e), axis=axes, keepdims=True)
+    m = m * jnp.exp2(jnp.maximum(e - top, -2000).astype(m.dtype))
+    total = jnp.sqrt(jnp.sum(m * m, axis=axes)) if power == 2 else jnp.mean(m, axis=axes)
+    return total, top.reshape(total.shape)
+
+
+def _scaled(x: jax.Array, axis_name: Any) -> Pair:
+    """Divide an array by a power of two to a largest number in [1/2, 1): no square of it leaves float32."""
+    wide = x.astype(statistics_dtype(x.dtype))
+    peak = mapped.reduce(jax.lax.pmax, jnp.max(jnp.abs(wide), initial=0), axis_name)
+    k = jnp.where((peak > 0) & (peak < jnp.inf), jnp.frexp(peak)[1], 0)
+    half = k >> 1  # in two steps: 2^k alone may leave the range
+    return wide * jnp.exp2(-half.astype(wide.dtype)) * jnp.exp2(-(k - half).astype(wide.dtype)), k
+
+
+def _count(x: jax.Array, axes: Sequence[int]) -> int:
+    count = 1
+    for axis in axes:
+        count *= x.shape[axis]
+    return count

@@ -1,0 +1,132 @@
+"""Recognise the softmax of attention in a program, and say which of its axes count heads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from fnn.gradients.program import Atom, Const, Loop, Op, Program, equations
+
+SAME = {"convert_element_type", "copy", "reduce_precision", "stop_gradient", "optimization_barrier", "barrier", "name"}
+"""Operations that leave the axes of their operands alone."""
+Order = tuple[Any, ...]
+"""A place in a program: numbers of operations from the outside in; a loop adds its number and None, for the turn."""
+
+
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """A loop around a place."""
+
+    loop: Loop
+    depth: bool
+    """Whether each turn has parameters of its own (layers), rather than the same ones (time)."""
+
+    @property
+    def length(self) -> int:
+        return self.loop.params["length"]
+
+    @property
+    def backwards(self) -> bool:
+        return bool(self.loop.params["reverse"])
+
+
+@dataclass(frozen=True, eq=False)
+class Softmax:
+    """A softmax over attention logits."""
+
+    logits: int
+    order: Order
+    turns: tuple[Turns, ...]
+    axis: int
+    heads: tuple[int, ...]
+    near: tuple[int, ...]
+    """The parameters whose products it is made of: those of queries and keys."""
+
+
+def softmax(
+    program: Program, op: Op, order: Order, turns: tuple[Turns, ...], products: dict[int, int]
+) -> Softmax | None:
+    """Recognise a softmax over the logits of attention: written out, or as a function with a derivative of its own.
+
+    `products` says of variables that are products of data with a parameter which parameter that is.
+    """
+    if op.name == "div":
+        top, bottom = (source(program, a) for a in op.inputs)
+        makers = [program.makers.get(a, (None, 0))[0] for a in (top, bottom) if not isinstance(a, Const)]
+        if len(makers) != 2 or [m and m.name for m in makers] != ["exp", "reduce_sum"]:
+            return None
+        shifted = program.makers.get(makers[0].inputs[0], (None, 0))[0]
+        if source(program, makers[1].inputs[0]) != top or shifted is None or shifted.name != "sub":
+            return None
+        logits, axes = shifted.inputs[0], tuple(makers[1].params["axes"])
+    elif "custom_jvp" in op.name:
+        inner = dict(equations(op))
+        if not {"exp", "reduce_sum", "div"} <= set(inner) or len(op.outputs) != 1:
+            return None
+        same = [a for a in op.inputs if program.spec(a).shape == program.spec(op.outputs[0]).shape]
+        if len(same) != 1:
+            return None
+        logits, axes = same[0], tuple(inner["reduce_sum"]["axes"])
+    else:
+        return None
+    made = None if isinstance(logits, Const) or len(axes) != 1 else _made(program, logits)
+    if made is None:
+        return None
+    product, heads = made
+    return Softmax(logits, order, turns, axes[0], heads, _fed(program, product, products))
+
+
+def _made(program: Program, atom: Atom) -> tuple[Op, tuple[int, ...]] | None:
+    """Find the product that makes logits, and their axes of heads: its batch axes less the first, the examples."""
+    moves: list[tuple[int, ...]] = []
+    while not isinstance(atom, Const):
+        op, _ = program.makers.get(atom, (None, 0))
+        if op is None:
+            return None
+        products = ["dot_general" in name for name, _ in equations(op)] if "custom_jvp" in op.name else []
+        if op.name == "dot_general" or sum(products) == 1:
+            params = op.params if op.name == "dot_general" else dict(equations(op))["dot_general"]
+            batched = params["dimension_numbers"][1][0]
+            heads = tuple(range(1, len(batched)))
+            for order in moves[::-1]:
+                heads = tuple(order.index(axis) for axis in heads)
+            return (op, heads) if batched else None
+        if op.name == "transpose":
+            moves.append(tuple(op.params["permutation"]))
+        shape = program.spec(atom).shape
+        inputs = [
+            a
+            for a in op.inputs
+            if not isinstance(a, Const)
+            and jnp.issubdtype(program.spec(a).dtype, jnp.floating)
+            and (op.name == "transpose" or program.spec(a).shape == shape)
+        ]
+        if op.name in ("reshape", "squeeze", "expand_dims") or not inputs:
+            return None
+        atom = inputs[0]
+    return None
+
+
+def _fed(program: Program, op: Op, products: dict[int, int]) -> tuple[int, ...]:
+    """Go back from the operands of a product to products with parameters."""
+    found, waiting, seen = [], list(op.inputs), set()
+    while waiting:
+        atom = waiting.pop(0)
+        if isinstance(atom, Const) or atom in seen:
+            continue
+        seen.add(atom)
+        if atom in products:
+            found.append(products[atom])
+        elif (maker := program.makers.get(atom, (None, 0))[0]) is not None:
+            waiting += maker.inputs
+    return tuple(dict.fromkeys(found))
+
+
+def source(program: Program, atom: Atom) -> Atom:
+    """Go back through what changes no number."""
+    while not isinstance(atom, Const):
+        op, i = program.makers.get(atom, (None, 0))
+        if op is None or op.name not in SAME | {"reshape", "transpose", "expand_dims", "squeeze", "broadcast_in_dim"}:
+            return atom
+        atom = op.inputs[i if len(op.outputs) > 1 else 0]
+    return atom
