@@ -8,7 +8,7 @@ used.
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,13 +19,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 COLLECTIVES = {"psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "reduce_scatter"}
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "linear_call": "callee",
-}
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "linear_call": "callee"}
+CALLS |= {"closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 REMATS = {"checkpoint", "remat", "remat2"}
 _numbers = itertools.count()
 
@@ -64,6 +59,10 @@ class Op:
     call: Callable[..., Sequence[Any]]
     effects: bool = False
     """It must run even if nobody reads its results."""
+    where: str = ""
+    """The names of the modules and functions around it, as JAX knows them (`jax.named_scope`; Linen and Haiku set it)."""
+    line: Any = None
+    """The traceback that JAX keeps of the line that wrote it."""
 
     def __getitem__(self, name: str) -> Any:
         """Look up a parameter. Errors: Unreadable if there is none of this name."""
@@ -142,7 +141,7 @@ def read(closed: Any, open_up: bool = False, keep: frozenset[str] = frozenset())
     """
     jaxpr, program, env = _opened(closed), Program(), {}
     with reading("a traced function"):
-        env.update(zip(jaxpr.constvars, map(Const, closed.consts), strict=True))
+        env.update(zip(jaxpr.constvars, map(Const, getattr(closed, "consts", ())), strict=True))
     for var in jaxpr.invars:
         env[var] = program.variable(var.aval)
         program.inputs.append(env[var])
@@ -197,7 +196,7 @@ def prune(program: Program) -> Program:
     return kept
 
 
-def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, open_up: bool, keep: frozenset[str]) -> None:
+def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, open_up: bool, keep: Set[str], at: str = "") -> None:
     for eqn in jaxpr.eqns:
         name, inputs = eqn.primitive.name, [_atom(env, var) for var in eqn.invars]
         inner = eqn.params.get("jaxpr" if name in REMATS else CALLS.get(name, ""))
@@ -208,26 +207,22 @@ def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, open_up: bool, k
             wanted = COLLECTIVES | {"linear_call"} if open_up else {"linear_call"}
             inner = next((i for i in _inner(eqn.params) if any(name in wanted for name, _ in equations(i))), None)
         if inner is not None:
-            if (
-                name in REMATS
-                and eqn.params.get("differentiated", True)
-                and np.any(eqn.params.get("prevent_cse", True))
-            ):
+            again = name in REMATS and eqn.params.get("differentiated", True)
+            if again and np.any(eqn.params.get("prevent_cse", True)):
                 # What JAX itself does there: without it the forward pass would be kept instead of computed anew.
                 inputs = _barrier(program, inputs)
             opened, local = _opened(inner), {}
             with reading(f"the arguments of {name}"):
                 local.update(zip(opened.constvars, map(Const, getattr(inner, "consts", ())), strict=True))
                 local.update(zip(opened.invars, inputs, strict=True))
-            _inline(opened, local, program, open_up, keep)
+            _inline(opened, local, program, open_up, keep, _where(eqn, at)["where"])
             with reading(f"the results of {name}"):
                 env.update({var: _atom(local, out) for var, out in zip(eqn.outvars, opened.outvars, strict=True)})
             continue
         outputs = [program.variable(var.aval) for var in eqn.outvars]
         env.update(zip(eqn.outvars, outputs, strict=True))
-        program.append(
-            (_read_loop(eqn, inputs, outputs, open_up) if name == "scan" else None) or _op(jaxpr, eqn, inputs, outputs)
-        )
+        loop = _read_loop(eqn, inputs, outputs, open_up) if name == "scan" else None
+        program.append(replace(loop or _op(jaxpr, eqn, inputs, outputs), **_where(eqn, at)))
 
 
 def _op(jaxpr: Any, eqn: Any, inputs: list[Atom], outputs: list[int]) -> Op:
@@ -244,6 +239,12 @@ def _op(jaxpr: Any, eqn: Any, inputs: list[Atom], outputs: list[int]) -> Op:
         single = jaxpr.replace(constvars=[], invars=list(fresh), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
         run = jaxpr_as_fun(ClosedJaxpr(single, ()))
     return Op(eqn.primitive.name, params, inputs, outputs, call, _effects(eqn))
+
+
+def _where(eqn: Any, around: str) -> dict[str, Any]:
+    info = getattr(eqn, "source_info", None)
+    stack = "/".join(filter(None, (around, str(getattr(info, "name_stack", "")))))
+    return {"where": stack, "line": getattr(info, "traceback", None)}
 
 
 def _effects(eqn: Any) -> bool:
@@ -277,7 +278,7 @@ def _read_loop(eqn: Any, inputs: list[Atom], outputs: list[int], open_up: bool) 
 
 def rebuilt(old: Loop, body: Program, inputs: list[Atom], outputs: list[int], consts: int, carries: int) -> Loop:
     """Make a loop of the same kind with another body."""
-    new = Loop(old.name, old.params, inputs, outputs, old.call, old.effects, body, consts, carries)
+    new = replace(old, inputs=inputs, outputs=outputs, body=body, consts=consts, carries=carries)
     new.call = new.run
     return new
 
