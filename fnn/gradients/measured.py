@@ -116,12 +116,14 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
     full = grads or not inside or "cosine" in options.groups
     kept = backward.outputs if full else backward.outputs[:-count]
     backward = program.prune(replace(backward, outputs=kept), frozenset(noted))
-    results, seen = exact.run(backward, jax.tree.leaves((params, rest)), subject.value[0].dtype, noted)
+    run = exact.Run({variable: functools.partial(_note, hook, variable) for variable, hook in noted.items()})
+    results = run.execute(backward, [exact.seed(subject.value[0].dtype), *jax.tree.leaves((params, rest))])
+    seen = run.noted
     first, gradients = (results[:-count], results[-count:]) if full and count else (results, [])
     value, (aux, statistics) = jax.tree.unflatten(jax.tree.structure(specs[0]), first)
     seen = seen | statistics
     if options.axis_name is not None:
-        gradients = [exact.mean(g, options.axis_name) for g in gradients]
+        gradients = [reductions.mean_of(g, options.axis_name) for g in gradients]
     if full and "gradient" in options.groups:
         for i in wanted:
             seen |= _norm(f"gradient.{i}", subject.axes[i], gradients[i])[1]
@@ -131,7 +133,7 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
     flow = _assembled(options, subject, wanted, size, seen, params, value)
     if not grads:
         return flow
-    leaves = [exact.rounded(g).astype(p.dtype) for g, p in zip(gradients, jax.tree.leaves(params), strict=True)]
+    leaves = [reductions.rounded(g).astype(p.dtype) for g, p in zip(gradients, jax.tree.leaves(params), strict=True)]
     gradient = jax.tree.unflatten(jax.tree.structure(params), leaves)
     aux = jax.tree.unflatten(jax.tree.structure(subject.value[1]), aux)
     return ((value, aux) if options.has_aux else value, gradient), flow
@@ -224,21 +226,25 @@ def _marked(part: Program) -> Iterator[tuple[int, str]]:
             yield from _marked(op.body)
 
 
+def _note(hook: Hook, variable: int, known: Any) -> dict[str, Any]:
+    return hook(known[variable])[1]
+
+
 def _error(name: str, axis_name: Any, d: Any) -> tuple[Any, dict[str, Any]]:
-    m, e = exact.norm(d)
+    m, e = reductions.norm(d)
     if axis_name is not None:
-        m, e = exact.root_mean(m, e, axis_name)
+        m, e = reductions.root_mean((m, e), axis_name)
     return d, {name: (m, e)}
 
 
 def _norm(name: str, axes: int, g: Any) -> tuple[Any, dict[str, Any]]:
-    return g, {name: exact.norm(g, axes)}
+    return g, {name: reductions.norm(g, axes)}
 
 
 def _alignment(name: str, axes: int, g: Any, w: jax.Array) -> dict[str, Any]:
     """Take cosine and ratio of norms of a gradient and its array, by layer."""
-    (gm, ge), (wm, we) = exact.norm(g, axes), exact.norm(w, axes)
-    dm, de = exact.dot(g, w, axes)
+    (gm, ge), (wm, we) = reductions.norm(g, axes), reductions.norm(w, axes)
+    dm, de = reductions.dot(g, w, axes)
     scale = jnp.exp2((de - ge - we).astype(dm.dtype))
     return {f"cosine.{name}": dm * scale / (gm * wm), f"ratio.{name}": (gm / wm, ge - we)}
 

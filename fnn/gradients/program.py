@@ -19,13 +19,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 COLLECTIVES = {"psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "reduce_scatter"}
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "linear_call": "callee",
-}
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "linear_call": "callee"}
+CALLS |= {"closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 REMATS = {"checkpoint", "remat", "remat2"}
 _numbers = itertools.count()
 
@@ -66,6 +61,8 @@ class Op:
     """It must run even if nobody reads its results."""
     where: str = ""
     """The names of the modules and functions around it, as JAX knows them (`jax.named_scope`; Linen and Haiku set it)."""
+    line: Any = None
+    """The traceback that JAX keeps of the line that wrote it."""
 
     def __getitem__(self, name: str) -> Any:
         """Look up a parameter. Errors: Unreadable if there is none of this name."""
@@ -267,7 +264,7 @@ def holds(op: Op, variables: Set[int]) -> bool:
     return not variables.isdisjoint(op.body.inputs) or any(holds(inner, variables) for inner in op.body.ops)
 
 
-def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, how: Reading) -> None:
+def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, how: Reading, at: str = "") -> None:
     for eqn in jaxpr.eqns:
         name, inputs = eqn.primitive.name, [_atom(env, var) for var in eqn.invars]
         inner = eqn.params.get("jaxpr" if name in REMATS else CALLS.get(name, ""))
@@ -283,7 +280,7 @@ def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, how: Reading) ->
             env.update(zip(eqn.outvars, outputs, strict=True))
             special = _read_loop if name == "scan" else _read_remat if inner is not None else None
             op = special(eqn, inputs, outputs, how) if special else None
-            program.append(op or _op(jaxpr, eqn, inputs, outputs))
+            program.append(replace(op or _op(jaxpr, eqn, inputs, outputs), **_where(eqn, at)))
             continue
         if again and np.any(eqn.params.get("prevent_cse", True)):
             # What JAX itself does there: without it the forward pass would be kept instead of computed anew.
@@ -292,14 +289,14 @@ def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, how: Reading) ->
         with reading(f"the arguments of {name}"):
             local.update(zip(opened.constvars, map(Const, getattr(inner, "consts", ())), strict=True))
             local.update(zip(opened.invars, inputs, strict=True))
-        _inline(opened, local, program, how)
+        _inline(opened, local, program, how, _where(eqn, at)["where"])
         with reading(f"the results of {name}"):
             env.update({var: _atom(local, out) for var, out in zip(eqn.outvars, opened.outvars, strict=True)})
 
 
 def _read_remat(eqn: Any, inputs: list[Atom], outputs: list[int], how: Reading) -> Remat:
     body = _read(eqn.params["jaxpr"], how)
-    op = Remat(eqn.primitive.name, {**eqn.params}, inputs, outputs, list, _effects(eqn), where(eqn), body)
+    op = Remat(eqn.primitive.name, {**eqn.params}, inputs, outputs, list, _effects(eqn), body=body)
     op.call = op.run
     return op
 
@@ -317,12 +314,13 @@ def _op(jaxpr: Any, eqn: Any, inputs: list[Atom], outputs: list[int]) -> Op:
     with reading(eqn.primitive.name):
         single = jaxpr.replace(constvars=[], invars=list(fresh), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
         run = jaxpr_as_fun(ClosedJaxpr(single, ()))
-    return Op(eqn.primitive.name, params, inputs, outputs, call, _effects(eqn), where(eqn))
+    return Op(eqn.primitive.name, params, inputs, outputs, call, _effects(eqn))
 
 
-def where(eqn: Any) -> str:
-    """Read an equation's name stack; "" where JAX keeps it in another way."""
-    return str(getattr(getattr(eqn, "source_info", None), "name_stack", ""))
+def _where(eqn: Any, around: str) -> dict[str, Any]:
+    info = getattr(eqn, "source_info", None)
+    stack = "/".join(filter(None, (around, str(getattr(info, "name_stack", "")))))
+    return {"where": stack, "line": getattr(info, "traceback", None)}
 
 
 def _effects(eqn: Any) -> bool:
@@ -350,13 +348,13 @@ def _read_loop(eqn: Any, inputs: list[Atom], outputs: list[int], how: Reading) -
     )
     if wrong:
         return warn("a scan with arguments in another order")
-    template = Loop("scan", {**eqn.params}, inputs, outputs, list, _effects(eqn), where(eqn))
+    template = Loop("scan", {**eqn.params}, inputs, outputs, list, _effects(eqn))
     return rebuilt(template, _read(closed, how), inputs, outputs, consts, carries)
 
 
 def rebuilt(old: Loop, body: Program, inputs: list[Atom], outputs: list[int], consts: int, carries: int) -> Loop:
     """Make a loop of the same kind with another body."""
-    new = Loop(old.name, old.params, inputs, outputs, old.call, old.effects, old.where, body, consts, carries)
+    new = replace(old, inputs=inputs, outputs=outputs, body=body, consts=consts, carries=carries)
     new.call = new.run
     return new
 

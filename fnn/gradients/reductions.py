@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import mapped
+from fnn.gradients import powers
 from fnn.tree import statistics_dtype
 
 Pair = tuple[jax.Array, jax.Array]
@@ -83,6 +84,49 @@ def attention(logits: jax.Array, axis: int, heads: Sequence[int], axis_name: Any
         "largest": mapped.reduce(jax.lax.pmax, largest, axis_name),
         "entropy": mapped.mean(entropy, axis_name),
     }
+
+
+def norm(x: Any, axes: int = 0) -> Pair:
+    """Take the Frobenius norm of an array, or of a `Scaled`, over all axes behind the first `axes`: float32[...] and exponents."""
+    x = powers.normal(powers.rows(x, axes))  # the largest entry lies in [1/2, 1)
+    wide = jnp.abs(x.value).astype(statistics_dtype(x.value.dtype))
+    return jnp.sqrt(jnp.sum(wide**2, axis=range(axes, wide.ndim))), x.exponent
+
+
+def root_mean(pair: Pair, axis_name: Any) -> Pair:
+    """Take the root of the mean of squares over a mapped axis."""
+    m, e = pair
+    top = mapped.reduce(jax.lax.pmax, jnp.where(m == 0, LOWEST, e), axis_name)
+    m = m * jnp.exp2(jnp.maximum(e - top, -2000).astype(m.dtype))
+    return jnp.sqrt(mapped.mean(m * m, axis_name)), top
+
+
+def mean_of(x: Any, axis_name: Any) -> powers.Scaled:
+    """Average a gradient over a mapped axis."""
+    x = powers.tidy(powers.scaled(x))
+    top = mapped.reduce(jax.lax.pmax, x.exponent, axis_name)
+    return powers.Scaled(
+        mapped.mean(powers.shift(x.value, x.exponent - top), axis_name), top, powers.reach(x.value.dtype)
+    )
+
+
+def dot(g: Any, w: jax.Array, axes: int) -> Pair:
+    """Take the inner product of a gradient and its array over all axes behind the first `axes`."""
+    g, w = (powers.normal(powers.rows(x, axes)) for x in (g, w))
+    wide = statistics_dtype(g.value.dtype)
+    product = jnp.sum(g.value.astype(wide) * w.value.astype(wide), axis=range(axes, g.value.ndim))
+    return product, g.exponent + w.exponent
+
+
+def rounded(x: Any) -> jax.Array:
+    """Undo the exponent as a float would: zero below the dtype's range, infinity above it."""
+    if not isinstance(x, powers.Scaled):
+        return x
+    x = powers.tidy(x)
+    most = int(jnp.finfo(x.value.dtype).maxexp)
+    by = jnp.clip(x.exponent, -3 * most, 2 * (most - 1))
+    half = by >> 1
+    return powers.shift(powers.shift(x.value, half), by - half)
 
 
 def joined(pair: Pair, axes: Sequence[int], power: int = 1) -> Pair:

@@ -1,0 +1,174 @@
+"""Arrays with a power of two beside each: value · 2**exponent, which no number of products can push out of range.
+
+An exponent belongs to a whole array, or to each entry of its leading axes, as in what a loop stacks. Within one array an
+entry that is smaller than the largest by more than the range of the dtype rounds to zero, as it would in a sum of the two.
+
+`normal` brings the largest entry near 1. It costs a pass over the array, so that every array knows, without looking at its
+numbers, how far it may have moved since: its `slack`. A rule normalises only where the slack would grow too large.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LOWEST = -(2**28)
+"""The exponent of an array of zeros: in any sum the other one is larger."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["value", "exponent"], meta_fields=["slack"])
+@dataclass(frozen=True)
+class Scaled:
+    """The numbers value · 2**exponent; the exponent is an int32 with the shape of value's leading axes, often ()."""
+
+    value: jax.Array
+    exponent: jax.Array
+    slack: float = 0.0
+    """By how many binary orders value's largest entry may lie away from 1, or be zero; at 0 it lies in [1/2, 1), or the
+    array is zero and its exponent the lowest. Static."""
+
+    def log_norm(self, axes: int = 0) -> jax.Array:
+        """Natural log of the Frobenius norm over all axes behind the first `axes`; -inf for zeros, float[...]."""
+        x = normal(rows(self, axes))
+        wide = jnp.abs(x.value).astype(jnp.promote_types(jnp.finfo(x.value.dtype).dtype, jnp.float32))
+        square = jnp.sum(wide**2, axis=range(axes, wide.ndim))
+        square = jnp.where(jnp.isinf(square), jnp.nan, square)
+        return jnp.where(square == 0, -jnp.inf, 0.5 * jnp.log(square) + x.exponent.astype(wide.dtype) * math.log(2))
+
+
+def room(dtype: Any) -> float:
+    """How many binary orders a value may have moved by before a plain array multiplies it: 80 in float32."""
+    return 5 / 8 * int(jnp.finfo(dtype).maxexp)
+
+
+def reach(dtype: Any) -> float:
+    """How many binary orders a plain array may move a value by, in one product: 64 in float32, so that none goes unseen."""
+    return 1 / 2 * int(jnp.finfo(dtype).maxexp)
+
+
+def scaled(x: Any) -> Scaled:
+    """Put an exponent beside a plain array; one of zeros gets the lowest."""
+    if isinstance(x, Scaled):
+        return x
+    x = jnp.asarray(x)
+    return normal(Scaled(x, jnp.zeros((), jnp.int32), room(x.dtype)))
+
+
+def normal(x: Scaled) -> Scaled:
+    """Bring the largest entry, of each array that has an exponent, to [1/2, 1)."""
+    return Scaled(*_normal(x.value, x.exponent))
+
+
+def tidy(x: Scaled) -> Scaled:
+    """Normalise what may have moved."""
+    return normal(x) if x.slack else x
+
+
+def merged(x: Scaled, axes: int = 0, *, apart: bool = True) -> Scaled:
+    """Leave exponents to the entries of at most `axes` leading axes; the largest counts.
+
+    What lies too far below it becomes NaN; where entries are about to be added (`apart=False`) zero, which is rounding.
+    """
+    if x.exponent.ndim <= axes:
+        return x
+    x = tidy(x)
+    top = jnp.max(x.exponent, axis=range(axes, x.exponent.ndim), keepdims=True, initial=LOWEST)
+    value = shift(x.value, x.exponent - top)
+    if apart:
+        lost = (x.exponent - top < jnp.finfo(value.dtype).minexp) & (x.exponent > LOWEST // 2)
+        value = jnp.where(against(lost, value.ndim), jnp.nan, value)
+    return Scaled(value, top.reshape(top.shape[:axes]))
+
+
+def rows(x: Any, axes: int) -> Scaled:
+    """Give each entry of `axes` leading axes an exponent."""
+    x = merged(scaled(x), axes)
+    if x.exponent.ndim == axes:
+        return x
+    lead = x.value.shape[:axes]
+    # One of several rows may be far smaller than the whole, or zero.
+    slack = max(x.slack, reach(x.value.dtype)) if math.prod(lead) > x.exponent.size else x.slack
+    return Scaled(x.value, jnp.broadcast_to(against(x.exponent, axes), lead), slack)
+
+
+def plain(x: Any) -> tuple[Any, Any]:
+    """Undo the exponent: the numbers, NaN where they leave the range of the dtype; and whether any did."""
+    if not isinstance(x, Scaled):
+        return x, jnp.zeros((), bool)
+    x = tidy(x)
+    info = jnp.finfo(x.value.dtype)
+    lost = (x.exponent > info.maxexp) | ((x.exponent <= info.minexp) & (x.exponent > LOWEST // 2))
+    # Two steps, since the last power of two of the range has no float of its own.
+    half = jnp.clip(x.exponent, info.minexp, info.maxexp) >> 1
+    value = shift(shift(x.value, half), x.exponent - half)
+    lost = against(lost, value.ndim) | jnp.isinf(value)
+    return jnp.where(lost, jnp.nan, value), jnp.any(lost)
+
+
+def aligned(
+    inputs: Sequence[Any], axes: int | None, zero: Callable[[Any], bool], tidy: Callable[[Scaled], Scaled]
+) -> tuple[list[Any], jax.Array, float]:
+    """Give all floating inputs one exponent (for each entry of `axes` leading axes): (values, exponent, slack).
+
+    Integers, and what is known to be `zero`, stay as they are. Inputs with the same exponent are not touched.
+    """
+    some = [x for x in inputs if isinstance(x, Scaled)]
+    axes = max(x.exponent.ndim for x in some) if axes is None else axes
+    first = some[0].exponent
+    bare = [isinstance(x, Scaled) or not is_float(x) or zero(x) for x in inputs]
+    if all(bare) and first.ndim <= axes and all(x.exponent is first for x in some):
+        return [getattr(x, "value", x) for x in inputs], first, max(x.slack for x in some)
+    # An array of zeros must not count as the largest, nor may a shift lose what a slack hides: all are normalised first.
+    parts = [x if b and not isinstance(x, Scaled) else tidy(merged(scaled(x), axes)) for x, b in zip(inputs, bare)]
+    exponents = [against(p.exponent, axes) for p in parts if isinstance(p, Scaled)]
+    top = functools.reduce(jnp.maximum, exponents)
+    values = [shift(p.value, against(p.exponent, axes) - top) if isinstance(p, Scaled) else p for p in parts]
+    lead = next(p.value.shape[:axes] for p in parts if isinstance(p, Scaled))
+    return values, jnp.broadcast_to(top, lead), 0.0
+
+
+def against(a: jax.Array, ndim: int) -> jax.Array:
+    """Give an array of leading axes trailing axes of size one."""
+    return a.reshape(a.shape + (1,) * (ndim - a.ndim)) if a.ndim < ndim else a
+
+
+def shift(x: jax.Array, by: jax.Array) -> jax.Array:
+    """x · 2**by: exact in range, zero where 2**by is below the dtype's range; `by` must not be above it."""
+    return _shift(x, by)
+
+
+def is_float(x: Any) -> bool:
+    """Whether a value can have an exponent."""
+    return isinstance(x, Scaled) or jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+@jax.jit
+def _normal(value: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    peak = jnp.max(jnp.abs(value), axis=range(exponent.ndim, value.ndim), initial=0)
+    if peak.dtype.itemsize < 4:
+        peak = peak.astype(jnp.float32)
+    info = jnp.finfo(peak.dtype)
+    # peak = f · 2**order with f in [1/2, 1): its bits say so.
+    bits = jax.lax.bitcast_convert_type(peak, _integers(peak.dtype))
+    order = (bits >> info.nmant).astype(jnp.int32) + info.minexp
+    order = jnp.minimum(order, -info.minexp)  # an infinity stays one, and does not make zeros of the rest
+    return _shift(value, -order), jnp.where(peak == 0, LOWEST, exponent + order)
+
+
+@jax.jit
+def _shift(x: jax.Array, by: jax.Array) -> jax.Array:
+    dtype = jnp.finfo(x.dtype).dtype  # of its real part, where x is complex
+    wide = dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+    info = jnp.finfo(wide)
+    most = int(jnp.finfo(dtype).maxexp) - info.minexp
+    bits = jnp.clip(by + (1 - info.minexp), 0, most).astype(_integers(wide)) << info.nmant
+    power = jax.lax.bitcast_convert_type(bits, wide).astype(dtype)
+    return x * against(power, x.ndim).astype(x.dtype)
+
+
+def _integers(dtype: Any) -> Any:
+    return jnp.int64 if dtype.itemsize == 8 else jnp.int32
