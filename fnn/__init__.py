@@ -7,6 +7,8 @@ from fnn.gradients import noise
 from fnn.gradients.example_gradients import PerExampleGradients
 from fnn.gradients.flow import GradientFlow, gradient_flow
 from fnn.gradients.per_example import example_loss, per_example
+from fnn.gradients.readings import Flow
+from fnn.gradients.watch import Watch, watch
 from fnn.layers import activations, initializers, memory, taps
 from fnn.layers.attention import attention, cross_attention, positions
 from fnn.layers.conv import avg_pool, conv, conv_transpose, global_avg_pool, max_pool
@@ -40,6 +42,7 @@ from fnn.training.step import TrainState, TrainStep, evaluate, train_step
 __version__ = "0.1.0"
 
 __all__ = [
+    "Flow",
     "GradientFlow",
     "History",
     "Layer",
@@ -48,6 +51,7 @@ __all__ = [
     "Study",
     "TrainState",
     "TrainStep",
+    "Watch",
     "activation",
     "activations",
     "attention",
@@ -111,6 +115,7 @@ __all__ = [
     "tied",
     "train_step",
     "tree",
+    "watch",
 ]
 
 

@@ -106,14 +106,15 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
     noted: Hooks = {}
     for variable, name in _marked(backward):
         noted[variable] = functools.partial(_error, name, options.axis_name)
-    inside = options.axis_name is None and "gradient" in options.groups
+    asked = "gradient" in options.groups
+    inside = asked and options.axis_name is None
     outputs = backward.outputs[-count:] if count else []
     for i in wanted if inside else []:
         variable, below = _seat(backward, outputs[i], subject.axes[i])
         if isinstance(variable, int):
             name, axes = f"gradient.{i}", subject.axes[i] - below
             noted[variable] = _both(noted.get(variable), functools.partial(_norm, name, axes))
-    full = grads or not inside or "cosine" in options.groups
+    full = grads or asked != inside or "cosine" in options.groups
     kept = backward.outputs if full else backward.outputs[:-count]
     backward = program.prune(replace(backward, outputs=kept), frozenset(noted))
     run = exact.Run({variable: functools.partial(_note, hook, variable) for variable, hook in noted.items()})
@@ -122,9 +123,9 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
     first, gradients = (results[:-count], results[-count:]) if full and count else (results, [])
     value, (aux, statistics) = jax.tree.unflatten(jax.tree.structure(specs[0]), first)
     seen = seen | statistics
-    if options.axis_name is not None:
+    if options.axis_name is not None:  # each lane has seen its share of the batch
         gradients = [reductions.mean_of(g, options.axis_name) for g in gradients]
-    if full and "gradient" in options.groups:
+    if asked != inside:
         for i in wanted:
             seen |= _norm(f"gradient.{i}", subject.axes[i], gradients[i])[1]
     if "cosine" in options.groups:

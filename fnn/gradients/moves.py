@@ -217,7 +217,8 @@ def _collective(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
 
 MOVES: dict[str, Rule] = {
     **dict.fromkeys(
-        ["neg", "copy", "copy_p", "reduce_precision", "abs", "conj", "sharding_constraint", "reshard"], _linear(_same)
+        ["neg", "copy", "copy_p", "name", "reduce_precision", "abs", "conj", "sharding_constraint", "reshard"],
+        _linear(_same),
     ),
     **dict.fromkeys(("real", "imag"), _linear(_same, picks=True)),
     **dict.fromkeys(("reduce_max", "reduce_min"), _linear(_reduced, picks=True)),

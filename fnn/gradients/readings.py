@@ -5,10 +5,11 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 LOG2 = math.log10(2)
@@ -246,10 +247,9 @@ def _named(path: str, turn: tuple[int, ...]) -> str:
 
 
 def empty(flow: Flow) -> Flow:
-    """Give a flow of the same form whose numbers are NaN."""
-    return replace(
-        flow,
-        loss=np.full_like(flow.loss, np.nan),
-        mantissas=np.full(np.shape(flow.mantissas), np.nan, np.float32),
-        exponents=np.zeros(np.shape(flow.exponents), np.int32),
-    )
+    """Make a flow of the same form (of arrays or their specs) whose numbers are NaN."""
+
+    def full(a):
+        return np.full(a.shape, np.nan if jnp.issubdtype(a.dtype, jnp.floating) else 0, a.dtype)
+
+    return jax.tree.map(full, flow)

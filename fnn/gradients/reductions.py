@@ -143,10 +143,11 @@ def joined(pair: Pair, axes: Sequence[int], power: int = 1) -> Pair:
 def _scaled(x: jax.Array, axis_name: Any) -> Pair:
     """Divide an array by a power of two to a largest number in [1/2, 1): no square of it leaves float32."""
     wide = x.astype(statistics_dtype(x.dtype))
-    peak = mapped.reduce(jax.lax.pmax, jnp.max(jnp.abs(wide), initial=0), axis_name)
-    k = jnp.where((peak > 0) & (peak < jnp.inf), jnp.frexp(peak)[1], 0)
-    half = k >> 1  # in two steps: 2^k alone may leave the range
-    return wide * jnp.exp2(-half.astype(wide.dtype)) * jnp.exp2(-(k - half).astype(wide.dtype)), k
+    r = powers.normal(powers.Scaled(wide, jnp.zeros((), jnp.int32)))
+    if axis_name is None:
+        return r.value, r.exponent
+    k = mapped.reduce(jax.lax.pmax, r.exponent, axis_name)
+    return powers.shift(r.value, r.exponent - k), k
 
 
 def _count(x: jax.Array, axes: Sequence[int]) -> int:

@@ -78,32 +78,21 @@ def softmax(
 
 def _made(program: Program, atom: Atom) -> tuple[Op, tuple[int, ...]] | None:
     """Find the product that makes logits, and their axes of heads: its batch axes less the first, the examples."""
-    moves: list[tuple[int, ...]] = []
-    while not isinstance(atom, Const):
-        op, _ = program.makers.get(atom, (None, 0))
-        if op is None:
-            return None
-        products = ["dot_general" in name for name, _ in equations(op)] if "custom_jvp" in op.name else []
-        if op.name == "dot_general" or sum(products) == 1:
-            params = op.params if op.name == "dot_general" else dict(equations(op))["dot_general"]
-            batched = params["dimension_numbers"][1][0]
-            heads = tuple(range(1, len(batched)))
-            for order in moves[::-1]:
-                heads = tuple(order.index(axis) for axis in heads)
-            return (op, heads) if batched else None
-        if op.name == "transpose":
-            moves.append(tuple(op.params["permutation"]))
-        shape = program.spec(atom).shape
-        inputs = [
-            a
-            for a in op.inputs
-            if not isinstance(a, Const)
-            and jnp.issubdtype(program.spec(a).dtype, jnp.floating)
-            and (op.name == "transpose" or program.spec(a).shape == shape)
-        ]
-        if op.name in ("reshape", "squeeze", "expand_dims") or not inputs:
-            return None
-        atom = inputs[0]
+    op = None if isinstance(atom, Const) else program.makers.get(atom, (None, 0))[0]
+    if op is None or op.name in ("reshape", "squeeze", "expand_dims"):
+        return None
+    products = [name for name, _ in equations(op) if name == "dot_general"]
+    if op.name == "dot_general" or ("custom_jvp" in op.name and len(products) == 1):
+        params = op.params if op.name == "dot_general" else dict(equations(op))["dot_general"]
+        batched = params["dimension_numbers"][1][0]
+        return (op, tuple(range(1, len(batched)))) if batched else None
+    shape = program.spec(atom).shape
+    for a in op.inputs:  # a mask is among them
+        alike = op.name == "transpose" or program.spec(a).shape == shape
+        floating = jnp.issubdtype(program.spec(a).dtype, jnp.floating)
+        if alike and floating and (made := _made(program, a)) is not None:
+            order = tuple(op.params["permutation"]) if op.name == "transpose" else tuple(range(len(shape)))
+            return made[0], tuple(order.index(axis) for axis in made[1])
     return None
 
 

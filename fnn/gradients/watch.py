@@ -42,12 +42,14 @@ class Watch:
             return self._run(True, params, rest)
         if isinstance(step, int | np.integer):
             return self._run(True, params, rest) if step % self.every == 0 else self._between(params, rest)
-        check.integer("watch", step=step)
+        if not jnp.issubdtype(jnp.result_type(step), jnp.integer) or jnp.ndim(step):
+            raise TypeError(f"watch: step must be one integer, got {check.describe(jnp.asarray(step))}")
         return jax.lax.cond(step % self.every == 0, lambda p, r: self._run(True, p, r), self._between, params, rest)
 
     def _between(self, params: Any, rest: Any) -> tuple[tuple[Any, Any], Flow]:
-        statics = (self.loss, self.options.has_aux)
-        run = compiled.program(_plain, statics, keep=not compiled.traced((params, rest)))
+        if compiled.traced((params, rest)):
+            return _plain(self.loss, self.options.has_aux, params, rest), self._nothing(params, rest)
+        run = compiled.program(_plain, (self.loss, self.options.has_aux))
         return run(params, rest), self._nothing(params, rest)
 
     def _nothing(self, params: Any, rest: Any) -> Flow:
