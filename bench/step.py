@@ -63,9 +63,10 @@ def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
 
 
 def steps_per_round(row: Row, quick: bool) -> int:
-    """Choose how many steps make a round: many for short steps, few for long ones; the same on every machine."""
-    fitting = min(2e10 / limit.step_flops(row), 4000 / row.depth)
-    return int(np.clip(fitting, 6, 8 if quick else 64))
+    """Choose how many steps make a round: many for short steps, few for long ones; on accelerators more of both."""
+    operations, most = (2e10, 64) if limit.on_cpu() else (4e12, 256)
+    fitting = min(operations / limit.step_flops(row), 4000 / row.depth)
+    return int(np.clip(fitting, 6, 8 if quick else most))
 
 
 def _row(row: Row, limits: limit.Limits, options: Namespace, say: Callable[[str], None]) -> Section:
@@ -114,17 +115,12 @@ def _prepare(
 
 def _disagreement(row: Row, losses: np.ndarray, reference: np.ndarray) -> str | None:
     first, third = AGREE_FIRST, AGREE_THIRD_SHALLOW if row.depth <= SHALLOW else AGREE_THIRD
-    if not _exact_products():
+    if not limit.exact_products():
         first = third = AGREE_ROUNDED
     off = np.abs(losses[:3] - reference)
     if off[0] <= first and off[2] <= third * abs(reference[2]):  # False for NaN
         return None
     return f"losses {losses[0]:.5f}, {losses[2]:.5f} on steps 1, 3, not {reference[0]:.5f}, {reference[2]:.5f}"
-
-
-def _exact_products() -> bool:
-    """Whether matrix products are true float32; accelerators by default round the factors to 11 bits or 8."""
-    return jax.devices()[0].platform == "cpu" or jax.config.jax_default_matmul_precision == "highest"
 
 
 def _time(entries: list[Entry], runs: dict[str, Run], rounds: int, steps: int, say: Callable[[str], None]) -> None:
