@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from bench import compile, depth, models, per_example, report, scale, step, sweep
+from bench import accelerator, compile, depth, models, per_example, report, scale, step, sweep
 from bench.problem import ROWS, Row
 
 SUITES = {
@@ -40,6 +40,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser = argparse.ArgumentParser(
         "python -m bench", description="Benchmarks of fnn.", epilog=f"peers:\n{listing}", formatter_class=_Formatter
+    )
+    parser.add_argument(
+        "--accelerator", action="store_true", help="all there is to measure on a GPU; see bench.accelerator"
     )
     parser.add_argument("--suite", choices=SUITES, default="step", help="what to measure")
     parser.add_argument(
@@ -68,6 +71,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a suite, print its tables and write them to `bench/results/`."""
+    if "--accelerator" in (sys.argv[1:] if arguments is None else arguments):
+        sys.exit(accelerator.main(arguments))
     options, console = parse(arguments), Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     jax.config.update("jax_default_matmul_precision", options.precision)
     machine, suite = report.environment(), SUITES[options.suite]

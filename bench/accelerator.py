@@ -25,8 +25,10 @@ from typing import Any
 from rich.console import Console
 
 from bench import report
-from bench.parts import PARTS, Part
+from bench.emitter import Emitter, Part
+from bench.parts import PARTS
 from bench.report import Section
+from bench.training import ORDER
 
 ABOUT = """\
 What fnn does on an accelerator, part by part, each in a process of its own under a time limit; a part that was stopped
@@ -52,30 +54,6 @@ class Outcome:
     sections: list[Section] = field(default_factory=list)
 
 
-class Emitter:
-    """What a part writes with: every table at once, in one file of its process."""
-
-    def __init__(self, name: str, folder: Path):
-        self.path = folder / f"{name}.json"
-        self.result: dict[str, Any] = {"environment": None, "headline": "", "error": "", "sections": []}
-        self._write()
-
-    def __call__(self, section: Section, replace: bool = False) -> None:
-        """Add a table, or replace the latest."""
-        if replace and self.result["sections"]:
-            self.result["sections"].pop()
-        self.result["sections"].append(asdict(section))
-        self._write()
-
-    def note(self, **values: Any) -> None:
-        """Set the environment, the headline or the error."""
-        self.result |= values
-        self._write()
-
-    def _write(self) -> None:
-        report.replace(self.path, json.dumps(self.result, default=str))
-
-
 def parse(arguments: list[str] | None = None) -> Namespace:
     """Read the command line."""
     listing = "\n".join(f"  {name:14}{part.seconds:4} s  {part.about}" for name, part in PARTS.items())
@@ -88,11 +66,14 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("--accelerator", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=480, help="for everything; 480 by default")
     parser.add_argument("--parts", type=lambda text: text.split(","), help="comma-separated; all by default")
+    parser.add_argument("--rows", type=lambda text: text.split(","), help=f"of the part steps: {','.join(ORDER)}")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds, to try it out on a CPU")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the JSON and the Markdown")
     parser.add_argument("--commit", help="what the files say was measured, where there is no git to ask")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if unknown := [name for name in options.rows or [] if name not in ORDER]:
+        parser.error(f"the part steps has no row {', '.join(unknown)}; there are {', '.join(ORDER)}")
     asked = [options.part] if options.part else options.parts or []
     if unknown := [name for name in asked if name not in PARTS]:
         parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
@@ -107,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(143))  # so that the running part is ended, too
     command = [sys.executable, "-m", "bench.accelerator", *(["--quick"] if options.quick else [])]
+    command += ["--rows", ",".join(options.rows)] if options.rows else []
     parts = {name: part for name, part in PARTS.items() if not options.parts or name in options.parts}
     outcomes = run(parts, command, options)
     return 0 if all(outcome.outcome == "done" for outcome in outcomes) else 1

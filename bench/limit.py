@@ -30,16 +30,19 @@ class Floor(NamedTuple):
     memory: float
 
 
-def measure(quick: bool = False) -> Limits:
-    """Measure both limits in about a second on a CPU, once for each precision; the best of several tries."""
-    return _measured(quick, jax.config.jax_default_matmul_precision)
+def measure(quick: bool = False, dtype: str = "float32") -> Limits:
+    """Measure both limits in about a second on a CPU, the products in `dtype`; the best of several tries.
+
+    Each dtype and precision is measured once in a process.
+    """
+    return _measured(quick, dtype, jax.config.jax_default_matmul_precision)
 
 
 @functools.cache
-def _measured(quick: bool, precision: str | None) -> Limits:
+def _measured(quick: bool, dtype: str, precision: str | None) -> Limits:
     n = 1024 if on_cpu() else 8192
     tries = 5 if quick else 20
-    product = product_seconds((n, n, n), precision=precision, tries=tries, pick=min)
+    product = product_seconds((n, n, n), dtype, precision, tries, pick=min)
     return Limits(2 * n**3 / product, bandwidth(tries, pick=min), n)
 
 
