@@ -3,7 +3,7 @@ bench.accelerator`.
 
 Each part of `bench/parts.py` runs in a process of its own, with a time limit, and keeps what it has measured after every
 row. This process starts them in order of worth, gathers their tables in one Markdown and one JSON file after each, and
-never touches the device.
+never touches the device. A quick run on a CPU is there to see that everything runs; its numbers mean nothing.
 """
 
 import argparse

@@ -130,7 +130,7 @@ def deep(options: Namespace, emit: Any) -> None:
 def examples(options: Namespace, emit: Any) -> None:
     """Time norms, sums and clipped sums of gradients: in true float32, then the mlp in the default precision."""
     start(options, emit)
-    names = ["conv"] if options.quick else list(per_example.WORK)
+    names = ["lstm"] if options.quick else list(per_example.WORK)
     lines = []
     for precision in ("highest", "default"):
         jax.config.update("jax_default_matmul_precision", precision)
@@ -152,7 +152,7 @@ def examples(options: Namespace, emit: Any) -> None:
 def memory(options: Namespace, emit: Any) -> None:
     """Compare XLA's temporary memory of a step with the device's peak, with and without recomputation."""
     start(options, emit)
-    rows = (Row(128, 4, 64), Row(64, 64, 64)) if options.quick else (Row(1024, 4, 512), Row(64, 1000, 256))
+    rows = (Row(64, 4, 64), Row(64, 12, 64)) if options.quick else (Row(1024, 4, 512), Row(64, 1000, 256))
     lines = []
     for row in rows:
         for section in depth.run(suite_options(options, rows=[row], peers=["fnn", "fnn-groups"]), say):
