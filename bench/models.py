@@ -72,8 +72,8 @@ class Model:
 
 
 def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
-    """Go through the models, or those that `options.rows` names; yield each one's section as soon as it is done."""
-    for name, model in ((name, MODELS[name]) for name in options.rows or MODELS):
+    """Go through the models; yield each one's section as soon as it is done."""
+    for name, model in MODELS.items():
         say(f"\n{name}: {model.about}")
         runs, missing = {}, []
         for peer in (peer for peer in NAMES if peer in (options.peers or NAMES)):
