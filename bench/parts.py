@@ -81,12 +81,15 @@ def tests(options: Namespace, emit: Any) -> None:
 # Seeds, depth ---------------------------------------------------------------------------------------------------------
 
 
+SEED_PEERS = ("fnn-sweep", "fnn-loop", "jax-loop")
+
+
 def seeds(options: Namespace, emit: Any) -> None:
     """Train 64 seeds in one program, and one after the other."""
     start(options, emit)
     row, count = (Row(16, 3, 8), 4) if options.quick else (Row(64, 8, 32), 64)
     lengths = {"seeds": count, "steps": 8 if limit.on_cpu() else 32}
-    for section in sweep.run(suite_options(options, rows=[row], peers=list(sweep.NAMES), **lengths), say):
+    for section in sweep.run(suite_options(options, rows=[row], peers=SEED_PEERS, **lengths), say):
         emit(section)
         ratios = {v["name"]: v["ratio"]["median"] for v in section.data["variants"]}
         emit.note(headline=", ".join(f"{name} {ratio:.1f}" for name, ratio in ratios.items()) + " x fnn-sweep")
@@ -107,12 +110,16 @@ def deep(options: Namespace, emit: Any) -> None:
         say(f"{name}: {taken[name]:.2f} s")
         return result
 
-    net, optimizer, state = clock("init", lambda: jax.block_until_ready(problem.fnn_start(row, unroll=1)))
+    built: list[Any] = []  # compiling needs shapes alone, and comes first: drawing the parameters takes longer
+    shapes = jax.eval_shape(lambda: built.append(problem.fnn_start(row, unroll=1)) or built[-1][2])
+    net, optimizer, _ = built[-1]
     ready = fnn.train_step(net, fnn.losses.cross_entropy, optimizer, metrics=("loss",))
-    state, examples = jax.tree.map(jnp.copy, state), batch(row)
-    traced = clock("trace", lambda: ready.jitted.trace(state, examples))
+    examples = batch(row)
+    traced = clock("trace", lambda: ready.jitted.trace(shapes, examples))
     lowered = clock("lower", traced.lower)
     compiled = clock("compile", lowered.compile)
+    state = clock("init", lambda: jax.block_until_ready(problem.fnn_start(row, unroll=1)[2]))
+    state = jax.tree.map(jnp.copy, state)
     call = Run(compiled, state, [examples] * (2 if options.quick else 4), lambda metrics: metrics["loss"])
     clock("first step", lambda: call.advance([examples]))
     rounds = [clock(f"round {i}", lambda: call.advance(call.items))[0] for i in range(2 if options.quick else 5)]
@@ -134,7 +141,7 @@ def examples(options: Namespace, emit: Any) -> None:
     lines = []
     for precision in ("highest", "default"):
         jax.config.update("jax_default_matmul_precision", precision)
-        for name in names if precision == "highest" else names[:1]:
+        for name in names if precision == "highest" else () if options.quick else names[:1]:
             try:
                 for section in per_example.run(suite_options(options, peers=[name]), say):
                     section.title += f", precision {precision}"
@@ -222,8 +229,8 @@ PARTS = {
     "rates": Part("matrix products in bf16, TF32 and float32, bandwidth", 30, rates),
     "steps": Part("training steps of all rows against all peers", 190, steps, "default", shared=True),
     "tests": Part("pytest -m accelerator", 150, tests, None, shared=True, cached=True),
-    "seeds": Part("64 seeds in one program against one by one", 40, seeds),
-    "depth": Part("a step of 10,000 layers", 40, deep),
+    "seeds": Part("64 seeds in one program against one by one", 60, seeds),
+    "depth": Part("a step of 10,000 layers", 60, deep),
     "per_example": Part("norms and clipped means of single examples' gradients", 60, examples),
     "memory": Part("temporary and peak memory", 25, memory),
     "study": Part("one cell of a study, cold and warm", 40, study, None),

@@ -51,8 +51,11 @@ def works(quick: bool) -> dict[str, Work]:
         found["mlp-bf16"] = Work(step, Row(4096, 8, 8192, "bfloat16"), WRITTEN_OUT)
     if quick:
         found = {name: w._replace(row=Row(*small[name], *w.row[3:]), peers=w.peers[::2]) for name, w in found.items()}
-    nets = [name for name in models.MODELS if name in ORDER and not (quick and name in ("lstm", "resnet"))]
-    found |= {name: Work(models, name, LARGE if name == "transformer-100m" else NETS) for name in nets}
+    nets = [name for name in models.MODELS if name in ORDER and not (quick and name != "transformer-100m")]
+    found |= {
+        name: Work(models, name, LARGE[::2] if quick else LARGE if name == "transformer-100m" else NETS)
+        for name in nets
+    }
     return {name: found[name] for name in ORDER if name in found}
 
 
