@@ -139,8 +139,18 @@ def run(parts: dict[str, Part], command: list[str], options: Namespace) -> list[
 
 def summary(outcomes: list[Outcome]) -> Section:
     """Make the table of all parts; its data are all that the parts have written."""
-    columns = ("part", "outcome", "seconds", "limit", "in one line")
-    cells = [(o.name, o.outcome, f"{o.seconds:.1f}", f"{o.limit:.0f}", o.headline) for o in outcomes]
+    columns = ("part", "outcome", "seconds", "limit", "precision", "in one line")
+    cells = [
+        (
+            o.name,
+            o.outcome,
+            f"{o.seconds:.1f}",
+            f"{o.limit:.0f}",
+            (o.environment or {}).get("precision", ""),
+            o.headline,
+        )
+        for o in outcomes
+    ]
     notes = [f"{o.name}: {o.outcome}: {' / '.join(o.error.splitlines()[-8:])}" for o in outcomes if o.error]
     return Section("Parts", columns, cells, notes, {"parts": [asdict(o) | {"sections": None} for o in outcomes]})
 
@@ -154,7 +164,8 @@ class _Book:
 
     def write(self) -> None:
         known = next((o.environment for o in self.outcomes if o.environment), None) or {"device": "unknown"}
-        machine = known | ({"commit": self.options.commit} if self.options.commit else {})
+        machine = {name: value for name, value in known.items() if name != "precision"}  # each part has its own
+        machine |= {"commit": self.options.commit} if self.options.commit else {}
         kind = "-quick" if self.options.quick else ""
         stem = f"accelerator-{known.get('platform', 'unknown')}{kind}-{self.started}"
         sections = [summary(self.outcomes)]

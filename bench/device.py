@@ -1,5 +1,6 @@
 """What the device is and can do, what fnn chooses for it, and what the compiler makes of that: parts of `bench/accelerator.py`."""
 
+import inspect
 import re
 import subprocess
 from argparse import Namespace
@@ -19,8 +20,10 @@ from fnn import lowering
 from fnn.training.step import METRICS
 
 CHOICES: dict[str, Callable[[], Any]] = {
-    "platform": lambda: lowering.platform(),
-    "conditionals": lambda: lowering.conditionals(),
+    name: function
+    for name, function in vars(lowering).items()
+    if inspect.isfunction(function) and not inspect.signature(function).parameters
+} | {
     "convolution 3x3 of 32 channels": lambda: lowering.convolution(False, 1, 32, 2, 288, 1 << 24),
     "attention written out, float32": lambda: lowering.written_out_attention(False, False),
     "attention written out, bfloat16": lambda: lowering.written_out_attention(True, False),
@@ -130,5 +133,5 @@ def rates(options: Namespace, emit: Any) -> None:
     data["bandwidth"] = moved = limit.bandwidth(tries, 1 if small else 8)
     cells.append(("x + 1 in place", "float32", "", f"{moved / 1e9:.0f} GB/s"))
     emit(Section("rates", ("what", "size", "ms", "rate"), cells, [], {"rates": data}), replace=True)
-    shown = [f"{name.split(' ')[0 if 'b' in name else 1]} {data[f'{SQUARE}: {name}'] / 1e12:.1f}" for name in RATES]
+    shown = [f"{name} {data[f'{SQUARE}: {name}'] / 1e12:.2f}" for name in RATES]
     emit.note(headline=f"{', '.join(shown)} TFLOP/s; {moved / 1e9:.0f} GB/s")

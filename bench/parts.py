@@ -29,6 +29,7 @@ class Recorder:
 
     def __init__(self, emit: Any):
         self.emit, self.counts, self.failures, self.slow, self.written = emit, {}, [], [], 0.0
+        self.chosen = 0
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Count a test's outcome; keep the last lines of a failure."""
@@ -41,6 +42,10 @@ class Recorder:
         if report.failed or time.monotonic() - self.written > 2:
             self.write()
 
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        """Learn from a process how many tests there are."""
+        self.chosen = len(ids)
+
     def pytest_sessionfinish(self, session: Any, exitstatus: int) -> None:
         """Write the rest."""
         self.write()
@@ -49,6 +54,8 @@ class Recorder:
         """Hand over the table as it is now."""
         self.written = time.monotonic()
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.counts.items()))
+        left = self.chosen - sum(self.counts.values())
+        counts += f", {left} not run" if left > 0 else ""
         cells = [(name, " / ".join(lines[-3:])[:300]) for name, lines in self.failures]
         slow = [f"{seconds:.1f} s {name}" for seconds, name in sorted(self.slow, reverse=True)[:5]]
         data = {"counts": self.counts, "failures": self.failures, "slowest": slow}
@@ -61,6 +68,7 @@ def tests(options: Namespace, emit: Any) -> None:
     """Run the tests marked `accelerator` on the default backend, in several processes."""
     import pytest
 
+    pytest.hookimpl(optionalhook=True)(Recorder.pytest_xdist_node_collection_finished)
     recorder = Recorder(emit)
     arguments = ["-m", "accelerator", "-q", "--tb=short", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):

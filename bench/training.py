@@ -1,6 +1,7 @@
 """The part of `bench/accelerator.py` that times training steps: rows of the suites `step` and `models`, the most wanted first."""
 
 import contextlib
+import gc
 import importlib.util
 import json
 import multiprocessing
@@ -11,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import limit, models, step
+from bench import limit, models, remote, step
 from bench.device import SQUARE
 from bench.emitter import say, start, suite_options
 from bench.problem import ROWS, Row
@@ -83,7 +85,7 @@ def steps(options: Namespace, emit: Any) -> None:
                     emit(section)
                     line = _in_one_line(section)
         except Exception as error:
-            _end_children()
+            _clear_up()
             line = describe_error(error)
             emit(Section(title, ("outcome",), [("failed",)], [line], {"error": line}))
         done.append(f"{title} ({time.perf_counter() - began:.0f} s): {line}")
@@ -138,7 +140,12 @@ def _alarm(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _end_children() -> None:
-    """End PyTorch's process; the next row starts another."""
+def _clear_up() -> None:
+    """Free what a row that was cut short holds, and end PyTorch's process; the next row starts another."""
     for process in multiprocessing.active_children():
         process.kill()
+    for server in getattr(remote, "_servers", ()):
+        server.alive = False
+    gc.unfreeze()
+    gc.collect()
+    jax.clear_caches()
