@@ -28,12 +28,12 @@ class Floor(NamedTuple):
     memory: float
 
 
-def measure(quick: bool = False) -> Limits:
-    """Measure both limits in about a second on a CPU; the best of several tries."""
+def measure(quick: bool = False, dtype: str = "float32") -> Limits:
+    """Measure both limits in about a second on a CPU, the products in `dtype`; the best of several tries."""
     on_cpu = jax.devices()[0].platform == "cpu"
     n, numbers = (1024, 2**26) if on_cpu else (8192, 2**29)
     tries = 5 if quick else 20
-    a, b = (jax.random.normal(jax.random.key(i), (n, n)) for i in range(2))
+    a, b = (jax.random.normal(jax.random.key(i), (n, n)).astype(dtype) for i in range(2))
     multiply = jax.jit(jnp.matmul)
     product = _best(lambda _: multiply(a, b), None, tries)
     # In place, since a fresh array would have the system hand out and clear new pages each time.
