@@ -28,7 +28,7 @@ SUITES = {
 
 
 def rows(text: str) -> list[Row]:
-    """Parse `64x3,256x8/128`: width x depth, and a batch size where it is not that of the table."""
+    """Parse `64x3,256x8/128,4096x8/8192/bf16`: width x depth, a batch size that is not the table's, and a dtype."""
     return [_row(part) for part in text.split(",")]
 
 
@@ -46,7 +46,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--suite", choices=SUITES, default="step", help="what to measure")
     parser.add_argument(
-        "--rows", type=rows, help=f"comma-separated width x depth, of {','.join(ROWS)} or W x D / batch"
+        "--rows",
+        help=f"comma-separated: width x depth of {','.join(ROWS)}, or W x D / batch, or W x D / batch / bf16; "
+        f"in the suite models {','.join(models.MODELS)}",
     )
     parser.add_argument("--peers", type=lambda text: text.split(","), help="comma-separated; see below")
     parser.add_argument("--all", action="store_true", help="lift the depth limits of slow compilers")
@@ -61,6 +63,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the JSON and the Markdown")
     parser.add_argument("--trace", type=Path, help="folder for profiler traces of fnn-fit (suite step)")
     options = parser.parse_args(arguments)
+    try:
+        options.rows = options.rows and (models.select if options.suite == "models" else rows)(options.rows)
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        parser.error(f"--rows: {error}")
     names = SUITES[options.suite].NAMES
     if unknown := [name for name in options.peers or () if name not in names]:
         parser.error(f"suite {options.suite} has no {', '.join(unknown)}; there are {', '.join(names)}")
@@ -88,12 +94,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _row(text: str) -> Row:
-    match = re.fullmatch(r"(\d+)x(\d+)(?:/(\d+))?", text)
+    match = re.fullmatch(r"(\d+)x(\d+)(?:/(\d+))?(/bf16)?", text)
     if not match or (match[3] is None and text not in ROWS):
         raise argparse.ArgumentTypeError(f"{text!r}: must be one of {', '.join(ROWS)}, or have a batch size: 64x3/32")
     if int(match[2]) < 2:
         raise argparse.ArgumentTypeError(f"{text!r}: the depth must be at least 2, for the peers that scan over it")
-    return Row(int(match[1]), int(match[2]), int(match[3])) if match[3] else ROWS[text]
+    dtype = "bfloat16" if match[4] else "float32"
+    return Row(int(match[1]), int(match[2]), int(match[3]), dtype) if match[3] else ROWS[text]
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

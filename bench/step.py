@@ -11,17 +11,17 @@ import numpy as np
 
 from bench import limit, problem, timing
 from bench.handwritten import reference_losses
-from bench.peers import PEERS, Peer, Skip
+from bench.peers import PEERS, Skip
 from bench.problem import Problem, Row
-from bench.remote import Remote
+from bench.remote import Remote, step_run
 from bench.report import Section, describe_error
 from bench.timing import Ratio, Run, Times
 from bench.trace import record
 
 ABOUT = """\
 Milliseconds per training step of a multilayer perceptron with batch norm after every hidden layer and ReLU: mean cross
-entropy, clipping by the global norm at 1, Adam, float32, running statistics updated. A row is width x depth, the
-number of hidden layers. All peers start from the same weights, and their losses on the first and the third step
+entropy, clipping by the global norm at 1, Adam, running statistics updated; float32, or where the row says `bf16` with
+products in bfloat16 and the rest in float32. A row is width x depth, the number of hidden layers. All peers start from the same weights, and their losses on the first and the third step
 agreed with a float64 reference before anything was timed; all return the loss alone, but for `fnn-fit-metrics`. Rounds are interleaved, in a random order each; `ms/step` is the median round. `first call` is tracing and
 compiling, without the steps that ran in it. `x best` is the median of the ratios within each round; `~` marks peers
 whose difference from the best the spread swallows (1 lies between the quartiles). `of floor` is the least time that the
@@ -53,13 +53,22 @@ class Entry:
 
 def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
     """Measure the device, then row by row; yield each row's section as soon as it is done."""
-    limits = limit.measure(options.quick)
-    say(f"matrix product of {limits.product}³: {limits.flops / 1e9:.0f} GFLOP/s")
-    say(f"memory: {limits.bandwidth / 1e9:.1f} GB/s")
-    for row in options.rows or [problem.ROWS[name] for name in QUICK_ROWS if options.quick] or problem.ROWS.values():
+    rows = options.rows or [problem.ROWS[name] for name in QUICK_ROWS if options.quick] or _default_rows()
+    measured = {}
+    for row in rows:
+        if row.dtype not in measured:
+            limits = measured[row.dtype] = limit.measure(options.quick, row.dtype)
+            say(f"{row.dtype} matrix product of {limits.product}³: {limits.flops / 1e9:.0f} GFLOP/s")
+            say(f"memory: {limits.bandwidth / 1e9:.1f} GB/s")
+        limits = measured[row.dtype]
         yield _row(row, limits, options, say)
         gc.collect()
         jax.clear_caches()
+
+
+def _default_rows() -> list[Row]:
+    """All rows, but on a CPU only those in float32: 4096x8 in bfloat16 takes minutes a step there."""
+    return [row for row in problem.ROWS.values() if row.dtype == "float32" or not _on_cpu()]
 
 
 def steps_per_round(row: Row, quick: bool) -> int:
@@ -74,9 +83,10 @@ def _row(row: Row, limits: limit.Limits, options: Namespace, say: Callable[[str]
     work = problem.make(row, steps_per_round(row, options.quick))
     say(f"\n{row}, batch {row.batch}: {work.steps} steps x {rounds} rounds")
     reference = reference_losses(work)
-    entries, runs = [], {}
-    for name in options.peers or [name for name, peer in PEERS.items() if peer.default]:
-        entry, ready = _prepare(name, PEERS[name], work, reference, options.all)
+    entries, runs, names = [], {}, options.peers or [name for name, peer in PEERS.items() if peer.default]
+    begun = {} if _on_cpu() else _begin(names, work, options.all)
+    for name in names:
+        entry, ready = _prepare(name, begun.get(name), work, reference, options.all)
         entries.append(entry)
         if ready is not None:
             runs[name] = ready
@@ -93,14 +103,24 @@ def _row(row: Row, limits: limit.Limits, options: Namespace, say: Callable[[str]
     return _section(row, work, rounds, limits, reference, entries)
 
 
+def _begin(names: list[str], work: Problem, lift_limits: bool) -> dict[str, Remote]:
+    """Let the other process build and compile its peers while this one does; on a CPU the two would share cores."""
+    wanted = [
+        name for name in names if PEERS[name].own_process and not PEERS[name].refusal(work.row.depth, lift_limits)
+    ]
+    return {name: Remote(step_run, name, work.row, work.steps) for name in wanted}
+
+
 def _prepare(
-    name: str, peer: Peer, work: Problem, reference: np.ndarray, lift_limits: bool
-) -> tuple[Entry, Run | None]:
+    name: str, begun: Remote | None, work: Problem, reference: np.ndarray, lift_limits: bool
+) -> tuple[Entry, Run | Remote | None]:
     """Build a peer, make its first call and check its losses; what goes wrong is reported, not raised."""
+    peer = PEERS[name]
     if refusal := peer.refusal(work.row.depth, lift_limits):
         return Entry(name, "skipped", refusal), None
     try:
-        ready = Remote(name, work.row, work.steps) if peer.own_process else peer.build(work)
+        remote = begun or (Remote(step_run, name, work.row, work.steps) if peer.own_process else None)
+        ready = remote or peer.build(work)
         seconds, losses = ready.first_round()
     except Skip as skip:
         return Entry(name, "skipped", str(skip)), None
@@ -109,13 +129,15 @@ def _prepare(
     entry = Entry(name, first_seconds=seconds, losses=[float(loss) for loss in losses[:3]])
     if complaint := _disagreement(work.row, losses, reference):
         entry.outcome, entry.reason = "failed", complaint
+        if isinstance(ready, Remote):
+            ready.close()
         return entry, None
     return entry, ready
 
 
 def _disagreement(row: Row, losses: np.ndarray, reference: np.ndarray) -> str | None:
     first, third = AGREE_FIRST, AGREE_THIRD_SHALLOW if row.depth <= SHALLOW else AGREE_THIRD
-    if not _exact_products():
+    if row.dtype != "float32" or not _exact_products():
         first = third = AGREE_ROUNDED
     off = np.abs(losses[:3] - reference)
     if off[0] <= first and off[2] <= third * abs(reference[2]):  # False for NaN
@@ -125,14 +147,26 @@ def _disagreement(row: Row, losses: np.ndarray, reference: np.ndarray) -> str | 
 
 def _exact_products() -> bool:
     """Whether matrix products are true float32; accelerators by default round the factors to 11 bits or 8."""
-    return jax.devices()[0].platform == "cpu" or jax.config.jax_default_matmul_precision == "highest"
+    return _on_cpu() or jax.config.jax_default_matmul_precision == "highest"
+
+
+def _on_cpu() -> bool:
+    return jax.devices()[0].platform == "cpu"
 
 
 def _time(entries: list[Entry], runs: dict[str, Run], rounds: int, steps: int, say: Callable[[str], None]) -> None:
     """Fill in the times and ratios of the entries that are ready."""
-    times = timing.interleave(runs, rounds, steps, lambda i: say(f"  round {i} of {rounds}") if i % 5 == 0 else None)
-    best = min(times.values(), key=lambda t: t.median)
+    failed: dict[str, Exception] = {}
+
+    def on_round(i):
+        if i % 5 == 0:
+            say(f"  round {i} of {rounds}")
+
+    times = timing.interleave(runs, rounds, steps, on_round, failed)
+    best = min(times.values(), key=lambda t: t.median, default=None)
     for entry in entries:
+        if entry.name in failed:
+            entry.outcome, entry.reason = "failed", describe_error(failed[entry.name])
         if entry.name in times:
             entry.times, entry.ratio = times[entry.name], timing.ratio(times[entry.name], best)
             # The first call also ran the steps of its item: one for a loop, all of them for a scan.
@@ -168,9 +202,12 @@ def _section(
 
 
 def _counted(work: Problem) -> dict[str, float]:
-    """Ask XLA what fnn's step computes and moves, to lay beside the counts from shapes."""
-    ready = PEERS["fnn-loop"].build(work)
-    analysis = ready.call.lower(ready.state, ready.items[0]).compile().cost_analysis() or {}
+    """Ask XLA what fnn's step computes and moves, to lay beside the counts from shapes; NaN where it does not say."""
+    try:
+        ready = PEERS["fnn-loop"].build(work)
+        analysis = ready.call.lower(ready.state, ready.items[0]).compile().cost_analysis() or {}
+    except Exception:  # the peer's own row says what is wrong with it
+        analysis = {}
     return {"flops": analysis.get("flops", float("nan")), "bytes": analysis.get("bytes accessed", float("nan"))}
 
 
