@@ -158,7 +158,9 @@ def _row(name: str, options: Namespace, say: Callable[[str], None]) -> Section:
     for run in runs.values():
         if isinstance(run, Remote):
             run.close()
-    return _section(name, model, times, {peer: (first[peer], items[peer]) for peer in times}, out)
+    section = _section(name, model, times, {peer: (first[peer], items[peer]) for peer in times}, out)
+    section.data["losses"] = {peer: [float(loss) for loss in ours[:3]] for peer, ours in losses.items()}
+    return section
 
 
 def _section(
