@@ -55,6 +55,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few steps and rounds, and by default the two first rows")
     parser.add_argument("--rounds", type=int, help="interleaved rounds; by default 15, or 3 with --quick")
     parser.add_argument(
+        "--seconds", type=float, help="for a row of step or models: later, no peer and no round is begun; no limit"
+    )
+    parser.add_argument(
         "--precision",
         choices=("highest", "default"),
         default="highest",

@@ -163,5 +163,6 @@ def _running(p: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 def start(params: Any, running: Any, dtype: Any = jnp.float32) -> State:
     """Copy parameters and running statistics to the device, with Adam's moments at zero."""
-    zeros = jax.tree.map(np.zeros_like, params)
-    return on_device(State(params, running, zeros, zeros, np.zeros(())), dtype)
+    params = on_device(params, dtype)
+    first, second = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))  # each is donated, so they are two
+    return State(params, on_device(running, dtype), first, second, jnp.zeros((), dtype))

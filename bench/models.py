@@ -3,6 +3,8 @@
 import functools
 import gc
 import importlib.util
+import math
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -120,12 +122,16 @@ def _row(name: str, options: Namespace, say: Callable[[str], None]) -> Section:
     model = row(name, options.quick)
     say(f"\n{name}: {model.about}")
     peers = [peer for peer in NAMES if peer in (options.peers or NAMES)]
+    end = time.monotonic() + (getattr(options, "seconds", None) or math.inf)
     # The other process begins at once, except on a CPU, where both would share the cores.
     early = jax.devices()[0].platform != "cpu"
     runs: dict[str, Any] = {}
     begun = {peer: _remote(name, peer, options.quick) for peer in peers if early and peer in REMOTE and _has_torch()}
     first, losses, out = {}, {}, {}
     for peer in peers:
+        if time.monotonic() > end:
+            out[peer] = ("skipped", "the time for this row was over")
+            continue
         try:
             if peer in REMOTE:
                 runs[peer] = begun.get(peer) or _remote(name, peer, options.quick)
@@ -152,13 +158,15 @@ def _row(name: str, options: Namespace, say: Callable[[str], None]) -> Section:
             if i % 5 == 0:
                 say(f"  round {i}")
 
-        times = timing.interleave(ready, rounds, model.steps, on_round, failed)
+        times = timing.interleave(ready, rounds, model.steps, on_round, failed, end)
         out |= {peer: ("failed", describe_error(error)) for peer, error in failed.items()}
     items = {peer: len(run.items) for peer, run in runs.items()}
-    for run in runs.values():
+    for run in {**begun, **runs}.values():
         if isinstance(run, Remote):
             run.close()
-    return _section(name, model, times, {peer: (first[peer], items[peer]) for peer in times}, out)
+    section = _section(name, model, times, {peer: (first[peer], items[peer]) for peer in times}, out)
+    section.data["losses"] = {peer: [float(loss) for loss in ours[:3]] for peer, ours in losses.items()}
+    return section
 
 
 def _section(

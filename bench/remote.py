@@ -1,8 +1,10 @@
 """A process for the peers on PyTorch: what they import, compile, spin and reserve on the card does not meet the others.
 
-One process serves all of them, one after another; one that died or hung is replaced for the next peer.
+One process serves all of them, one after another; one that died or hung is replaced for the next peer. JAX draws weights
+and data on the CPU there, so that two libraries need not share one set of CUDA libraries.
 """
 
+import contextlib
 import gc
 import itertools
 import multiprocessing
@@ -33,8 +35,7 @@ class Remote:
 
     def __init__(self, build: Callable[..., Run], *arguments: Any):
         self._server = _server()
-        precision = jax.config.jax_default_matmul_precision
-        self._name = self._server.ask("build", (precision, build, arguments))
+        self._name = self._server.ask("build", (jax.config.jax_default_matmul_precision, build, arguments))
         self._first = self._server.ask("first_round", self._name)
 
     def first_round(self) -> tuple[float, np.ndarray]:
@@ -51,9 +52,8 @@ class Remote:
         return self._server.answer(self._server.ask("last_losses", self._name))
 
     def close(self) -> None:
-        """Let the process forget the run, and free its memory."""
-        if self._server.alive:
-            self._server.answer(self._server.ask("close", self._name))
+        """Let the process forget the run and free its memory, when it has done what it does."""
+        self._server.ask("close", self._name)
 
 
 def step_run(name: str, row: Row, steps: int) -> Run:
@@ -70,7 +70,8 @@ class _Server:
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        platform = jax.devices()[0].platform
+        self._process = context.Process(target=_serve, args=(theirs, platform), daemon=True)
         self._process.start()
         theirs.close()
         self._tickets, self._answers = itertools.count(), {}
@@ -79,10 +80,8 @@ class _Server:
     def ask(self, what: str, argument: Any) -> int:
         """Send a request; return the ticket for its answer."""
         ticket = next(self._tickets)
-        try:
+        with contextlib.suppress(OSError):  # `answer` says so
             self._pipe.send((ticket, what, argument))
-        except OSError:
-            self.alive = False
         return ticket
 
     def answer(self, ticket: int) -> Any:
@@ -117,9 +116,17 @@ def _server() -> _Server:
     return _servers[-1]
 
 
-def _serve(pipe: Any) -> None:
+platform: str = ""
+"""In the process for PyTorch: the platform that the others run on."""
+
+
+def _serve(pipe: Any, others: str) -> None:
     from bench.registry import Skip
     from bench.report import describe_error
+
+    global platform
+    platform = others
+    jax.config.update("jax_platforms", "cpu")
 
     runs: dict[int, Run] = {}
 

@@ -1,6 +1,8 @@
 """The suite `step`: milliseconds per training step, fnn against its peers."""
 
 import gc
+import math
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -35,6 +37,7 @@ AGREE_FIRST, AGREE_THIRD, AGREE_THIRD_SHALLOW, AGREE_ROUNDED = 1e-4, 1e-3, 3e-5,
 """How far the loss may lie from the reference: absolute on step 1; relative on step 3, less for the shallow nets, which
 do not amplify rounding, so that a wrong rate, decay or clip shows; either, where products round their factors."""
 SHALLOW = 8
+LATE = "the time for this row was over"
 
 
 @dataclass
@@ -82,10 +85,15 @@ def _row(row: Row, limits: limit.Limits, options: Namespace, say: Callable[[str]
     rounds = options.rounds or (3 if options.quick else 15)
     work = problem.make(row, steps_per_round(row, options.quick))
     say(f"\n{row}, batch {row.batch}: {work.steps} steps x {rounds} rounds")
-    reference = reference_losses(work)
-    entries, runs, names = [], {}, options.peers or [name for name, peer in PEERS.items() if peer.default]
+    names = options.peers or [name for name, peer in PEERS.items() if peer.default]
+    end = time.monotonic() + (getattr(options, "seconds", None) or math.inf)
     begun = {} if _on_cpu() else _begin(names, work, options.all)
+    reference = _reference(work)
+    entries, runs = [], {}
     for name in names:
+        if time.monotonic() > end:
+            entries.append(Entry(name, "skipped", LATE))
+            continue
         entry, ready = _prepare(name, begun.get(name), work, reference, options.all)
         entries.append(entry)
         if ready is not None:
@@ -94,13 +102,15 @@ def _row(row: Row, limits: limit.Limits, options: Namespace, say: Callable[[str]
             f"  {name}: " + (f"first call {entry.first_seconds:.1f} s" if ready else f"{entry.outcome}, {entry.reason}")
         )
     if runs:
-        _time(entries, runs, rounds, work.steps, say)
+        _time(entries, runs, (rounds, work.steps, end), say)
     if options.trace and (traced := runs.get("fnn-fit")):
         say("\n".join(record(lambda: traced.advance(traced.items), options.trace / str(row), work.steps)))
-    for ready in runs.values():
+    for ready in {**begun, **runs}.values():
         if isinstance(ready, Remote):
             ready.close()
-    return _section(row, work, rounds, limits, reference, entries)
+    # Of a row in a hurry XLA's count is not asked: it takes a compilation.
+    counted = _counted(work) if end == math.inf else {}
+    return _section(row, work, (rounds, limits, counted), reference, entries)
 
 
 def _begin(names: list[str], work: Problem, lift_limits: bool) -> dict[str, Remote]:
@@ -154,15 +164,29 @@ def _on_cpu() -> bool:
     return jax.devices()[0].platform == "cpu"
 
 
-def _time(entries: list[Entry], runs: dict[str, Run], rounds: int, steps: int, say: Callable[[str], None]) -> None:
-    """Fill in the times and ratios of the entries that are ready."""
+def _reference(work: Problem) -> np.ndarray:
+    """Compute the losses in float64, once for a row."""
+    key = work.row, work.steps
+    if key not in _references:
+        _references[key] = reference_losses(work)
+    return _references[key]
+
+
+_references: dict[tuple[Row, int], np.ndarray] = {}
+
+
+def _time(
+    entries: list[Entry], runs: dict[str, Run], lengths: tuple[int, int, float], say: Callable[[str], None]
+) -> None:
+    """Fill in the times and ratios of the entries that are ready; `lengths`: rounds, steps of each, when to end."""
+    rounds, steps, end = lengths
     failed: dict[str, Exception] = {}
 
     def on_round(i):
         if i % 5 == 0:
             say(f"  round {i} of {rounds}")
 
-    times = timing.interleave(runs, rounds, steps, on_round, failed)
+    times = timing.interleave(runs, rounds, steps, on_round, failed, end)
     best = min(times.values(), key=lambda t: t.median, default=None)
     for entry in entries:
         if entry.name in failed:
@@ -177,16 +201,19 @@ def _time(entries: list[Entry], runs: dict[str, Run], rounds: int, steps: int, s
 
 
 def _section(
-    row: Row, work: Problem, rounds: int, limits: limit.Limits, reference: np.ndarray, entries: list[Entry]
+    row: Row, work: Problem, measured: tuple[int, limit.Limits, dict[str, float]], reference: Any, entries: list[Entry]
 ) -> Section:
-    steps, floor, counted = work.steps, limit.floor(row, limits), _counted(work)
+    rounds, limits, counted = measured
+    steps, floor = work.steps, limit.floor(row, limits)
     notes = [
         f"{steps} steps x {rounds} rounds; {limit.step_flops(row):.3g} FLOP a step in matrix products, "
         f"{_ms(floor.matmul)} ms at {limits.flops / 1e9:.0f} GFLOP/s; optimiser {limit.step_bytes(row):.3g} bytes, "
         f"{_ms(floor.memory)} ms at {limits.bandwidth / 1e9:.1f} GB/s unless they stay in a cache",
-        f"XLA's own count of fnn's step: {counted['flops']:.3g} FLOP, {counted['bytes']:.3g} bytes in and out of kernels",
         *_warnings(entries),
     ]
+    if counted:
+        kernels = f"{counted['flops']:.3g} FLOP, {counted['bytes']:.3g} bytes in and out of kernels"
+        notes.insert(1, f"XLA's own count of fnn's step: {kernels}")
     cells = [_cells(entry, floor) for entry in entries]
     data = {
         "row": row._asdict() | {"name": str(row)},

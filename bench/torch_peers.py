@@ -6,18 +6,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from bench import remote
 from bench.problem import DECAY, EPS, MAX_NORM, RATE, Problem
 from bench.registry import Skip, peer
 from bench.timing import Run
 
 
 def torch_device() -> Any:
-    """Take the device that JAX runs on, and JAX's precision of products."""
+    """Take the device that the other peers run on, and their precision of products."""
     import torch
 
-    platform = jax.devices()[0].platform
+    platform = remote.platform or jax.devices()[0].platform
     if platform != "cpu" and not (platform == "gpu" and torch.cuda.is_available()):
-        raise Skip(f"PyTorch does not see the {platform} that JAX runs on")
+        raise Skip(f"PyTorch does not see the {platform} that the other peers run on")
     high = jax.config.jax_default_matmul_precision in (None, "default")  # JAX's default on a GPU is TF32
     torch.set_float32_matmul_precision("high" if high else "highest")
     torch.backends.cudnn.allow_tf32 = high  # convolutions and recurrent layers, for which PyTorch's default is TF32
