@@ -25,8 +25,6 @@ CHOICES: dict[str, Callable[[], Any]] = {
     if inspect.isfunction(function) and not inspect.signature(function).parameters
 } | {
     "convolution 3x3 of 32 channels": lambda: lowering.convolution(False, 1, 32, 2, 288, 1 << 24),
-    "attention written out, float32": lambda: lowering.written_out_attention(False, False),
-    "attention written out, bfloat16": lambda: lowering.written_out_attention(True, False),
     "lanes_budget": lambda: f"{lowering.lanes_budget(jax.devices()[0]) / 2**20:.0f} MiB",
     "one process for 8 cells": lambda: lowering.one_process(8),
 }
