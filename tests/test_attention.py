@@ -404,13 +404,14 @@ def test_half_precision_is_near_float32_in_values_gradients_and_single_examples(
     def measured(params, x, weights, dtype):
         (_, y), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x, weights, dtype)
         one = functools.partial(loss, dtype=dtype)
-        single = fnn.per_example(lambda p, x, w: one(p, x[None], w[None])[0])(params, x, weights)
+        single = fnn.per_example(lambda p, example: one(p, *(a[None] for a in example))[0])(params, (x, weights))
         return y, grads[1], grads[0], single.norms()
 
     exact, narrow = (measured(params, x, weights, dtype) for dtype in (jnp.float32, jnp.bfloat16))
-    if options.get("causal") and lowering.platform() == "gpu":
+    if lowering.platform() == "gpu":
         assert "cudnn" in measured.lower(params, x, weights, jnp.bfloat16).as_text()
     assert narrow[0].dtype == jnp.bfloat16
-    for a, b in zip(jax.tree.leaves(narrow), jax.tree.leaves(exact), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        np.testing.assert_allclose(a, b, rtol=0, atol=0.03 * np.max(np.abs(b)))
+    for part, wanted in zip(narrow, exact, strict=True):  # the keys' bias has a gradient of rounding errors
+        largest = max(float(jnp.max(jnp.abs(a))) for a in jax.tree.leaves(wanted))
+        for a, b in zip(jax.tree.leaves(part), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=0, atol=0.03 * largest)
