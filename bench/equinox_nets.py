@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.libraries import eqx_fill
-from bench.nets import CHANNELS, SMALL, Size
+from bench.nets import BLOCKS, CHANNELS, SMALL, Size
 from bench.problem import CLASSES, DECAY, EPS
 
 Weights = dict[str, Any]
@@ -29,11 +29,8 @@ class ConvNet(eqx.Module):
     def __init__(self, w: Weights):
         self.convs, self.norms, before = [], [], 1
         for i, channels in enumerate(CHANNELS):
-            layer = eqx.nn.Conv2d(before, channels, 3, padding=1, use_bias=False, key=KEY)
-            # (height, width, in, out) is (out, in, width, height) transposed
-            self.convs.append(eqx_fill(layer, {"kernel": w[f"conv_{i}"]["kernel"].transpose(1, 0, 2, 3)}, PLAIN))
-            norm = eqx.nn.BatchNorm(channels, "batch", eps=EPS, momentum=DECAY, mode="batch")
-            self.norms.append(eqx_fill(norm, w[f"norm_{i}"], NORM))
+            self.convs.append(_conv(w[f"conv_{i}"]))
+            self.norms.append(_batch_norm(w[f"norm_{i}"]))
             before = channels
         self.pool = eqx.nn.MaxPool2d(2, 2)
         self.output = eqx_fill(eqx.nn.Linear(16 * before, CLASSES, key=KEY), w["output"], DENSE)
@@ -41,11 +38,36 @@ class ConvNet(eqx.Module):
     def __call__(self, x, state):
         x = x.transpose(2, 0, 1)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            y, state = norm(conv(x).astype(jnp.float32), state)
-            x = jax.nn.relu(y).astype(x.dtype)
+            x, state = _activated(norm, conv(x), state)
             if i == 1:
                 x = self.pool(x)
         return self.output(x.transpose(1, 2, 0).reshape(-1)), state
+
+
+class ResNet(eqx.Module):
+    convs: dict[str, Any]
+    norms: dict[str, Any]
+    output: Any
+
+    def __init__(self, w: Weights):
+        self.convs = {
+            n: _conv(p, 2 if n in ("conv_2a", "shortcut_2") else 1)
+            for n, p in w.items()
+            if "kernel" in p and n != "output"
+        }
+        self.norms = {n: _batch_norm(p) for n, p in w.items() if n.startswith("norm")}
+        self.output = eqx_fill(eqx.nn.Linear(*w["output"]["kernel"].shape, key=KEY), w["output"], DENSE)
+
+    def __call__(self, x, state):
+        x = self.convs["stem"](x.transpose(2, 0, 1))
+        for i, (_, stride) in enumerate(BLOCKS):
+            h, state = _activated(self.norms[f"norm_{i}a"], x, state)
+            if stride > 1:
+                x = self.convs[f"shortcut_{i}"](h)
+            h, state = _activated(self.norms[f"norm_{i}b"], self.convs[f"conv_{i}a"](h), state)
+            x = x + self.convs[f"conv_{i}b"](h)
+        x, state = _activated(self.norms["norm"], x, state)
+        return self.output(x.mean((1, 2))), state
 
 
 class Block(eqx.Module):
@@ -123,9 +145,28 @@ class Lstm(eqx.Module):
 
 NETS: dict[str, Callable[[Weights, Size], Any]] = {
     "convnet": lambda w, size: ConvNet(w),
+    "resnet": lambda w, size: ResNet(w),
     "transformer": Transformer,
     "lstm": lambda w, size: Lstm(w),
 }
+
+
+def _conv(p: Weights, stride: int = 1) -> Any:
+    """Make a convolution padded as "SAME"; a stride of 2 pads 3x3 below and on the right only."""
+    window, _, before, channels = p["kernel"].shape
+    padding = window // 2 if stride == 1 else ((0, window // 2),) * 2
+    layer = eqx.nn.Conv2d(before, channels, window, stride, padding, use_bias=False, key=KEY)
+    # (width, height, in, out) is (out, in, height, width) transposed
+    return eqx_fill(layer, {"kernel": p["kernel"].transpose(1, 0, 2, 3)}, PLAIN)
+
+
+def _batch_norm(p: Weights) -> Any:
+    return eqx_fill(eqx.nn.BatchNorm(len(p["scale"]), "batch", eps=EPS, momentum=DECAY, mode="batch"), p, NORM)
+
+
+def _activated(norm: Any, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    y, state = norm(x.astype(jnp.float32), state)
+    return jax.nn.relu(y).astype(x.dtype), state
 
 
 def _layer_norm(p: Weights) -> Any:

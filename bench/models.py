@@ -224,8 +224,14 @@ def _start(model: Model) -> tuple[fnn.Layer, Any, fnn.TrainState]:
 
 
 def weights(model: Model) -> dict[str, Any]:
-    """Draw fnn's starting weights, and name them as Linen does."""
-    return model.weights(jax.device_get(model.net().init(jax.random.split(jax.random.key(0))[0], model.specs())[0]))
+    """Draw fnn's starting weights, and name them as Linen does; those of the latest model are kept for all its peers."""
+    if not _latest or _latest[0] is not model:
+        params, _ = model.net().init(jax.random.split(jax.random.key(0))[0], model.specs())  # as `TrainState.create`
+        _latest[:] = [model, model.weights(jax.device_get(params))]
+    return _latest[1]
+
+
+_latest: list[Any] = []
 
 
 def _fnn(model: Model, loop: bool) -> Run:

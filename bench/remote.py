@@ -5,6 +5,7 @@ and data on the CPU there, so that two libraries need not share one set of CUDA 
 """
 
 import contextlib
+import functools
 import gc
 import itertools
 import multiprocessing
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bench import problem
 from bench.problem import Row
 from bench.timing import Run
 
@@ -58,10 +60,14 @@ class Remote:
 
 def step_run(name: str, row: Row, steps: int) -> Run:
     """Build a peer of the suite `step`."""
-    from bench import problem
     from bench.peers import PEERS
 
-    return PEERS[name].build(problem.make(row, steps))
+    return PEERS[name].build(_problem(row, steps))
+
+
+@functools.lru_cache(maxsize=1)
+def _problem(row: Row, steps: int) -> problem.Problem:
+    return problem.make(row, steps)  # one for all peers of a row: to draw the largest takes many seconds on a CPU
 
 
 class _Server:
