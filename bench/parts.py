@@ -143,31 +143,30 @@ def deep(options: Namespace, emit: Any) -> None:
 
 
 def examples(options: Namespace, emit: Any) -> None:
-    """Time norms, sums and clipped sums of gradients: in true float32, then the mlp in the default precision."""
+    """Time norms, sums and clipped sums of gradients: in true float32, the mlp in the default precision too."""
     start(options, emit)
-    names = ["lstm"] if options.quick else list(per_example.WORK)
+    first, *others = per_example.WORK
+    tasks = [(first, "highest"), (first, "default"), *((name, "highest") for name in others)]
     lines = []
-    for precision in ("highest", "default"):
+    for name, precision in [("lstm", "highest")] if options.quick else tasks:
         jax.config.update("jax_default_matmul_precision", precision)
-        for name in names if precision == "highest" else () if options.quick else names[:1]:
-            try:
-                for section in per_example.run(suite_options(options, peers=[name]), say):
-                    section.title += f", precision {precision}"
-                    emit(section)
-                    ratios = [f"{v['ratio']['median']:.2f}" for v in section.data["variants"][1:4]]
-                    lines.append(f"{name}, {precision}: {', '.join(ratios)}")
-            except (AssertionError, jax.errors.JaxRuntimeError) as error:
-                lines.append(f"{name}, {precision}: failed")
-                emit(
-                    Section(f"{name}, precision {precision}", ("outcome",), [("failed",)], [describe_error(error)], {})
-                )
-            emit.note(headline="; ".join(lines))
+        rounds = 1 if options.quick else 5
+        try:
+            for section in per_example.run(suite_options(options, peers=[name], rounds=rounds), say):
+                section.title += f", precision {precision}"
+                emit(section)
+                ratios = [f"{v['ratio']['median']:.2f}" for v in section.data["variants"][1:4]]
+                lines.append(f"{name}, {precision}: {', '.join(ratios)}")
+        except (AssertionError, jax.errors.JaxRuntimeError) as error:
+            lines.append(f"{name}, {precision}: failed")
+            emit(Section(f"{name}, precision {precision}", ("outcome",), [("failed",)], [describe_error(error)], {}))
+        emit.note(headline="; ".join(lines))
 
 
 def memory(options: Namespace, emit: Any) -> None:
     """Compare XLA's temporary memory of a step with the device's peak, with and without recomputation."""
     start(options, emit)
-    rows = (Row(64, 4, 64), Row(64, 12, 64)) if options.quick else (Row(1024, 4, 512), Row(64, 1000, 256))
+    rows = (Row(64, 12, 64),) if options.quick else (Row(1024, 4, 512), Row(64, 1000, 256))
     lines = []
     for row in rows:
         for section in depth.run(suite_options(options, rows=[row], peers=["fnn", "fnn-groups"]), say):
@@ -239,7 +238,7 @@ PARTS = {
     "tests": Part("pytest -m accelerator", 150, tests, None, shared=True, cached=True),
     "seeds": Part("64 seeds in one program against one by one", 60, seeds),
     "depth": Part("a step of 10,000 layers", 60, deep),
-    "per_example": Part("norms and clipped means of single examples' gradients", 60, examples),
+    "per_example": Part("norms and clipped means of single examples' gradients", 75, examples),
     "memory": Part("temporary and peak memory", 25, memory),
     "study": Part("one cell of a study, cold and warm", 40, study, None),
     "watch": Part("fnn.watch against a plain gradient", 20, watch),

@@ -28,8 +28,9 @@ NETS = ("fnn-stretch", "fnn-loop", "jax", "jax-steps", "linen-steps", "nnx", "eq
 LARGE = ("fnn-stretch", "jax", "linen", "nnx", "equinox", "torch")
 """Peers of a row: each library in the ways that have been fastest; a net that is large runs as fast in a loop."""
 COMPILED = ("fnn-fit", "fnn-stretch", "torch-compile")
-SECONDS = 75
-"""For one row. PyTorch's compiler may take as long as all others together, so that it has runs of its own, later."""
+SECONDS, AT_MOST = 40, 75
+"""For one row: peers that would begin later are skipped; the row is given up. PyTorch's compiler may take as long as all
+others together, so that it has runs of its own, later."""
 ORDER = ("mlp-bf16", "transformer-100m", "1024x4", "convnet", "lstm", "64x256", "resnet")
 
 
@@ -77,8 +78,9 @@ def steps(options: Namespace, emit: Any) -> None:
         say(f"\n{title}: {', '.join(peers)}")
         line = ""
         try:
-            with _alarm(SECONDS):
-                for section in work.suite.run(suite_options(options, rows=[work.row], peers=peers), say):
+            asked = suite_options(options, rows=[work.row], peers=peers, seconds=SECONDS)
+            with _alarm(AT_MOST):
+                for section in work.suite.run(asked, say):
                     section.title = title
                     if "flops" in section.data and (name == "mlp-bf16" or section.data.get("dtype") == "bfloat16"):
                         _add_share(section, Path(options.out))
