@@ -247,7 +247,9 @@ class PerExampleGradients:
         """Estimate the moments of every parameter array in units of their own."""
         if self.batch < 2:
             raise ValueError(f"per_example: a variance needs at least two examples, got a batch of {self.batch}")
-        with jax.default_matmul_precision("highest"):  # sums of squares are subtracted; in TF32 few digits would be left
+        with jax.default_matmul_precision(
+            "highest"
+        ):  # sums of squares are subtracted; in TF32 few digits would be left
             means = jax.tree.leaves(tree.norms(self.mean()))
             found = [estimate(n, m, self.batch) for n, m in zip(self._norms(), means, strict=True)]
         return Estimates(*(self._unflatten(list(part)) for part in zip(*found, strict=True)))
