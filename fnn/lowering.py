@@ -1,8 +1,9 @@
 """Choose the fastest of several ways to compute the same numbers: the one file that knows platforms and measurements.
 
 Every choice is made while JAX traces, from the device that it uses by default (`jax.default_device`, else the default
-backend), and changes speed and memory but never values. A program that is lowered for another platform (`jax.export`)
-is therefore right there too; it may be slower than one traced there.
+backend), and changes speed and memory, and values only by rounding. A program that is lowered for another platform
+(`jax.export`) is therefore right there too, and may be slower than one traced there; only attention by cuDNN, traced on a
+GPU, runs nowhere else.
 
 "CPU" at a constant means: measured on two cores of an Intel Xeon or AMD EPYC server, with JAX 0.10. No constant was tuned
 on an accelerator; each says whether it counts there.
