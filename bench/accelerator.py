@@ -67,6 +67,9 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("--seconds", type=float, default=480, help="for everything; 480 by default")
     parser.add_argument("--parts", type=lambda text: text.split(","), help="comma-separated; all by default")
     parser.add_argument("--rows", type=lambda text: text.split(","), help=f"of the part steps: {','.join(ORDER)}")
+    parser.add_argument(
+        "--peers", type=lambda text: text.split(","), help="of the part steps; those of each row by default"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds, to try it out on a CPU")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the JSON and the Markdown")
     parser.add_argument("--commit", help="what the files say was measured, where there is no git to ask")
@@ -88,7 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(143))  # so that the running part is ended, too
     command = [sys.executable, "-m", "bench.accelerator", *(["--quick"] if options.quick else [])]
-    command += ["--rows", ",".join(options.rows)] if options.rows else []
+    for name in ("rows", "peers"):
+        command += [f"--{name}", ",".join(getattr(options, name))] if getattr(options, name) else []
     parts = {name: part for name, part in PARTS.items() if not options.parts or name in options.parts}
     outcomes = run(parts, command, options)
     return 0 if all(outcome.outcome == "done" for outcome in outcomes) else 1

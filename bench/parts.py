@@ -232,8 +232,8 @@ def watch(options: Namespace, emit: Any) -> None:
 
 
 PARTS = {
-    "facts": Part("device, versions, fnn's choices, what the compiler made", 30, facts),
-    "rates": Part("matrix products in bf16, TF32 and float32, bandwidth", 30, rates),
+    "facts": Part("device, versions, fnn's choices, what the compiler made", 60, facts),
+    "rates": Part("matrix products in bf16, TF32 and float32, bandwidth", 40, rates),
     "steps": Part("training steps of all rows against all peers", 190, steps, "default", shared=True),
     "tests": Part("pytest -m accelerator", 150, tests, None, shared=True, cached=True),
     "seeds": Part("64 seeds in one program against one by one", 60, seeds),

@@ -111,9 +111,21 @@ def fnn_start(
         checkpoint=checkpoint,
     )
     optimizer = fnn.optimizers.packed(optax.chain(fnn.clip.by_global_norm(MAX_NORM), optax.adam(RATE)))
-    spec = jax.ShapeDtypeStruct((row.batch, FEATURES), jnp.float32)
-    state = fnn.TrainState.create(net, optimizer, jax.random.key(0) if key is None else key, spec)
-    return net, optimizer, state.replace(params=_open_relus(state.params))
+    return net, optimizer, _drawn(row, unroll, checkpoint, net, optimizer)(jax.random.key(0) if key is None else key)
+
+
+_starts: dict[Any, Callable[[Any], fnn.TrainState]] = {}
+
+
+def _drawn(row: Row, unroll: Any, checkpoint: Any, net: Any, optimizer: Any) -> Callable[[Any], fnn.TrainState]:
+    """Compile the drawing of a row's state, once for all seeds: an accelerator takes a second for it, call by call."""
+
+    def draw(key):
+        spec = jax.ShapeDtypeStruct((row.batch, FEATURES), jnp.float32)
+        state = fnn.TrainState.create(net, optimizer, key, spec)
+        return state.replace(params=_open_relus(state.params))
+
+    return _starts.setdefault((row, unroll, checkpoint), jax.jit(draw))
 
 
 def stack(blocks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -69,11 +69,12 @@ def steps(options: Namespace, emit: Any) -> None:
     if options.rows:
         rows = {name: work for name, work in rows.items() if name in options.rows}
     tasks = [(name, False) for name in rows]
-    if importlib.util.find_spec("torch"):
+    if importlib.util.find_spec("torch") and not options.peers:
         tasks += [(name, True) for name, work in rows.items() if "torch-compile" in work.suite.NAMES]
     for name, compiled in tasks:
         work = rows[name]
-        peers = [peer for peer in (COMPILED if compiled else work.peers) if peer in work.suite.NAMES]
+        asked = options.peers or (COMPILED if compiled else work.peers)
+        peers = [peer for peer in asked if peer in work.suite.NAMES]
         title, began = f"{name}, against compiled PyTorch" if compiled else name, time.perf_counter()
         say(f"\n{title}: {', '.join(peers)}")
         line = ""

@@ -25,12 +25,12 @@ def of(test: str, cases: list[str] | str) -> list[str]:
 TESTS = {
     "activations": words("value_and_derivative low_precision nan_passes softmax"),
     "attention": words("""attention_equals_flax grouped_heads rotary padding_changes_nothing generate_with embed_equals
-        pieces_equal_the_whole_and_decoding_equals_recomputing[rotary] half_precision"""),
+        half_precision"""),
     "clip": words("equals_numpy stacked_equals norms_whose infinity_is reports_by_hand traced dtypes"),
     "conv": words("""conv_equals_flax implementations conv_transpose_equals pools conv_and_transpose
         global_average"""),
     "core": words("combinators dense_equals_numpy dropout_keeps"),
-    "cross_attention": words("cross_attention_equals_flax padding_never decoding_equals"),
+    "cross_attention": words("cross_attention_equals_flax padding_never"),
     "fit": words("an_error_in_the_second a_fraction_is_split"),
     "flax": ["mlp_with_batch_norm"],
     "flow": words("a_signal_that_leaves a_signal_of_normal what_leaves_float64 shifts_of_the_scales"),
