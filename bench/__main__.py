@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from bench import compile, depth, models, per_example, report, scale, step, sweep
+from bench import accelerator, compile, depth, models, per_example, report, scale, step, sweep
 from bench.problem import ROWS, Row
 
 SUITES = {
@@ -28,7 +28,7 @@ SUITES = {
 
 
 def rows(text: str) -> list[Row]:
-    """Parse `64x3,256x8/128`: width x depth, and a batch size where it is not that of the table."""
+    """Parse `64x3,256x8/128,4096x8/8192/bf16`: width x depth, a batch size that is not the table's, and a dtype."""
     return [_row(part) for part in text.split(",")]
 
 
@@ -41,14 +41,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m bench", description="Benchmarks of fnn.", epilog=f"peers:\n{listing}", formatter_class=_Formatter
     )
+    parser.add_argument(
+        "--accelerator", action="store_true", help="all there is to measure on a GPU; see bench.accelerator"
+    )
     parser.add_argument("--suite", choices=SUITES, default="step", help="what to measure")
     parser.add_argument(
-        "--rows", type=rows, help=f"comma-separated width x depth, of {','.join(ROWS)} or W x D / batch"
+        "--rows",
+        help=f"comma-separated: width x depth of {','.join(ROWS)}, or W x D / batch, or W x D / batch / bf16; "
+        f"in the suite models {','.join(models.MODELS)}",
     )
     parser.add_argument("--peers", type=lambda text: text.split(","), help="comma-separated; see below")
     parser.add_argument("--all", action="store_true", help="lift the depth limits of slow compilers")
     parser.add_argument("--quick", action="store_true", help="few steps and rounds, and by default the two first rows")
     parser.add_argument("--rounds", type=int, help="interleaved rounds; by default 15, or 3 with --quick")
+    parser.add_argument(
+        "--seconds", type=float, help="for a row of step or models: later, no peer and no round is begun; no limit"
+    )
     parser.add_argument(
         "--precision",
         choices=("highest", "default"),
@@ -58,6 +66,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the JSON and the Markdown")
     parser.add_argument("--trace", type=Path, help="folder for profiler traces of fnn-fit (suite step)")
     options = parser.parse_args(arguments)
+    try:
+        options.rows = options.rows and (models.select if options.suite == "models" else rows)(options.rows)
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        parser.error(f"--rows: {error}")
     names = SUITES[options.suite].NAMES
     if unknown := [name for name in options.peers or () if name not in names]:
         parser.error(f"suite {options.suite} has no {', '.join(unknown)}; there are {', '.join(names)}")
@@ -68,6 +80,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a suite, print its tables and write them to `bench/results/`."""
+    if "--accelerator" in (sys.argv[1:] if arguments is None else arguments):
+        sys.exit(accelerator.main(arguments))
     options, console = parse(arguments), Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     jax.config.update("jax_default_matmul_precision", options.precision)
     machine, suite = report.environment(), SUITES[options.suite]
@@ -83,12 +97,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _row(text: str) -> Row:
-    match = re.fullmatch(r"(\d+)x(\d+)(?:/(\d+))?", text)
+    match = re.fullmatch(r"(\d+)x(\d+)(?:/(\d+))?(/bf16)?", text)
     if not match or (match[3] is None and text not in ROWS):
         raise argparse.ArgumentTypeError(f"{text!r}: must be one of {', '.join(ROWS)}, or have a batch size: 64x3/32")
     if int(match[2]) < 2:
         raise argparse.ArgumentTypeError(f"{text!r}: the depth must be at least 2, for the peers that scan over it")
-    return Row(int(match[1]), int(match[2]), int(match[3])) if match[3] else ROWS[text]
+    dtype = "bfloat16" if match[4] else "float32"
+    return Row(int(match[1]), int(match[2]), int(match[3]), dtype) if match[3] else ROWS[text]
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

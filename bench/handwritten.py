@@ -1,7 +1,8 @@
 """The train step written by hand in plain JAX: no layers, no optimiser library, nothing that the step does not need.
 
 `unrolled` holds one dict per layer and lets Python write them all out; `scanned` stacks the hidden layers and runs them
-with `lax.scan`. Both dtypes work, so that `scanned` in float64 is the reference for everybody's losses.
+with `lax.scan`. A bfloat16 row rounds the factors of products and what passes between layers; statistics, parameters
+and Adam stay float32. All of it works in float64, so that `scanned` is the reference for everybody's losses.
 """
 
 from collections.abc import Callable
@@ -32,13 +33,13 @@ def unrolled(problem: Problem, dtype: Any = jnp.float32) -> tuple[Callable[..., 
     params = {"hidden": weights.hidden, "output": weights.output}
 
     def forward(params, running, x):
-        news = []
+        x, news = x.astype(_compute(problem, dtype)), []
         for p, r in zip(params["hidden"], running, strict=True):
             x, new = _block(p, r, x)
             news.append(new)
-        return _dense(params["output"], x), news
+        return dense(params["output"], x), news
 
-    return _make_step(forward), _start(params, [_running(p) for p in weights.hidden], dtype)
+    return make_step(forward), start(params, [_running(p) for p in weights.hidden], dtype)
 
 
 def scanned(problem: Problem, dtype: Any = jnp.float32) -> tuple[Callable[..., Any], State]:
@@ -48,11 +49,11 @@ def scanned(problem: Problem, dtype: Any = jnp.float32) -> tuple[Callable[..., A
     params = {"input": weights.hidden[0], "hidden": hidden, "output": weights.output}
 
     def forward(params, running, x):
-        x, first = _block(params["input"], running[0], x)
+        x, first = _block(params["input"], running[0], x.astype(_compute(problem, dtype)))
         x, rest = jax.lax.scan(lambda x, slices: _block(*slices, x), x, (params["hidden"], running[1]))
-        return _dense(params["output"], x), (first, rest)
+        return dense(params["output"], x), (first, rest)
 
-    return _make_step(forward), _start(params, (_running(weights.hidden[0]), _running(hidden)), dtype)
+    return make_step(forward), start(params, (_running(weights.hidden[0]), _running(hidden)), dtype)
 
 
 def reference_losses(problem: Problem, steps: int = 3) -> np.ndarray:
@@ -63,12 +64,24 @@ def reference_losses(problem: Problem, steps: int = 3) -> np.ndarray:
         return np.asarray(jax.jit(lambda s: jax.lax.scan(step, s, (xs, ys))[1])(state))
 
 
-def _dense(p: dict[str, Any], x: jax.Array) -> jax.Array:
-    return x @ p["kernel"] + p["bias"]
+def _compute(problem: Problem, dtype: Any) -> Any:
+    return dtype if dtype == jnp.float64 else problem.row.dtype
+
+
+def dense(p: dict[str, Any], x: jax.Array) -> jax.Array:
+    """Compute x·kernel + bias in the dtype of x."""
+    return x @ p["kernel"].astype(x.dtype) + p["bias"].astype(x.dtype)
 
 
 def _block(p: dict[str, Any], running: tuple[Any, Any], x: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
-    y, *moments = _norm_relu(_dense(p, x), p["scale"], p["shift"])
+    return batch_norm_relu(dense(p, x), p["scale"], p["shift"], running)
+
+
+def batch_norm_relu(
+    x: jax.Array, scale: jax.Array, shift: jax.Array, running: tuple[Any, Any]
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    """Normalise x: float[n, d] over its first axis, apply ReLU, and advance the running mean and variance."""
+    y, *moments = _norm_relu(x, scale, shift)
     new = tuple(DECAY * old + (1 - DECAY) * now for old, now in zip(running, moments, strict=True))
     return y, new
 
@@ -80,32 +93,39 @@ def _norm_relu(x: jax.Array, scale: jax.Array, shift: jax.Array) -> tuple[jax.Ar
 
 
 def _norm_relu_forward(x, scale, shift):
-    mean = jnp.mean(x, 0)
-    centred = x - mean
+    wide = x.astype(scale.dtype)  # statistics in the dtype of the parameters
+    mean = jnp.mean(wide, 0)
+    centred = wide - mean
     var = jnp.mean(jnp.square(centred), 0)
     root = jax.lax.rsqrt(var + EPS)
-    y = jax.nn.relu(centred * (root * scale) + shift)
-    return (y, mean, var), (centred, root, scale, y)
+    y = jax.nn.relu(centred * (root * scale) + shift).astype(x.dtype)
+    return (y, mean, var), (centred.astype(x.dtype), root, scale, y)
 
 
 def _norm_relu_backward(saved, cotangents):
-    centred, root, scale, y = saved
-    dy = jnp.where(y > 0, cotangents[0], 0)  # nothing depends on the running statistics in train mode
+    rounded, root, scale, y = saved
+    centred = rounded.astype(scale.dtype)
+    dy = jnp.where(y > 0, cotangents[0], 0).astype(
+        scale.dtype
+    )  # nothing depends on the running statistics in train mode
     sum_dy, dot = jnp.sum(dy, 0), jnp.sum(dy * centred, 0)
     n = centred.shape[0]
     dx = root * scale * (dy - sum_dy / n - centred * (dot * jnp.square(root) / n))
-    return dx, dot * root, sum_dy
+    return dx.astype(y.dtype), dot * root, sum_dy
 
 
 _norm_relu.defvjp(_norm_relu_forward, _norm_relu_backward)
 
 
 def _cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-    picked = jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0]
-    return jnp.mean(jax.nn.logsumexp(logits, axis=1) - picked)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    picked = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
 
 
-def _make_step(forward: Callable[..., Any]) -> Callable[[State, Any], tuple[State, jax.Array]]:
+def make_step(forward: Callable[..., Any]) -> Callable[[State, Any], tuple[State, jax.Array]]:
+    """Make a step of `forward(params, running, x) -> (logits, running)`."""
+
     def loss(params, running, x, y):
         logits, new = forward(params, running, x)
         return _cross_entropy(logits, y), new
@@ -141,6 +161,8 @@ def _running(p: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.zeros_like(p["shift"]), np.ones_like(p["shift"])
 
 
-def _start(params: Any, running: Any, dtype: Any) -> State:
-    zeros = jax.tree.map(np.zeros_like, params)
-    return on_device(State(params, running, zeros, zeros, np.zeros(())), dtype)
+def start(params: Any, running: Any, dtype: Any = jnp.float32) -> State:
+    """Copy parameters and running statistics to the device, with Adam's moments at zero."""
+    params = on_device(params, dtype)
+    first, second = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))  # each is donated, so they are two
+    return State(params, on_device(running, dtype), first, second, jnp.zeros((), dtype))

@@ -1,7 +1,6 @@
-"""Peers that are libraries: Flax Linen and NNX, Equinox, Haiku, PyTorch. Imported where they are built, if installed."""
+"""Peers that are libraries on JAX: Flax Linen and NNX, Equinox, Haiku. Imported where they are built, if installed."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,15 +12,13 @@ from bench.problem import CLASSES, DECAY, EPS, FEATURES, MAX_NORM, RATE, Problem
 from bench.registry import Skip, peer
 from bench.timing import Run
 
-# Libraries on JAX -----------------------------------------------------------------------------------------------------
-
 
 def _optimizer() -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(MAX_NORM), optax.adam(RATE))
 
 
 def _cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), y).mean()
 
 
 DENSE = {"kernel": "kernel", "bias": "bias"}
@@ -30,11 +27,12 @@ NORM = {"scale": "scale", "bias": "shift"}
 
 def linen_run(net: Any, params: Any, batches: list[tuple[jax.Array, jax.Array]]) -> Run:
     """Train a Linen net from given starting params, by one jitted step in a Python loop."""
-    optimizer, variables = _optimizer(), jax.jit(net.init)(jax.random.key(0), batches[0][0])
+    optimizer, variables = _optimizer(), jax.eval_shape(net.init, jax.random.key(0), batches[0][0])
     params = on_device(params)
     same = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, variables["params"])
     assert same, "the starting weights do not have the shape of Linen's own"
-    state = (params, variables.get("batch_stats", {}), optimizer.init(params))
+    stats = jax.tree_util.tree_map_with_path(_statistic, variables.get("batch_stats", {}))
+    state = (params, stats, optimizer.init(params))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, batch):
@@ -51,15 +49,20 @@ def linen_run(net: Any, params: Any, batches: list[tuple[jax.Array, jax.Array]])
     return Run(step, state, batches)
 
 
-def _linen_block(width: int) -> Any:
+def _statistic(path: tuple[Any, ...], spec: jax.ShapeDtypeStruct) -> jax.Array:
+    """Start a running mean at 0 and a variance at 1, as Linen does; its own `init` would compile for seconds."""
+    return jnp.full(spec.shape, float(path[-1].key == "var"), spec.dtype)
+
+
+def _linen_block(width: int, dtype: str) -> Any:
     from flax import linen
 
     class Block(linen.Module):
         @linen.compact
         def __call__(self, x, _=None):
-            x = linen.Dense(width, name="dense")(x)
-            x = linen.BatchNorm(use_running_average=False, momentum=DECAY, epsilon=EPS, name="norm")(x)
-            return linen.relu(x), None
+            x = linen.Dense(width, dtype=dtype, name="dense")(x)
+            norm = linen.BatchNorm(False, momentum=DECAY, epsilon=EPS, dtype=dtype, name="norm")
+            return linen.relu(norm(x)), None
 
     return Block
 
@@ -72,14 +75,14 @@ def _linen_weights(block: dict[str, np.ndarray]) -> dict[str, Any]:
 def linen_plain(problem: Problem) -> Run:
     from flax import linen
 
-    row, block = problem.row, _linen_block(problem.row.width)
+    row, block = problem.row, _linen_block(problem.row.width, problem.row.dtype)
 
     class Net(linen.Module):
         @linen.compact
         def __call__(self, x):
             for i in range(row.depth):
                 x, _ = block(name=f"block_{i}")(x)
-            return linen.Dense(CLASSES, name="output")(x)
+            return linen.Dense(CLASSES, dtype=row.dtype, name="output")(x)
 
     hidden = {f"block_{i}": _linen_weights(weights) for i, weights in enumerate(problem.weights.hidden)}
     return linen_run(Net(), hidden | {"output": problem.weights.output}, problem.batches)
@@ -89,7 +92,7 @@ def linen_plain(problem: Problem) -> Run:
 def linen_scan(problem: Problem) -> Run:
     from flax import linen
 
-    row, block = problem.row, _linen_block(problem.row.width)
+    row, block = problem.row, _linen_block(problem.row.width, problem.row.dtype)
     axes, split = {"params": 0, "batch_stats": 0}, {"params": True}
 
     class Net(linen.Module):
@@ -97,7 +100,7 @@ def linen_scan(problem: Problem) -> Run:
         def __call__(self, x):
             x, _ = block(name="input")(x)
             x, _ = linen.scan(block, variable_axes=axes, split_rngs=split, length=row.depth - 1)(name="hidden")(x, None)
-            return linen.Dense(CLASSES, name="output")(x)
+            return linen.Dense(CLASSES, dtype=row.dtype, name="output")(x)
 
     first, *rest = problem.weights.hidden
     params = {"input": _linen_weights(first), "hidden": _linen_weights(stack(rest)), "output": problem.weights.output}
@@ -113,8 +116,8 @@ def nnx_functional(problem: Problem) -> Run:
 
     class Block(nnx.Module):
         def __init__(self, inputs, rngs):
-            self.linear = nnx.Linear(inputs, row.width, rngs=rngs)
-            self.norm = nnx.BatchNorm(row.width, momentum=DECAY, epsilon=EPS, rngs=rngs)
+            self.linear = nnx.Linear(inputs, row.width, dtype=row.dtype, rngs=rngs)
+            self.norm = nnx.BatchNorm(row.width, momentum=DECAY, epsilon=EPS, dtype=row.dtype, rngs=rngs)
 
         def __call__(self, x):
             return nnx.relu(self.norm(self.linear(x)))
@@ -122,22 +125,35 @@ def nnx_functional(problem: Problem) -> Run:
     class Net(nnx.Module):
         def __init__(self, rngs):
             self.blocks = nnx.List([Block(row.width if i else FEATURES, rngs) for i in range(row.depth)])
-            self.output = nnx.Linear(row.width, CLASSES, rngs=rngs)
+            self.output = nnx.Linear(row.width, CLASSES, dtype=row.dtype, rngs=rngs)
 
         def __call__(self, x):
             for block in self.blocks:
                 x = block(x)
             return self.output(x)
 
-    def fill(module, weights):
-        for name, value in weights.items():
-            getattr(module, name)[...] = jnp.array(value)
-
     net = Net(nnx.Rngs(0))
     for block, weights in zip(net.blocks, problem.weights.hidden, strict=True):
-        fill(block.linear, rename(weights, DENSE))
-        fill(block.norm, rename(weights, NORM))
-    fill(net.output, problem.weights.output)
+        nnx_fill(block, {"linear": rename(weights, DENSE), "norm": rename(weights, NORM)})
+    nnx_fill(net.output, problem.weights.output)
+    return nnx_run(net, problem.batches)
+
+
+def nnx_fill(module: Any, weights: dict[str, Any]) -> None:
+    """Set parameters by the names of their attributes."""
+    for name, value in weights.items():
+        if isinstance(value, dict):
+            nnx_fill(getattr(module, name), value)
+        else:
+            parameter = getattr(module, name)
+            assert parameter[...].shape == value.shape, (name, parameter[...].shape, value.shape)
+            parameter[...] = jnp.array(value)
+
+
+def nnx_run(net: Any, batches: list[tuple[jax.Array, jax.Array]]) -> Run:
+    """Train an NNX net whose weights are set, by one jitted step in a Python loop."""
+    from flax import nnx
+
     graph, state = nnx.split((net, nnx.Optimizer(net, _optimizer(), wrt=nnx.Param)))
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -147,7 +163,7 @@ def nnx_functional(problem: Problem) -> Run:
         optimizer.update(net, grads)
         return nnx.state((net, optimizer)), value
 
-    return Run(step, state, problem.batches)
+    return Run(step, state, batches)
 
 
 @peer(
@@ -156,7 +172,7 @@ def nnx_functional(problem: Problem) -> Run:
 def equinox(problem: Problem) -> Run:
     import equinox as eqx
 
-    row, optimizer = problem.row, _optimizer()
+    row = problem.row
 
     class Net(eqx.Module):
         linears: list
@@ -174,44 +190,69 @@ def equinox(problem: Problem) -> Run:
 
         def __call__(self, x, state):
             for linear, norm in zip(self.linears, self.norms, strict=True):
-                x, state = norm(linear(x), state)
-                x = jax.nn.relu(x)
+                x, state = norm(linear(x).astype(jnp.float32), state)
+                x = jax.nn.relu(x).astype(row.dtype)
             return self.output(x), state
-
-    def filled(module, weights, names):
-        wheres = [lambda m, name=name: getattr(m, name) for name in names]
-        for where, ours in zip(wheres, names.values(), strict=True):
-            # Weights are (out, in); .T leaves vectors alone.
-            module = eqx.tree_at(where, module, jnp.array(weights[ours].T, copy=True))
-        return module
 
     dense, norm = {"weight": "kernel", "bias": "bias"}, {"weight": "scale", "bias": "shift"}
     net, bn_state = eqx.nn.make_with_state(Net)(jax.random.key(0))
     hidden = problem.weights.hidden
-    linears = [filled(m, w, dense) for m, w in zip(net.linears, hidden, strict=True)]
-    norms = [filled(m, w, norm) for m, w in zip(net.norms, hidden, strict=True)]
-    output = filled(net.output, problem.weights.output, dense)
+    linears = [eqx_fill(m, w, dense) for m, w in zip(net.linears, hidden, strict=True)]
+    norms = [eqx_fill(m, w, norm) for m, w in zip(net.norms, hidden, strict=True)]
+    output = eqx_fill(net.output, problem.weights.output, dense)
     net = eqx.tree_at(lambda n: (n.linears, n.norms, n.output), net, (linears, norms, output))
-    leaves, treedef = jax.tree.flatten((net, bn_state, optimizer.init(eqx.filter(net, eqx.is_inexact_array))))
+    return eqx_run(net, bn_state, problem.batches, row.dtype)
 
-    def loss(net, bn_state, x, y):
-        logits, bn_state = jax.vmap(net, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, bn_state)
-        return _cross_entropy(logits, y), bn_state
+
+def eqx_fill(module: Any, weights: dict[str, np.ndarray], names: dict[str, str]) -> Any:
+    """Set a module's arrays: `{theirs: ours}`. Weights are (out, in); .T leaves vectors alone."""
+    import equinox as eqx
+
+    for theirs, ours in names.items():
+        where = functools.partial(lambda name, m: getattr(m, name), theirs)
+        assert where(module).shape == weights[ours].T.shape, (theirs, where(module).shape, weights[ours].T.shape)
+        module = eqx.tree_at(where, module, jnp.array(weights[ours].T, copy=True))
+    return module
+
+
+def eqx_run(net: Any, net_state: Any, batches: list[tuple[jax.Array, jax.Array]], dtype: str = "float32") -> Run:
+    """Train `net(x, state) -> (logits, state)` of one example, whose weights are set, computing in `dtype` except for the norms."""
+    import equinox as eqx
+
+    optimizer = _optimizer()
+    leaves, treedef = jax.tree.flatten((net, net_state, optimizer.init(eqx.filter(net, eqx.is_inexact_array))))
+
+    def is_norm(module):
+        return isinstance(module, (eqx.nn.BatchNorm, eqx.nn.LayerNorm))
+
+    def lowered(a):
+        return a.astype(dtype) if eqx.is_inexact_array(a) else a
+
+    def one(net, x, state):
+        return net(x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def loss(net, net_state, x, y):
+        net = jax.tree.map(lowered, net, is_leaf=is_norm)
+        mapped = jax.vmap(one, axis_name="batch", in_axes=(None, 0, None), out_axes=(0, None))
+        logits, net_state = mapped(net, x, net_state)
+        return _cross_entropy(logits, y), net_state
 
     @eqx.filter_jit(donate="all-except-first")
     def step(batch, leaves):
-        net, bn_state, opt_state = jax.tree.unflatten(treedef, leaves)
-        (value, bn_state), grads = eqx.filter_value_and_grad(loss, has_aux=True)(net, bn_state, *batch)
+        net, net_state, opt_state = jax.tree.unflatten(treedef, leaves)
+        (value, net_state), grads = eqx.filter_value_and_grad(loss, has_aux=True)(net, net_state, *batch)
         updates, opt_state = optimizer.update(grads, opt_state, eqx.filter(net, eqx.is_inexact_array))
-        return jax.tree.leaves((eqx.apply_updates(net, updates), bn_state, opt_state)), value
+        return jax.tree.leaves((eqx.apply_updates(net, updates), net_state, opt_state)), value
 
-    return Run(lambda leaves, batch: step(batch, leaves), leaves, problem.batches)
+    return Run(lambda leaves, batch: step(batch, leaves), leaves, batches)
 
 
 @peer("haiku", "Haiku, transform_with_state, one jitted step", needs="haiku", max_depth=64)
 def haiku(problem: Problem) -> Run:
     import haiku as hk
 
+    if problem.row.dtype != "float32":
+        raise Skip("written for float32 only")
     row, optimizer = problem.row, _optimizer()
 
     def forward(x):
@@ -242,87 +283,3 @@ def haiku(problem: Problem) -> Run:
         return (optax.apply_updates(params, updates), bn_state, opt_state), value
 
     return Run(step, (params, bn_state, optimizer.init(params)), problem.batches)
-
-
-# PyTorch --------------------------------------------------------------------------------------------------------------
-
-
-def _torch_device() -> Any:
-    import torch
-
-    platform = jax.devices()[0].platform
-    if platform != "cpu" and not (platform == "gpu" and torch.cuda.is_available()):
-        raise Skip(f"PyTorch does not see the {platform} that JAX runs on")
-    high = jax.config.jax_default_matmul_precision in (None, "default")  # JAX's default on a GPU is TF32
-    torch.set_float32_matmul_precision("high" if high else "highest")
-    torch.set_flush_denormal(True)  # as XLA does
-    return torch.device("cuda" if platform == "gpu" else "cpu")
-
-
-def _torch_net(problem: Problem) -> Any:
-    from torch import nn
-
-    from bench.torch_nets import filled, linear
-
-    layers = []
-    for weights in problem.weights.hidden:
-        norm = nn.BatchNorm1d(problem.row.width, EPS, 1 - DECAY)
-        layers += [linear(weights), filled(norm, weight=weights["scale"], bias=weights["shift"]), nn.ReLU()]
-    return nn.Sequential(*layers, linear(problem.weights.output))
-
-
-def torch_run(net: Any, xs: Any, ys: Any, compile_net: Callable[[Any], Any] = lambda net: net) -> Run:
-    """Make a Python loop of steps of a net whose weights are set; xs, ys: data with a leading axis of steps."""
-    import torch
-    from torch.nn import functional, utils
-
-    device = _torch_device()
-    net = net.to(device).train()
-    params = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(params, lr=RATE, fused=True)
-    forward = compile_net(net)
-
-    def moved(a):
-        a = torch.tensor(np.asarray(a), device=device)
-        return a if a.is_floating_point() else a.long()
-
-    xs, ys = jax.tree.map(moved, (xs, ys))
-    batches = [(jax.tree.map(lambda a, i=i: a[i], xs), y) for i, y in enumerate(ys)]
-
-    def step(state, batch):
-        optimizer.zero_grad(set_to_none=True)
-        loss = functional.cross_entropy(forward(batch[0]).flatten(0, -2), batch[1].flatten())
-        loss.backward()
-        utils.clip_grad_norm_(params, MAX_NORM)
-        optimizer.step()
-        return state, loss.detach()
-
-    def wait(_):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return Run(step, None, batches, lambda loss: loss.item(), wait)
-
-
-def _torch(problem: Problem, compile_net: Callable[[Any], Any]) -> Run:
-    return torch_run(_torch_net(problem), problem.xs, problem.ys, compile_net)
-
-
-@peer("torch", "PyTorch eager, fused Adam", needs="torch")
-def torch_eager(problem: Problem) -> Run:
-    return _torch(problem, lambda net: net)
-
-
-@peer(
-    "torch-compile",
-    "PyTorch with torch.compile, fused Adam, in a process of its own",
-    needs="torch",
-    max_depth=64,
-    default=False,
-    own_process=True,
-)
-def torch_compile(problem: Problem) -> Run:
-    import torch
-
-    options = {"mode": "reduce-overhead"} if torch.cuda.is_available() else {}  # CUDA graphs
-    return _torch(problem, lambda net: torch.compile(net, **options))

@@ -1,11 +1,28 @@
-"""Flax Linen's nets of the suite `models`, and how fnn's weights go over into them."""
+"""Flax Linen's nets of the suite `models`, and how fnn's weights go over into them.
+
+The names that Linen's parameters have here are those by which all other libraries get the weights.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-VOCABULARY, LENGTH, WIDTH, HEADS, LAYERS = 64, 64, 128, 4, 4
+
+class Size(NamedTuple):
+    """Sizes of a transformer, or of a recurrent net (length and width)."""
+
+    vocabulary: int = 64
+    length: int = 64
+    width: int = 128
+    heads: int = 4
+    layers: int = 4
+    batch: int = 16
+
+
+SMALL, LARGE, TINY = Size(), Size(32_768, 512, 768, 12, 12, 16), Size(64, 16, 32, 4, 2, 4)
+CHANNELS, BLOCKS = (32, 32, 64, 64), ((16, 1), (16, 1), (32, 2), (32, 1))
+"""Of the conv net; channels and stride of the resnet's blocks."""
 
 
 def convnet_linen() -> Any:
@@ -14,7 +31,7 @@ def convnet_linen() -> Any:
     class Net(linen.Module):
         @linen.compact
         def __call__(self, x):
-            for i, channels in enumerate((32, 32, 64, 64)):
+            for i, channels in enumerate(CHANNELS):
                 x = linen.Conv(channels, (3, 3), use_bias=False, name=f"conv_{i}")(x)
                 x = linen.relu(linen.BatchNorm(False, momentum=0.9, epsilon=1e-5, name=f"norm_{i}")(x))
                 if i == 1:
@@ -45,7 +62,7 @@ def resnet_linen() -> Any:
         @linen.compact
         def __call__(self, x):
             x = conv(16, 3, 1, "stem")(x)
-            for i, (channels, stride) in enumerate(((16, 1), (16, 1), (32, 2), (32, 1))):
+            for i, (channels, stride) in enumerate(BLOCKS):
                 h = activated(x, f"norm_{i}a")
                 if stride > 1:
                     x = conv(channels, 1, stride, f"shortcut_{i}")(h)
@@ -68,103 +85,109 @@ def resnet_weights(params: Any) -> dict[str, Any]:
     return named
 
 
-def _attention(attention: dict[str, Any]) -> dict[str, Any]:
+def _attention(attention: dict[str, Any], heads: int) -> dict[str, Any]:
     """Split the width of fnn's kernels into Linen's heads."""
-    size = WIDTH // HEADS
+    width = len(attention["out"]["kernel"])
+    size = width // heads
     split = {
-        name: {"kernel": p["kernel"].reshape(WIDTH, HEADS, size), "bias": p["bias"].reshape(HEADS, size)}
+        name: {"kernel": p["kernel"].reshape(width, heads, size), "bias": p["bias"].reshape(heads, size)}
         for name, p in attention.items()
         if name != "out"
     }
     out = attention["out"]
-    return split | {"out": {"kernel": out["kernel"].reshape(HEADS, size, WIDTH), "bias": out["bias"]}}
+    return split | {"out": {"kernel": out["kernel"].reshape(heads, size, width), "bias": out["bias"]}}
 
 
-def _part(kind: str, name: str, params: Any) -> dict[str, Any]:
+def _part(kind: str, name: str, params: Any, heads: int) -> dict[str, Any]:
     """Name one of a block's parts, (norm, {kind: what it does})."""
     norm, inner = params
     named = {f"norm_{name}": norm}
     if kind == "feed_forward":
         first, _gelu, second = inner[kind]
         return named | {f"in_{name}": first, f"out_{name}": second}
-    return named | {f"attend_{name}": _attention(inner[kind] if kind == "cross" else inner[kind][0])}
+    return named | {f"attend_{name}": _attention(inner[kind] if kind == "cross" else inner[kind][0], heads)}
 
 
-def _attend(name: str, x: Any, mask: Any = None, source: Any = None) -> Any:
+def _attend(name: str, size: Size, dtype: str, x: Any, mask: Any = None, source: Any = None) -> Any:
     from flax import linen
 
-    a = linen.LayerNorm(name=f"norm_{name}")(x)
-    return x + linen.MultiHeadDotProductAttention(HEADS, name=f"attend_{name}")(
-        a, a if source is None else source, mask=mask
-    )
+    a = linen.LayerNorm(dtype=dtype, name=f"norm_{name}")(x)
+    attend = linen.MultiHeadDotProductAttention(size.heads, dtype=dtype, name=f"attend_{name}")
+    return x + attend(a, a if source is None else source, mask=mask)
 
 
-def _feed(name: str, x: Any) -> Any:
+def _feed(name: str, size: Size, dtype: str, x: Any) -> Any:
     from flax import linen
 
-    a = linen.gelu(
-        linen.Dense(4 * WIDTH, name=f"in_{name}")(linen.LayerNorm(name=f"norm_{name}")(x)), approximate=False
+    a = linen.Dense(4 * size.width, dtype=dtype, name=f"in_{name}")(
+        linen.LayerNorm(dtype=dtype, name=f"norm_{name}")(x)
     )
-    return x + linen.Dense(WIDTH, name=f"out_{name}")(a)
+    return x + linen.Dense(size.width, dtype=dtype, name=f"out_{name}")(linen.gelu(a, approximate=False))
 
 
-def transformer_linen() -> Any:
+def transformer_linen(size: Size = SMALL, dtype: str = "float32") -> Any:
     from flax import linen
 
     class Net(linen.Module):
         @linen.compact
         def __call__(self, x):
-            table = linen.Embed(VOCABULARY, WIDTH, name="table")
-            h = table(x) + self.param("places", linen.initializers.zeros, (LENGTH, WIDTH))
+            table = linen.Embed(size.vocabulary, size.width, dtype=dtype, name="table")
+            h = table(x) + self.param("places", linen.initializers.zeros, (size.length, size.width)).astype(dtype)
             mask = linen.make_causal_mask(x)
-            for i in range(LAYERS):
-                h = _feed(f"feed{i}", _attend(f"self{i}", h, mask))
-            return table.attend(linen.LayerNorm(name="norm")(h))
+            for i in range(size.layers):
+                h = _feed(f"feed{i}", size, dtype, _attend(f"self{i}", size, dtype, h, mask))
+            return table.attend(linen.LayerNorm(dtype=dtype, name="norm")(h))
 
     return Net()
 
 
-def transformer_weights(params: Any) -> dict[str, Any]:
+def transformer_weights(params: Any, heads: int = SMALL.heads) -> dict[str, Any]:
     places, trunk, norm, *_ = params["body"]
     named: dict[str, Any] = {"table": {"embedding": params["embedding"]}, "places": places["embedding"], "norm": norm}
     for i, (attention, forward) in enumerate(trunk["trunk"]):
-        named |= _part("attention", f"self{i}", attention) | _part("feed_forward", f"feed{i}", forward)
+        named |= _part("attention", f"self{i}", attention, heads) | _part("feed_forward", f"feed{i}", forward, heads)
     return named
 
 
 def translator_linen() -> Any:
     from flax import linen
 
+    size, dtype = SMALL, "float32"
+
     class Net(linen.Module):
         @linen.compact
         def __call__(self, x):
-            table = linen.Embed(VOCABULARY, WIDTH, name="table")
+            table = linen.Embed(size.vocabulary, size.width, name="table")
             source, target = (
-                table(x[n]) + self.param(f"places_{n}", linen.initializers.zeros, (LENGTH, WIDTH))
+                table(x[n]) + self.param(f"places_{n}", linen.initializers.zeros, (size.length, size.width))
                 for n in ("source", "target")
             )
-            for i in range(LAYERS // 2):
-                source = _feed(f"read_feed{i}", _attend(f"read_self{i}", source))
+            for i in range(size.layers // 2):
+                source = _feed(f"read_feed{i}", size, dtype, _attend(f"read_self{i}", size, dtype, source))
             source, mask = linen.LayerNorm(name="read_norm")(source), linen.make_causal_mask(x["target"])
-            for i in range(LAYERS // 2):
-                target = _attend(f"cross{i}", _attend(f"self{i}", target, mask), source=source)
-                target = _feed(f"feed{i}", target)
+            for i in range(size.layers // 2):
+                target = _attend(f"self{i}", size, dtype, target, mask)
+                target = _attend(f"cross{i}", size, dtype, target, source=source)
+                target = _feed(f"feed{i}", size, dtype, target)
             return table.attend(linen.LayerNorm(name="norm")(target))
 
     return Net()
 
 
 def translator_weights(params: Any) -> dict[str, Any]:
+    heads = SMALL.heads
     first, trunk, _, norm, *_ = params["body"]
     (places, encoder, read_norm), (target,) = first["source"], first["target"]
     named: dict[str, Any] = {"table": {"embedding": params["embedding"]}, "norm": norm, "read_norm": read_norm}
     named |= {"places_source": places["embedding"], "places_target": target["embedding"]}
     for i, (attention, forward) in enumerate(encoder["encoder"]):
-        named |= _part("attention", f"read_self{i}", attention) | _part("feed_forward", f"read_feed{i}", forward)
+        named |= _part("attention", f"read_self{i}", attention, heads) | _part(
+            "feed_forward", f"read_feed{i}", forward, heads
+        )
     for i, (see, (before, cross), feed) in enumerate(trunk["trunk"]):
         (attention,), (norm,), (forward,) = see["target"], before["target"], feed["target"]
-        named |= _part("attention", f"self{i}", attention) | _part("feed_forward", f"feed{i}", forward)
-        named |= _part("cross", f"cross{i}", (norm, cross))
+        named |= _part("attention", f"self{i}", attention, heads) | _part("feed_forward", f"feed{i}", forward, heads)
+        named |= _part("cross", f"cross{i}", (norm, cross), heads)
     return named
 
 
@@ -177,7 +200,7 @@ def recurrent_linen(cell: str) -> Callable[[], Any]:
         class Net(linen.Module):
             @linen.compact
             def __call__(self, x):
-                h = linen.RNN(kind(WIDTH, name="cell"))(x)
+                h = linen.RNN(kind(SMALL.width, name="cell"))(x)
                 return linen.Dense(10, name="output")(h[:, -1])
 
         return Net()

@@ -25,7 +25,8 @@ __all__ = ["PEERS", "Peer", "Skip"]
 def _fnn(problem: Problem, metrics: Sequence[str] = ("loss",)) -> tuple[fnn.TrainStep, fnn.TrainState]:
     net, optimizer, state = fnn_start(problem.row)
     state = jax.tree.map(jnp.copy, state)  # as `fit` does: no two leaves may share a buffer that is donated
-    return fnn.train_step(net, fnn.losses.cross_entropy, optimizer, metrics=metrics), state
+    dtype = None if problem.row.dtype == "float32" else problem.row.dtype
+    return fnn.train_step(net, fnn.losses.cross_entropy, optimizer, metrics=metrics, compute_dtype=dtype), state
 
 
 @peer("fnn-loop", "fnn.train_step in a Python loop")
@@ -116,3 +117,4 @@ def jax_epoch_unrolled(problem: Problem) -> Run:
 
 
 from bench import libraries as libraries  # noqa: E402  (enters its peers behind these)
+from bench import torch_peers as torch_peers  # noqa: E402

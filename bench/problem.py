@@ -1,7 +1,8 @@
 """The work that every peer does: one net, one set of starting weights, one sequence of batches.
 
 Net: `depth` hidden layers, each dense(width), batch norm, ReLU, of which the first takes 64 features; dense(10). Mean
-cross entropy, global-norm clipping at 1, Adam at 1e-3, float32, running statistics with decay 0.9.
+cross entropy, global-norm clipping at 1, Adam at 1e-3, running statistics with decay 0.9. A row computes in float32 or
+in bfloat16; parameters, gradients, Adam and the statistics of batch norm are float32 in both.
 """
 
 from collections.abc import Callable
@@ -22,15 +23,21 @@ UNROLLED = 64
 """Up to this depth fnn's trunk is unrolled, as one would who trains for long: 10 % faster at 128x64, 3 s to compile."""
 
 
+ORTHOGONAL = 2048
+"""From this width on, kernels start from he_normal: the orthogonal ones of 4096x8 take longer than the row's steps."""
+
+
 class Row(NamedTuple):
-    """One line of the table; prints as `256x8`."""
+    """One line of the table; prints as `256x8`, or `256x8/bf16`."""
 
     width: int
     depth: int
     batch: int
+    dtype: str = "float32"
+    """In which the net computes."""
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.depth}"
+        return f"{self.width}x{self.depth}" + ("/bf16" if self.dtype == "bfloat16" else "")
 
 
 ROWS = {
@@ -42,6 +49,7 @@ ROWS = {
         Row(64, 256, 64),
         Row(64, 1000, 64),
         Row(1024, 4, 512),
+        Row(4096, 8, 8192, "bfloat16"),
     )
 }
 
@@ -87,7 +95,7 @@ def fnn_start(
 ) -> tuple[fnn.Layer, optax.GradientTransformation, fnn.TrainState]:
     """Build fnn's net, optimiser and state as a user would, and set the starting weights.
 
-    Kernels are orthogonal, and from the fifth hidden layer on batch norm's bias is 4, where almost all ReLUs are open.
+    Kernels are orthogonal (up to a width of 2,048), and from the fifth hidden layer on batch norm's bias is 4, where almost all ReLUs are open.
     With he_normal and a bias of 0 everywhere batch norm multiplies gradients by 1.2 per layer (Yang et al. 2019): 1e22 at
     depth 256, NaN at 1,000, where there is nothing to compare; and rounding errors grow at the same rate, so that no two
     programs agree from depth 64 on. The first layers keep their bias of 0, so that a wrong ReLU shows in the loss.
@@ -98,14 +106,26 @@ def fnn_start(
         classes=CLASSES,
         activation="relu",
         norm="batch_norm",
-        init="orthogonal",
+        init="orthogonal" if row.width < ORTHOGONAL else "he_normal",
         unroll=row.depth <= UNROLLED or 1 if unroll is None else unroll,
         checkpoint=checkpoint,
     )
     optimizer = fnn.optimizers.packed(optax.chain(fnn.clip.by_global_norm(MAX_NORM), optax.adam(RATE)))
-    spec = jax.ShapeDtypeStruct((row.batch, FEATURES), jnp.float32)
-    state = fnn.TrainState.create(net, optimizer, jax.random.key(0) if key is None else key, spec)
-    return net, optimizer, state.replace(params=_open_relus(state.params))
+    return net, optimizer, _drawn(row, unroll, checkpoint, net, optimizer)(jax.random.key(0) if key is None else key)
+
+
+_starts: dict[Any, Callable[[Any], fnn.TrainState]] = {}
+
+
+def _drawn(row: Row, unroll: Any, checkpoint: Any, net: Any, optimizer: Any) -> Callable[[Any], fnn.TrainState]:
+    """Compile the drawing of a row's state, once for all seeds: an accelerator takes a second for it, call by call."""
+
+    def draw(key):
+        spec = jax.ShapeDtypeStruct((row.batch, FEATURES), jnp.float32)
+        state = fnn.TrainState.create(net, optimizer, key, spec)
+        return state.replace(params=_open_relus(state.params))
+
+    return _starts.setdefault((row, unroll, checkpoint), jax.jit(draw))
 
 
 def stack(blocks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -73,20 +73,35 @@ def lines(machine: dict[str, Any]) -> Iterable[str]:
 def write(
     folder: Path, stem: str, suite: str, about: str, machine: dict[str, Any], sections: list[Section]
 ) -> list[Path]:
-    """Write `stem.json` and `stem.md`; called after every row, so that an interrupted run keeps what it measured."""
+    """Write `stem.json` and `stem.md`, each whole or not at all.
+
+    Called after every row, so that an interrupted run keeps what it measured.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{stem}.{kind}" for kind in ("json", "md")]
     data = {"suite": suite, "environment": machine, "rows": [section.data for section in sections]}
-    paths[0].write_text(json.dumps(data, indent=1) + "\n")
+    replace(paths[0], json.dumps(data, indent=1) + "\n")
     head = [f"# {suite}", "", about, "", *lines(machine)]
-    paths[1].write_text("\n\n".join(["\n".join(head), *(section.markdown() for section in sections)]) + "\n")
+    replace(paths[1], "\n\n".join(["\n".join(head), *(section.markdown() for section in sections)]) + "\n")
     return paths
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file in one move, so that whoever reads it, or comes after a crash, finds the old or the new text."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    os.replace(new, path)
 
 
 def describe_error(error: BaseException) -> str:
     """Put an exception into one line without paths."""
     first = str(error).strip().splitlines()[:1]
-    return re.sub(r"(?<!\w)~?/[^\s'\",:)]+", "...", f"{type(error).__name__}: {' '.join(first)}")[:200]
+    return without_paths(f"{type(error).__name__}: {' '.join(first)}")[:200]
+
+
+def without_paths(text: str) -> str:
+    """Put dots in place of absolute paths."""
+    return re.sub(r"(?<!\w)~?/[^\s'\",:)]+", "...", text)
 
 
 def spread(values: Iterable[float], digits: int) -> str:

@@ -1,6 +1,8 @@
 """The suite `step`: milliseconds per training step, fnn against its peers."""
 
 import gc
+import math
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -11,17 +13,17 @@ import numpy as np
 
 from bench import limit, problem, timing
 from bench.handwritten import reference_losses
-from bench.peers import PEERS, Peer, Skip
+from bench.peers import PEERS, Skip
 from bench.problem import Problem, Row
-from bench.remote import Remote
+from bench.remote import Remote, step_run
 from bench.report import Section, describe_error
 from bench.timing import Ratio, Run, Times
 from bench.trace import record
 
 ABOUT = """\
 Milliseconds per training step of a multilayer perceptron with batch norm after every hidden layer and ReLU: mean cross
-entropy, clipping by the global norm at 1, Adam, float32, running statistics updated. A row is width x depth, the
-number of hidden layers. All peers start from the same weights, and their losses on the first and the third step
+entropy, clipping by the global norm at 1, Adam, running statistics updated; float32, or where the row says `bf16` with
+products in bfloat16 and the rest in float32. A row is width x depth, the number of hidden layers. All peers start from the same weights, and their losses on the first and the third step
 agreed with a float64 reference before anything was timed; all return the loss alone, but for `fnn-fit-metrics`. Rounds are interleaved, in a random order each; `ms/step` is the median round. `first call` is tracing and
 compiling, without the steps that ran in it. `x best` is the median of the ratios within each round; `~` marks peers
 whose difference from the best the spread swallows (1 lies between the quartiles). `of floor` is the least time that the
@@ -35,6 +37,7 @@ AGREE_FIRST, AGREE_THIRD, AGREE_THIRD_SHALLOW, AGREE_ROUNDED = 1e-4, 1e-3, 3e-5,
 """How far the loss may lie from the reference: absolute on step 1; relative on step 3, less for the shallow nets, which
 do not amplify rounding, so that a wrong rate, decay or clip shows; either, where products round their factors."""
 SHALLOW = 8
+LATE = "the time for this row was over"
 
 
 @dataclass
@@ -53,29 +56,45 @@ class Entry:
 
 def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
     """Measure the device, then row by row; yield each row's section as soon as it is done."""
-    limits = limit.measure(options.quick)
-    say(f"matrix product of {limits.product}³: {limits.flops / 1e9:.0f} GFLOP/s")
-    say(f"memory: {limits.bandwidth / 1e9:.1f} GB/s")
-    for row in options.rows or [problem.ROWS[name] for name in QUICK_ROWS if options.quick] or problem.ROWS.values():
+    rows = options.rows or [problem.ROWS[name] for name in QUICK_ROWS if options.quick] or _default_rows()
+    measured = {}
+    for row in rows:
+        if row.dtype not in measured:
+            limits = measured[row.dtype] = limit.measure(options.quick, row.dtype)
+            say(f"{row.dtype} matrix product of {limits.product}³: {limits.flops / 1e9:.0f} GFLOP/s")
+            say(f"memory: {limits.bandwidth / 1e9:.1f} GB/s")
+        limits = measured[row.dtype]
         yield _row(row, limits, options, say)
         gc.collect()
         jax.clear_caches()
 
 
+def _default_rows() -> list[Row]:
+    """All rows, but on a CPU only those in float32: 4096x8 in bfloat16 takes minutes a step there."""
+    return [row for row in problem.ROWS.values() if row.dtype == "float32" or not _on_cpu()]
+
+
 def steps_per_round(row: Row, quick: bool) -> int:
-    """Choose how many steps make a round: many for short steps, few for long ones; the same on every machine."""
-    fitting = min(2e10 / limit.step_flops(row), 4000 / row.depth)
-    return int(np.clip(fitting, 6, 8 if quick else 64))
+    """Choose how many steps make a round: many for short steps, few for long ones; on accelerators more of both."""
+    operations, most = (2e10, 64) if limit.on_cpu() else (4e12, 256)
+    fitting = min(operations / limit.step_flops(row), 4000 / row.depth)
+    return int(np.clip(fitting, 6, 8 if quick else most))
 
 
 def _row(row: Row, limits: limit.Limits, options: Namespace, say: Callable[[str], None]) -> Section:
     rounds = options.rounds or (3 if options.quick else 15)
     work = problem.make(row, steps_per_round(row, options.quick))
     say(f"\n{row}, batch {row.batch}: {work.steps} steps x {rounds} rounds")
-    reference = reference_losses(work)
+    names = options.peers or [name for name, peer in PEERS.items() if peer.default]
+    end = time.monotonic() + (getattr(options, "seconds", None) or math.inf)
+    begun = {} if _on_cpu() else _begin(names, work, options.all)
+    reference = _reference(work)
     entries, runs = [], {}
-    for name in options.peers or [name for name, peer in PEERS.items() if peer.default]:
-        entry, ready = _prepare(name, PEERS[name], work, reference, options.all)
+    for name in names:
+        if time.monotonic() > end:
+            entries.append(Entry(name, "skipped", LATE))
+            continue
+        entry, ready = _prepare(name, begun.get(name), work, reference, options.all)
         entries.append(entry)
         if ready is not None:
             runs[name] = ready
@@ -83,23 +102,35 @@ def _row(row: Row, limits: limit.Limits, options: Namespace, say: Callable[[str]
             f"  {name}: " + (f"first call {entry.first_seconds:.1f} s" if ready else f"{entry.outcome}, {entry.reason}")
         )
     if runs:
-        _time(entries, runs, rounds, work.steps, say)
+        _time(entries, runs, (rounds, work.steps, end), say)
     if options.trace and (traced := runs.get("fnn-fit")):
         say("\n".join(record(lambda: traced.advance(traced.items), options.trace / str(row), work.steps)))
-    for ready in runs.values():
+    for ready in {**begun, **runs}.values():
         if isinstance(ready, Remote):
             ready.close()
-    return _section(row, work, rounds, limits, reference, entries)
+    # Of a row in a hurry XLA's count is not asked: it takes a compilation.
+    counted = _counted(work) if end == math.inf else {}
+    return _section(row, work, (rounds, limits, counted), reference, entries)
+
+
+def _begin(names: list[str], work: Problem, lift_limits: bool) -> dict[str, Remote]:
+    """Let the other process build and compile its peers while this one does; on a CPU the two would share cores."""
+    wanted = [
+        name for name in names if PEERS[name].own_process and not PEERS[name].refusal(work.row.depth, lift_limits)
+    ]
+    return {name: Remote(step_run, name, work.row, work.steps) for name in wanted}
 
 
 def _prepare(
-    name: str, peer: Peer, work: Problem, reference: np.ndarray, lift_limits: bool
-) -> tuple[Entry, Run | None]:
+    name: str, begun: Remote | None, work: Problem, reference: np.ndarray, lift_limits: bool
+) -> tuple[Entry, Run | Remote | None]:
     """Build a peer, make its first call and check its losses; what goes wrong is reported, not raised."""
+    peer = PEERS[name]
     if refusal := peer.refusal(work.row.depth, lift_limits):
         return Entry(name, "skipped", refusal), None
     try:
-        ready = Remote(name, work.row, work.steps) if peer.own_process else peer.build(work)
+        remote = begun or (Remote(step_run, name, work.row, work.steps) if peer.own_process else None)
+        ready = remote or peer.build(work)
         seconds, losses = ready.first_round()
     except Skip as skip:
         return Entry(name, "skipped", str(skip)), None
@@ -108,13 +139,15 @@ def _prepare(
     entry = Entry(name, first_seconds=seconds, losses=[float(loss) for loss in losses[:3]])
     if complaint := _disagreement(work.row, losses, reference):
         entry.outcome, entry.reason = "failed", complaint
+        if isinstance(ready, Remote):
+            ready.close()
         return entry, None
     return entry, ready
 
 
 def _disagreement(row: Row, losses: np.ndarray, reference: np.ndarray) -> str | None:
     first, third = AGREE_FIRST, AGREE_THIRD_SHALLOW if row.depth <= SHALLOW else AGREE_THIRD
-    if not _exact_products():
+    if row.dtype != "float32" or not _exact_products():
         first = third = AGREE_ROUNDED
     off = np.abs(losses[:3] - reference)
     if off[0] <= first and off[2] <= third * abs(reference[2]):  # False for NaN
@@ -124,14 +157,40 @@ def _disagreement(row: Row, losses: np.ndarray, reference: np.ndarray) -> str | 
 
 def _exact_products() -> bool:
     """Whether matrix products are true float32; accelerators by default round the factors to 11 bits or 8."""
-    return jax.devices()[0].platform == "cpu" or jax.config.jax_default_matmul_precision == "highest"
+    return _on_cpu() or jax.config.jax_default_matmul_precision == "highest"
 
 
-def _time(entries: list[Entry], runs: dict[str, Run], rounds: int, steps: int, say: Callable[[str], None]) -> None:
-    """Fill in the times and ratios of the entries that are ready."""
-    times = timing.interleave(runs, rounds, steps, lambda i: say(f"  round {i} of {rounds}") if i % 5 == 0 else None)
-    best = min(times.values(), key=lambda t: t.median)
+def _on_cpu() -> bool:
+    return jax.devices()[0].platform == "cpu"
+
+
+def _reference(work: Problem) -> np.ndarray:
+    """Compute the losses in float64, once for a row."""
+    key = work.row, work.steps
+    if key not in _references:
+        _references[key] = reference_losses(work)
+    return _references[key]
+
+
+_references: dict[tuple[Row, int], np.ndarray] = {}
+
+
+def _time(
+    entries: list[Entry], runs: dict[str, Run], lengths: tuple[int, int, float], say: Callable[[str], None]
+) -> None:
+    """Fill in the times and ratios of the entries that are ready; `lengths`: rounds, steps of each, when to end."""
+    rounds, steps, end = lengths
+    failed: dict[str, Exception] = {}
+
+    def on_round(i):
+        if i % 5 == 0:
+            say(f"  round {i} of {rounds}")
+
+    times = timing.interleave(runs, rounds, steps, on_round, failed, end)
+    best = min(times.values(), key=lambda t: t.median, default=None)
     for entry in entries:
+        if entry.name in failed:
+            entry.outcome, entry.reason = "failed", describe_error(failed[entry.name])
         if entry.name in times:
             entry.times, entry.ratio = times[entry.name], timing.ratio(times[entry.name], best)
             # The first call also ran the steps of its item: one for a loop, all of them for a scan.
@@ -142,16 +201,19 @@ def _time(entries: list[Entry], runs: dict[str, Run], rounds: int, steps: int, s
 
 
 def _section(
-    row: Row, work: Problem, rounds: int, limits: limit.Limits, reference: np.ndarray, entries: list[Entry]
+    row: Row, work: Problem, measured: tuple[int, limit.Limits, dict[str, float]], reference: Any, entries: list[Entry]
 ) -> Section:
-    steps, floor, counted = work.steps, limit.floor(row, limits), _counted(work)
+    rounds, limits, counted = measured
+    steps, floor = work.steps, limit.floor(row, limits)
     notes = [
         f"{steps} steps x {rounds} rounds; {limit.step_flops(row):.3g} FLOP a step in matrix products, "
         f"{_ms(floor.matmul)} ms at {limits.flops / 1e9:.0f} GFLOP/s; optimiser {limit.step_bytes(row):.3g} bytes, "
         f"{_ms(floor.memory)} ms at {limits.bandwidth / 1e9:.1f} GB/s unless they stay in a cache",
-        f"XLA's own count of fnn's step: {counted['flops']:.3g} FLOP, {counted['bytes']:.3g} bytes in and out of kernels",
         *_warnings(entries),
     ]
+    if counted:
+        kernels = f"{counted['flops']:.3g} FLOP, {counted['bytes']:.3g} bytes in and out of kernels"
+        notes.insert(1, f"XLA's own count of fnn's step: {kernels}")
     cells = [_cells(entry, floor) for entry in entries]
     data = {
         "row": row._asdict() | {"name": str(row)},
@@ -167,9 +229,12 @@ def _section(
 
 
 def _counted(work: Problem) -> dict[str, float]:
-    """Ask XLA what fnn's step computes and moves, to lay beside the counts from shapes."""
-    ready = PEERS["fnn-loop"].build(work)
-    analysis = ready.call.lower(ready.state, ready.items[0]).compile().cost_analysis() or {}
+    """Ask XLA what fnn's step computes and moves, to lay beside the counts from shapes; NaN where it does not say."""
+    try:
+        ready = PEERS["fnn-loop"].build(work)
+        analysis = ready.call.lower(ready.state, ready.items[0]).compile().cost_analysis() or {}
+    except Exception:  # the peer's own row says what is wrong with it
+        analysis = {}
     return {"flops": analysis.get("flops", float("nan")), "bytes": analysis.get("bytes accessed", float("nan"))}
 
 

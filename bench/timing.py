@@ -1,6 +1,7 @@
 """Timing: the first call apart from steady steps, and interleaved rounds, so that a slow spell hits everybody."""
 
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -92,16 +93,38 @@ class Ratio(NamedTuple):
         return self.low <= 1 <= self.high
 
 
-def interleave(runs: dict[str, Run], rounds: int, steps: int, on_round: Callable[[int], None]) -> dict[str, Times]:
-    """Time all peers in turn, round after round, each round in another order, after one round that does not count."""
+def interleave(
+    runs: dict[str, Run],
+    rounds: int,
+    steps: int,
+    on_round: Callable[[int], None],
+    failed: dict[str, Exception] | None = None,
+    end: float = math.inf,
+) -> dict[str, Times]:
+    """Time all peers in turn, round after round, each round in another order, after one round that does not count.
+
+    A peer that raises is left out and entered in `failed`, if that is given. After the time `end`, as
+    `time.monotonic` counts, there is no further round, but there always is one. The six arguments are what to time, how
+    long, and whom to tell.
+    """
     taken: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     gc.collect()
     gc.freeze()  # collection stays on, as for users, but one peer's need not walk through the others
     for i in range(rounds + 1):
-        for name in order:
+        if i > 1 and time.monotonic() > end:
+            break
+        for name in list(order):
             time.sleep(PAUSE)
-            seconds, _ = runs[name].advance(runs[name].items)
+            try:
+                seconds, _ = runs[name].advance(runs[name].items)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[name] = error
+                order.remove(name)
+                del taken[name]
+                continue
             if i:
                 taken[name].append(seconds / steps * 1e3)
         on_round(i)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bench.nets import HEADS, LAYERS, LENGTH, VOCABULARY, WIDTH
+from bench.nets import BLOCKS, SMALL, Size
 from bench.problem import DECAY, EPS
 
 Weights = dict[str, Any]
@@ -81,7 +81,7 @@ class ResNet(nn.Module):
     def __init__(self, w: Weights):
         super().__init__()
         self.stem, self.norm, self.output = conv(w["stem"]), batch_norm(w["norm"]), linear(w["output"])
-        self.blocks = nn.Sequential(*(Block(w, i, 2 if i == 2 else 1) for i in range(4)))
+        self.blocks = nn.Sequential(*(Block(w, i, stride) for i, (_, stride) in enumerate(BLOCKS)))
 
     def forward(self, x):
         x = functional.relu(self.norm(self.blocks(self.stem(images(x)))))
@@ -91,12 +91,12 @@ class ResNet(nn.Module):
 class Attention(nn.Module):
     """x + attention(norm x), or of the normalised x to a source."""
 
-    def __init__(self, w: Weights, name: str, causal: bool = False, cross: bool = False):
+    def __init__(self, w: Weights, name: str, causal: bool = False, cross: bool = False, size: Size = SMALL):
         super().__init__()
         self.norm, self.causal, self.cross = layer_norm(w[f"norm_{name}"]), causal, cross
-        p = w[f"attend_{name}"]
+        self.size, p, width = size, w[f"attend_{name}"], size.width
         flat = {
-            n: {"kernel": p[n]["kernel"].reshape(WIDTH, WIDTH), "bias": p[n]["bias"].reshape(WIDTH)}
+            n: {"kernel": p[n]["kernel"].reshape(width, width), "bias": p[n]["bias"].reshape(width)}
             for n in ("query", "key", "value", "out")
         }
         self.out = linear(flat["out"])
@@ -111,9 +111,9 @@ class Attention(nn.Module):
     def forward(self, x, source=None):
         inputs = (self.norm(x), source) if self.cross else (self.norm(x),)
         q, k, v = (
-            part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            part.unflatten(-1, (self.size.heads, -1)).transpose(1, 2)
             for project, a in zip(self.projections, inputs, strict=True)
-            for part in project(a).split(WIDTH, -1)
+            for part in project(a).split(self.size.width, -1)
         )
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return x + self.out(y.transpose(1, 2).flatten(2))
@@ -130,25 +130,28 @@ class Feed(nn.Module):
 
 
 class Tied(nn.Module):
-    """An embedding whose table is the output layer too."""
+    """An embedding whose table is the output layer too. Under autocast, what passes between blocks is bfloat16."""
 
-    def __init__(self, w: Weights, places: tuple[str, ...]):
+    def __init__(self, w: Weights, places: tuple[str, ...], size: Size = SMALL):
         super().__init__()
-        self.table = filled(nn.Embedding(VOCABULARY, WIDTH), weight=w["table"]["embedding"])
-        self.places = nn.ParameterList([filled(nn.Embedding(LENGTH, WIDTH), weight=w[n]).weight for n in places])
+        self.table = filled(nn.Embedding(size.vocabulary, size.width), weight=w["table"]["embedding"])
+        tables = [filled(nn.Embedding(size.length, size.width), weight=w[n]) for n in places]
+        self.places = nn.ParameterList([table.weight for table in tables])
         self.norm = layer_norm(w["norm"])
 
     def embedded(self, tokens, i=0):
-        return self.table(tokens) + self.places[i]
+        h = self.table(tokens) + self.places[i]
+        device = h.device.type
+        return h.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else h
 
     def logits(self, h):
         return self.norm(h) @ self.table.weight.T
 
 
 class Transformer(Tied):
-    def __init__(self, w: Weights):
-        super().__init__(w, ("places",))
-        parts = [(Attention(w, f"self{i}", causal=True), Feed(w, f"feed{i}")) for i in range(LAYERS)]
+    def __init__(self, w: Weights, size: Size = SMALL):
+        super().__init__(w, ("places",), size)
+        parts = [(Attention(w, f"self{i}", True, size=size), Feed(w, f"feed{i}")) for i in range(size.layers)]
         self.body = nn.Sequential(*(part for pair in parts for part in pair))
 
     def forward(self, tokens):
@@ -158,7 +161,7 @@ class Transformer(Tied):
 class Translator(Tied):
     def __init__(self, w: Weights):
         super().__init__(w, ("places_source", "places_target"))
-        depth = range(LAYERS // 2)
+        depth = range(SMALL.layers // 2)
         parts = [(Attention(w, f"read_self{i}"), Feed(w, f"read_feed{i}")) for i in depth]
         self.encoder = nn.Sequential(*(part for pair in parts for part in pair), layer_norm(w["read_norm"]))
         self.own = nn.ModuleList([Attention(w, f"self{i}", causal=True) for i in depth])
@@ -180,10 +183,10 @@ class Recurrent(nn.Module):
         self.output, cell = linear(w["output"]), w["cell"]
 
         def joined(side, part):
-            return np.concatenate([cell[side + g].get(part, np.zeros(WIDTH, np.float32)).T for g in gates])
+            return np.concatenate([cell[side + g].get(part, np.zeros(SMALL.width, np.float32)).T for g in gates])
 
         self.cell = filled(
-            kind(cell["i" + gates[0]]["kernel"].shape[0], WIDTH, batch_first=True),
+            kind(cell["i" + gates[0]]["kernel"].shape[0], SMALL.width, batch_first=True),
             weight_ih_l0=joined("i", "kernel"),
             weight_hh_l0=joined("h", "kernel"),
             bias_ih_l0=joined("i", "bias"),
@@ -195,18 +198,18 @@ class Recurrent(nn.Module):
             if not any(keep):
                 bias.requires_grad_(False)
             elif not all(keep):
-                mask = torch.tensor(keep).repeat_interleave(WIDTH)
+                mask = torch.tensor(keep).repeat_interleave(SMALL.width)
                 bias.register_hook(lambda g, mask=mask: g * mask.to(g.device))
 
     def forward(self, x):
         return self.output(self.cell(x)[0][:, -1])
 
 
-NETS: dict[str, Callable[[Weights], Any]] = {
-    "convnet": ConvNet,
-    "resnet": ResNet,
+NETS: dict[str, Callable[[Weights, Size], Any]] = {
+    "convnet": lambda w, size: ConvNet(w),
+    "resnet": lambda w, size: ResNet(w),
     "transformer": Transformer,
-    "encoder-decoder": Translator,
-    "gru": lambda w: Recurrent(w, nn.GRU, "rzn"),
-    "lstm": lambda w: Recurrent(w, nn.LSTM, "ifgo"),
+    "encoder-decoder": lambda w, size: Translator(w),
+    "gru": lambda w, size: Recurrent(w, nn.GRU, "rzn"),
+    "lstm": lambda w, size: Recurrent(w, nn.LSTM, "ifgo"),
 }

@@ -1,16 +1,19 @@
 """Choose the fastest of several ways to compute the same numbers: the one file that knows platforms and measurements.
 
 Every choice is made while JAX traces, from the device that it uses by default (`jax.default_device`, else the default
-backend), and changes speed and memory but never values. A program that is lowered for another platform (`jax.export`)
-is therefore right there too; it may be slower than one traced there.
+backend), and changes speed and memory, and values only by rounding. A program that is lowered for another platform
+(`jax.export`) is therefore right there too, and may be slower than one traced there; only attention by cuDNN, traced on a
+GPU, runs nowhere else.
 
 "CPU" at a constant means: measured on two cores of an Intel Xeon or AMD EPYC server, with JAX 0.10. No constant was tuned
 on an accelerator; each says whether it counts there.
 """
 
+import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 SMALL = 2**14
 """Numbers in an array up to which `tree.pack` joins it with others: starting a kernel for it costs more than copying it.
@@ -33,11 +36,16 @@ STORED_SHARE = 0.5
 """From this share on, at which G is at most twice as large as its factors, sums over examples use the G that |G|² has made
 already. CPU; used on all platforms."""
 CHUNK = 2**21
-"""Numbers of all examples' G that are held at a time where only norms are asked for: 8 MiB of float32. CPU; used on all
-platforms."""
+"""Numbers of all examples' G that are held at a time where only norms are asked for: 8 MiB of float32, about a core's cache.
+CPU; see `chunk`."""
+HELD = 2**28
+"""The same elsewhere: 1 GiB of float32, so that memory is enough. Larger parts are larger products; not measured."""
 LANES = 12 << 20
 """Bytes that the lanes of one `vmap` of a study may touch: about a core's cache. At depth 256 one lane after the other was
 twice as fast as eight at once, at depth 4 half as fast. CPU; elsewhere half of the device's memory."""
+TILE = 64
+"""Attention over whole tiles of so many positions is left to cuDNN, where it can compute it. Not measured: shorter sequences
+are small products anyway, and cuDNN has not all lengths."""
 FEW_CELLS = 4
 """Cells of a study from which on the command line starts worker processes, which takes seconds. CPU; elsewhere one process
 always holds the device."""
@@ -57,6 +65,55 @@ def conditionals() -> bool:
 
     On a CPU that costs nothing. An accelerator stands still meanwhile: there it is cheaper to compute what is right in
     both cases.
+    """
+    return platform() == "cpu"
+
+
+def devices() -> list[Any]:
+    """List the devices that programs of this process run on: those of this host, or the one that JAX was told to use.
+
+    That is `jax_default_device` (`jax.default_device`): a device, or the name of a platform, which means its first one.
+    """
+    config: Any = jax.config
+    device = config.jax_default_device
+    if device is None:
+        return jax.local_devices()
+    return jax.local_devices(backend=device)[:1] if isinstance(device, str) else [device]
+
+
+def worker_settings() -> tuple[dict[str, str], int | None]:
+    """Say how a worker process comes to the same device: JAX settings, and the number of `jax_default_device`, if it is one.
+
+    A worker for a CPU starts no other platform: on a GPU it would take most of the memory and not use it.
+    """
+    config: Any = jax.config
+    device = config.jax_default_device
+    number = (
+        None if device is None or isinstance(device, str) else jax.local_devices(backend=device.platform).index(device)
+    )
+    return {"jax_platforms": "cpu"} if platform() == "cpu" else {}, number
+
+
+def host() -> Any:
+    """Return the CPU beside an accelerator; None, which stands for the default device, where JAX was started without one.
+
+    `JAX_PLATFORMS=cuda` starts no CPU, and asking for it is an error.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def chunk() -> int:
+    """Return how many numbers of all examples' G are held at a time; see `CHUNK`."""
+    return CHUNK if platform() == "cpu" else HELD
+
+
+def flat_products() -> bool:
+    """Whether a layer's product over many axes is written as a product of two matrices; see `layers.dense.product`.
+
+    That is for XLA on a CPU. Elsewhere the axes stay apart, so that a sequence may be sharded over batch and time.
     """
     return platform() == "cpu"
 
@@ -82,13 +139,19 @@ def convolution(strided: bool, groups: int, per_group: int, rank: int, patch: in
     return "turned" if turned else "patches"
 
 
-def written_out_attention(narrow: bool, grouped: bool) -> bool:
-    """Whether attention is four lines of `jax.numpy` instead of `jax.nn.dot_product_attention`.
+def attention(dtype: Any, grouped: bool, masked: bool, size: int, lengths: tuple[int, int]) -> str:
+    """Choose how to attend: "cudnn", "written out" (four lines of `jax.numpy`) or "xla"; see `layers.attention`.
 
-    JAX's function is worth having for an accelerator's kernels. On a CPU it maps over groups of heads, which is slower,
-    and takes the gradient of numbers narrower than float32 in float32.
+    `size` is that of a head, `lengths` those of queries and keys. The two others are `jax.nn.dot_product_attention`, which
+    has a kernel of its own only as "cudnn": for float16 and bfloat16, heads of up to 128 in steps of 8, and without a mask
+    (it adds a mask to the scores, and computes a gradient for it). Its "xla" is the same products as written out, but maps
+    over groups of heads, which is slower, and takes the gradient of numbers narrower than float32 in float32.
     """
-    return platform() == "cpu" and (narrow or not grouped)
+    narrow = dtype in (jnp.bfloat16, jnp.float16)
+    whole = size % 8 == 0 and size <= 128 and not any(length % TILE for length in lengths)
+    if platform() == "gpu" and narrow and whole and not masked:
+        return "cudnn"
+    return "xla" if grouped and dtype == jnp.float32 else "written out"
 
 
 def lanes_budget(device: Any) -> int:
@@ -101,3 +164,15 @@ def lanes_budget(device: Any) -> int:
 def one_process(cells: int) -> bool:
     """Whether a study of so many cells runs in one process by default; see `FEW_CELLS`."""
     return platform() != "cpu" or cells < FEW_CELLS
+
+
+def holds_the_device() -> bool:
+    """Whether a process takes most of a device's memory when it starts, so that no second one finds enough.
+
+    JAX does so on a GPU, unless one of two variables says otherwise: `XLA_PYTHON_CLIENT_PREALLOCATE=false` (take what is
+    needed) or `XLA_PYTHON_CLIENT_MEM_FRACTION=.3`. A TPU belongs to one process in any case.
+    """
+    if platform() == "cpu":
+        return False
+    shared = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("0", "false")
+    return platform() != "gpu" or not (shared or "XLA_PYTHON_CLIENT_MEM_FRACTION" in os.environ)

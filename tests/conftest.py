@@ -1,26 +1,45 @@
-"""Every test starts from JAX's defaults: float32, one CPU device.
+"""Every test starts from JAX's defaults: float32, one device; on a GPU with products in float32, not in TF32.
 
-Most of the tests' time is compiling. So XLA optimises little, unless a test asks for `optimised`, and what one process has
-compiled is kept for the others until the run ends; in a folder that JAX_COMPILATION_CACHE_DIR names, for the next run too.
-Before JAX 0.11 XLA can also make its kernels without "fusion emitters", which take most of the time of a compile.
+Most of the tests' time is compiling. So on a CPU XLA optimises little, unless a test asks for `optimised`, and what one
+process has compiled is kept for the others until the run ends; in a folder that JAX_COMPILATION_CACHE_DIR names, for the
+next run too. Before JAX 0.11 XLA can also make its kernels without "fusion emitters", which take most of the time of a
+compile. On an accelerator programs are compiled as users compile them.
 """
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
+import accelerator
 import chromium
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+
+def may_have_accelerator():
+    """Whether JAX may find one. Asking JAX would start the backend, which reads XLA_FLAGS only once."""
+    named = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    return named != "cpu" if named else bool(importlib.metadata.entry_points(group="jax_plugins"))
+
+
+if may_have_accelerator():
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share one card
+else:
+    FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+    if jax.__version_info__ < (0, 11):  # newer ones do not know this flag, and would stop here
+        FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join([given, *(flag for flag in FLAGS if flag.split("=")[0] not in given)])
+ON_CPU = not may_have_accelerator() or jax.default_backend() == "cpu"
 SETTINGS = {
-    "jax_disable_most_optimizations": True,
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
-}
+} | ({"jax_disable_most_optimizations": True} if ON_CPU else {"jax_default_matmul_precision": "highest"})
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     SETTINGS["jax_compilation_cache_dir"] = tempfile.mkdtemp(prefix="fnn-tests-")
     atexit.register(shutil.rmtree, SETTINGS["jax_compilation_cache_dir"], ignore_errors=True)
@@ -28,11 +47,6 @@ for name, value in SETTINGS.items():
     if name.upper() not in os.environ:
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)  # child processes compile as this one, or would differ in the last bits
-FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
-if jax.__version_info__ < (0, 11):  # newer ones do not know this flag, and would stop here
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-given = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join([given, *(flag for flag in FLAGS if flag.split("=")[0] not in given)])
 
 
 def pytest_addoption(parser):
@@ -41,13 +55,33 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: only with --slow; a faster test covers the same law")
+    config.addinivalue_line("markers", "accelerator: runs on a GPU or TPU too; tests/accelerator.py lists them")
+    if not ON_CPU:  # drivers, plugins and other versions of libraries warn there: shown, not failures; fnn's are
+        for line in ("default", r"error:::fnn(\..*)?$"):
+            config.addinivalue_line("filterwarnings", line)
 
 
+def pytest_ignore_collect(collection_path: Path, config):
+    """Import no other files: some need packages that a machine with an accelerator may not have."""
+    if config.option.markexpr == "accelerator" and not accelerator.file_is_chosen(collection_path.name):
+        return True
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: needs --slow"))
+    used = set()
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: needs --slow"))
+        elif entry := accelerator.chosen(item.module.__name__, item.name):
+            item.add_marker(pytest.mark.accelerator)
+            used.add((item.module.__name__, entry))
+    for module in {item.module.__name__ for item in items} if all("::" not in arg for arg in config.args) else ():
+        for entry in accelerator.TESTS.get(module.removeprefix("test_"), ()):
+            if (module, entry) not in used:
+                raise pytest.UsageError(
+                    f"tests/accelerator.py: {module} has no quick test whose name starts with test_{entry}"
+                )
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -85,6 +119,21 @@ def randomized(tree, seed=0):
     """Move every floating leaf off its initial value, so that zeros and ones hide nothing."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda a: jnp.asarray(np.asarray(a) + 0.1 * rng.normal(size=a.shape), a.dtype), tree)
+
+
+def assert_same(a, b):
+    """Assert that two trees hold the same bits; on an accelerator the same numbers to 2e-6 of the largest of an array.
+
+    There XLA may choose another kernel for an equal product in another program, and adds up scattered numbers in any order.
+    """
+    for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        u, v = np.asarray(u), np.asarray(v)
+        if ON_CPU or not jnp.issubdtype(v.dtype, jnp.floating):
+            np.testing.assert_array_equal(u, v)
+        else:
+            u, v = u.astype(np.float64), v.astype(np.float64)
+            largest = np.max(np.abs(v), initial=0, where=np.isfinite(v))
+            np.testing.assert_allclose(u, v, rtol=0, atol=2e-6 * largest)
 
 
 def by_layer(rows):

@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from zoo import CASES, sample
 
 import fnn
+from fnn import lowering
 
 KEY = jax.random.key(3)
 AUTO = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
@@ -234,6 +235,32 @@ def same(got, want):
         raise got
     arrays = lambda t: jax.tree.map(lambda a: a if hasattr(a, "dtype") else np.asarray(a), t)  # noqa: E731
     differences(arrays(got), arrays(want))
+
+
+@section
+def sequences():
+    """Sharded over batch and time, a dense layer and its gradient move no activations where products keep their axes."""
+    layer, x = fnn.dense(8), np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
+    params, state = layer.init(jax.random.key(0), x)
+    gradient = jax.grad(lambda params, x: jnp.sum(jnp.tanh(layer.apply(params, state, x)[0])))
+    want = gradient(params, x)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        yield kind.name, functools.partial(stays, gradient, params, x, want, kind)
+
+
+def stays(gradient, params, x, want, kind):
+    mesh = jax.make_mesh((2, 2), ("batch", "time"), axis_types=(kind,) * 2)
+    before, lowering.platform = lowering.platform, lambda: "gpu"
+    jax.clear_caches()
+    try:
+        with jax.set_mesh(mesh):
+            placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((params, P()), (x, P("batch", "time")))]
+            compiled = jax.jit(gradient).lower(*placed).compile()
+            differences(compiled(*placed), want)
+    finally:
+        lowering.platform = before
+    moved = [name for name in ("all-gather", "all-to-all", "collective-permute") if f"{name}(" in compiled.as_text()]
+    assert not moved, moved
 
 
 @section

@@ -1,5 +1,7 @@
 """Attention, positions, embeddings and decoding: Flax and PyTorch on the same weights, masks, the cache."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from conftest import randomized
 
 import fnn
+from fnn import lowering
 from fnn.layers.attention import rotate
 
 BATCH, TIME, D, HEADS = 3, 6, 8, 2
@@ -383,3 +386,32 @@ def test_refusals():
             make()
     with pytest.raises(ValueError, match="prompt must be int"):
         fnn.generate(net, params, state, jnp.ones((2, 4)), 3)
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"kv_heads": 1}], ids=["causal", "grouped"])
+def test_half_precision_is_near_float32_in_values_gradients_and_single_examples(options):
+    """On a GPU this is cuDNN's kernel: heads of 16, lengths of 64, no mask."""
+    layer, rng = fnn.attention(2, **options), np.random.default_rng(0)
+    x, weights = (jnp.asarray(rng.normal(size=(3, 64, 32)), jnp.float32) for _ in range(2))
+    params, state = layer.init(jax.random.key(0), x)
+    params = randomized(params)
+
+    def loss(params, x, weights, dtype):
+        y, _ = layer.apply(params, state, x.astype(dtype))
+        return jnp.mean(y.astype(jnp.float32) * weights), y
+
+    @functools.partial(jax.jit, static_argnames="dtype")
+    def measured(params, x, weights, dtype):
+        (_, y), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x, weights, dtype)
+        one = functools.partial(loss, dtype=dtype)
+        single = fnn.per_example(lambda p, example: one(p, *(a[None] for a in example))[0])(params, (x, weights))
+        return y, grads[1], grads[0], single.norms()
+
+    exact, narrow = (measured(params, x, weights, dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    if lowering.platform() == "gpu":
+        assert "cudnn" in measured.lower(params, x, weights, jnp.bfloat16).as_text()
+    assert narrow[0].dtype == jnp.bfloat16
+    for part, wanted in zip(narrow, exact, strict=True):  # the keys' bias has a gradient of rounding errors
+        largest = max(float(jnp.max(jnp.abs(a))) for a in jax.tree.leaves(wanted))
+        for a, b in zip(jax.tree.leaves(part), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=0, atol=0.03 * largest)

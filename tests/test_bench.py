@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench import handwritten, limit, problem, step, timing
+from bench import handwritten, limit, models, problem, step, timing
 from bench.problem import Row
+from bench.remote import Remote, step_run
 
 
 def test_step_suite_checks_peers_times_them_and_writes(tmp_path, capsys, monkeypatch):
@@ -67,11 +68,64 @@ def test_handwritten_step_equals_fnn_in_float64():
     np.testing.assert_allclose(ready.first_round()[1], reference, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["fnn-stretch", "jax-unrolled", "linen", "nnx", "equinox"])
+def test_bfloat16_rows_round_and_agree(name):
+    """Losses lie near those in float64, but not on them: what is to be timed computes in bfloat16."""
+    work = problem.make(Row(8, 2, 64, "bfloat16"), 3)
+    losses, reference = step.PEERS[name].build(work).first_round()[1], handwritten.reference_losses(work)
+    off = np.abs(losses - reference)
+    assert off.max() < 1e-2 and off.max() > 1e-5
+
+
+def test_models_are_chosen_by_name_and_wrong_losses_are_reported_not_raised(tmp_path, capsys, monkeypatch):
+    def broken(name, model):
+        raise MemoryError("no room")
+
+    def wrong(name, model):
+        ready = models.BUILDERS["jax"](name, model)
+        return timing.Run(ready.call, ready.state, ready.items, lambda out: ready.loss(out) * 1.1)
+
+    monkeypatch.setitem(models.BUILDERS, "nnx", broken)
+    monkeypatch.setitem(models.BUILDERS, "equinox", wrong)
+    peers = "fnn-loop,jax,linen,nnx,equinox"
+    arguments = ["--suite", "models", "--rows", "transformer-100m", "--quick", "--rounds", "1", "--peers", peers]
+    options = command.parse(arguments)
+    assert options.rows == ["transformer-100m"]
+    (section,) = models.run(options, lambda text: None)
+    outcomes = {entry["name"]: entry["outcome"] for entry in section.data["peers"]}
+    assert outcomes == {"fnn-loop": "timed", "jax": "timed", "linen": "timed", "nnx": "failed", "equinox": "failed"}
+    assert np.ptp([section.data["losses"][name] for name in ("fnn-loop", "jax", "linen")], axis=0).max() < 1e-2
+
+
+def test_the_large_transformer_has_110_million_parameters():
+    model, width = models.MODELS["transformer-100m"], 768
+    params, _ = jax.eval_shape(model.net().init, jax.random.key(0), model.specs())
+    block = 12 * width**2 + (3 + 1 + 4 + 1) * width + 2 * 2 * width  # kernels, biases, two norms
+    tables = (32_768 + 512) * width
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == tables + 12 * block + 2 * width
+
+
+def test_a_peer_in_another_process_trains_as_here_and_one_that_raises_there_raises_here():
+    row = Row(8, 2, 16)
+    other, broken = Remote(step_run, "jax-steps", row, 3), Remote(step_run, "nonesuch", row, 3)
+    with pytest.raises(RuntimeError, match="KeyError: 'nonesuch'"):
+        broken.first_round()
+    here = step.PEERS["jax-steps"].build(problem.make(row, 3))
+    np.testing.assert_allclose(other.first_round()[1], here.first_round()[1], rtol=1e-6)
+    assert other.advance(other.items)[0] > 0 and len(other.items) == 1
+    here.advance(here.items)
+    np.testing.assert_allclose(other.last_losses(), here.last_losses(), rtol=1e-5)
+    other.close()
+    with pytest.raises(RuntimeError):  # it is forgotten there
+        other.last_losses()
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         ("--suite sweep --peers linen", "suite sweep has no linen"),
         ("--rows 64x4", "must be one of"),
+        ("--suite models --rows conv,mlp", "'mlp': must be one of convnet, resnet"),
         ("--suite depth --trace x", "goes with the suite step"),
     ],
 )

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomized
+from conftest import assert_same, randomized
 
 import fnn
 from fnn import lowering
@@ -193,9 +193,9 @@ def test_conv_and_transpose_by_hand():
     kernel = jnp.array([1.0, 10, 100])[:, None, None]
     y, _ = fnn.conv(1, 3, bias=False).apply({"kernel": kernel}, (), x)
     # A cross-correlation: the kernel's first number meets the position before.
-    np.testing.assert_array_equal(y[0, :, 0], [210, 321, 432, 543, 54])
+    assert_same(y[0, :, 0], np.float32([210, 321, 432, 543, 54]))
     up, _ = fnn.conv_transpose(1, 2, stride=2, bias=False).apply({"kernel": kernel[:2]}, (), x[:, :2])
-    np.testing.assert_array_equal(up[0, :, 0], [10, 1, 20, 2])  # of what lies before, at 1; of itself, at 10
+    assert_same(up[0, :, 0], np.float32([10, 1, 20, 2]))  # of what lies before, at 1; of itself, at 10
 
 
 def test_conv_equals_pytorch():

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import by_layer, randomized
+from conftest import assert_same, by_layer, randomized
 
 import fnn
 
@@ -86,7 +86,7 @@ def test_padding_never_matters_and_a_source_without_real_positions_adds_the_bias
     other = jax.tree.map(lambda a: a, x)
     for name, a in x.items():
         other[name] = a._replace(values=jnp.where(a.mask[..., None], a.values, 1e3))
-    np.testing.assert_array_equal(apply(params, state, other)[0].values, y.values)
+    assert_same(apply(params, state, other)[0].values, y.values)
     assert not np.any(y.values[~y.mask])
     # Alone, and without padding: what each example gives does not depend on the others, nor on where its padding stands.
     source, target = x["source"].values[2][x["source"].mask[2]], x["target"].values[2][x["target"].mask[2]]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import assert_same
 from flax import nnx
 from optax import contrib
 
@@ -33,7 +34,7 @@ def copy(state=STATE):
 
 
 def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, *({"p": s.params, "s": s.net_state, "o": s.opt_state} for s in (a, b)))
+    assert_same(*({"p": s.params, "s": s.net_state, "o": s.opt_state} for s in (a, b)))
 
 
 def stepwise(batches, state=STATE):
@@ -74,7 +75,7 @@ def test_an_error_in_the_second_epochs_data_keeps_all_finished_steps(error):
     )
     expected, losses = stepwise(BATCHES)
     same(state, expected)
-    np.testing.assert_array_equal(history.train["loss"], losses)
+    assert_same(history.train["loss"], losses)
     assert history.steps_per_epoch == (12,) and int(state.step) == 12 and not history.stopped_early
     assert history.validation["loss"].shape == (1,)
     # The state is a good one to go on with, and ends where an uninterrupted run does.

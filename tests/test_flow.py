@@ -5,7 +5,6 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-import polars as pl
 import pytest
 from test_taps import float64_flow, problem
 
@@ -13,6 +12,8 @@ import fnn
 from fnn.gradients import flow
 from fnn.study import cell, study
 from fnn.study.summary import summarize
+
+pl = pytest.importorskip("polars")
 
 KEY = jax.random.key(0)
 

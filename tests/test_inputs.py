@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import assert_same
 
 import fnn
 
@@ -41,7 +42,7 @@ def test_branches_apply_each_layer_to_its_own_input_with_its_own_key():
     first, second = jax.random.split(KEY, 2)
     for name, key in (("a", first), ("b", second)):
         own, own_state = layers[name].init(key, x[name])
-        np.testing.assert_array_equal(y[name], layers[name].apply(own, own_state, x[name])[0])
+        assert_same(y[name], layers[name].apply(own, own_state, x[name])[0])
 
 
 def test_concatenate_and_add_by_hand():
@@ -106,8 +107,8 @@ def test_padding_that_is_not_finite_trains_as_any_other():
         audio = fnn.Masked(np.where(mask[..., None], values, np.float32(fill)), mask)
         data = fnn.data.Dataset(x | {"audio": audio}, y)
         trained.append(fnn.fit(step, state, data, epochs=2, batch_size=6, key=KEY, validation=data))
-    jax.tree.map(np.testing.assert_array_equal, *[(new.params, new.net_state) for new, _ in trained])
-    np.testing.assert_array_equal(*[history.validation["loss"] for _, history in trained])
+    assert_same(*[(new.params, new.net_state) for new, _ in trained])
+    assert_same(*[history.validation["loss"] for _, history in trained])
     with pytest.raises(ValueError, match="x must be finite, got 1 non-finite values, first at example 2"):
         fnn.evaluate(net, state, (x | {"image": x["image"].at[2, 0, 0].set(jnp.nan)}, y))
     real = x["audio"]._replace(values=x["audio"].values.at[2, 0, 0].set(jnp.inf))

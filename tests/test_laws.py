@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomized
+from conftest import assert_same, randomized
 from zoo import CASES, PADDED, floating, sample
 
 import fnn
@@ -138,8 +138,7 @@ def test_repeat_equals_serial(case):
 
     (stacked, *a), (params, (value, (y, new)), (gp, gs, gx)) = both(keys()[0], x)
     stack = fnn.tree.stack
-    for u, v in zip(jax.tree.leaves(stacked), jax.tree.leaves(stack(params)), strict=True):
-        np.testing.assert_array_equal(u, v)
+    assert_same(stacked, stack(params))
     close(tuple(a), ((value, (y, stack(new))), (stack(gp), stack(gs), gx)), rtol=1e-4)
 
 
@@ -226,7 +225,7 @@ def test_values_at_padded_positions_change_nothing(case):
     expected, sent = run(2.0)
     assert all(np.isfinite(a).all() for a in floats(expected)) and not any(map(np.any, jax.tree.leaves(sent)))
     for fill in (jnp.nan, jnp.inf, -jnp.inf, 3e38, -1e30):
-        jax.tree.map(np.testing.assert_array_equal, run(fill), (expected, sent))
+        assert_same(run(fill), (expected, sent))
 
 
 @pytest.mark.parametrize("name", ["embed", "tied"])  # all models reach tokens through these
@@ -234,7 +233,7 @@ def test_the_integer_dtype_of_tokens_does_not_matter(name):
     x, params, state, compiled = prepared(name)
     expected = compiled(params, state, x)
     for dtype in (jnp.int8, jnp.uint8, jnp.uint16, jnp.uint32):
-        jax.tree.map(np.testing.assert_array_equal, compiled(params, state, np.asarray(x).astype(dtype)), expected)
+        assert_same(compiled(params, state, np.asarray(x).astype(dtype)), expected)
 
 
 @parametric

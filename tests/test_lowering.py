@@ -7,11 +7,12 @@ import pytest
 
 import fnn
 from fnn import lowering, tree
+from fnn.theory import gaussian
 
 
 def test_the_platform_is_that_of_the_default_device():
     assert lowering.platform() == jax.default_backend()
-    for device in ("cpu", jax.devices("cpu")[0]):
+    for device in ("cpu", lowering.host()) if lowering.host() else ():
         with jax.default_device(device):
             assert lowering.platform() == "cpu"
 
@@ -54,3 +55,153 @@ def test_a_program_for_another_platform_holds_no_question():
     both = jax.export.export(jax.jit(tree.norm), platforms=("cpu", "cuda"))(x)
     assert float(both.call(x)) == pytest.approx(float(tree.norm(x)), rel=1e-6)
     assert "platform_index" not in str(jax.make_jaxpr(tree.norm)(x))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Let all choices be a GPU's; what is compiled is not kept for others."""
+    jax.clear_caches()
+    monkeypatch.setattr(lowering, "platform", lambda: "gpu")
+    yield
+    jax.clear_caches()
+
+
+def lowered(function, *args):
+    """The text of a program for a GPU."""
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def products(text):
+    """Whether each product is exact, in order: [True, False, ...]."""
+    return ["HIGHEST, HIGHEST" in line for line in text.splitlines() if "stablehlo.dot_general" in line]
+
+
+def test_inner_products_that_cancel_are_exact_and_layers_follow_the_users_default(gpu):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(6, 3, 40)), jnp.float32)  # 3 positions: Gram matrices over them
+    params = {"kernel": jnp.asarray(rng.normal(size=(40, 50)), jnp.float32)}
+
+    def gradients(params, x):
+        return fnn.per_example(lambda p, x: jnp.sum(jnp.sin(x @ p["kernel"])))(params, x)
+
+    forward, *rest = products(lowered(lambda p, x: gradients(p, x).norms(), params, x))
+    assert not forward and len(rest) >= 2 and all(rest)
+    assert any(products(lowered(lambda p, x: gradients(p, x).gram(), params, x)))
+    forward, *rest = products(lowered(lambda p, x: gradients(p, x).variance(), params, x))
+    assert not forward and all(rest)
+    assert not any(products(lowered(lambda p, x: gradients(p, x).mean(), params, x)))  # as accurate as any gradient
+    net = fnn.serial(fnn.dense(8), fnn.attention(2), fnn.flatten(), fnn.dense(3))
+    weights, state = net.init(jax.random.key(0), x)
+    grad = jax.grad(lambda w, x: jnp.sum(net.apply(w, state, x)[0]))
+    assert not any(products(lowered(grad, weights, x)))
+    with jax.default_matmul_precision("highest"):
+        assert all(products(lowered(grad, weights, x)))
+
+
+@pytest.mark.parametrize("options", [{}, {"per_example": "clip", "max_norm": 1.0}], ids=["plain", "clipped"])
+def test_a_step_on_a_gpu_waits_for_no_number(gpu, options):
+    net, tx = fnn.models.mlp(3, 8, 3, norm="layer_norm", unroll=1), fnn.clip.adaptive(0.1)
+    x, y = jnp.ones((4, 5)), jnp.zeros(4, jnp.int32)
+    state = fnn.TrainState.create(net, tx, jax.random.key(0), x)
+    text = lowered(fnn.train_step(net, fnn.losses.cross_entropy, tx, **options).pure, state, (x, y))
+    assert "stablehlo.while" in text and "stablehlo.case" not in text and "stablehlo.if" not in text
+
+
+def test_a_weighted_sum_on_a_gpu_takes_the_way_that_is_right_for_all_weights(gpu):
+    x, w = jnp.linspace(-1, 1, 12).reshape(4, 3), jnp.array([1.0, 1e-30, 1e30, 0.0])
+
+    def weighted(p, x, w):
+        return fnn.per_example(lambda p, x: jnp.sum(jnp.sin(x @ p)))(p, x).weighted_sum(w)
+
+    p = jnp.full((3, 2), 0.1)
+    assert "stablehlo.case" not in lowered(weighted, p, x, w)
+    each = jax.vmap(jax.grad(lambda p, x: jnp.sum(jnp.sin(x @ p))), (None, 0))(p, x)
+    np.testing.assert_allclose(weighted(p, x, w), jnp.einsum("i,ijk->jk", w, each, precision="highest"), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "kv_heads", "length", "masked", "expected"),
+    [
+        (jnp.bfloat16, 2, 2, 128, False, ["cudnn"]),
+        (jnp.float16, 4, 2, 64, False, ["cudnn"]),
+        (jnp.bfloat16, 2, 2, 100, False, []),  # cuDNN has not all lengths
+        (jnp.bfloat16, 8, 8, 64, False, []),  # heads of 4
+        (jnp.bfloat16, 2, 2, 64, True, []),
+        (jnp.float32, 2, 2, 64, False, []),
+        (jnp.float32, 4, 2, 64, False, [None]),
+    ],
+)
+def test_who_computes_attention_on_a_gpu(gpu, monkeypatch, dtype, heads, kv_heads, length, masked, expected):
+    """Without cuDNN, which JAX reports while it traces, the values are those of the products written out."""
+    asked, of_jax = [], jax.nn.dot_product_attention
+
+    def counted(*args, implementation=None, **options):
+        asked.append(implementation)
+        if implementation == "cudnn":
+            raise RuntimeError("cuDNN is not detected.")
+        return of_jax(*args, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", counted)
+    layer = fnn.attention(heads, causal=True, kv_heads=kv_heads)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, length, 32)), jnp.float32)
+    params, state = layer.init(jax.random.key(0), x)
+    x = x.astype(dtype)
+    y, _ = layer.apply(params, state, fnn.Masked(x, jnp.ones((2, length), bool)) if masked else x)
+    assert asked == expected
+    monkeypatch.undo()
+    exact, _ = layer.apply(params, state, x.astype(jnp.float32))
+    y = jnp.asarray(y.values if masked else y, jnp.float32)
+    np.testing.assert_allclose(y, exact, rtol=0, atol=1e-5 if dtype == jnp.float32 else 0.03)
+
+
+def test_axes_that_may_be_sharded_stay_apart_on_a_gpu(gpu):
+    x = jnp.ones((2, 3, 4))
+    params, state = fnn.dense(5).init(jax.random.key(0), x)
+    text = lowered(lambda p, x: fnn.dense(5).apply(p, state, x)[0], params, x)
+    assert "stablehlo.dot_general" in text and "stablehlo.reshape" not in text
+
+
+def test_programs_run_on_the_device_that_jax_was_told_to_use():
+    assert lowering.devices() == jax.local_devices()
+    last = jax.local_devices()[-1]
+    for device in (last, last.platform):
+        with jax.default_device(device):
+            assert [d.platform for d in lowering.devices()] == [last.platform]
+    with jax.default_device(last):
+        assert lowering.worker_settings()[1] == len(jax.local_devices()) - 1
+
+
+def test_where_jax_has_no_cpu_theory_is_computed_on_the_device(monkeypatch):
+    """`JAX_PLATFORMS=cuda` starts no CPU: a cell that has been measured must not be lost for it."""
+    h = np.linspace(-3, 3, 7)
+    before = gaussian.evaluate(fnn.activations.get("tanh"), h)
+    study = fnn.Study(
+        fnn.grid.product(depth=2, width=4, activation="tanh", norm="none"), seeds=1, steps=0, data="clusters"
+    )
+    expected, of_jax = study.run().table(), jax.local_devices
+
+    def none(*args, backend=None, **options):
+        if backend == "cpu":
+            raise RuntimeError("Unknown backend cpu")
+        return of_jax(*args, backend=backend, **options)
+
+    monkeypatch.setattr(jax, "local_devices", none)
+    assert lowering.host() is None
+    np.testing.assert_allclose(gaussian.evaluate(fnn.activations.get("tanh"), h), before, rtol=1e-14)
+    np.testing.assert_allclose(before, [np.tanh(h), 1 / np.cosh(h) ** 2], rtol=1e-12)
+    again = study.run().table()
+    assert again.columns == expected.columns and again.height == expected.height
+    np.testing.assert_allclose(again["predicted"].drop_nulls(), expected["predicted"].drop_nulls(), rtol=1e-6)
+
+
+def test_worker_processes_do_not_share_a_gpu_of_which_each_takes_most(monkeypatch):
+    from fnn.study.spawning import check_spawning
+
+    monkeypatch.setattr(lowering, "platform", lambda: "gpu")
+    for name in ("PREALLOCATE", "MEM_FRACTION"):
+        monkeypatch.delenv(f"XLA_PYTHON_CLIENT_{name}", raising=False)
+    check_spawning(None, 1, {})
+    with pytest.raises(ValueError, match="cannot share an accelerator .* got workers=2; use workers=1"):
+        check_spawning(None, 2, {})
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    check_spawning(None, 2, {})

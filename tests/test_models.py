@@ -4,12 +4,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import polars as pl
 import pytest
 from conftest import by_layer, randomized
 
 import fnn
 from fnn.study import summary
+
+pl = pytest.importorskip("polars")
 
 KEY = jax.random.key(0)
 

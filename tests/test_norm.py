@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import assert_same
 
 import fnn
 
@@ -22,7 +23,7 @@ def test_batch_norm_in_eval_mode_is_right_after_1_10_and_100_steps():
     step = jax.jit(lambda state, x: layer.apply(params, state, x, train=True))
     evaluate = jax.jit(lambda state, x: layer.apply(params, state, x)[0])
     probe = batch(999)
-    np.testing.assert_array_equal(evaluate(state, probe), probe)  # the identity before the first step
+    assert_same(evaluate(state, probe), probe)  # the identity before the first step
     means, variances = [], []
     for n in range(1, 101):
         x = batch(n, mean=3.0, std=2.0)
@@ -170,7 +171,7 @@ def test_batch_norm_of_a_masked_sequence_equals_that_of_its_real_positions(mappe
         np.testing.assert_array_equal(passed, mask)
         assert not np.any(y[~mask]) and not np.any(slope_x[~mask])
         again = both[0](params, state, other, train)
-        jax.tree.map(np.testing.assert_array_equal, again, ((value, (y, new, passed)), (*slopes, slope_x)))
+        assert_same(again, ((value, (y, new, passed)), (*slopes, slope_x)))
         state = new
 
 

@@ -1,12 +1,13 @@
 """Runs that leave float32 at initialisation or in training: recorded as diverged, and no neighbour and no file is harmed."""
 
 import jax.numpy as jnp
-import polars as pl
 import pytest
 
 import fnn
 from fnn.study import results, study
 from fnn.study.summary import summarize
+
+pl = pytest.importorskip("polars")
 
 # One worker: the tests share the compilations.
 pytestmark = pytest.mark.xdist_group("overflow")

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomized
+from conftest import assert_same, randomized
 
 import fnn
 
@@ -174,7 +174,7 @@ def test_tap_over_time_measures_the_error_signal_of_every_step():
     np.testing.assert_allclose([row.value for row in rows], expected[::-1], atol=1e-5)
     plain = fnn.rnn(WIDTH)
     values, _ = plain.apply(params, plain.init(jax.random.key(0), x)[1], x)
-    np.testing.assert_array_equal(values, layer.apply(params, state, x)[0])
+    assert_same(values, layer.apply(params, state, x)[0])
     with pytest.raises(ValueError, match="taps were built for 6 steps"):
         layer.apply(params, state, x[:, :4])
 

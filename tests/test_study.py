@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import polars as pl
 import pytest
 
 import fnn
 from fnn import tree
 from fnn.study import cell, study
 from fnn.study import table as table_of
+
+pl = pytest.importorskip("polars")
 
 # One worker: the tests share the fixtures, and those the compilations.
 pytestmark = pytest.mark.xdist_group("study")

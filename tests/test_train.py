@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import assert_same
 
 import fnn
 
@@ -121,10 +122,7 @@ def test_fit_equals_a_loop_of_steps_and_repeats_bit_for_bit():
     state = fresh()
     one, history = fnn.fit(STEP, state, data, epochs=2, batch_size=32, key=jax.random.key(5))
     two, again = fnn.fit(STEP, state, data, epochs=2, batch_size=32, key=jax.random.key(5))
-    for a, b in zip(
-        jax.tree.leaves((one.params, history.train)), jax.tree.leaves((two.params, again.train)), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+    assert_same((one.params, history.train), (two.params, again.train))
     other, _ = fnn.fit(STEP, state, data, epochs=2, batch_size=32, key=jax.random.key(6))
     assert not np.array_equal(jax.tree.leaves(one.params)[0], jax.tree.leaves(other.params)[0])
     loop = state

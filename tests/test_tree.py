@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fnn import tree
+from fnn import lowering, tree
 from fnn.tree import Stacked
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -125,10 +125,17 @@ def test_norms_of_every_parameter_array():
     assert tree.norms({"a": -3.0}) == {"a": 3.0}
 
 
-@pytest.fixture(scope="module")
-def measure():
+@pytest.fixture(scope="module", params=["cpu", "gpu"])
+def measure(request):
+    """Measure as on a CPU, which may look at a sum before it goes on, and as on a GPU, which may not."""
+
+    def norm(a):
+        return tree.norm_of_all(jax.tree.leaves(a))
+
     def run(a):
-        return tree.norm(a), jnp.stack(jax.tree.leaves(tree.log_norms(a))), jax.grad(tree.norm)(a)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lowering, "platform", lambda: request.param)
+            return norm(a), jnp.stack(jax.tree.leaves(tree.log_norms(a))), jax.grad(norm)(a)
 
     return jax.jit(run)
 

@@ -81,7 +81,6 @@ class Study:
 
 def run(options: Study) -> int:
     """Do `fnn study`."""
-    import jax
 
     from fnn import files, lowering
     from fnn.study import figures, study
@@ -135,7 +134,7 @@ def run(options: Study) -> int:
     print(
         printable(f"{folder}: {table.height:,} rows in cells/*.parquet{figure}; fnn report {folder} draws all figures")
     )
-    print(f"{seconds:.1f} s on {jax.devices()[0].platform}")
+    print(f"{seconds:.1f} s on {lowering.platform()}")
     return 130 if stopped else 0
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from fnn import lowering
 from fnn.cli.recipes import Model
 
 M = TypeVar("M", bound=Model)
@@ -95,7 +96,7 @@ def run(options: Train[Model]) -> int:
     if options.seeds > 1:
         mean, spread = float(np.mean(results)), float(np.std(results))
         print(f"mean of {options.seeds} seeds: test {measure} {mean:.4f} ± {spread:.4f} (standard deviation)")
-    print(f"{seconds:.1f} s on {jax.devices()[0].platform}")
+    print(f"{seconds:.1f} s on {lowering.platform()}")
     return 0
 
 

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fnn import check, mapped, tree
+from fnn import check, lowering, mapped, tree
 
 
 class Clipped(NamedTuple):
@@ -116,6 +116,8 @@ class PerExampleGradients:
         # Far from 1, a weight could take a factor out of the range where their product is inside.
         near = jnp.all(((jnp.abs(w) > 2.0**-12) & (jnp.abs(w) < 2.0**12)) | (w == 0))
         every = [w] * len(self.leaves)
+        if not lowering.conditionals():
+            return self._sum(every, "balanced")
         return jax.lax.cond(near, lambda: self._sum(every), lambda: self._sum(every, "balanced"))
 
     @jax.jit
@@ -245,8 +247,11 @@ class PerExampleGradients:
         """Estimate the moments of every parameter array in units of their own."""
         if self.batch < 2:
             raise ValueError(f"per_example: a variance needs at least two examples, got a batch of {self.batch}")
-        means = jax.tree.leaves(tree.norms(self.mean()))
-        found = [estimate(n, m, self.batch) for n, m in zip(self._norms(), means, strict=True)]
+        with jax.default_matmul_precision(
+            "highest"
+        ):  # sums of squares are subtracted; in TF32 few digits would be left
+            means = jax.tree.leaves(tree.norms(self.mean()))
+            found = [estimate(n, m, self.batch) for n, m in zip(self._norms(), means, strict=True)]
         return Estimates(*(self._unflatten(list(part)) for part in zip(*found, strict=True)))
 
     def _gram(self) -> tuple[jax.Array, jax.Array]:

@@ -24,6 +24,7 @@ from fnn.gradients.squares import (
     Examples,
     arrange,
     dot,
+    exact_dot,
     in_units,
     norm,
     norm_of_whole,
@@ -76,7 +77,7 @@ class Full:
         value = jnp.moveaxis(self.value, self.lead, 0).reshape(self.value.shape[self.lead], -1)
         bound = _peak(value, 1)
         value = value / bound[:, None] * (bound / scale)[:, None]
-        return dot(value, value, ((1,), (1,)), ((), ()))
+        return exact_dot(value, value, ((1,), (1,)), ((), ()))
 
     def materialize(self) -> jax.Array:
         return jnp.moveaxis(self.value, self.lead, 0)
@@ -180,12 +181,12 @@ class Pair:
         (batch, groups, t, _), n = a.shape, d.shape[-1]
         if t == 1:
             a, d = (x.reshape(batch, groups, -1).swapaxes(0, 1) for x in (a, d))
-            products = [dot(x, x, ((2,), (2,)), ((0,), (0,))) for x in (a, d)]
+            products = [exact_dot(x, x, ((2,), (2,)), ((0,), (0,))) for x in (a, d)]
             return jnp.sum(products[0] * products[1], axis=0)
         total = jnp.zeros((batch, batch))
-        for part in split(a, lowering.CHUNK // (batch * groups * n)):
+        for part in split(a, lowering.chunk() // (batch * groups * n)):
             g = self._each(part, d).reshape(batch, -1)
-            total += dot(g, g, ((1,), (1,)), ((), ()))
+            total += exact_dot(g, g, ((1,), (1,)), ((), ()))
         return total
 
     def _moved(self, g: jax.Array) -> jax.Array:
@@ -218,7 +219,7 @@ class Rows(Pair):
 
         def row(example):  # all pairs of positions of one example with those of all others
             ids, d = example
-            products = dot(d, flat, ((1,), (1,)), ((), ())) * (ids[:, None] == flat_ids)
+            products = exact_dot(d, flat, ((1,), (1,)), ((), ())) * (ids[:, None] == flat_ids)
             return jnp.sum(products.reshape(t, batch, t), axis=(0, 2))
 
         return jax.lax.map(row, (ids, d))

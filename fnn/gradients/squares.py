@@ -113,7 +113,7 @@ def _square(lookup: bool, a: jax.Array, d: jax.Array) -> tuple[jax.Array, Any]:
     if _single(a):
         squares = square(a), square(d)
         return jnp.sum(squares[0] * squares[1]), _bound(*squares)
-    grams = [dot(x, x, ((2,), (2,)), ((0,), (0,))) for x in (a, d)]
+    grams = [exact_dot(x, x, ((2,), (2,)), ((0,), (0,))) for x in (a, d)]
     diagonals = (jnp.diagonal(gram, axis1=1, axis2=2) for gram in grams)
     return jnp.maximum(jnp.sum(grams[0] * grams[1]), 0), _bound(*diagonals)
 
@@ -135,7 +135,7 @@ def outer(a: jax.Array, d: jax.Array, examples: int) -> list[jax.Array]:
     """Make G of one example in parts of its longer side, which comes last: the better matrix product."""
     if a.shape[-1] > d.shape[-1]:
         a, d = d, a
-    parts = split(d, lowering.CHUNK // (examples * a.shape[0] * a.shape[-1]))
+    parts = split(d, lowering.chunk() // (examples * a.shape[0] * a.shape[-1]))
     return [dot(a, part, ((1,), (1,)), ((0,), (0,))) for part in parts]
 
 
@@ -178,8 +178,17 @@ def square(x: jax.Array, kept: int = 1) -> jax.Array:
 
 
 def dot(a: jax.Array, b: jax.Array, contracted: Any, batched: Any) -> jax.Array:
-    """Take a `dot_general` in at least float32."""
+    """Take a `dot_general` in at least float32, with the precision that JAX uses by default, as in any gradient."""
     return jax.lax.dot_general(a, b, (contracted, batched), preferred_element_type=_wide(a, b))
+
+
+def exact_dot(a: jax.Array, b: jax.Array, contracted: Any, batched: Any) -> jax.Array:
+    """Take a `dot_general` of inner products, with all bits of its dtype.
+
+    What is summed of them later cancels: a GPU's default, TF32 with 10 bits, could leave no right digit of the sum.
+    """
+    wide = _wide(a, b)
+    return jax.lax.dot_general(a, b, (contracted, batched), precision="highest", preferred_element_type=wide)
 
 
 def widened(x: jax.Array) -> jax.Array:

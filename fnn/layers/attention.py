@@ -32,7 +32,11 @@ def attention(
     With `causal`, a position attends to itself and to earlier ones. In a masked sequence, positions attend to real ones
     only, and padded ones give zero. `kv_heads` (a divisor of heads) shares keys and values among groups of heads. `rotary`
     rotates queries and keys by their positions, counted over real ones, so that only differences matter. The softmax is in
-    at least float32; `jax.nn.dot_product_attention` computes it, with an accelerator's fused kernel if there is one.
+    at least float32.
+
+    On an NVIDIA GPU, cuDNN's fused kernel computes it in float16 and bfloat16, for heads of up to 128 (in steps of 8),
+    lengths in steps of 64, and nothing masked except by `causal`; there JAX has no forward mode and no second derivatives.
+    Everywhere else it is two plain products and a softmax, which hold all scores float[batch, heads, time, time].
 
     With a cache (`memory.init_cache`; causal layers only), a new piece of a sequence also attends to the earlier pieces.
     Seven arguments, all but one optional and independent of each other.
@@ -234,9 +238,14 @@ def _cached(state: Any, q: Any, k: Any, v: Any, places: Any, mask: Any) -> tuple
 def _attend(q: Any, k: Any, v: Any, mask: Any, causal: bool) -> jax.Array:
     if 0 in (q.shape[1], k.shape[1]):
         return jnp.zeros_like(q)
-    # JAX's own takes the softmax in float32, whatever its inputs.
-    plain = lowering.written_out_attention(narrow=q.dtype != jnp.float32, grouped=q.shape[2] != k.shape[2])
-    if q.dtype != jnp.float64 and not plain:
+    lengths = q.shape[1], k.shape[1]
+    how = lowering.attention(q.dtype, q.shape[2] != k.shape[2], mask is not None, q.shape[-1], lengths)
+    if how == "cudnn":
+        try:
+            return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+        except (NotImplementedError, RuntimeError):  # no cuDNN here, or too old a card: JAX says so while it traces
+            pass
+    if how == "xla":
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
     k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
     logits = _scores(q, k)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn import check, mapped
+from fnn import check, lowering, mapped
 from fnn.core import Layer, function, stateless
 from fnn.layers import activations, initializers
 from fnn.layers.initializers import Initializer
@@ -55,8 +55,9 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     So the gradient of W is a plain product xᵀ dy. With more axes JAX writes it as (dyᵀ x)ᵀ. For that XLA on a CPU copies
     dy, and recomputes inside the copy all sums that lead to it, which grow longer towards the input of a residual net.
+    Other platforms keep the axes, which may be sharded (`lowering.flat_products`).
     """
-    if x.ndim <= 2:
+    if x.ndim <= 2 or not lowering.flat_products():
         return x @ kernel
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 

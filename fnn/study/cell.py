@@ -71,8 +71,11 @@ def mlp(
 
 
 def run_cell(setup: Setup, cell: Cell) -> Measured:
-    """Run a cell: compile its program once, run it on chunk after chunk, and bring the numbers to the host."""
-    devices, cell = jax.local_devices(), cell.settled()
+    """Run a cell: compile its program once, run it on chunk after chunk, and bring the numbers to the host.
+
+    Its runs are spread over all devices of this host; with `jax_default_device` they run on that one.
+    """
+    devices, cell = lowering.devices(), cell.settled()
     chunk = min(cell.chunk, len(cell.runs))
     lanes = -(-chunk // len(devices))
     devices = devices[: -(-chunk // lanes)]
@@ -190,7 +193,7 @@ def chunk_size(setup: Setup, cell: Cell) -> int:
     moments = jax.eval_shape(lambda p, run: optimizer(cell.static, run).init(p), params, run)
     training = 2 if len(cell.steps) > 1 else 1
     touched = (1 + training) * _bytes(params) + _bytes(residuals) + (_bytes(moments) if training == 2 else 0)
-    devices = jax.local_devices()
+    devices = lowering.devices()
     most = max(1, lowering.lanes_budget(devices[0]) // max(1, touched)) * len(devices)
     return -(-len(cell.runs) // -(-len(cell.runs) // most))
 

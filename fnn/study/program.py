@@ -150,6 +150,8 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
 
     def turn(carry, bounds):
         at, before, traces = carry
+        # How many steps a turn has is known at run time only: it compiles once for all turns. On a GPU the host then looks
+        # once a step whether to go on, a copy of one byte.
         at, traces = jax.lax.fori_loop(bounds[0], bounds[1], advance, (at, traces))
         record, gradient = observe(at, before)
         return (at, gradient, traces), record

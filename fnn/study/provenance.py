@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fnn import lowering
 from fnn.study.identity import RECORDED
 
 SETTINGS = {
@@ -58,7 +59,7 @@ def session(executor: str | None) -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    devices = jax.local_devices()
+    devices = lowering.devices()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": {"python": platform.python_version(), **{name: installed(name) for name in RECORDED}},

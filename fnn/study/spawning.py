@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from concurrent.futures import Executor
 from typing import Any
 
+from fnn import lowering
+
 GUARD = 'if __name__ == "__main__":'
 
 
 def check_spawning(executor: Executor | None, workers: int, functions: Mapping[str, Any]) -> None:
-    """Refuse functions and scripts that spawned processes cannot import, before anything runs.
+    """Refuse what spawned processes cannot import, and an accelerator that they cannot share, before anything runs.
 
-    Errors: ValueError for a lambda, for a function defined inside a function or in a notebook, and for a script without a
-    guard (`if __name__ == "__main__":`). A worker that is importing such a script exits with that sentence.
+    Errors: ValueError for a lambda, for a function defined inside a function or in a notebook, for a script without a
+    guard (`if __name__ == "__main__":`), and where each process takes most of a device's memory. A worker that is
+    importing a script without a guard exits with that sentence.
     """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +28,12 @@ def check_spawning(executor: Executor | None, workers: int, functions: Mapping[s
         return
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that imports the script
         raise SystemExit(_unguarded())
+    if lowering.holds_the_device():
+        raise ValueError(
+            "study: worker processes cannot share an accelerator when each takes most of its memory, got "
+            f"{f'workers={workers}' if executor is None else type(executor).__name__}; use workers=1, which runs on all "
+            "devices of this machine, or on a GPU set XLA_PYTHON_CLIENT_PREALLOCATE=false before JAX starts"
+        )
     for name, function in functions.items():
         try:
             content = pickle.dumps(function)

@@ -69,8 +69,9 @@ class Study:
     Every axis has one type. Whole numbers and decimals together are floats; traced axes are floats unless their argument
     has an int as default or annotation. Under x64 a study computes in float64, from the same initial weights and data.
 
-    Guarantees: the same study gives the same numbers, bit for bit, on the same machine, devices and kind of executor, also
-    when it is interrupted and resumed. A run that diverges ends only its own record and changes no other run.
+    Guarantees: the same study gives the same numbers, on CPUs bit for bit, on the same machine, devices and kind of
+    executor, also when it is interrupted and resumed (on a GPU last bits may differ: see `train_step`). A run that diverges
+    ends only its own record and changes no other run.
     Errors: ValueError and TypeError, before anything runs, for an empty or unknown axis, value or quantity, an argument
     of `build` that has the name of a column, more than a million runs, and functions that return something else than they
     should.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fnn import files
+from fnn import files, lowering
 
 CONFIG = (
     "jax_enable_x64",
@@ -103,7 +103,7 @@ def compilation_cache(folder: str | os.PathLike[str] | None) -> Iterator[None]:
 
 @contextmanager
 def pool(workers: int) -> Iterator[Executor]:
-    """Start worker processes that share this process's JAX settings, ignore Ctrl-C, and die with their parent.
+    """Start worker processes that share this process's JAX settings and default device, ignore Ctrl-C, and die with their parent.
 
     They are spawned: a fork of a process in which JAX has started threads hangs.
     """
@@ -115,9 +115,10 @@ def pool(workers: int) -> Iterator[Executor]:
             with _sigint_blocked():  # a worker may be started here; it inherits the blocked signals
                 return super().submit(*args, **kwargs)
 
-    settings = {name: getattr(jax.config, name) for name in CONFIG}
+    more, device = lowering.worker_settings()
+    settings = {name: getattr(jax.config, name) for name in CONFIG} | more
     context = multiprocessing.get_context("spawn")
-    executor = Pool(workers, mp_context=context, initializer=_start, initargs=(settings,))
+    executor = Pool(workers, mp_context=context, initializer=_start, initargs=(settings, device))
     try:
         yield executor
     except BaseException:  # without this, the process could not end before the tasks in flight
@@ -162,12 +163,14 @@ def _counted_sigint() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _start(settings: dict[str, Any]) -> None:
+def _start(settings: dict[str, Any], device: int | None) -> None:
     import multiprocessing
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name, value in settings.items():
         jax.config.update(name, value)
+    if device is not None:
+        jax.config.update("jax_default_device", jax.local_devices()[device])
     parent = multiprocessing.parent_process()
 
     if parent is not None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnn import lowering
 from fnn.layers import activations
 from fnn.layers.activations import Activation
 
@@ -184,9 +185,12 @@ def _compiled(phi: Activation) -> Callable[[jax.Array], jax.Array]:
 
 
 def evaluate(phi: Activation, h: np.ndarray) -> np.ndarray:
-    """Evaluate phi and phi', float64[...] -> float64[2, ...], on the host whatever the default dtype and device are."""
+    """Evaluate phi and phi', float64[...] -> float64[2, ...], whatever the default dtype is.
+
+    On the host, or on the default device where JAX runs without a CPU (`JAX_PLATFORMS=cuda`).
+    """
     padded = np.zeros(-(-h.size // _CHUNK) * _CHUNK)
     padded[: h.size] = h.reshape(-1)
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(lowering.host()):
         parts = [np.asarray(_compiled(phi)(jnp.asarray(part))) for part in padded.reshape(-1, _CHUNK)]
     return np.concatenate(parts, axis=-1)[:, : h.size].reshape(2, *h.shape)

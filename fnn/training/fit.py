@@ -102,9 +102,9 @@ def fit(
     unfinished epoch is the last of `history.steps_per_epoch`, and has no validation. Only an error inside a compiled step
     destroys the state that it was given: then `state` is the best epoch's (with patience), or the first.
 
-    Guarantee: same key, same data, same state: same result, bit for bit, on one device. Errors: ValueError for NaN in the
-    data, labels out of range, a batch larger than the data, an iterator that cannot be read again, a state of another net
-    or optimiser; TypeError for what is no data, and for arguments that do not apply to it.
+    Guarantee: same key, same data, same state: same result, on one CPU bit for bit (on a GPU: see `train_step`). Errors:
+    ValueError for NaN in the data, labels out of range, a batch larger than the data, an iterator that cannot be read
+    again, a state of another net or optimiser; TypeError for what is no data, and for arguments that do not apply to it.
     """
     check.positive("fit", epochs=epochs)
     if patience is not None:

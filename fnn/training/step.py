@@ -175,8 +175,10 @@ def train_step(
     kept where the gradient's norm is not finite and all updates are (`optax.apply_if_finite`, `zero_nans`). Where NaN
     reaches the parameters, it reaches the state too.
 
-    Guarantees: traced once for each batch shape; the same state and batch give the same result, bit for bit, on one
-    device. The state's buffers are donated: do not use the old state again.
+    Guarantees: traced once for each batch shape; the same state and batch give the same result, on one CPU bit for bit.
+    On a GPU XLA adds up embeddings' gradients in any order and chooses kernels by timing them, so that last bits differ
+    between calls or processes; `XLA_FLAGS=--xla_gpu_deterministic_ops=true` forbids both. The state's buffers are donated: do not
+    use the old state again.
     """
     admission.net("train_step", net)
     admission.loss("train_step", loss)
