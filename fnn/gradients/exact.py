@@ -21,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn.gradients import powers
+from fnn.gradients.known import NOTHING, Known, learned
 from fnn.gradients.loops import RULES_OF_ALL, scan
-from fnn.gradients.powers import Scaled, is_float, scaled
+from fnn.gradients.pieces import joined
+from fnn.gradients.powers import Scaled, scaled
 from fnn.gradients.program import Const, Loop, Op, Program, prune, read, trace
 from fnn.gradients.rules import NONLINEAR
 
@@ -46,7 +48,7 @@ def gradient(loss: Callable[..., Any], *, has_aux: bool = False, places: bool = 
         dtype = (spec[0] if has_aux else spec).dtype
         closed, specs = trace(seeded, jnp.ones((), dtype), params, rest)
         run = Run()
-        outputs = run.execute(prune(read(closed)), [seed(dtype), *jax.tree.leaves((params, rest))])
+        outputs = run.execute(joined(prune(read(closed))), [seed(dtype), *jax.tree.leaves((params, rest))])
         (out, *aux), found = jax.tree.unflatten(jax.tree.structure(specs), outputs)
         found = jax.tree.map(scaled, found, is_leaf=lambda node: isinstance(node, Scaled))
         return ((out, *aux) if has_aux else out), found, *([run.lost] if places else [])
@@ -65,8 +67,8 @@ class Frame:
 
     normal: dict[int, tuple[Any, Scaled]] = field(default_factory=dict)
     """Values, by their identity, and what they are once normalised."""
-    numbers: dict[int, tuple[Any, float]] = field(default_factory=dict)
-    """Arrays of one number that is known."""
+    known: dict[int, tuple[Any, Known]] = field(default_factory=dict)
+    """Plain arrays, by their identity, of which something is known."""
     found: dict[str, Any] = field(default_factory=dict)
     """What leaves it, by name: notes, and under the names of places whether numbers were lost."""
 
@@ -126,7 +128,8 @@ class Run:
                 outputs = scan(self, op, inputs)
             else:
                 outputs = op.call(*inputs)
-                self._remember(op, inputs, outputs)
+                if outputs and (known_now := learned(op, [self._about(x) for x in inputs], outputs[0].dtype)) is not NOTHING:
+                    self.frame.known[id(outputs[0])] = (outputs[0], known_now)
             known.update(zip(op.outputs, outputs, strict=True))
             note(op.outputs)
         self.around = outer
@@ -149,9 +152,16 @@ class Run:
 
     def number(self, x: Any) -> float | None:
         """The one number of a plain value, where it is known while the program is traced."""
+        return self._about(x).number
+
+    def orders(self, x: Any) -> float:
+        """By how many binary orders a plain factor may move a value, infinite where nothing is known."""
+        return self._about(x).orders
+
+    def _about(self, x: Any) -> Known:
         if isinstance(x, np.ndarray | np.generic | int | float) and not np.ndim(x):
-            return abs(complex(x)) if np.iscomplexobj(x) else float(x)
-        return self.frame.numbers[id(x)][1] if id(x) in self.frame.numbers else None
+            return Known.of(abs(complex(x)) if np.iscomplexobj(x) else float(x))
+        return self.frame.known[id(x)][1] if id(x) in self.frame.known else NOTHING
 
     def tidy(self, x: Scaled) -> Scaled:
         """Normalise what may have moved, once for all who ask."""
@@ -191,12 +201,6 @@ class Run:
                 value = jnp.any(value) if turns else value
                 value |= self.frame.found.get(name, False)
             self.frame.found[name] = value
-
-    def _remember(self, op: Op, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        if op.name in ("broadcast_in_dim", "convert_element_type", "copy", "reshape") and is_float(outputs[0]):
-            if (number := self.number(inputs[0])) is not None:
-                self.frame.numbers[id(outputs[0])] = (outputs[0], number)
-
 
 def _holds(program: Program, variables: Mapping[int, Any]) -> bool:
     """Whether a program or the loops in it make one of some variables."""

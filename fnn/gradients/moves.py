@@ -182,6 +182,16 @@ def _concatenate(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     return [Scaled(op.call(*(x.value for x in parts))[0], exponents, max(x.slack for x in parts))]
 
 
+def _joined(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+    """Rows side by side, with rows of zeros between."""
+    parts = [rows(run.tidy(scaled(x)), 1) for x in inputs]
+    exponents = [jnp.full(gap, LOWEST, jnp.int32) for gap in op.params["gaps"]]
+    for place, x in enumerate(parts):
+        exponents.insert(2 * place + 1, x.exponent)
+    slack = max(x.slack for x in parts)
+    return call(op, [x.value for x in parts], jnp.concatenate(exponents), slack)
+
+
 def _sorted(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     """Every operand keeps one exponent of its own: a sort sees only the order."""
     inputs = [merged(x) if isinstance(x, Scaled) else x for x in inputs]
@@ -235,6 +245,7 @@ MOVES: dict[str, Rule] = {
     "dynamic_update_slice": _updated,
     "expand_dims": _linear(),
     "gather": _gathered,
+    "join_rows": _joined,
     "pad": _padded,
     "reduce_sum": _linear(_reduced, adds=True),
     "reshape": _linear(_reshape),

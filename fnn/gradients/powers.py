@@ -40,9 +40,13 @@ class Scaled:
         return jnp.where(square == 0, -jnp.inf, 0.5 * jnp.log(square) + x.exponent.astype(wide.dtype) * math.log(2))
 
 
+FEW = 4
+"""A slack that a few sums, or small factors, leave: it hides no zeros, but where numbers cancel to the last bit."""
+
+
 def room(dtype: Any) -> float:
-    """How many binary orders a value may have moved by before a plain array multiplies it: 80 in float32."""
-    return 5 / 8 * int(jnp.finfo(dtype).maxexp)
+    """How many binary orders a value may have moved by before a plain array multiplies it: 96 in float32."""
+    return 3 / 4 * int(jnp.finfo(dtype).maxexp)
 
 
 def reach(dtype: Any) -> float:
@@ -76,12 +80,12 @@ def merged(x: Scaled, axes: int = 0, *, apart: bool = True) -> Scaled:
     if x.exponent.ndim <= axes:
         return x
     x = tidy(x)
-    top = jnp.max(x.exponent, axis=range(axes, x.exponent.ndim), keepdims=True, initial=LOWEST)
-    value = shift(x.value, x.exponent - top)
+    highest = jnp.max(x.exponent, axis=range(axes, x.exponent.ndim), keepdims=True, initial=LOWEST)
+    value = shift(x.value, x.exponent - highest)
     if apart:
-        lost = (x.exponent - top < jnp.finfo(value.dtype).minexp) & (x.exponent > LOWEST // 2)
+        lost = (x.exponent - highest < jnp.finfo(value.dtype).minexp) & (x.exponent > LOWEST // 2)
         value = jnp.where(against(lost, value.ndim), jnp.nan, value)
-    return Scaled(value, top.reshape(top.shape[:axes]))
+    return Scaled(value, highest.reshape(highest.shape[:axes]))
 
 
 def rows(x: Any, axes: int) -> Scaled:
@@ -122,13 +126,18 @@ def aligned(
     bare = [isinstance(x, Scaled) or not is_float(x) or zero(x) for x in inputs]
     if all(bare) and first.ndim <= axes and all(x.exponent is first for x in some):
         return [getattr(x, "value", x) for x in inputs], first, max(x.slack for x in some)
-    # An array of zeros must not count as the largest, nor may a shift lose what a slack hides: all are normalised first.
-    parts = [x if b and not isinstance(x, Scaled) else tidy(merged(scaled(x), axes)) for x, b in zip(inputs, bare)]
-    exponents = [against(p.exponent, axes) for p in parts if isinstance(p, Scaled)]
-    top = functools.reduce(jnp.maximum, exponents)
-    values = [shift(p.value, against(p.exponent, axes) - top) if isinstance(p, Scaled) else p for p in parts]
+    parts = [x if b and not isinstance(x, Scaled) else merged(scaled(x), axes) for x, b in zip(inputs, bare, strict=True)]
+    # What counts is the largest entry of each, which a slack hides: an array of zeros has none. The values are shifted only
+    # once: the normalised ones are for others to use.
+    most = 3 / 4 * jnp.finfo(some[0].value.dtype).maxexp
+    normal = [tidy(p) if isinstance(p, Scaled) and p.slack > FEW else p for p in parts]
+    parts = [n if isinstance(p, Scaled) and p.slack > most else p for p, n in zip(parts, normal, strict=True)]
+    exponents = [against(n.exponent, axes) for n in normal if isinstance(n, Scaled)]
+    highest = functools.reduce(jnp.maximum, exponents)
+    values = [shift(p.value, against(p.exponent, axes) - highest) if isinstance(p, Scaled) else p for p in parts]
+    slack = max((n.slack for n in normal if isinstance(n, Scaled)))
     lead = next(p.value.shape[:axes] for p in parts if isinstance(p, Scaled))
-    return values, jnp.broadcast_to(top, lead), 0.0
+    return values, jnp.broadcast_to(highest, lead), slack
 
 
 def against(a: jax.Array, ndim: int) -> jax.Array:
@@ -148,15 +157,21 @@ def is_float(x: Any) -> bool:
 
 @jax.jit
 def _normal(value: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    peak = jnp.max(jnp.abs(value), axis=range(exponent.ndim, value.ndim), initial=0)
+    order, zero = _order(value, exponent.ndim)
+    return _shift(value, -order), jnp.where(zero, LOWEST, exponent + order)
+
+
+def _order(value: jax.Array, axes: int) -> tuple[jax.Array, jax.Array]:
+    """The k with largest entry = f · 2**k, f in [1/2, 1), read from its bits; and whether it is zero."""
+    some = {} if value.size else {"initial": 0}
+    peak = jnp.max(jnp.abs(value), axis=range(axes, value.ndim), **some)
     if peak.dtype.itemsize < 4:
         peak = peak.astype(jnp.float32)
     info = jnp.finfo(peak.dtype)
-    # peak = f · 2**order with f in [1/2, 1): its bits say so.
     bits = jax.lax.bitcast_convert_type(peak, _integers(peak.dtype))
     order = (bits >> info.nmant).astype(jnp.int32) + info.minexp
-    order = jnp.minimum(order, -info.minexp)  # an infinity stays one, and does not make zeros of the rest
-    return _shift(value, -order), jnp.where(peak == 0, LOWEST, exponent + order)
+    # So an infinity stays one, and does not make zeros of the rest.
+    return jnp.minimum(order, -info.minexp), peak == 0
 
 
 @jax.jit
@@ -165,7 +180,7 @@ def _shift(x: jax.Array, by: jax.Array) -> jax.Array:
     wide = dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
     info = jnp.finfo(wide)
     most = int(jnp.finfo(dtype).maxexp) - info.minexp
-    bits = jnp.clip(by + (1 - info.minexp), 0, most).astype(_integers(wide)) << info.nmant
+    bits = jnp.minimum(jnp.maximum(by + (1 - info.minexp), 0), most).astype(_integers(wide)) << info.nmant
     power = jax.lax.bitcast_convert_type(bits, wide).astype(dtype)
     return x * against(power, x.ndim).astype(x.dtype)
 

@@ -33,6 +33,10 @@ class Running(Protocol):
         """The one number of a plain value, where it is known while the program is traced."""
         ...
 
+    def orders(self, x: Any) -> float:
+        """By how many binary orders a plain factor may move a value, infinite where nothing is known."""
+        ...
+
     def tidy(self, x: Scaled) -> Scaled:
         """Normalise what may have moved, once for all who ask."""
         ...
@@ -98,10 +102,7 @@ def _times(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     if op.name == "div" and isinstance(b, Scaled):
         return _both(op, scaled(a), run.tidy(b))
     x, factor = (a, b) if isinstance(a, Scaled) else (b, a)
-    number = run.number(factor)
-    if number == 0:
-        return call(op, [x.value, b] if x is a else [a, x.value], jnp.full_like(x.exponent, LOWEST), 0.0)
-    orders = reach(x.value.dtype) if number is None else abs(math.log2(abs(number)))
+    orders = min(run.orders(factor), reach(x.value.dtype))
     if x.slack + orders > room(x.value.dtype):
         x = run.tidy(x)
     return call(op, [x.value, b] if isinstance(a, Scaled) else [a, x.value], x.exponent, x.slack + orders)
