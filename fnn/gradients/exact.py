@@ -58,7 +58,7 @@ def gradient(loss: Callable[..., Any], *, has_aux: bool = False, places: bool = 
 
 def seed(dtype: Any) -> Scaled:
     """The cotangent 1 of a loss."""
-    return Scaled(jnp.full((), 0.5, dtype), jnp.ones((), jnp.int32))
+    return scaled(jnp.ones((), dtype))
 
 
 @dataclass
@@ -218,6 +218,7 @@ def _line(op: Op) -> str:
     """The innermost line of the traceback that is neither JAX's nor fnn's: " at net.py:12"."""
     inner = tuple(os.path.dirname(module.__file__ or "") for module in (jax, sys.modules["fnn"]))
     for frame in getattr(op.line, "frames", ()):
-        if hasattr(frame, "start_line") and not frame.file_name.startswith(inner):
-            return f" at {os.path.basename(frame.file_name)}:{frame.start_line}"
+        line = getattr(frame, "start_line", getattr(frame, "line_num", None))
+        if line and not frame.file_name.startswith(inner):
+            return f" at {os.path.basename(frame.file_name)}:{line}"
     return ""

@@ -27,8 +27,8 @@ class Known:
     @classmethod
     def of(cls, number: float) -> "Known":
         """Make what is known of an array of one number."""
-        finite = number != 0 and math.isfinite(number)
-        return cls(number, abs(math.log2(abs(number))) if finite else 0.0 if number == 0 else math.inf, abs(number) <= 1)
+        orders = abs(math.log2(abs(number))) if number and math.isfinite(number) else math.inf
+        return cls(number, orders, abs(number) <= 1)
 
 
 NOTHING = Known()

@@ -3,8 +3,10 @@
 An exponent belongs to a whole array, or to each entry of its leading axes, as in what a loop stacks. Within one array an
 entry that is smaller than the largest by more than the range of the dtype rounds to zero, as it would in a sum of the two.
 
-`normal` brings the largest entry near 1. It costs a pass over the array, so that every array knows, without looking at its
-numbers, how far it may have moved since: its `slack`. A rule normalises only where the slack would grow too large.
+`normal` brings the largest entry to a fixed place, 2**30 in float32. It costs a pass over the array, so that every array
+knows, without a look at its numbers, how far it may have moved since: its `slack`. A rule normalises only where the slack
+would grow too large. The place is above 1 since a product that is too small becomes zero, which nobody sees: from there an
+array may be multiplied by the smallest float of all, and a few constants, and still be in range.
 """
 
 import functools
@@ -28,12 +30,12 @@ class Scaled:
     value: jax.Array
     exponent: jax.Array
     slack: float = 0.0
-    """By how many binary orders value's largest entry may lie away from 1, or be zero; at 0 it lies in [1/2, 1), or the
-    array is zero and its exponent the lowest. Static."""
+    """By how many binary orders value's largest entry may have moved since it was normal; it may have become zero, too, where
+    this is more than `FEW`. Static."""
 
     def log_norm(self, axes: int = 0) -> jax.Array:
         """Natural log of the Frobenius norm over all axes behind the first `axes`; -inf for zeros, float[...]."""
-        x = normal(rows(self, axes))
+        x = unit(normal(rows(merged(self, axes, apart=False), axes)))
         wide = jnp.abs(x.value).astype(jnp.promote_types(jnp.finfo(x.value.dtype).dtype, jnp.float32))
         square = jnp.sum(wide**2, axis=range(axes, wide.ndim))
         square = jnp.where(jnp.isinf(square), jnp.nan, square)
@@ -41,17 +43,22 @@ class Scaled:
 
 
 FEW = 4
-"""A slack that a few sums, or small factors, leave: it hides no zeros, but where numbers cancel to the last bit."""
+"""A slack that a few sums, or small factors, leave: it hides no zeros, except where numbers cancel to the last bit."""
 
 
-def room(dtype: Any) -> float:
-    """How many binary orders a value may have moved by before a plain array multiplies it: 96 in float32."""
-    return 3 / 4 * int(jnp.finfo(dtype).maxexp)
+def place(dtype: Any) -> int:
+    """The binary order of the largest entry of a normal array: 30 in float32."""
+    return int(jnp.finfo(dtype).maxexp) // 4 - 2
 
 
 def reach(dtype: Any) -> float:
-    """How many binary orders a plain array may move a value by, in one product: 64 in float32, so that none goes unseen."""
-    return 1 / 2 * int(jnp.finfo(dtype).maxexp)
+    """By how many binary orders a plain array may move a value, in one product: 126 in float32."""
+    return -float(jnp.finfo(dtype).minexp)
+
+
+def room(dtype: Any) -> float:
+    """How many binary orders a value may move by, all in all, before it is normalised: 156 in float32."""
+    return reach(dtype) + place(dtype)
 
 
 def scaled(x: Any) -> Scaled:
@@ -63,7 +70,7 @@ def scaled(x: Any) -> Scaled:
 
 
 def normal(x: Scaled) -> Scaled:
-    """Bring the largest entry, of each array that has an exponent, to [1/2, 1)."""
+    """Bring the largest entry, of each array that has an exponent, to its place."""
     return Scaled(*_normal(x.value, x.exponent))
 
 
@@ -105,10 +112,10 @@ def plain(x: Any) -> tuple[Any, Any]:
         return x, jnp.zeros((), bool)
     x = tidy(x)
     info = jnp.finfo(x.value.dtype)
-    lost = (x.exponent > info.maxexp) | ((x.exponent <= info.minexp) & (x.exponent > LOWEST // 2))
-    # Two steps, since the last power of two of the range has no float of its own.
-    half = jnp.clip(x.exponent, info.minexp, info.maxexp) >> 1
-    value = shift(shift(x.value, half), x.exponent - half)
+    order = x.exponent + place(x.value.dtype)
+    lost = (order > info.maxexp) | ((order <= info.minexp) & (x.exponent > LOWEST // 2))
+    half = jnp.clip(x.exponent, 2 * info.minexp, info.maxexp) >> 1  # one power of two alone may be out of range
+    value = shift(shift(x.value, half, True), x.exponent - half, True)
     lost = against(lost, value.ndim) | jnp.isinf(value)
     return jnp.where(lost, jnp.nan, value), jnp.any(lost)
 
@@ -129,13 +136,13 @@ def aligned(
     parts = [x if b and not isinstance(x, Scaled) else merged(scaled(x), axes) for x, b in zip(inputs, bare, strict=True)]
     # What counts is the largest entry of each, which a slack hides: an array of zeros has none. The values are shifted only
     # once: the normalised ones are for others to use.
-    most = 3 / 4 * jnp.finfo(some[0].value.dtype).maxexp
     normal = [tidy(p) if isinstance(p, Scaled) and p.slack > FEW else p for p in parts]
-    parts = [n if isinstance(p, Scaled) and p.slack > most else p for p, n in zip(parts, normal, strict=True)]
     exponents = [against(n.exponent, axes) for n in normal if isinstance(n, Scaled)]
     highest = functools.reduce(jnp.maximum, exponents)
-    values = [shift(p.value, against(p.exponent, axes) - highest) if isinstance(p, Scaled) else p for p in parts]
-    slack = max((n.slack for n in normal if isinstance(n, Scaled)))
+    values = [
+        shift(p.value, against(p.exponent, axes) - highest, p.slack > FEW) if isinstance(p, Scaled) else p for p in parts
+    ]
+    slack = max(n.slack for n in normal if isinstance(n, Scaled))
     lead = next(p.value.shape[:axes] for p in parts if isinstance(p, Scaled))
     return values, jnp.broadcast_to(highest, lead), slack
 
@@ -145,9 +152,12 @@ def against(a: jax.Array, ndim: int) -> jax.Array:
     return a.reshape(a.shape + (1,) * (ndim - a.ndim)) if a.ndim < ndim else a
 
 
-def shift(x: jax.Array, by: jax.Array) -> jax.Array:
-    """x · 2**by: exact in range, zero where 2**by is below the dtype's range; `by` must not be above it."""
-    return _shift(x, by)
+def shift(x: jax.Array, by: jax.Array, up: bool = False) -> jax.Array:
+    """x · 2**by: exact in range, zero where 2**by is below the dtype's range. Say `up` where `by` may be large.
+
+    A plain product is one that XLA may reorder: (c · x) · 2**by as (c · 2**by) · x, where the brackets leave the range.
+    """
+    return _shift(x, by, up)
 
 
 def is_float(x: Any) -> bool:
@@ -155,34 +165,36 @@ def is_float(x: Any) -> bool:
     return isinstance(x, Scaled) or jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
+def unit(x: Scaled) -> Scaled:
+    """Bring the largest entry to [1/2, 1), for powers and the like."""
+    x, by = tidy(x), place(x.value.dtype)
+    return Scaled(shift(x.value, jnp.full_like(x.exponent, -by)), jnp.maximum(x.exponent + by, LOWEST), x.slack + by)
+
+
 @jax.jit
 def _normal(value: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    order, zero = _order(value, exponent.ndim)
-    return _shift(value, -order), jnp.where(zero, LOWEST, exponent + order)
-
-
-def _order(value: jax.Array, axes: int) -> tuple[jax.Array, jax.Array]:
-    """The k with largest entry = f · 2**k, f in [1/2, 1), read from its bits; and whether it is zero."""
     some = {} if value.size else {"initial": 0}
-    peak = jnp.max(jnp.abs(value), axis=range(axes, value.ndim), **some)
+    peak = jnp.max(jnp.abs(value), axis=range(exponent.ndim, value.ndim), **some)
     if peak.dtype.itemsize < 4:
         peak = peak.astype(jnp.float32)
     info = jnp.finfo(peak.dtype)
+    # peak = f · 2**order, f in [1/2, 1): its bits say so. One factor 2**by must do, also for what is almost out of range.
     bits = jax.lax.bitcast_convert_type(peak, _integers(peak.dtype))
     order = (bits >> info.nmant).astype(jnp.int32) + info.minexp
-    # So an infinity stays one, and does not make zeros of the rest.
-    return jnp.minimum(order, -info.minexp), peak == 0
+    by = jnp.minimum(place(value.dtype) - order, int(jnp.finfo(value.dtype).maxexp) - 1)
+    return _shift(value, by, True), jnp.where(peak == 0, LOWEST, exponent - by)
 
 
-@jax.jit
-def _shift(x: jax.Array, by: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)
+def _shift(x: jax.Array, by: jax.Array, up: bool) -> jax.Array:
     dtype = jnp.finfo(x.dtype).dtype  # of its real part, where x is complex
     wide = dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
     info = jnp.finfo(wide)
     most = int(jnp.finfo(dtype).maxexp) - info.minexp
     bits = jnp.minimum(jnp.maximum(by + (1 - info.minexp), 0), most).astype(_integers(wide)) << info.nmant
     power = jax.lax.bitcast_convert_type(bits, wide).astype(dtype)
-    return x * against(power, x.ndim).astype(x.dtype)
+    power = against(power, x.ndim).astype(x.dtype)
+    return x * (jnp.where(x == 0, jnp.zeros_like(power), power) if up else power)
 
 
 def _integers(dtype: Any) -> Any:

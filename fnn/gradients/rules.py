@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.gradients.powers import LOWEST, Scaled, against, is_float, merged, normal, reach, room, scaled, shift
+from fnn.gradients.powers import LOWEST, Scaled, against, is_float, merged, normal, reach, room, scaled, shift, unit
 from fnn.gradients.program import Const, Op, Program, read
 
 
@@ -77,21 +77,44 @@ def _elementwise(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
 
 
 def _picked(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
-    """Extremes, which may leave the largest entry out."""
-    values, exponent, slack = run.aligned(inputs)
-    return call(op, values, exponent, max(slack, reach(values[-1].dtype)))
+    """max, min, clamp: a choice, so that one which is far smaller does not round to zero next to the other."""
+    if op.name == "clamp":
+        low, x, high = inputs
+        return [_larger(run, _larger(run, low, x, 1), high, -1)]
+    return [_larger(run, *inputs, 1 if op.name == "max" else -1)]
+
+
+def _larger(run: Running, a: Any, b: Any, sign: int) -> Scaled:
+    (x, y), *_ = run.aligned([a, b])
+    return _chosen(run, jnp.isnan(x) | (sign * x > sign * y), [b, a])
+
+
+def _selected(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+    if isinstance(inputs[0], Scaled):
+        return run.undone(op, inputs)
+    return [_chosen(run, inputs[0], inputs[1:])]
+
+
+def _chosen(run: Running, which: jax.Array, cases: list[Any]) -> Scaled:
+    """Choose between arrays by number, entry by entry: what is not chosen must not count as the largest."""
+    some = [x for x in cases if isinstance(x, Scaled)]
+    shape = jnp.broadcast_shapes(*(np.shape(getattr(x, "value", x)) for x in cases))
+    others = [x for x in cases if run.number(x) != 0]
+    if len(some) < len(others) or any(x.exponent is not some[0].exponent for x in some):
+        cases = [_where(which == i, x, shape) if run.number(x) != 0 else x for i, x in enumerate(cases)]
+    values, exponent, slack = run.aligned(cases)
+    values = [jnp.broadcast_to(v, shape).astype(some[0].value.dtype) for v in values]
+    return Scaled(jax.lax.select_n(which, *values), exponent, max(slack, reach(values[0].dtype)))
+
+
+def _where(here: jax.Array, x: Any, shape: tuple[int, ...]) -> Scaled:
+    x = scaled(x)
+    value = jnp.where(here, jnp.broadcast_to(x.value, shape), 0)
+    return Scaled(value, x.exponent, max(x.slack, reach(value.dtype)))
 
 
 def _compared(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     return plainly(op, run.aligned(inputs)[0])
-
-
-def _selected(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
-    which, *cases = inputs
-    if isinstance(which, Scaled):
-        return run.undone(op, inputs)
-    values, exponent, slack = run.aligned(cases)
-    return call(op, [which, *values], exponent, max(slack, reach(values[0].dtype)))
 
 
 def _times(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
@@ -161,21 +184,20 @@ def _solved(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
 
 
 def _power_of(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
-    x, n = run.tidy(inputs[0]), int(op.params.get("y", 2))
-    if n == 0 or abs(n) > room(x.value.dtype):
+    x, n = unit(run.tidy(inputs[0])), int(op.params.get("y", 2))
+    if n == 0 or abs(n) > reach(x.value.dtype) / 2:
         return run.undone(op, inputs)
     if n < 0:  # the exponent of a zero would make an infinity small
         return call(op, [x.value], jnp.where(x.exponent <= LOWEST // 2, 0, x.exponent) * n, reach(x.value.dtype))
-    return call(op, [x.value], jnp.maximum(x.exponent, LOWEST // n) * n, float(n))
+    return call(op, [x.value], jnp.maximum(x.exponent, LOWEST // n) * n, reach(x.value.dtype))
 
 
 def _root(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     """sqrt and rsqrt: half the exponent, once it is even."""
-    x = run.tidy(inputs[0])
+    x = unit(run.tidy(inputs[0]))
     value, half = shift(x.value, x.exponent & 1), x.exponent >> 1
-    if op.name == "sqrt":
-        return call(op, [value], half, 1.0)
-    return call(op, [value], -jnp.where(half <= LOWEST // 4, 0, half), reach(x.value.dtype))
+    half = half if op.name == "sqrt" else -jnp.where(half <= LOWEST // 4, 0, half)
+    return call(op, [value], half, reach(x.value.dtype))
 
 
 def _logarithm(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
@@ -191,9 +213,9 @@ def _sign(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
 
 def _multiplied(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     """reduce_prod: the exponents add, where a product of the values themselves stays in range."""
-    x, axes = merged(run.tidy(inputs[0])), op.params["axes"]
+    x, axes = unit(merged(run.tidy(inputs[0]))), op.params["axes"]
     count = math.prod(x.value.shape[axis] for axis in axes)
-    if not 0 < count <= room(x.value.dtype) / 8:
+    if not 0 < count <= reach(x.value.dtype) / 8:
         return run.undone(op, inputs)
     return call(op, [x.value], jnp.maximum(x.exponent, LOWEST // count) * count, reach(x.value.dtype))
 
