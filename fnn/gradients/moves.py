@@ -214,13 +214,36 @@ def _collective(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     keep = op.name in ("psum", "psum_invariant", "pmax", "pmin", "ppermute")
     parts = [run.tidy(scaled(x)) if is_float(x) else x for x in inputs]
     parts = [x if keep or not isinstance(x, Scaled) else merged(x) for x in parts]
-    tops = [
-        mapped.reduce(jax.lax.pmax, mapped.varying(x.exponent, axes), axes) if isinstance(x, Scaled) else None
-        for x in parts
-    ]
+    tops = [_highest(x.exponent, axes) if isinstance(x, Scaled) else None for x in parts]
     values = [shift(x.value, x.exponent - top) if isinstance(x, Scaled) else x for x, top in zip(parts, tops, strict=True)]
     outputs = op.call(*values)
     return [y if top is None else Scaled(y, top, reach(y.dtype)) for y, top in zip(outputs, tops, strict=True)]
+
+
+def _highest(exponent: jax.Array, axes: Any) -> jax.Array:
+    return mapped.reduce(jax.lax.pmax, mapped.varying(exponent, axes), axes)
+
+
+def _all_gather(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+    """Along the first axis every device's rows bring their exponents."""
+    (x,), tiled, axes = inputs, op.params["tiled"], op.params["axis_name"]
+    if op.params["all_gather_dimension"] or op.params.get("axis_index_groups"):
+        return _collective(run, op, inputs)
+    x = rows(x, max(x.exponent.ndim, int(tiled)))
+    exponent = jax.lax.all_gather(mapped.varying(x.exponent, axes), axes, axis=0, tiled=tiled)
+    return call(op, [x.value], exponent, x.slack)
+
+
+def _reduce_scatter(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+    """Along the first axis, which is cut into rows, these keep their exponents."""
+    (x,), axes = inputs, op.params["axis_name"]
+    if op.params["scatter_dimension"] or not op.params["tiled"] or op.params.get("axis_index_groups"):
+        return _collective(run, op, inputs)
+    x = run.tidy(rows(merged(x, 1), 1))
+    top = _highest(x.exponent, axes)
+    (out,) = op.call(shift(x.value, x.exponent - top))
+    mine = jax.lax.dynamic_slice_in_dim(top, mapped.index(axes) * out.shape[0], out.shape[0])
+    return [Scaled(out, mine, reach(out.dtype))]
 
 
 MOVES: dict[str, Rule] = {
@@ -234,10 +257,9 @@ MOVES: dict[str, Rule] = {
     **dict.fromkeys(("split", "unstack"), _pieces),
     **dict.fromkeys(("concatenate", "stack"), _concatenate),
     **dict.fromkeys(("scatter-add", "scatter_add", "scatter-sub"), _scattered),
-    **dict.fromkeys(
-        "psum psum_invariant pmax pmin ppermute all_gather all_gather_invariant all_to_all reduce_scatter".split(),
-        _collective,
-    ),
+    **dict.fromkeys("psum psum_invariant pmax pmin ppermute all_to_all".split(), _collective),
+    **dict.fromkeys(("all_gather", "all_gather_invariant"), _all_gather),
+    "reduce_scatter": _reduce_scatter,
     "broadcast_in_dim": _linear(_broadcast),
     "convert_element_type": _converted,
     "cumsum": _linear(_along, adds=True),
