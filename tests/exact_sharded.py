@@ -46,7 +46,9 @@ def mapped_outside(params, x):
 
     @functools.partial(jax.shard_map, mesh=MESH, in_specs=(P(), P("d")), out_specs=P("d"))
     def run(params, x):
-        mean = lambda params, x: jax.lax.pmean(loss(params, x), "d")
+        def mean(params, x):
+            return jax.lax.pmean(loss(params, x), "d")
+
         return logs(mean)(jax.lax.pcast(params, "d", to="varying"), x)[None]
 
     return run(params, x)
@@ -55,7 +57,10 @@ def mapped_outside(params, x):
 @functools.partial(jax.shard_map, mesh=MESH, in_specs=(P("d"), P("d")), out_specs=P("d"))
 def gathered(params, x):
     """Parameters cut in four, gathered by each device: the cotangent is scattered again."""
-    mean = lambda params, x: jax.lax.pmean(loss(jax.lax.all_gather(params, "d", tiled=True), x), "d")
+
+    def mean(params, x):
+        return jax.lax.pmean(loss(jax.lax.all_gather(params, "d", tiled=True), x), "d")
+
     return logs(mean)(params, x)
 
 

@@ -213,6 +213,21 @@ def test_other_floats(dtype, close):
         np.testing.assert_allclose(np.asarray(found.log_norm(1), np.float64), want, atol=close)
 
 
+@pytest.mark.parametrize(("outer", "inner", "close"), [("float32", "float16", 0.05), ("float64", "float32", 2e-5)])
+def test_mixed_floats(outer, inner, close):
+    params, want = forty_layers()
+
+    def loss(p):
+        def layer(x, w):
+            return jax.nn.sigmoid(jnp.matmul(x.astype(inner), w.astype(inner), preferred_element_type=outer)), None
+
+        return jnp.mean(jax.lax.scan(layer, X.astype(outer), p)[0] ** 2)
+
+    with jax.enable_x64(outer == "float64"):
+        found = jax.jit(exact.gradient(loss))(jnp.asarray(params, outer))[1]
+        np.testing.assert_allclose(np.asarray(found.log_norm(1), np.float64), want, atol=close)
+
+
 def test_complex_numbers():
     params = jnp.asarray(RNG.normal(size=(30, 4, 4)) + 1j * RNG.normal(size=(30, 4, 4)), jnp.complex64)
 
@@ -221,9 +236,7 @@ def test_complex_numbers():
         return jnp.sum(jnp.abs(x) ** 2)
 
     compiled = jax.jit(exact.gradient(loss))
-    np.testing.assert_allclose(
-        values(compiled(params, 0.3)[1]), jax.grad(loss)(params, 0.3), rtol=1e-4, atol=1e-8
-    )
+    np.testing.assert_allclose(values(compiled(params, 0.3)[1]), jax.grad(loss)(params, 0.3), rtol=1e-4, atol=1e-8)
     with jax.enable_x64(True):
         want = np.asarray(jax.grad(loss)(params.astype(jnp.complex128), 0.001)).reshape(30, -1)
     np.testing.assert_allclose(compiled(params, 0.001)[1].log_norm(1), np.log(np.linalg.norm(want, axis=1)), atol=1e-4)
@@ -363,7 +376,7 @@ def test_notes_are_taken_where_values_are_made_and_stacked_over_the_turns_of_loo
                 yield op
                 yield from loops(op.body)
 
-    forward, first, backward, last = loops(program)
+    _, first, backward, last = loops(program)
     assert backward.params["reverse"] and last.params["reverse"]
     (tanh,) = (op.outputs[0] for op in first.body.ops if op.name == "tanh")
     weight, error = last.outputs[-1], [op.outputs[0] for op in last.body.ops if op.name == "dot_general"]
@@ -374,12 +387,17 @@ def test_notes_are_taken_where_values_are_made_and_stacked_over_the_turns_of_loo
 
     @jax.jit
     def run(seed, p):
-        this = exact.Run(norm)
+        this = exact.run(norm)
         (gradient,) = this.execute(program, [exact.seed(jnp.float32), p])
         return gradient.log_norm(2), this.noted
 
     gradient, noted = run(jnp.float32(1), params)
-    assert {name: x.shape for name, x in noted.items()} == {"activation": (3, 5), "a": (3, 5), "b": (3, 5), "result": ()}
+    assert {name: x.shape for name, x in noted.items()} == {
+        "activation": (3, 5),
+        "a": (3, 5),
+        "b": (3, 5),
+        "result": (),
+    }
     assert weight
     # One of the two products makes the weight's gradient: turn by turn the same numbers, in the order of the weights.
     assert any(np.allclose(noted[name], gradient, rtol=1e-5) for name in ("a", "b"))

@@ -133,14 +133,17 @@ def aligned(
     bare = [isinstance(x, Scaled) or not is_float(x) or zero(x) for x in inputs]
     if all(bare) and first.ndim <= axes and all(x.exponent is first for x in some):
         return [getattr(x, "value", x) for x in inputs], first, max(x.slack for x in some)
-    parts = [x if b and not isinstance(x, Scaled) else merged(scaled(x), axes) for x, b in zip(inputs, bare, strict=True)]
+    parts = [
+        x if b and not isinstance(x, Scaled) else merged(scaled(x), axes) for x, b in zip(inputs, bare, strict=True)
+    ]
     # What counts is the largest entry of each, which a slack hides: an array of zeros has none. The values are shifted only
     # once: the normalised ones are for others to use.
     normal = [tidy(p) if isinstance(p, Scaled) and p.slack > FEW else p for p in parts]
     exponents = [against(n.exponent, axes) for n in normal if isinstance(n, Scaled)]
     highest = functools.reduce(jnp.maximum, exponents)
     values = [
-        shift(p.value, against(p.exponent, axes) - highest, p.slack > FEW) if isinstance(p, Scaled) else p for p in parts
+        shift(p.value, against(p.exponent, axes) - highest, p.slack > FEW) if isinstance(p, Scaled) else p
+        for p in parts
     ]
     slack = max(n.slack for n in normal if isinstance(n, Scaled))
     lead = next(p.value.shape[:axes] for p in parts if isinstance(p, Scaled))
@@ -173,8 +176,8 @@ def unit(x: Scaled) -> Scaled:
 
 @jax.jit
 def _normal(value: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    some = {} if value.size else {"initial": 0}
-    peak = jnp.max(jnp.abs(value), axis=range(exponent.ndim, value.ndim), **some)
+    # An initial value costs a kernel of its own, which only an empty array needs.
+    peak = jnp.max(jnp.abs(value), axis=range(exponent.ndim, value.ndim), initial=None if value.size else 0)
     if peak.dtype.itemsize < 4:
         peak = peak.astype(jnp.float32)
     info = jnp.finfo(peak.dtype)
