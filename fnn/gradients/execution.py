@@ -96,11 +96,7 @@ class Run:
                 outputs = self.rules["scan"](self, op, inputs)
             else:
                 outputs = op.call(*inputs)
-                if (
-                    outputs
-                    and (known_now := learned(op, [self._about(x) for x in inputs], outputs[0].dtype)) is not NOTHING
-                ):
-                    self.frame.known[id(outputs[0])] = (outputs[0], known_now)
+                self._learn(op, inputs, outputs)
             known.update(zip(op.outputs, outputs, strict=True))
             note(op.outputs)
         self.around = outer
@@ -127,18 +123,17 @@ class Run:
         self.add({_at(place): jnp.any(jnp.stack(some))})
         return list(op.call(*values))
 
-    def number(self, x: Any) -> float | None:
-        """The one number of a plain value, where it is known while the program is traced."""
-        return self._about(x).number
-
-    def orders(self, x: Any) -> float:
-        """By how many binary orders a plain factor may move a value, infinite where nothing is known."""
-        return self._about(x).orders
-
-    def _about(self, x: Any) -> Known:
+    def about(self, x: Any) -> Known:
+        """What is known of a plain value while the program is traced."""
         if isinstance(x, np.ndarray | np.generic | int | float) and not np.ndim(x):
             return Known.of(abs(complex(x)) if np.iscomplexobj(x) else float(x))
         return self.frame.known[id(x)][1] if id(x) in self.frame.known else NOTHING
+
+    def _learn(self, op: Op, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        if outputs and inputs:
+            found = learned(op, list(map(self.about, inputs)), outputs[0].dtype, not np.ndim(inputs[0]))
+            if found is not NOTHING:
+                self.frame.known[id(outputs[0])] = (outputs[0], found)
 
     def tidy(self, x: Scaled) -> Scaled:
         """Normalise what may have moved, once for all who ask."""
@@ -152,7 +147,7 @@ class Run:
         """Give all floating inputs one exponent: (values, exponent, slack). Zero and infinities need none."""
 
         def scale_free(x):
-            number = self.number(x)
+            number = self.about(x).number
             return number is not None and (number == 0 or not np.isfinite(number))
 
         return powers.aligned(inputs, axes, scale_free, self.tidy)

@@ -23,12 +23,14 @@ class Known:
     """Entries that are not zero lie between 2**-orders and 2**orders."""
     unit: bool = False
     """No entry is larger than 1."""
+    repeated: bool = False
+    """All entries are one number, known or not."""
 
     @classmethod
     def of(cls, number: float) -> "Known":
         """Make what is known of an array of one number."""
         orders = abs(math.log2(abs(number))) if number and math.isfinite(number) else math.inf
-        return cls(number, orders, abs(number) <= 1)
+        return cls(number, orders, abs(number) <= 1, True)
 
 
 NOTHING = Known()
@@ -36,12 +38,15 @@ UNIT = {"tanh", "logistic", "sin", "cos", "erf"}
 SAME = {"broadcast_in_dim", "copy", "reshape", "squeeze", "transpose", "expand_dims", "stop_gradient"}
 
 
-def learned(op: Op, inputs: list[Known], dtype: Any) -> Known:
-    """Say what is known of the result of a plain operation, and its dtype, from what is known of its inputs."""
+def learned(op: Op, inputs: list[Known], dtype: Any, scalar: bool) -> Known:
+    """Say what is known of the result of a plain operation, from what is known of its inputs.
+
+    `dtype` is that of the result, `scalar` says that the first input is a single number.
+    """
     if op.name in UNIT:
         return Known(unit=True)
     if op.name in SAME:
-        return inputs[0]
+        return replace(inputs[0], repeated=True) if op.name == "broadcast_in_dim" and scalar else inputs[0]
     if op.name == "neg":
         return replace(inputs[0], number=None)
     if op.name == "convert_element_type" and jnp.issubdtype(dtype, jnp.inexact):

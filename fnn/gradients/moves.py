@@ -5,6 +5,7 @@ leading axes of the result do; where it cannot, the exponents are merged into on
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 
 from fnn import mapped
 from fnn.gradients.execution import Rule, Run
-from fnn.gradients.powers import LOWEST, Scaled, is_float, merged, place, reach, rows, scaled, shift, tidy
+from fnn.gradients.powers import LOWEST, Scaled, is_float, merged, opaque, place, reach, rows, scaled, shift, tidy
 from fnn.gradients.program import Op
 from fnn.gradients.rules import call, together
 
@@ -40,6 +41,11 @@ def _linear(lead: Lead | None = None, *, picks: bool = False, adds: bool = False
 
 def _same(op: Op, x: Scaled) -> jax.Array:
     return x.exponent
+
+
+def _repeated(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
+    (out,) = _linear(_broadcast)(run, op, inputs)
+    return [replace(out, value=opaque(out.value)) if inputs[0].value.size == 1 else out]
 
 
 def _broadcast(op: Op, x: Scaled) -> jax.Array | None:
@@ -95,7 +101,7 @@ def _dynamic_slice(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
 def _padded(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     """The new rows are zero, with the lowest exponent."""
     (x, fill), config = inputs, op["padding_config"]
-    if not isinstance(x, Scaled) or run.number(fill) != 0:
+    if not isinstance(x, Scaled) or run.about(fill).number != 0:
         return run.undone(op, inputs)
     exponent, slack = x.exponent, x.slack
     if any(low < 0 or high < 0 for low, high, _ in config):
@@ -272,7 +278,7 @@ MOVES: dict[str, Rule] = {
     **dict.fromkeys(("scatter-add", "scatter_add", "scatter-sub"), _scattered),
     **dict.fromkeys(("psum", "psum_invariant", "pmax", "pmin", "ppermute", "all_to_all"), _collective),
     **dict.fromkeys(("all_gather", "all_gather_invariant"), _all_gather),
-    "broadcast_in_dim": _linear(_broadcast),
+    "broadcast_in_dim": _repeated,
     "convert_element_type": _converted,
     "cumsum": _linear(_along, adds=True),
     "dynamic_slice": _dynamic_slice,

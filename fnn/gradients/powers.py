@@ -115,7 +115,7 @@ def plain(x: Any) -> tuple[Any, Any]:
     order = x.exponent + place(x.value.dtype)
     lost = (order > info.maxexp) | ((order <= info.minexp) & (x.exponent > LOWEST // 2))
     half = jnp.clip(x.exponent, 2 * info.minexp, info.maxexp) >> 1  # one power of two alone may be out of range
-    value = shift(shift(x.value, half, True), x.exponent - half, True)
+    value = shift(opaque(shift(x.value, half)), x.exponent - half)
     lost = against(lost, value.ndim) | jnp.isinf(value)
     return jnp.where(lost, jnp.nan, value), jnp.any(lost)
 
@@ -141,10 +141,7 @@ def aligned(
     normal = [tidy(p) if isinstance(p, Scaled) and p.slack > FEW else p for p in parts]
     exponents = [against(n.exponent, axes) for n in normal if isinstance(n, Scaled)]
     highest = functools.reduce(jnp.maximum, exponents)
-    values = [
-        shift(p.value, against(p.exponent, axes) - highest, p.slack > FEW) if isinstance(p, Scaled) else p
-        for p in parts
-    ]
+    values = [shift(p.value, against(p.exponent, axes) - highest) if isinstance(p, Scaled) else p for p in parts]
     slack = max(n.slack for n in normal if isinstance(n, Scaled))
     lead = next(p.value.shape[:axes] for p in parts if isinstance(p, Scaled))
     return values, jnp.broadcast_to(highest, lead), slack
@@ -155,12 +152,17 @@ def against(a: jax.Array, ndim: int) -> jax.Array:
     return a.reshape(a.shape + (1,) * (ndim - a.ndim)) if a.ndim < ndim else a
 
 
-def shift(x: jax.Array, by: jax.Array, up: bool = False) -> jax.Array:
-    """x · 2**by: exact in range, zero where 2**by is below the dtype's range. Say `up` where `by` may be large.
+def shift(x: jax.Array, by: jax.Array) -> jax.Array:
+    """x · 2**by: exact in range, zero where 2**by is below the dtype's range; `by` must not be above it."""
+    return _shift(x, by)
 
-    A plain product is one that XLA may reorder: (c · x) · 2**by as (c · 2**by) · x, where the brackets leave the range.
+
+def opaque(x: jax.Array) -> jax.Array:
+    """Hide from XLA that an array is one number repeated, c.
+
+    It reorders products of such: (c · x) · 2**by becomes (c · 2**by) · x, where the brackets may leave the range.
     """
-    return _shift(x, by, up)
+    return jax.lax.optimization_barrier(x)
 
 
 def is_float(x: Any) -> bool:
@@ -185,11 +187,11 @@ def _normal(value: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array
     bits = jax.lax.bitcast_convert_type(peak, _integers(peak.dtype))
     order = (bits >> info.nmant).astype(jnp.int32) + info.minexp
     by = jnp.minimum(place(value.dtype) - order, int(jnp.finfo(value.dtype).maxexp) - 1)
-    return _shift(value, by, True), jnp.where(peak == 0, LOWEST, exponent - by)
+    return _shift(value, by), jnp.where(peak == 0, LOWEST, exponent - by)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _shift(x: jax.Array, by: jax.Array, up: bool) -> jax.Array:
+@jax.jit
+def _shift(x: jax.Array, by: jax.Array) -> jax.Array:
     dtype = jnp.finfo(x.dtype).dtype  # of its real part, where x is complex
     wide = dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
     info = jnp.finfo(wide)
@@ -197,7 +199,7 @@ def _shift(x: jax.Array, by: jax.Array, up: bool) -> jax.Array:
     bits = jnp.minimum(jnp.maximum(by + (1 - info.minexp), 0), most).astype(_integers(wide)) << info.nmant
     power = jax.lax.bitcast_convert_type(bits, wide).astype(dtype)
     power = against(power, x.ndim).astype(x.dtype)
-    return x * (jnp.where(x == 0, jnp.zeros_like(power), power) if up else power)
+    return x * power
 
 
 def _integers(dtype: Any) -> Any:

@@ -17,6 +17,7 @@ from fnn.gradients.powers import (
     is_float,
     merged,
     normal,
+    opaque,
     place,
     reach,
     room,
@@ -81,9 +82,9 @@ def _chosen(run: Run, which: jax.Array, cases: list[Any]) -> Scaled:
     """Choose between arrays by number, entry by entry: what is not chosen must not count as the largest."""
     some = [x for x in cases if isinstance(x, Scaled)]
     shape = jnp.broadcast_shapes(*(np.shape(getattr(x, "value", x)) for x in cases))
-    others = [x for x in cases if run.number(x) != 0]
+    others = [x for x in cases if run.about(x).number != 0]
     if len(some) < len(others) or any(x.exponent is not some[0].exponent for x in some):
-        cases = [_where(which == i, x, shape) if run.number(x) != 0 else x for i, x in enumerate(cases)]
+        cases = [_where(which == i, x, shape) if run.about(x).number != 0 else x for i, x in enumerate(cases)]
     values, exponent, slack = run.aligned(cases)
     values = [jnp.broadcast_to(v, shape).astype(some[0].value.dtype) for v in values]
     return Scaled(jax.lax.select_n(which, *values), exponent, max(slack, reach(values[0].dtype)))
@@ -107,10 +108,13 @@ def _times(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     if op.name == "div" and isinstance(b, Scaled):
         return _both(op, scaled(a), run.tidy(b))
     x, factor = (a, b) if isinstance(a, Scaled) else (b, a)
-    orders = min(run.orders(factor), reach(x.value.dtype))
-    if x.slack + orders > room(x.value.dtype):
+    known, most = run.about(factor), reach(x.value.dtype)
+    orders = min(known.orders, most)
+    # XLA multiplies known numbers with each other first: their product alone must be in range.
+    if x.slack + orders > room(x.value.dtype) or (known.number and x.slack < most <= x.slack + orders):
         x = run.tidy(x)
-    return call(op, [x.value, b] if isinstance(a, Scaled) else [a, x.value], x.exponent, x.slack + orders)
+    factor = opaque(factor) if known.repeated and known.number is None else factor
+    return call(op, [x.value, factor] if isinstance(a, Scaled) else [factor, x.value], x.exponent, x.slack + orders)
 
 
 def _both(op: Op, a: Scaled, b: Scaled) -> list[Any]:
