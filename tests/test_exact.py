@@ -1,6 +1,7 @@
-"""Exact gradients: those of `jax.grad` where float32 holds them, those of float64 or of a scaled seed where it does not."""
+"""Exact gradients, rule by rule: those of `jax.grad` where float32 holds them, and of a far smaller seed where it does not."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from fnn.gradients import exact, powers
+from fnn.gradients.program import Loop, prune, read, trace
 
 RNG = np.random.default_rng(0)
 SMALL = jnp.float32(2.0**-100)
@@ -25,11 +27,12 @@ def values(found):
     return jax.tree.map(lambda x: powers.plain(x)[0], found, is_leaf=is_scaled)
 
 
-def logs(found, axes=0):
-    return jax.tree.map(lambda a: a.log_norm(axes), found, is_leaf=is_scaled)
+def leaves(found):
+    return jax.tree.leaves(found, is_leaf=is_scaled)
 
 
 X, W, TOKENS = drawn(6, 4), drawn(4, 4), jnp.array([[1, 0, 2, 1], [3, 1, 1, 0]])
+SEQUENCE, IMAGES = drawn(5, 2, 4), drawn(2, 4, 4, 3)
 
 
 def lstm(p):
@@ -41,10 +44,7 @@ def lstm(p):
         return (h, c), h
 
     zeros = jnp.zeros((2, 4))
-    return jax.lax.scan(cell, (zeros, zeros), drawn_sequence)[1]
-
-
-drawn_sequence = drawn(5, 2, 4)
+    return jax.lax.scan(cell, (zeros, zeros), SEQUENCE)[1]
 
 
 def nested(p):
@@ -55,20 +55,30 @@ def nested(p):
     return x, seen
 
 
-@jax.custom_vjp
-def sign_of_gradient(x):
-    return x
+def with_rule(backward):
+    """The identity, with a rule for its cotangent."""
+
+    @jax.custom_vjp
+    def identity(x):
+        return x
+
+    identity.defvjp(lambda x: (x, x), lambda x, g: (backward(x, g),))
+    return identity
 
 
-sign_of_gradient.defvjp(lambda x: (x, ()), lambda _, g: (jnp.sign(g) * jnp.abs(g),))
+sign_of_gradient = with_rule(lambda x, g: jnp.sign(g) * jnp.abs(g))
+normalised = with_rule(lambda x, g: g * jax.lax.rsqrt(jnp.sum(g**2)) * jnp.sum(jnp.abs(g)) + jnp.maximum(g, 0.0) / 2)
+ratios = with_rule(lambda x, g: g * (1.0 / (3.0 * jnp.max(jnp.abs(g)))) * g + jnp.prod(g[:2, 0]) / g[0, 0])
+steps = with_rule(lambda x, g: jax.lax.while_loop(lambda s: s[1] < 3, lambda s: (s[0] * x, s[1] + 1), (g, 0))[0])
+sorts = with_rule(lambda x, g: jnp.sort(g, axis=0) + jnp.where(g > jnp.mean(g), g, -g) + jnp.clip(g, 0.0, jnp.max(g)))
 
 
-@jax.custom_vjp
-def normalised(x):
-    return x
+@jax.custom_jvp
+def cubed(x):
+    return x**3
 
 
-normalised.defvjp(lambda x: (x, ()), lambda _, g: (g / jnp.sqrt(jnp.sum(g**2)) * jnp.sum(jnp.abs(g)),))
+cubed.defjvp(lambda primals, tangents: (cubed(*primals), 3 * primals[0] ** 2 * tangents[0]))
 
 
 def attention(p):
@@ -82,7 +92,6 @@ def conv(p):
     return jax.lax.reduce_window(y, 0.0, jax.lax.add, (1, 2, 2, 1), (1, 1, 1, 1), "SAME")
 
 
-IMAGES = drawn(2, 4, 4, 3)
 LOSSES = {
     "dense": (lambda p: jnp.tanh(X @ p) @ p, W),
     "relu, selu, gelu, softplus": (lambda p: jax.nn.softplus(jax.nn.gelu(jax.nn.selu(jax.nn.relu(X @ p) @ p) @ p)), W),
@@ -92,9 +101,11 @@ LOSSES = {
     "embedding": (lambda p: jnp.cumsum(p[TOKENS], axis=1) ** 2, W),
     "pieces": (lambda p: jnp.concatenate([jnp.roll(p, 1), p[::-1, :2].T @ p, jnp.pad(p, 1)[1:5, 1:5]]) ** 3, W),
     "stacked": (lambda p: jnp.stack([p * 2, p.T, jnp.flip(p)]).reshape(6, -1).sum(0) ** 2, W),
+    "unstacked": (lambda p: sum(row * i for i, row in enumerate(jnp.unstack(p))) + jnp.tile(p[0], 3)[:4], W),
     "sorted": (lambda p: jnp.sort(p, axis=0) * jnp.arange(4.0)[:, None] + jnp.max(p, axis=1), W),
     "indexed": (lambda p: p.at[1].set(p[0] ** 2).at[:, 2].add(p[3]) ** 2, W),
     "dynamic": (lambda p: jax.lax.dynamic_slice(p, (TOKENS[0, 0], 0), (2, 4)) ** 2, W),
+    "permuted stack": (lambda p: jnp.stack([p, 2 * p, p.T])[jnp.array([2, 0, 0])] ** 2, W),
     "conv and pools": (conv, drawn(3, 3, 3, 5)),
     "lstm": (lstm, {"x": drawn(4, 16), "h": drawn(4, 16)}),
     "nested scans": (nested, drawn(6, 4, 4)),
@@ -104,14 +115,44 @@ LOSSES = {
         drawn(6, 4, 4),
     ),
     "cond": (lambda p: jax.lax.cond(p[0, 0] > 0, lambda p: p**2, lambda p: p**3, p), W),
+    "switch in scan": (
+        lambda p: jax.lax.scan(lambda x, i: (jax.lax.switch(i, [jnp.sin, jnp.cos], x @ p), None), X, TOKENS[0] % 2)[0],
+        W,
+    ),
     "vmap": (lambda p: jax.vmap(lambda x: jnp.tanh(x @ p) * x)(X), W),
     "jit": (jax.jit(lambda p: jnp.where(p > 0, p, 0.1 * p) / (1 + p**2)), W),
     "solve": (lambda p: jnp.linalg.solve(p @ p.T + 4 * jnp.eye(4), X.T), W),
     "fft": (lambda p: jnp.abs(jnp.fft.rfft(p)) ** 2, W),
     "gradient penalty": (lambda p: jax.grad(lambda p: jnp.sum(jnp.tanh(X @ p) ** 2))(p) ** 2, W),
-    "own rule, homogeneous": (lambda p: normalised(sign_of_gradient(jnp.tanh(X @ p))) @ p, W),
-    "dict": (lambda p: jnp.einsum("bi,ij,jk->bk", X, p["a"], p["b"]), {"a": W, "b": drawn(4, 5), "unused": W}),
+    "custom_jvp": (lambda p: cubed(jax.nn.relu(X @ p)), W),
+    "own rules, homogeneous": (lambda p: ratios(normalised(sign_of_gradient(jnp.tanh(X @ p)))) @ p, W),
+    "own rules, while, sort, where": (lambda p: steps(sorts(jnp.tanh(X @ p))), W),
+    "einsum": (lambda p: jnp.einsum("bi,ij,jk->bk", X, p["a"], p["b"]), {"a": W, "b": drawn(4, 5), "unused": W}),
 }
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_equals_the_plain_gradient_and_keeps_its_digits_when_the_seed_leaves_float32(name):
+    function, params = LOSSES[name]
+
+    def loss(p, scale):
+        outputs = jax.tree.leaves(function(p))
+        # The scale multiplies each time: 2**-300 is no float32.
+        return sum(jnp.mean(out * jnp.cos(1.0 + out)) for out in outputs) * scale * scale * scale
+
+    compiled = jax.jit(exact.gradient(loss))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value, found = compiled(params, jnp.float32(1))
+    want_value, want = jax.jit(jax.value_and_grad(loss))(params, jnp.float32(1))
+    np.testing.assert_allclose(value, want_value, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(values(found)), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-6 * float(jnp.abs(theirs).max(initial=0)))
+    _, far = compiled(params, SMALL)
+    for near, away in zip(leaves(found), leaves(far), strict=True):
+        near, away = (powers.normal(powers.merged(x)) for x in (near, away))
+        assert away.exponent == near.exponent - 300 or not jnp.any(near.value)
+        np.testing.assert_allclose(away.value, near.value, rtol=1e-6, atol=1e-30)
 
 
 def by_index(p):
@@ -145,37 +186,224 @@ def by_two_scans(p):
     return jax.lax.scan(lambda x, w: (jax.nn.sigmoid(x @ w), None), x, jnp.concatenate([p[13:20], p[20:]]))[0]
 
 
-@pytest.mark.parametrize("function", [by_index, by_traced_index, by_rows, by_scan, written_out, by_two_scans])
-def test_layers_of_one_array_keep_their_logs_however_they_are_taken_from_it(function):
-    params = jnp.asarray(np.random.default_rng(3).normal(size=(40, 4, 4)) / 20, jnp.float32)
-
-    def loss(p):
-        return jnp.mean(function(p) ** 2)
-
+@functools.cache
+def forty_layers():
+    """Their weights, and the log norms of the gradients of a sum of squares in float64."""
+    params = np.random.default_rng(3).normal(size=(40, 4, 4)) / 20
     with jax.enable_x64(True):
-        gradient = np.asarray(jax.grad(loss)(params.astype(jnp.float64)))
+        gradient = np.asarray(jax.jit(jax.grad(lambda p: jnp.mean(by_scan(p) ** 2)))(jnp.asarray(params)))
     want = np.log(np.linalg.norm(gradient.reshape(40, -1), axis=1))
     assert want.min() < -150
-    found = jax.jit(exact.gradient(loss))(params)[1].log_norm(1)
-    np.testing.assert_allclose(found, want, atol=2e-5)
+    return params, want
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_equals_the_plain_gradient_and_keeps_its_digits_when_the_seed_leaves_float32(name):
-    function, params = LOSSES[name]
+@pytest.mark.parametrize("function", [by_index, by_traced_index, by_rows, by_scan, written_out, by_two_scans])
+def test_layers_of_one_array_keep_their_logs_however_they_are_taken_from_it(function):
+    params, want = forty_layers()
+    found = jax.jit(exact.gradient(lambda p: jnp.mean(function(p) ** 2)))(jnp.asarray(params, jnp.float32))[1]
+    np.testing.assert_allclose(found.log_norm(1), want, atol=2e-5)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("bfloat16", 0.3), ("float16", 0.05), ("float64", 1e-11)])
+def test_other_floats(dtype, close):
+    params, want = forty_layers()
+    with jax.enable_x64(dtype == "float64"):
+        found = jax.jit(exact.gradient(lambda p: jnp.mean(by_scan(p) ** 2)))(jnp.asarray(params, dtype))[1]
+        assert found.value.dtype == dtype
+        np.testing.assert_allclose(np.asarray(found.log_norm(1), np.float64), want, atol=close)
+
+
+@pytest.mark.parametrize(("outer", "inner", "close"), [("float32", "float16", 0.05), ("float64", "float32", 2e-5)])
+def test_mixed_floats(outer, inner, close):
+    params, want = forty_layers()
+
+    def loss(p):
+        def layer(x, w):
+            return jax.nn.sigmoid(jnp.matmul(x.astype(inner), w.astype(inner), preferred_element_type=outer)), None
+
+        return jnp.mean(jax.lax.scan(layer, X.astype(outer), p)[0] ** 2)
+
+    with jax.enable_x64(outer == "float64"):
+        found = jax.jit(exact.gradient(loss))(jnp.asarray(params, outer))[1]
+        np.testing.assert_allclose(np.asarray(found.log_norm(1), np.float64), want, atol=close)
+
+
+def test_complex_numbers():
+    params = jnp.asarray(RNG.normal(size=(30, 4, 4)) + 1j * RNG.normal(size=(30, 4, 4)), jnp.complex64)
 
     def loss(p, scale):
-        outputs = jax.tree.leaves(function(p))
-        # The scale multiplies each time: 2**-300 is no float32.
-        return sum(jnp.mean(out * jnp.cos(1.0 + out)) for out in outputs) * scale * scale * scale
+        x = functools.reduce(lambda x, w: 1 + jnp.tanh(x @ (scale * w)), jnp.unstack(p), X.astype(p.dtype))
+        return jnp.sum(jnp.abs(x) ** 2)
 
-    value, found = jax.jit(exact.gradient(loss))(params, jnp.float32(1))
-    want_value, want = jax.value_and_grad(loss)(params, jnp.float32(1))
-    np.testing.assert_allclose(value, want_value, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(values(found)), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-6 * float(jnp.abs(theirs).max(initial=0)))
-    _, far = jax.jit(exact.gradient(loss))(params, SMALL)
-    for near, away in zip(*(jax.tree.leaves(f, is_leaf=is_scaled) for f in (found, far)), strict=True):
-        near, away = (powers.normal(powers.merged(x)) for x in (near, away))
-        assert (away.exponent == near.exponent - 300) or not jnp.any(near.value)
-        np.testing.assert_allclose(away.value, near.value, rtol=1e-6, atol=1e-30)
+    compiled = jax.jit(exact.gradient(loss))
+    np.testing.assert_allclose(values(compiled(params, 0.3)[1]), jax.grad(loss)(params, 0.3), rtol=1e-4, atol=1e-8)
+    with jax.enable_x64(True):
+        want = np.asarray(jax.grad(loss)(params.astype(jnp.complex128), 0.001)).reshape(30, -1)
+    np.testing.assert_allclose(compiled(params, 0.001)[1].log_norm(1), np.log(np.linalg.norm(want, axis=1)), atol=1e-4)
+
+
+def test_the_gradient_of_what_is_zero_is_minus_infinity_and_never_nan():
+    def loss(p):
+        dead = jax.nn.relu(-1.0 - p["dead"] ** 2)
+        return jnp.sum(dead * p["behind"]) + jnp.sum(p["unused"] * 0.0) + jnp.sum(p["alive"] ** 2)
+
+    found = jax.jit(exact.gradient(loss))(dict.fromkeys(("dead", "behind", "unused", "alive"), W))[1]
+    assert {name: float(x.log_norm()) for name, x in found.items() if name != "alive"} == dict.fromkeys(
+        ("dead", "behind", "unused"), -np.inf
+    )
+    np.testing.assert_allclose(found["alive"].log_norm(), np.log(np.linalg.norm(2 * W)), rtol=1e-6)
+    assert not any(jnp.any(jnp.isnan(x)) for x in jax.tree.leaves(values(found)))
+
+
+# The identity forward; 2**-210 backward, in steps that float32 holds.
+shrinking = with_rule(lambda x, g: functools.reduce(lambda g, _: g * jnp.float32(2.0**-30), range(7), g))
+
+
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+def test_a_sum_whose_parts_lie_far_apart(gate):
+    """Next to a part that is larger by 2**210 the other one rounds away; next to zeros it does not."""
+
+    def loss(p):
+        h = p["first"] * 1.0
+        near = h * p["gate"]
+        return jnp.sum(near) + jnp.sum(shrinking(h * p["far"]))
+
+    params = {"first": jnp.ones(4), "far": jnp.ones(4), "gate": jnp.full(4, gate)}
+    found = jax.jit(exact.gradient(loss))(params)[1]
+    want = {"first": 0.0 if gate else -210.0, "far": -210.0, "gate": 0.0}
+    for name, exponent in want.items():
+        np.testing.assert_allclose(found[name].log_norm(), np.log(2) + exponent * np.log(2), rtol=1e-6, err_msg=name)
+
+
+def test_rows_of_an_array_lie_far_apart():
+    def loss(p):
+        return jnp.sum(p[0]) + jnp.sum(shrinking(p[1])) + 0 * jnp.sum(p[2])
+
+    (found,) = leaves(jax.jit(exact.gradient(loss))(jnp.ones((3, 4)))[1])
+    np.testing.assert_allclose(found.log_norm(1), [np.log(2), -209 * np.log(2), -np.inf], rtol=1e-6)
+    np.testing.assert_allclose(found.log_norm(), np.log(2), rtol=1e-6)
+
+
+def test_factors_that_are_tiny_everywhere():
+    """Saturated units one behind the other: no such product goes unseen."""
+
+    def loss(p, x):
+        return jnp.sum(p * x * x * x * x * x) / 3
+
+    compiled = jax.jit(exact.gradient(loss))
+    for order in (-126, -63, 63):
+        found = compiled(jnp.ones(4), jnp.full(4, 2.0**order))[1]
+        np.testing.assert_allclose(found.log_norm(), np.log(2 / 3) + 5 * order * np.log(2), rtol=1e-6)
+
+
+clipped = with_rule(lambda x, g: jnp.exp(jnp.clip(g, -1e-3, 1e-3)) - 1)
+
+
+def test_a_rule_that_is_not_linear_is_undone_and_what_leaves_the_range_is_nan_with_its_place():
+    def loss(p, scale):
+        with jax.named_scope("clipping"):
+            h = clipped(p)
+        return jnp.sum(h) * scale * scale
+
+    compiled = jax.jit(exact.gradient(loss, places=True))
+    _, found, lost = compiled(W, jnp.float32(2.0**-6))
+    np.testing.assert_allclose(values(found), jnp.full((4, 4), np.expm1(2.0**-12)), rtol=1e-3)
+    assert lost and not any(lost.values())
+    _, found, lost = compiled(W, SMALL)
+    assert jnp.isnan(found.log_norm())
+    (place,) = (name for name, left in lost.items() if left)
+    assert place.startswith("exp in ") and "clipping" in place and "test_exact.py:" in place
+
+
+def test_a_lost_number_in_a_loop_and_a_branch_is_reported_outside():
+    def loss(p, scale):
+        def turn(x, i):
+            return jax.lax.cond(i == 2, lambda x: clipped(x), lambda x: 1.0 * x, x), None
+
+        return jnp.sum(jax.lax.scan(turn, p, jnp.arange(4))[0]) * scale * scale
+
+    compiled = jax.jit(exact.gradient(loss, places=True))
+    for scale, left in ((1.0, False), (SMALL, True)):
+        _, found, lost = compiled(W, jnp.float32(scale))
+        assert list(map(bool, lost.values())) == [left]
+        assert bool(jnp.isnan(found.log_norm())) == left
+
+
+unknown = with_rule(lambda x, g: jax.lax.igamma(jnp.ones_like(g), jnp.abs(g)))
+
+
+def test_an_operation_that_is_not_known_warns_once_and_names_itself_and_its_place():
+    def loss(p):
+        return jnp.sum(unknown(unknown(p)))
+
+    with pytest.warns(UserWarning) as seen:
+        found = jax.jit(exact.gradient(loss))(W)[1]
+    (message,) = {str(w.message) for w in seen if "exact gradients" in str(w.message)}
+    assert "the operation igamma (" in message and "test_exact.py:" in message
+    np.testing.assert_allclose(values(found), jax.grad(loss)(W), rtol=1e-5)
+
+
+def test_aux_and_lanes():
+    def loss(p, x):
+        y = jnp.tanh(x @ p)
+        return jnp.mean(y**2), y
+
+    (value, aux), found = exact.gradient(loss, has_aux=True)(W, X)
+    (want, want_aux), plain = jax.value_and_grad(loss, has_aux=True)(W, X)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(aux, want_aux, rtol=1e-6)
+    np.testing.assert_allclose(values(found), plain, rtol=1e-5)
+    scales = jnp.array([1.0, 1e-30, 1e-37])
+    logs = jax.jit(jax.vmap(lambda s: exact.gradient(lambda p: loss(p, X)[0] * s * s)(W)[1].log_norm()))(scales)
+    np.testing.assert_allclose(logs, np.log(np.linalg.norm(plain)) + 2 * np.log(np.asarray(scales)), rtol=1e-5)
+
+
+def test_notes_are_taken_where_values_are_made_and_stacked_over_the_turns_of_loops():
+    params = 0.1 * drawn(3, 5, 4, 4)
+
+    def loss(p):
+        def outer(x, ws):
+            return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0], None
+
+        return jnp.sum(jax.lax.scan(outer, X, p)[0])
+
+    closed, _ = trace(lambda seed, p: jax.vjp(loss, p)[1](seed)[0], jnp.float32(1), params)
+    program = prune(read(closed))
+
+    def loops(program):
+        for op in program.ops:
+            if isinstance(op, Loop):
+                yield op
+                yield from loops(op.body)
+
+    _, first, backward, last = loops(program)
+    assert backward.params["reverse"] and last.params["reverse"]
+    (tanh,) = (op.outputs[0] for op in first.body.ops if op.name == "tanh")
+    weight, error = last.outputs[-1], [op.outputs[0] for op in last.body.ops if op.name == "dot_general"]
+    norm = {
+        variable: (lambda known, name=name, variable=variable: {name: powers.scaled(known[variable]).log_norm()})
+        for name, variable in {"activation": tanh, "a": error[0], "b": error[1], "result": program.outputs[0]}.items()
+    }
+
+    @jax.jit
+    def run(seed, p):
+        this = exact.run(norm)
+        (gradient,) = this.execute(program, [exact.seed(jnp.float32), p])
+        return gradient.log_norm(2), this.noted
+
+    gradient, noted = run(jnp.float32(1), params)
+    assert {name: x.shape for name, x in noted.items()} == {
+        "activation": (3, 5),
+        "a": (3, 5),
+        "b": (3, 5),
+        "result": (),
+    }
+    assert weight
+    # One of the two products makes the weight's gradient: turn by turn the same numbers, in the order of the weights.
+    assert any(np.allclose(noted[name], gradient, rtol=1e-5) for name in ("a", "b"))
+    x, norms = X, []
+    for w in params.reshape(15, 4, 4):
+        x = jnp.tanh(x @ w)
+        norms.append(np.log(np.linalg.norm(x)))
+    np.testing.assert_allclose(noted["activation"].reshape(-1), norms, rtol=1e-5)
+    np.testing.assert_allclose(noted["result"], jax.nn.logsumexp(2 * gradient) / 2, rtol=1e-5)

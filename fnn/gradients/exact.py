@@ -5,29 +5,23 @@ as an input, and the program is run with an exponent beside every value that dep
 seed, the forward pass, runs as it is.
 
 `powers` says what an array with an exponent is, `rules` and `moves` what each operation does to it, `loops` what scans,
-branches and `shard_map` do. Where an operation is not linear, nor homogeneous, or is not known, the exponent is undone: what
-leaves the range of the dtype there is NaN, and `Run` knows the place.
+branches and `shard_map` do; `execution` goes through the program. Where an operation is neither linear nor homogeneous, or is
+not known, the exponent is undone: what leaves the range of the dtype there is NaN, and the run knows the place.
 """
 
-import os
-import sys
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fnn.gradients import powers
-from fnn.gradients.loops import RULES_OF_ALL, scan
-from fnn.gradients.powers import Scaled, is_float, scaled
-from fnn.gradients.program import Const, Loop, Op, Program, prune, read, trace
-from fnn.gradients.rules import NONLINEAR
-
-Note = Callable[[Mapping[int, Any]], dict[str, Any]]
-"""Sees the values made so far, by their variables, some of them `Scaled`; returns small arrays by name."""
+from fnn.gradients.execution import Note, Run
+from fnn.gradients.loops import LOOPS
+from fnn.gradients.moves import MOVES
+from fnn.gradients.pieces import joined
+from fnn.gradients.powers import Scaled, scaled
+from fnn.gradients.program import prune, read, trace
+from fnn.gradients.rules import RULES
 
 
 def gradient(loss: Callable[..., Any], *, has_aux: bool = False, places: bool = False) -> Callable[..., Any]:
@@ -45,175 +39,20 @@ def gradient(loss: Callable[..., Any], *, has_aux: bool = False, places: bool = 
         spec = jax.eval_shape(lambda p: loss(p, *rest), params)
         dtype = (spec[0] if has_aux else spec).dtype
         closed, specs = trace(seeded, jnp.ones((), dtype), params, rest)
-        run = Run()
-        outputs = run.execute(prune(read(closed)), [seed(dtype), *jax.tree.leaves((params, rest))])
+        this = run()
+        outputs = this.execute(joined(prune(read(closed))), [seed(dtype), *jax.tree.leaves((params, rest))])
         (out, *aux), found = jax.tree.unflatten(jax.tree.structure(specs), outputs)
         found = jax.tree.map(scaled, found, is_leaf=lambda node: isinstance(node, Scaled))
-        return ((out, *aux) if has_aux else out), found, *([run.lost] if places else [])
+        return ((out, *aux) if has_aux else out), found, *([this.lost] if places else [])
 
     return call
 
 
+def run(notes: Mapping[int, Note] | None = None) -> Run:
+    """Make ready to execute a program with all rules; `notes` as in `Run`."""
+    return Run({**RULES, **MOVES, **LOOPS}, notes)
+
+
 def seed(dtype: Any) -> Scaled:
     """The cotangent 1 of a loss."""
-    return Scaled(jnp.full((), 0.5, dtype), jnp.ones((), jnp.int32))
-
-
-@dataclass
-class Frame:
-    """What a run knows in one body of a loop, whose values must not leave it."""
-
-    normal: dict[int, tuple[Any, Scaled]] = field(default_factory=dict)
-    """Values, by their identity, and what they are once normalised."""
-    numbers: dict[int, tuple[Any, float]] = field(default_factory=dict)
-    """Arrays of one number that is known."""
-    found: dict[str, Any] = field(default_factory=dict)
-    """What leaves it, by name: notes, and under the names of places whether numbers were lost."""
-
-
-class Run:
-    """Execute a program on values of which some are `Scaled`.
-
-    `notes` are called with the values made so far, where the variables that are their keys are made: those of the program
-    and of the bodies of its scans, which `read` gives one number each. Prune a program before you choose variables.
-    """
-
-    def __init__(self, notes: Mapping[int, Note] | None = None):
-        self.notes = notes or {}
-        self.undone_at: dict[tuple[str, str], None] = {}
-        self.frame = Frame()
-        self.around = ""
-
-    @property
-    def places(self) -> list[tuple[str, str]]:
-        """Where exponents were undone: (operation, name stack and line)."""
-        return list(self.undone_at)
-
-    @property
-    def lost(self) -> dict[str, jax.Array]:
-        """Whether numbers left the range of the dtype where an exponent was undone, by place: bool[]."""
-        return {name: self.frame.found[name] for name in map(_at, self.undone_at) if name in self.frame.found}
-
-    @property
-    def noted(self) -> dict[str, Any]:
-        """What the notes returned, by name, with one leading axis for each scan around."""
-        places = set(map(_at, self.undone_at))
-        return {name: value for name, value in self.frame.found.items() if name not in places}
-
-    def execute(self, program: Program, values: Sequence[Any], where: str = "") -> list[Any]:
-        """Return the outputs, `Scaled` where they depend on a `Scaled` input through something linear.
-
-        `where` is the name stack around the program.
-        """
-        known = dict(zip(program.inputs, values, strict=True))
-        outer, self.around = self.around, "/".join(filter(None, (self.around, where)))
-
-        def value(atom):
-            x = atom.value if isinstance(atom, Const) else known[atom]
-            return self.frame.normal[id(x)][1] if id(x) in self.frame.normal else x
-
-        def note(variables):
-            for variable in variables if self.notes else ():
-                if variable in self.notes:
-                    self.frame.found.update(self.notes[variable](known))
-
-        note(program.inputs)
-        for op in program.ops:
-            inputs = [value(atom) for atom in op.inputs]
-            if any(isinstance(x, Scaled) for x in inputs):
-                outputs = RULES_OF_ALL.get(op.name, Run.undone)(self, op, inputs)
-            elif self.notes and isinstance(op, Loop) and _holds(op.body, self.notes):
-                outputs = scan(self, op, inputs)
-            else:
-                outputs = op.call(*inputs)
-                self._remember(op, inputs, outputs)
-            known.update(zip(op.outputs, outputs, strict=True))
-            note(op.outputs)
-        self.around = outer
-        return [value(atom) for atom in program.outputs]
-
-    def undone(self, op: Op, inputs: Sequence[Any]) -> list[Any]:
-        """An operation that is not linear, or not known: on the numbers themselves, NaN where they leave the range."""
-        place = op.name, "/".join(filter(None, (self.around, op.where))) + _line(op)
-        if op.name not in NONLINEAR and place not in self.undone_at:
-            warnings.warn(
-                f"exact gradients: the operation {op.name} ({place[1]}) is not known to be linear, so that its inputs lose "
-                "their exponents: what leaves the range of the dtype there is NaN",
-                stacklevel=2,
-            )
-        self.undone_at[place] = None
-        values, lost = zip(*map(powers.plain, inputs), strict=True)
-        some = [flag for x, flag in zip(inputs, lost, strict=True) if isinstance(x, Scaled)]
-        self.add({_at(place): jnp.any(jnp.stack(some))})
-        return list(op.call(*values))
-
-    def number(self, x: Any) -> float | None:
-        """The one number of a plain value, where it is known while the program is traced."""
-        if isinstance(x, np.ndarray | np.generic | int | float) and not np.ndim(x):
-            return abs(complex(x)) if np.iscomplexobj(x) else float(x)
-        return self.frame.numbers[id(x)][1] if id(x) in self.frame.numbers else None
-
-    def tidy(self, x: Scaled) -> Scaled:
-        """Normalise what may have moved, once for all who ask."""
-        if not x.slack:
-            return x
-        if id(x) not in self.frame.normal:
-            self.frame.normal[id(x)] = (x, powers.normal(x))
-        return self.frame.normal[id(x)][1]
-
-    def aligned(self, inputs: Sequence[Any], axes: int | None = None) -> tuple[list[Any], jax.Array, float]:
-        """Give all floating inputs one exponent: (values, exponent, slack). Zero and infinities need none."""
-
-        def scale_free(x):
-            number = self.number(x)
-            return number is not None and (number == 0 or not np.isfinite(number))
-
-        return powers.aligned(inputs, axes, scale_free, self.tidy)
-
-    def apart(self, function: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Any]]]:
-        """Run a function in a frame of its own: (what it returns, what leaves the frame)."""
-
-        def inside(*args):
-            outer, self.frame = self.frame, Frame()
-            around = self.around
-            try:
-                return function(*args), self.frame.found
-            finally:
-                self.frame, self.around = outer, around
-
-        return inside
-
-    def add(self, found: dict[str, Any], turns: bool = False) -> None:
-        """Take what left an inner frame: notes as they are, and whether numbers were lost in any of the turns."""
-        places = set(map(_at, self.undone_at))
-        for name, value in found.items():
-            if name in places:
-                value = jnp.any(value) if turns else value
-                value |= self.frame.found.get(name, False)
-            self.frame.found[name] = value
-
-    def _remember(self, op: Op, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        if op.name in ("broadcast_in_dim", "convert_element_type", "copy", "reshape") and is_float(outputs[0]):
-            if (number := self.number(inputs[0])) is not None:
-                self.frame.numbers[id(outputs[0])] = (outputs[0], number)
-
-
-def _holds(program: Program, variables: Mapping[int, Any]) -> bool:
-    """Whether a program or the loops in it make one of some variables."""
-    made = {*program.inputs, *(output for op in program.ops for output in op.outputs)}
-    return not made.isdisjoint(variables) or any(
-        _holds(op.body, variables) for op in program.ops if isinstance(op, Loop)
-    )
-
-
-def _at(place: tuple[str, str]) -> str:
-    return f"{place[0]} in {place[1]}"
-
-
-def _line(op: Op) -> str:
-    """The innermost line of the traceback that is neither JAX's nor fnn's: " at net.py:12"."""
-    inner = tuple(os.path.dirname(module.__file__ or "") for module in (jax, sys.modules["fnn"]))
-    for frame in getattr(op.line, "frames", ()):
-        if hasattr(frame, "start_line") and not frame.file_name.startswith(inner):
-            return f" at {os.path.basename(frame.file_name)}:{frame.start_line}"
-    return ""
+    return scaled(jnp.ones((), dtype))

@@ -11,16 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from fnn import mapped
-from fnn.gradients.moves import MOVES
+from fnn.gradients.execution import Rule, Run
 from fnn.gradients.powers import Scaled, is_float, merged, normal, rows, scaled, shift, tidy
 from fnn.gradients.program import Const, Loop, Op, Program, read
-from fnn.gradients.rules import RULES, Rule, Running
 
 APART = {"pad", "dynamic_update_slice", "scatter-add", "scatter_add", "concatenate", "stack", "scan", "cond", "while"}
 """What gives the entries of an array's first axis exponents of their own."""
 
 
-def scan(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+def scan(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     """Carry exponents along; sequences have one for each turn."""
     if not isinstance(op, Loop):
         return run.undone(op, inputs)
@@ -28,7 +27,7 @@ def scan(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     carry, xs = inputs[op.consts : op.consts + op.carries], inputs[op.consts + op.carries :]
     xs = tuple(tidy(rows(x, max(1, x.exponent.ndim))) if isinstance(x, Scaled) else x for x in xs)
     moved = _reached(op, [isinstance(x, Scaled) for x in (*consts, *carry, *xs)])
-    length = op.params["length"]
+    length = op["length"]
 
     def settled(values, axes):
         """One form for all turns: so many leading axes with exponents of their own."""
@@ -64,9 +63,9 @@ def scan(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     return [*carry, *ys]
 
 
-def branches(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+def branches(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     """cond and switch: all branches return exponents."""
-    programs = [read(branch) for branch in op.params["branches"]]
+    programs = [read(branch) for branch in op["branches"]]
 
     def branch(program):
         def call(*values):
@@ -91,10 +90,10 @@ def branches(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     return outputs
 
 
-def while_loop(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+def while_loop(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     """Every carry that the seed reaches has one exponent."""
-    a, b = op.params["cond_nconsts"], op.params["body_nconsts"]
-    test, turn = read(op.params["cond_jaxpr"]), read(op.params["body_jaxpr"])
+    a, b = op["cond_nconsts"], op["body_nconsts"]
+    test, turn = read(op["cond_jaxpr"]), read(op["body_jaxpr"])
     of_test, of_turn, carry = inputs[:a], inputs[a : a + b], inputs[a + b :]
     loop = Loop("while", {}, [], [], list, body=turn, consts=b, carries=len(carry))
     reached = _reached(loop, [isinstance(x, Scaled) for x in (*of_turn, *carry)])
@@ -119,7 +118,7 @@ def while_loop(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     return carry
 
 
-def sharded(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+def sharded(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     """`shard_map`: what leaves it has the same exponent on all devices."""
     params = op.params
     if not {"mesh", "in_specs", "out_specs", "check_vma", "jaxpr"} <= set(params):
@@ -147,7 +146,7 @@ def sharded(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
         return shift(x.value, x.exponent - top), top
 
     def body(*values):
-        parts = [Scaled(*v) if g else v for v, g in zip(values, given, strict=True)]
+        parts = [Scaled(v[0], v[1]) if g else v for v, g in zip(values, given, strict=True)]
         outputs, found = run.apart(lambda: run.execute(program, parts, op.where))()
         outputs = [shared(x, s) if m else x for x, m, s in zip(outputs, moved, params["out_specs"], strict=True)]
         return outputs, {name: everywhere(flag.astype(jnp.int32)) for name, flag in found.items()}
@@ -161,7 +160,7 @@ def sharded(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
         check_vma=params["check_vma"],
     )(*((x.value, x.exponent) if isinstance(x, Scaled) else x for x in inputs))
     run.add({name: flag > 0 for name, flag in found.items()})
-    return [Scaled(*out) if m else out for out, m in zip(outputs, moved, strict=True)]
+    return [Scaled(out[0], out[1]) if m else out for out, m in zip(outputs, moved, strict=True)]
 
 
 def _reached(op: Loop, given: Sequence[bool]) -> list[bool]:
@@ -191,12 +190,4 @@ def _moved(program: Program, given: Sequence[bool]) -> list[bool]:
     return [not isinstance(atom, Const) and atom in moved for atom in program.outputs]
 
 
-RULES_OF_ALL: dict[str, Rule] = {
-    **RULES,
-    **MOVES,
-    "cond": branches,
-    "scan": scan,
-    "shard_map": sharded,
-    "while": while_loop,
-}
-"""What each operation does, by name."""
+LOOPS: dict[str, Rule] = {"cond": branches, "scan": scan, "shard_map": sharded, "while": while_loop}

@@ -5,6 +5,7 @@ leading axes of the result do; where it cannot, the exponents are merged into on
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import mapped
-from fnn.gradients.powers import LOWEST, Scaled, is_float, merged, reach, room, rows, scaled, shift, tidy
+from fnn.gradients.execution import Rule, Run
+from fnn.gradients.powers import LOWEST, Scaled, is_float, merged, opaque, place, reach, rows, scaled, shift, tidy
 from fnn.gradients.program import Op
-from fnn.gradients.rules import Rule, Running, call, together
+from fnn.gradients.rules import call, together
 
 Lead = Callable[[Op, Scaled], jax.Array | None]
 """The exponents of the result; None where leading axes cannot keep theirs."""
@@ -23,7 +25,7 @@ Lead = Callable[[Op, Scaled], jax.Array | None]
 def _linear(lead: Lead | None = None, *, picks: bool = False, adds: bool = False) -> Rule:
     """A linear operation on its first argument, which may pick entries (the largest need not be among them) or add them."""
 
-    def rule(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+    def rule(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
         x, *others = inputs
         if not isinstance(x, Scaled) or any(isinstance(other, Scaled) for other in others):
             return run.undone(op, inputs)
@@ -41,26 +43,31 @@ def _same(op: Op, x: Scaled) -> jax.Array:
     return x.exponent
 
 
+def _repeated(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
+    (out,) = _linear(_broadcast)(run, op, inputs)
+    return [replace(out, value=opaque(out.value)) if inputs[0].value.size == 1 else out]
+
+
 def _broadcast(op: Op, x: Scaled) -> jax.Array | None:
-    k, dims, shape = x.exponent.ndim, op.params["broadcast_dimensions"], op.params["shape"]
+    k, dims, shape = x.exponent.ndim, op["broadcast_dimensions"], op["shape"]
     return jnp.broadcast_to(x.exponent, shape[:k]) if tuple(dims[:k]) == tuple(range(k)) else None
 
 
 def _reshape(op: Op, x: Scaled) -> jax.Array | None:
     if op.params.get("dimensions") is not None:
         return None
-    if tuple(op.params["new_sizes"][: x.exponent.ndim]) == x.exponent.shape:
+    if tuple(op["new_sizes"][: x.exponent.ndim]) == x.exponent.shape:
         return x.exponent
     return x.exponent.reshape(()) if x.exponent.size == 1 else None
 
 
 def _squeeze(op: Op, x: Scaled) -> jax.Array:
-    dims = {d % x.value.ndim for d in op.params["dimensions"]}
+    dims = {d % x.value.ndim for d in op["dimensions"]}
     return x.exponent.reshape([n for i, n in enumerate(x.exponent.shape) if i not in dims])
 
 
 def _transpose(op: Op, x: Scaled) -> jax.Array | None:
-    k, order = x.exponent.ndim, op.params["permutation"]
+    k, order = x.exponent.ndim, op["permutation"]
     return x.exponent.transpose(order[:k]) if set(order[:k]) == set(range(k)) else None
 
 
@@ -70,31 +77,31 @@ def _reduced(op: Op, x: Scaled) -> jax.Array | None:
 
 
 def _along(op: Op, x: Scaled) -> jax.Array | None:
-    return x.exponent if op.params["axis"] >= x.exponent.ndim else None
+    return x.exponent if op["axis"] >= x.exponent.ndim else None
 
 
 def _slice(op: Op, x: Scaled) -> jax.Array:
     k = x.exponent.ndim
-    start, limit, strides = op.params["start_indices"], op.params["limit_indices"], op.params["strides"]
+    start, limit, strides = op["start_indices"], op["limit_indices"], op["strides"]
     return jax.lax.slice(x.exponent, start[:k], limit[:k], None if strides is None else strides[:k])
 
 
 def _reversed(op: Op, x: Scaled) -> jax.Array:
-    return jax.lax.rev(x.exponent, [d for d in op.params["dimensions"] if d < x.exponent.ndim])
+    return jax.lax.rev(x.exponent, [d for d in op["dimensions"] if d < x.exponent.ndim])
 
 
-def _dynamic_slice(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+def _dynamic_slice(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     x, *starts = inputs
-    k, sizes = x.exponent.ndim, op.params["slice_sizes"]
+    k, sizes = x.exponent.ndim, op["slice_sizes"]
     exponent = jax.lax.dynamic_slice(x.exponent, starts[:k], sizes[:k]) if k else x.exponent
     whole = k and tuple(sizes[k:]) == x.value.shape[k:]
     return call(op, [x.value, *starts], exponent, x.slack if whole else max(x.slack, reach(x.value.dtype)))
 
 
-def _padded(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+def _padded(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     """The new rows are zero, with the lowest exponent."""
-    (x, fill), config = inputs, op.params["padding_config"]
-    if not isinstance(x, Scaled) or run.number(fill) != 0:
+    (x, fill), config = inputs, op["padding_config"]
+    if not isinstance(x, Scaled) or run.about(fill).number != 0:
         return run.undone(op, inputs)
     exponent, slack = x.exponent, x.slack
     if any(low < 0 or high < 0 for low, high, _ in config):
@@ -106,7 +113,7 @@ def _padded(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     return call(op, [x.value, fill], exponent, slack)
 
 
-def _updated(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+def _updated(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     """dynamic_update_slice: each entry of the first axis has an exponent, so that layers of one array stay apart."""
     old, new, *starts = inputs
     if not op.outputs or not np.ndim(getattr(old, "value", old)):
@@ -135,11 +142,11 @@ def _row_places(numbers: Any, lead: int, rank: int) -> bool:
     )
 
 
-def _scattered(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+def _scattered(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     """scatter-add into entries of the first axis: each has an exponent, as in `_updated`."""
     old, places, new = inputs
     lead, shape = places.ndim - 1, np.shape(getattr(new, "value", new))
-    if not _row_places(op.params["dimension_numbers"], lead, len(shape)):
+    if not _row_places(op["dimension_numbers"], lead, len(shape)):
         return together(run, op, inputs)
     old, new, index = tidy(rows(old, 1)), tidy(rows(new, lead)), places[..., 0]
     # Places outside of the array add nothing, nor may they wrap around.
@@ -149,30 +156,30 @@ def _scattered(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     return call(op, values, most, 8.0)
 
 
-def _gathered(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+def _gathered(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     x, places = inputs
     if isinstance(x, Scaled) and not isinstance(places, Scaled) and x.exponent.ndim == 1:
-        lead, sizes = places.ndim - 1, op.params["slice_sizes"]
+        lead, sizes = places.ndim - 1, op["slice_sizes"]
         rank = lead + x.value.ndim - 1
-        if _row_places(op.params["dimension_numbers"], lead, rank) and tuple(sizes[1:]) == x.value.shape[1:]:
+        if _row_places(op["dimension_numbers"], lead, rank) and tuple(sizes[1:]) == x.value.shape[1:]:
             exponent = x.exponent.at[places[..., 0]].get(mode="clip")
             return call(op, [x.value, places], exponent, x.slack)
     return _linear(picks=True)(run, op, inputs)
 
 
-def _pieces(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+def _pieces(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     """split and unstack."""
-    (x,), axis = inputs, op.params["axis"]
+    (x,), axis = inputs, op["axis"]
     if axis == 0:
         x = rows(x, max(1, x.exponent.ndim))
     elif axis >= x.exponent.ndim:
         return call(op, [x.value], x.exponent, max(x.slack, reach(x.value.dtype)))
-    parts = jnp.split(x.exponent, np.cumsum(op.params["sizes"])[:-1], axis) if op.name == "split" else None
+    parts = jnp.split(x.exponent, np.cumsum(op["sizes"])[:-1], axis) if op.name == "split" else None
     parts = parts or [jax.lax.index_in_dim(x.exponent, i, axis, keepdims=False) for i in range(x.value.shape[axis])]
     return [Scaled(value, part, x.slack) for value, part in zip(op.call(x.value), parts, strict=True)]
 
 
-def _concatenate(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+def _concatenate(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     """Along the first axis each entry gets an exponent of its own: so blocks written out and stacked stay apart."""
     if op.params.get("dimension", op.params.get("axis")) != 0:
         return together(run, op, inputs)
@@ -182,7 +189,17 @@ def _concatenate(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     return [Scaled(op.call(*(x.value for x in parts))[0], exponents, max(x.slack for x in parts))]
 
 
-def _sorted(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+def _joined(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
+    """Rows side by side, with rows of zeros between."""
+    parts = [rows(run.tidy(scaled(x)), 1) for x in inputs]
+    exponents = [jnp.full(gap, LOWEST, jnp.int32) for gap in op["gaps"]]
+    for i, x in enumerate(parts):
+        exponents.insert(2 * i + 1, x.exponent)
+    slack = max(x.slack for x in parts)
+    return call(op, [x.value for x in parts], jnp.concatenate(exponents), slack)
+
+
+def _sorted(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     """Every operand keeps one exponent of its own: a sort sees only the order."""
     inputs = [merged(x) if isinstance(x, Scaled) else x for x in inputs]
     outputs = op.call(*(x.value if isinstance(x, Scaled) else x for x in inputs))
@@ -190,24 +207,31 @@ def _sorted(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     return [Scaled(y, x.exponent, max(x.slack, reach(y.dtype))) if isinstance(x, Scaled) else y for y, x in pairs]
 
 
-def _converted(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
-    x, new = inputs[0], op.params["new_dtype"]
+def _converted(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
+    """The largest entry goes to its place in the new dtype, which may be narrow."""
+    x, new = run.tidy(inputs[0]), op["new_dtype"]
     if not jnp.issubdtype(new, jnp.inexact):
         return run.undone(op, inputs)
-    x = run.tidy(x) if x.slack > room(new) else x
-    return call(op, [x.value], x.exponent, x.slack)
+    by = jnp.full_like(x.exponent, place(new) - place(x.value.dtype))
+    if place(new) > place(x.value.dtype):
+        return [Scaled(shift(op.call(x.value)[0], by), x.exponent - by)]
+    value = x.value if place(new) == place(x.value.dtype) else shift(x.value, by)
+    return [Scaled(op.call(value)[0], x.exponent - by)]
 
 
-def _collective(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
+def _rounded(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
+    if op["exponent_bits"] < 8:  # it cuts the range, too
+        return run.undone(op, inputs)
+    return _linear(_same)(run, op, inputs)
+
+
+def _collective(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     """Sums and exchanges over mapped axes: all devices take the largest exponent among them."""
     axes = op.params.get("axes", op.params.get("axis_name"))
     keep = op.name in ("psum", "psum_invariant", "pmax", "pmin", "ppermute")
     parts = [run.tidy(scaled(x)) if is_float(x) else x for x in inputs]
     parts = [x if keep or not isinstance(x, Scaled) else merged(x) for x in parts]
-    tops = [
-        mapped.reduce(jax.lax.pmax, mapped.varying(x.exponent, axes), axes) if isinstance(x, Scaled) else None
-        for x in parts
-    ]
+    tops: list[Any] = [_highest(x.exponent, axes) if isinstance(x, Scaled) else None for x in parts]
     values = [
         shift(x.value, x.exponent - top) if isinstance(x, Scaled) else x for x, top in zip(parts, tops, strict=True)
     ]
@@ -215,11 +239,34 @@ def _collective(run: Running, op: Op, inputs: list[Any]) -> list[Any]:
     return [y if top is None else Scaled(y, top, reach(y.dtype)) for y, top in zip(outputs, tops, strict=True)]
 
 
+def _highest(exponent: jax.Array, axes: Any) -> jax.Array:
+    return mapped.reduce(jax.lax.pmax, mapped.varying(exponent, axes), axes)
+
+
+def _all_gather(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
+    """Along the first axis every device's rows bring their exponents."""
+    (x,), tiled, axes = inputs, op["tiled"], op["axis_name"]
+    if op["all_gather_dimension"] or op.params.get("axis_index_groups"):
+        return _collective(run, op, inputs)
+    x = rows(x, max(x.exponent.ndim, int(tiled)))
+    exponent = jax.lax.all_gather(mapped.varying(x.exponent, axes), axes, axis=0, tiled=tiled)
+    return call(op, [x.value], exponent, x.slack)
+
+
+def _reduce_scatter(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
+    """Along the first axis, which is cut into rows, these keep their exponents."""
+    (x,), axes = inputs, op["axis_name"]
+    if op["scatter_dimension"] or not op["tiled"] or op.params.get("axis_index_groups"):
+        return _collective(run, op, inputs)
+    x = run.tidy(rows(merged(x, 1), 1))
+    top = _highest(x.exponent, axes)
+    (out,) = op.call(shift(x.value, x.exponent - top))
+    mine = jax.lax.dynamic_slice_in_dim(top, mapped.index(axes) * out.shape[0], out.shape[0])
+    return [Scaled(out, mine, reach(out.dtype))]
+
+
 MOVES: dict[str, Rule] = {
-    **dict.fromkeys(
-        ["neg", "copy", "copy_p", "name", "reduce_precision", "abs", "conj", "sharding_constraint", "reshard"],
-        _linear(_same),
-    ),
+    **dict.fromkeys(("neg", "copy", "copy_p", "name", "abs", "conj", "sharding_constraint", "reshard"), _linear(_same)),
     **dict.fromkeys(("real", "imag"), _linear(_same, picks=True)),
     **dict.fromkeys(("reduce_max", "reduce_min"), _linear(_reduced, picks=True)),
     **dict.fromkeys(("cummax", "cummin"), _linear(_along, picks=True)),
@@ -229,28 +276,19 @@ MOVES: dict[str, Rule] = {
     **dict.fromkeys(("split", "unstack"), _pieces),
     **dict.fromkeys(("concatenate", "stack"), _concatenate),
     **dict.fromkeys(("scatter-add", "scatter_add", "scatter-sub"), _scattered),
-    **dict.fromkeys(
-        [
-            "psum",
-            "psum_invariant",
-            "pmax",
-            "pmin",
-            "ppermute",
-            "all_gather",
-            "all_gather_invariant",
-            "all_to_all",
-            "reduce_scatter",
-        ],
-        _collective,
-    ),
-    "broadcast_in_dim": _linear(_broadcast),
+    **dict.fromkeys(("psum", "psum_invariant", "pmax", "pmin", "ppermute", "all_to_all"), _collective),
+    **dict.fromkeys(("all_gather", "all_gather_invariant"), _all_gather),
+    "broadcast_in_dim": _repeated,
     "convert_element_type": _converted,
     "cumsum": _linear(_along, adds=True),
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _updated,
     "expand_dims": _linear(),
     "gather": _gathered,
+    "join_rows": _joined,
     "pad": _padded,
+    "reduce_precision": _rounded,
+    "reduce_scatter": _reduce_scatter,
     "reduce_sum": _linear(_reduced, adds=True),
     "reshape": _linear(_reshape),
     "rev": _linear(_reversed),

@@ -3,8 +3,10 @@
 An exponent belongs to a whole array, or to each entry of its leading axes, as in what a loop stacks. Within one array an
 entry that is smaller than the largest by more than the range of the dtype rounds to zero, as it would in a sum of the two.
 
-`normal` brings the largest entry near 1. It costs a pass over the array, so that every array knows, without looking at its
-numbers, how far it may have moved since: its `slack`. A rule normalises only where the slack would grow too large.
+`normal` brings the largest entry to a fixed place, 2**30 in float32. It costs a pass over the array, so that every array
+knows, without a look at its numbers, how far it may have moved since: its `slack`. A rule normalises only where the slack
+would grow too large. The place is above 1 since a product that is too small becomes zero, which nobody sees: from there an
+array may be multiplied by the smallest float of all, and a few constants, and still be in range.
 """
 
 import functools
@@ -28,26 +30,35 @@ class Scaled:
     value: jax.Array
     exponent: jax.Array
     slack: float = 0.0
-    """By how many binary orders value's largest entry may lie away from 1, or be zero; at 0 it lies in [1/2, 1), or the
-    array is zero and its exponent the lowest. Static."""
+    """By how many binary orders value's largest entry may have moved since it was normal; it may have become zero, too, where
+    this is more than `FEW`. Static."""
 
     def log_norm(self, axes: int = 0) -> jax.Array:
         """Natural log of the Frobenius norm over all axes behind the first `axes`; -inf for zeros, float[...]."""
-        x = normal(rows(self, axes))
+        x = unit(normal(rows(merged(self, axes, apart=False), axes)))
         wide = jnp.abs(x.value).astype(jnp.promote_types(jnp.finfo(x.value.dtype).dtype, jnp.float32))
         square = jnp.sum(wide**2, axis=range(axes, wide.ndim))
         square = jnp.where(jnp.isinf(square), jnp.nan, square)
         return jnp.where(square == 0, -jnp.inf, 0.5 * jnp.log(square) + x.exponent.astype(wide.dtype) * math.log(2))
 
 
-def room(dtype: Any) -> float:
-    """How many binary orders a value may have moved by before a plain array multiplies it: 80 in float32."""
-    return 5 / 8 * int(jnp.finfo(dtype).maxexp)
+FEW = 4
+"""A slack that a few sums, or small factors, leave: it hides no zeros, except where numbers cancel to the last bit."""
+
+
+def place(dtype: Any) -> int:
+    """The binary order of the largest entry of a normal array: 30 in float32."""
+    return int(jnp.finfo(dtype).maxexp) // 4 - 2
 
 
 def reach(dtype: Any) -> float:
-    """How many binary orders a plain array may move a value by, in one product: 64 in float32, so that none goes unseen."""
-    return 1 / 2 * int(jnp.finfo(dtype).maxexp)
+    """By how many binary orders a plain array may move a value, in one product: 126 in float32."""
+    return -float(jnp.finfo(dtype).minexp)
+
+
+def room(dtype: Any) -> float:
+    """How many binary orders a value may move by, all in all, before it is normalised: 156 in float32."""
+    return reach(dtype) + place(dtype)
 
 
 def scaled(x: Any) -> Scaled:
@@ -59,7 +70,7 @@ def scaled(x: Any) -> Scaled:
 
 
 def normal(x: Scaled) -> Scaled:
-    """Bring the largest entry, of each array that has an exponent, to [1/2, 1)."""
+    """Bring the largest entry, of each array that has an exponent, to its place."""
     return Scaled(*_normal(x.value, x.exponent))
 
 
@@ -76,12 +87,12 @@ def merged(x: Scaled, axes: int = 0, *, apart: bool = True) -> Scaled:
     if x.exponent.ndim <= axes:
         return x
     x = tidy(x)
-    top = jnp.max(x.exponent, axis=range(axes, x.exponent.ndim), keepdims=True, initial=LOWEST)
-    value = shift(x.value, x.exponent - top)
+    highest = jnp.max(x.exponent, axis=range(axes, x.exponent.ndim), keepdims=True, initial=LOWEST)
+    value = shift(x.value, x.exponent - highest)
     if apart:
-        lost = (x.exponent - top < jnp.finfo(value.dtype).minexp) & (x.exponent > LOWEST // 2)
+        lost = (x.exponent - highest < jnp.finfo(value.dtype).minexp) & (x.exponent > LOWEST // 2)
         value = jnp.where(against(lost, value.ndim), jnp.nan, value)
-    return Scaled(value, top.reshape(top.shape[:axes]))
+    return Scaled(value, highest.reshape(highest.shape[:axes]))
 
 
 def rows(x: Any, axes: int) -> Scaled:
@@ -101,10 +112,10 @@ def plain(x: Any) -> tuple[Any, Any]:
         return x, jnp.zeros((), bool)
     x = tidy(x)
     info = jnp.finfo(x.value.dtype)
-    lost = (x.exponent > info.maxexp) | ((x.exponent <= info.minexp) & (x.exponent > LOWEST // 2))
-    # Two steps, since the last power of two of the range has no float of its own.
-    half = jnp.clip(x.exponent, info.minexp, info.maxexp) >> 1
-    value = shift(shift(x.value, half), x.exponent - half)
+    order = x.exponent + place(x.value.dtype)
+    lost = (order > info.maxexp) | ((order <= info.minexp) & (x.exponent > LOWEST // 2))
+    half = jnp.clip(x.exponent, 2 * info.minexp, info.maxexp) >> 1  # one power of two alone may be out of range
+    value = shift(opaque(shift(x.value, half)), x.exponent - half)
     lost = against(lost, value.ndim) | jnp.isinf(value)
     return jnp.where(lost, jnp.nan, value), jnp.any(lost)
 
@@ -122,13 +133,18 @@ def aligned(
     bare = [isinstance(x, Scaled) or not is_float(x) or zero(x) for x in inputs]
     if all(bare) and first.ndim <= axes and all(x.exponent is first for x in some):
         return [getattr(x, "value", x) for x in inputs], first, max(x.slack for x in some)
-    # An array of zeros must not count as the largest, nor may a shift lose what a slack hides: all are normalised first.
-    parts = [x if b and not isinstance(x, Scaled) else tidy(merged(scaled(x), axes)) for x, b in zip(inputs, bare)]
-    exponents = [against(p.exponent, axes) for p in parts if isinstance(p, Scaled)]
-    top = functools.reduce(jnp.maximum, exponents)
-    values = [shift(p.value, against(p.exponent, axes) - top) if isinstance(p, Scaled) else p for p in parts]
+    parts = [
+        x if b and not isinstance(x, Scaled) else merged(scaled(x), axes) for x, b in zip(inputs, bare, strict=True)
+    ]
+    # What counts is the largest entry of each, which a slack hides: an array of zeros has none. The values are shifted only
+    # once: the normalised ones are for others to use.
+    normal = [tidy(p) if isinstance(p, Scaled) and p.slack > FEW else p for p in parts]
+    exponents = [against(n.exponent, axes) for n in normal if isinstance(n, Scaled)]
+    highest = functools.reduce(jnp.maximum, exponents)
+    values = [shift(p.value, against(p.exponent, axes) - highest) if isinstance(p, Scaled) else p for p in parts]
+    slack = max(n.slack for n in normal if isinstance(n, Scaled))
     lead = next(p.value.shape[:axes] for p in parts if isinstance(p, Scaled))
-    return values, jnp.broadcast_to(top, lead), 0.0
+    return values, jnp.broadcast_to(highest, lead), slack
 
 
 def against(a: jax.Array, ndim: int) -> jax.Array:
@@ -141,22 +157,37 @@ def shift(x: jax.Array, by: jax.Array) -> jax.Array:
     return _shift(x, by)
 
 
+def opaque(x: jax.Array) -> jax.Array:
+    """Hide from XLA that an array is one number repeated, c.
+
+    It reorders products of such: (c · x) · 2**by becomes (c · 2**by) · x, where the brackets may leave the range.
+    """
+    return jax.lax.optimization_barrier(x)
+
+
 def is_float(x: Any) -> bool:
     """Whether a value can have an exponent."""
     return isinstance(x, Scaled) or jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
+def unit(x: Scaled) -> Scaled:
+    """Bring the largest entry to [1/2, 1), for powers and the like."""
+    x, by = tidy(x), place(x.value.dtype)
+    return Scaled(shift(x.value, jnp.full_like(x.exponent, -by)), jnp.maximum(x.exponent + by, LOWEST), x.slack + by)
+
+
 @jax.jit
 def _normal(value: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    peak = jnp.max(jnp.abs(value), axis=range(exponent.ndim, value.ndim), initial=0)
+    # An initial value costs a kernel of its own, which only an empty array needs.
+    peak = jnp.max(jnp.abs(value), axis=range(exponent.ndim, value.ndim), initial=None if value.size else 0)
     if peak.dtype.itemsize < 4:
         peak = peak.astype(jnp.float32)
     info = jnp.finfo(peak.dtype)
-    # peak = f · 2**order with f in [1/2, 1): its bits say so.
+    # peak = f · 2**order, f in [1/2, 1): its bits say so. One factor 2**by must do, also for what is almost out of range.
     bits = jax.lax.bitcast_convert_type(peak, _integers(peak.dtype))
     order = (bits >> info.nmant).astype(jnp.int32) + info.minexp
-    order = jnp.minimum(order, -info.minexp)  # an infinity stays one, and does not make zeros of the rest
-    return _shift(value, -order), jnp.where(peak == 0, LOWEST, exponent + order)
+    by = jnp.minimum(place(value.dtype) - order, int(jnp.finfo(value.dtype).maxexp) - 1)
+    return _shift(value, by), jnp.where(peak == 0, LOWEST, exponent - by)
 
 
 @jax.jit
@@ -165,9 +196,10 @@ def _shift(x: jax.Array, by: jax.Array) -> jax.Array:
     wide = dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
     info = jnp.finfo(wide)
     most = int(jnp.finfo(dtype).maxexp) - info.minexp
-    bits = jnp.clip(by + (1 - info.minexp), 0, most).astype(_integers(wide)) << info.nmant
+    bits = jnp.minimum(jnp.maximum(by + (1 - info.minexp), 0), most).astype(_integers(wide)) << info.nmant
     power = jax.lax.bitcast_convert_type(bits, wide).astype(dtype)
-    return x * against(power, x.ndim).astype(x.dtype)
+    power = against(power, x.ndim).astype(x.dtype)
+    return x * power
 
 
 def _integers(dtype: Any) -> Any:
