@@ -51,8 +51,9 @@ def learned(op: Op, inputs: list[Known], dtype: Any, scalar: bool) -> Known:
         return replace(inputs[0], number=None)
     if op.name == "convert_element_type" and jnp.issubdtype(dtype, jnp.inexact):
         return inputs[0] if inputs[0].orders < 8 or inputs[0].number == 0 else NOTHING
+    floating = jnp.issubdtype(dtype, jnp.inexact)
     one = op.name == "one_minus_square" or any(abs(x.number or 0) == 1 for x in inputs)
-    if op.name in ("add", "sub", "one_minus_square") and one and all(x.unit for x in inputs):
+    if op.name in ("add", "sub", "one_minus_square") and one and floating and all(x.unit for x in inputs):
         # 1 - y with |y| <= 1 is zero, or at least the last digit of 1.
         return Known(orders=int(jnp.finfo(dtype).nmant) + 2.0)
     if op.name in ("mul", "div") and any(x.number for x in inputs):

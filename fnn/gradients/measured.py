@@ -117,7 +117,7 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
     full = grads or asked != inside or "cosine" in options.groups
     kept = backward.outputs if full else backward.outputs[:-count]
     backward = program.prune(replace(backward, outputs=kept), frozenset(noted))
-    run = exact.Run({variable: functools.partial(_note, hook, variable) for variable, hook in noted.items()})
+    run = exact.run({variable: functools.partial(_note, hook, variable) for variable, hook in noted.items()})
     results = run.execute(backward, [exact.seed(subject.value[0].dtype), *jax.tree.leaves((params, rest))])
     seen = run.noted
     first, gradients = (results[:-count], results[-count:]) if full and count else (results, [])

@@ -187,7 +187,16 @@ def _normal(value: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array
     bits = jax.lax.bitcast_convert_type(peak, _integers(peak.dtype))
     order = (bits >> info.nmant).astype(jnp.int32) + info.minexp
     by = jnp.minimum(place(value.dtype) - order, int(jnp.finfo(value.dtype).maxexp) - 1)
-    return _shift(value, by), jnp.where(peak == 0, LOWEST, exponent - by)
+    return _shift(value, by), _kept(jnp.where(peak == 0, LOWEST, exponent - by))
+
+
+def _kept(exponent: jax.Array) -> jax.Array:
+    """Keep XLA from computing an exponent anew wherever it is used, together with all that it was computed from.
+
+    XLA joins cheap operations with each of their users, but not a sum over an axis.
+    """
+    first = jnp.arange(2) == 0
+    return jnp.sum(jnp.where(against(first, exponent.ndim + 1), exponent, 0), axis=0)
 
 
 @jax.jit

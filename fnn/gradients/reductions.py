@@ -88,7 +88,7 @@ def attention(logits: jax.Array, axis: int, heads: Sequence[int], axis_name: Any
 
 def norm(x: Any, axes: int = 0) -> Pair:
     """Take the Frobenius norm of an array, or of a `Scaled`, over all axes behind the first `axes`: float32[...] and exponents."""
-    x = powers.normal(powers.rows(x, axes))  # the largest entry lies in [1/2, 1)
+    x = powers.unit(powers.normal(powers.rows(x, axes)))  # the largest entry lies in [1/2, 1)
     wide = jnp.abs(x.value).astype(statistics_dtype(x.value.dtype))
     return jnp.sqrt(jnp.sum(wide**2, axis=range(axes, wide.ndim))), x.exponent
 
@@ -103,7 +103,7 @@ def root_mean(pair: Pair, axis_name: Any) -> Pair:
 
 def mean_of(x: Any, axis_name: Any) -> powers.Scaled:
     """Average a gradient over a mapped axis."""
-    x = powers.tidy(powers.scaled(x))
+    x = powers.unit(powers.scaled(x))
     top = mapped.reduce(jax.lax.pmax, x.exponent, axis_name)
     return powers.Scaled(
         mapped.mean(powers.shift(x.value, x.exponent - top), axis_name), top, powers.reach(x.value.dtype)
@@ -112,7 +112,7 @@ def mean_of(x: Any, axis_name: Any) -> powers.Scaled:
 
 def dot(g: Any, w: jax.Array, axes: int) -> Pair:
     """Take the inner product of a gradient and its array over all axes behind the first `axes`."""
-    g, w = (powers.normal(powers.rows(x, axes)) for x in (g, w))
+    g, w = (powers.unit(powers.normal(powers.rows(x, axes))) for x in (g, w))
     wide = statistics_dtype(g.value.dtype)
     product = jnp.sum(g.value.astype(wide) * w.value.astype(wide), axis=range(axes, g.value.ndim))
     return product, g.exponent + w.exponent
@@ -122,7 +122,7 @@ def rounded(x: Any) -> jax.Array:
     """Undo the exponent as a float would: zero below the dtype's range, infinity above it."""
     if not isinstance(x, powers.Scaled):
         return x
-    x = powers.tidy(x)
+    x = powers.unit(x)
     most = int(jnp.finfo(x.value.dtype).maxexp)
     by = jnp.clip(x.exponent, -3 * most, 2 * (most - 1))
     half = by >> 1
@@ -143,7 +143,7 @@ def joined(pair: Pair, axes: Sequence[int], power: int = 1) -> Pair:
 def _scaled(x: jax.Array, axis_name: Any) -> Pair:
     """Divide an array by a power of two to a largest number in [1/2, 1): no square of it leaves float32."""
     wide = x.astype(statistics_dtype(x.dtype))
-    r = powers.normal(powers.Scaled(wide, jnp.zeros((), jnp.int32)))
+    r = powers.unit(powers.normal(powers.Scaled(wide, jnp.zeros((), jnp.int32))))
     if axis_name is None:
         return r.value, r.exponent
     k = mapped.reduce(jax.lax.pmax, r.exponent, axis_name)
