@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fnn.gradients import exact, powers
-from fnn.gradients.program import Loop, prune, read, trace
+from fnn.gradients.program import Loop, equations, prune, read, trace
 
 RNG = np.random.default_rng(0)
 SMALL = jnp.float32(2.0**-100)
@@ -282,6 +282,37 @@ def test_rows_of_an_array_lie_far_apart():
     (found,) = leaves(jax.jit(exact.gradient(loss))(jnp.ones((3, 4)))[1])
     np.testing.assert_allclose(found.log_norm(1), [np.log(2), -209 * np.log(2), -np.inf], rtol=1e-6)
     np.testing.assert_allclose(found.log_norm(), np.log(2), rtol=1e-6)
+
+
+def test_layers_that_are_not_used_are_minus_infinity():
+    """Layers by index become one concatenation, with zeros where nothing was taken."""
+
+    def loss(p):
+        return jnp.sum(p[1] * p[4]) + jnp.sum(shrinking(p[2]))
+
+    found = jax.jit(exact.gradient(loss))(jnp.full((6, 4), 3.0))[1]
+    far = np.log(2) - 210 * np.log(2)
+    np.testing.assert_allclose(found.log_norm(1), [-np.inf, np.log(6), far, -np.inf, np.log(6), -np.inf], rtol=1e-6)
+
+
+def test_how_often_arrays_are_normalised():
+    """One pass over an array for each of these: the price of the whole."""
+
+    def passes(function):
+        def loss(p):
+            return jnp.mean(functools.reduce(lambda x, w: function(x @ w), jnp.unstack(p), X))
+
+        counts = []
+        for depth in (3, 4):
+            jaxpr = jax.make_jaxpr(lambda p: exact.gradient(loss)(p)[1].exponent)(jnp.zeros((depth, 4, 4)))
+            counts.append(sum(name == "reduce_max" for name, _ in equations(jaxpr)))
+        return counts[1] - counts[0]
+
+    # The last of each is that of the weight's gradient, where layers are put side by side.
+    assert passes(jax.nn.relu) == 2
+    assert passes(jax.nn.sigmoid) <= 3
+    assert passes(jnp.tanh) <= 4
+    assert passes(jax.nn.gelu) <= 6
 
 
 def test_factors_that_are_tiny_everywhere():

@@ -43,7 +43,7 @@ def scan(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
         """How many leading axes have exponents after one turn more."""
 
         def turn(carry, xs):
-            return run.execute(op.body, [*consts, *carry, *xs])[: op.carries]
+            return run.execute(op.body, [*consts, *carry, *xs], op.where)[: op.carries]
 
         first = jax.tree.map(lambda a: a[0], xs)
         outputs = jax.eval_shape(run.apart(turn), settled(carry, axes), first)[0] if length else carry

@@ -62,7 +62,7 @@ def room(dtype: Any) -> float:
 
 
 def scaled(x: Any) -> Scaled:
-    """Put an exponent beside a plain array; one of zeros gets the lowest."""
+    """Put an exponent beside a plain array; an array of zeros gets the lowest."""
     if isinstance(x, Scaled):
         return x
     x = jnp.asarray(x)
@@ -143,7 +143,7 @@ def aligned(
     highest = functools.reduce(jnp.maximum, exponents)
     values = [shift(p.value, against(p.exponent, axes) - highest) if isinstance(p, Scaled) else p for p in parts]
     slack = max(n.slack for n in normal if isinstance(n, Scaled))
-    lead = next(p.value.shape[:axes] for p in parts if isinstance(p, Scaled))
+    lead = jnp.broadcast_shapes(*(jnp.shape(v) for v in values))[:axes]
     return values, jnp.broadcast_to(highest, lead), slack
 
 

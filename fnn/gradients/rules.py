@@ -187,10 +187,10 @@ def _root(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
 
 
 def _logarithm(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
-    x = run.tidy(inputs[0])
+    x = unit(run.tidy(inputs[0]))
     (out,) = op.call(x.value)
-    unit = 1.0 if op.name == "log2" else math.log(2)
-    return [out + against(x.exponent, out.ndim).astype(out.dtype) * unit]
+    each = 1.0 if op.name == "log2" else math.log(2)
+    return [out + against(x.exponent, out.ndim).astype(out.dtype) * each]
 
 
 def _sign(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
@@ -217,9 +217,9 @@ def _each(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
 def _inside(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     """A function with a derivative rule of its own, which has been used by now: what it computes."""
     inner = next((op.params[name] for name in ("call_jaxpr", "fun_jaxpr", "jaxpr") if name in op.params), None)
-    if inner is None or not hasattr(inner, "jaxpr"):
+    if not (hasattr(inner, "jaxpr") or hasattr(inner, "eqns")):
         return run.undone(op, inputs)
-    return run.execute(read(inner), inputs)
+    return run.execute(read(inner), inputs, op.where)
 
 
 RULES: dict[str, Rule] = {
