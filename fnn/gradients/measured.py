@@ -169,9 +169,7 @@ def _statistics(options: Options, found: Found) -> Hooks:
 
 def _wanted(options: Options, units: Any, bounds: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
     if "activation" in options.groups:
-        yield "moments", reductions.moments
-        if units is not None:
-            yield "dead", lambda x, axis_name: reductions.dead(x, units, axis_name)
+        yield "moments", lambda x, axis_name: reductions.moments(x, units, axis_name)
     if "kurtosis" in options.groups:
         yield "central", reductions.central
     if "rank" in options.groups and units is not None:
@@ -346,10 +344,9 @@ def _assembled(
 
 def _of_side(side: str, variable: Any, place: Place, seen: Any, time: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     if f"moments.{variable}" in seen:
-        for name, pair in seen[f"moments.{variable}"].items():
-            yield name, reductions.joined(pair, time)
-    if f"dead.{variable}" in seen:
-        yield "dead", jnp.mean(jnp.min(seen[f"dead.{variable}"], axis=time), axis=-1)
+        for name, value in seen[f"moments.{variable}"].items():
+            dead = name == "dead"
+            yield name, jnp.mean(jnp.min(value, axis=time), axis=-1) if dead else reductions.joined(value, time)
     if f"central.{variable}" in seen:
         yield "kurtosis", reductions.kurtosis(*seen[f"central.{variable}"], time)
     if f"rank.{variable}" in seen:

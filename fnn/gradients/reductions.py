@@ -4,11 +4,14 @@ Numbers come as pairs (m, e), which stand for m · 2^e: float32[...] and int32[.
 norm of a gradient at any depth. Forward values are averaged over `axis_name`, if there is one.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fnn import mapped
 from fnn.gradients import powers
@@ -19,18 +22,85 @@ LOWEST = -(2**28)
 """The exponent of zero: in a sum the other one counts."""
 
 
-def moments(x: jax.Array, axis_name: Any) -> dict[str, Pair]:
-    """Take the mean of all numbers of an array, and of their squares: E[x], E[x²]."""
-    r, k = _scaled(x, axis_name)
-    first, second = mapped.mean((jnp.mean(r), jnp.mean(r * r)), axis_name)
-    return {"mean": (first, k), "second_moment": (second, 2 * k)}
+@dataclass(frozen=True)
+class Sums:
+    """Sums over an array, all from one pass: `first` Σx and `second` Σx², over all axes behind some leading ones."""
+
+    first: Pair
+    second: Pair
+    peaks: jax.Array
+    """The largest |x| over the first of the axes alone: one number for each entry of the others."""
+    count: int
 
 
-def dead(x: jax.Array, units: Sequence[int], axis_name: Any) -> jax.Array:
-    """Tell which units are zero at every example and position: float32[units], of zeros and ones."""
-    others = [axis for axis in range(x.ndim) if axis not in units]
-    zero = jnp.all(x == 0, axis=others).reshape(-1).astype(jnp.float32)
-    return mapped.reduce(jax.lax.pmin, zero, axis_name)
+def sums(x: jax.Array, axes: int = 0) -> Sums:
+    """Sum an array and its squares over all axes behind the first `axes`, at any scale.
+
+    Squares of small, medium and large numbers are summed side by side, and one sum is right. All come from one reduction
+    over the first axis, several results at a time: on a CPU that takes as long as one sum alone, and each pass counts.
+    """
+    wide = x.astype(statistics_dtype(x.dtype))
+    lead, rest = wide.shape[:axes], wide.shape[axes:]
+    shape = rest if len(rest) > 1 else _split(math.prod(rest))
+    wide = wide.reshape(*lead, *shape)
+    power = 2.0 ** (jnp.finfo(wide.dtype).maxexp * 25 // 32)
+    # The bound is never reached where the sum counts; without it XLA may write (a·s)² as a²·s², and s² is infinite.
+    most = jnp.finfo(wide.dtype).max, 2.0 ** (jnp.finfo(wide.dtype).maxexp // 2 - 2)
+    size = jnp.abs(wide)
+    large, small = jnp.minimum(size / power, most[0]), jnp.minimum(size * power, most[1])
+    parts = (size, wide, wide / power, wide * wide, large * large, small * small)
+
+    def combine(a, b):
+        return (jnp.maximum(a[0], b[0]), *(u + v for u, v in zip(a[1:], b[1:], strict=True)))
+
+    zero = np.zeros((), wide.dtype)
+    peaks, *found = jax.lax.reduce(parts, (zero,) * len(parts), combine, (axes,))
+    first, scaled, medium, large, small = (jnp.sum(part, axis=range(axes, part.ndim)) for part in found)
+    order, info = int(math.log2(power)), jnp.finfo(wide.dtype)
+    zeros = jnp.zeros(lead, jnp.int32)
+    over = ~jnp.isfinite(first)
+    # Where the medium sum is not above this bound, it may have lost numbers that count; NaN stays NaN.
+    low, high = medium <= info.tiny / info.eps**2, medium > info.max
+    return Sums(
+        (jnp.where(over, scaled, first), jnp.where(over, order, zeros)),
+        (
+            jnp.where(low, small, jnp.where(high, large, medium)),
+            jnp.where(low, -2 * order, jnp.where(high, 2 * order, zeros)),
+        ),
+        peaks.reshape(*lead, *rest[1:]) if len(rest) > 1 else peaks,
+        math.prod(rest),
+    )
+
+
+def moments(x: jax.Array, units: Sequence[int] | None, axis_name: Any) -> dict[str, Any]:
+    """Take E[x] and E[x²] of an array, and which units are zero at every example and position: float32[units]."""
+    if not x.ndim:
+        x = x[None]
+    found = sums(x)
+    one = jnp.float32(1 / found.count)
+    first, second = (joined_over((m * one, e), axis_name) for m, e in (found.first, found.second))
+    taken = {"mean": first, "second_moment": second}
+    if units is not None:
+        by_peak = 0 not in units and x.ndim > 1
+        zero = (found.peaks if by_peak else x) == 0
+        units = [axis - 1 for axis in units] if by_peak else units
+        zero = jnp.all(zero, axis=[axis for axis in range(zero.ndim) if axis not in units])
+        taken["dead"] = mapped.reduce(jax.lax.pmin, zero.reshape(-1).astype(jnp.float32), axis_name)
+    return taken
+
+
+def joined_over(pair: Pair, axis_name: Any) -> Pair:
+    """Average a pair over a mapped axis."""
+    if axis_name is None:
+        return pair
+    m, e = pair
+    top = mapped.reduce(jax.lax.pmax, jnp.where(m == 0, LOWEST, e), axis_name)
+    return mapped.mean(m * jnp.exp2(jnp.maximum(e - top, -2000).astype(m.dtype)), axis_name), top
+
+
+def _split(n: int) -> tuple[int, int]:
+    """Write a length as a product, so that its sum can go row by row."""
+    return next(((n // k, k) for k in (512, 256, 128, 64, 32, 16, 8) if n % k == 0), (n, 1))
 
 
 def saturated(x: jax.Array, bounds: tuple[float, float], axis_name: Any) -> jax.Array:
@@ -88,9 +158,11 @@ def attention(logits: jax.Array, axis: int, heads: Sequence[int], axis_name: Any
 
 def norm(x: Any, axes: int = 0) -> Pair:
     """Take the Frobenius norm of an array, or of a `Scaled`, over all axes behind the first `axes`: float32[...] and exponents."""
-    x = powers.unit(powers.normal(powers.rows(x, axes)))  # the largest entry lies in [1/2, 1)
-    wide = jnp.abs(x.value).astype(statistics_dtype(x.value.dtype))
-    return jnp.sqrt(jnp.sum(wide**2, axis=range(axes, wide.ndim))), x.exponent
+    if not isinstance(x, powers.Scaled):
+        x = powers.Scaled(x, jnp.zeros((), jnp.int32))
+    x = powers.merged(x, axes)
+    m, e = sums(x.value, axes).second
+    return jnp.sqrt(m), e // 2 + jnp.broadcast_to(powers.against(x.exponent, axes), e.shape)
 
 
 def root_mean(pair: Pair, axis_name: Any) -> Pair:
