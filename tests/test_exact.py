@@ -186,6 +186,10 @@ def by_two_scans(p):
     return jax.lax.scan(lambda x, w: (jax.nn.sigmoid(x @ w), None), x, jnp.concatenate([p[13:20], p[20:]]))[0]
 
 
+def flattened(p):
+    return by_scan(jnp.concatenate([p.reshape(-1), jnp.zeros(3, p.dtype)])[:640].reshape(160, 4).reshape(40, 4, 4))
+
+
 @functools.cache
 def forty_layers():
     """Their weights, and the log norms of the gradients of a sum of squares in float64."""
@@ -197,7 +201,9 @@ def forty_layers():
     return params, want
 
 
-@pytest.mark.parametrize("function", [by_index, by_traced_index, by_rows, by_scan, written_out, by_two_scans])
+@pytest.mark.parametrize(
+    "function", [by_index, by_traced_index, by_rows, by_scan, written_out, by_two_scans, flattened]
+)
 def test_layers_of_one_array_keep_their_logs_however_they_are_taken_from_it(function):
     params, want = forty_layers()
     found = jax.jit(exact.gradient(lambda p: jnp.mean(function(p) ** 2)))(jnp.asarray(params, jnp.float32))[1]

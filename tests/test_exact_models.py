@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import fnn
 from fnn.gradients import exact, powers
 
 RNG = np.random.default_rng(0)
@@ -25,8 +26,12 @@ def wide(tree):
     return jax.tree.map(lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
 
 
+def scaled_leaves(found):
+    return jax.tree.leaves(found, is_leaf=lambda a: isinstance(a, powers.Scaled))
+
+
 def log_norms(found):
-    return np.array([x.log_norm() for x in jax.tree.leaves(found, is_leaf=lambda a: isinstance(a, powers.Scaled))])
+    return np.array([x.log_norm() for x in scaled_leaves(found)])
 
 
 def log_norm(a):
@@ -154,6 +159,23 @@ def test_models_of_others_where_float32_holds_the_gradient(model):
     assert alive.sum() > 0.6 * len(want)
     error, limit = np.abs(found - want)[alive], np.abs(plain - want)[alive]
     assert error.max() < 2 * limit.max() + 1e-6, (error, limit)
+
+
+def test_taps_are_the_identity():
+    """In repeat, at a depth where float32 holds nothing of the first layers' gradient; with warnings as errors."""
+    x, weights = drawn(4, 8), None
+    found = []
+    for taps in (False, True):
+        net = fnn.models.mlp(300, 8, 1, activation="sigmoid", taps=taps)
+        params, state = net.init(jax.random.key(0), x)
+        weights = weights or jax.tree.leaves(params)
+        params = jax.tree.unflatten(jax.tree.structure(params), weights)
+        gradient = jax.jit(exact.gradient(lambda p, net=net, state=state: jnp.mean(net.apply(p, state, x)[0] ** 2)))
+        found.append(scaled_leaves(gradient(params)[1]))
+    for alone, tapped in zip(*found, strict=True):
+        axes = int(alone.value.shape[0] > 200)  # those of a scan have a norm for each layer
+        np.testing.assert_allclose(tapped.log_norm(axes), alone.log_norm(axes), rtol=1e-6)
+        assert not axes or (np.isfinite(alone.log_norm(1)).all() and alone.log_norm(1).min() < -200)
 
 
 def test_the_slope_at_depth_2000_is_the_predicted_one():

@@ -4,6 +4,7 @@ Where the leading axes of an array have exponents of their own, so that layers o
 leading axes of the result do; where it cannot, the exponents are merged into one.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -54,11 +55,19 @@ def _broadcast(op: Op, x: Scaled) -> jax.Array | None:
 
 
 def _reshape(op: Op, x: Scaled) -> jax.Array | None:
+    new, count = op["new_sizes"], x.exponent.size
     if op.params.get("dimensions") is not None:
         return None
-    if tuple(op["new_sizes"][: x.exponent.ndim]) == x.exponent.shape:
+    if tuple(new[: x.exponent.ndim]) == x.exponent.shape:
         return x.exponent
-    return x.exponent.reshape(()) if x.exponent.size == 1 else None
+    if count == 1:
+        return x.exponent.reshape(())
+    # So many new leading axes that each of their entries lies within one of the old.
+    for axes in range(1, len(new) + 1):
+        each, rest = divmod(math.prod(new[:axes]), max(count, 1))
+        if each and not rest:
+            return jnp.broadcast_to(x.exponent.reshape(count, 1), (count, each)).reshape(new[:axes])
+    return None
 
 
 def _squeeze(op: Op, x: Scaled) -> jax.Array:
@@ -116,7 +125,7 @@ def _padded(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
 def _updated(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     """dynamic_update_slice: each entry of the first axis has an exponent, so that layers of one array stay apart."""
     old, new, *starts = inputs
-    if not op.outputs or not np.ndim(getattr(old, "value", old)):
+    if not np.ndim(getattr(old, "value", old)):
         return together(run, op, inputs)
     old, new = tidy(rows(old, 1)), tidy(rows(new, 1))
     there = jax.lax.dynamic_slice(old.exponent, starts[:1], new.exponent.shape)

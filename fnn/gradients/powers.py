@@ -34,7 +34,10 @@ class Scaled:
     this is more than `FEW`. Static."""
 
     def log_norm(self, axes: int = 0) -> jax.Array:
-        """Natural log of the Frobenius norm over all axes behind the first `axes`; -inf for zeros, float[...]."""
+        """Natural log of the Frobenius norm over all axes behind the first `axes`; -inf for zeros, float[...].
+
+        Rows that have no exponents of their own are -inf, too, where they lie below the range of the largest.
+        """
         x = unit(normal(rows(merged(self, axes, apart=False), axes)))
         wide = jnp.abs(x.value).astype(jnp.promote_types(jnp.finfo(x.value.dtype).dtype, jnp.float32))
         square = jnp.sum(wide**2, axis=range(axes, wide.ndim))
