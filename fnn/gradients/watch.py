@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import arrays, check, compiled
+from fnn.gradients.bad import FirstBad, first_bad
 from fnn.gradients.measured import DEFAULT, GROUPS, Options, explained, measured
 from fnn.gradients.readings import Flow, empty
 
@@ -78,6 +79,10 @@ class Watch:
         """Say what was recognised in the loss: its layers in forward order, softmaxes, and what could not be read."""
         params, rest = self._admitted(params, rest)
         return explained(self.loss, self.options, params, rest)
+
+    def first_bad(self, params: Any, *rest: Any) -> FirstBad | None:
+        """Name the first operation, forward or backward, that makes a NaN or an infinity; None if all is finite. See `FirstBad`."""
+        return first_bad(self.loss, params, *rest, has_aux=self.options.has_aux, axis_name=self.options.axis_name)
 
 
 def watch(
