@@ -1,5 +1,7 @@
 """diff finds nothing between ports of one net, and names what was planted where there is something."""
 
+import itertools
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -15,8 +17,7 @@ X = jax.random.normal(jax.random.key(1), (6, 8))
 Y = jax.random.normal(jax.random.key(2), (6, 3))
 SIZES = (8, 16, 16, 3)
 KERNELS = [
-    jax.random.normal(jax.random.fold_in(KEY, i), (m, n)) / m**0.5
-    for i, (m, n) in enumerate(zip(SIZES[:-1], SIZES[1:], strict=True))
+    jax.random.normal(jax.random.fold_in(KEY, i), (m, n)) / m**0.5 for i, (m, n) in enumerate(itertools.pairwise(SIZES))
 ]
 BIASES = [0.1 * jax.random.normal(jax.random.fold_in(KEY, 10 + i), (n,)) for i, n in enumerate(SIZES[1:])]
 PLAIN = {"kernels": KERNELS, "biases": BIASES}
@@ -55,7 +56,7 @@ def equinox():
 def of_nnx():
     class Net(nnx.Module):
         def __init__(self, rngs):
-            self.layers = nnx.List([nnx.Linear(m, n, rngs=rngs) for m, n in zip(SIZES[:-1], SIZES[1:], strict=True)])
+            self.layers = nnx.List([nnx.Linear(m, n, rngs=rngs) for m, n in itertools.pairwise(SIZES)])
 
         def __call__(self, x):
             for layer in self.layers[:-1]:
@@ -219,7 +220,7 @@ def written(p, x, split=True, odd=None):
 
 
 def blocks(params):
-    return [jax.tree.map(lambda a: a[i], params) for i in range(3)]
+    return [jax.tree.map(lambda a, i=i: a[i], params) for i in range(3)]
 
 
 def test_a_scan_over_blocks_is_equal_to_blocks_written_out():

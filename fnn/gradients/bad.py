@@ -18,7 +18,7 @@ import numpy as np
 
 from fnn import arrays, check, compiled, tree
 from fnn.gradients import program
-from fnn.gradients.causes import Values, bad, reason
+from fnn.gradients.causes import GUARD, Values, bad, reason
 from fnn.gradients.history import SHAPES, History, Node
 from fnn.gradients.program import Const, Hooks, Loop, Program
 
@@ -63,7 +63,7 @@ class FirstBad:
         if self.origin is not None:
             first, *rest = str(self.origin).split("\n")
             lines.append(f"  the infinity: {first.removeprefix('first infinity: ')}")
-            lines += [line for line in rest if not line.startswith("  in ")]
+            lines += [line for line in rest if not line.startswith(("  in ", "  cause"))]
         return "\n".join(lines)
 
 
@@ -232,12 +232,10 @@ class _Search:
             elif isinstance(atom, int) and atom in seen:
                 inputs.append(_values(seen[atom][node.turns], spec))
         backward = not any(out in self.forward for out in op.outputs)
-        cause = reason(history, node, what, inputs or [_values(np.zeros(7), history.spec(var))], backward)
+        signals = [a in self.seeded for a in op.inputs] if backward else None
+        cause = reason(history, node, what, inputs or [_values(np.zeros(7), history.spec(var))], signals)
         if not backward and not self.code(Node(self.program.outputs[0])):
-            cause += (
-                "; the loss does not see it (behind a `where`?), its gradient does, as 0 times NaN or infinity: guard the "
-                "argument too, where(ok, f(where(ok, x, 1)), 0)"
-            )
+            cause += f"; the loss does not see it (behind a `where`?), its gradient does, as 0 times that: {GUARD}"
         layer, lengths = self._layer(node), history.lengths(var)
         where = op.where if re.sub(r"transpose|jvp|vmap|[()/]", "", op.where) else ""
         return FirstBad(what, op.name, backward, layer, where, node.turns, lengths, tuple(inputs), cause)

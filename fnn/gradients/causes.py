@@ -37,6 +37,7 @@ POLES = {
     "lgamma": ("lgamma of 0 or of a negative integer", lambda v: v.low <= 0),
     "digamma": ("digamma of 0 or of a negative integer", lambda v: v.low <= 0),
 }
+GUARD = "guard the argument too, where(ok, f(where(ok, x, 1)), 0)"
 EXPONENTIALS = {"exp": 1.0, "exp2": math.log(2), "expm1": 1.0, "sinh": 1.0, "cosh": 1.0}
 
 
@@ -72,16 +73,21 @@ def bad(values: Values) -> str:
     return " and ".join(f"{n} {word}" for n, word in counts if n)
 
 
-def reason(history: History, node: Node, what: str, inputs: Sequence[Values], derivative: bool) -> str:
-    """Say why the operation that makes `node` makes a NaN or an infinity of its inputs; `derivative`: on the way back."""
+def reason(history: History, node: Node, what: str, inputs: Sequence[Values], signals: Sequence[bool] | None) -> str:
+    """Say why the operation that makes `node` makes a NaN or an infinity of its inputs.
+
+    `signals` says of each input whether it is an error signal; None where the loss needs the operation.
+    """
     op = history.maker(node.atom)
     assert op is not None
-    found = _nan(history, op, inputs) if what == "NaN" else _infinity(history, op, inputs)
-    if derivative and (op.name in PRODUCTS | {"div"}) and what == "NaN" and _selected(history, node):
-        found += (
-            "; on the other side of a `where`: its gradient is 0 there, and 0 times infinity is NaN. Guard the argument too: "
-            "where(ok, f(where(ok, x, 1)), 0)"
-        )
+    if what != "NaN":
+        return _infinity(history, op, inputs, signals is not None)
+    found = _nan(history, op, inputs)
+    if signals is not None and op.name in PRODUCTS | {"div"} and len(inputs) == len(signals) == 2:
+        (a, b), (back, other) = inputs, signals
+        zero = (back and not other and a.zeros and (b.infs or b.zeros)) or (other and not back and b.zeros and a.infs)
+        if zero and _selected(history, node):
+            found += "; behind a `where`, whose other branch has a gradient of 0 times infinity: " + GUARD
     return found
 
 
@@ -113,15 +119,14 @@ def _nan(history: History, op: Op, inputs: Sequence[Values]) -> str:
     return f"{name} is not defined for all of its inputs, or makes a NaN inside"
 
 
-def _infinity(history: History, op: Op, inputs: Sequence[Values]) -> str:
+def _infinity(history: History, op: Op, inputs: Sequence[Values], derivative: bool) -> str:
     name, first = op.name, inputs[0]
     finite = jnp.finfo(first.dtype) if jnp.issubdtype(np.dtype(jnp.dtype(first.dtype)), jnp.inexact) else None
     largest = float(finite.max) if finite is not None else math.inf
     if name == "div" and len(inputs) == 2 and inputs[1].zeros:
-        root = history.made_by(op.inputs[1])
-        if root == "sqrt":
+        if derivative and history.made_by(op.inputs[1]) == "sqrt":
             return f"the derivative of sqrt at 0 is infinite{_norm(history, op)}"
-        return "division by 0"
+        return f"division by 0{_norm(history, op)}"
     if name in EXPONENTIALS:
         limit = math.log(largest) / EXPONENTIALS[name]
         if max(first.high, -first.low if name in ("sinh", "cosh") else first.high) >= limit * 0.999:
@@ -145,12 +150,16 @@ def _infinity(history: History, op: Op, inputs: Sequence[Values]) -> str:
 
 
 def _norm(history: History, op: Op) -> str:
-    """Recognise a norm: the root of a sum of squares."""
+    """Recognise what an operation divides by: the root of a sum of squares, or of their mean."""
     root = history.maker(history.source(op.inputs[-1]))
-    inner = root if root is None or root.name != "sqrt" else history.maker(history.source(root.inputs[0]))
-    if root is None or root.name != "sqrt" or inner is None or inner.name not in ("reduce_sum", "dot_general"):
+    inner = history.maker(history.source(root.inputs[0])) if root is not None and root.name == "sqrt" else None
+    while inner is not None and inner.name in ("div", "mul", "select_n"):
+        below = [history.maker(history.source(a)) for a in inner.inputs]
+        inner = next((o for o in below if o is not None and o.name in ("div", "mul", "select_n", "reduce_sum")), None)
+    if inner is None or inner.name not in ("reduce_sum", "dot_general"):
         return ""
-    return ": the norm of a zero vector has no direction; add an epsilon under the root, or guard it with `where` twice"
+    what = "a norm of a zero vector or a standard deviation of equal numbers"
+    return f": {what}; add an epsilon under the root, or guard it with `where` twice"
 
 
 def _selected(history: History, node: Node) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import arrays, check, compiled
-from fnn.gradients.pairing import Distance, distance, paired, relative
+from fnn.gradients.pairing import Distance, distance, paired, relative, role
 from fnn.gradients.sides import LayerOf, side
 
 QUANTITIES = ("weight", "input", "output", "gradient")
@@ -180,7 +180,7 @@ def _compared(
     for number, (i, j) in enumerate(found, 1):
         rows = _pair(number, a[i], b[j], moved[i], max(a[i].eps, b[j].eps), tolerance)
         if rows[0].differs and not rows[0].note:
-            same = (b[k] for _, k in found if k != j and b[k].form == a[i].form)
+            same = (b[k] for _, k in found if k != j and role(b[k]) == role(a[i]))
             twin = next((other for other in same if distance(a[i].weight, other.weight, near).value <= near), None)
             rows[0] = rows[0]._replace(note=f"b has it in {twin.path}: swapped?" if twin else "")
         compared += rows
@@ -218,9 +218,11 @@ def _pair(number: int, a: LayerOf, b: LayerOf, moved: LayerOf, eps: float, toler
     found: dict[str, tuple[Distance, float, float]] = {}
     for quantity in QUANTITIES:
         x, y, z = (getattr(layer, quantity) for layer in (a, b, moved))
-        if x is None or y is None:
-            continue
-        rounding = floor if quantity == "weight" else max(floor, relative(*(np.float64(v.array) for v in (x, z))))
+        if x is None or y is None or (quantity == "input" and a.form != b.form):
+            continue  # a lookup, or patches of an image beside the image
+        rounding = (
+            floor if quantity == "weight" else max(floor, relative(*(np.asarray(v.array, np.float64) for v in (x, z))))
+        )
         limit = tolerance or MARGIN * rounding
         found[quantity] = distance(x, y, limit), rounding, limit
     out, _, limit = found["output"]

@@ -88,6 +88,12 @@ def _written(block: Block, positions: Sequence[int]) -> np.ndarray:
     return _wide(block.array.transpose(*positions, *(block.units or ())).reshape(-1))
 
 
+def role(layer: LayerOf) -> tuple[object, ...]:
+    """Give what two layers of a pair have in common; a convolution may be written as a product of patches."""
+    kind, *sizes = layer.form
+    return layer.form if kind == "custom" else (kind, sizes[0] * sizes[1], sizes[2])
+
+
 def paired(a: Sequence[LayerOf], b: Sequence[LayerOf], chosen: dict[int, int], near: float) -> list[tuple[int, int]]:
     """Pair layers by the order of equal forms, as many as possible; parallel layers (of one input) whose weights are each other's are swapped.
 
@@ -98,7 +104,7 @@ def paired(a: Sequence[LayerOf], b: Sequence[LayerOf], chosen: dict[int, int], n
     sizes = [{i: _norm(_wide(side[i].weight.array)) for i in part} for side, part in ((a, left), (b, right))]
     scores = np.zeros((len(left), len(right)))
     for (m, i), (n, j) in itertools.product(enumerate(left), enumerate(right)):
-        if a[i].form == b[j].form:
+        if role(a[i]) == role(b[j]):
             # equal weights decide only which of several pairings with as many pairs is taken
             scores[m, n] = 1 + math.isclose(sizes[0][i], sizes[1][j], rel_tol=1e-4) / (1 + len(left) + len(right))
     found = chosen | {left[i]: right[j] for i, j in _aligned(scores)}
