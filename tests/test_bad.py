@@ -1,6 +1,5 @@
 """first_bad names the operation that was planted, its layer, and why; it stays silent where nothing is wrong."""
 
-import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -185,9 +184,27 @@ def test_what_runs_as_one_operation_is_named():
 
     def loop(p, x):
         h = jax.lax.stop_gradient(x @ p["w"])
-        return jnp.mean(p["w"]) + jnp.mean(jax.lax.while_loop(lambda h: h[0, 0] > 1e9, jnp.log, jnp.log(h)))
+        h, _ = jax.lax.while_loop(lambda s: s[1] < 3, lambda s: (jnp.log(s[0] - 5), s[1] + 1), (h, 0))
+        return jnp.mean(p["w"]) + jnp.mean(h)
 
-    assert first_bad(loop, {"w": W[0]}, X).operation == "log"
+    found = first_bad(loop, {"w": W[0]}, X)
+    assert (found.operation, found.layer) == ("while", "w")
+
+    def sharded(p, x):
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("d",))
+        run = jax.shard_map(lambda h: jnp.log(h), mesh=mesh, in_specs=jax.P("d"), out_specs=jax.P("d"))
+        return jnp.mean(run(x @ p["w"]))
+
+    assert first_bad(sharded, {"w": W[0]}, X).operation == "shard_map"
+
+
+def test_the_branch_that_where_does_not_take_is_no_cause():
+    def loss(p, x):
+        h = x @ p["w"]
+        return jnp.mean(jnp.where(h > 0, jnp.log(h), jnp.arccos(2 - h)))
+
+    found = first_bad(loss, {"w": W[0]}, X)
+    assert (found.operation, found.what, found.backward) == ("acos", "NaN", False)
 
 
 def test_float16_ends_at_65504():
@@ -250,6 +267,7 @@ def test_nnx():
 
 
 def test_equinox():
+    eqx = pytest.importorskip("equinox")
     net = eqx.nn.MLP(4, 1, 8, 2, activation=lambda x: jnp.exp(x * x), key=jax.random.key(0))
     net = eqx.tree_at(lambda n: n.layers[1].weight, net, net.layers[1].weight * 100)
     params, rest = eqx.partition(net, eqx.is_inexact_array)

@@ -2,7 +2,6 @@
 
 import itertools
 
-import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -46,6 +45,7 @@ def linen():
 
 
 def equinox():
+    eqx = pytest.importorskip("equinox")
     net = eqx.nn.MLP(8, 3, 16, 2, activation=jnp.tanh, key=KEY)
     weights = [a for k, b in zip(KERNELS, BIASES, strict=True) for a in (k.T, b)]
     net = eqx.tree_at(lambda n: [a for layer in n.layers for a in (layer.weight, layer.bias)], net, weights)

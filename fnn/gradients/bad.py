@@ -18,8 +18,8 @@ import numpy as np
 
 from fnn import arrays, check, compiled, tree
 from fnn.gradients import program
-from fnn.gradients.causes import GUARD, Values, bad, reason
-from fnn.gradients.history import SHAPES, History, Node
+from fnn.gradients.causes import GUARD, Values, bad, countable, detailed, reason, values
+from fnn.gradients.history import SHAPES, History, Node, chosen
 from fnn.gradients.program import Const, Hooks, Loop, Program
 
 NAN, PLUS, MINUS = 1, 2, 4
@@ -111,7 +111,7 @@ class _Search:
         self.count = len(jax.tree.leaves(params))
         whole, self.values = _traced(loss, params, rest, has_aux)
         outputs = whole.outputs[:1] + (whole.outputs[-self.count :] if self.count else [])
-        self.program = program.prune(replace(whole, outputs=outputs))
+        self.program = chosen(program.prune(replace(whole, outputs=outputs)))
         self.history = History(self.program)
         variables = list(self.history.scopes)
         forward = History(program.prune(replace(whole, outputs=whole.outputs[:1])))
@@ -124,6 +124,7 @@ class _Search:
         self.codes = self._seen(functions | dict.fromkeys(self._indices(variables), jnp.ravel))
         self.history.number = self._number
         self.written: dict[int, int] = {}
+        self.details: dict[int, np.ndarray] = {}
 
     def _indices(self, variables: Sequence[int]) -> set[int]:
         """Find the numbers by which rows are taken."""
@@ -199,6 +200,7 @@ class _Search:
             parameter = self.history.inputs[made.atom] <= self.count  # type: ignore[index]
             if parameter or self.code(made) & PLUS:
                 return self._described(made, "infinity")
+        self._look([first] if made is None else [first, made])
         origin = None if made is None or made == first else self._described(made, "infinity")
         named = self._described(first, "NaN")
         if origin is None:
@@ -214,6 +216,13 @@ class _Search:
                 return node
         return None
 
+    def _look(self, nodes: Sequence[Node]) -> None:
+        """Take the ranges of what some operations take; each look is a program of its own."""
+        ops = [op for op in (self.history.maker(node.atom) for node in nodes) if op is not None]
+        atoms = {a for op in ops for a in op.inputs if isinstance(a, int) and a not in self.details}
+        known = [a for a in atoms if countable(self.history.spec(a).dtype)]
+        self.details |= self._seen(dict.fromkeys(known, detailed)) if known else {}
+
     def _described(self, node: Node, what: str) -> FirstBad:
         var, history = node.atom, self.history
         assert isinstance(var, int)
@@ -221,19 +230,17 @@ class _Search:
             return self._outside(var, what)
         op = history.maker(var)
         assert op is not None
-        wanted = [a for a in op.inputs if isinstance(a, int)]
-        known = {a for a in wanted if history.spec(a).dtype != jax.dtypes.float0 and _countable(history.spec(a).dtype)}
-        seen = self._seen(dict.fromkeys(known, _detailed))
+        self._look([node])
         inputs = []
         for atom in op.inputs:
             spec = history.spec(atom)
-            if isinstance(atom, Const) and _countable(spec.dtype):
-                inputs.append(_values(np.asarray(_detailed(jnp.asarray(atom.value))), spec))
-            elif isinstance(atom, int) and atom in seen:
-                inputs.append(_values(seen[atom][node.turns], spec))
+            if isinstance(atom, Const) and countable(spec.dtype):
+                inputs.append(values(np.asarray(detailed(jnp.asarray(atom.value))), spec))
+            elif isinstance(atom, int) and atom in self.details:
+                inputs.append(values(self.details[atom][node.turns], spec))
         backward = not any(out in self.forward for out in op.outputs)
         signals = [a in self.seeded for a in op.inputs] if backward else None
-        cause = reason(history, node, what, inputs or [_values(np.zeros(7), history.spec(var))], signals)
+        cause = reason(history, node, what, inputs or [values(np.zeros(7), history.spec(var))], signals)
         if not backward and not self.code(Node(self.program.outputs[0])):
             cause += f"; the loss does not see it (behind a `where`?), its gradient does, as 0 times that: {GUARD}"
         layer, lengths = self._layer(node), history.lengths(var)
@@ -244,15 +251,15 @@ class _Search:
         """Describe a parameter or an input that is not finite itself."""
         i = self.history.inputs[var]
         spec, value = self.history.spec(var), jnp.asarray(self.values[i])
-        values, name = _values(np.asarray(_detailed(value)), spec), self.names[i - 1]
+        found, name = values(np.asarray(detailed(value)), spec), self.names[i - 1]
         if i <= self.count:
             kind, text = (
                 "parameter",
-                f"params: {name} has {bad(values)}, from the start or from an earlier step's update",
+                f"params: {name} has {bad(found)}, from the start or from an earlier step's update",
             )
         else:
-            kind, text = "input", f"inputs: {name} of what follows params has {bad(values)}; look at the data"
-        return FirstBad(what, kind, False, name, "", (), (), (values,), text)
+            kind, text = "input", f"inputs: {name} of what follows params has {bad(found)}; look at the data"
+        return FirstBad(what, kind, False, name, "", (), (), (found,), text)
 
     def _layer(self, node: Node) -> str:
         own = self._gradient_of(node)
@@ -311,30 +318,11 @@ def _traced(loss: Any, params: Any, rest: Any, has_aux: bool) -> tuple[Program, 
     return program.read(closed), [jnp.ones((), dtype), *jax.tree.leaves((params, rest))]
 
 
-def _countable(dtype: Any) -> bool:
-    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
-
-
 def _coded(x: jax.Array) -> jax.Array:
     """Say in three bits whether an array holds NaN, +inf or -inf."""
     real, infinite = jnp.real(x), jnp.isinf(x)
     bits = jnp.where(jnp.isnan(x), NAN, 0) | jnp.where(infinite, jnp.where(real < 0, MINUS, PLUS), 0)
     return jax.lax.reduce(bits.astype(jnp.int8), np.int8(0), jax.lax.bitwise_or, tuple(range(x.ndim)))
-
-
-def _detailed(x: jax.Array) -> jax.Array:
-    """Take smallest and largest finite number, smallest magnitude above 0, and counts of 0, NaN, +inf, -inf."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    finite = jnp.isfinite(x)
-    low, high = jnp.min(x, initial=jnp.inf, where=finite), jnp.max(x, initial=-jnp.inf, where=finite)
-    smallest = jnp.min(jnp.abs(x), initial=jnp.inf, where=finite & (x != 0))
-    counts = [jnp.sum(c).astype(x.dtype) for c in (x == 0, jnp.isnan(x), x == math.inf, x == -math.inf)]
-    return jnp.stack([low, high, smallest, *counts])
-
-
-def _values(numbers: np.ndarray, spec: Any) -> Values:
-    low, high, smallest, *counts = (float(number) for number in numbers)
-    return Values(tuple(spec.shape), str(spec.dtype), low, high, smallest, *map(int, counts))
 
 
 def _constant(what: str) -> FirstBad:

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,6 +67,27 @@ class Values:
         parts = [f"{self.low + 0.0:.4g} to {self.high + 0.0:.4g}"] if self.low <= self.high else []
         counts = ((self.zeros, "zero"), (self.nans, "NaN"), (self.plus, "+inf"), (self.minus, "-inf"))
         return f"{kind} " + ", ".join(parts + [f"{n} {word}" for n, word in counts if n])
+
+
+def countable(dtype: Any) -> bool:
+    """Whether an array of this type has a smallest and a largest number."""
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
+
+
+def detailed(x: jax.Array) -> jax.Array:
+    """Take smallest and largest finite number, smallest magnitude above 0, and counts of 0, NaN, +inf, -inf."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    finite = jnp.isfinite(x)
+    low, high = jnp.min(x, initial=jnp.inf, where=finite), jnp.max(x, initial=-jnp.inf, where=finite)
+    smallest = jnp.min(jnp.abs(x), initial=jnp.inf, where=finite & (x != 0))
+    counts = [jnp.sum(c).astype(x.dtype) for c in (x == 0, jnp.isnan(x), x == math.inf, x == -math.inf)]
+    return jnp.stack([low, high, smallest, *counts])
+
+
+def values(numbers: np.ndarray, spec: Any) -> Values:
+    """Read what `detailed` took."""
+    low, high, smallest, *counts = (float(number) for number in numbers)
+    return Values(tuple(spec.shape), str(spec.dtype), low, high, smallest, *map(int, counts))
 
 
 def bad(values: Values) -> str:

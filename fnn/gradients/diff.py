@@ -218,8 +218,8 @@ def _pair(number: int, a: LayerOf, b: LayerOf, moved: LayerOf, eps: float, toler
     found: dict[str, tuple[Distance, float, float]] = {}
     for quantity in QUANTITIES:
         x, y, z = (getattr(layer, quantity) for layer in (a, b, moved))
-        if x is None or y is None or (quantity == "input" and a.form != b.form):
-            continue  # a lookup, or patches of an image beside the image
+        if x is None or y is None or (quantity == "input" and (a.form != b.form or x.array.size != y.array.size)):
+            continue  # a lookup; patches of an image, or an image that is padded already, beside the image
         rounding = (
             floor if quantity == "weight" else max(floor, relative(*(np.asarray(v.array, np.float64) for v in (x, z))))
         )
@@ -243,6 +243,9 @@ def _note(quantity: str, a: LayerOf, b: LayerOf, apart: Distance, bound: float) 
     x, y = (np.asarray(getattr(layer, quantity).array, np.float64) for layer in (a, b))
     if quantity in ("weight", "gradient"):
         x, y = (array.reshape(layer.form[1:]).squeeze() for array, layer in ((x, a), (y, b)))
+    for name, array in (("a", x), ("b", y)):
+        if not np.all(np.isfinite(array)):
+            return f"not finite in {name}: ask fnn.watch(loss_{name}).first_bad"
     if x.size != y.size:
         return f"shapes {x.shape} and {y.shape}: only their root mean squares are compared"
     for name, one, other in (("a", x, y), ("b", y, x)):
@@ -275,11 +278,14 @@ def _verdict(found: Difference) -> str:
     if last is not None:
         rows = {row.quantity: row for row in found.compared if row.layer == last}
         row, layers = rows["gradient"], found.compared[-1].layer
-        after = "the last layer" if last == layers else f"layer {last} of {layers}, counted from the output"
-        note = f"; {row.note}" if row.note else ""
+        start = "the last layer" if last == layers else f"layer {last} of {layers}, counted from the output"
+        note = f" ({row.note})" if row.note else ""
+        losses = (
+            "; the losses differ too: what follows the last layer computes something else" if found.loss_differs else ""
+        )
         return (
-            f"forward values are equal to rounding; gradients differ from {after} on: of {_name(row)} by "
-            f"{row.difference:.2g} (rounding: {row.rounding:.1g}){note}{rest}"
+            f"forward values are equal to rounding; gradients differ from {start} on: of {_name(row)} by "
+            f"{row.difference:.2g} (rounding: {row.rounding:.1g}){note}{losses}{rest}"
         )
     if found.loss_differs:
         return f"all layers are equal to rounding, the losses are not: what follows the last layer computes something else{rest}"

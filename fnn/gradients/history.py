@@ -7,10 +7,13 @@ from a sequence comes from that entry of the sequence.
 import functools
 import heapq
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from fnn.gradients.program import Atom, Const, Loop, Op, Program
+import jax
+import jax.numpy as jnp
+
+from fnn.gradients.program import Atom, Const, Loop, Op, Program, rebuilt
 from fnn.gradients.softmax import SAME
 
 SHAPES = SAME | {"broadcast_in_dim", "reshape", "expand_dims", "squeeze", "transpose", "pvary", "pbroadcast"}
@@ -216,3 +219,23 @@ class History:
                 count += 1
                 heapq.heappush(heap, (cost + step, count, source))
         return None
+
+
+def chosen(part: Program) -> Program:
+    """Put before each `select_n` what it takes of each case, with 0 elsewhere: what it does not take comes from nowhere."""
+    new = Program(part.inputs, [], part.outputs, part.avals)
+    for op in part.ops:
+        if isinstance(op, Loop):
+            op = rebuilt(op, chosen(op.body), op.inputs, op.outputs, op.consts, op.carries)
+        elif op.name == "select_n":
+            which, *cases = op.inputs
+            for k, case in enumerate(cases):
+                if not isinstance(case, Const) and jnp.issubdtype(part.spec(case).dtype, jnp.inexact):
+                    cases[k] = new.compute(functools.partial(_taken_as, k), which, case)
+            op = replace(op, inputs=[which, *cases])
+        new.append(op)
+    return new
+
+
+def _taken_as(number: int, which: jax.Array, case: jax.Array) -> jax.Array:
+    return jnp.where(which.astype(jnp.int32) == number, case, jnp.zeros_like(case))
