@@ -23,6 +23,7 @@ CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
+    "eval_jaxpr": "call_jaxpr",  # what `closed_call` is from JAX 0.12 on
     "core_call": "call_jaxpr",
     "linear_call": "callee",
 }
