@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import arrays, check, compiled
-from fnn.gradients.pairing import Distance, distance, paired, relative, role
+from fnn.gradients.pairing import Distance, beside, distance, paired, relative, role
 from fnn.gradients.sides import LayerOf, side
 
 QUANTITIES = ("weight", "input", "output", "gradient")
@@ -121,7 +121,7 @@ def diff(
     Both are `loss(params, *batch) -> float[]` of any framework, and get the same batch. Layers are products of data with a
     weight, found in the traced losses, loops over layers written out. They are paired in forward order by the sizes of
     their weights by role (in, out, positions of a kernel), whatever the layout: in x out or out x in, heads split or merged,
-    channels first or last. Of parallel layers, such as queries and keys, those of equal weights are paired. `pairs={path_a:
+    channels first or last; one that stands for several with the same input (queries, keys and values; gates) with these. Of parallel layers, such as queries and keys, those of equal weights are paired. `pairs={path_a:
     path_b}` overrides; paths are those in the table.
 
     For each pair its weight, input, output (with the bias, if one follows) and gradient of the weight are compared. Where
@@ -177,17 +177,18 @@ def _compared(
     near = tolerance or 20 * eps
     found = paired(a, b, chosen, near)
     compared: list[Compared] = []
-    for number, (i, j) in enumerate(found, 1):
-        rows = _pair(number, a[i], b[j], moved[i], max(a[i].eps, b[j].eps), tolerance)
+    for number, (left, right) in enumerate(found, 1):
+        one, other, third = (beside([part[k] for k in group]) for part, group in ((a, left), (b, right), (moved, left)))
+        rows = _pair(number, one, other, third, max(one.eps, other.eps), tolerance)
         if rows[0].differs and not rows[0].note:
-            same = (b[k] for _, k in found if k != j and role(b[k]) == role(a[i]))
-            twin = next((other for other in same if distance(a[i].weight, other.weight, near).value <= near), None)
+            same = (b[k] for _, (k, *_) in found if k not in right and role(b[k]) == role(one))
+            twin = next((layer for layer in same if distance(one.weight, layer.weight, near).value <= near), None)
             rows[0] = rows[0]._replace(note=f"b has it in {twin.path}: swapped?" if twin else "")
         compared += rows
     losses = [float(np.asarray(value, np.float64)) for value in (value_a, value_b, value_moved)]
     apart, rounding = (relative(np.array(losses[:1]), np.array([other])) for other in losses[1:])
     rounding = max(rounding, eps)
-    left = [tuple(names[k][i] for i in range(len(names[k])) if i not in {pair[k] for pair in found}) for k in (0, 1)]
+    left = [tuple(names[k][i] for i in range(len(names[k])) if not any(i in pair[k] for pair in found)) for k in (0, 1)]
     return Difference(
         tuple(compared),
         losses[0],
@@ -225,11 +226,14 @@ def _pair(number: int, a: LayerOf, b: LayerOf, moved: LayerOf, eps: float, toler
         )
         limit = tolerance or MARGIN * rounding
         found[quantity] = distance(x, y, limit), rounding, limit
-    out, _, limit = found["output"]
+    (out, _, limit), (weight, _, exact) = found["output"], found["weight"]
+    # the same entries in another order are a matter of layout if the layer's result is the same; that itself may have its
+    # units in another order if the weight has
+    reordered = weight.value > exact >= weight.sorted
+    same = out.value <= limit or (reordered and out.sorted <= limit)
     rows = []
     for quantity, (apart, rounding, bound) in found.items():
-        # the same entries in another order are a matter of layout if the layer's result is the same
-        layout = apart.value > bound >= apart.sorted and (quantity != "output" and out.value <= limit)
+        layout = apart.value > bound >= apart.sorted and same
         value = apart.sorted if layout else apart.value
         note = "equal up to the order of entries" if layout else ""
         if value > bound:

@@ -3,7 +3,8 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -94,7 +95,9 @@ def role(layer: LayerOf) -> tuple[object, ...]:
     return layer.form if kind == "custom" else (kind, sizes[0] * sizes[1], sizes[2])
 
 
-def paired(a: Sequence[LayerOf], b: Sequence[LayerOf], chosen: dict[int, int], near: float) -> list[tuple[int, int]]:
+def paired(
+    a: Sequence[LayerOf], b: Sequence[LayerOf], chosen: dict[int, int], near: float
+) -> list[tuple[list[int], list[int]]]:
     """Pair layers by the order of equal forms, as many as possible; parallel layers (of one input) whose weights are each other's are swapped.
 
     `chosen` are the pairs that are given.
@@ -123,7 +126,69 @@ def paired(a: Sequence[LayerOf], b: Sequence[LayerOf], chosen: dict[int, int], n
     while wanted and set(wanted.values()) != {found[i] for i in wanted}:
         taken = set(wanted.values())
         wanted = {i: j for i, j in wanted.items() if found[i] in taken and j in {found[k] for k in wanted}}
-    return sorted((found | wanted).items())
+    pairs = [([i], [j]) for i, j in (found | wanted).items()]
+    left = [i for i in left if i not in found]
+    right = [j for j in right if j not in found.values()]
+    for i, group in _fused(a, left, b, right, near_by):
+        pairs.append(([i], group))
+        right = [j for j in right if j not in group]
+    for j, group in _fused(b, right, a, left, near_by):
+        pairs.append((group, [j]))
+    return sorted(pairs)
+
+
+def _fused(
+    wide: Sequence[LayerOf], one: Sequence[int], narrow: Sequence[LayerOf], several: Sequence[int], near_by: Any
+) -> Iterator[tuple[int, list[int]]]:
+    """Find layers that are written as several with one input on the other side: queries, keys and values, gates of an LSTM."""
+    several = list(several)
+    for i in one:
+        kind, *sizes = wide[i].form
+        fits = [j for j in several if kind != "custom" and narrow[j].form[:-1] == (kind, *sizes[:-1])]
+        for start in range(len(fits)):
+            first = narrow[fits[start]]
+            group = [j for j in fits[start:] if first.input is not None and near_by(first.input, narrow[j].input)]
+            ends = list(itertools.accumulate(narrow[j].form[-1] for j in group))
+            if sizes[-1] in ends[1:] and all(narrow[j].output.units is not None for j in group):
+                group = group[: ends.index(sizes[-1]) + 1]
+                several = [j for j in several if j not in group]
+                # the order in which they stand side by side is the one in which the weights agree best
+                yield i, _ordered(wide[i], narrow, group)
+                break
+
+
+def _ordered(layer: LayerOf, narrow: Sequence[LayerOf], group: list[int]) -> list[int]:
+    orders = itertools.permutations(group) if len(group) < 6 else [tuple(group)]
+
+    def apart(order):
+        return distance(layer.weight, beside([narrow[j] for j in order]).weight, 0).value
+
+    return list(min(orders, key=apart))
+
+
+def beside(group: Sequence[LayerOf]) -> LayerOf:
+    """Make one layer of several with the same input."""
+    first = group[0]
+    if len(group) == 1:
+        return first
+
+    def matrices(name):
+        arrays = [getattr(layer, name).array.reshape(layer.form[1:]) for layer in group]
+        return Block(np.concatenate(arrays, -1), tuple(range(arrays[0].ndim)))
+
+    outputs = []
+    for block in (layer.output for layer in group):
+        free = [axis for axis in range(block.array.ndim) if axis not in (block.units or ())]
+        moved = block.array.transpose(*free, *(block.units or ()))
+        outputs.append(moved.reshape(*moved.shape[: len(free)], -1))
+    return replace(
+        first,
+        path=" + ".join(layer.path for layer in group),
+        form=(*first.form[:-1], sum(layer.form[-1] for layer in group)),
+        weight=matrices("weight"),
+        gradient=matrices("gradient"),
+        output=Block(np.concatenate(outputs, -1), (outputs[0].ndim - 1,)),
+    )
 
 
 def _aligned(scores: np.ndarray) -> list[tuple[int, int]]:
