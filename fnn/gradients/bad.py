@@ -1,7 +1,7 @@
 """Name the first operation of a loss or its gradient that makes a NaN or an infinity, its layer, and what causes it.
 
-1. The loss and its gradient are one traced program. It runs once, and of every floating value in it, inside loops too, it
-   is noted whether it holds NaN, +inf or -inf.
+1. The loss and its gradient are one traced program. It runs once, operation by operation, and of every floating value in
+   it, inside loops too, it is noted whether it holds NaN, +inf or -inf.
 2. On the host `history` goes back from the bad result along bad values to those that were made of good ones.
 3. Of those, the program runs again to see the ranges of their inputs, and `causes` says why.
 """
@@ -79,7 +79,8 @@ def first_bad(
     `shard_map` and custom calls nothing is looked at: the operation itself is named. float16 and bfloat16 are rounded
     after every operation, which XLA may leave out in the plain step. With `axis_name` the whole batch is one shard.
 
-    The first call compiles the gradient twice, the second time only where something is bad. For the host.
+    The program runs operation by operation, twice where something is bad: slower than a step, but soon compiled. XLA may
+    compute a compiled step's numbers in another way, such as exp(x)^p as exp(p·x). For the host.
     Errors: TypeError for traced arrays.
     """
     if compiled.traced((params, rest)):
@@ -153,13 +154,7 @@ class _Search:
             return see
 
         hooks: Hooks = {var: hook(var, function) for var, function in functions.items()}
-
-        def run(*values):
-            seen: dict[str, Any] = {}
-            program.execute(self.program, values, hooks, seen)
-            return seen
-
-        return {int(var): np.asarray(a) for var, a in jax.jit(run)(*self.values).items()}
+        return {int(var): np.asarray(a) for var, a in _stepwise(self.program, self.values, hooks).items()}
 
     def code(self, node: Node) -> int:
         """Say what a value holds: bits of NAN, PLUS and MINUS."""
@@ -255,7 +250,7 @@ class _Search:
         if i <= self.count:
             kind, text = (
                 "parameter",
-                f"params: {name} has {bad(found)}, from the start or from an earlier step's update",
+                f"params: {name or 'the array'} has {bad(found)}, from the start or from an earlier step's update",
             )
         else:
             kind, text = "input", f"inputs: {name} of what follows params has {bad(found)}; look at the data"
@@ -296,6 +291,37 @@ class _Search:
         return None
 
 
+def _stepwise(part: Program, values: Sequence[Any], hooks: Hooks) -> dict[str, Any]:
+    """Run a program one operation after the other, loops as one; give what the hooks found.
+
+    As one compiled program it would take ten times a plain gradient's time to compile.
+    """
+    known, seen = dict(zip(part.inputs, values, strict=True)), {}
+    last = {a: number for number, op in enumerate(part.ops) for a in op.inputs if isinstance(a, int)}
+
+    def note(variables):
+        for var in variables:
+            if var in hooks:
+                known[var], numbers = hooks[var](known[var])
+                seen.update(numbers)
+
+    note(part.inputs)
+    for number, op in enumerate(part.ops):
+        taken = [a.value if isinstance(a, Const) else known[a] for a in op.inputs]
+        if isinstance(op, Loop):
+            outputs, numbers = op.run(*taken, hooks=hooks)
+            seen.update(numbers)
+        else:
+            outputs = op.call(*taken)
+        known.update(zip(op.outputs, outputs, strict=True))
+        note(op.outputs)
+        for a in op.inputs:
+            if isinstance(a, int) and last[a] == number:
+                known.pop(a, None)  # a large net's values do not all fit into memory
+        del taken, outputs
+    return seen
+
+
 def _traced(loss: Any, params: Any, rest: Any, has_aux: bool) -> tuple[Program, list[Any]]:
     """Trace a loss and its gradient; the seed is an input, so that one sees what depends on it."""
 
@@ -318,6 +344,7 @@ def _traced(loss: Any, params: Any, rest: Any, has_aux: bool) -> tuple[Program, 
     return program.read(closed), [jnp.ones((), dtype), *jax.tree.leaves((params, rest))]
 
 
+@jax.jit
 def _coded(x: jax.Array) -> jax.Array:
     """Say in three bits whether an array holds NaN, +inf or -inf."""
     real, infinite = jnp.real(x), jnp.isinf(x)

@@ -74,6 +74,7 @@ def countable(dtype: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
 
 
+@jax.jit
 def detailed(x: jax.Array) -> jax.Array:
     """Take smallest and largest finite number, smallest magnitude above 0, and counts of 0, NaN, +inf, -inf."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))

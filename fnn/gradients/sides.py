@@ -76,9 +76,9 @@ def side(who: str, loss: Callable[..., Any], params: Any, rest: Any) -> Side:
     forward = program.read(program.trace(call, params, *rest)[0], forward=True)
     found = [place for place in places.find(forward, len(names)).places if _kernel(forward, place) is not None]
     used = {place.parameter for place in found}
-    run = _run(forward, found)
+    run = _run(forward, found, params, rest)
     alone = [name for i, name in enumerate(names) if i not in used]
-    return Side(names, alone, jax.jit(run), functools.partial(_layers, forward, found, names))
+    return Side(names, alone, run, functools.partial(_layers, forward, found, names))
 
 
 def _home(part: Program, place: Place) -> Program:
@@ -109,7 +109,7 @@ def _mark(name: str, x: jax.Array) -> jax.Array:
 _mark.defvjp(lambda name, x: (x, None), lambda name, _, d: (checkpoint_name(d, name),))
 
 
-def _run(forward: Program, found: Sequence[Place]) -> Callable[..., Any]:
+def _run(forward: Program, found: Sequence[Place], params: Any, rest: Any) -> Callable[..., Any]:
     """Make the function that gives the loss, the values of all layers, and the gradient of each use of a weight."""
     for i, place in enumerate(found):
         place.op.call = _marking(f"{MARK}{i}", place.op, _kernel(forward, place))
@@ -125,12 +125,15 @@ def _run(forward: Program, found: Sequence[Place]) -> Callable[..., Any]:
         value, pull, seen = jax.vjp(lambda p: marked(p, rest), params, has_aux=True)
         return value, seen, pull(jnp.ones_like(value))
 
+    closed, specs = program.trace(seeded, params, rest)
+    backward = program.read(closed)
+    marks = list(_marked(backward))
+    shown = {v: functools.partial(_see, f"{name}.{v}") for v, name in marks}
+
     def run(params, rest):
-        closed, specs = program.trace(seeded, params, rest)
-        backward = program.read(closed)
-        marks, gradients = list(_marked(backward)), {}
-        hooks = {v: functools.partial(_see, f"{name}.{v}") for v, name in marks}
-        outs = program.execute(backward, jax.tree.leaves((params, rest)), hooks, gradients)
+        # not as one compiled program: operation by operation it takes far less time to compile
+        gradients: dict[str, Any] = {}
+        outs = program.execute(backward, jax.tree.leaves((params, rest)), shown, gradients)
         value, seen, _ = jax.tree.unflatten(jax.tree.structure(specs), outs)
         for v, name in marks:
             seen[name] = seen.get(name, 0) + gradients[f"{name}.{v}"]
