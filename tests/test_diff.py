@@ -85,7 +85,7 @@ def test_ports_of_one_mlp_are_equal(port):
     found = fnn.diff(plain, loss)(PLAIN, params, X, Y)
     assert found.equal and found.verdict == "equal to rounding", str(found)
     assert len(found.rows()) == 12 and max(row.difference for row in found.rows()) < 1e-6
-    np.testing.assert_allclose(found.loss_a, found.loss_b, rtol=1e-6)
+    np.testing.assert_allclose(found.loss.a, found.loss.b, rtol=1e-6)
 
 
 def rows_of(found):
@@ -350,3 +350,30 @@ def test_numbers_that_are_not_finite_and_losses_that_differ_alone():
     assert "the losses differ too" in found.verdict and "b is 1.1 times a" in found.verdict
     found = fnn.diff(plain, lambda p, x, y: plain(p, x, y) + 1)(PLAIN, PLAIN, X, Y)
     assert "all layers are equal to rounding, the losses are not" in found.verdict
+
+
+def test_a_relu_that_changes_sides_by_rounding_is_no_difference():
+    # twenty units whose arguments are 3e-5, far from 0 as seen by one unit in the last place, near as seen by its root
+    x = jnp.ones((8, 2))
+    w = jax.random.normal(KEY, (2, 40)).at[:, :20].set(jnp.array([[1.00003], [-1.0]]))
+
+    def loss(bias):
+        def run(p, x):
+            h = x @ p
+            # one of them changes sides, which nobody sees in the output of the layer
+            return jnp.mean(jnp.where(h > bias, h, 0)) + jnp.mean(h[:, 20:] ** 2)
+
+        return run
+
+    found = fnn.diff(loss(jnp.zeros(40)), loss(jnp.zeros(40).at[0].set(1e-4)))(w, w, x)
+    gradient = next(row for row in found.rows() if row.quantity == "gradient")
+    assert found.equal and gradient.difference > 1e-3 and "changes sides" in gradient.note, str(found)
+
+
+def test_gradients_outside_of_products_count_too():
+    def stopped(p, x, y):
+        return plain(p | {"biases": jax.lax.stop_gradient(p["biases"])}, x, y)
+
+    found = fnn.diff(plain, stopped)(PLAIN, PLAIN, X, Y)
+    assert not found.equal and found.first_backward is None
+    assert "biases" in found.verdict and "norm of the whole gradient" in found.verdict

@@ -2,111 +2,19 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fnn import arrays, check, compiled
+from fnn.gradients.difference import QUANTITIES, Both, Compared, Difference
 from fnn.gradients.pairing import Distance, beside, distance, paired, relative, role
-from fnn.gradients.sides import LayerOf, side
+from fnn.gradients.sides import WHOLE, LayerOf, side
 
-QUANTITIES = ("weight", "input", "output", "gradient")
 MARGIN = 5.0
 """How many times what rounding gives a difference must be, so that it counts."""
-
-
-class Compared(NamedTuple):
-    """One quantity of one pair of layers."""
-
-    layer: int
-    """In forward order, from 1 on."""
-    path_a: str
-    path_b: str
-    quantity: str
-    """"weight", "input", "output" or "gradient" (of the weight)."""
-    difference: float
-    """|a - b| / max(|a|, |b|), Frobenius, in the layout in which both agree best."""
-    rounding: float
-    """What rounding would give."""
-    differs: bool
-    note: str
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What `fnn.diff(loss_a, loss_b)(params_a, params_b, batch)` returns: `print` it, or read `rows()` and `table()`."""
-
-    compared: tuple[Compared, ...]
-    loss_a: float
-    loss_b: float
-    loss_rounding: float
-    loss_differs: bool
-    unpaired_a: tuple[str, ...]
-    """Layers of the first loss that have no partner."""
-    unpaired_b: tuple[str, ...]
-    alone_a: tuple[str, ...]
-    """Parameters that are no factor of a product (biases, scales of norms): seen only by what they do to outputs."""
-    alone_b: tuple[str, ...]
-
-    @property
-    def equal(self) -> bool:
-        """Whether all layers have partners and nothing differs by more than rounding."""
-        differs = self.loss_differs or any(row.differs for row in self.compared)
-        return not (differs or self.unpaired_a or self.unpaired_b)
-
-    @property
-    def first_forward(self) -> int | None:
-        """The first layer at which weights or forward values differ; None if none does."""
-        return next((row.layer for row in self.compared if row.differs and row.quantity != "gradient"), None)
-
-    @property
-    def first_backward(self) -> int | None:
-        """The first layer, from the output backwards, whose weight's gradient differs; None if none does."""
-        return next((row.layer for row in self.compared[::-1] if row.differs and row.quantity == "gradient"), None)
-
-    @property
-    def verdict(self) -> str:
-        """One sentence: equal, or where the difference begins and what it is."""
-        return _verdict(self)
-
-    def rows(self) -> list[Compared]:
-        """List everything that was compared, in forward order."""
-        return list(self.compared)
-
-    def table(self) -> Any:
-        """Make a polars DataFrame with the columns of `Compared`: layer, path_a, path_b, quantity, difference, ..."""
-        import polars as pl
-
-        kinds = (pl.Int64, pl.String, pl.String, pl.String, pl.Float64, pl.Float64, pl.Boolean, pl.String)
-        schema = dict(zip(Compared._fields, kinds, strict=True))
-        return pl.DataFrame([row._asdict() for row in self.compared], schema=schema)
-
-    def __str__(self) -> str:
-        layers: dict[int, dict[str, Compared]] = {}
-        for row in self.compared:
-            layers.setdefault(row.layer, {})[row.quantity] = row
-        head = ["layer", "a", "b", *QUANTITIES]
-        lines = [head]
-        for layer, found in layers.items():
-            first = next(iter(found.values()))
-            cells = [_cell(found.get(quantity)) for quantity in QUANTITIES]
-            lines.append([str(layer), first.path_a, first.path_b, *cells])
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        text = [self.verdict, f"loss: {self.loss_a:.8g} and {self.loss_b:.8g}"]
-        if layers:
-            text += [
-                "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                for line in lines
-            ]
-            text.append("relative differences; * above what rounding gives")
-        notes = dict.fromkeys(f"layer {row.layer}, {row.quantity}: {row.note}" for row in self.compared if row.note)
-        text += notes
-        for name, paths in (("a", self.unpaired_a), ("b", self.unpaired_b)):
-            text += [f"without a partner, {name}: {', '.join(paths)}"] if paths else []
-        return "\n".join(text)
 
 
 def diff(
@@ -130,7 +38,8 @@ def diff(
 
     A difference counts if it is larger than 5 times what rounding gives: the change when every parameter and input of
     `loss_a` is moved by one unit in the last place, or eps·max(1, √fan_in / 16), whichever is larger; or larger than
-    `tolerance`. Products are computed with full precision (`jax.default_matmul_precision("highest")`).
+    `tolerance`. Gradients jump where a ReLU's argument near 0 changes sides: where forward values are equal, a difference
+    no larger than the jumps that moving by √eps gives does not count, and the note says so. Products are computed with full precision (`jax.default_matmul_precision("highest")`).
 
     All values of both losses are held in memory. For the host.
     Errors: TypeError for traced arrays; ValueError for unknown paths in `pairs`, and for a loss that is no single float.
@@ -185,19 +94,38 @@ def _compared(
             twin = next((layer for layer in same if distance(one.weight, layer.weight, near).value <= near), None)
             rows[0] = rows[0]._replace(note=f"b has it in {twin.path}: swapped?" if twin else "")
         compared += rows
-    losses = [float(np.asarray(value, np.float64)) for value in (value_a, value_b, value_moved)]
-    apart, rounding = (relative(np.array(losses[:1]), np.array([other])) for other in losses[1:])
-    rounding = max(rounding, eps)
+    odd = {row.quantity for row in compared if row.differs}
+    if odd == {"gradient"} and tolerance is None:
+        jumped = sides[0].layers(sides[0].run(*_moved((params_a, rest), math.sqrt(eps)))[1])
+        for number, (left, _) in enumerate(found, 1):
+            pair = (beside([part[k] for k in left]).gradient.array for part in (a, jumped))
+            jump = relative(*(np.asarray(array, np.float64) for array in pair))
+            compared = [_jumping(row, jump, eps) if row.layer == number else row for row in compared]
+    losses = _numbers("loss", value_a, value_b, value_moved, eps, tolerance)
+    whole = _numbers("gradient", seen_a[WHOLE], seen_b[WHOLE], seen_moved[WHOLE], eps, tolerance)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(params)) for params in (params_a, params_b)]
+    if sizes[0] != sizes[1] or any(row.note.startswith("within its jumps") for row in compared):
+        whole = whole._replace(differs=False)  # not the same parameters, or rounding of another kind
     left = [tuple(names[k][i] for i in range(len(names[k])) if not any(i in pair[k] for pair in found)) for k in (0, 1)]
-    return Difference(
-        tuple(compared),
-        losses[0],
-        losses[1],
-        rounding,
-        apart > (tolerance or MARGIN * rounding),
-        *left,
-        *(tuple(s.alone) for s in sides),
-    )
+    alone = [tuple(one.alone) for one in sides]
+    return Difference(tuple(compared), losses, whole, *left, *alone)
+
+
+def _numbers(name: str, a: Any, b: Any, moved: Any, eps: float, tolerance: float | None) -> Both:
+    """Compare a number of both sides; its six arguments are the number, and what limits it."""
+    values = [float(np.asarray(value, np.float64)) for value in (a, b, moved)]
+    apart, rounding = (relative(np.array(values[:1]), np.array([other])) for other in values[1:])
+    rounding = max(rounding, eps)
+    return Both(name, values[0], values[1], apart, rounding, apart > (tolerance or MARGIN * rounding))
+
+
+def _jumping(row: Compared, jump: float, eps: float) -> Compared:
+    """Let a gradient's difference count as rounding where it is no more than a jump: a ReLU near 0 that changes sides."""
+    smooth = row.rounding / math.sqrt(eps)  # what the larger move gives where nothing jumps
+    if row.quantity != "gradient" or not row.differs or jump < 3 * smooth or jump < row.difference:
+        return row
+    note = f"within its jumps where a number near 0 changes sides (ReLU, max): {jump:.1e}"
+    return row._replace(differs=False, rounding=jump, note=note)
 
 
 def _moved(values: Any, eps: float) -> Any:
@@ -265,58 +193,3 @@ def _note(quantity: str, a: LayerOf, b: LayerOf, apart: Distance, bound: float) 
         if math.isfinite(ratio) and relative(x * ratio, y) <= bound:
             return f"b is {ratio:.6g} times a"
     return "the same entries in another order" if apart.sorted <= bound else ""
-
-
-def _cell(row: Compared | None) -> str:
-    return "-" if row is None else f"{row.difference:.1e}{' *' if row.differs else ''}"
-
-
-def _verdict(found: Difference) -> str:
-    missing = sum(map(len, (found.unpaired_a, found.unpaired_b)))
-    rest = f"; {missing} layers have no partner" if missing else ""
-    if not found.compared:
-        return "nothing to compare: no layers could be paired" + rest
-    first, last = found.first_forward, found.first_backward
-    if first is not None:
-        return _forward(found, first) + rest
-    if last is not None:
-        rows = {row.quantity: row for row in found.compared if row.layer == last}
-        row, layers = rows["gradient"], found.compared[-1].layer
-        start = "the last layer" if last == layers else f"layer {last} of {layers}, counted from the output"
-        note = f" ({row.note})" if row.note else ""
-        losses = (
-            "; the losses differ too: what follows the last layer computes something else" if found.loss_differs else ""
-        )
-        return (
-            f"forward values are equal to rounding; gradients differ from {start} on: of {_name(row)} by "
-            f"{row.difference:.2g} (rounding: {row.rounding:.1g}){note}{losses}{rest}"
-        )
-    if found.loss_differs:
-        return f"all layers are equal to rounding, the losses are not: what follows the last layer computes something else{rest}"
-    return f"{'what was paired is ' if missing else ''}equal to rounding{rest}"
-
-
-def _forward(found: Difference, first: int) -> str:
-    rows = {row.quantity: row for row in found.compared if row.layer == first}
-    before = [row for row in found.compared if row.layer == first - 1]
-    differs = [
-        rows[quantity] for quantity in ("weight", "input", "output") if quantity in rows and rows[quantity].differs
-    ]
-    row = differs[0]
-    words = {"weight": "the weight", "input": "the input", "output": "the output"}[row.quantity]
-    start = (
-        f"differs from layer {first} on: {words} of {_name(row)} by {row.difference:.2g} (rounding: {row.rounding:.1g})"
-    )
-    note = f" ({row.note})" if row.note else ""
-    if row.quantity == "weight":
-        return start + note
-    if row.quantity == "input":
-        what = "the batch is prepared differently" if not before else f"what lies between {before[0].path_a} and it"
-        why = "" if not before else " computes something else (activation? norm or its epsilon? dropout? a sum?)"
-        return f"{start}{note}; all before it is equal: {what}{why}"
-    known = "its weights are equal, its inputs are equal" if "input" in rows else "its weights are equal"
-    return f"{start}{note}; {known}: the layer computes something else (bias? scale? padding? precision?)"
-
-
-def _name(row: Compared) -> str:
-    return row.path_a if row.path_a == row.path_b else f"{row.path_a} ({row.path_b})"

@@ -22,6 +22,7 @@ from fnn.gradients.places import Place
 from fnn.gradients.program import Hooks, Loop, Op, Program, equations
 
 MARK = "fnn.weight."
+WHOLE = "norm of the whole gradient"
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +135,8 @@ def _run(forward: Program, found: Sequence[Place], params: Any, rest: Any) -> Ca
         # not as one compiled program: operation by operation it takes far less time to compile
         gradients: dict[str, Any] = {}
         outs = program.execute(backward, jax.tree.leaves((params, rest)), shown, gradients)
-        value, seen, _ = jax.tree.unflatten(jax.tree.structure(specs), outs)
+        value, seen, grads = jax.tree.unflatten(jax.tree.structure(specs), outs)
+        seen[WHOLE] = tree.norm(grads)
         for v, name in marks:
             seen[name] = seen.get(name, 0) + gradients[f"{name}.{v}"]
         return value, seen
