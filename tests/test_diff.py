@@ -163,7 +163,7 @@ def test_layers_without_a_partner_are_listed_and_pairs_override():
         return jnp.mean((h @ p["kernels"][2] + p["biases"][2] - y) ** 2)
 
     found = fnn.diff(plain, shallow)(PLAIN, PLAIN, X, Y)
-    assert found.unpaired_a == ("kernels/1",) and not found.equal and "1 layers have no partner" in found.verdict
+    assert found.unpaired_a == ("kernels/1",) and not found.equal and "1 layer has no partner" in found.verdict
     assert found.alone_a == ("biases/0", "biases/1", "biases/2")
     with pytest.raises(ValueError, match="diff: unknown pairs 'kernel/1'; did you mean 'kernels/1'"):
         fnn.diff(plain, shallow, pairs={"kernel/1": "kernels/0"})(PLAIN, PLAIN, X, Y)

@@ -19,7 +19,7 @@ import numpy as np
 from fnn import arrays, check, compiled, tree
 from fnn.gradients import program
 from fnn.gradients.causes import GUARD, Values, bad, countable, detailed, reason, values
-from fnn.gradients.history import SHAPES, History, Node, chosen
+from fnn.gradients.history import SHAPES, History, Node, chosen, stepwise
 from fnn.gradients.program import Const, Hooks, Loop, Program
 
 NAN, PLUS, MINUS = 1, 2, 4
@@ -154,7 +154,7 @@ class _Search:
             return see
 
         hooks: Hooks = {var: hook(var, function) for var, function in functions.items()}
-        return {int(var): np.asarray(a) for var, a in _stepwise(self.program, self.values, hooks).items()}
+        return {int(var): np.asarray(a) for var, a in stepwise(self.program, self.values, hooks).items()}
 
     def code(self, node: Node) -> int:
         """Say what a value holds: bits of NAN, PLUS and MINUS."""
@@ -289,37 +289,6 @@ class _Search:
                 elif op is not None and op.name in follow:
                     waiting += [(a, places) for a in op.inputs]
         return None
-
-
-def _stepwise(part: Program, values: Sequence[Any], hooks: Hooks) -> dict[str, Any]:
-    """Run a program one operation after the other, loops as one; give what the hooks found.
-
-    As one compiled program it would take ten times a plain gradient's time to compile.
-    """
-    known, seen = dict(zip(part.inputs, values, strict=True)), {}
-    last = {a: number for number, op in enumerate(part.ops) for a in op.inputs if isinstance(a, int)}
-
-    def note(variables):
-        for var in variables:
-            if var in hooks:
-                known[var], numbers = hooks[var](known[var])
-                seen.update(numbers)
-
-    note(part.inputs)
-    for number, op in enumerate(part.ops):
-        taken = [a.value if isinstance(a, Const) else known[a] for a in op.inputs]
-        if isinstance(op, Loop):
-            outputs, numbers = op.run(*taken, hooks=hooks)
-            seen.update(numbers)
-        else:
-            outputs = op.call(*taken)
-        known.update(zip(op.outputs, outputs, strict=True))
-        note(op.outputs)
-        for a in op.inputs:
-            if isinstance(a, int) and last[a] == number:
-                known.pop(a, None)  # a large net's values do not all fit into memory
-        del taken, outputs
-    return seen
 
 
 def _traced(loss: Any, params: Any, rest: Any, has_aux: bool) -> tuple[Program, list[Any]]:

@@ -116,7 +116,7 @@ def _cell(row: Compared | None) -> str:
 
 def _verdict(found: Difference) -> str:
     missing = sum(map(len, (found.unpaired_a, found.unpaired_b)))
-    rest = f"; {missing} layers have no partner" if missing else ""
+    rest = "" if not missing else f"; {missing} layer{' has' if missing == 1 else 's have'} no partner"
     if not found.compared:
         return "nothing to compare: no layers could be paired" + rest
     first, last = found.first_forward, found.first_backward
