@@ -297,3 +297,20 @@ def test_ranges_are_those_of_the_inputs():
     (values,) = found.inputs
     assert (values.low, values.high, values.smallest, values.zeros) == (-2, 1, 0.5, 1)
     np.testing.assert_equal((values.shape, values.dtype, values.infs), ((4,), "float32", 0))
+
+
+def test_a_token_outside_of_the_embedding():
+    table = {"embedding": jnp.ones((5, 4))}
+    found = first_bad(lambda p, t: jnp.mean(jnp.take(p["embedding"], t, axis=0)), table, jnp.array([[1, 2], [7, 0]]))
+    assert (found.operation, found.layer) == ("gather", "embedding")
+    assert "0 to 7, of an array [5, 4]" in found.cause
+
+
+def test_keys_are_passed_on_and_nan_that_is_written_is_named():
+    def loss(p, x, key):
+        keep = jax.random.bernoulli(key, 0.5, x.shape)
+        return jnp.mean(jnp.where(keep, x, 0) @ p["w"])
+
+    assert first_bad(loss, {"w": W[0]}, X, jax.random.key(0)) is None
+    found = first_bad(lambda p, x: loss(p, x, jax.random.key(0)) * jnp.nan, {"w": W[0]}, X)
+    assert (found.operation, found.layer) == ("mul", "w") and "written in the program" in found.cause

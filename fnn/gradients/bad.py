@@ -89,7 +89,7 @@ def first_bad(
         )
     check.parameters("first_bad", params)
     check.alive("first_bad", params)
-    rest = tuple(arrays.arrays("first_bad", "the batch", part) for part in rest)
+    rest = arrays.arguments("first_bad", rest)
     if axis_name is not None:
         loss = _one_shard(loss, axis_name)
     return _Search(loss, params, rest, has_aux).found()

@@ -117,6 +117,11 @@ def reason(history: History, node: Node, what: str, inputs: Sequence[Values], si
 
 def _nan(history: History, op: Op, inputs: Sequence[Values]) -> str:
     name, first = op.name, inputs[0]
+    if any(v.nans for v in inputs):
+        return "NaN is written in the program"
+    if name == "gather" and len(inputs) == 2:
+        rows = f"{inputs[1].low:.0f} to {inputs[1].high:.0f}, of an array {list(first.shape)}"
+        return f"an index lies outside, which jnp.take answers with NaN: indices are {rows}"
     if name in DOMAINS and DOMAINS[name][1](first):
         return f"{DOMAINS[name][0]} (the smallest is {first.low:.4g})" if first.low < 0 else DOMAINS[name][0]
     if name == "div" and len(inputs) == 2:
@@ -138,8 +143,6 @@ def _nan(history: History, op: Op, inputs: Sequence[Values]) -> str:
         return "a sum inside overflows with both signs"
     if any(v.infs for v in inputs):
         return f"{name} of infinity"
-    if any(isinstance(a, Const) for a in op.inputs) and name in ("select_n", "broadcast_in_dim"):
-        return "NaN is written in the program"
     return f"{name} is not defined for all of its inputs, or makes a NaN inside"
 
 

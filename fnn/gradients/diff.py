@@ -60,7 +60,7 @@ def diff(
         for params in (params_a, params_b):
             check.parameters("diff", params)
             check.alive("diff", params)
-        rest = tuple(arrays.arrays("diff", "the batch", part) for part in batch)
+        rest = arrays.arguments("diff", batch)
         with jax.default_matmul_precision("highest"):
             return _compared(loss_a, loss_b, params_a, params_b, rest, dict(pairs or {}), tolerance)
 

@@ -101,7 +101,8 @@ def watch(
     `loss(params, batch, *rest) -> float[]` is any JAX function, a mean over the batch as for `jax.value_and_grad`; params
     are the arrays of a model in Flax, Equinox, Haiku or plain JAX. Nothing is added to the model: its layers are found in
     the traced loss, inside `scan` and `checkpoint` too. Log norms are exact at any depth; see `fnn.gradients.exact`.
-    `.explain(params, batch)` says what was found, `.value_and_grad(params, batch, step=i)` serves a training loop.
+    `.explain(params, batch)` says what was found, `.value_and_grad(params, batch, step=i)` serves a training loop,
+    `.first_bad(params, batch)` names what makes a NaN or an infinity.
 
     `only` is a pattern of `fnmatch` for parameter paths: nothing else is measured. `groups` names what is measured, of
     "gradient", "error", "activation" (the default), "kurtosis", "saturated", "rank", "cosine", "attention"; "all" is all:
