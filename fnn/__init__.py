@@ -4,6 +4,7 @@ from fnn import losses, models, plot, tree
 from fnn.core import Layer, named, repeat, residual, serial, stateless
 from fnn.datasets import data
 from fnn.gradients import noise
+from fnn.gradients.diff import diff
 from fnn.gradients.example_gradients import PerExampleGradients
 from fnn.gradients.flow import GradientFlow, gradient_flow
 from fnn.gradients.per_example import example_loss, per_example
@@ -68,6 +69,7 @@ __all__ = [
     "cross_attention",
     "data",
     "dense",
+    "diff",
     "drop_mask",
     "dropout",
     "embed",

@@ -61,6 +61,18 @@ def arrays(who: str, name: str, tree: Any) -> Any:
     return jax.tree.map(lambda a: array(who, name, a), tree, is_leaf=lambda a: is_numbers(a) or isinstance(a, Iterator))
 
 
+def arguments(who: str, rest: Any) -> tuple[Any, ...]:
+    """Turn what follows a loss's parameters into arrays; random keys stay as they are."""
+
+    def key(a):
+        return isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+
+    def one(a):
+        return a if key(a) else array(who, "the batch", a)
+
+    return jax.tree.map(one, tuple(rest), is_leaf=lambda a: is_numbers(a) or isinstance(a, Iterator))
+
+
 def pair(who: str, batch: Any) -> tuple[Any, Any]:
     """Turn a pair (x, y), a tuple or list of two, into arrays."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:

@@ -6,12 +6,9 @@ from typing import Any
 import numpy as np
 
 from fnn import files
+from fnn.gradients.drawing import COLOURS, MARKERS
 from fnn.gradients.flow import GradientFlow
 from fnn.theory.meanfield import Prediction
-
-# Okabe and Ito's palette, distinct to the colour-blind; with markers, so that print in grey keeps the lines apart.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def flow(measured: GradientFlow, *, theory: Any = None, path: str | os.PathLike[str] | None = None) -> Any:

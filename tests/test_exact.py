@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fnn.gradients import exact, powers
-from fnn.gradients.program import Loop, equations, prune, read, trace
+from fnn.gradients.operations import Loop, prune
+from fnn.gradients.program import equations, read, trace
 
 RNG = np.random.default_rng(0)
 SMALL = jnp.float32(2.0**-100)

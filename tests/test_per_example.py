@@ -10,7 +10,7 @@ from subjects import SUBJECTS, B, draw, flat
 
 import fnn
 from fnn import compiled, lowering
-from fnn.gradients import cuts, search, squares
+from fnn.gradients import cuts, operations, search, squares
 from fnn.gradients import program as jaxprs
 
 THOROUGH = {"nested", "recurrent", "embedding"}
@@ -202,7 +202,7 @@ def test_bad_input_is_one_sentence():
 
 
 def refuse(*_):
-    raise jaxprs.Unreadable("renamed")
+    raise operations.Unreadable("renamed")
 
 
 @pytest.mark.parametrize("what", ["scan", "all"])
@@ -251,8 +251,8 @@ def test_the_example_of_the_search():
     assert [len(op.outputs) for op in program.ops] == before
     factors, norms = cuts.emit(path, squares.Examples(1, None))
     assert [program.spec(a).shape for a in (*factors, *norms)] == [(3, 4), (3, 4), (3,)]
-    cut = jaxprs.prune(dataclasses.replace(program, outputs=[*factors, *norms]))
-    d, h, sizes = jaxprs.execute(cut, (w := draw(3, 4, 4), x := draw(4)))
+    cut = operations.prune(dataclasses.replace(program, outputs=[*factors, *norms]))
+    d, h, sizes = operations.execute(cut, (w := draw(3, 4, 4), x := draw(4)))
     want = jax.grad(loss)(w, x)
     np.testing.assert_allclose(h[:, :, None] * d[:, None], want, rtol=1e-5)
     np.testing.assert_allclose(sizes, jnp.linalg.norm(want, axis=(1, 2)), rtol=1e-5)

@@ -390,7 +390,7 @@ def test_a_batch_cut_over_a_named_axis():
 
 
 def module_groups():
-    from fnn.gradients.measured import GROUPS
+    from fnn.gradients.labels import GROUPS
 
     return GROUPS
 

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from fnn import mapped
-from fnn.gradients.program import COLLECTIVES, Atom, Const, Loop, Op, Program, equations, rebuilt
+from fnn.gradients.operations import Atom, Const, Loop, Op, Program, rebuilt
+from fnn.gradients.program import COLLECTIVES, equations
 
 SAME = {"convert_element_type", "copy", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "optimization_barrier"}
 

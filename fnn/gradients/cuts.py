@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from fnn.gradients.factors import Convolution, Lookup, Product, Term
+from fnn.gradients.operations import Atom, Const, Loop, Program
 from fnn.gradients.products import Full, Pair, Rows, zero
-from fnn.gradients.program import Atom, Const, Loop, Program
 from fnn.gradients.search import REINDEXING, Out, Path, Resized, Scaled, maker
 from fnn.gradients.squares import Examples, norm, norm_of_whole
 

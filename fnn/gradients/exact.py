@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from fnn.gradients.execution import Note, Run
 from fnn.gradients.loops import LOOPS
 from fnn.gradients.moves import MOVES
+from fnn.gradients.operations import prune
 from fnn.gradients.pieces import joined
 from fnn.gradients.powers import Scaled, scaled
-from fnn.gradients.program import prune, read, trace
+from fnn.gradients.program import read, trace
 from fnn.gradients.rules import RULES
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from fnn.gradients import powers
 from fnn.gradients.known import NOTHING, Known, learned
+from fnn.gradients.operations import Const, Loop, Op, Program, Unreadable
 from fnn.gradients.powers import Scaled
-from fnn.gradients.program import Const, Loop, Op, Program, Unreadable
 
 Note = Callable[[Mapping[int, Any]], dict[str, Any]]
 """Sees the values made so far, by their variables, some of them `Scaled`; returns small arrays by name."""

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn.gradients.program import reading
+from fnn.gradients.operations import reading
 from fnn.tree import statistics_dtype
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fnn.gradients.program import Op
+from fnn.gradients.operations import Op
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from fnn import mapped
 from fnn.gradients.execution import Rule, Run
+from fnn.gradients.operations import Const, Loop, Op, Program
 from fnn.gradients.powers import Scaled, is_float, merged, normal, rows, scaled, shift, tidy
-from fnn.gradients.program import Const, Loop, Op, Program, read
+from fnn.gradients.program import read
 
 APART = {"pad", "dynamic_update_slice", "scatter-add", "scatter_add", "concatenate", "stack", "scan", "cond", "while"}
 """What gives the entries of an array's first axis exponents of their own."""

@@ -8,11 +8,9 @@
    plain gradient does not store.
 """
 
-import fnmatch
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,43 +18,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fnn import check, mapped, tree
-from fnn.gradients import exact, places, program, reductions
+from fnn.gradients import exact, operations, places, program, reductions
+from fnn.gradients.labels import MARK, Options, Subject, assembled
+from fnn.gradients.operations import Atom, Hook, Hooks, Loop, Program, Remat
 from fnn.gradients.places import Found, Place
-from fnn.gradients.program import Atom, Hook, Hooks, Loop, Program, Remat
-from fnn.gradients.readings import Flow, Labels, Series
-from fnn.gradients.softmax import Softmax, Turns
-
-GROUPS = ("gradient", "error", "activation", "kurtosis", "saturated", "rank", "cosine", "attention")
-DEFAULT = GROUPS[:3]
-MARK = "fnn.error."
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `watch` measures; see there."""
-
-    has_aux: bool
-    axis_name: Any
-    only: str
-    groups: tuple[str, ...]
-    weighted: bool
-
-    def wants(self, path: str) -> bool:
-        return fnmatch.fnmatchcase(path, self.only)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A traced loss with its layers."""
-
-    forward: Program
-    value: Any
-    """Specs of (loss, aux)."""
-    found: Found
-    names: list[str]
-    """Paths of the parameters."""
-    axes: list[int]
-    """How many leading axes of each parameter count layers."""
+from fnn.gradients.softmax import Softmax
 
 
 def searched(loss: Callable[..., Any], options: Options, params: Any, rest: Any) -> Subject:
@@ -92,7 +58,7 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
 
     def marked(params, rest):
         seen: dict[str, Any] = {}
-        value, *aux = program.execute(subject.forward, jax.tree.leaves((params, rest)), hooks, seen)
+        value, *aux = operations.execute(subject.forward, jax.tree.leaves((params, rest)), hooks, seen)
         return value, (aux, seen)
 
     def seeded(seed, params, rest):
@@ -116,7 +82,7 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
             noted[variable] = _both(noted.get(variable), functools.partial(_norm, name, axes))
     full = grads or asked != inside or "cosine" in options.groups
     kept = backward.outputs if full else backward.outputs[:-count]
-    backward = program.prune(replace(backward, outputs=kept), frozenset(noted))
+    backward = operations.prune(replace(backward, outputs=kept), frozenset(noted))
     run = exact.run({variable: functools.partial(_note, hook, variable) for variable, hook in noted.items()})
     results = run.execute(backward, [exact.seed(subject.value[0].dtype), *jax.tree.leaves((params, rest))])
     seen = run.noted
@@ -131,7 +97,7 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
     if "cosine" in options.groups:
         for i in wanted:
             seen |= _alignment(str(i), subject.axes[i], gradients[i], jax.tree.leaves(params)[i])
-    flow = _assembled(options, subject, wanted, size, seen, params, value)
+    flow = assembled(options, subject, wanted, size, seen, params, value)
     if not grads:
         return flow
     leaves = [reductions.rounded(g).astype(p.dtype) for g, p in zip(gradients, jax.tree.leaves(params), strict=True)]
@@ -155,7 +121,9 @@ def _statistics(options: Options, found: Found) -> Hooks:
             (place.input, place.units[0], place.bounds),
             (place.output, place.units[1], (None, None)),
         ):
-            for name, function in _wanted(options, units, bounds) if variable is not None else []:
+            if variable is None:
+                continue
+            for name, function in _wanted(options, units, bounds):
                 known = f"{name}.{variable}"
                 if known not in taken:
                     taken[known] = functools.partial(_seen, known, function, options.axis_name)
@@ -273,134 +241,6 @@ def _axes(found: Found, i: int, leaf: jax.Array, depth: int) -> int:
     by_index = bool(loops) and leaf.ndim > 1 and leaf.shape[0] == loops[0].length
     by_rows = leaf.ndim > 1 and set(use.rows) == {(row,) for row in range(leaf.shape[0])}
     return int(by_index or by_rows)
-
-
-# Labels ----------------------------------------------------------------------------------------------------------------
-
-
-class _Numbers:
-    """Numbers and their labels, one after the other."""
-
-    def __init__(self) -> None:
-        self.series: list[Series] = []
-        self.mantissas: list[jax.Array] = []
-        self.exponents: list[jax.Array] = []
-
-    def add(self, label: Series, value: Any) -> None:
-        m, e = value if isinstance(value, tuple) else (value, jnp.zeros(jnp.shape(value), jnp.int32))
-        size = label.size
-        self.series.append(label)
-        self.mantissas.append(jnp.broadcast_to(m, jnp.shape(m)).astype(jnp.float32).reshape(size))
-        self.exponents.append(jnp.broadcast_to(e, jnp.shape(m)).astype(jnp.int32).reshape(size))
-
-    def flow(self, loss: jax.Array, notes: Sequence[str]) -> Flow:
-        empty = jnp.zeros(0)
-        m = jnp.concatenate([empty, *self.mantissas]).astype(jnp.float32)
-        e = jnp.concatenate([empty.astype(jnp.int32), *self.exponents])
-        return Flow(loss, m, e, Labels(tuple(self.series), tuple(notes)))
-
-
-def _assembled(
-    options: Options, subject: Subject, wanted: Sequence[int], size: int, seen: dict[str, Any], params: Any, loss: Any
-) -> Flow:
-    """Label everything that was seen; its seven arguments are what labels are made of."""
-    numbers, found = _Numbers(), subject.found
-    leaves = jax.tree.leaves(params)
-    for i, place in enumerate(found.places):
-        label = _label(place, subject.names[place.parameter])
-        time = tuple(k for k, turn in enumerate(place.turns) if not turn.depth)
-        if "error" in options.groups:
-            none = (jnp.zeros(label.lengths), jnp.full(label.lengths, reductions.LOWEST))
-            error = seen.get(f"{MARK}{i}")
-            error = none if error is None else reductions.joined(error, time, 2)
-            name, shift = ("log10_error", 0.5 * math.log10(size)) if size else ("log10_error_norm", 0.0)
-            numbers.add(replace(label, quantity=name, shift=shift), error)
-        for side, variable in (("input", place.input), ("output", place.output)):
-            for name, value in _of_side(side, variable, place, seen, time):
-                numbers.add(replace(label, quantity=f"{side}_{name}"), value)
-    for i in wanted:
-        for label, row in _labels_of(found, i, subject.names[i], leaves[i], subject.axes[i]):
-
-            def add(quantity, value, shift=0.0, label=label, row=row):
-                value = value if row is None else jax.tree.map(lambda a: a[row], value)
-                numbers.add(replace(label, quantity=quantity, shift=shift), value)
-
-            if "gradient" in options.groups:
-                count = math.prod(leaves[i].shape[subject.axes[i] :])
-                add("log10_gradient", seen[f"gradient.{i}"])
-                add("log10_gradient_rms", seen[f"gradient.{i}"], -0.5 * math.log10(max(1, count)))
-            if "cosine" in options.groups:
-                add("cosine", seen[f"cosine.{i}"])
-                add("log10_gradient_to_weight", seen[f"ratio.{i}"])
-    for i, softmax in enumerate(found.softmaxes if "attention" in options.groups else []):
-        label = _label_of_softmax(found, softmax, subject.names, seen[f"attention.{i}"]["largest"])
-        for name, quantity in (("largest", "largest_logit"), ("entropy", "attention_entropy")):
-            time = [k for k, turn in enumerate(softmax.turns) if not turn.depth]
-            value = seen[f"attention.{i}"][name]
-            value = jnp.max(value, axis=time) if name == "largest" else jnp.mean(value, axis=time)
-            numbers.add(replace(label, quantity=quantity), value)
-    return numbers.flow(loss, [])
-
-
-def _of_side(side: str, variable: Any, place: Place, seen: Any, time: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
-    if f"moments.{variable}" in seen:
-        for name, value in seen[f"moments.{variable}"].items():
-            dead = name == "dead"
-            yield name, jnp.mean(jnp.min(value, axis=time), axis=-1) if dead else reductions.joined(value, time)
-    if f"central.{variable}" in seen:
-        yield "kurtosis", reductions.kurtosis(*seen[f"central.{variable}"], time)
-    if f"rank.{variable}" in seen:
-        yield "rank", jnp.mean(seen[f"rank.{variable}"], axis=time)
-    if side == "input" and f"saturated.{variable}" in seen and any(place.bounds):
-        value, (first, others) = seen[f"saturated.{variable}"], place.bounds
-        if first != others:  # the first turn's input comes from elsewhere
-            axis, turn = len(place.turns) - 1, place.turns[-1]
-            index = turn.length - 1 if turn.backwards else 0
-            which = jnp.arange(turn.length) == index
-            value = jnp.where(which.reshape((-1,) + (1,) * (value.ndim - 1 - axis)), jnp.nan, value)
-        yield "saturated", jnp.nanmean(value, axis=time) if time else value
-
-
-def _label(place: Place, path: str) -> Series:
-    for row in place.rows:
-        path = _row_of(path, row)
-    recurrent = any(not turn.depth for turn in place.turns)
-    return Series("", path, *_turns(place.turns, place.order), starts=True, recurrent=recurrent)
-
-
-def _labels_of(found: Found, i: int, path: str, leaf: jax.Array, axes: int) -> Iterator[tuple[Series, int | None]]:
-    """Label the gradient of a parameter by where it is first used; in parts, if its entries are used one by one."""
-    lengths, use = leaf.shape[:axes], found.uses.get(i)
-    if use is None:
-        yield Series("", path, lengths, (2**30, *[None] * axes), tuple((k, False) for k in range(axes)), False), None
-    elif axes == 1 and set(use.rows) == {(row,) for row in range(leaf.shape[0])}:
-        for (row,), order in use.rows.items():
-            yield Series("", _row_of(path, row), *_turns(use.turns, order), starts=False), row
-    else:
-        lengths_of, order, turns = _turns(use.turns, use.order)
-        if lengths_of != lengths:
-            order = tuple(0 if number is None else number for number in use.order)
-            order, turns = (*order, *[None] * axes), tuple((k, False) for k in range(axes))
-        yield Series("", path, lengths, order, turns, False), None
-
-
-def _row_of(path: str, row: int) -> str:
-    return path.replace("[:]", f"[{row}]", 1) if "[:]" in path else f"{path}[{row}]"
-
-
-def _label_of_softmax(found: Found, softmax: Softmax, names: Sequence[str], value: jax.Array) -> Series:
-    near = [names[i].split("/") for i in softmax.near]
-    shared = [a for a, *others in zip(*near, strict=False) if all(a == b for b in others)] if near else []
-    path, heads = "/".join(shared) or "softmax", value.shape[-1]
-    return Series("", path, *_turns(softmax.turns, softmax.order), starts=False, heads=heads)
-
-
-def _turns(turns: Sequence[Turns], order: Sequence[Any]) -> tuple[tuple[int, ...], tuple[Any, ...], tuple[Any, ...]]:
-    """Give lengths of the loops over layers, the order, and which loop each None in it is."""
-    lengths = tuple(turn.length for turn in turns if turn.depth)
-    number = iter(range(len(lengths)))
-    marks = tuple((next(number) if turn.depth else None, turn.backwards) for turn in turns)
-    return lengths, tuple(order), marks
 
 
 def explained(loss: Callable[..., Any], options: Options, params: Any, rest: Any) -> str:

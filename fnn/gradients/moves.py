@@ -15,8 +15,8 @@ import numpy as np
 
 from fnn import mapped
 from fnn.gradients.execution import Rule, Run
+from fnn.gradients.operations import Op
 from fnn.gradients.powers import LOWEST, Scaled, is_float, merged, opaque, place, reach, rows, scaled, shift, tidy
-from fnn.gradients.program import Op
 from fnn.gradients.rules import call, together
 
 Lead = Callable[[Op, Scaled], jax.Array | None]

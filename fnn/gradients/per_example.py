@@ -16,11 +16,11 @@ from jax.tree_util import Partial
 
 from fnn import admission, arrays, check, compiled, losses, mapped, tree
 from fnn.core import Layer
-from fnn.gradients import batch_axis, cuts
+from fnn.gradients import batch_axis, cuts, operations
 from fnn.gradients import program as jaxprs
 from fnn.gradients.example_gradients import PerExampleGradients, Route
+from fnn.gradients.operations import Program
 from fnn.gradients.products import Full, Pair
-from fnn.gradients.program import Program
 from fnn.gradients.search import search
 from fnn.gradients.squares import AXIS, Examples
 from fnn.layers.precision import compute_in
@@ -196,8 +196,8 @@ def _by_path(function: Any, axis_name: Any, frozen: bool, params: Any, batch: An
     found = list(zip(jax.tree.leaves(specs[0]), depths, strict=True))
     try:
         program, leaves = _plan(jaxprs.read(closed), found, Examples(size, axis_name), params)
-        run = functools.partial(jaxprs.execute, program)
-    except jaxprs.Unreadable as error:
+        run = functools.partial(operations.execute, program)
+    except operations.Unreadable as error:
         jaxprs.warn(str(error))
         leaves = [cuts.whole((atom,), cuts.STORED, k) for atom, (_, k) in enumerate(found)]
         run = functools.partial(jaxprs.call, closed)
@@ -219,7 +219,7 @@ def _plan(program: Program, found: list[Any], examples: Examples, params: Any) -
         for atom, path, (spec, depth) in zip(gradients, paths, found, strict=True)
     ]
     wanted = [atom for leaf in leaves for atom in leaf.atoms]
-    gradient = jaxprs.prune(replace(program, outputs=wanted))
+    gradient = operations.prune(replace(program, outputs=wanted))
     if batch_axis.lone_statistic(gradient, [i < len(found) for i in range(len(program.inputs))]):
         batch_axis.warn_of_lone_statistic()
     if examples.count == 1 and batch_axis.collectives(gradient, examples.axis_name):
@@ -228,7 +228,7 @@ def _plan(program: Program, found: list[Any], examples: Examples, params: Any) -
             "one: batch norm takes a lone example to its bias, and the gradient below it is zero; use a larger batch, or "
             "batch_norm='running'"
         )
-    return jaxprs.prune(replace(program, outputs=[*wanted, *aux])), leaves
+    return operations.prune(replace(program, outputs=[*wanted, *aux])), leaves
 
 
 def _by_loss(value_and_aux: Any, axis_name: Any, params: Any, batch: Any) -> tuple[Any, Any]:
@@ -270,7 +270,7 @@ def _frozen(closed: Any, specs: Any) -> Any:
     program = batch_axis.freeze(jaxprs.read(closed, open_up=True))
 
     def function(params, example):
-        outputs = jaxprs.execute(program, jax.tree.leaves((params, example)))
+        outputs = operations.execute(program, jax.tree.leaves((params, example)))
         return jax.tree.unflatten(jax.tree.structure(specs), outputs)
 
     return function

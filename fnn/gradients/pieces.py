@@ -11,7 +11,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.gradients.program import Atom, Const, Op, Program, prune
+from fnn.gradients.operations import Atom, Const, Op, Program, prune
 
 Piece = tuple[int, int, Atom]
 """The first row, the row behind the last, and what lies there."""

@@ -12,7 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.gradients.program import Atom, Const, Loop, Op, Program, Remat, equations
+from fnn.gradients.operations import Atom, Const, Loop, Op, Program, Remat
+from fnn.gradients.program import equations
 from fnn.gradients.softmax import SAME, Order, Softmax, Turns, softmax, source
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}

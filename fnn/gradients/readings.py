@@ -173,21 +173,26 @@ class Flow:
                 first.setdefault(row.layer, row.value)
         return np.array(list(first), int), np.array(list(first.values()))
 
+    def weights(self, quantity: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return (layers, values) of a quantity of the weights that begin a layer: biases and gains are left out."""
+        paths, found = dict(reversed(self.labels.starts)), {}
+        for row in self.rows():
+            if row.quantity == quantity and paths.get(row.layer) == row.path:
+                found.setdefault(row.layer, row.value)
+        return np.array(list(found), int), np.array(list(found.values()))
+
     def plot(self, path: Any = None) -> Any:
         """Draw log10 of error signal and gradient, and the second moment of the layers' inputs, against the layer."""
-        from fnn import plot
+        from fnn.gradients import drawing
 
-        return plot.readings(self, path=path)
+        return drawing.profiles(self, path)
 
     def __str__(self) -> str:
         if np.ndim(self.loss):
             return f"flow of {np.shape(self.loss)} lanes, {len(self.labels.rows)} numbers each; see table()"
-        paths = dict(reversed(self.labels.starts))
         names = ("log10_error", "log10_gradient", "input_second_moment", "input_dead", "output_second_moment")
-        columns: dict[str, dict[int, float]] = {name: {} for name in names}
-        for row in self.rows():
-            if row.quantity in columns and paths.get(row.layer) == row.path:
-                columns[row.quantity].setdefault(row.layer, row.value)
+        columns = {name: dict(zip(*self.weights(name), strict=True)) for name in names}
+        paths = dict(reversed(self.labels.starts))
         columns = {name: column for name, column in columns.items() if column}
         shown: list[int | None] = sorted(paths)  # type: ignore[assignment]
         if len(shown) > 24:

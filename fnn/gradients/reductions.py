@@ -204,15 +204,15 @@ def dot(g: Any, w: jax.Array, axes: int) -> Pair:
     return product, g.exponent + w.exponent
 
 
-def rounded(x: Any) -> jax.Array:
+def rounded(x: Any) -> Any:
     """Undo the exponent as a float would: zero below the dtype's range, infinity above it."""
     if not isinstance(x, powers.Scaled):
         return x
-    x = powers.unit(x)
-    most = int(jnp.finfo(x.value.dtype).maxexp)
-    by = jnp.clip(x.exponent, -3 * most, 2 * (most - 1))
+    one = powers.unit(x)
+    most = int(jnp.finfo(one.value.dtype).maxexp)
+    by = jnp.clip(one.exponent, -3 * most, 2 * (most - 1))
     half = by >> 1
-    return powers.shift(powers.shift(x.value, half), by - half)
+    return powers.shift(powers.shift(one.value, half), by - half)
 
 
 def joined(pair: Pair, axes: Sequence[int], power: int = 1) -> Pair:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn.gradients.execution import Rule, Run
+from fnn.gradients.operations import Const, Op
 from fnn.gradients.powers import (
     LOWEST,
     Scaled,
@@ -25,7 +26,7 @@ from fnn.gradients.powers import (
     shift,
     unit,
 )
-from fnn.gradients.program import Const, Op, read
+from fnn.gradients.program import read
 
 
 def call(op: Op, values: Sequence[Any], exponent: jax.Array, slack: float) -> list[Any]:

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from fnn.gradients.factors import Kind, Lookup, Move, Product, recognise
-from fnn.gradients.program import Atom, Const, Loop, Op, Program
+from fnn.gradients.operations import Atom, Const, Loop, Op, Program
 
 REINDEXING = {"reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy", "broadcast_in_dim"}
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fnn.gradients.program import Atom, Const, Loop, Op, Program, equations
+from fnn.gradients.operations import Atom, Const, Loop, Op, Program
+from fnn.gradients.program import equations
 
 SAME = {"convert_element_type", "copy", "reduce_precision", "stop_gradient", "optimization_barrier", "barrier", "name"}
 """Operations that leave the axes of their operands alone."""
@@ -52,13 +53,13 @@ def softmax(
     """
     if op.name == "div":
         top, bottom = (source(program, a) for a in op.inputs)
-        makers = [program.makers.get(a, (None, 0))[0] for a in (top, bottom) if not isinstance(a, Const)]
-        if len(makers) != 2 or [m and m.name for m in makers] != ["exp", "reduce_sum"]:
+        exp, total = _maker(program, top), _maker(program, bottom)
+        if exp is None or total is None or (exp.name, total.name) != ("exp", "reduce_sum"):
             return None
-        shifted = program.makers.get(makers[0].inputs[0], (None, 0))[0]
-        if source(program, makers[1].inputs[0]) != top or shifted is None or shifted.name != "sub":
+        shifted = _maker(program, exp.inputs[0])
+        if source(program, total.inputs[0]) != top or shifted is None or shifted.name != "sub":
             return None
-        logits, axes = shifted.inputs[0], tuple(makers[1].params["axes"])
+        logits, axes = shifted.inputs[0], tuple(total.params["axes"])
     elif "custom_jvp" in op.name:
         inner = dict(equations(op))
         if not {"exp", "reduce_sum", "div"} <= set(inner) or len(op.outputs) != 1:
@@ -69,16 +70,20 @@ def softmax(
         logits, axes = same[0], tuple(inner["reduce_sum"]["axes"])
     else:
         return None
-    made = None if isinstance(logits, Const) or len(axes) != 1 else _made(program, logits)
-    if made is None:
+    made = _made(program, logits) if len(axes) == 1 else None
+    if made is None or isinstance(logits, Const):
         return None
     product, heads = made
     return Softmax(logits, order, turns, axes[0], heads, _fed(program, product, products))
 
 
+def _maker(program: Program, atom: Atom) -> Op | None:
+    return None if isinstance(atom, Const) else program.makers.get(atom, (None, 0))[0]
+
+
 def _made(program: Program, atom: Atom) -> tuple[Op, tuple[int, ...]] | None:
     """Find the product that makes logits, and their axes of heads: its batch axes less the first, the examples."""
-    op = None if isinstance(atom, Const) else program.makers.get(atom, (None, 0))[0]
+    op = _maker(program, atom)
     if op is None or op.name in ("reshape", "squeeze", "expand_dims"):
         return None
     products = [name for name, _ in equations(op) if name == "dot_general"]

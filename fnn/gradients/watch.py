@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import arrays, check, compiled
-from fnn.gradients.measured import DEFAULT, GROUPS, Options, explained, measured
+from fnn.gradients.bad import FirstBad, first_bad
+from fnn.gradients.labels import DEFAULT, GROUPS, Options
+from fnn.gradients.measured import explained, measured
 from fnn.gradients.readings import Flow, empty
 
 
@@ -67,7 +69,7 @@ class Watch:
     def _admitted(self, params: Any, rest: Any) -> tuple[Any, Any]:
         check.parameters("watch", params)
         check.alive("watch", params)
-        return params, tuple(arrays.arrays("watch", "the batch", part) for part in rest)
+        return params, arrays.arguments("watch", rest)
 
     def _run(self, grads: bool, params: Any, rest: Any) -> Any:
         params, rest = self._admitted(params, rest)
@@ -80,6 +82,10 @@ class Watch:
         """Say what was recognised in the loss: its layers in forward order, softmaxes, and what could not be read."""
         params, rest = self._admitted(params, rest)
         return explained(self.loss, self.options, params, rest)
+
+    def first_bad(self, params: Any, *rest: Any) -> FirstBad | None:
+        """Name the first operation, forward or backward, that makes a NaN or an infinity; None if all is finite. See `FirstBad`."""
+        return first_bad(self.loss, params, *rest, has_aux=self.options.has_aux, axis_name=self.options.axis_name)
 
 
 def watch(
@@ -98,7 +104,8 @@ def watch(
     `loss(params, batch, *rest) -> float[]` is any JAX function, a mean over the batch as for `jax.value_and_grad`; params
     are the arrays of a model in Flax, Equinox, Haiku or plain JAX. Nothing is added to the model: its layers are found in
     the traced loss, inside `scan` and `checkpoint` too. Log norms are exact at any depth; see `fnn.gradients.exact`.
-    `.explain(params, batch)` says what was found, `.value_and_grad(params, batch, step=i)` serves a training loop.
+    `.explain(params, batch)` says what was found, `.value_and_grad(params, batch, step=i)` serves a training loop,
+    `.first_bad(params, batch)` names what makes a NaN or an infinity.
 
     `only` is a pattern of `fnmatch` for parameter paths: nothing else is measured. `groups` names what is measured, of
     "gradient", "error", "activation" (the default), "kurtosis", "saturated", "rank", "cosine", "attention"; "all" is all:

@@ -1,8 +1,7 @@
 """Read a traced function of several blocks: does it treat all of them alike, and what does it do to one of them?
 
-Each block's arrays are inputs of the program. `Reading` computes values of the first block only: an operation on another
-block's values must be one that the first block went through too. Values of several blocks may only meet in a sum (a
-product, a maximum, ...) that every block enters in the same way.
+Each block's arrays are inputs of the program. `Reading` computes the first block's values only: an operation on another's
+must be one that the first went through too. Several may only meet in a sum (a product, ...) that each enters alike.
 """
 
 import contextlib
@@ -18,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import tree
-from fnn.gradients.program import CALLS, Const, read, trace
+from fnn.gradients.operations import Const
+from fnn.gradients.program import CALLS, read, trace
 from fnn.training.blocks import Blocks, order_noted, specs, split
 from fnn.tree import Stacked
 
