@@ -353,6 +353,27 @@ def test_a_product_with_the_transposed_table_is_a_layer_of_its_own():
     assert gradients == rows[:-1]  # one gradient for all uses
 
 
+def test_a_plain_backward_pass_says_where_it_ends():
+    """Without exponents what float32 loses is NaN, never a number or a zero."""
+    depth = 30
+    params = {"w": jnp.stack([jnp.eye(8)] * depth) * 0.05}
+
+    def loss(p, x):
+        return jnp.mean(jax.lax.scan(lambda h, w: (h @ w + jax.lax.stop_gradient(h - h @ w), None), x, p["w"])[0])
+
+    watch = fnn.watch(loss)
+    exact = measured(watch(params, X))
+    (_, gradient), flow = watch.value_and_grad(params, X)
+    plain = measured(flow)
+    assert all(np.isfinite(list(exact.values()))) and min(exact.values()) < -36
+    for path, value in exact.items():
+        assert np.isnan(plain[path]) if value < -28.5 else value < -27.5 or abs(plain[path] - value) < 1e-5
+    assert np.isnan(list(plain.values())).sum() >= 5
+    same(watch.value_and_grad(params, X, exact=True)[1], watch(params, X))
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(jax.jit(jax.grad(loss))(params, X)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
 # Laws -----------------------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,8 @@ class Options:
     only: str
     groups: tuple[str, ...]
     weighted: bool
+    exact: bool = True
+    """Whether the gradient runs with exponents; else its numbers are those of a plain one, and what is too small is NaN."""
 
     def wants(self, path: str) -> bool:
         return fnmatch.fnmatchcase(path, self.only)
@@ -63,11 +65,11 @@ class _Numbers:
         self.mantissas.append(jnp.broadcast_to(m, jnp.shape(m)).astype(jnp.float32).reshape(size))
         self.exponents.append(jnp.broadcast_to(e, jnp.shape(m)).astype(jnp.int32).reshape(size))
 
-    def flow(self, loss: jax.Array, notes: Sequence[str]) -> Flow:
+    def flow(self, loss: jax.Array, notes: Sequence[str], exact: bool) -> Flow:
         empty = jnp.zeros(0)
         m = jnp.concatenate([empty, *self.mantissas]).astype(jnp.float32)
         e = jnp.concatenate([empty.astype(jnp.int32), *self.exponents])
-        return Flow(loss, m, e, Labels(tuple(self.series), tuple(notes)))
+        return Flow(loss, m, e, Labels(tuple(self.series), tuple(notes), exact))
 
 
 def assembled(
@@ -109,7 +111,7 @@ def assembled(
             value = seen[f"attention.{i}"][name]
             value = jnp.max(value, axis=time) if name == "largest" else jnp.mean(value, axis=time)
             numbers.add(replace(label, quantity=quantity), value)
-    return numbers.flow(loss, [])
+    return numbers.flow(loss, [], options.exact)
 
 
 def _of_side(side: str, variable: Any, place: Place, seen: Any, time: tuple[int, ...]) -> Iterator[tuple[str, Any]]:

@@ -83,9 +83,14 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
     full = grads or asked != inside or "cosine" in options.groups
     kept = backward.outputs if full else backward.outputs[:-count]
     backward = operations.prune(replace(backward, outputs=kept), frozenset(noted))
-    run = exact.run({variable: functools.partial(_note, hook, variable) for variable, hook in noted.items()})
-    results = run.execute(backward, [exact.seed(subject.value[0].dtype), *jax.tree.leaves((params, rest))])
-    seen = run.noted
+    values, one = jax.tree.leaves((params, rest)), subject.value[0].dtype
+    if options.exact:
+        run = exact.run({variable: functools.partial(_note, hook, variable) for variable, hook in noted.items()})
+        results = run.execute(backward, [exact.seed(one), *values])
+        seen = run.noted
+    else:
+        seen: dict[str, Any] = {}
+        results = operations.execute(backward, [jnp.ones((), one), *values], noted, seen)
     first, gradients = (results[:-count], results[-count:]) if full and count else (results, [])
     value, (aux, statistics) = jax.tree.unflatten(jax.tree.structure(specs[0]), first)
     seen = seen | statistics

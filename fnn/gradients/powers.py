@@ -181,8 +181,11 @@ def unit(x: Scaled) -> Scaled:
 
 @jax.jit
 def _normal(value: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    size, axes = jnp.abs(value), exponent.ndim
+    if size.size and size.ndim > axes + 1:
+        size = jnp.max(size, axis=axes)  # on a CPU faster than all axes at once, and without a copy of |value|
     # An initial value costs a kernel of its own, which only an empty array needs.
-    peak = jnp.max(jnp.abs(value), axis=range(exponent.ndim, value.ndim), initial=None if value.size else 0)
+    peak = jnp.max(size, axis=range(axes, size.ndim), initial=None if value.size else 0)
     if peak.dtype.itemsize < 4:
         peak = peak.astype(jnp.float32)
     info = jnp.finfo(peak.dtype)

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 LOG2 = math.log10(2)
+LEAST = -28.0
+"""log10 of a norm below which a plain float32 gradient may have lost part of it."""
+BACKWARD = {"log10_gradient", "log10_gradient_rms", "log10_error", "log10_error_norm", "log10_gradient_to_weight"}
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,16 @@ class Row(NamedTuple):
 class Labels:
     """The labels of a `Flow`; equal where they say the same. Hashed once, since JAX compares them at every call."""
 
-    def __init__(self, series: tuple[Series, ...], notes: tuple[str, ...]):
-        self.series, self.notes = series, notes
-        self._hash = hash((series, notes))
+    def __init__(self, series: tuple[Series, ...], notes: tuple[str, ...], exact: bool = True):
+        self.series, self.notes, self.exact = series, notes, exact
+        self._hash = hash((series, notes, exact))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Labels) and (self.series, self.notes) == (other.series, other.notes)
+        same = isinstance(other, Labels) and (self.notes, self.exact) == (other.notes, other.exact)
+        return same and self.series == other.series
 
     @functools.cached_property
     def rows(self) -> list[tuple[int, str, str, int, float]]:
@@ -116,7 +120,10 @@ class Flow:
         m, e = m[..., index], e[..., index].astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
             plain = m * np.exp2(e)
-            return np.where(logs, np.log10(m) + e * LOG2 + shift, plain)
+            log = np.log10(m) + e * LOG2 + shift
+        if not self.labels.exact:
+            log = _in_doubt(log, np.array([row[2] in BACKWARD for row in rows], bool))
+        return np.where(logs, log, plain)
 
     def rows(self) -> list[Row]:
         """List all numbers in forward order. Errors: ValueError for a flow of several lanes; see `table`."""
@@ -208,6 +215,16 @@ class Flow:
             cells = (f"{c[layer]:{max(9, len(n))}.4g}" if layer in c else " " * len(n) for n, c in columns.items())
             lines.append(f"{layer:5d}  {path:{wide}}  " + "  ".join(cells))
         return "\n".join(lines)
+
+
+def _in_doubt(logs: np.ndarray, backward: np.ndarray) -> np.ndarray:
+    """Make NaN of what float32 may have lost on the way back: numbers near its end, and zeros behind such numbers."""
+    values = np.where(backward, logs, np.nan)
+    with np.errstate(invalid="ignore"):
+        small = values < LEAST
+        near = np.isfinite(values) & (values < LEAST + 8)
+    lost = small & (np.isfinite(values) | np.any(near, axis=-1, keepdims=True))
+    return np.where(lost, np.nan, logs)
 
 
 def _rows(series: tuple[Series, ...]) -> Iterator[tuple[int, str, str, int, float, bool]]:
