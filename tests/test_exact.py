@@ -312,7 +312,7 @@ def test_how_often_arrays_are_normalised():
         counts = []
         for depth in (3, 4):
             jaxpr = jax.make_jaxpr(lambda p: exact.gradient(loss)(p)[1].exponent)(jnp.zeros((depth, 4, 4)))
-            counts.append(sum(name == "reduce_max" for name, _ in equations(jaxpr)))
+            counts.append(sum(name == "shift_right_arithmetic" for name, _ in equations(jaxpr)))
         return counts[1] - counts[0]
 
     # The last of each is that of the weight's gradient, where layers are put side by side.
