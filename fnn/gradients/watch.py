@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from fnn import arrays, check, compiled
 from fnn.gradients.bad import FirstBad, first_bad
 from fnn.gradients.labels import DEFAULT, GROUPS, Options
 from fnn.gradients.measured import explained, measured
+from fnn.gradients.price import Price, priced
 from fnn.gradients.readings import Flow, empty
 
 
@@ -86,6 +87,32 @@ class Watch:
     def first_bad(self, params: Any, *rest: Any) -> FirstBad | None:
         """Name the first operation, forward or backward, that makes a NaN or an infinity; None if all is finite. See `FirstBad`."""
         return first_bad(self.loss, params, *rest, has_aux=self.options.has_aux, axis_name=self.options.axis_name)
+
+    def price(self, params: Any, *rest: Any, rounds: int = 11) -> Price:
+        """Measure here what each group of quantities adds to `jax.value_and_grad(loss)`, in time and temporary memory.
+
+        Each row is one program that gives loss, gradient and flow, as `value_and_grad` does: the plain gradient, the exact
+        one with nothing measured, each group alone, the default groups and all of them. `only` is kept; `every` is not: a
+        step in between is the plain one. All are compiled anew, some seconds each, and timed in turn for `rounds` rounds.
+        With `axis_name` the whole batch is one shard.
+        Errors: TypeError for traced arrays.
+
+            print(fnn.watch(loss).price(params, batch))
+        """
+        params, rest = self._admitted(params, rest)
+        sets = {"exact gradient alone": (), **{f"group {group}": (group,) for group in GROUPS}}
+        sets |= {"default groups": DEFAULT, "all groups": GROUPS}
+        if self.options.groups not in sets.values():
+            sets["these groups"] = self.options.groups
+        size = self.batch_size or (0 if self.options.weighted else batch_size(rest))
+        functions = {"plain gradient": functools.partial(_plain, self.loss, self.options.has_aux)}
+        for name, groups in sets.items():
+            options = replace(self.options, groups=groups)
+            functions[name] = functools.partial(measured, self.loss, options, True, size)
+        if self.options.axis_name is not None:
+            lane = functools.partial(jax.vmap, in_axes=None, axis_size=1, axis_name=self.options.axis_name)
+            functions = {name: lane(function) for name, function in functions.items()}
+        return priced("watch.price", functions, (params, rest), rounds)
 
 
 def watch(
