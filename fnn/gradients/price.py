@@ -71,7 +71,7 @@ def priced(who: str, functions: Mapping[str, Callable[..., Any]], arguments: Any
     arguments = jax.device_put(arguments)
     programs, seconds, memory = {}, {}, {}
     for name, function in functions.items():
-        with _clock() as taken:
+        with clock() as taken:
             program = jax.jit(mapped.auto(function)).lower(*arguments).compile()
         analysis = program.memory_analysis()
         programs[name], seconds[name] = program, sum(taken)
@@ -107,7 +107,7 @@ def _spread(values: np.ndarray) -> Spread:
 
 
 @contextmanager
-def _clock() -> Iterator[list[float]]:
+def clock() -> Iterator[list[float]]:
     """Take the seconds of what is done inside; what JAX's cache on disk saves is added."""
     taken: list[float] = []
 
