@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from bench import accelerator, compile, depth, models, per_example, report, scale, step, sweep
+from bench import accelerator, compile, depth, models, per_example, report, scale, step, sweep, watch
 from bench.problem import ROWS, Row
 
 SUITES = {
@@ -24,6 +24,7 @@ SUITES = {
     "sweep": sweep,
     "scale": scale,
     "per_example": per_example,
+    "watch": watch,
 }
 
 

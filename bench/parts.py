@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import fnn
-from bench import depth, limit, per_example, problem, sweep, timing
+from bench import depth, limit, per_example, problem, sweep
+from bench import watch as suite
 from bench.device import facts, rates
 from bench.emitter import Part, batch, say, start, suite_options
 from bench.problem import Row
@@ -203,32 +204,15 @@ def study(options: Namespace, emit: Any) -> None:
 
 
 def watch(options: Namespace, emit: Any) -> None:
-    """Compare `fnn.watch` with a plain gradient."""
+    """Compare `fnn.watch` with a plain gradient: the first rows of the suite, as many nets as the time allows."""
     start(options, emit)
-    if not hasattr(fnn, "watch"):
-        emit.note(headline="not there yet")
-        return
-    net = fnn.models.mlp(depth=8, width=64 if options.quick else 512, classes=10)
-    data = batch(Row(64, 8, 256))
-    params, state = net.init(jax.random.key(0), data[0])
-
-    def loss(p, xy):
-        return jnp.mean(fnn.losses.cross_entropy(net.apply(p, state, xy[0])[0], xy[1]))
-
-    functions = {"plain gradient": jax.jit(jax.grad(loss)), "watch": jax.jit(fnn.watch(loss))}
-    runs = {
-        name: Run(lambda p, b, f=f: (p, f(p, b)), params, [data] * (4 if options.quick else 64))
-        for name, f in functions.items()
-    }
-    times = timing.interleave(runs, 2 if options.quick else 5, len(runs["watch"].items), lambda _: None)
-    more = timing.ratio(times["watch"], times["plain gradient"]).median
-    cells = [(name, f"{t.median:.3f}") for name, t in times.items()]
-    emit(
-        Section(
-            "watch of an mlp", ("what", "ms"), cells, [], {"ratio": more, "ms": {n: t.rounds for n, t in times.items()}}
-        )
-    )
-    emit.note(headline=f"{more:.2f} x the plain gradient")
+    lines = []
+    for name in suite.WORK:
+        for section in suite.run(suite_options(options, peers=[name], variants=suite.FIRST), say):
+            emit(section)
+            found = {v["name"]: v["ratio"]["median"] for v in section.data["variants"]}
+            lines.append(f"{name}: default {found[suite.SET]:.2f}, exact alone {found[suite.EXACT]:.2f} x plain")
+            emit.note(headline="; ".join(lines))
 
 
 PARTS = {

@@ -63,12 +63,14 @@ class Conv(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, two pre-norm blocks, and logits for every position."""
+    """Embedding, pre-norm blocks, and logits for every position."""
+
+    blocks: int = 2
 
     @nn.compact
     def __call__(self, ids):
         x = nn.Embed(256, 128)(ids)
-        for _ in range(2):
+        for _ in range(self.blocks):
             x = x + nn.SelfAttention(4)(nn.LayerNorm()(x))
             x = x + nn.Dense(128)(nn.gelu(nn.Dense(512)(nn.LayerNorm()(x))))
         return nn.Dense(256)(nn.LayerNorm()(x))
@@ -227,7 +229,8 @@ def _peers(names: list[str], p: Problem, options: Namespace, say: Callable[[str]
     return Section("peers on the mlp", columns, cells, skipped, {"row": "peers", "variants": records})
 
 
-def _torch_mlp(p: Problem) -> tuple[Any, Any, Any]:
+def torch_mlp(p: Any) -> tuple[Any, Any, Any]:
+    """Make PyTorch's mlp from a problem's dense layers, and its batch."""
     import torch
 
     dense = list(_dense(p.params))
@@ -254,7 +257,7 @@ def _torch_run(step: Callable[[], Any]) -> Run:
 def _torch_plain(p: Problem) -> Run:
     import torch
 
-    model, x, y = _torch_mlp(p)
+    model, x, y = torch_mlp(p)
 
     def step():
         model.zero_grad()
@@ -267,7 +270,7 @@ def _opacus(p: Problem) -> dict[str, Run]:
     import torch
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
-    model, x, y = _torch_mlp(p)
+    model, x, y = torch_mlp(p)
     wrapped = GradSampleModuleFastGradientClipping(model, max_grad_norm=1.0, use_ghost_clipping=True)
 
     def step():
@@ -283,7 +286,7 @@ def _backpack(p: Problem) -> dict[str, Run]:
     from backpack import backpack, extend
     from backpack.extensions import BatchL2Grad
 
-    model, x, y = _torch_mlp(p)
+    model, x, y = torch_mlp(p)
     model, loss = extend(model), extend(torch.nn.CrossEntropyLoss())
 
     def step():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench import handwritten, limit, models, problem, step, timing
+from bench import handwritten, limit, models, problem, step, timing, watch, watching
 from bench.problem import Row
 from bench.remote import Remote, step_run
 
@@ -133,3 +133,27 @@ def test_bad_arguments_are_one_sentence(arguments, complaint, capsys):
     with pytest.raises(SystemExit) as stop:
         command.parse(arguments.split())
     assert stop.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_watch_suite_checks_the_readings_of_other_libraries_and_times_them(tmp_path, monkeypatch, capsys):
+    def wrong(p):
+        plain, watched = watching.by_hand(p)
+
+        def doubled(params, batch):
+            out, readings = watched(params, batch)
+            return out, readings._replace(error=2 * readings.error)
+
+        return plain, doubled
+
+    monkeypatch.setitem(watching.JAX_PEERS, "jax", wrong)
+    options = command.parse(["--suite", "watch", "--quick", "--rounds", "2", "--peers", "mlp,jax,nnx,equinox"])
+    options.variants = watch.FIRST
+    mlp, others = watch.run(options, lambda text: None)
+    assert [variant["name"] for variant in mlp.data["variants"]] == list(watch.FIRST)
+    memory = {variant["name"]: variant["memory_mb"] for variant in mlp.data["variants"]}
+    assert memory[watch.BETWEEN] == memory[watch.PLAIN] < memory[watch.SET]
+    timed = {variant["name"] for variant in others.data["variants"]}
+    assert timed == {f"{n}, {what}" for n in ("nnx", "equinox") for what in (watch.PLAIN, "readings")} | {
+        f"fnn, {what}" for what in (watch.PLAIN, watch.SET)
+    }
+    assert len(others.notes) == 1 and others.notes[0].startswith("jax: skipped, AssertionError")

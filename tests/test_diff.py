@@ -377,3 +377,15 @@ def test_gradients_outside_of_products_count_too():
     found = fnn.diff(plain, stopped)(PLAIN, PLAIN, X, Y)
     assert not found.equal and found.first_backward is None
     assert "biases" in found.verdict and "norm of the whole gradient" in found.verdict
+
+
+def test_a_long_print_shows_the_ends_and_where_the_difference_begins():
+    def loss(p, x):
+        return jnp.mean(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p)[0])
+
+    stack = jax.random.normal(jax.random.key(0), (50, 4, 4)) / 2
+    found = fnn.diff(loss, loss)(stack, stack.at[24].mul(1.01), jnp.ones((3, 4)))
+    layers = [int(line.split()[0]) for line in str(found).splitlines() if line[:1].isdigit()]
+    assert found.first_forward == 25
+    assert layers == [*range(1, 7), *range(22, 29), *range(45, 51)]
+    assert str(found).count("\n...") == 2

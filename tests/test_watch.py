@@ -370,7 +370,9 @@ def test_a_plain_backward_pass_says_where_it_ends():
         assert np.isnan(plain[path]) if value < -28.5 else value < -27.5 or abs(plain[path] - value) < 1e-5
     assert np.isnan(list(plain.values())).sum() >= 5
     same(watch.value_and_grad(params, X, exact=True)[1], watch(params, X))
-    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(jax.jit(jax.grad(loss))(params, X)), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(gradient), jax.tree.leaves(jax.jit(jax.grad(loss))(params, X)), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
@@ -516,3 +518,62 @@ def test_tables_flat_names_and_print():
     assert "Dense_3/kernel" in str(flow)
     assert flow.worst(1)[0].path in measured(flow)
     assert {row.path for row in flow.select("*/bias", "log10_*")} == {f"Dense_{i}/bias" for i in range(4)}
+
+
+def test_layers_are_counted_whatever_is_measured():
+    loss, params, batch = MODELS["linen_mlp"]()
+    every = {(row.path, row.quantity): row.layer for row in fnn.watch(loss)(params, *batch).rows()}
+    for group in ("gradient", "error", "cosine"):
+        flow = fnn.watch(loss, groups=group)(params, *batch)
+        assert all(row.layer == every.get((row.path, row.quantity), row.layer) for row in flow.rows())
+        assert [layer for layer, _ in flow.labels.starts] == [1, 2, 3, 4]
+        assert {row.layer for row in flow.rows()} == {1, 2, 3, 4}
+
+
+def test_prints_say_what_is_missing():
+    loss, params, (x, y) = MODELS["linen_mlp"]()
+    assert "in table() too: input_mean, output_dead" in str(fnn.watch(loss)(params, x, y))
+    assert "first_bad(params, batch)" in str(fnn.watch(loss)(params, x * jnp.nan, y))
+    between = fnn.watch(loss, every=2).value_and_grad(params, x, y, step=1)[1]
+    assert str(between).endswith("not measured at this step")
+    assert "no layers among these parameters" in str(fnn.watch(loss, only="*/bias")(params, x, y))
+    assert "Dense_3/kernel" in str(fnn.watch(loss, groups="gradient")(params, x, y))
+    assert repr(between) == "Flow(loss=nan, 44 numbers of 4 layers)"
+    seen = []
+    jax.jit(lambda p: seen.append(str(fnn.watch(loss)(p, x, y))))(params)
+    assert "traced" in seen[0]
+
+
+def test_a_figure_leaves_out_what_is_zero_and_says_so(tmp_path):
+    flow = fnn.watch(lambda p, x: jnp.mean(jax.nn.relu(x @ p["a"] - 1e9) @ p["b"]))(
+        {"a": jnp.ones((8, 3)), "b": jnp.ones((3, 2))}, X
+    )
+    above, below = flow.plot(tmp_path / "flow.png").axes
+    assert (tmp_path / "flow.png").stat().st_size > 1000
+    labels = [line.get_label() for line in (*above.lines, *below.lines)]
+    assert labels[1:3] == ["weight gradient (0 in 2 of 2 layers)", "input (0 in 1 of 2 layers)"]
+    np.testing.assert_allclose(below.lines[0].get_ydata()[0], 0.5 * np.log10(np.mean(np.square(X))), atol=1e-6)
+    assert np.isnan(below.lines[0].get_ydata()[1])
+    with pytest.raises(ValueError, match=r"flow.plot: it draws"):
+        fnn.watch(lambda p, x: jnp.mean(x @ p), groups="cosine")(jnp.ones((8, 3)), X).plot()
+
+
+def test_traps_end_in_one_sentence():
+    loss, params, batch = MODELS["plain_mlp"]()
+    flow = fnn.watch(loss)(params, *batch)
+    with pytest.raises(ValueError, match="one float, got .*pass has_aux=True if"):
+        fnn.watch(lambda p, *b: (loss(p, *b), {"x": 1}))(params, *batch)
+    with pytest.raises(ValueError, match=r"with has_aux=True the loss must return \(value, aux\), got float32"):
+        fnn.watch(loss, has_aux=True).explain(params, *batch)
+    with pytest.raises(
+        ValueError, match="only must match a parameter's path, got 'kernel'; paths are like b1, scale, w1"
+    ):
+        fnn.watch(loss, only="kernel")(params, *batch)
+    with pytest.raises(TypeError, match="only must be a pattern"):
+        fnn.watch(loss, only=["w1"])
+    with pytest.raises(ValueError, match="did you mean 'log10_gradient'"):
+        flow.worst(3, "log10_grad")
+    with pytest.raises(ValueError, match="k must be a positive integer"):
+        flow.worst(0)
+    with pytest.raises(TypeError, match="made on the host, got a flow of traced arrays"):
+        jax.jit(lambda p: fnn.watch(loss)(p, *batch).rows())(params)

@@ -296,11 +296,8 @@ def _traced(loss: Any, params: Any, rest: Any, has_aux: bool) -> tuple[Program, 
 
     def call(params, *rest):
         with check.foreign("first_bad"):
-            out = loss(params, *rest)
+            out = check.scalar_loss("first_bad", loss(params, *rest), has_aux)
         value, aux = out if has_aux else (out, ())
-        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            got = check.describe(jnp.asarray(value))
-            raise ValueError(f"first_bad: the loss must be one float, got {got}; average over the batch")
         return value, aux
 
     dtype = jax.eval_shape(call, params, *rest)[0].dtype

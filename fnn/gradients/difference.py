@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 QUANTITIES = ("weight", "input", "output", "gradient")
+MORE = ["...", *[""] * 6]
 
 
 class Compared(NamedTuple):
@@ -70,6 +71,13 @@ class Difference:
         """One sentence: equal, or where the difference begins and what it is."""
         return _verdict(self)
 
+    def _shown(self, layers: list[int]) -> set[int]:
+        """Choose the layers that `print` shows: all of few, else the ends and where differences begin."""
+        if len(layers) <= 32:
+            return set(layers)
+        begin = [number for number in (self.first_forward, self.first_backward) if number is not None]
+        return {*layers[:6], *layers[-6:], *(n for b in begin for n in range(b - 3, b + 4))}
+
     def rows(self) -> list[Compared]:
         """List everything that was compared, in forward order."""
         return list(self.compared)
@@ -88,7 +96,12 @@ class Difference:
             layers.setdefault(row.layer, {})[row.quantity] = row
         head = ["layer", "a", "b", *QUANTITIES]
         lines = [head]
+        shown = self._shown(list(layers))
         for layer, found in layers.items():
+            if layer not in shown:
+                if lines[-1] != MORE:
+                    lines.append(MORE)
+                continue
             first = next(iter(found.values()))
             cells = [_cell(found.get(quantity)) for quantity in QUANTITIES]
             lines.append([str(layer), first.path_a, first.path_b, *cells])
@@ -103,8 +116,8 @@ class Difference:
                 for line in lines
             ]
             text.append("relative differences; * above what rounding gives")
-        notes = dict.fromkeys(f"layer {row.layer}, {row.quantity}: {row.note}" for row in self.compared if row.note)
-        text += notes
+        notes = [row for row in self.compared if row.note and row.layer in shown]
+        text += dict.fromkeys(f"layer {row.layer}, {row.quantity}: {row.note}" for row in notes)
         for name, paths in (("a", self.unpaired_a), ("b", self.unpaired_b)):
             text += [f"without a partner, {name}: {', '.join(paths)}"] if paths else []
         return "\n".join(text)

@@ -65,6 +65,10 @@ class _Numbers:
         self.mantissas.append(jnp.broadcast_to(m, jnp.shape(m)).astype(jnp.float32).reshape(size))
         self.exponents.append(jnp.broadcast_to(e, jnp.shape(m)).astype(jnp.int32).reshape(size))
 
+    def mark(self, label: Series) -> None:
+        """Say where a layer stands, whatever is measured of it."""
+        self.series.append(label)
+
     def flow(self, loss: jax.Array, notes: Sequence[str], exact: bool) -> Flow:
         empty = jnp.zeros(0)
         m = jnp.concatenate([empty, *self.mantissas]).astype(jnp.float32)
@@ -80,6 +84,7 @@ def assembled(
     leaves = jax.tree.leaves(params)
     for i, place in enumerate(found.places):
         label = _label(place, subject.names[place.parameter])
+        numbers.mark(label)
         time = tuple(k for k, turn in enumerate(place.turns) if not turn.depth)
         if "error" in options.groups:
             none = (jnp.zeros(label.lengths), jnp.full(label.lengths, reductions.LOWEST))

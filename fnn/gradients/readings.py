@@ -12,10 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnn import check, compiled
+
 LOG2 = math.log10(2)
 LEAST = -28.0
 """log10 of a norm below which a plain float32 gradient may have lost part of it."""
 BACKWARD = {"log10_gradient", "log10_gradient_rms", "log10_error", "log10_error_norm", "log10_gradient_to_weight"}
+UNMEASURED = -(2**31)
+"""The exponents of a flow of a step at which nothing was measured."""
+MOMENTS = ("input_second_moment", "input_dead", "output_second_moment")
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Series:
     """The label of one quantity of one array: a number, or one for each turn of the loops over layers around it."""
 
     quantity: str
+    """"" marks a layer of which this says nothing but its place."""
     path: str
     lengths: tuple[int, ...]
     """Of the loops over layers."""
@@ -40,7 +46,7 @@ class Series:
 
     @property
     def size(self) -> int:
-        return math.prod(self.lengths) * max(1, self.heads)
+        return math.prod(self.lengths) * max(1, self.heads) if self.quantity else 0
 
 
 class Row(NamedTuple):
@@ -70,7 +76,7 @@ class Labels:
     @functools.cached_property
     def rows(self) -> list[tuple[int, str, str, int, float]]:
         """List (layer, path, quantity, index of the number, shift) in forward order."""
-        return [row[:5] for row in _rows(self.series)]
+        return [row[:5] for row in _rows(self.series) if row[2]]
 
     @functools.cached_property
     def starts(self) -> list[tuple[int, str]]:
@@ -81,7 +87,7 @@ class Labels:
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["loss", "mantissas", "exponents"], meta_fields=["labels"]
 )
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Flow:
     """Measured numbers of a loss and its gradient, layer by layer; a pytree with static labels.
 
@@ -111,7 +117,12 @@ class Flow:
     labels: Labels
 
     def numbers(self) -> np.ndarray:
-        """Give all numbers in the order of `labels.rows`, logs as log10: float64[..., n]."""
+        """Give all numbers in the order of `labels.rows`, logs as log10: float64[..., n]. Errors: TypeError inside `jit`."""
+        if compiled.traced((self.loss, self.mantissas)):
+            raise TypeError(
+                "flow: tables, figures and prints are made on the host, got a flow of traced arrays; return it from the "
+                "jitted function first"
+            )
         m, e = np.asarray(jax.device_get(self.mantissas), np.float64), np.asarray(jax.device_get(self.exponents))
         rows = self.labels.rows
         index = np.array([row[3] for row in rows], int)
@@ -166,7 +177,12 @@ class Flow:
         ]
 
     def worst(self, k: int = 5, quantity: str = "log10_gradient") -> list[Row]:
-        """List the k rows of a quantity that lie farthest from its median, not finite ones first."""
+        """List the k rows of a quantity that lie farthest from its median, not finite ones first.
+
+        Errors: ValueError for a quantity that was not measured.
+        """
+        check.positive("flow.worst", k=k)
+        check.choice("flow.worst", dict.fromkeys(row[2] for row in self.labels.rows), quantity=quantity)
         rows = self.select(quantity=quantity)
         finite = [row.value for row in rows if math.isfinite(row.value)]
         middle = float(np.median(finite)) if finite else 0.0
@@ -194,10 +210,14 @@ class Flow:
 
         return drawing.profiles(self, path)
 
+    def __repr__(self) -> str:
+        loss = "traced" if compiled.traced(self.loss) else np.asarray(self.loss)
+        return f"Flow(loss={loss}, {len(self.labels.rows)} numbers of {len(self.labels.starts)} layers)"
+
     def __str__(self) -> str:
-        if np.ndim(self.loss):
-            return f"flow of {np.shape(self.loss)} lanes, {len(self.labels.rows)} numbers each; see table()"
-        names = ("log10_error", "log10_gradient", "input_second_moment", "input_dead", "output_second_moment")
+        if compiled.traced(self.loss) or np.ndim(self.loss):
+            return f"{self!r}: print shows one flow on the host; see table()"
+        names = ("log10_error", "log10_error_norm", "log10_gradient", *MOMENTS)
         columns = {name: dict(zip(*self.weights(name), strict=True)) for name in names}
         paths = dict(reversed(self.labels.starts))
         columns = {name: column for name, column in columns.items() if column}
@@ -206,14 +226,28 @@ class Flow:
             shown = [*shown[:12], None, *shown[-12:]]
         wide = min(40, max([5, *(len(paths[layer]) for layer in shown if layer)]))
         lines = [*self.labels.notes, f"loss {float(self.loss):.6g}"]
+        if not paths:
+            lines.append(
+                "no layers among these parameters, that is, no products of one with data; see table(), explain()"
+            )
+            return "\n".join(lines)
         lines.append(f"{'layer':>5}  {'path':{wide}}  " + "  ".join(f"{name:>{max(9, len(name))}}" for name in columns))
         for layer in shown:
             if layer is None:
                 lines.append(f"  ... {len(paths) - 24} more")
                 continue
             path = paths[layer] if len(paths[layer]) <= wide else "…" + paths[layer][1 - wide :]
-            cells = (f"{c[layer]:{max(9, len(n))}.4g}" if layer in c else " " * len(n) for n, c in columns.items())
+            widths = {name: max(9, len(name)) for name in columns}
+            cells = (f"{c[layer]:{widths[n]}.4g}" if layer in c else " " * widths[n] for n, c in columns.items())
             lines.append(f"{layer:5d}  {path:{wide}}  " + "  ".join(cells))
+        more = dict.fromkeys(row[2] for row in self.labels.rows if row[2] not in columns)
+        lines += [f"in table() too: {', '.join(more)}, and biases and scales"] if more else []
+        if np.all(np.asarray(self.exponents) == UNMEASURED):
+            lines.append("not measured at this step")
+        elif not np.isfinite(self.loss):
+            lines.append(
+                "the loss is not finite: watch(loss).first_bad(params, batch) says which operation makes it so"
+            )
         return "\n".join(lines)
 
 
@@ -272,6 +306,6 @@ def empty(flow: Flow) -> Flow:
     """Make a flow of the same form (of arrays or their specs) whose numbers are NaN."""
 
     def full(a):
-        return np.full(a.shape, np.nan if jnp.issubdtype(a.dtype, jnp.floating) else 0, a.dtype)
+        return np.full(a.shape, np.nan if jnp.issubdtype(a.dtype, jnp.floating) else UNMEASURED, a.dtype)
 
     return jax.tree.map(full, flow)

@@ -66,13 +66,7 @@ def side(who: str, loss: Callable[..., Any], params: Any, rest: Any) -> Side:
 
     def call(params, *rest):
         with check.foreign("diff"):
-            value = loss(params, *rest)
-        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            got = check.describe(jax.tree.map(jnp.asarray, value))
-            raise ValueError(
-                f"diff: {who} must return one float, got {got}; average over the batch, drop what is auxiliary"
-            )
-        return value
+            return check.scalar_loss("diff", loss(params, *rest), name=who)
 
     names = [name.removesuffix("/value") for name in tree.paths(params)]
     forward = program.read(program.trace(call, params, *rest)[0], forward=True)

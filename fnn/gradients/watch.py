@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import arrays, check, compiled
+from fnn import arrays, check, compiled, tree
 from fnn.gradients.bad import FirstBad, first_bad
 from fnn.gradients.labels import DEFAULT, GROUPS, Options
 from fnn.gradients.measured import explained, measured
+from fnn.gradients.price import Price, priced
 from fnn.gradients.readings import Flow, empty
 
 
@@ -79,26 +80,63 @@ class Watch:
     def _forms(self) -> dict[Any, Any]:
         return {}
 
+    @functools.cached_property
+    def _checked(self) -> Callable[..., Any]:
+        return functools.partial(_one_float, self.loss, self.options.has_aux)
+
     def _admitted(self, params: Any, rest: Any) -> tuple[Any, Any]:
         check.parameters("watch", params)
         check.alive("watch", params)
+        if self.options.only != "*":
+            names = [name.removesuffix("/value") for name in tree.paths(params)]
+            if not any(map(self.options.wants, names)):
+                raise ValueError(
+                    f"watch: only must match a parameter's path, got {self.options.only!r}; paths are like "
+                    f"{', '.join(names[:3])}"
+                )
         return params, arrays.arguments("watch", rest)
 
     def _run(self, grads: bool, params: Any, rest: Any) -> Any:
         params, rest = self._admitted(params, rest)
         size = self.batch_size or (0 if self.options.weighted else batch_size(rest))
-        statics = (self.loss, self.options, grads, size)
+        statics = (self._checked, self.options, grads, size)
         run = compiled.program(measured, statics, keep=not compiled.traced((params, rest)))
         return run(params, rest)
 
     def explain(self, params: Any, *rest: Any) -> str:
         """Say what was recognised in the loss: its layers in forward order, softmaxes, and what could not be read."""
         params, rest = self._admitted(params, rest)
-        return explained(self.loss, self.options, params, rest)
+        return explained(self._checked, self.options, params, rest)
 
     def first_bad(self, params: Any, *rest: Any) -> FirstBad | None:
         """Name the first operation, forward or backward, that makes a NaN or an infinity; None if all is finite. See `FirstBad`."""
         return first_bad(self.loss, params, *rest, has_aux=self.options.has_aux, axis_name=self.options.axis_name)
+
+    def price(self, params: Any, *rest: Any, rounds: int = 11) -> Price:
+        """Measure here what each group of quantities adds to `jax.value_and_grad(loss)`, in time and temporary memory.
+
+        Each row is one program that gives loss, gradient and flow, as `value_and_grad` does: the plain gradient, the exact
+        one with nothing measured, each group alone, the default groups and all of them. `only` is kept; `every` is not: a
+        step in between is the plain one. All are compiled anew, some seconds each, and timed in turn for `rounds` rounds.
+        With `axis_name` the whole batch is one shard.
+        Errors: TypeError for traced arrays.
+
+            print(fnn.watch(loss).price(params, batch))
+        """
+        params, rest = self._admitted(params, rest)
+        sets = {"exact gradient alone": (), **{f"group {group}": (group,) for group in GROUPS}}
+        sets |= {"default groups": DEFAULT, "all groups": GROUPS}
+        if self.options.groups not in sets.values():
+            sets["these groups"] = self.options.groups
+        size = self.batch_size or (0 if self.options.weighted else batch_size(rest))
+        functions = {"plain gradient": functools.partial(_plain, self.loss, self.options.has_aux)}
+        for name, groups in sets.items():
+            options = replace(self.options, groups=groups)
+            functions[name] = functools.partial(measured, self._checked, options, True, size)
+        if self.options.axis_name is not None:
+            lane = functools.partial(jax.vmap, in_axes=None, axis_size=1, axis_name=self.options.axis_name)
+            functions = {name: lane(function) for name, function in functions.items()}
+        return priced("watch.price", functions, (params, rest), rounds)
 
 
 def watch(
@@ -137,6 +175,8 @@ def watch(
     """
     if not callable(loss):
         raise TypeError(f"watch: loss must be a function (params, batch) -> float[], got {type(loss).__name__}")
+    if not isinstance(only, str):
+        raise TypeError(f"watch: only must be a pattern of paths, such as '*/mlp/*', got {type(only).__name__}")
     groups = GROUPS if groups == "all" else (groups,) if isinstance(groups, str) else tuple(groups)
     for group in groups:
         check.choice("watch", GROUPS, groups=group)
@@ -165,6 +205,10 @@ def tree_key(values: Any) -> Any:
 def _key(leaf: Any) -> bool:
     typed = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return typed or (leaf.dtype == jnp.uint32 and jnp.shape(leaf) == (2,))
+
+
+def _one_float(loss: Any, has_aux: bool, params: Any, *rest: Any) -> Any:
+    return check.scalar_loss("watch", loss(params, *rest), has_aux)
 
 
 def _plain(loss: Any, has_aux: bool, params: Any, rest: Any) -> Any:

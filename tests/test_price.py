@@ -1,0 +1,66 @@
+"""`watch(loss).price` measures what it says: times and memory of the programs named, beside the plain gradient's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fnn
+from fnn.gradients import price
+
+PARAMS = {"a": jnp.ones((8, 16)), "b": jnp.ones((16, 3))}
+X = jax.random.normal(jax.random.key(0), (5, 8))
+
+
+def loss(p, x):
+    return jnp.mean(jnp.square(jnp.tanh(x @ p["a"]) @ p["b"]))
+
+
+def test_each_group_has_a_row_beside_the_plain_gradient():
+    found = fnn.watch(loss, groups=("error", "rank")).price(PARAMS, X, rounds=2)
+    rows = {row.name: row for row in found.rows}
+    groups = ["gradient", "error", "activation", "kurtosis", "saturated", "rank", "cosine", "attention"]
+    names = ["plain gradient", "exact gradient alone", *(f"group {group}" for group in groups)]
+    assert list(rows) == [*names, "default groups", "all groups", "these groups"]
+    memory = jax.jit(jax.value_and_grad(loss)).lower(PARAMS, X).compile().memory_analysis().temp_size_in_bytes
+    assert rows["plain gradient"].megabytes == memory / 1e6
+    assert rows["plain gradient"].ratio == (1, 1, 1)
+    assert rows["all groups"].megabytes > rows["plain gradient"].megabytes
+    assert all(row.milliseconds.median > 0 and row.compile_seconds > 0 for row in found.rows)
+    assert len(str(found).splitlines()) == len(rows) + 2 and "medians of 2 interleaved rounds" in str(found)
+
+
+def test_time_and_memory_are_those_of_the_programs():
+    def sums(turns):
+        body = lambda _, y: jnp.sin(y) @ y  # noqa: E731
+        return lambda x: jnp.sum(jax.lax.fori_loop(0, turns, body, x))
+
+    x = jnp.ones((64, 64)) / 64
+    little, much = price.priced("test", {"little": sums(4), "much": sums(400)}, (x,), 3).rows
+    assert 20 < much.ratio.median < 500
+    np.testing.assert_allclose(much.megabytes, little.megabytes, rtol=0.1)
+    assert little.megabytes >= 64 * 64 * 4 / 1e6
+    assert much.milliseconds.low <= much.milliseconds.median <= much.milliseconds.high
+
+
+def test_what_the_cache_on_disk_saves_counts():
+    with price.clock() as taken:
+        jax.monitoring.record_event_duration_secs(price.SAVED, 50.0)
+    jax.monitoring.record_event_duration_secs(price.SAVED, 50.0)
+    assert 50 <= sum(taken) < 60
+
+
+def test_a_named_axis_is_one_shard_and_aux_goes_through():
+    def averaged(p, x):
+        return jax.lax.pmean(loss(p, x), "i"), x
+
+    found = fnn.watch(averaged, has_aux=True, axis_name="i").price(PARAMS, X, rounds=1)
+    assert found.rows[0].megabytes <= found.rows[-1].megabytes
+
+
+def test_bad_input():
+    watch = fnn.watch(loss)
+    with pytest.raises(TypeError, match=r"watch.price: it times programs, got traced arrays"):
+        jax.jit(lambda p: watch.price(p, X).rows[0].ratio)(PARAMS)
+    with pytest.raises(ValueError, match="rounds"):
+        watch.price(PARAMS, X, rounds=0)
