@@ -109,8 +109,13 @@ def _others(names: list[str], options: Namespace, say: Callable[[str], None]) ->
     """Time the same readings with other means, each beside its own plain gradient."""
     say("\nother means on the mlp")
     p = watching.problem("mlp", options.quick)
-    every = variants(p)
-    runs = {f"fnn, {name}": _run(jax.jit(every[name]), p) for name in (PLAIN, SET)}
+    every, room = variants(p), {}
+
+    def ready(variant: str, function: Any) -> Run:
+        program, *room[variant] = _compiled(jax.jit(function), p)
+        return _run(program, p)
+
+    runs: dict[str, Any] = {f"fnn, {name}": ready(f"fnn, {name}", every[name]) for name in (PLAIN, SET)}
     expected = watching.flat(watching.of_flow(runs[f"fnn, {SET}"].call(p.params, p.batch)[1][1]))
     bases, skipped = dict.fromkeys(runs, f"fnn, {PLAIN}"), []
     remote: list[Remote] = []
@@ -123,8 +128,10 @@ def _others(names: list[str], options: Namespace, say: Callable[[str], None]) ->
                 built: dict[str, Any] = dict(zip((base, watched), pair, strict=True))
                 found = [other.first_round()[1] for other in pair][1][: expected.size]
             else:
-                pair = [jax.jit(function) for function in watching.JAX_PEERS[name](p)]
-                built = {base: _run(pair[0], p), watched: _run(pair[1], p)}
+                pair = watching.JAX_PEERS[name](p)
+                built = {
+                    variant: ready(variant, function) for variant, function in zip((base, watched), pair, strict=True)
+                }
                 found = watching.flat(built[watched].call(p.params, p.batch)[1][1])
             np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-5)
         except Exception as error:
@@ -138,10 +145,12 @@ def _others(names: list[str], options: Namespace, say: Callable[[str], None]) ->
     cells, records = [], []
     for variant, t in times.items():
         ratio = timing.ratio(t, times[bases[variant]])
+        mb, seconds = room.get(variant, (None, None))
         shown = (f"{t.median:.3f}", f"[{t.low:.3f}..{t.high:.3f}]", f"{ratio.median:.2f}", bases[variant])
-        cells.append((variant, *shown))
-        records.append({"name": variant, "ms": t.rounds, "base": bases[variant], "ratio": ratio._asdict()})
-    columns = ("variant", "ms", "[min..max]", "x its plain", "its plain")
+        cells.append((variant, *shown, *("" if number is None else f"{number:.2f}" for number in (mb, seconds))))
+        record = {"name": variant, "ms": t.rounds, "base": bases[variant], "ratio": ratio._asdict()}
+        records.append(record | {"memory_mb": mb, "compile_s": seconds})
+    columns = ("variant", "ms", "[min..max]", "x its plain", "its plain", "temporary MB", "compile, s")
     return Section(
         "other means on the mlp" + (", a small one" if options.quick else ""),
         columns,

@@ -120,13 +120,17 @@ def parameters(who: str, params: Any, *, trained: bool = True) -> None:
         raise TypeError(f"{who}: params must be real floating arrays, got {got} at {path or 'the root'}; {hint}")
 
 
-def scalar_loss(who: str, out: Any, has_aux: bool = False, name: str = "the loss") -> Any:
-    """Return what a loss returned, with `has_aux` a pair (value, aux); refuse a value that is not one float."""
+def scalar_loss(who: str, out: Any, has_aux: bool | None = False, name: str = "the loss") -> Any:
+    """Return what a loss returned, with `has_aux` a pair (value, aux); refuse a value that is not one float.
+
+    `has_aux` is None where there is no such option.
+    """
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise ValueError(f"{who}: with has_aux=True {name} must return (value, aux), got {describe(out)}")
     value = out[0] if has_aux else out
     if not isinstance(value, float | np.ndarray | np.generic | jax.Array):
-        hint = "pass has_aux=True if all but the first is auxiliary" if isinstance(out, tuple) else "return an array"
+        known = "wrap it to return the first alone" if has_aux is None else "pass has_aux=True if the rest is auxiliary"
+        hint = known if isinstance(out, tuple) else "return an array"
         raise ValueError(f"{who}: {name} must be one float, got {describe(value)}; {hint}")
     if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         got = describe(jnp.asarray(value))

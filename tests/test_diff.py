@@ -167,7 +167,7 @@ def test_layers_without_a_partner_are_listed_and_pairs_override():
     assert found.alone_a == ("biases/0", "biases/1", "biases/2")
     with pytest.raises(ValueError, match="diff: unknown pairs 'kernel/1'; did you mean 'kernels/1'"):
         fnn.diff(plain, shallow, pairs={"kernel/1": "kernels/0"})(PLAIN, PLAIN, X, Y)
-    with pytest.raises(ValueError, match="diff: loss_b must return one float"):
+    with pytest.raises(ValueError, match="diff: loss_b must be one float"):
         fnn.diff(plain, lambda p, x, y: x @ p["kernels"][0])(PLAIN, PLAIN, X, Y)
 
 
@@ -389,3 +389,10 @@ def test_a_long_print_shows_the_ends_and_where_the_difference_begins():
     assert found.first_forward == 25
     assert layers == [*range(1, 7), *range(22, 29), *range(45, 51)]
     assert str(found).count("\n...") == 2
+
+
+def test_a_loss_with_aux_is_refused_in_a_sentence():
+    with pytest.raises(
+        ValueError, match=r"diff: loss_b must be one float, got \(float32\[\], int\); wrap it to return the first"
+    ):
+        fnn.diff(lambda p, x: jnp.mean(x @ p), lambda p, x: (jnp.mean(x @ p), 1))(*[jnp.ones((2, 2))] * 3)

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 import fnn
@@ -123,11 +125,32 @@ def test_import_is_light_and_touches_no_backend():
     assert "fnn" in more and more <= {"fnn", *sys.stdlib_module_names}
 
 
-def test_readme_code_runs(tmp_path, monkeypatch, capsys):
+def test_readme_code_runs_and_its_flows_hold_the_gradients_of_jax(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
     assert blocks
-    namespace = {}
+    space, watched = {}, 0
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["flow"].error.shape[0] >= 50
+        before = space.get("params")
+        exec(compile(block, "README.md", "exec"), space)
+        if "fnn.watch(loss" in block:
+            loop = "logged" in block  # it trains: its first entry is that of the parameters before
+            params, batch = before if loop else space["params"], space["batch"]
+            aux = "has_aux" in block
+            grads = jax.grad(space["loss"], has_aux=aux)(params, batch)
+            names = [name.removesuffix("/value") for name in fnn.tree.paths(params)]
+            expected = [np.log10(np.linalg.norm(g)) for g in jax.tree.leaves(grads[0] if aux else grads)]
+            found = space["logged"][0] if loop else space["flow"].flat()
+            found = [found[f"{name}/log10_gradient"] for name in names]
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+            watched += 1
+        if "difference = " in block:
+            assert space["difference"].first_forward == 13 and sorted(space["logged"]) == [0, 50]
+    printed = capsys.readouterr().out.splitlines()
+    shown = re.findall(r"```text\n(.*?)```", readme, re.S)
+    assert (
+        all(any(line.startswith(text.splitlines()[0][:10]) for line in printed) for text in shown) and len(shown) == 2
+    )
+    assert watched == 6
+    assert space["flow"].error.shape[0] >= 50

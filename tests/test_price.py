@@ -58,6 +58,22 @@ def test_a_named_axis_is_one_shard_and_aux_goes_through():
     assert found.rows[0].megabytes <= found.rows[-1].megabytes
 
 
+def test_gradients_of_single_examples_have_a_price_too():
+    def example_loss(p, x, key):
+        return jnp.sum(jnp.square(x @ p["a"] + jax.random.normal(key)))
+
+    every = fnn.per_example(example_loss)
+    key = jax.random.key(1)
+    found = every.price(PARAMS, X, key=key, rounds=1)
+    names = ["plain gradient", "norms", "mean and norms", "clipped mean", "variance", "gram"]
+    assert [row.name for row in found.rows] == names
+    mean = every(PARAMS, X, key=key).mean()
+    plain = jax.grad(every._mean)(PARAMS, X, key)  # what stands beside it is the gradient of the same mean
+    np.testing.assert_allclose(mean["a"], plain["a"], rtol=1e-5)
+    with pytest.raises(TypeError, match=r"per_example.price: it times programs"):
+        jax.jit(lambda p: every.price(p, X, key=key).rounds)(PARAMS)
+
+
 def test_bad_input():
     watch = fnn.watch(loss)
     with pytest.raises(TypeError, match=r"watch.price: it times programs, got traced arrays"):

@@ -28,7 +28,10 @@ INFINITE = PLUS | MINUS
 
 @dataclass(frozen=True)
 class FirstBad:
-    """The first operation that makes a NaN or an infinity: what `fnn.watch(loss).first_bad(params, batch)` returns."""
+    """The first operation that makes a NaN or an infinity: what `fnn.watch(loss).first_bad(params, batch)` returns.
+
+    `print` shows the operation, its layer, the ranges of what it takes, and what usually causes it.
+    """
 
     what: str
     """"NaN" or "infinity"."""
@@ -45,7 +48,9 @@ class FirstBad:
     lengths: tuple[int, ...]
     """Of these loops."""
     inputs: tuple[Values, ...]
+    """What the operation takes: shape, range, and how many zeros, NaN and infinities."""
     cause: str
+    """What made it, and what helps."""
     origin: "FirstBad | None" = None
     """For a NaN that is made of infinities: what made the infinity."""
 

@@ -24,13 +24,15 @@ def diff(
     pairs: Mapping[str, str] | None = None,
     tolerance: float | None = None,
 ) -> Callable[..., Difference]:
-    """Make `(params_a, params_b, *batch) -> Difference`: where two losses begin to differ, layer by layer, |a - b| / max(|a|, |b|).
+    """Make `(params_a, params_b, *batch) -> Difference`: |a - b| / max(|a|, |b|), layer by layer, of two losses that should agree.
 
-    Both are `loss(params, *batch) -> float[]` of any framework, and get the same batch. Layers are products of data with a
-    weight, found in the traced losses, loops over layers written out. They are paired in forward order by the sizes of
-    their weights by role (in, out, positions of a kernel), whatever the layout: in x out or out x in, heads split or merged,
-    channels first or last; one that stands for several with the same input (queries, keys and values; gates) with these. Of parallel layers, such as queries and keys, those of equal weights are paired. `pairs={path_a:
-    path_b}` overrides; paths are those in the table.
+    For ports and refactorings: it says where values and gradients begin to differ by more than rounding. Both losses are
+    `loss(params, *batch) -> float[]` of any framework, and get the same batch. Layers are products of data with a weight,
+    found in the traced losses, loops over layers written out. They are paired in forward order by the sizes of their weights
+    by role (in, out, positions of a kernel), whatever the layout: in x out or out x in, heads split or merged, channels first
+    or last; one that stands for several with the same input (queries, keys and values; gates) with these. Of parallel layers,
+    such as queries and keys, those of equal weights are paired. `pairs={path_a: path_b}` overrides; paths are those in the
+    table.
 
     For each pair its weight, input, output (with the bias, if one follows) and gradient of the weight are compared. Where
     the order of axes is not known, the order in which both agree best counts. Where only the order of entries differs and
@@ -39,12 +41,15 @@ def diff(
     A difference counts if it is larger than 5 times what rounding gives: the change when every parameter and input of
     `loss_a` is moved by one unit in the last place, or eps·max(1, √fan_in / 16), whichever is larger; or larger than
     `tolerance`. Gradients jump where a ReLU's argument near 0 changes sides: where forward values are equal, a difference
-    no larger than the jumps that moving by √eps gives does not count, and the note says so. Products are computed with full precision (`jax.default_matmul_precision("highest")`).
+    no larger than the jumps that moving by √eps gives does not count, and the note says so. Products are computed with full
+    precision (`jax.default_matmul_precision("highest")`).
 
     All values of both losses are held in memory. For the host.
     Errors: TypeError for traced arrays; ValueError for unknown paths in `pairs`, and for a loss that is no single float.
 
-        print(fnn.diff(linen_loss, equinox_loss)(linen_params, equinox_params, batch))
+        found = fnn.diff(linen_loss, equinox_loss)(linen_params, equinox_params, batch)
+        print(found)
+        assert found.equal
     """
     for name, loss in (("loss_a", loss_a), ("loss_b", loss_b)):
         if not callable(loss):

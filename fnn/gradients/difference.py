@@ -37,7 +37,11 @@ class Both(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """What `fnn.diff(loss_a, loss_b)(params_a, params_b, batch)` returns: `print` it, or read `rows()` and `table()`."""
+    """What `fnn.diff(loss_a, loss_b)(params_a, params_b, batch)` returns: `print` it, or read `rows()` and `table()`.
+
+    `equal` is the answer, `verdict` says it in a sentence, `first_forward` and `first_backward` are numbers of layers. `print`
+    shows all of up to 32 layers; of more, the ends and where differences begin.
+    """
 
     compared: tuple[Compared, ...]
     loss: Both

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,12 +20,54 @@ from fnn.gradients import batch_axis, cuts, operations
 from fnn.gradients import program as jaxprs
 from fnn.gradients.example_gradients import PerExampleGradients, Route
 from fnn.gradients.operations import Program
+from fnn.gradients.price import Price, priced
 from fnn.gradients.products import Full, Pair
 from fnn.gradients.search import search
 from fnn.gradients.squares import AXIS, Examples
 from fnn.layers.precision import compute_in
 
 SEMANTICS = ("path", "loss", "frozen", "running")
+PRICED: dict[str, Callable[[PerExampleGradients], Any]] = {
+    "norms": lambda g: g.norms(),
+    "mean and norms": lambda g: (g.mean(), g.norms()),
+    "clipped mean": lambda g: g.clipped_mean(1.0).mean,
+    "variance": lambda g: g.variance(),
+    "gram": lambda g: g.gram(),
+}
+
+
+@dataclass(frozen=True)
+class PerExample:
+    """Gradients of single examples of a loss, made by `per_example`: call it as `(params, batch, key=None)`, or ask its price."""
+
+    _gradients: Callable[..., Any]
+    _mean: Callable[..., Any]
+    """The mean loss of a batch."""
+    _has_aux: bool
+
+    def __call__(self, params: Any, batch: Any, *more: Any, key: Any = None) -> Any:
+        """Return `PerExampleGradients`, with `has_aux` a pair (gradients, aux). See `per_example`."""
+        return self._gradients(params, batch, *more, key=key)
+
+    def price(self, params: Any, batch: Any, *, key: Any = None, rounds: int = 11) -> Price:
+        """Measure here what norms, means, clipped means, variances and Gram matrices cost beside the mean loss's plain gradient.
+
+        Each row is a program of its own, compiled anew; see `Price`. Errors: TypeError for traced arrays.
+
+            print(fnn.per_example(loss).price(params, batch))
+        """
+
+        def asked(method):
+            def run(params, batch, key):
+                found = self(params, batch, key=key)
+                return method(found[0] if self._has_aux else found)
+
+            return run
+
+        functions = {"plain gradient": jax.value_and_grad(self._mean)}
+        functions |= {name: asked(method) for name, method in PRICED.items()}
+        batch = arrays.arrays("per_example.price", "the batch", batch)
+        return priced("per_example.price", functions, (params, batch, key), rounds)
 
 
 def per_example(
@@ -35,7 +77,7 @@ def per_example(
     axis_name: Any = None,
     batch_norm: str = "path",
     eval_loss: Callable[[Any, Any], Any] | None = None,
-) -> Callable[..., Any]:
+) -> PerExample:
     """Make `(params, batch) -> PerExampleGradients` of `loss(params, example) -> float[]`, at about the cost of one gradient.
 
     An example is any pytree, and a batch is the same with a leading axis. The gradients are those of
@@ -106,7 +148,13 @@ def per_example(
         found, aux = run(kept, mapped.varying(params, like=batch), (batch, keys))
         return (found, aux) if has_aux else found
 
-    return gradients
+    def mean(params, batch, key=None):
+        keys = () if key is None else (jax.random.split(key, batch_size(batch)),)
+        over = jax.vmap(loss, in_axes=(None, 0, *[0] * len(keys)), axis_name=axis_name)
+        out = over(params, batch, *keys)
+        return jnp.mean(out[0] if has_aux else out)
+
+    return PerExample(gradients, mean, has_aux)
 
 
 def example_loss(

@@ -111,9 +111,9 @@ def clock() -> Iterator[list[float]]:
     """Take the seconds of what is done inside; what JAX's cache on disk saves is added."""
     taken: list[float] = []
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == SAVED:
-            taken.append(seconds)
+            taken.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     start = time.perf_counter()

@@ -89,24 +89,28 @@ class Labels:
 )
 @dataclass(frozen=True, repr=False)
 class Flow:
-    """Measured numbers of a loss and its gradient, layer by layer; a pytree with static labels.
+    """Measured numbers of a loss and its gradient, layer by layer: what `fnn.watch(loss)(params, batch)` returns.
 
-    `table()` has the columns layer, path, quantity and value (and `lane` if the flow was made under `vmap` or `scan`);
-    `flat()` is a dict for loggers; `print` shows the layers; `plot()` draws them; `select` keeps a part. All these are for
-    the host.
+    A pytree with static labels: return it from `jit`, stack it by `scan` or `vmap`, read it on the host. `print` shows the
+    layers; `table()` has the columns layer, path, quantity and value (and `lane` if the flow was made under `vmap` or
+    `scan`); `flat()` is a dict for loggers; `plot()` draws; `select` and `worst` pick rows.
 
-    | quantity | of | what |
-    |---|---|---|
-    | log10_gradient | every array | log10 of the Frobenius norm of the mean loss's gradient |
-    | log10_gradient_rms | every array | the same of the root mean square of its entries |
-    | log10_error | layers | log10 of the RMS over examples of |d l_i/dh|, h the layer's output |
-    | input_mean, input_second_moment, input_dead | layers | E[x], E[x²], fraction of units that are 0 for the whole batch |
-    | output_mean, output_second_moment, output_dead | layers | the same of the output, with its bias |
-    | input_kurtosis, output_kurtosis | layers, on request | E[(x - m)⁴] / E[(x - m)²]²; 3 for a Gaussian |
-    | input_saturated | layers after tanh or logistic, on request | fraction within 1 % of the range of a bound |
-    | input_rank, output_rank | layers, on request | (tr G)² / tr G² of the Gram matrix of all positions |
-    | cosine, log10_gradient_to_weight | every array, on request | cosine of gradient and array; |g| / |w| |
-    | largest_logit, attention_entropy | heads of attention, on request | before and after the softmax; entropy in nats |
+    | group | quantity | of | what |
+    |---|---|---|---|
+    | gradient | log10_gradient | every array | log10 of the Frobenius norm of the mean loss's gradient |
+    | | log10_gradient_rms | every array | the same of the root mean square of its entries |
+    | error | log10_error | layers | log10 of the RMS over examples of |d l_i/dh|, h the layer's output |
+    | activation | input_mean, input_second_moment, input_dead | layers | E[x], E[x²], fraction of units that are 0 for the whole batch, at all positions |
+    | | output_mean, output_second_moment, output_dead | layers | the same of the output, with its bias |
+    | kurtosis | input_kurtosis, output_kurtosis | layers | E[(x - m)⁴] / E[(x - m)²]²; 3 for a Gaussian |
+    | saturated | input_saturated | layers after tanh or logistic | fraction within 1 % of the range of a bound |
+    | rank | input_rank, output_rank | layers | (tr G)² / tr G² of the Gram matrix of all positions: from 1 to the number of units |
+    | cosine | cosine, log10_gradient_to_weight | every array | cosine of gradient and array; log10 of |g| / |w| |
+    | attention | largest_logit, attention_entropy | heads | largest number that goes into the softmax; mean entropy, in nats |
+
+    A unit is an index of the weight's free axis (a channel); all other axes are positions. A stack of layers (`scan`) has a
+    row for each, `blocks[3]/kernel`. A log10 of -inf is a gradient of zero; NaN is a number that is not finite, or a step
+    that was not measured. What does not apply is absent, not 0.
     """
 
     loss: jax.Array
@@ -165,11 +169,14 @@ class Flow:
         return pl.DataFrame(columns | {"value": values.reshape(-1)})
 
     def flat(self) -> dict[str, float]:
-        """Make a dict for loggers: `{"path/quantity": number}`, and the loss."""
+        """Make a dict for loggers: `{"path/quantity": number}`, and `"loss"`. Errors: ValueError for several lanes."""
         return {"loss": float(self.loss)} | {f"{row.path}/{row.quantity}": row.value for row in self.rows()}
 
     def select(self, only: str = "*", quantity: str = "*") -> "list[Row]":
-        """List the rows whose path and quantity match patterns of `fnmatch`."""
+        """List the rows whose path and quantity match patterns of `fnmatch`, in forward order.
+
+        flow.select("*/attention/*", "log10_*")
+        """
         return [
             row
             for row in self.rows()
@@ -205,7 +212,10 @@ class Flow:
         return np.array(list(found), int), np.array(list(found.values()))
 
     def plot(self, path: Any = None) -> Any:
-        """Draw log10 of error signal and gradient, and the second moment of the layers' inputs, against the layer."""
+        """Draw log10 of error signal and gradient, and of the RMS of inputs and outputs, against the layer: a matplotlib figure.
+
+        Saved as well if given a path. Errors: ValueError if none of these was measured.
+        """
         from fnn.gradients import drawing
 
         return drawing.profiles(self, path)

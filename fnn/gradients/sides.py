@@ -66,7 +66,7 @@ def side(who: str, loss: Callable[..., Any], params: Any, rest: Any) -> Side:
 
     def call(params, *rest):
         with check.foreign("diff"):
-            return check.scalar_loss("diff", loss(params, *rest), name=who)
+            return check.scalar_loss("diff", loss(params, *rest), None, who)
 
     names = [name.removesuffix("/value") for name in tree.paths(params)]
     forward = program.read(program.trace(call, params, *rest)[0], forward=True)
