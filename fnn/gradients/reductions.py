@@ -95,7 +95,8 @@ def moments(x: jax.Array, units: Sequence[int] | None, axis_name: Any) -> dict[s
         zero = (found.peaks if by_peak else x) == 0
         units = [axis - 1 for axis in units] if by_peak else units
         zero = jnp.all(zero, axis=[axis for axis in range(zero.ndim) if axis not in units])
-        taken["dead"] = mapped.reduce(jax.lax.pmin, zero.reshape(-1).astype(jnp.float32), axis_name)
+        dead = mapped.reduce(jax.lax.pmin, zero.reshape(-1).astype(jnp.float32), axis_name)
+        taken["dead"] = jnp.where(jnp.isnan(second[0]), jnp.nan, dead)
     return taken
 
 
@@ -213,10 +214,10 @@ def mean_of(x: Any, axis_name: Any) -> powers.Scaled:
 
 def dot(g: Any, w: jax.Array, axes: int) -> Pair:
     """Take the inner product of a gradient and its array over all axes behind the first `axes`."""
-    g, w = (powers.unit(powers.normal(powers.rows(x, axes))) for x in (g, w))
-    wide = statistics_dtype(g.value.dtype)
-    product = jnp.sum(g.value.astype(wide) * w.value.astype(wide), axis=range(axes, g.value.ndim))
-    return product, g.exponent + w.exponent
+    a, b = (powers.unit(powers.normal(powers.rows(x, axes))) for x in (g, w))
+    wide = statistics_dtype(a.value.dtype)
+    product = jnp.sum(a.value.astype(wide) * b.value.astype(wide), axis=range(axes, a.value.ndim))
+    return product, a.exponent + b.exponent
 
 
 def rounded(x: Any) -> Any:
