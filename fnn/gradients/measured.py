@@ -10,7 +10,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fnn import check, mapped, tree
-from fnn.gradients import exact, operations, places, program, reductions
-from fnn.gradients.labels import MARK, Options, Subject, assembled
+from fnn.gradients import exact, forward_range, operations, places, program, reductions, wide
+from fnn.gradients.labels import MARK, Options, Subject, assembled, spots
 from fnn.gradients.operations import Atom, Hook, Hooks, Loop, Program, Remat
 from fnn.gradients.places import Found, Place
 from fnn.gradients.softmax import Softmax
@@ -41,20 +41,65 @@ def searched(loss: Callable[..., Any], options: Options, params: Any, rest: Any)
     closed, specs = program.trace(call, params, *rest)
     forward = program.read(closed, forward=True)
     found = places.find(forward, len(names))
-    found.places = [place for place in found.places if options.wants(names[place.parameter])]
+    every, found.places = found.places, [p for p in found.places if options.wants(names[p.parameter])]
     depths = jax.tree.leaves(tree.map_depth(lambda k, _: k, params))
     axes = [_axes(found, i, leaf, k) for i, (leaf, k) in enumerate(zip(jax.tree.leaves(params), depths, strict=True))]
-    return Subject(forward, specs, found, names, axes)
+    return Subject(forward, specs, found, names, axes, every)
 
 
 def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, rest: Any) -> Any:
     """Do the device's part of `watch`; what is static comes first, one argument each.
 
-    Returns a `Flow`; with `grads` what `jax.value_and_grad` returns, and the flow.
+    Returns a `Flow` and its `Ranges`; with `grads` what `jax.value_and_grad` returns, and the flow.
     """
+    params = mapped.varying(params, options.axis_name, like=rest)
+    traced = _traced(loss, options, params, rest, None)
+    return _executed(traced, options, grads, size, params, rest)
+
+
+def in_float64(loss: Any, options: Options, size: int, was_wide: bool, params: Any, rest: Any) -> tuple[Any, Any, Any]:
+    """Do `measured` for the same program in float64, which must be switched on around it: the same draws, a larger range.
+
+    Params and batch come as they are; `was_wide` says whether x64 was on when they did. Returns the flow, its ranges, and
+    whether the platform has float64's range. Errors: operations.Unreadable.
+    """
+    special: dict[str, Any] = {}
+    with jax.enable_x64(was_wide):
+        traced = _traced(loss, options, *jax.tree.map(_spec_of, (params, rest)), special)
+    narrow = program.read(traced.closed, keep=frozenset(special))
+    params, rest = jax.tree.map(lambda a: wide.up(a) if jnp.issubdtype(a.dtype, jnp.inexact) else a, (params, rest))
+    one = jnp.ones((), jnp.float64)
+
+    def run(seed, *leaves):
+        outputs = wide.spread(narrow, [seed, *leaves], special)
+        return jax.tree.unflatten(jax.tree.structure(traced.specs), outputs)
+
+    closed, specs = program.trace(run, one, *jax.tree.leaves((params, rest)))
+    flow, ranges = _executed(replace(traced, closed=closed, specs=specs), options, False, size, params, rest)
+    tiny = 1e-200 * (jnp.where(jnp.isfinite(flow.loss), jnp.sign(flow.loss), 0) + 2)
+    return flow, ranges, tiny > 0
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """The program of (loss, aux, what was seen) and gradients, of (seed, params, rest)."""
+
+    subject: Subject
+    closed: Any
+    specs: Any
+    dtypes: dict[int, Any]
+    """Of the values whose range is watched, by variable."""
+
+
+def _spec_of(a: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype)
+
+
+def _traced(loss: Any, options: Options, params: Any, rest: Any, special: dict[str, Any] | None) -> _Traced:
+    """Trace the loss with marks and statistics, and its gradient; statistics also go, by name, into `special`, if any."""
     subject = searched(loss, options, params, rest)
-    found, count = subject.found, len(subject.names)
-    hooks = _statistics(options, found)
+    dtypes: dict[int, Any] = {}
+    hooks = _statistics(options, subject, dtypes, special)
 
     def marked(params, rest):
         seen: dict[str, Any] = {}
@@ -65,9 +110,15 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
         value, pull, more = jax.vjp(lambda p: marked(p, rest), params, has_aux=True)
         return (value, more), pull(seed.astype(value.dtype))[0]
 
-    params = mapped.varying(params, options.axis_name, like=rest)
-    closed, specs = program.trace(seeded, jnp.ones((), subject.value[0].dtype), params, rest)
-    backward = program.read(closed)
+    one = jax.ShapeDtypeStruct((), subject.value[0].dtype)
+    closed, specs = program.trace(seeded, one, params, rest)
+    return _Traced(subject, closed, specs, dtypes)
+
+
+def _executed(traced: _Traced, options: Options, grads: bool, size: int, params: Any, rest: Any) -> Any:
+    subject, found, specs = traced.subject, traced.subject.found, traced.specs
+    count, dtype = len(subject.names), specs[0][0].dtype
+    backward = program.read(traced.closed)
     wanted = [i for i in range(count) if options.wants(subject.names[i])]
     noted: Hooks = {}
     for variable, name in _marked(backward):
@@ -84,7 +135,7 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
     kept = backward.outputs if full else backward.outputs[:-count]
     backward = operations.prune(replace(backward, outputs=kept), frozenset(noted))
     run = exact.run({variable: functools.partial(_note, hook, variable) for variable, hook in noted.items()})
-    results = run.execute(backward, [exact.seed(subject.value[0].dtype), *jax.tree.leaves((params, rest))])
+    results = run.execute(backward, [exact.seed(dtype), *jax.tree.leaves((params, rest))])
     seen = run.noted
     first, gradients = (results[:-count], results[-count:]) if full and count else (results, [])
     value, (aux, statistics) = jax.tree.unflatten(jax.tree.structure(specs[0]), first)
@@ -97,9 +148,13 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
     if "cosine" in options.groups:
         for i in wanted:
             seen |= _alignment(str(i), subject.axes[i], gradients[i], jax.tree.leaves(params)[i])
+    dtypes = {v: jnp.float64 for v in traced.dtypes} if dtype == jnp.float64 else traced.dtypes
+    orders = {v: forward_range.taken(v, seen) for v in dtypes}
+    seen |= forward_range.lost(orders, dtypes)
     flow = assembled(options, subject, wanted, size, seen, params, value)
     if not grads:
-        return flow
+        known = list(spots(subject, dtypes))
+        return flow, forward_range.Ranges([orders[v] for v, _ in known], seen["lost"], tuple(s for _, s in known))
     leaves = [reductions.rounded(g).astype(p.dtype) for g, p in zip(gradients, jax.tree.leaves(params), strict=True)]
     gradient = jax.tree.unflatten(jax.tree.structure(params), leaves)
     aux = jax.tree.unflatten(jax.tree.structure(subject.value[1]), aux)
@@ -109,10 +164,20 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
 # Forward ---------------------------------------------------------------------------------------------------------------
 
 
-def _statistics(options: Options, found: Found) -> Hooks:
-    """Take what is wanted of each layer's input and output, and mark where its error signal comes back."""
+def _statistics(options: Options, subject: Subject, dtypes: dict[int, Any], special: dict[str, Any] | None) -> Hooks:
+    """Take what is wanted of each layer's input and output, and mark where its error signal comes back.
+
+    `dtypes` gets the types of the values whose range is watched; `special` is as in `_traced`.
+    """
+    found = subject.found
     hooks: Hooks = {}
     taken: dict[str, Hook] = {}
+
+    def take(known, function, variable):
+        if known not in taken:
+            taken[known] = functools.partial(_seen, known, function, options.axis_name, special)
+            hooks[variable] = _both(hooks.get(variable), taken[known])
+
     for i, place in enumerate(found.places):
         if "error" in options.groups:
             hooks[place.product] = _both(functools.partial(_mark_hook, f"{MARK}{i}"), hooks.get(place.product))
@@ -121,17 +186,16 @@ def _statistics(options: Options, found: Found) -> Hooks:
             (place.input, place.units[0], place.bounds),
             (place.output, place.units[1], (None, None)),
         ):
-            if variable is None:
-                continue
-            for name, function in _wanted(options, units, bounds):
-                known = f"{name}.{variable}"
-                if known not in taken:
-                    taken[known] = functools.partial(_seen, known, function, options.axis_name)
-                    hooks[variable] = _both(hooks.get(variable), taken[known])
+            for name, function in _wanted(options, units, bounds) if variable is not None else ():
+                take(f"{name}.{variable}", function, variable)
+    for place in subject.every:
+        for variable in (place.input, place.output):
+            if f"moments.{variable}" not in taken and variable == place.output:
+                take(f"order.{variable}", forward_range.order, variable)
+            if variable is not None and {f"moments.{variable}", f"order.{variable}"} & set(taken):
+                dtypes[variable] = _spec(subject.forward, place, variable).dtype
     for i, softmax in enumerate(found.softmaxes if "attention" in options.groups else []):
-        function = functools.partial(_attention, softmax)
-        hook = functools.partial(_seen, f"attention.{i}", function, options.axis_name)
-        hooks[softmax.logits] = _both(hooks.get(softmax.logits), hook)
+        take(f"attention.{i}", functools.partial(_attention, softmax), softmax.logits)
     return hooks
 
 
@@ -151,8 +215,27 @@ def _attention(softmax: Softmax, x: jax.Array, axis_name: Any) -> dict[str, jax.
     return reductions.attention(x, softmax.axis, softmax.heads, axis_name)
 
 
-def _seen(name: str, function: Callable[..., Any], axis_name: Any, x: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-    return x, {name: function(jax.lax.stop_gradient(x), axis_name)}
+def _seen(
+    name: str, function: Callable[..., Any], axis_name: Any, special: dict[str, Any] | None, x: jax.Array
+) -> tuple[jax.Array, dict[str, Any]]:
+    def call(x):
+        return function(x, axis_name)
+
+    if special is not None:
+        special[f"fnn.seen.{name}"] = call
+        call = jax.jit(_standing_for(f"fnn.seen.{name}", call))
+    return x, {name: call(jax.lax.stop_gradient(x))}
+
+
+def _standing_for(name: str, call: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
+    """Make a function of results of the same form, which all need its argument: JAX takes nothing out of it."""
+
+    def stand_in(x):
+        one = jnp.sum(x)
+        return jax.tree.map(lambda spec: jnp.broadcast_to(one.astype(spec.dtype), spec.shape), jax.eval_shape(call, x))
+
+    stand_in.__name__ = name
+    return stand_in
 
 
 def _both(first: Hook | None, second: Hook | None) -> Hook:

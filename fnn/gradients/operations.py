@@ -50,6 +50,8 @@ class Op:
     """The names of the modules and functions around it, as JAX knows them (`jax.named_scope`; Linen and Haiku set it)."""
     line: Any = None
     """The traceback that JAX keeps of the line that wrote it."""
+    bind: Callable[..., Any] | None = None
+    """`(*values, **params) -> outputs`, for values of another dtype: JAX's own, for one equation."""
 
     def __getitem__(self, name: str) -> Any:
         """Look up a parameter. Errors: Unreadable if there is none of this name."""

@@ -258,3 +258,9 @@ def empty(flow: Flow) -> Flow:
         return np.full(a.shape, np.nan if jnp.issubdtype(a.dtype, jnp.floating) else 0, a.dtype)
 
     return jax.tree.map(full, flow)
+
+
+def noted(flow: Flow, note: str) -> Flow:
+    """Return the flow with one note more."""
+    labels = Labels(flow.labels.series, (*flow.labels.notes, note))
+    return Flow(flow.loss, flow.mantissas, flow.exponents, labels)

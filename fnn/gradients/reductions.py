@@ -55,6 +55,7 @@ def sums(x: jax.Array, axes: int = 0) -> Sums:
     order, info = int(math.log2(power)), jnp.finfo(wide.dtype)
     zeros = jnp.zeros(lead, jnp.int32)
     over = ~jnp.isfinite(first)
+    large = jnp.where(jnp.isfinite(scaled), large, jnp.abs(scaled))  # the bound hides infinities
     # Where the medium sum is not above this bound, it may have lost numbers that count; NaN stays NaN.
     low, high = medium <= info.tiny / info.eps**2, medium > info.max
     return Sums(
