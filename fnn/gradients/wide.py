@@ -91,10 +91,10 @@ def _branch(program: Program, special: Special) -> Callable[..., Any]:
 
 
 def _bound(op: Op, inputs: list[Any]) -> Sequence[Any]:
+    if op.name in ("barrier", "optimization_barrier"):
+        return op.call(*inputs)
     if op.name == "bitcast_convert_type" or op.bind is None:
         raise Unreadable(f"{op.name} in float64")
-    if op.name == "barrier":
-        return op.call(*inputs)
     if op.name == "reduce_precision":
         return inputs
     params = {name: PLAIN.get(name, value) for name, value in op.params.items()}
