@@ -5,9 +5,14 @@ error, or a float64 run of the same backward program on the same float32 residua
 """
 
 import functools
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +197,8 @@ TOKENS = jnp.asarray(RNG.integers(0, 7, (3, 6)))
 
 def transformer(post, remat=True):
     params = {
-        "blocks": {name: drawn(4, 4, n) / 2 for name, n in (("qkv", 12), ("o", 4), ("up", 8))} | {"down": drawn(4, 8, 4)},
+        "blocks": {name: drawn(4, 4, n) / 2 for name, n in (("qkv", 12), ("o", 4), ("up", 8))}
+        | {"down": drawn(4, 8, 4)},
         "table": drawn(7, 4),
     }
 
@@ -357,3 +363,19 @@ def test_10_000_layers_compile_at_once():
     (logs,) = (logs for path, logs in rows(flow).items() if path.endswith("kernel"))
     assert len(logs) == 10_000 and np.isfinite(logs).all() and logs[0] < -14_000
     assert seconds < 5, seconds
+
+
+@functools.cache
+def on_eight_devices():
+    script = Path(__file__).with_name("watch_sharded.py")
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=os.environ)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.xdist_group("sharding")
+@pytest.mark.parametrize(
+    "case", ["batch_sharded", "batch_sharded_under_jit", "parameters_sharded", "under_shard_map", "in_float64"]
+)
+def test_eight_devices_have_the_rows_of_one(case):
+    assert case not in on_eight_devices(), on_eight_devices()[case]

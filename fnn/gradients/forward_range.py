@@ -50,11 +50,12 @@ def taken(variable: int, seen: Mapping[str, Any]) -> jax.Array:
     return (jnp.log2(m) + e.astype(m.dtype)).astype(jnp.float32)
 
 
-def lost(orders: Mapping[int, jax.Array], dtypes: Mapping[int, Any]) -> dict[str, Any]:
+def lost(orders: Mapping[int, jax.Array], dtypes: Mapping[int, Any], loss: jax.Array) -> dict[str, Any]:
     """Say which values are lost, by variable as `lost.{variable}`, and as `lost` whether any is: bool.
 
     Lost is what is infinite or so near to zero that small entries are rounded to it, and zeros if any value comes near the
-    lower end of the range: others are dead units. NaN goes on by itself, and does not count.
+    lower end of the range: others are dead units. NaN says so itself, and may stand where a mask hides it; but where the
+    loss is not finite, everything that depends on it is lost: the derivative of a ReLU at NaN is 0.
     """
     limits = {variable: Limits.of(dtypes[variable]) for variable in orders}
     some = [jnp.any((o < limits[v].low / 2) & (o > -jnp.inf)) for v, o in orders.items()]
@@ -63,10 +64,8 @@ def lost(orders: Mapping[int, jax.Array], dtypes: Mapping[int, Any]) -> dict[str
         v: jnp.isposinf(o) | ((o < limits[v].least) & (o > -jnp.inf)) | (jnp.isneginf(o) & small)
         for v, o in orders.items()
     }
-    every = [jnp.any(flags) for flags in found.values()]
-    return {f"lost.{v}": flags for v, flags in found.items()} | {
-        "lost": jnp.any(jnp.stack(every)) if every else jnp.zeros((), bool)
-    }
+    every = [~jnp.isfinite(loss), *(jnp.any(flags) for flags in found.values())]
+    return {f"lost.{v}": flags for v, flags in found.items()} | {"lost": jnp.any(jnp.stack(every))}
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,9 @@ class Ranges:
         for layer, path, number, index, *_ in table.rows:
             spot, orders = self.spots[int(number)], np.asarray(self.orders[int(number)])
             axes = [k for k, depth in enumerate(spot.depth) if depth]
-            turns = np.moveaxis(orders, axes, range(len(axes))).reshape(spot.label.size, -1)[index - starts[int(number)]]
+            turns = np.moveaxis(orders, axes, range(len(axes))).reshape(spot.label.size, -1)[
+                index - starts[int(number)]
+            ]
             left, zeros = spot.left(turns), np.isneginf(turns)
             explained = explained or bool(spot.output and zeros.all() and zero_kernels[spot.parameter])
             if (left & ~zeros).any() or (zeros.any() and (alive or not zeros.all()) and not explained):

@@ -108,7 +108,7 @@ def _traced(loss: Any, options: Options, params: Any, rest: Any, special: dict[s
 
     def seeded(seed, params, rest):
         value, pull, more = jax.vjp(lambda p: marked(p, rest), params, has_aux=True)
-        return (value, more), pull(seed.astype(value.dtype))[0]
+        return (value, more), pull(mapped.varying(seed.astype(value.dtype), like=value))[0]
 
     one = jax.ShapeDtypeStruct((), subject.value[0].dtype)
     closed, specs = program.trace(seeded, one, params, rest)
@@ -116,7 +116,7 @@ def _traced(loss: Any, options: Options, params: Any, rest: Any, special: dict[s
 
 
 def _executed(traced: _Traced, options: Options, grads: bool, size: int, params: Any, rest: Any) -> Any:
-    subject, found, specs = traced.subject, traced.subject.found, traced.specs
+    subject, specs = traced.subject, traced.specs
     count, dtype = len(subject.names), specs[0][0].dtype
     backward = program.read(traced.closed)
     wanted = [i for i in range(count) if options.wants(subject.names[i])]
@@ -141,6 +141,7 @@ def _executed(traced: _Traced, options: Options, grads: bool, size: int, params:
     value, (aux, statistics) = jax.tree.unflatten(jax.tree.structure(specs[0]), first)
     seen = seen | statistics
     if options.axis_name is not None:  # each lane has seen its share of the batch
+        value = mapped.mean(value, options.axis_name)
         gradients = [reductions.mean_of(g, options.axis_name) for g in gradients]
     if asked != inside:
         for i in wanted:
@@ -148,9 +149,9 @@ def _executed(traced: _Traced, options: Options, grads: bool, size: int, params:
     if "cosine" in options.groups:
         for i in wanted:
             seen |= _alignment(str(i), subject.axes[i], gradients[i], jax.tree.leaves(params)[i])
-    dtypes = {v: jnp.float64 for v in traced.dtypes} if dtype == jnp.float64 else traced.dtypes
+    dtypes = dict.fromkeys(traced.dtypes, jnp.dtype(dtype)) if dtype == jnp.float64 else traced.dtypes
     orders = {v: forward_range.taken(v, seen) for v in dtypes}
-    seen |= forward_range.lost(orders, dtypes)
+    seen |= forward_range.lost(orders, dtypes, value)
     flow = assembled(options, subject, wanted, size, seen, params, value)
     if not grads:
         known = list(spots(subject, dtypes))

@@ -14,8 +14,8 @@ import numpy as np
 
 from fnn import arrays, check, compiled
 from fnn.gradients.bad import FirstBad, first_bad
-from fnn.gradients.labels import DEFAULT, GROUPS, Options
 from fnn.gradients.forward_range import Ranges
+from fnn.gradients.labels import DEFAULT, GROUPS, Options
 from fnn.gradients.measured import explained, in_float64, measured
 from fnn.gradients.operations import Unreadable
 from fnn.gradients.readings import Flow, empty, noted
@@ -156,14 +156,20 @@ def ranged(watch: Watch, flow: Flow, ranges: Ranges, params: Any, rest: Any) -> 
         if not ranges.lost:
             return flow
         reason = arrays.first_line(error)
-        return noted(flow, f"activations left the range of {left}{where}, which cannot be measured in float64 ({reason})")
+        return noted(
+            flow, f"activations left the range of {left}{where}, which cannot be measured in float64 ({reason})"
+        )
     if not holds:
-        return noted(flow, f"activations left the range of {left}{where}, and this platform has no float64") if ranges.lost else flow
+        return (
+            noted(flow, f"activations left the range of {left}{where}, and this platform has no float64")
+            if ranges.lost
+            else flow
+        )
     if ranges.same(wide):
         return flow
     if wide.lost:
         where = wide.first(zero, flow.labels)
-        return noted(again, f"activations left the range of float64, too{where}: what depends on them is NaN")
+        return noted(again, f"activations left the range of float64 too{where}: what depends on them is NaN")
     return noted(again, f"measured in float64: activations left the range of {left}{where}")
 
 
