@@ -15,14 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from fnn import check, mapped, tree
-from fnn.gradients import exact, forward_range, operations, places, program, reductions, wide
+from fnn.gradients import exact, forward_range, marks, operations, places, program, reductions, wide
 from fnn.gradients.labels import MARK, Options, Subject, assembled, spots
 from fnn.gradients.operations import Atom, Hook, Hooks, Loop, Program, Remat
-from fnn.gradients.places import Found, Place
-from fnn.gradients.softmax import Softmax
+from fnn.gradients.places import Found
 
 
 def searched(loss: Callable[..., Any], options: Options, params: Any, rest: Any) -> Subject:
@@ -64,8 +62,9 @@ def in_float64(loss: Any, options: Options, size: int, was_wide: bool, params: A
     whether the platform has float64's range. Errors: operations.Unreadable.
     """
     special: dict[str, Any] = {}
+    specs = jax.tree.map(_spec_of, (params, rest))
     with jax.enable_x64(was_wide):
-        traced = _traced(loss, options, *jax.tree.map(_spec_of, (params, rest)), special)
+        traced = _traced(loss, options, specs[0], specs[1], special)
     narrow = program.read(traced.closed, keep=frozenset(special))
     params, rest = jax.tree.map(lambda a: wide.up(a) if jnp.issubdtype(a.dtype, jnp.inexact) else a, (params, rest))
     one = jnp.ones((), jnp.float64)
@@ -99,7 +98,7 @@ def _traced(loss: Any, options: Options, params: Any, rest: Any, special: dict[s
     """Trace the loss with marks and statistics, and its gradient; statistics also go, by name, into `special`, if any."""
     subject = searched(loss, options, params, rest)
     dtypes: dict[int, Any] = {}
-    hooks = _statistics(options, subject, dtypes, special)
+    hooks = marks.statistics(options, subject, dtypes, special)
 
     def marked(params, rest):
         seen: dict[str, Any] = {}
@@ -130,7 +129,7 @@ def _executed(traced: _Traced, options: Options, grads: bool, size: int, params:
         variable, below = _seat(backward, outputs[i], subject.axes[i])
         if isinstance(variable, int):
             name, axes = f"gradient.{i}", subject.axes[i] - below
-            noted[variable] = _both(noted.get(variable), functools.partial(_norm, name, axes))
+            noted[variable] = marks.both(noted.get(variable), functools.partial(_norm, name, axes))
     full = grads or asked != inside or "cosine" in options.groups
     kept = backward.outputs if full else backward.outputs[:-count]
     backward = operations.prune(replace(backward, outputs=kept), frozenset(noted))
@@ -160,108 +159,6 @@ def _executed(traced: _Traced, options: Options, grads: bool, size: int, params:
     gradient = jax.tree.unflatten(jax.tree.structure(params), leaves)
     aux = jax.tree.unflatten(jax.tree.structure(subject.value[1]), aux)
     return ((value, aux) if options.has_aux else value, gradient), flow
-
-
-# Forward ---------------------------------------------------------------------------------------------------------------
-
-
-def _statistics(options: Options, subject: Subject, dtypes: dict[int, Any], special: dict[str, Any] | None) -> Hooks:
-    """Take what is wanted of each layer's input and output, and mark where its error signal comes back.
-
-    `dtypes` gets the types of the values whose range is watched; `special` is as in `_traced`.
-    """
-    found = subject.found
-    hooks: Hooks = {}
-    taken: dict[str, Hook] = {}
-
-    def take(known, function, variable):
-        if known not in taken:
-            taken[known] = functools.partial(_seen, known, function, options.axis_name, special)
-            hooks[variable] = _both(hooks.get(variable), taken[known])
-
-    for i, place in enumerate(found.places):
-        if "error" in options.groups:
-            hooks[place.product] = _both(functools.partial(_mark_hook, f"{MARK}{i}"), hooks.get(place.product))
-    for place in found.places:
-        for variable, units, bounds in (
-            (place.input, place.units[0], place.bounds),
-            (place.output, place.units[1], (None, None)),
-        ):
-            for name, function in _wanted(options, units, bounds) if variable is not None else ():
-                take(f"{name}.{variable}", function, variable)
-    for place in subject.every:
-        for variable in (place.input, place.output):
-            if f"moments.{variable}" not in taken and variable == place.output:
-                take(f"order.{variable}", forward_range.order, variable)
-            if variable is not None and {f"moments.{variable}", f"order.{variable}"} & set(taken):
-                dtypes[variable] = _spec(subject.forward, place, variable).dtype
-    for i, softmax in enumerate(found.softmaxes if "attention" in options.groups else []):
-        take(f"attention.{i}", functools.partial(_attention, softmax), softmax.logits)
-    return hooks
-
-
-def _wanted(options: Options, units: Any, bounds: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
-    if "activation" in options.groups:
-        yield "moments", lambda x, axis_name: reductions.moments(x, units, axis_name)
-    if "kurtosis" in options.groups:
-        yield "central", reductions.central
-    if "rank" in options.groups and units is not None:
-        yield "rank", lambda x, axis_name: reductions.rank(x, units, axis_name)
-    known = next(filter(None, bounds), None)
-    if "saturated" in options.groups and known is not None:
-        yield "saturated", lambda x, axis_name: reductions.saturated(x, known, axis_name)
-
-
-def _attention(softmax: Softmax, x: jax.Array, axis_name: Any) -> dict[str, jax.Array]:
-    return reductions.attention(x, softmax.axis, softmax.heads, axis_name)
-
-
-def _seen(
-    name: str, function: Callable[..., Any], axis_name: Any, special: dict[str, Any] | None, x: jax.Array
-) -> tuple[jax.Array, dict[str, Any]]:
-    def call(x):
-        return function(x, axis_name)
-
-    if special is not None:
-        special[f"fnn.seen.{name}"] = call
-        call = jax.jit(_standing_for(f"fnn.seen.{name}", call))
-    return x, {name: call(jax.lax.stop_gradient(x))}
-
-
-def _standing_for(name: str, call: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
-    """Make a function of results of the same form, which all need its argument: JAX takes nothing out of it."""
-
-    def stand_in(x):
-        one = jnp.sum(x)
-        return jax.tree.map(lambda spec: jnp.broadcast_to(one.astype(spec.dtype), spec.shape), jax.eval_shape(call, x))
-
-    stand_in.__name__ = name
-    return stand_in
-
-
-def _both(first: Hook | None, second: Hook | None) -> Hook:
-    if first is None or second is None:
-        return first or second  # type: ignore[return-value]
-
-    def hook(x):
-        x, a = first(x)
-        x, b = second(x)
-        return x, a | b
-
-    return hook
-
-
-def _mark_hook(name: str, x: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-    return _mark(name, x), {}
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mark(name: str, x: jax.Array) -> jax.Array:
-    """Do nothing, and give the cotangent a name in the program of the gradient."""
-    return x
-
-
-_mark.defvjp(lambda name, x: (x, None), lambda name, _, d: (checkpoint_name(d, name),))
 
 
 # Backward --------------------------------------------------------------------------------------------------------------
@@ -334,7 +231,7 @@ def explained(loss: Callable[..., Any], options: Options, params: Any, rest: Any
     for place in found.places:
         loops = "".join(f", {turn.length} {'layers' if turn.depth else 'steps'}" for turn in place.turns)
         shapes = " -> ".join(
-            check.describe(_spec(subject.forward, place, v)) for v in (place.input, place.product) if v is not None
+            check.describe(marks.made(subject.forward, place, v)) for v in (place.input, place.product) if v is not None
         )
         where = f" in {place.op.where}" if place.op.where else ""
         lines.append(f"{subject.names[place.parameter]}: {place.op.name} {shapes}{loops}{where}")
@@ -347,12 +244,3 @@ def explained(loss: Callable[..., Any], options: Options, params: Any, rest: Any
     for text, parameters in found.unread:
         lines.append(f"not looked into: {text}, which takes {', '.join(subject.names[i] for i in parameters)}")
     return "\n".join(lines)
-
-
-def _spec(part: Program, place: Place, variable: int) -> Any:
-    for turn in place.turns:
-        part = turn.loop.body
-    for inner in (part, *(op.body for op in part.ops if isinstance(op, Remat))):
-        if variable in inner.avals:
-            return inner.spec(variable)
-    return place.op

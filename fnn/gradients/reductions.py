@@ -197,7 +197,7 @@ def mean_of(x: Any, axis_name: Any) -> powers.Scaled:
     )
 
 
-def dot(g: Any, w: jax.Array, axes: int) -> Pair:
+def dot(g: Any, w: Any, axes: int) -> Pair:
     """Take the inner product of a gradient and its array over all axes behind the first `axes`."""
     g, w = (powers.unit(powers.normal(powers.rows(x, axes))) for x in (g, w))
     wide = statistics_dtype(g.value.dtype)

@@ -97,7 +97,7 @@ def _bound(op: Op, inputs: list[Any]) -> Sequence[Any]:
         raise Unreadable(f"{op.name} in float64")
     if op.name == "reduce_precision":
         return inputs
-    params = {name: PLAIN.get(name, value) for name, value in op.params.items()}
+    params: dict[str, Any] = {name: PLAIN.get(name, value) for name, value in op.params.items()}
     for name in DTYPES:
         if params.get(name) is not None and _float(params[name]):
             wide = jnp.complex128 if jnp.issubdtype(params[name], jnp.complexfloating) else jnp.float64
