@@ -379,3 +379,63 @@ def on_eight_devices():
 )
 def test_eight_devices_have_the_rows_of_one(case):
     assert case not in on_eight_devices(), on_eight_devices()[case]
+
+
+# Models that others thought of ------------------------------------------------------------------------------------------
+
+
+def test_what_is_made_of_parameters_alone_is_no_layer():
+    """Spectral norm by power iteration, in a scan: the layer is the product with data, and its error signal counts."""
+    params = {"out": drawn(5, 2), "w": drawn(5, 5)}
+
+    def loss(p, x, extra=0.0):
+        def turn(u, _):
+            v = p["w"] @ u
+            u = p["w"].T @ (v / jnp.linalg.norm(v))
+            return u / jnp.linalg.norm(u), None
+
+        u, _ = jax.lax.scan(turn, jnp.ones(5, x.dtype), None, length=4)
+        norm = jnp.linalg.norm(p["w"] @ jax.lax.stop_gradient(u))
+        return jnp.mean((jax.nn.relu(x @ (p["w"] / norm) + extra) @ p["out"]) ** 2)
+
+    flow = fnn.watch(loss, groups=["gradient", "error"])(params, X)
+    errors = rows(flow, "log10_error")
+    assert {path: np.shape(values) for path, values in errors.items()} == {"w": (), "out": ()}
+    want = in_float64(jax.grad(loss, argnums=(0, 2)), params, X, jnp.zeros((6, 5)))
+    np.testing.assert_allclose(errors["w"], np.log(np.sqrt(6) * np.linalg.norm(want[1])), atol=1e-5)
+    for path, exact in log_norms(want[0]).items():
+        np.testing.assert_allclose(rows(flow)[path], exact, atol=1e-5)
+
+
+def test_a_kernel_with_an_addition_of_low_rank():
+    """x @ (w + a @ b): one layer, that of the largest array; gradients of all three."""
+    params = {"a": drawn(5, 2), "b": jnp.zeros((2, 5)), "out": drawn(5, 2), "w": drawn(5, 5)}
+
+    def loss(p, x):
+        return jnp.mean((jnp.tanh(x @ (p["w"] + p["a"] @ p["b"])) @ p["out"]) ** 2)
+
+    flow = fnn.watch(loss)(params, X)
+    assert list(rows(flow, "log10_error")) == ["w", "out"] and not flow.labels.notes
+    found = rows(flow)
+    assert found["a"] == -np.inf
+    for path, exact in log_norms(in_float64(jax.grad(loss), params, X)).items():
+        np.testing.assert_allclose(found[path], exact, atol=1e-5)
+
+
+def test_second_moments_of_infinite_activations():
+    """No number of float32's has a second moment beyond 2^256: an infinity has none at all."""
+    for x in (X.at[0, 0].set(jnp.inf), X.at[0, 0].set(-jnp.inf).at[1, 1].set(jnp.inf)):
+        flow = jax.jit(fnn.watch(lambda p, x: jnp.mean(jnp.tanh(x @ p)), groups="activation"))(jnp.ones((5, 1)), x)
+        (value,) = (row.value for row in flow.rows() if row.quantity == "input_second_moment")
+        assert not np.isfinite(value)
+
+
+def test_a_loss_that_makes_its_data_itself():
+    """No argument meets the weights: the layers are found all the same."""
+
+    def loss(p, scale):
+        x = jnp.linspace(-1, 1, 10).reshape(2, 5)
+        return jnp.mean(scale * jnp.tanh(x @ p["w"]) ** 2)
+
+    flow = fnn.watch(loss, batch_size=2)({"w": drawn(5, 3)}, jnp.ones(()))
+    assert list(rows(flow, "log10_error")) == ["w"]
