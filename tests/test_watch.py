@@ -3,8 +3,6 @@
 import functools
 import re
 
-import equinox as eqx
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,29 +125,31 @@ def nnx_conv():
     return lambda p, x, y: entropy(nnx.merge(graph, p, rest, copy=True)(x), y), params, (IMAGES, Y)
 
 
-class _Recurrent(eqx.Module):
-    embedding: eqx.nn.Embedding
-    cell: eqx.nn.GRUCell
-    output: eqx.nn.MLP
-
-    def __init__(self, key):
-        a, b, c = jax.random.split(key, 3)
-        self.embedding, self.cell = eqx.nn.Embedding(11, 8, key=a), eqx.nn.GRUCell(8, 8, key=b)
-        self.output = eqx.nn.MLP(8, 3, 5, 1, key=c)
-
-    def __call__(self, x):
-        h, _ = jax.lax.scan(
-            lambda h, x: (self.cell(x, h), None), jnp.zeros(8, self.cell.bias.dtype), jax.vmap(self.embedding)(x)
-        )
-        return self.output(h)
-
-
 def equinox_recurrent():
+    eqx = pytest.importorskip("equinox")
+
+    class _Recurrent(eqx.Module):
+        embedding: eqx.nn.Embedding
+        cell: eqx.nn.GRUCell
+        output: eqx.nn.MLP
+
+        def __init__(self, key):
+            a, b, c = jax.random.split(key, 3)
+            self.embedding, self.cell = eqx.nn.Embedding(11, 8, key=a), eqx.nn.GRUCell(8, 8, key=b)
+            self.output = eqx.nn.MLP(8, 3, 5, 1, key=c)
+
+        def __call__(self, x):
+            h, _ = jax.lax.scan(
+                lambda h, x: (self.cell(x, h), None), jnp.zeros(8, self.cell.bias.dtype), jax.vmap(self.embedding)(x)
+            )
+            return self.output(h)
+
     params, static = eqx.partition(_Recurrent(jax.random.key(0)), eqx.is_inexact_array)
     return lambda p, x, y: entropy(jax.vmap(eqx.combine(p, static))(x), y), params, (TOKENS, Y)
 
 
 def haiku_mlp():
+    hk = pytest.importorskip("haiku")
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([5, 4, 3], activation=jnp.tanh)(x)))
     return lambda p, x, y: entropy(net.apply(p, x), y), net.init(jax.random.key(0), X), (X, Y)
 

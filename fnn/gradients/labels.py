@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn.gradients import reductions
+from fnn.gradients.forward_range import Spot
 from fnn.gradients.operations import Program
 from fnn.gradients.places import Found, Place
 from fnn.gradients.readings import Flow, Labels, Series
@@ -48,19 +49,26 @@ class Subject:
     """Paths of the parameters."""
     axes: list[int]
     """How many leading axes of each parameter count layers."""
+    every: list[Place]
+    """All places, also those that are not wanted: what they lose, gradients lack."""
 
 
 class _Numbers:
-    """Numbers and their labels, one after the other."""
+    """Numbers and their labels, one after the other; NaN where they depend on activations that are `lost`."""
 
-    def __init__(self) -> None:
+    def __init__(self, lost: jax.Array) -> None:
+        self.lost = lost
         self.series: list[Series] = []
         self.mantissas: list[jax.Array] = []
         self.exponents: list[jax.Array] = []
 
-    def add(self, label: Series, value: Any) -> None:
+    def add(self, label: Series, value: Any, lost: jax.Array | None = None) -> None:
         m, e = value if isinstance(value, tuple) else (value, jnp.zeros(jnp.shape(value), jnp.int32))
         size = label.size
+        if jnp.result_type(m) == jnp.float64 and isinstance(value, tuple):  # float32 may not hold it
+            m, more = jnp.frexp(m)
+            e = e + more
+        m = jnp.where(self.lost if lost is None else lost, jnp.nan, m)
         self.series.append(label)
         self.mantissas.append(jnp.broadcast_to(m, jnp.shape(m)).astype(jnp.float32).reshape(size))
         self.exponents.append(jnp.broadcast_to(e, jnp.shape(m)).astype(jnp.int32).reshape(size))
@@ -80,7 +88,7 @@ def assembled(
     options: Options, subject: Subject, wanted: Sequence[int], size: int, seen: dict[str, Any], params: Any, loss: Any
 ) -> Flow:
     """Label everything that was seen; its seven arguments are what labels are made of."""
-    numbers, found = _Numbers(), subject.found
+    numbers, found = _Numbers(seen["lost"]), subject.found
     leaves = jax.tree.leaves(params)
     for i, place in enumerate(found.places):
         label = _label(place, subject.names[place.parameter])
@@ -94,7 +102,9 @@ def assembled(
             numbers.add(replace(label, quantity=name, shift=shift), error)
         for side, variable in (("input", place.input), ("output", place.output)):
             for name, value in _of_side(side, variable, place, seen, time):
-                numbers.add(replace(label, quantity=f"{side}_{name}"), value)
+                known = f"lost.{variable}" in seen
+                lost = jnp.any(seen[f"lost.{variable}"], axis=time) if known else jnp.zeros((), bool)
+                numbers.add(replace(label, quantity=f"{side}_{name}"), value, lost)
     for i in wanted:
         for label, row in _labels_of(found, i, subject.names[i], leaves[i], subject.axes[i]):
 
@@ -117,6 +127,15 @@ def assembled(
             value = jnp.max(value, axis=time) if name == "largest" else jnp.mean(value, axis=time)
             numbers.add(replace(label, quantity=quantity), value)
     return numbers.flow(loss, [], options.exact)
+
+
+def spots(subject: Subject, dtypes: dict[int, Any]) -> Iterator[tuple[int, Spot]]:
+    """Label every value whose range is watched: (variable, its place)."""
+    for place in subject.every:
+        depth, label = tuple(turn.depth for turn in place.turns), _label(place, subject.names[place.parameter])
+        for variable in (place.input, place.output):
+            if variable in dtypes:
+                yield variable, Spot(label, place.parameter, variable == place.output, depth, str(dtypes[variable]))
 
 
 def _of_side(side: str, variable: Any, place: Place, seen: Any, time: tuple[int, ...]) -> Iterator[tuple[str, Any]]:

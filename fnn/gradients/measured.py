@@ -10,19 +10,17 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from fnn import check, mapped, tree
-from fnn.gradients import exact, operations, places, program, reductions
-from fnn.gradients.labels import MARK, Options, Subject, assembled
+from fnn.gradients import exact, forward_range, marks, operations, places, program, reductions, wide
+from fnn.gradients.labels import MARK, Options, Subject, assembled, spots
 from fnn.gradients.operations import Atom, Hook, Hooks, Loop, Program, Remat
-from fnn.gradients.places import Found, Place
-from fnn.gradients.softmax import Softmax
+from fnn.gradients.places import Found
 
 
 def searched(loss: Callable[..., Any], options: Options, params: Any, rest: Any) -> Subject:
@@ -41,20 +39,66 @@ def searched(loss: Callable[..., Any], options: Options, params: Any, rest: Any)
     closed, specs = program.trace(call, params, *rest)
     forward = program.read(closed, forward=True)
     found = places.find(forward, len(names))
-    found.places = [place for place in found.places if options.wants(names[place.parameter])]
+    every, found.places = found.places, [p for p in found.places if options.wants(names[p.parameter])]
     depths = jax.tree.leaves(tree.map_depth(lambda k, _: k, params))
     axes = [_axes(found, i, leaf, k) for i, (leaf, k) in enumerate(zip(jax.tree.leaves(params), depths, strict=True))]
-    return Subject(forward, specs, found, names, axes)
+    return Subject(forward, specs, found, names, axes, every)
 
 
 def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, rest: Any) -> Any:
     """Do the device's part of `watch`; what is static comes first, one argument each.
 
-    Returns a `Flow`; with `grads` what `jax.value_and_grad` returns, and the flow.
+    Returns a `Flow` and its `Ranges`; with `grads` what `jax.value_and_grad` returns, and the flow.
     """
+    params = mapped.varying(params, options.axis_name, like=rest)
+    traced = _traced(loss, options, params, rest, None)
+    return _executed(traced, options, grads, size, params, rest)
+
+
+def in_float64(loss: Any, options: Options, size: int, was_wide: bool, params: Any, rest: Any) -> tuple[Any, Any, Any]:
+    """Do `measured` for the same program in float64, which must be switched on around it: the same draws, a larger range.
+
+    Params and batch come as they are; `was_wide` says whether x64 was on when they did. Returns the flow, its ranges, and
+    whether the platform has float64's range. Errors: operations.Unreadable.
+    """
+    special: dict[str, Any] = {}
+    specs = jax.tree.map(_spec_of, (params, rest))
+    with jax.enable_x64(was_wide):
+        traced = _traced(loss, options, specs[0], specs[1], special)
+    narrow = program.read(traced.closed, keep=frozenset(special))
+    params, rest = jax.tree.map(lambda a: wide.up(a) if jnp.issubdtype(a.dtype, jnp.inexact) else a, (params, rest))
+    one = jnp.ones((), jnp.float64)
+
+    def run(seed, *leaves):
+        outputs = wide.spread(narrow, [seed, *leaves], special)
+        return jax.tree.unflatten(jax.tree.structure(traced.specs), outputs)
+
+    closed, specs = program.trace(run, one, *jax.tree.leaves((params, rest)))
+    flow, ranges = _executed(replace(traced, closed=closed, specs=specs), options, False, size, params, rest)
+    tiny = 1e-200 * (jnp.where(jnp.isfinite(flow.loss), jnp.sign(flow.loss), 0) + 2)
+    return flow, ranges, tiny > 0
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """The program of (loss, aux, what was seen) and gradients, of (seed, params, rest)."""
+
+    subject: Subject
+    closed: Any
+    specs: Any
+    dtypes: dict[int, Any]
+    """Of the values whose range is watched, by variable."""
+
+
+def _spec_of(a: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype)
+
+
+def _traced(loss: Any, options: Options, params: Any, rest: Any, special: dict[str, Any] | None) -> _Traced:
+    """Trace the loss with marks and statistics, and its gradient; statistics also go, by name, into `special`, if any."""
     subject = searched(loss, options, params, rest)
-    found, count = subject.found, len(subject.names)
-    hooks = _statistics(options, found)
+    dtypes: dict[int, Any] = {}
+    hooks = marks.statistics(options, subject, dtypes, special)
 
     def marked(params, rest):
         seen: dict[str, Any] = {}
@@ -63,11 +107,17 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
 
     def seeded(seed, params, rest):
         value, pull, more = jax.vjp(lambda p: marked(p, rest), params, has_aux=True)
-        return (value, more), pull(seed.astype(value.dtype))[0]
+        return (value, more), pull(mapped.varying(seed.astype(value.dtype), like=value))[0]
 
-    params = mapped.varying(params, options.axis_name, like=rest)
-    closed, specs = program.trace(seeded, jnp.ones((), subject.value[0].dtype), params, rest)
-    backward = program.read(closed)
+    one = jax.ShapeDtypeStruct((), subject.value[0].dtype)
+    closed, specs = program.trace(seeded, one, params, rest)
+    return _Traced(subject, closed, specs, dtypes)
+
+
+def _executed(traced: _Traced, options: Options, grads: bool, size: int, params: Any, rest: Any) -> Any:
+    subject, specs = traced.subject, traced.specs
+    count, dtype = len(subject.names), specs[0][0].dtype
+    backward = program.read(traced.closed)
     wanted = [i for i in range(count) if options.wants(subject.names[i])]
     noted: Hooks = {}
     for variable, name in _marked(backward):
@@ -79,22 +129,23 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
         variable, below = _seat(backward, outputs[i], subject.axes[i])
         if isinstance(variable, int):
             name, axes = f"gradient.{i}", subject.axes[i] - below
-            noted[variable] = _both(noted.get(variable), functools.partial(_norm, name, axes))
+            noted[variable] = marks.both(noted.get(variable), functools.partial(_norm, name, axes))
     full = grads or asked != inside or "cosine" in options.groups
     kept = backward.outputs if full else backward.outputs[:-count]
     backward = operations.prune(replace(backward, outputs=kept), frozenset(noted))
-    values, one = jax.tree.leaves((params, rest)), subject.value[0].dtype
+    values = jax.tree.leaves((params, rest))
     if options.exact:
         run = exact.run({variable: functools.partial(_note, hook, variable) for variable, hook in noted.items()})
-        results = run.execute(backward, [exact.seed(one), *values])
-        seen = run.noted
+        results, seen = run.execute(backward, [exact.seed(dtype), *values]), run.noted
     else:
         seen: dict[str, Any] = {}
-        results = operations.execute(backward, [jnp.ones((), one), *values], noted, seen)
+        seed = mapped.varying(jnp.ones((), dtype), like=specs[0][0])
+        results = operations.execute(backward, [seed, *values], noted, seen)
     first, gradients = (results[:-count], results[-count:]) if full and count else (results, [])
     value, (aux, statistics) = jax.tree.unflatten(jax.tree.structure(specs[0]), first)
     seen = seen | statistics
     if options.axis_name is not None:  # each lane has seen its share of the batch
+        value = mapped.mean(value, options.axis_name)
         gradients = [reductions.mean_of(g, options.axis_name) for g in gradients]
     if asked != inside:
         for i in wanted:
@@ -102,87 +153,17 @@ def measured(loss: Any, options: Options, grads: bool, size: int, params: Any, r
     if "cosine" in options.groups:
         for i in wanted:
             seen |= _alignment(str(i), subject.axes[i], gradients[i], jax.tree.leaves(params)[i])
+    dtypes = dict.fromkeys(traced.dtypes, jnp.dtype(dtype)) if dtype == jnp.float64 else traced.dtypes
+    orders = {v: forward_range.taken(v, seen) for v in dtypes}
+    seen |= forward_range.lost(orders, dtypes, value)
     flow = assembled(options, subject, wanted, size, seen, params, value)
     if not grads:
-        return flow
+        known = list(spots(subject, dtypes))
+        return flow, forward_range.Ranges([orders[v] for v, _ in known], seen["lost"], tuple(s for _, s in known))
     leaves = [reductions.rounded(g).astype(p.dtype) for g, p in zip(gradients, jax.tree.leaves(params), strict=True)]
     gradient = jax.tree.unflatten(jax.tree.structure(params), leaves)
     aux = jax.tree.unflatten(jax.tree.structure(subject.value[1]), aux)
     return ((value, aux) if options.has_aux else value, gradient), flow
-
-
-# Forward ---------------------------------------------------------------------------------------------------------------
-
-
-def _statistics(options: Options, found: Found) -> Hooks:
-    """Take what is wanted of each layer's input and output, and mark where its error signal comes back."""
-    hooks: Hooks = {}
-    taken: dict[str, Hook] = {}
-    for i, place in enumerate(found.places):
-        if "error" in options.groups:
-            hooks[place.product] = _both(functools.partial(_mark_hook, f"{MARK}{i}"), hooks.get(place.product))
-    for place in found.places:
-        for variable, units, bounds in (
-            (place.input, place.units[0], place.bounds),
-            (place.output, place.units[1], (None, None)),
-        ):
-            if variable is None:
-                continue
-            for name, function in _wanted(options, units, bounds):
-                known = f"{name}.{variable}"
-                if known not in taken:
-                    taken[known] = functools.partial(_seen, known, function, options.axis_name)
-                    hooks[variable] = _both(hooks.get(variable), taken[known])
-    for i, softmax in enumerate(found.softmaxes if "attention" in options.groups else []):
-        function = functools.partial(_attention, softmax)
-        hook = functools.partial(_seen, f"attention.{i}", function, options.axis_name)
-        hooks[softmax.logits] = _both(hooks.get(softmax.logits), hook)
-    return hooks
-
-
-def _wanted(options: Options, units: Any, bounds: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
-    if "activation" in options.groups:
-        yield "moments", lambda x, axis_name: reductions.moments(x, units, axis_name)
-    if "kurtosis" in options.groups:
-        yield "central", reductions.central
-    if "rank" in options.groups and units is not None:
-        yield "rank", lambda x, axis_name: reductions.rank(x, units, axis_name)
-    known = next(filter(None, bounds), None)
-    if "saturated" in options.groups and known is not None:
-        yield "saturated", lambda x, axis_name: reductions.saturated(x, known, axis_name)
-
-
-def _attention(softmax: Softmax, x: jax.Array, axis_name: Any) -> dict[str, jax.Array]:
-    return reductions.attention(x, softmax.axis, softmax.heads, axis_name)
-
-
-def _seen(name: str, function: Callable[..., Any], axis_name: Any, x: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-    return x, {name: function(jax.lax.stop_gradient(x), axis_name)}
-
-
-def _both(first: Hook | None, second: Hook | None) -> Hook:
-    if first is None or second is None:
-        return first or second  # type: ignore[return-value]
-
-    def hook(x):
-        x, a = first(x)
-        x, b = second(x)
-        return x, a | b
-
-    return hook
-
-
-def _mark_hook(name: str, x: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-    return _mark(name, x), {}
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mark(name: str, x: jax.Array) -> jax.Array:
-    """Do nothing, and give the cotangent a name in the program of the gradient."""
-    return x
-
-
-_mark.defvjp(lambda name, x: (x, None), lambda name, _, d: (checkpoint_name(d, name),))
 
 
 # Backward --------------------------------------------------------------------------------------------------------------
@@ -255,7 +236,7 @@ def explained(loss: Callable[..., Any], options: Options, params: Any, rest: Any
     for place in found.places:
         loops = "".join(f", {turn.length} {'layers' if turn.depth else 'steps'}" for turn in place.turns)
         shapes = " -> ".join(
-            check.describe(_spec(subject.forward, place, v)) for v in (place.input, place.product) if v is not None
+            check.describe(marks.made(subject.forward, place, v)) for v in (place.input, place.product) if v is not None
         )
         where = f" in {place.op.where}" if place.op.where else ""
         lines.append(f"{subject.names[place.parameter]}: {place.op.name} {shapes}{loops}{where}")
@@ -268,12 +249,3 @@ def explained(loss: Callable[..., Any], options: Options, params: Any, rest: Any
     for text, parameters in found.unread:
         lines.append(f"not looked into: {text}, which takes {', '.join(subject.names[i] for i in parameters)}")
     return "\n".join(lines)
-
-
-def _spec(part: Program, place: Place, variable: int) -> Any:
-    for turn in place.turns:
-        part = turn.loop.body
-    for inner in (part, *(op.body for op in part.ops if isinstance(op, Remat))):
-        if variable in inner.avals:
-            return inner.spec(variable)
-    return place.op

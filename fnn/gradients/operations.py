@@ -50,6 +50,8 @@ class Op:
     """The names of the modules and functions around it, as JAX knows them (`jax.named_scope`; Linen and Haiku set it)."""
     line: Any = None
     """The traceback that JAX keeps of the line that wrote it."""
+    bind: Callable[..., Any] | None = None
+    """`(*values, **params) -> outputs`, for values of another dtype: JAX's own, for one equation."""
 
     def __getitem__(self, name: str) -> Any:
         """Look up a parameter. Errors: Unreadable if there is none of this name."""
@@ -223,3 +225,28 @@ def _pruned_loop(loop: Loop, wanted: list[bool], kept: Set[int]) -> Loop:
     inputs = [atom for atom, s in zip(loop.inputs, stay, strict=True) if s]
     names = [var for var, k in zip(loop.outputs, keep, strict=True) if k]
     return rebuilt(loop, body, inputs, names, sum(stay[:first]), sum(carried))
+
+
+def reached(program: Program, start: Sequence[int]) -> set[int]:
+    """List the variables that depend on some others, or on arrays that the loss closes over, inside loops too."""
+    known = set(start)
+
+    def depends(atom):
+        return jnp.ndim(atom.value) > 0 if isinstance(atom, Const) else atom in known
+
+    for op in program.ops:
+        given = [depends(atom) for atom in op.inputs]
+        if isinstance(op, Loop | Remat):
+            inner = {var for var, g in zip(op.body.inputs, given, strict=True) if g}
+            while True:
+                known |= reached(op.body, list(inner))
+                results = [not isinstance(a, Const) and a in known for a in op.body.outputs]
+                carries = op.body.inputs[op.consts :][: op.carries] if isinstance(op, Loop) else []
+                more = {var for var, r in zip(carries, results, strict=False) if r} - inner
+                if not more:
+                    break
+                inner |= more
+            known.update(var for var, r in zip(op.outputs, results, strict=True) if r)
+        elif any(given):
+            known.update(op.outputs)
+    return known

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.gradients.operations import Atom, Const, Loop, Op, Program, Remat
+from fnn.gradients.operations import Atom, Const, Loop, Op, Program, Remat, reached
 from fnn.gradients.program import equations
 from fnn.gradients.softmax import SAME, Order, Softmax, Turns, softmax, source
 
@@ -82,10 +82,14 @@ class Found:
 
 
 def find(program: Program, parameters: int) -> Found:
-    """Search a program whose first inputs are the parameters."""
-    found = Found()
+    """Search a program whose first inputs are the parameters; where nothing meets them, data is what the loss makes itself."""
     held = {atom: Held(i, int(np.prod(program.spec(atom).shape))) for i, atom in enumerate(program.inputs[:parameters])}
-    _Walk(found).walk(program, held, (), ())
+    data = reached(program, program.inputs[parameters:])
+    found = Found()
+    _Walk(found, data).walk(program, dict(held), (), ())
+    if not found.places:
+        found = Found()
+        _Walk(found, None).walk(program, dict(held), (), ())
     found.places.sort(key=lambda place: _sortable(place.order))
     return found
 
@@ -97,13 +101,16 @@ def _sortable(order: Order) -> tuple[int, ...]:
 class _Walk:
     """One walk through a program, from its inputs to its outputs."""
 
-    def __init__(self, found: Found):
-        self.found = found
+    def __init__(self, found: Found, data: set[int] | None):
+        self.found, self.data = found, data
         self.products: dict[int, int] = {}
 
     def walk(self, program: Program, held: dict[int, Held], order: Order, turns: tuple[Turns, ...]) -> None:
         for number, op in enumerate(program.ops):
             here, inputs = (*order, number), [held.get(a) if not isinstance(a, Const) else None for a in op.inputs]
+            if (own := self._made(op, inputs)) is not None:
+                held.update(dict.fromkeys(op.outputs, own))
+                continue
             if isinstance(op, Loop):
                 self._loop(op, inputs, here, turns)
             elif isinstance(op, Remat):
@@ -122,6 +129,14 @@ class _Walk:
             if not isinstance(op, Loop | Remat):
                 for own in filter(None, inputs):
                     self._use(own, here, turns)
+
+    def _made(self, op: Op, inputs: Sequence[Held | None]) -> Held | None:
+        """What products and loops make of parameters alone, as a norm found by power iteration, is no layer's output."""
+        if self.data is None or not (isinstance(op, Loop) or op.name in PRODUCTS) or not any(inputs):
+            return None
+        if any(jnp.ndim(a.value) > 0 if isinstance(a, Const) else a in self.data for a in op.inputs):
+            return None
+        return replace(max(filter(None, inputs), key=lambda own: own.size), rows=(), whole=False)
 
     def _loop(self, op: Loop, inputs: Sequence[Held | None], order: Order, turns: tuple[Turns, ...]) -> None:
         first, last = op.consts, op.consts + op.carries

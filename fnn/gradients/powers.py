@@ -202,7 +202,7 @@ def _kept(exponent: jax.Array) -> jax.Array:
     XLA joins cheap operations with each of their users, but not a sum over an axis.
     """
     first = jnp.arange(2) == 0
-    return jnp.sum(jnp.where(against(first, exponent.ndim + 1), exponent, 0), axis=0)
+    return jnp.sum(jnp.where(against(first, exponent.ndim + 1), exponent, 0), axis=0, dtype=exponent.dtype)
 
 
 @jax.jit

@@ -134,7 +134,7 @@ def _op(jaxpr: Any, eqn: Any, inputs: list[Atom], outputs: list[int]) -> Op:
     with reading(eqn.primitive.name):
         single = jaxpr.replace(constvars=[], invars=list(fresh), outvars=eqn.outvars, eqns=[eqn], effects=eqn.effects)
         run = jaxpr_as_fun(ClosedJaxpr(single, ()))
-    return Op(eqn.primitive.name, params, inputs, outputs, call, _effects(eqn))
+    return Op(eqn.primitive.name, params, inputs, outputs, call, _effects(eqn), bind=eqn.primitive.bind)
 
 
 def _where(eqn: Any, around: str) -> dict[str, Any]:

@@ -70,8 +70,9 @@ class Labels:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, Labels) and (self.notes, self.exact) == (other.notes, other.exact)
-        return same and self.series == other.series
+        if not isinstance(other, Labels):
+            return False
+        return (self.notes, self.exact, self.series) == (other.notes, other.exact, other.series)
 
     @functools.cached_property
     def rows(self) -> list[tuple[int, str, str, int, float]]:
@@ -319,3 +320,9 @@ def empty(flow: Flow) -> Flow:
         return np.full(a.shape, np.nan if jnp.issubdtype(a.dtype, jnp.floating) else UNMEASURED, a.dtype)
 
     return jax.tree.map(full, flow)
+
+
+def noted(flow: Flow, note: str) -> Flow:
+    """Return the flow with one note more."""
+    labels = Labels(flow.labels.series, (*flow.labels.notes, note))
+    return Flow(flow.loss, flow.mantissas, flow.exponents, labels)

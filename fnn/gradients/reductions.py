@@ -89,7 +89,7 @@ def moments(x: jax.Array, units: Sequence[int] | None, axis_name: Any) -> dict[s
     found = sums(x)
     one = jnp.float32(1 / found.count)
     first, second = (joined_over((m * one, e), axis_name) for m, e in (found.first, found.second))
-    taken = {"mean": first, "second_moment": second}
+    taken: dict[str, Any] = {"mean": first, "second_moment": second}
     if units is not None:
         by_peak = 0 not in units and x.ndim > 1
         zero = (found.peaks if by_peak else x) == 0
@@ -212,7 +212,7 @@ def mean_of(x: Any, axis_name: Any) -> powers.Scaled:
     )
 
 
-def dot(g: Any, w: jax.Array, axes: int) -> Pair:
+def dot(g: Any, w: Any, axes: int) -> Pair:
     """Take the inner product of a gradient and its array over all axes behind the first `axes`."""
     a, b = (powers.unit(powers.normal(powers.rows(x, axes))) for x in (g, w))
     wide = statistics_dtype(a.value.dtype)

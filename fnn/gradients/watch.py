@@ -14,10 +14,12 @@ import numpy as np
 
 from fnn import arrays, check, compiled, tree
 from fnn.gradients.bad import FirstBad, first_bad
+from fnn.gradients.forward_range import Ranges
 from fnn.gradients.labels import DEFAULT, GROUPS, Options
-from fnn.gradients.measured import explained, measured
+from fnn.gradients.measured import explained, in_float64, measured
+from fnn.gradients.operations import Unreadable
 from fnn.gradients.price import Price, priced
-from fnn.gradients.readings import Flow, empty
+from fnn.gradients.readings import Flow, empty, noted
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,16 @@ class Watch:
     def __call__(self, params: Any, *rest: Any) -> Flow:
         """Measure the loss and its gradient at `params`; `rest`, the batch, goes to the loss as it is.
 
+        Where activations leave float32's range on the way forward, the same program runs in float64, and the flow's notes
+        say so; inside `jit`, `vmap` or `scan`, or where that does not suffice, what depends on them is NaN.
+
         Compiled once for each shape; `every` plays no part. Equal losses share what is compiled; a loss that closes over
         arrays is known by its identity: make it, and the watch, once.
         """
-        return self._run(False, params, rest)
+        flow, ranges = self._run(False, params, rest)
+        if compiled.traced((flow, ranges)):
+            return flow
+        return ranged(self, flow, ranges, *self._admitted(params, rest))
 
     def value_and_grad(
         self, params: Any, *rest: Any, step: Any = 0, exact: bool = False
@@ -108,10 +116,13 @@ class Watch:
                 )
         return params, arrays.arguments("watch", rest)
 
+    def size(self, rest: Any) -> int:
+        """Count the examples; 0 for a loss that is no mean over them."""
+        return self.batch_size or (0 if self.options.weighted else batch_size(rest))
+
     def _run(self, grads: bool, params: Any, rest: Any) -> Any:
         params, rest = self._admitted(params, rest)
-        size = self.batch_size or (0 if self.options.weighted else batch_size(rest))
-        statics = (self._checked, self.options, grads, size)
+        statics = (self._checked, self.options, grads, self.size(rest))
         run = compiled.program(measured, statics, keep=not compiled.traced((params, rest)))
         return run(params, rest)
 
@@ -209,6 +220,42 @@ def watch(
         check.choice("watch", GROUPS, groups=group)
     check.positive("watch", every=every, batch_size=1 if batch_size is None else batch_size)
     return Watch(loss, Options(has_aux, axis_name, only, groups, weighted), every, batch_size)
+
+
+def ranged(watch: Watch, flow: Flow, ranges: Ranges, params: Any, rest: Any) -> Flow:
+    """Return the flow, or one measured in float64 where activations left the range of their own float type."""
+    if not ranges.strained(float(flow.loss)):
+        return flow
+    zero = [not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(params)]
+    where, left = ranges.first(zero, flow.labels), ranges.spots[0].dtype if ranges.spots else "float32"
+    try:
+        again, wide, holds = jax.device_get(_in_float64(watch, params, rest))
+    except (Unreadable, TypeError, ValueError, NotImplementedError) as error:
+        if not ranges.lost:
+            return flow
+        reason = arrays.first_line(error)
+        return noted(
+            flow, f"activations left the range of {left}{where}, which cannot be measured in float64 ({reason})"
+        )
+    if not holds:
+        return (
+            noted(flow, f"activations left the range of {left}{where}, and this platform has no float64")
+            if ranges.lost
+            else flow
+        )
+    if ranges.same(wide):
+        return flow
+    if wide.lost:
+        where = wide.first(zero, flow.labels)
+        return noted(again, f"activations left the range of float64 too{where}: what depends on them is NaN")
+    return noted(again, f"measured in float64: activations left the range of {left}{where}")
+
+
+def _in_float64(watch: Watch, params: Any, rest: Any) -> Any:
+    params, rest = jax.tree.map(jnp.asarray, (params, rest))
+    statics = (watch._checked, watch.options, watch.size(rest), bool(jax.config.read("jax_enable_x64")))
+    with jax.enable_x64(True):
+        return compiled.program(in_float64, statics)(params, rest)
 
 
 def batch_size(rest: Any) -> int:
