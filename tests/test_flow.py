@@ -215,6 +215,18 @@ def test_a_gradient_that_vanishes_between_two_taps_is_exact_in_float32():
     equals_float64(measured, net, params, state, (x, y))
 
 
+@pytest.mark.parametrize("options", [{"checkpoint": 9}, {"unroll": 4}], ids=str)
+def test_blocks_in_groups_have_the_same_norms(options):
+    """A sigmoid block is a factor 0.24, so that layers of one group differ by more than float32's range."""
+    x, y = problem(n=8)
+    inner = fnn.serial(fnn.dense(6, kernel_init="scaled(1.0)"), fnn.tap(), fnn.activation("sigmoid"))
+    net = fnn.serial(fnn.repeat(inner, 100, **options), fnn.dense(3))
+    params, state = net.init(KEY, x)
+    measured = fnn.gradient_flow(net, (params, state), (x, y))
+    assert measured.precision == "float32" and errors_of(measured)[0] < -130
+    equals_float64(measured, net, params, state, (x, y))
+
+
 BLOCK = fnn.transformers.Block(heads=2, taps=True, unroll=1)
 FACTOR = 2.0**-115
 """Most gradients of a loss so small are zero in float32, and no error signal has a square there."""
