@@ -9,8 +9,7 @@ A layer is a named pair of pure functions:
 state is `()`; every leaf of a state is floating point, so that a loss can be differentiated with respect to it.
 
 A combinator gives its parameters and its state the same outer structure: a tuple for `serial`, a dict of one entry
-for `named`, a `tree.Stacked` for `repeat`, the inner layer's own structure for `residual`. The states of layers on a side
-path, which meets another path again, are wrapped in `Branch`.
+for `named`, a `tree.Stacked` for `repeat`, the inner layer's own structure for `residual`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 from fnn import check, mapped
 from fnn.arrays import narrow
 from fnn.masks import cleared
-from fnn.tree import UNNAMED, Stacked
+from fnn.tree import Stacked
 
 
 class Layer(NamedTuple):
@@ -36,29 +35,6 @@ class Layer(NamedTuple):
 
     init: Callable[..., tuple[Any, Any]]
     apply: Callable[..., tuple[Any, Any]]
-
-
-@jax.tree_util.register_pytree_with_keys_class
-class Branch:
-    """Mark the state of layers on a side path: the gradient reaches what comes before them on another path too."""
-
-    __slots__ = ("inner",)
-
-    def __init__(self, inner: Any):
-        self.inner = inner
-
-    def tree_flatten_with_keys(self):
-        return ((UNNAMED, self.inner),), None
-
-    def tree_flatten(self):
-        return (self.inner,), None
-
-    @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls(*children)
-
-    def __repr__(self) -> str:
-        return f"Branch({self.inner!r})"
 
 
 def stateless(init: Callable[[Any, Any], Any], apply: Callable[[Any, Any], Any]) -> Layer:
@@ -138,20 +114,19 @@ def residual(layer: Layer, *, scale: float = 1.0, add_to: str | None = None) -> 
         spec_of = own(spec)
         params, state = layer.init(key, spec)
         _keeps("residual: the layer", spec_of, output_spec(layer, params, state, spec), dtypes=False)
-        return params, Branch(state)
+        return params, state
 
     def plus(x, y):
         floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
         return x + jnp.asarray(scale, x.dtype) * y if floating else x
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
-        refuse_rescaling("residual", state)
         x = cleared(x)  # x itself reaches the output, and may have anything at its padded positions
         x_of = own(x)
-        y, inner = layer.apply(params, state.inner, x, key=key, train=train, axis_name=axis_name)
+        y, state = layer.apply(params, state, x, key=key, train=train, axis_name=axis_name)
         _keeps("residual: the layer", x_of, y, dtypes=False)
         y = jax.tree.map(plus, x_of, y)
-        return y if add_to is None else {**x, add_to: y}, Branch(inner)
+        return y if add_to is None else {**x, add_to: y}, state
 
     return Layer(init, apply)
 
@@ -304,16 +279,6 @@ def split(key: jax.Array | None, n: int) -> list[Any]:
         return [None] * n
     keys = jax.random.split(key, n)
     return [keys[i] for i in range(n)]
-
-
-def refuse_rescaling(who: str, state: Any) -> None:
-    """Refuse the state of a side path in which a tap is about to rescale."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: getattr(node, "rescale", False))
-    if any(getattr(node, "rescale", False) for node in nodes):
-        raise ValueError(
-            f"{who}: a tap inside a branch must not rescale, since the cotangents of paths that meet again would carry "
-            "different scales; put a tap between the blocks of the trunk instead"
-        )
 
 
 def check_layers(who: str, layers: Sequence[Any]) -> None:

@@ -16,8 +16,6 @@ from fnn.check import describe
 
 DEPTH = jax.tree_util.GetAttrKey("[:]")
 """The key of a depth axis."""
-UNNAMED = jax.tree_util.GetAttrKey("")
-"""The key of a node that paths do not show."""
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -53,8 +51,8 @@ class Stacked:
 
 
 def path(entries: Any) -> str:
-    """Write a key path as `1/trunk/[:]/kernel`; `[:]` stands for the depth axis. Unnamed entries are left out."""
-    return jax.tree_util.keystr(tuple(e for e in entries if e != UNNAMED), simple=True, separator="/")
+    """Write a key path as `1/trunk/[:]/kernel`; `[:]` stands for the depth axis."""
+    return jax.tree_util.keystr(tuple(entries), simple=True, separator="/")
 
 
 def paths(tree: Any) -> list[str]:

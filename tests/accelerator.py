@@ -33,7 +33,7 @@ TESTS = {
     "cross_attention": words("cross_attention_equals_flax padding_never"),
     "fit": words("an_error_in_the_second a_fraction_is_split"),
     "flax": ["mlp_with_batch_norm"],
-    "flow": words("a_signal_that_leaves a_signal_of_normal what_leaves_float64 shifts_of_the_scales"),
+    "flow": words("a_signal_that_leaves a_signal_of_normal what_leaves_float64 residual_nets_transformers"),
     "gaussian": of("moments_agree_with_adaptive_quadrature", "tanh relu"),
     "initializers": [
         *of("mean_variance_and_kurtosis", "he-normal-dense lecun-truncated_normal-dense glorot-uniform-dense"),

@@ -160,9 +160,6 @@ def test_refusals():
             layer.apply((), (), masked)
     with pytest.raises(TypeError, match="a mask must be bool"):
         fnn.dense(3).init(KEY, fnn.Masked(drawn(2, 3, 4), jnp.ones((2, 3))))
-    with pytest.raises(ValueError, match="a tap inside a branch must not rescale"):
-        rescaled = fnn.taps.rescaling((), fnn.tap().init(KEY, drawn(2, 3))[1])
-        fnn.branches({"a": fnn.tap()}).apply({"a": ()}, fnn.core.Branch({"a": rescaled}), {"a": drawn(2, 3)})
 
 
 def test_a_net_that_ends_in_a_mask_is_refused_by_training():

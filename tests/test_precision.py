@@ -120,7 +120,7 @@ def test_training_evaluation_and_measurements_do_the_same_computation():
     logs = {row.path: row.value for row in flow.rows if row.quantity in ("log_kernel", "log_embedding")}
     for path, norm in zip(fnn.tree.paths(metrics["grad_norms"]), jax.tree.leaves(metrics["grad_norms"]), strict=True):
         if path in logs:
-            # An error signal rescaled by a power of two rounds as before; per-example sums add up in another order.
+            # An error signal times a power of two rounds as before; per-example sums add up in another order.
             assert logs[path] == pytest.approx(float(jnp.log(norm)), abs=0.01)
 
 

@@ -46,11 +46,6 @@ def test_paths_and_depths():
     assert tree.path(()) == ""
 
 
-def test_unnamed_nodes_are_left_out_of_paths():
-    entries = (jax.tree_util.SequenceKey(1), tree.UNNAMED, jax.tree_util.DictKey("kernel"))
-    assert tree.path(entries) == "1/kernel"
-
-
 def test_map_depth_takes_further_trees():
     got = tree.map_depth(lambda k, a, b, c: a + k * b - c.sum(), EXAMPLE, EXAMPLE, EXAMPLE)
     for a, k, b in zip(jax.tree.leaves(got), DEPTHS, LEAVES, strict=True):

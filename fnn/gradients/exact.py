@@ -37,11 +37,9 @@ def gradient(loss: Callable[..., Any], *, has_aux: bool = False, places: bool = 
             out, pull, *aux = jax.vjp(lambda p: loss(p, *rest), params, has_aux=has_aux)
             return (out, *aux), pull(seed.astype(out.dtype))[0]
 
-        spec = jax.eval_shape(lambda p: loss(p, *rest), params)
-        dtype = (spec[0] if has_aux else spec).dtype
-        closed, specs = trace(seeded, jnp.ones((), dtype), params, rest)
+        closed, specs = trace(seeded, jnp.ones((), jnp.float32), params, rest)
         this = run()
-        outputs = this.execute(joined(prune(read(closed))), [seed(dtype), *jax.tree.leaves((params, rest))])
+        outputs = this.execute(joined(prune(read(closed))), [seed(jnp.float32), *jax.tree.leaves((params, rest))])
         (out, *aux), found = jax.tree.unflatten(jax.tree.structure(specs), outputs)
         found = jax.tree.map(scaled, found, is_leaf=lambda node: isinstance(node, Scaled))
         return ((out, *aux) if has_aux else out), found, *([this.lost] if places else [])

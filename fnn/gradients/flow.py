@@ -1,10 +1,8 @@
 """`gradient_flow`: true log norms of error signals and gradients, layer by layer, finite at any depth."""
 
-import dataclasses
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,13 +11,14 @@ import numpy as np
 
 from fnn import admission, arrays, check, compiled, losses, tree
 from fnn.core import Layer, as_arrays, output_shape, output_spec
-from fnn.gradients.numbers import Label, Numbers, Verdict, disagreement, resolve, settle
+from fnn.gradients import exact, powers
+from fnn.gradients.numbers import Label, Numbers, Verdict, resolve, settle
+from fnn.gradients.powers import Scaled
 from fnn.layers import taps
 from fnn.layers.precision import compute_in
-from fnn.layers.taps import Row, TapState
-from fnn.tree import Stacked
+from fnn.layers.taps import Row
 
-__all__ = ["GradientFlow", "Label", "Numbers", "check_scales", "gradient_flow", "resolve", "settle"]
+__all__ = ["GradientFlow", "Label", "Numbers", "gradient_flow", "resolve", "settle"]
 
 
 @dataclass(frozen=True)
@@ -102,18 +101,17 @@ def gradient_flow(
     Its seven arguments are those of `evaluate`, and two more for a net in training mode.
 
     `state` is a `TrainState` or a pair (params, state). With `train=True` (what training sees) batch norm uses the
-    batch's statistics and dropout needs a key; `compute_dtype` is that of `train_step`. The cotangent is rescaled at every
-    tap of the trunk, so that norms of 1e-10000 come out as finite logs in float32: put a tap into every block
-    (`models.mlp(..., taps=True)`). The log of a zero gradient is -inf, of a non-finite one NaN or inf.
+    batch's statistics and dropout needs a key; `compute_dtype` is that of `train_step`. The backward pass runs with a power
+    of two beside every array, so that norms of 1e-10000 come out as finite logs in float32, through branches and shared
+    weights too. The log of a zero gradient is -inf, of a non-finite one NaN or inf.
 
-    If a signal comes near an end of the range of the net's float type, or a gradient is zero, everything is measured again
-    with parameters, state and batch in float64; `precision` and `note` of the result say so. What leaves float64 too is
-    NaN, with a warning that names the layer; a `second_moment` of which only the squares leave it is NaN without a warning.
-    Every measurement is made a second time with other scales, which must drop out. Equal nets share one compiled program.
+    If a signal comes near an end of the range of the net's float type on its way forward, or a gradient is zero, everything is
+    measured again with parameters, state and batch in float64; `precision` and `note` of the result say so. Taps see where
+    that happens: put one into every block (`models.mlp(..., taps=True)`). What leaves float64 too is NaN, with a warning that
+    names the layer; a `second_moment` of which only the squares leave it is NaN without a warning. Equal nets share one
+    compiled program.
 
-    Errors: ValueError if no tap lies on the trunk; if a tap is passed more than once (a weight is used on both sides of
-    it), where one scale cannot be undone; if the paths of two taps meet again in a combinator that does not say so by
-    `core.Branch`.
+    Errors: ValueError if the net holds no tap.
     """
     admission.net("gradient_flow", net)
     admission.loss("gradient_flow", loss)
@@ -125,17 +123,16 @@ def gradient_flow(
     admission.examples("gradient_flow", (x, y))
     admission.state("gradient_flow", net, params, net_state, x)
     plain, net = net, compute_in(net, compute_dtype)
-    if not _rescales(params, net_state):
+    if not taps.listed(net_state):
         raise ValueError(
-            "gradient_flow: the trunk must hold a tap, got none (taps inside residual and parallel branches cannot "
-            "rescale); put fnn.tap() between the blocks, or build the model with taps=True"
+            "gradient_flow: the net must hold a tap, got none; put fnn.tap() between the blocks, or build the model with "
+            "taps=True"
         )
     losses.check_targets(loss, output_shape(net, params, net_state, x), y)
     dtype, note = _narrowest((x, params)) if compute_dtype is None else jnp.dtype(compute_dtype), ""
-    arguments: Any = (net, loss, train, params, net_state, x, y, key)
-    measured = jax.device_get(measure(*arguments))
+    measured = jax.device_get(measure(net, loss, train, params, net_state, x, y, key))
     numbers, verdict = settle(measured, params, dtype=dtype)
-    wider, hint = nullcontext(), "use fewer layers, or weights nearer to their critical scale"
+    hint = "use fewer layers, or weights nearer to their critical scale"
     if verdict.strained and dtype != jnp.float64:
         try:
             with jax.enable_x64(True):
@@ -149,10 +146,8 @@ def gradient_flow(
         else:
             what = "left" if verdict.first else "came near an end of"
             note = f"measured in float64: the signal {what} the range of {dtype}{_place(verdict)}"
-            arguments, measured, dtype, wider = wide, again, jnp.dtype(jnp.float64), jax.enable_x64(True)
+            measured, dtype = again, jnp.dtype(jnp.float64)
             numbers, verdict = settle(measured, params)
-    with wider:
-        check_scales(*arguments, measured=measured)
     if verdict.left:
         note = f"the signal left the range of {dtype}{_place(verdict)}, and what depends on it is NaN; {hint}"
         warnings.warn(f"gradient_flow: {note}", stacklevel=2)
@@ -163,47 +158,14 @@ def gradient_flow(
     return GradientFlow(rows, float(measured["loss"]), numbers.weights, str(dtype), note)
 
 
-def check_scales(
-    net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any, y: Any, key: Any, *, measured: Any = None
-) -> None:
-    """Refuse a net in which cotangents of different scales meet: measure again with other scales, and compare.
-
-    The program is the same, the scales are an input of it. Its arguments are those of `measure`. Errors: ValueError that names the first place on the way back
-    where they do not drop out.
-    """
-    if not _rescales(params, state):
-        return
-    rng, used = np.random.default_rng(0), []
-
-    def shift(node):
-        if not isinstance(node, TapState):
-            return node
-        shape = jnp.shape(node.backward.exponent)
-        while len(used) < np.prod(shape):  # numbers of neighbours differ, for those of paths that meet have to
-            used.extend(rng.permutation([n for n in range(-8, 9) if n]))
-        drawn, used[: int(np.prod(shape))] = np.array(used[: int(np.prod(shape))], float).reshape(shape), []
-        exponent = jnp.asarray(drawn, node.backward.exponent.dtype)
-        return dataclasses.replace(node, backward=node.backward._replace(exponent=exponent))
-
-    first = jax.device_get(measure(net, loss, train, params, state, x, y, key)) if measured is None else measured
-    shifted = jax.tree.map(shift, state, is_leaf=lambda node: isinstance(node, TapState))
-    again = jax.device_get(measure(net, loss, train, params, shifted, x, y, key))
-    if path := disagreement(resolve(first, params), resolve(again, params), np.asarray(first["loss"]).dtype):
-        raise ValueError(
-            f"gradient_flow: the taps that rescale must lie one behind the other, got paths of different scales that "
-            f"meet again, or a backward pass that is not linear, around {path}; where a combinator of your own splits "
-            "a path (y = f(x) + g(x)), let it wrap its state in fnn.core.Branch, or put its taps outside"
-        )
-
-
 def measure(net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any, y: Any, key: Any) -> dict[str, Any]:
     """Do the device's part of `gradient_flow`; may be mapped over params, state and key by `vmap`.
 
     Each array is an argument of its own, and so eight, since `vmap` maps over some and not over others.
 
-    Returns the logs of the rescaled norms in `logs` (like params) and in `taps`, the taps' cotangents. The powers of two
-    that each must be multiplied with stand in `exponents`, and in `taps` as well. They are added on the host, in float64:
-    in float32 a log of -30,000 has no digit to spare.
+    Returns `logs` and `exponents` (like params), and `errors`, a pair of them for each tap, as `taps.listed` lists these: the
+    norm is exp(log) * 2^exponent. They are added on the host, in float64: in float32 a log of -30,000 has no digit to spare.
+    `state` is the new state, which holds the statistics of the forward pass.
     """
     return compiled.call(_measure, (net, loss, train), params, state, x, y, key)
 
@@ -215,24 +177,40 @@ def _measure(*arguments: Any) -> dict[str, Any]:
 def differentiate(
     net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any, y: Any, key: Any
 ) -> tuple[dict[str, Any], Any]:
-    """Do `measure`, with its arguments, and return the gradient too, as the taps rescaled it: to be multiplied by 2^exponents."""
+    """Do `measure`, with its arguments, and return the gradient too: a `Scaled` for each array, with one exponent a block."""
+    state = taps.exact(state)
+    marks = [tap for _, tap in taps.listed(state)]
 
-    def objective(params, state):
+    def objective(parts):
+        params, squares = parts
+        filled = [replace(t, backward=t.backward._replace(square=s)) for t, s in zip(marks, squares, strict=True)]
         with check.foreign("gradient_flow"):
-            outputs, new = net.apply(params, state, x, key=key, train=train)
+            outputs, new = net.apply(params, taps.put(state, filled), x, key=key, train=train)
             return jnp.mean(loss(outputs, y)), new
 
-    marked = taps.rescaling(params, state)
-    (value, new), gradients = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(params, marked)
-    zero = jnp.zeros((), jnp.float32)
-    exponents, news, _ = _accumulate(gradients[0], gradients[1], zero)
-    logs = tree.log_norms(gradients[0])
-    return {"loss": value, "logs": logs, "exponents": exponents, "taps": news, "state": new}, gradients[0]
+    wanted = params, [tap.backward.square for tap in marks]
+    (value, new), (gradient, squares) = exact.gradient(objective, has_aux=True)(wanted)
+    gradient = tree.map_depth(lambda k, _, g: _blocks(g, k), params, gradient)
+    logs, exponents = (jax.tree.map(lambda _, g, f=f: f(g), params, gradient) for f in (_log, lambda g: g.exponent))
+    errors = [_root(_blocks(square, square.value.ndim)) for square in squares]
+    return {"loss": value, "logs": logs, "exponents": exponents, "errors": errors, "state": new}, gradient
 
 
-def _rescales(params: Any, state: Any) -> bool:
-    leaves = jax.tree.leaves(taps.rescaling(params, state), is_leaf=lambda node: isinstance(node, TapState))
-    return any(isinstance(leaf, TapState) and leaf.rescale for leaf in leaves)
+def _blocks(g: Scaled, axes: int) -> Scaled:
+    """Give each block of a stack an exponent of its own, with its largest number near one size."""
+    return powers.tidy(powers.rows(powers.merged(g, axes, apart=False), axes))
+
+
+def _log(g: Scaled) -> jax.Array:
+    """Log of the norm of each block, apart from its exponent."""
+    wide = g.value.astype(tree.statistics_dtype(g.value.dtype))
+    return 0.5 * jnp.log(jnp.sum(jnp.square(wide), axis=range(g.exponent.ndim, wide.ndim)))
+
+
+def _root(square: Scaled) -> tuple[jax.Array, jax.Array]:
+    """(log, exponent) of the root of each number."""
+    odd = (square.exponent & 1).astype(square.value.dtype)
+    return 0.5 * (jnp.log(square.value) + odd * np.log(2)), square.exponent >> 1
 
 
 def _narrowest(values: Any) -> Any:
@@ -248,44 +226,3 @@ def _place(verdict: Verdict) -> str:
 def _cast(values: Any, dtype: Any) -> Any:
     """Cast the floating leaves; numbers of tokens and masks stay."""
     return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, values)
-
-
-def _accumulate(params: Any, state: Any, above: jax.Array) -> tuple[Any, Any, jax.Array]:
-    """Sum, for every array, the exponents of all taps between it and the loss.
-
-    `params` and `state` are gradients, `above` the sum over what comes after this node, with the depth axes of the node.
-    Returns (sums like params, state with each tap's exponent replaced by its sum, the sum that includes this node).
-    """
-    if isinstance(state, TapState):
-        own = state.backward.exponent
-        return params, dataclasses.replace(state, backward=state.backward._replace(exponent=above)), above + own
-    if isinstance(state, Stacked) and isinstance(params, Stacked):
-        leaves = jax.tree.leaves((params, state))
-        if not leaves:
-            return params, state, above
-        shape = (*above.shape, leaves[0].shape[above.ndim])
-        own = jnp.broadcast_to(_accumulate(params.blocks, state.blocks, jnp.zeros(shape))[2], shape)
-        behind = jnp.flip(jnp.cumsum(jnp.flip(own, -1), -1), -1) - own
-        p, s, _ = _accumulate(params.blocks, state.blocks, above[..., None] + behind)
-        return Stacked(p), Stacked(s), above + jnp.sum(own, -1)
-    if (children := taps.trunk_children(params, state)) is not None:
-        ps, ss = [], []
-        for p, s in reversed(children):
-            p, s, above = _accumulate(p, s, above)
-            ps.append(p)
-            ss.append(s)
-        ps.reverse()
-        ss.reverse()
-        if isinstance(state, dict):
-            return dict(zip(state, ps, strict=True)), dict(zip(state, ss, strict=True)), above
-        return tuple(ps), tuple(ss), above
-
-    def beside(leaf):
-        if not isinstance(leaf, TapState):
-            return leaf
-        log = leaf.backward.log
-        total = jnp.broadcast_to(above.reshape(above.shape + (1,) * (log.ndim - above.ndim)), log.shape)
-        return dataclasses.replace(leaf, backward=leaf.backward._replace(exponent=total))
-
-    state = jax.tree.map(beside, state, is_leaf=lambda node: isinstance(node, TapState))
-    return tree.map_depth(lambda k, _: above.reshape(above.shape + (1,) * k), params), state, above

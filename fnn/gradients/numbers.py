@@ -1,4 +1,4 @@
-"""What `flow.measure` returned, as labelled numbers: scales undone, layers counted, numbers that left the range marked."""
+"""What `flow.measure` returned, as labelled numbers: layers counted, numbers that the forward pass spoiled marked."""
 
 import bisect
 from collections.abc import Iterator
@@ -10,8 +10,7 @@ import numpy as np
 
 from fnn import tree
 from fnn.layers import taps
-from fnn.layers.taps import TapState
-from fnn.tree import DEPTH, UNNAMED
+from fnn.tree import DEPTH
 
 Order = tuple[tuple[int, str], ...]
 """A place in a net, which sorts in forward order: an index is (index, ""), a name (-1, name)."""
@@ -32,18 +31,15 @@ class Label(NamedTuple):
 class Numbers(NamedTuple):
     """Measured numbers in forward order, in float64: the last axis of each array is that of the labels.
 
-    `values` and `held` are float64[lead..., n]; the leading axes are those of `vmap`.
+    `values` and `peaks` are float64[lead..., n]; the leading axes are those of `vmap`.
     """
 
     labels: list[Label]
     values: np.ndarray
-    held: np.ndarray
-    """The log of what the device held for each number: of a gradient its norm as the taps rescaled it, of an error signal
-    its norm as it arrived at the tap, of the statistics of the forward pass the largest number at the tap."""
+    peaks: np.ndarray
+    """Of a statistic of the forward pass the log of the largest number at its tap; NaN for gradients and error signals."""
     backward: np.ndarray
     """Which are logs of gradients and error signals: bool[n]."""
-    rescaled: np.ndarray
-    """Which are error signals at taps that rescale: bool[n]."""
     weights: tuple[str, ...]
     """The quantities that belong to a layer's weights: `log_kernel`, ..."""
 
@@ -71,45 +67,31 @@ class _Column(NamedTuple):
     where: _Where
     quantity: str
     value: Any
-    held: Any
-    backward: Any = False
-    rescaled: Any = False
+    peak: Any = None
     role: str = ""
 
 
 def resolve(measured: dict[str, Any], params: Any) -> Numbers:
-    """Undo the scales in float64; `measured` may carry leading axes, `params` (or their specs) must not."""
+    """Join logs and exponents in float64; `measured` may carry leading axes, `params` (or their specs) must not."""
     lead, columns = np.ndim(measured["loss"]), []
     sizes = tree.map_depth(lambda k, a: 0.5 * np.log(max(1, np.prod(a.shape[k:]))), params)
-    logs = jax.tree.map(_unscale, measured["logs"], measured["exponents"])
-    for where, log, rms, held in _entries(lead, logs, jax.tree.map(np.subtract, logs, sizes), measured["logs"]):
-        columns += [
-            _Column(where, f"log_{where.name}", log, held, True),
-            _Column(where, f"log_{where.name}_rms", rms, held, True),
-        ]
-    for where, new, old in _entries(lead, measured["state"], measured["taps"]):
-        if not isinstance(new, TapState):
-            continue
-        if new.rescale and np.any(old.backward.uses > 1):
-            raise ValueError(
-                f"gradient_flow: tap {where.path} was passed {int(np.max(old.backward.uses))} times on the way back, so a "
-                "weight is used on both sides of it and one scale cannot be undone; move the tap out of the part that "
-                "is reused"
-            )
-        held = taps.log_error(old.backward)
-        log = _unscale(held, old.backward.exponent)
-        columns.append(_Column(where, "log_error", log, held, True, new.rescale, new.role))
-        with np.errstate(divide="ignore"):
-            peak = np.log(np.asarray(new.forward["peak"], np.float64))
-        columns += [_Column(where, name, value, peak, role=new.role) for name, value in new.forward.items()]
+    logs = jax.tree.map(_joined, measured["logs"], measured["exponents"])
+    for where, log, rms in _entries(lead, logs, jax.tree.map(np.subtract, logs, sizes)):
+        columns += [_Column(where, f"log_{where.name}", log), _Column(where, f"log_{where.name}_rms", rms)]
+    for (keys, tap), error in zip(taps.listed(measured["state"]), measured["errors"], strict=True):
+        for where, log, forward in _blocks(lead, keys, _joined(*error), tap.forward):
+            with np.errstate(divide="ignore"):
+                peak = np.log(np.asarray(forward["peak"], np.float64))
+            columns.append(_Column(where, "log_error", log, role=tap.role))
+            columns += [_Column(where, name, value, peak, tap.role) for name, value in forward.items()]
     columns.sort(key=lambda column: column.where.place)
     layers, weights = _layers(params)
     labels = [
         Label(bisect.bisect(layers, c.where.place), c.where.path, c.quantity, c.role, c.where.place) for c in columns
     ]
-    arrays = [np.stack([np.asarray(column[i], np.float64) for column in columns], -1) for i in (2, 3)]
-    flags = [np.array([column[i] for column in columns], bool) for i in (4, 5)]
-    return Numbers(labels, arrays[0], arrays[1], flags[0], flags[1], weights)
+    values = np.stack([np.asarray(c.value, np.float64) for c in columns], -1)
+    peaks = np.stack([np.full(values.shape[:-1], np.nan) if c.peak is None else c.peak for c in columns], -1)
+    return Numbers(labels, values, peaks, np.array([c.peak is None for c in columns], bool), weights)
 
 
 def settle(
@@ -121,66 +103,52 @@ def settle(
     signal is flushed to zero (below tiny/eps); or where a tap holds zeros alone and the signal was on its way there
     (below the root of that); or where the loss is not finite. Zeros after a signal of normal size (a dead layer, a
     weight of zero) are zeros. Then every gradient is NaN, and every statistic from that tap on. With `squares`, what a
-    norm layer takes, signals above the root of the largest number count as left too. `smooth` says that phi'(0) is not
-    zero and has no jump there, so that error signals are right though the signal itself is lost: then only those logs
-    are NaN that vanished themselves.
+    norm layer takes, signals above the root of the largest number count as left too.
 
-    A gradient that vanished on the way back because there were too few taps is NaN as well. `dtype` is the type that the
-    net computes in (by default the loss's).
+    `smooth` says that phi'(0) is not zero and has no jump there, so that error signals are right though the signal itself is
+    lost, and gradients of biases too; then NaN are only those of arrays that the lost signal is multiplied with.
+
+    The backward pass has a range of its own, without end. If nothing reaches the first tap, though no tap holds zeros
+    alone, a signal too small for float32 may have been lost between two taps: zeros are then NaN. `dtype` is the type that
+    the net computes in (by default the loss's).
     """
     loss = np.asarray(measured["loss"])
     info = jnp.finfo(dtype or loss.dtype)
     numbers = resolve(measured, params)
-    values, sizes, backward = numbers.values, numbers.held, numbers.backward
+    labels, values, peaks, backward, _ = numbers
 
     def some(mask):
         return np.any(mask, axis=-1)
 
+    def those(which):
+        return np.array([which(label) for label in labels], bool)
+
     low, high = float(np.log(float(info.tiny) / float(info.eps))), float(np.log(float(info.max)))
-    zero, near = sizes == -np.inf, np.isfinite(sizes) & (sizes < low)
-    large = ~backward & ~(sizes < (high / 2 if squares else np.inf))
-    fading = ~backward & np.isfinite(sizes) & (sizes < low / 2)
-    small = some(near & ~backward) | (some(zero & ~backward) & some(fading))
-    bad = ~backward & (large | near | (zero & small[..., None]))
-    unbounded = ~np.isfinite(loss) | some(large)
-    lost = unbounded | (small & (not smooth))
-    # In float32 the signal may vanish between two taps without a trace; float64 reaches further than a net's blocks.
-    gone = some(numbers.rescaled & zero) & ~some(zero & ~backward) & (info.bits < 64)
-    faint = backward & (zero | near) & (small | gone | some(backward & near))[..., None]
+    zero, near = peaks == -np.inf, np.isfinite(peaks) & (peaks < low)
+    large = ~backward & ~(peaks < (high / 2 if squares else np.inf))
+    small = some(near) | (some(zero) & some(np.isfinite(peaks) & (peaks < low / 2)))
+    bad = large | near | (zero & small[..., None])
+    lost = ~np.isfinite(loss) | some(large) | (small & (not smooth))
     behind = np.logical_or.accumulate(bad, axis=-1) & lost[..., None] & ~backward
-    square = np.array([label.quantity == "second_moment" for label in numbers.labels], bool)
-    outside = square & np.isfinite(sizes) & ~((values > float(info.tiny) / float(info.eps)) & np.isfinite(values))
+    errors, nothing = those(lambda label: label.quantity == "log_error"), backward & (values == -np.inf)
+    first = nothing[..., np.flatnonzero(errors)[0]] if some(errors) else np.zeros_like(lost)
+    gone = first & ~some(zero) & (info.bits < 64)  # float64 reaches further than the blocks between two taps
+    last = np.maximum.accumulate(np.where(backward, 0, np.arange(len(labels))))  # the tap in front of an array
+    multiplied = backward & ~errors & ~those(lambda label: label.path.endswith("bias"))
+    faint = (nothing & (small | gone)[..., None]) | (multiplied & bad[..., last]) | (backward & np.isnan(values))
+    square = those(lambda label: label.quantity == "second_moment")
+    outside = square & np.isfinite(peaks) & ~((values > float(info.tiny) / float(info.eps)) & np.isfinite(values))
     marked = (backward & lost[..., None]) | faint | bad | behind | outside
-    steady = np.where(backward, sizes > low, np.abs(sizes) < -low / 2) & np.isfinite(sizes)
+    steady = np.isfinite(np.where(backward, values, peaks)) & (backward | (np.abs(peaks) < -low / 2))
     forward, back = (np.nonzero(np.any(mask.reshape(-1, mask.shape[-1]), axis=0))[0] for mask in (bad, faint))
     where = [*forward[:1], *back[-1:]]
     verdict = Verdict(
         ~np.isfinite(loss) | ~np.all(steady, axis=-1),
         lost,
         lost | some(marked & ~square),
-        numbers.labels[where[0]] if where else None,
+        labels[where[0]] if where else None,
     )
     return numbers._replace(values=np.where(marked, np.nan, values)), verdict
-
-
-def disagreement(first: Numbers, again: Numbers, dtype: Any) -> str | None:
-    """Name the last array or tap, in forward order, whose log is not the same in two measurements with other scales.
-
-    The scales are powers of two, so that they drop out exactly unless paths of different scales meet. Left out are logs
-    that are not finite, or near the end of the range of `dtype`; and arrays that are small beside others of their layer:
-    they may be rounding errors, which differ from run to run on some devices.
-    """
-    values, others, info = first.values, again.values, jnp.finfo(dtype)
-    held = np.minimum(first.held, again.held)
-    usable = np.isfinite(values) & np.isfinite(others) & (held > np.log(float(info.tiny) / float(info.eps)) + 10)
-    differ = usable & (np.abs(np.where(usable, values, 0) - np.where(usable, others, 0)) > 1e-3)
-    largest: dict[Order, float] = {}
-    for label, value in zip(first.labels, np.where(first.backward, values, -np.inf), strict=True):
-        group = _group(label.place)
-        largest[group] = max(largest.get(group, -np.inf), value)
-    rows = zip(first.labels, differ & first.backward, values, strict=True)
-    found = [label.path for label, differs, value in rows if differs and value > largest[_group(label.place)] - 9]
-    return found[-1] if found else None
 
 
 def _layers(params: Any) -> tuple[list[Order], tuple[str, ...]]:
@@ -199,18 +167,19 @@ def _group(place: Order) -> Order:
     return place[:-1] if place and place[-1][1] else place
 
 
-def _entries(lead: int, *trees: Any) -> Iterator[tuple[Any, ...]]:
-    """Yield (where, leaf, ...) of trees of one form, a tap being one leaf, every depth axis written out."""
-    flat = [jax.tree_util.tree_leaves_with_path(t, is_leaf=lambda node: isinstance(node, TapState)) for t in trees]
-    for rows in zip(*flat, strict=True):
-        keys, leaves = (
-            [key for key in rows[0][0] if key != UNNAMED],
-            [jax.tree.map(np.asarray, leaf) for _, leaf in rows],
-        )
-        shape = jax.tree.leaves(leaves[0])[0].shape[lead:]
-        for index in np.ndindex(shape[: keys.count(DEPTH)]):
-            at = (slice(None),) * lead + index
-            yield _where(keys, index), *(jax.tree.map(lambda a, at=at: a[at], leaf) for leaf in leaves)
+def _entries(lead: int, tree: Any, *rest: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield (where, leaf, ...) of trees of one form, every depth axis written out."""
+    others = [jax.tree.leaves(other) for other in rest]
+    for (keys, leaf), *more in zip(jax.tree_util.tree_leaves_with_path(tree), *others, strict=True):
+        yield from _blocks(lead, keys, leaf, *more)
+
+
+def _blocks(lead: int, keys: Any, *parts: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield (where, part, ...) for each block of a stack; the arrays of each part have its depth axes."""
+    shape = np.shape(jax.tree.leaves(parts)[0])[lead:]
+    for index in np.ndindex(shape[: list(keys).count(DEPTH)]):
+        at = (slice(None),) * lead + index
+        yield _where(keys, index), *(jax.tree.map(lambda a, at=at: np.asarray(a)[at], part) for part in parts)
 
 
 def _where(keys: Any, index: tuple[int, ...]) -> _Where:
@@ -223,5 +192,5 @@ def _where(keys: Any, index: tuple[int, ...]) -> _Where:
     return _Where(tuple(place), "/".join(parts), parts[-1] if parts else "")
 
 
-def _unscale(log: Any, exponent: Any) -> np.ndarray:
+def _joined(log: Any, exponent: Any) -> np.ndarray:
     return np.asarray(log, np.float64) + np.log(2) * np.asarray(exponent, np.float64)

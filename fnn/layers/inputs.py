@@ -16,14 +16,12 @@ import jax.numpy as jnp
 
 from fnn import check
 from fnn.core import (
-    Branch,
     Layer,
     as_arrays,
     check_layers,
     check_length,
     function,
     located,
-    refuse_rescaling,
     split,
 )
 from fnn.masks import Masked, check_mask, filled, harmless
@@ -162,7 +160,7 @@ def _place(values: Any, mask: Any, end: int) -> Any:
 def parallel(*layers: Layer) -> Layer:
     """Give one input to several layers: y = (f_1(x), ..., f_n(x)). Params and state are tuples.
 
-    Keys are `jax.random.split(key, n)`. The layers are on side paths: taps in them measure, but do not rescale.
+    Keys are `jax.random.split(key, n)`.
     """
     check_layers("parallel", layers)
     return _side_by_side("parallel", dict(enumerate(layers)), tuple, lambda x, i: x)
@@ -171,8 +169,7 @@ def parallel(*layers: Layer) -> Layer:
 def branches(layers: Mapping[str, Layer]) -> Layer:
     """Give every input its own layer: a dict {name: x} becomes {name: layer(x)}. Params and state are dicts by name.
 
-    Keys are `jax.random.split(key, n)`, in the order of the sorted names. The layers are on side paths: taps in them
-    measure, but do not rescale. Errors: ValueError if the input has other names.
+    Keys are `jax.random.split(key, n)`, in the order of the sorted names. Errors: ValueError if the input has other names.
     """
     for name, layer in layers.items():
         if not isinstance(name, str) or not isinstance(layer, Layer):
@@ -197,20 +194,19 @@ def _side_by_side(who: str, layers: dict[Any, Layer], kind: type, own: Callable[
                 p, s = layer.init(k, given)
             params.append(p)
             states.append(s)
-        return collect(params), Branch(collect(states))
+        return collect(params), collect(states)
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
         if kind is tuple:
-            check_length(who, len(layers), params, state.inner)
-        refuse_rescaling(who, state)
+            check_length(who, len(layers), params, state)
         ys, states = [], []
         for k, (name, layer) in zip(split(key, len(layers)), layers.items(), strict=True):
-            given, p, s = own(x, name), params[name], state.inner[name]
+            given, p, s = own(x, name), params[name], state[name]
             with located(str(name), given):
                 y, s = layer.apply(p, s, given, key=k, train=train, axis_name=axis_name)
             ys.append(y)
             states.append(s)
-        return collect(ys), Branch(collect(states))
+        return collect(ys), collect(states)
 
     return Layer(init, apply)
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import check, mapped
-from fnn.core import Branch, Layer, as_arrays, as_spec, serial
+from fnn.core import Layer, as_arrays, as_spec, serial
 from fnn.layers import activations, initializers, memory
 from fnn.layers.dense import product
 from fnn.layers.inputs import Masked, concatenate, like, parallel, sequence
@@ -230,7 +230,7 @@ def _over_time(cell: _Cell, options: _Options) -> Layer:
             raise ValueError(
                 f"{who}: what taps the hidden state must have no parameters, got {check.describe(tap_params)}"
             )
-        return params, {"memory": state, "tap": Branch(Stacked(taps))}
+        return params, {"memory": state, "tap": Stacked(taps)}
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
         x = as_arrays(x)
@@ -238,7 +238,7 @@ def _over_time(cell: _Cell, options: _Options) -> Layer:
         d = params["kernel"].shape[0]
         if values.shape[-1] != d:
             raise ValueError(f"{who}: the input's last axis must be {d}, as at init, got {check.describe(values)}")
-        remembered, taps = (state, None) if tap is None else (state["memory"], state["tap"].inner.blocks)
+        remembered, taps = (state, None) if tap is None else (state["memory"], state["tap"].blocks)
         for steps in {a.shape[0] for a in jax.tree.leaves(taps)} - {values.shape[1]}:
             raise ValueError(f"{who}: its taps were built for {steps} steps, got {check.describe(values)}")
         narrow = jax.tree.map(lambda p: p.astype(values.dtype), params)
@@ -270,7 +270,7 @@ def _over_time(cell: _Cell, options: _Options) -> Layer:
             held = {n: a.astype(remembered.cache[n].dtype) for n, a in zip(cell.carried, carry, strict=True)}
             remembered = memory.advance(remembered, held, values.shape[1], mask)
         y = like(x, jnp.swapaxes(ys, 0, 1))
-        return y, remembered if tap is None else {"memory": remembered, "tap": Branch(Stacked(taps))}
+        return y, remembered if tap is None else {"memory": remembered, "tap": Stacked(taps)}
 
     return Layer(init, apply)
 

@@ -4,13 +4,14 @@ State carries news forward: the new state that a tap returns holds statistics of
 carries news back: the gradient of the loss with respect to the *old* state holds statistics of the error signal dL/dh.
 Parameters, optimiser and the signature of `apply` know nothing of it, and inside `repeat` both have a leading depth axis.
 
-With rescaling on (`gradient_flow` does it, a train step never), a tap on the trunk also divides the cotangent that
-passes through it by a power of two, to a norm near one, and reports the exponent. The sum of the exponents of all taps
-between the loss and an array turns that array's norm into its exact log norm, at any depth.
+`gradient_flow` runs the backward pass with a power of two beside every array (`gradients/exact`). There a tap hands back
+the plain mean of squares (`exact`), which holds at any depth; a train step, whose squares would leave the range, keeps
+the statistics of `Backward`.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -21,7 +22,7 @@ import numpy as np
 from fnn import mapped, tree
 from fnn.core import Layer, as_arrays, as_spec
 from fnn.layers.inputs import like, parts
-from fnn.tree import Stacked, statistics_dtype
+from fnn.tree import statistics_dtype
 
 PREACTIVATION, ACTIVATION, SUM = "preactivation", "activation", "sum"
 """Roles of taps: after a layer's weights, after an activation, after a residual sum."""
@@ -39,9 +40,8 @@ class Backward(NamedTuple):
     log: Any
     """Natural log of the root mean over examples of |d l_i/dh|, as it arrived: -inf for a zero cotangent. Not additive:
     it holds for a tap that is used once."""
-    exponent: Any
-    """e, where the cotangent left multiplied by 2^-e; 0 unless rescaling is on. What the state holds here is added to e:
-    0, or another whole number to see whether the scales really drop out (`gradient_flow` does so)."""
+    square: Any
+    """Mean over examples of |d l_i/dh|², summed over uses; 0 unless `exact` is on, and then the only one that counts."""
     uses: Any
     """How often the tap was passed on the way back."""
 
@@ -52,7 +52,7 @@ class TapState:
 
     forward: dict[str, jax.Array]
     backward: Backward
-    rescale: bool = flax.struct.field(pytree_node=False, default=False)
+    exact: bool = flax.struct.field(pytree_node=False, default=False)
     role: str = flax.struct.field(pytree_node=False, default="")
 
 
@@ -84,7 +84,7 @@ def tap(*, bounds: tuple[float, float] | None = None, role: str = "") -> Layer:
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
         x = as_arrays(x)
         values, mask = parts("tap", x)
-        y, dtype = _pass(state.rescale, axis_name, values, state.backward), state.backward.log.dtype
+        y, dtype = _pass(state.exact, axis_name, values, state.backward), state.backward.log.dtype
         forward = _forward(jax.lax.stop_gradient(values), mask, bounds, axis_name)
         return like(x, y), dataclasses.replace(state, forward=jax.tree.map(lambda a: a.astype(dtype), forward))
 
@@ -131,15 +131,37 @@ def _peak(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _pass(rescale: bool, axis_name: Any, x: jax.Array, backward: Backward) -> jax.Array:
+def _pass(exact: bool, axis_name: Any, x: jax.Array, backward: Backward) -> jax.Array:
     return x
 
 
-def _pass_forward(rescale, axis_name, x, backward):
+def _pass_forward(exact, axis_name, x, backward):
     return x, backward
 
 
-def _pass_backward(rescale, axis_name, backward, cotangent):
+def _pass_backward(exact, axis_name, backward, cotangent):
+    news = _square(axis_name, cotangent) if exact else _statistics(axis_name, cotangent)
+    if own := mapped.over(news) - mapped.over(backward):
+        raise ValueError(
+            f"tap: on a sharded batch its state's gradient is a mean over devices, got axis_name={axis_name!r} and an "
+            f"error signal that varies over {sorted(map(str, own))}; pass axis_name to apply"
+        )
+    return cotangent, mapped.varying(jax.tree.map(lambda n, b: n.astype(b.dtype), news, backward), like=backward)
+
+
+_pass.defvjp(_pass_forward, _pass_backward)
+
+
+def _square(axis_name: Any, cotangent: jax.Array) -> Backward:
+    wide = cotangent.astype(statistics_dtype(cotangent.dtype))
+    square = cotangent.shape[0] * jnp.sum(jnp.square(wide))
+    if axis_name is not None:
+        square = mapped.mean(square, axis_name)
+    zero = jnp.zeros_like(square)
+    return Backward(zero, zero, zero, square, zero + 1)
+
+
+def _statistics(axis_name: Any, cotangent: jax.Array) -> Backward:
     # The loss is a mean over the batch, so that d l_i/dh is the batch size times example i's share of the cotangent.
     batch = cotangent.shape[0]
     log = tree.log_norm(cotangent) + 0.5 * jnp.log(batch)
@@ -159,63 +181,28 @@ def _pass_backward(rescale, axis_name, backward, cotangent):
         usable = jnp.isfinite(peak)
         mean = mapped.mean(jnp.exp(2 * jnp.where(usable, log - peak, 0)), axis_name)
         log = jnp.where(usable, peak + 0.5 * jnp.log(mean), peak)
-    exponent = jnp.zeros_like(log)
-    if rescale:
-        # One scale for all lanes of a mapped axis: their cotangents meet again in the collectives of batch norm.
-        exponent = jnp.where(jnp.isfinite(log), jnp.round(log / np.log(2)) + backward.exponent, 0)
-        cotangent = ldexp(cotangent, -exponent.astype(jnp.int32))
-    news = Backward(small, large, log, exponent, jnp.ones_like(log))
-    if own := mapped.over(news) - mapped.over(backward):
-        raise ValueError(
-            f"tap: on a sharded batch its state's gradient is a mean over devices, got axis_name={axis_name!r} and an "
-            f"error signal that varies over {sorted(map(str, own))}; pass axis_name to apply"
-        )
-    return cotangent, mapped.varying(jax.tree.map(lambda n, b: n.astype(b.dtype), news, backward), like=backward)
+    return Backward(small, large, log, jnp.zeros_like(log), jnp.ones_like(log))
 
 
-_pass.defvjp(_pass_forward, _pass_backward)
+def exact(state: Any) -> Any:
+    """Let every tap of a net hand back `Backward.square` alone, for a backward pass with exponents."""
+    return put(state, [dataclasses.replace(tap, exact=True) for _, tap in listed(state)])
 
 
-def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """Multiply by 2^exponent, exactly, in two factors: 2^-e of a subnormal norm is itself beyond float32's range."""
-    half = exponent >> 1
-    return x * _power_of_two(half, x.dtype) * _power_of_two(exponent - half, x.dtype)
+def listed(state: Any) -> list[tuple[Any, TapState]]:
+    """List (key path, state) of every tap in the order of the state's leaves, those of a stack as one."""
+    every = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_tap)
+    return [(keys, node) for keys, node in every if _is_tap(node)]
 
 
-def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
-    """Write 2^exponent bit by bit, 0 below the normal numbers, the largest power beyond it (inf would turn 0 to NaN).
-
-    `jnp.ldexp` is ten times as many operations: compiled for every parameter, they were a tenth of a study's program.
-    """
-    info = jnp.finfo(dtype)
-    bias = info.maxexp - 1
-    biased = jnp.clip(exponent + bias, 0, 2 * bias).astype(f"int{info.bits}")
-    return jax.lax.bitcast_convert_type(biased << info.nmant, dtype)
+def put(state: Any, new: Sequence[Any]) -> Any:
+    """Replace the taps of a state, in the order of `listed`."""
+    rest = iter(new)
+    return jax.tree.map(lambda node: next(rest) if _is_tap(node) else node, state, is_leaf=_is_tap)
 
 
-def rescaling(params: Any, state: Any) -> Any:
-    """Switch rescaling on in every tap of the trunk; taps inside branches stay as they are.
-
-    The trunk is what `serial`, `named` and `repeat` compose. A tap beside it must not rescale: where paths meet again
-    their cotangents would carry different scales.
-    """
-    if isinstance(state, TapState):
-        return dataclasses.replace(state, rescale=True)
-    if isinstance(state, Stacked) and isinstance(params, Stacked):
-        return Stacked(rescaling(params.blocks, state.blocks))
-    if (children := trunk_children(params, state)) is None:
-        return state
-    inner = [rescaling(p, s) for p, s in children]
-    return dict(zip(state, inner, strict=True)) if isinstance(state, dict) else tuple(inner)
-
-
-def trunk_children(params: Any, state: Any) -> list[tuple[Any, Any]] | None:
-    """List the (params, state) of the layers that `serial` or `named` put in a row; None for anything else."""
-    if type(params) is tuple and type(state) is tuple and len(params) == len(state):
-        return list(zip(params, state, strict=True))
-    if type(params) is dict and type(state) is dict and len(state) == 1 and params.keys() == state.keys():
-        return [(params[name], state[name]) for name in state]
-    return None
+def _is_tap(node: Any) -> bool:
+    return isinstance(node, TapState)
 
 
 class Row(NamedTuple):
@@ -234,9 +221,9 @@ def read(state: Any, state_gradients: Any) -> list[Row]:
     """Turn a new state, and the gradient of the loss with respect to the old one, into labelled rows.
 
     Rows come in forward order: the forward statistics of every tap (`mean`, `second_moment`, `peak`, ...), then
-    `log_error`, the natural log of the root mean over examples of |d l_i/dh|, as it arrived at the tap (that is the true
-    one for every state that does not rescale). `layer` counts taps here. A tap used k times reports the root of the
-    summed squares; one that the loss does not reach reports -inf.
+    `log_error`, the natural log of the root mean over examples of |d l_i/dh|, as it arrived at the tap. `layer`
+    counts taps here. A tap used k times reports the root of the summed squares; one that the loss does not reach reports
+    -inf.
     """
     rows = []
     news = zip(find(jax.device_get(state)), find(jax.device_get(state_gradients)), strict=True)

@@ -46,7 +46,6 @@ def tied(vocabulary: int, width: int, body: Layer, *, padding: int | None = None
     """Share one matrix between embedding and output: y = body(E[x]) Eᵀ, int[batch, time] -> float[batch, time, vocabulary].
 
     If x is a dict of several inputs, each is embedded, and the body must return one sequence. Params: embedding, body.
-    Taps in the body measure, but do not rescale, because E gets a gradient on both sides of them.
     Source: Press and Wolf 2017.
     """
     draw = _table("tied", vocabulary, width, padding, None)

@@ -112,8 +112,6 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
         index = np.minimum(np.arange(start, start + size), len(cell.runs) - 1)
         runs = {name: np.stack([number(cell.runs[i][name]) for i in index]) for name in cell.runs[0]}
         drawn = call("draw", draw_chunk, runs)
-        if start == 0 and setup.build is not mlp:
-            _check_scales(setup, cell, drawn)
         result = jax.device_get(call("run", run_chunk, runs, drawn, orders[index], data))
         chunks.append(result)
     n = len(cell.runs)
@@ -126,14 +124,6 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
         lost = verdict.lost | np.roll(verdict.lost, 1, axis=1)
         more["cosine"] = jax.tree.map(lambda a: np.where(aligned(lost, a), np.nan, a), more["cosine"])
     return Measured(resolved, heldout, more | extra, traces, numbers["flow"]["loss"], seconds)
-
-
-def _check_scales(setup: Setup, cell: Cell, drawn: Any) -> None:
-    """Refuse a net of the user's in which cotangents of different scales meet; its first run is looked at."""
-    run, (params, state) = cell.runs[0], jax.tree.map(lambda a: a[0], drawn)
-    size = int(cell.static["batch_size"])
-    net, key = network(setup, cell.static, run), jax.random.key(2 * run["seed"] + 1)
-    flow.check_scales(net, setup.loss, True, params, state, setup.train.x[:size], setup.train.y[:size], key)
 
 
 def _range(setup: Setup, static: Mapping[str, Any]) -> dict[str, bool]:

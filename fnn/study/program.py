@@ -16,8 +16,7 @@ import optax
 from fnn import check, losses, tree
 from fnn.core import Layer, as_spec
 from fnn.datasets.data import Dataset
-from fnn.gradients import flow
-from fnn.layers import taps
+from fnn.gradients import flow, powers, reductions
 from fnn.study import axes
 from fnn.training import clip
 from fnn.training import step as stepping
@@ -127,13 +126,13 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
         measured, gradient = flow.differentiate(net, setup.loss, True, at.params, at.net_state, *probe, key)
         results: dict[str, Any] = {"flow": measured}
         if trains:
-            true = jax.tree.map(_unscaled, gradient, measured["exponents"])
+            true = jax.tree.map(reductions.rounded, gradient, is_leaf=lambda node: isinstance(node, powers.Scaled))
             updates, _ = tx.update(true, at.opt_state, at.params)
             results["update_ratio"] = jax.tree.map(
                 lambda u, w: u / jnp.where(w > 0, w, jnp.nan), tree.norms(updates), tree.norms(at.params)
             )
-            # Directions of single arrays: the scales of the taps, which differ by layer, drop out.
-            gradient = jax.tree.map(_direction, gradient, measured["logs"])
+            # Directions of single arrays: their exponents drop out.
+            gradient = jax.tree.map(lambda log, g: _direction(g.value, log), measured["logs"], gradient)
             results["cosine"] = tree.map_depth(
                 lambda k, a, b: jnp.sum(a * b, axis=tuple(range(k, a.ndim))), gradient, before
             )
@@ -160,10 +159,6 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
     carry = at, jax.tree.map(jnp.zeros_like, params), traces
     (_, _, traces), records = jax.lax.scan(turn, carry, bounds)
     return (*records, traces)
-
-
-def _unscaled(a: jax.Array, exponent: jax.Array) -> jax.Array:
-    return taps.ldexp(a, aligned(exponent, a).astype(jnp.int32))
 
 
 def _direction(a: jax.Array, log: jax.Array) -> jax.Array:
