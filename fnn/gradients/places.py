@@ -195,7 +195,11 @@ def _own(program: Program, op: Op, inputs: Sequence[Held | None]) -> dict[int, H
     if op.name == "slice" and own.whole and not own.rows and program.spec(op.outputs[0]).shape[:1] == (1,):
         if program.spec(op.inputs[0]).shape[0] > 1:
             rows = (int(op.params["start_indices"][0]),)
-    elif op.name == "split" and own.whole and op.params["axis"] == 0 and set(op.params["sizes"]) == {1}:
+    elif (
+        own.whole
+        and op.params.get("axis") == 0
+        and (op.name == "unstack" or (op.name == "split" and set(op.params["sizes"]) == {1}))
+    ):
         return {var: replace(own, rows=(i,), whole=False) for i, var in enumerate(op.outputs)}
     before, after = program.spec(op.inputs[0]).shape, program.spec(op.outputs[0]).shape
     whole = own.whole and not rows and before[:1] == after[:1] and op.name != "transpose"
