@@ -108,7 +108,7 @@ class _Walk:
     def walk(self, program: Program, held: dict[int, Held], order: Order, turns: tuple[Turns, ...]) -> None:
         for number, op in enumerate(program.ops):
             here, inputs = (*order, number), [held.get(a) if not isinstance(a, Const) else None for a in op.inputs]
-            if (own := self._made(op, inputs)) is not None:
+            if (own := self._made(program, op, inputs)) is not None:
                 held.update(dict.fromkeys(op.outputs, own))
                 continue
             if isinstance(op, Loop):
@@ -130,13 +130,32 @@ class _Walk:
                 for own in filter(None, inputs):
                     self._use(own, here, turns)
 
-    def _made(self, op: Op, inputs: Sequence[Held | None]) -> Held | None:
+    def _made(self, program: Program, op: Op, inputs: Sequence[Held | None]) -> Held | None:
         """What products and loops make of parameters alone, as a norm found by power iteration, is no layer's output."""
         if self.data is None or not (isinstance(op, Loop) or op.name in PRODUCTS) or not any(inputs):
             return None
         if any(jnp.ndim(a.value) > 0 if isinstance(a, Const) else a in self.data for a in op.inputs):
             return None
+        if any(self._joins(program, output) for output in op.outputs):
+            return None
         return replace(max(filter(None, inputs), key=lambda own: own.size), rows=(), whole=False)
+
+    def _joins(self, program: Program, atom: int, steps: int = 6) -> bool:
+        """Whether a value is added to data or multiplied with it, entry by entry: a recurrent net's first state times a kernel."""
+        entrywise = SAME | {
+            "add",
+            "add_any",
+            "sub",
+            "mul",
+            "reshape",
+            "broadcast_in_dim",
+            "transpose",
+            "slice",
+            "split",
+        }
+        readers = [op for op in program.ops if atom in op.inputs and op.name in entrywise] if steps else []
+        outputs = [out for op in readers for out in op.outputs]
+        return any(out in (self.data or ()) or self._joins(program, out, steps - 1) for out in outputs)
 
     def _loop(self, op: Loop, inputs: Sequence[Held | None], order: Order, turns: tuple[Turns, ...]) -> None:
         first, last = op.consts, op.consts + op.carries
@@ -195,7 +214,11 @@ def _own(program: Program, op: Op, inputs: Sequence[Held | None]) -> dict[int, H
     if op.name == "slice" and own.whole and not own.rows and program.spec(op.outputs[0]).shape[:1] == (1,):
         if program.spec(op.inputs[0]).shape[0] > 1:
             rows = (int(op.params["start_indices"][0]),)
-    elif op.name == "split" and own.whole and op.params["axis"] == 0 and set(op.params["sizes"]) == {1}:
+    elif (
+        own.whole
+        and op.params.get("axis") == 0
+        and (op.name == "unstack" or (op.name == "split" and set(op.params["sizes"]) == {1}))
+    ):
         return {var: replace(own, rows=(i,), whole=False) for i, var in enumerate(op.outputs)}
     before, after = program.spec(op.inputs[0]).shape, program.spec(op.outputs[0]).shape
     whole = own.whole and not rows and before[:1] == after[:1] and op.name != "transpose"
