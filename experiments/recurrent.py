@@ -91,7 +91,7 @@ def error_signals(layer: fnn.Layer, x: jax.Array, ends: jax.Array, seeds: int) -
     def one(key):
         params, state = layer.init(key, x)
         news = jax.grad(lambda s: jnp.mean(layer.apply(params, s, x)[0][:, -1] @ ends))(state)
-        return news["tap"].inner.blocks.backward.log, jnp.linalg.norm(params["recurrent_kernel"], 2)
+        return news["tap"].blocks.backward.log, jnp.linalg.norm(params["recurrent_kernel"], 2)
 
     logs, largest = jax.lax.map(one, jax.random.split(jax.random.key(2), seeds))
     return np.asarray(logs, np.float64), np.asarray(largest, np.float64)
