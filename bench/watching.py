@@ -6,10 +6,10 @@ examples of the error signal, and the norm of the weight's gradient.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,13 +127,13 @@ def by_hand(p: Problem) -> tuple[Any, Any]:
             return jnp.mean(fnn.losses.cross_entropy(h, y)), seen
 
         (value, seen), (grads, errors) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, zeros)
-        readings = _readings(errors, [layer["kernel"] for layer in grads], seen, len(x))
+        readings = readings_of(errors, [layer["kernel"] for layer in grads], seen, len(x))
         return (value, grads), readings
 
     return jax.value_and_grad(p.loss), watched
 
 
-def _readings(errors: Sequence[Any], kernels: Sequence[Any], seen: Sequence[Any], size: int) -> Readings:
+def readings_of(errors: Sequence[Any], kernels: Sequence[Any], seen: Sequence[Any], size: int) -> Readings:
     inputs, outputs = (jnp.stack(part) for part in zip(*seen, strict=True))
     return Readings(jnp.sqrt(size) * _norms(errors), _norms(kernels), inputs, outputs)
 
@@ -179,65 +179,22 @@ def with_nnx(p: Problem) -> tuple[Any, Any]:
         depth = len(p.params)
         kernels = [grads["layers"][i]["kernel"].get_value() for i in range(depth)]
         seen = [seen[f"seen_{i}"].get_value()[0] for i in range(depth)]
-        readings = _readings([errors[f"error_{i}"].get_value() for i in range(depth)], kernels, seen, len(batch[0]))
+        readings = readings_of([errors[f"error_{i}"].get_value() for i in range(depth)], kernels, seen, len(batch[0]))
         return (value, grads), readings
 
     return plain, watched
 
 
-@eqx.filter_custom_vjp
-def _probe(pair: Any) -> Any:
-    """Return the first of two; the gradient of the second, a number, is the sum of squares of the error signal."""
-    return pair[0]
-
-
-_probe.def_fwd(lambda perturbed, pair: (pair[0], None))
-_probe.def_bwd(lambda residuals, d, perturbed, pair: (d, jnp.sum(jnp.square(d))))
-
-
-class _Equinox(eqx.Module):
-    layers: list[Any]
-
-    def __init__(self, params: Any):
-        self.layers = []
-        for weights in params:
-            fan_in, fan_out = weights["kernel"].shape
-            linear = eqx.nn.Linear(fan_in, fan_out, key=jax.random.key(0))
-            new = (weights["kernel"].T, weights["bias"])
-            self.layers.append(eqx.tree_at(lambda m: (m.weight, m.bias), linear, new))
-
-    def __call__(self, x: jax.Array, squares: Any = None) -> tuple[jax.Array, list[Any]]:
-        seen = []
-        for i, layer in enumerate(self.layers):
-            taken = jax.nn.relu(x) if i else x
-            x = jax.vmap(layer)(taken)
-            if squares is not None:
-                x = _probe((x, squares[i]))
-                seen.append((statistics(taken), statistics(x)))
-        return x, seen
-
-
 def with_equinox(p: Problem) -> tuple[Any, Any]:
     """Equinox: a `filter_custom_vjp` written into the model, which hands the square of the error signal out as a gradient."""
-    model = _Equinox(p.params)
+    from bench import watching_equinox  # Equinox is not needed for the other peers
 
-    def plain(_, batch, model=model):
-        return eqx.filter_value_and_grad(lambda m: jnp.mean(fnn.losses.cross_entropy(m(batch[0])[0], batch[1])))(model)
-
-    def watched(_, batch, model=model):
-        def loss(pair):
-            logits, seen = pair[0](batch[0], pair[1])
-            return jnp.mean(fnn.losses.cross_entropy(logits, batch[1])), seen
-
-        zeros = jnp.zeros(len(model.layers))
-        (value, seen), (grads, squares) = eqx.filter_value_and_grad(loss, has_aux=True)((model, zeros))
-        found = _readings([zeros], [layer.weight for layer in grads.layers], seen, 1)
-        return (value, grads), found._replace(error=jnp.sqrt(len(batch[0]) * squares))
-
-    return plain, watched
+    return watching_equinox.pair(p)
 
 
-JAX_PEERS = {"jax": by_hand, "nnx": with_nnx, "equinox": with_equinox}
+JAX_PEERS = {"jax": by_hand, "nnx": with_nnx}
+if importlib.util.find_spec("equinox"):
+    JAX_PEERS["equinox"] = with_equinox
 
 
 def torch_run(watched: bool, quick: bool, calls: int) -> Run:

@@ -48,7 +48,11 @@ def profiles(flow: Any, path: str | os.PathLike[str] | None = None) -> Any:
             label += f" (0 in {zero} of {len(values)} layers)" if zero else ""
             label += f" (not finite in {odd} of {len(values)} layers)" if odd else ""
             i, few = len(axis.lines), len(layers) <= 60
-            style = {"color": COLOURS[i], "marker": MARKERS[i] if few else "", "linestyle": "-" if few or not i else "-."}
+            style = {
+                "color": COLOURS[i],
+                "marker": MARKERS[i] if few else "",
+                "linestyle": "-" if few or not i else "-.",
+            }
             axis.plot(layers, np.where(np.isfinite(values), values, np.nan), label=label, markersize=3, lw=1.2, **style)
         axis.legend(frameon=False, fontsize="small")
         axis.grid(alpha=0.25, linewidth=0.5)
