@@ -437,6 +437,20 @@ def test_every_on_the_host_and_inside_scan():
     assert [bool(np.isfinite(row).all()) for row in flows.numbers()] == [True, False, True, False]
 
 
+def test_steps_in_between_average_over_a_named_axis_too():
+    loss, params, (x, y) = MODELS["plain_mlp"]()
+    watch = fnn.watch(loss, axis_name="i", every=2)
+    whole = jax.jit(jax.value_and_grad(loss))(params, x, y)
+    for step in (0, 1):
+
+        def lane(x, y, step=step):
+            return watch.value_and_grad(params, x, y, step=step)[0]
+
+        found = jax.vmap(lane, axis_name="i")(x.reshape(2, 3, 8), y.reshape(2, 3))
+        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_allclose(ours, jnp.stack([theirs, theirs]), rtol=1e-4, atol=1e-6)
+
+
 def test_a_step_in_between_is_the_plain_step():
     """The same optimised program, to the letter but for its name."""
     loss, params, batch = MODELS["plain_mlp"]()
@@ -497,6 +511,8 @@ def test_bad_input():
         fnn.watch(loss, groups="gradients")
     with pytest.raises(ValueError, match="share their leading axis.*got 6, 8"):
         fnn.watch(lambda p, x: jnp.mean(x["a"] @ p) + jnp.mean(x["b"]))(jnp.ones((8, 3)), {"a": X, "b": jnp.ones(8)})
+    with pytest.raises(ValueError, match="at least one example, got none"):
+        fnn.watch(lambda p, x: jnp.mean(x @ p))(jnp.ones((8, 3)), X[:0])
     with pytest.raises(ValueError, match="the loss must be one float"):
         fnn.watch(lambda p, x: x @ p)(jnp.ones((8, 3)), X)
     with pytest.raises(ValueError, match="several lanes"):
