@@ -25,6 +25,7 @@ def mlp(
     residual: bool = False,
     residual_scale: float = 1.0,
     dropout: float = 0.0,
+    head: Named = "identity",
     taps: bool = False,
     unroll: int | bool | None = None,
     checkpoint: int | None = None,
@@ -34,7 +35,8 @@ def mlp(
     x: float[batch, ...] -> logits float[batch, classes]. A hidden layer is dense(width), norm, activation, dropout, in
     this order. The first one maps the input to `width`. The other depth - 1 are a `repeat`, named "trunk" (at depth 1
     there is none); with `residual` each of them is x + residual_scale·f(x). `norm` is "batch_norm", "layer_norm",
-    "rms_norm", a layer, or None ("none").
+    "rms_norm", a layer, or None ("none"). `head` is an activation behind the output layer; losses that take logits need
+    none.
 
     `taps=True` puts a tap after every kernel ("preactivation", where dL/dh is measured), every activation
     ("activation") and every residual sum ("sum"), for `gradient_flow` and per-layer metrics. Each option is a keyword of
@@ -55,7 +57,9 @@ def mlp(
     if residual:
         block = core.serial(core.residual(block, scale=residual_scale), *tapped(taps, "sum"))
     trunk = [core.named("trunk", part) for part in repeated(block, depth - 1, unroll, checkpoint)]
-    return core.serial(layers.flatten(), *hidden, *trunk, *dense(classes))
+    last = activations.get(head)
+    end = [] if last is activations.identity else activated(last, taps)
+    return core.serial(layers.flatten(), *hidden, *trunk, *dense(classes), *end)
 
 
 def convnet(

@@ -205,3 +205,11 @@ def test_depth_is_the_number_of_hidden_layers_where_theory_stands_beside_measure
     # One hidden layer has no rate: neither measured nor predicted.
     network = summary.summarize(table).networks.row(0, named=True)
     assert network["depth"] == 1 and network["rate"] is None and network["rate_predicted"] is None
+
+
+def test_a_head_is_an_activation_behind_the_output_layer():
+    x = jnp.ones((3, 4))
+    plain, with_head = (fnn.models.mlp(1, 5, 6, head=head) for head in ("identity", "softmax"))
+    (params, state), (more, with_state) = plain.init(KEY, x), with_head.init(KEY, x)
+    logits, probabilities = plain.apply(params, state, x)[0], with_head.apply(more, with_state, x)[0]
+    np.testing.assert_allclose(probabilities, jax.nn.softmax(logits), rtol=1e-6)
