@@ -37,7 +37,9 @@ class Sight:
         """Refuse more positions than the table of a mask has."""
         if self.known is not None and (queries > self.known[0] or keys > self.known[1]):
             rule = f"the mask's table is for at most {self.known[0]} by {self.known[1]} positions"
-            raise ValueError(f"{self.who}: {rule}, got {queries} by {keys}; pass a larger one, or a function (t, s) -> bool")
+            raise ValueError(
+                f"{self.who}: {rule}, got {queries} by {keys}; pass a larger one, or a function (t, s) -> bool"
+            )
 
     def pairs(self, t: jax.Array, s: jax.Array, causal: bool) -> jax.Array | None:
         """Say which pairs see one another: bool that broadcasts to [batch, time, s], or None if all do.
@@ -52,7 +54,7 @@ class Sight:
         if self.rule is not None:
             seen = self.rule(t, s)
             shape = jnp.broadcast_shapes(t.shape, s.shape)
-            fits = hasattr(seen, "dtype") and seen.dtype == bool
+            fits = hasattr(seen, "dtype") and seen.dtype == np.bool_
             try:
                 fits = fits and np.broadcast_shapes(seen.shape, shape) == shape
             except ValueError:
@@ -71,7 +73,7 @@ def sight(who: str, causal: bool, window: int | None, mask: Rule | None) -> Sigh
     if mask is None or (callable(mask) and not hasattr(mask, "dtype")):
         return Sight(who, causal, window, mask)
     shape, dtype = getattr(mask, "shape", ()), getattr(mask, "dtype", None)
-    if dtype != bool or len(shape) != 2 or 0 in shape:
+    if dtype != np.bool_ or len(shape) != 2 or 0 in shape:
         rule = "mask must be a function (t, s) -> bool of positions, or its table bool[time, s]"
         raise TypeError(f"{who}: {rule}, got {check.describe(mask)}; a mask for each example comes with the data")
     table = np.array(mask)
@@ -155,8 +157,6 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     return scores(q, k)
 
 
-
-
 def every(*masks: Any) -> jax.Array | None:
     """Join masks of pairs: bool[batch, time, s], whose axes may be 1; None stands for all pairs."""
     found = [mask for mask in masks if mask is not None]
@@ -166,7 +166,7 @@ def every(*masks: Any) -> jax.Array | None:
 def check_pairs(who: str, mask: Any, batch: int, queries: int, keys: int) -> None:
     """Refuse a mask that comes with the data and is not bool[batch, time, s]."""
     wanted = (batch, queries, keys)
-    if getattr(mask, "dtype", None) != bool or tuple(mask.shape) != wanted:
+    if getattr(mask, "dtype", None) != np.bool_ or tuple(mask.shape) != wanted:
         raise ValueError(
             f"{who}: the mask must be bool{list(wanted)}, True where a position sees another, got {check.describe(mask)}"
         )

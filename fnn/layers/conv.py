@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,7 +107,13 @@ def conv_transpose(
             _fits(who, [(n - 1) * s + 1 for n, s in zip(sizes, strides, strict=True)], window, pads)
         return _correlate(x, kernel, _How(ones, pads, ones, strides), implementation)
 
-    return _with_kernel(who, slide, (channels, window, 1), (kernel_init, bias_init if bias else None))
+    inner = _with_kernel(who, slide, (channels, window, 1), (kernel_init, bias_init if bias else None))
+    return Layer(lambda key, spec: (inner.init(key, spec)[0], Mirrored()), inner.apply)
+
+
+@flax.struct.dataclass
+class Mirrored:
+    """The state of `conv_transpose`: no array, but it tells the kernel from that of a `conv`, which may have its shape."""
 
 
 def max_pool(window: Window, *, stride: Window | None = None, padding: Padding = "valid") -> Layer:
