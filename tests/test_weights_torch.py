@@ -5,10 +5,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, randomized
+from conftest import assert_same
 
 import fnn
 
@@ -59,7 +58,9 @@ def conv2d(w, name, x, padding=0):
 def conv_transpose2d(w, name, x, stride):
     """Each number of the input adds itself times the kernel [in, out, h, w] to the output, stride apart."""
     kernel = w[f"{name}.weight"]
-    y = np.zeros((len(x), kernel.shape[1], *((n - 1) * stride + k for n, k in zip(x.shape[2:], kernel.shape[2:], strict=True))))
+    y = np.zeros(
+        (len(x), kernel.shape[1], *((n - 1) * stride + k for n, k in zip(x.shape[2:], kernel.shape[2:], strict=True)))
+    )
     for i, j, a, b in itertools.product(*map(range, (*x.shape[2:], *kernel.shape[2:]))):
         y[:, :, stride * i + a, stride * j + b] += x[:, :, i, j] @ kernel[:, :, a, b]
     return y + w[f"{name}.bias"][:, None, None]
@@ -180,7 +181,9 @@ def plain_convs():
 
         body = nn.Sequential(*(nn.Conv2d(4, 4, 1, bias=False) for _ in range(12)))
         parts = [("stem", nn.Conv2d(2, 4, 3, padding=1, groups=2)), ("body", body)]
-        return nn.Sequential(collections.OrderedDict([*parts, ("pool", nn.AdaptiveAvgPool2d(1)), ("flat", nn.Flatten())]))
+        return nn.Sequential(
+            collections.OrderedDict([*parts, ("pool", nn.AdaptiveAvgPool2d(1)), ("flat", nn.Flatten())])
+        )
 
     return Case(net, entries, drawn(2, 4, 4, 2), forward, module)
 
@@ -276,7 +279,9 @@ def encoder_layer():
 
 def words_net():
     """An embedding and an output layer without bias: two entries of one shape, of which only one is transposed."""
-    net = fnn.serial(fnn.embed(5, 5), fnn.lstm(5), fnn.take_last(), fnn.group_norm(1, eps=1e-5), fnn.dense(5, bias=False))
+    net = fnn.serial(
+        fnn.embed(5, 5), fnn.lstm(5), fnn.take_last(), fnn.group_norm(1, eps=1e-5), fnn.dense(5, bias=False)
+    )
     entries = {"embedding.weight": drawn(5, 5), "lstm.weight_ih_l0": drawn(20, 5), "lstm.weight_hh_l0": drawn(20, 5)}
     entries |= {"lstm.bias_ih_l0": drawn(20), "lstm.bias_hh_l0": drawn(20)}
     entries |= {"norm.weight": drawn(5), "norm.bias": drawn(5), "head.weight": drawn(5, 5)}
@@ -303,7 +308,11 @@ def words_net():
 CASES = {
     "images": image_net(),
     "stack": plain_convs(),
-    **{f"{kind}{'' if bias else '_without_bias'}": recurrent_net(kind, bias) for kind in ("rnn", "gru", "lstm") for bias in (True, False)},
+    **{
+        f"{kind}{'' if bias else '_without_bias'}": recurrent_net(kind, bias)
+        for kind in ("rnn", "gru", "lstm")
+        for bias in (True, False)
+    },
     "attention": attention_net(),
     "cross_attention": cross_net(),
     "encoder": encoder_layer(),
@@ -358,4 +367,6 @@ def test_outputs_equal_pytorch(name):
     y, params, state, _ = ours(case, state_dict)
     print(f"largest difference {np.max(np.abs(y - expected)):.1e}")
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(run(fnn.weights.to_torch(params, state, like=state_dict))[0], expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        run(fnn.weights.to_torch(params, state, like=state_dict))[0], expected, rtol=0, atol=1e-6
+    )

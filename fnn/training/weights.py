@@ -158,7 +158,8 @@ def _flax_reader(variables: Any) -> Reader:
 def _loaded(who: str, net: Layer, spec: Any, key: Any, names: Any, read: Reader, flattened: Any) -> Loaded:
     """Draw a net's parameters and put weights in their place. Seven arguments: those of `from_torch`, and its reader."""
     admission.net(who, net)
-    params, state = jax.jit(net.init)(jax.random.key(0) if key is None else key, admission.example(who, spec))
+    spec = admission.example(who, spec)
+    params, state = jax.jit(lambda key: net.init(key, spec))(jax.random.key(0) if key is None else key)
     torch = who.endswith("torch")
     found = _slots(who, params, state, flattened, torch)
     order = weights_torch.order if torch else weights_flax.order

@@ -83,6 +83,7 @@ def pairs(
 
     Errors: ValueError that names what has no partner, or more than one.
     """
+    place = {id(slot): i for i, slot in enumerate(ours)}
     found, ours, theirs = [], list(ours), list(theirs)
     for path, name in (names or {}).items():
         slot = _one(who, "path", path, ours, lambda slot: slot.path)
@@ -115,8 +116,7 @@ def pairs(
             f"{who}: each layer must have one module of its kind and shapes, got layers {mine}, and modules {others}; build "
             "the net with the same widths and biases, drop what it does not have, or pass names={path: module}"
         )
-    place = {id(slot): i for i, slot in enumerate(ours)}
-    return sorted(found, key=lambda pair: place.get(id(pair.slot), -1))
+    return sorted(found, key=lambda pair: place[id(pair.slot)])
 
 
 def _texts(parts: Sequence[Any]) -> Iterator[str]:
