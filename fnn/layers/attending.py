@@ -87,7 +87,7 @@ def sight(who: str, causal: bool, window: int | None, mask: Rule | None) -> Sigh
 def rotate(x: jax.Array, places: jax.Array) -> jax.Array:
     """Turn the pair (x_i, x_{i+size/2}) of every head by the angle p·10000^(-2i/size), p the position.
 
-    x: float[batch, time, heads, size], places: int[batch, time] -> the same as x. Angles are in at least float32.
+    x: float[batch, time, heads, size], places: int[batch or 1, time] -> the same as x. Angles are in at least float32.
     """
     half, dtype = x.shape[-1] // 2, statistics_dtype(x.dtype)
     angle = places[..., None].astype(dtype) * 10_000.0 ** (-jnp.arange(half, dtype=dtype) / half)

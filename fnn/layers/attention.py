@@ -79,7 +79,8 @@ def attention(
         q, k, v = (_project(params[name], values, n) for name, n in (("query", heads), ("key", kv), ("value", kv)))
         whole = view.plain or (mask is None and view.rule is None)  # places in the arrays are all that is asked for
         if rotary or state.started or not whole:
-            places = memory.number_positions(state, batch, time, mask)
+            alike = mask is None and not state.started
+            places = memory.number_positions(state, 1 if alike else batch, time, mask)
         if rotary:
             q, k = rotate(q, places), rotate(k, places)
         if state.started:
@@ -146,7 +147,8 @@ def cross_attention(
         q, k, v = _project(params["query"], target, heads), *(_project(params[n], source, kv) for n in ("key", "value"))
         batch, time, _ = target.shape
         if not view.plain:
-            t = memory.number_positions(state, batch, time, own)
+            alike = own is None and not state.started
+            t = memory.number_positions(state, 1 if alike else batch, time, own)
         if state.started:
             k, v, real, state = _kept(state, k, v, real, time, own)
         span = k.shape[1]
@@ -155,7 +157,7 @@ def cross_attention(
             check_pairs(who, given, batch, time, span)
         seen = every(None if real is None else real[:, None, :], given)
         if not view.plain:
-            s = memory.number_positions(memory.empty(), batch, span, real)
+            s = memory.number_positions(memory.empty(), 1 if real is None else batch, span, real)
             seen = every(seen, view.pairs(t[:, :, None], s[:, None, :], causal=False))
         y = attend(q, k, v, seen=seen, blind=True)
         return cleared(like(x["target"], affine(params["out"], y.reshape(target.shape)))), state
