@@ -76,12 +76,12 @@ def sight(who: str, causal: bool, window: int | None, mask: Rule | None) -> Sigh
     if dtype != np.bool_ or len(shape) != 2 or 0 in shape:
         rule = "mask must be a function (t, s) -> bool of positions, or its table bool[time, s]"
         raise TypeError(f"{who}: {rule}, got {check.describe(mask)}; a mask for each example comes with the data")
-    table = np.array(mask)
+    table = np.asarray(mask).tobytes()  # not as an array, so that equal nets are known as equal (`compiled`)
 
     def look_up(t, s):
-        return jnp.asarray(table).at[t, s].get(mode="fill", fill_value=False)
+        return jnp.asarray(np.frombuffer(table, bool).reshape(shape)).at[t, s].get(mode="fill", fill_value=False)
 
-    return Sight(who, causal, window, look_up, table.shape)
+    return Sight(who, causal, window, look_up, tuple(shape))
 
 
 def rotate(x: jax.Array, places: jax.Array) -> jax.Array:

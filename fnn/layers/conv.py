@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from fnn import check, lowering
 from fnn.core import Layer, stateless
 from fnn.layers import initializers
-from fnn.layers.dense import product
+from fnn.layers.dense import Mirrored, product
 from fnn.layers.inputs import Masked, sequence
 from fnn.tree import statistics_dtype
 
@@ -109,11 +108,6 @@ def conv_transpose(
 
     inner = _with_kernel(who, slide, (channels, window, 1), (kernel_init, bias_init if bias else None))
     return Layer(lambda key, spec: (inner.init(key, spec)[0], Mirrored()), inner.apply)
-
-
-@flax.struct.dataclass
-class Mirrored:
-    """The state of `conv_transpose`: no array, but it tells the kernel from that of a `conv`, which may have its shape."""
 
 
 def max_pool(window: Window, *, stride: Window | None = None, padding: Padding = "valid") -> Layer:

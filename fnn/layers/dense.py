@@ -145,3 +145,8 @@ class Flattened:
     channels first."""
 
     shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Mirrored:
+    """The state of `conv_transpose`: no array, but it tells the kernel from that of a `conv`, which may have its shape."""

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn.layers.conv import Mirrored
-from fnn.layers.dense import Flattened
+from fnn.layers.dense import Flattened, Mirrored
 from fnn.layers.memory import Memory
 from fnn.tree import Stacked
 
