@@ -36,12 +36,12 @@ def attention(
     shares keys and values among groups of heads. `rotary` rotates queries and keys by their positions, counted over real
     ones, so that only differences matter. The softmax is in at least float32.
 
-    What a position t sees, of real positions s: with `causal` those of s <= t; with `window` those of |t - s| <= window;
-    with `mask` those for which a function `mask(t, s)` is True. It gets int arrays that broadcast to [batch, time, s], and
-    must be written in `jax.numpy`; an array bool[time, s] is taken as its table. All count over real positions, so that
-    padding changes nothing. A mask for each example comes with the data: x = {"target": a sequence, "mask": bool[batch,
-    time, time]}, in a residual block `residual(attention(4), add_to="target")`. A position that sees all that every one of
-    these allows may see nothing: the sum over values is then 0, and y the bias of `out`.
+    A position t sees a real position s if everything that is given allows it: `causal` allows s <= t, `window` allows
+    |t - s| <= window, `mask` allows those for which a function `mask(t, s)` is True. The function gets int arrays that
+    broadcast to [batch, time, s], and is written in `jax.numpy`; an array bool[time, s] is taken as its table. All of them
+    count over real positions, so that padding changes nothing. A mask for each example comes with the data: x =
+    {"target": sequence, "mask": bool[batch, time, time]}, in a residual block `residual(attention(4), add_to="target")`;
+    its axes are those of the array. Where a position sees nothing, the sum over values is 0, and y is the bias of `out`.
 
     On an NVIDIA GPU, cuDNN's fused kernel computes it in float16 and bfloat16, for heads of up to 128 (in steps of 8),
     lengths in steps of 64, and nothing masked except by `causal`, alone or with `window`; there JAX has no forward mode and

@@ -10,7 +10,7 @@ cannot be known, is refused by name. The report, which prints as a table, says w
 What is no weight is not in there, and up to you: activations, strides and padding, the number of heads (of Flax's attention
 it is checked), dropout, `eps`, and the `decay` of batch norm (1 - momentum in PyTorch). PyTorch's norms have eps=1e-5, as
 `batch_norm` here; give `layer_norm`, `group_norm` and `rms_norm` that `eps`. So compare outputs once, of the two models in
-eval mode.
+eval mode. A module that keeps its kernel as (in, out), as GPT-2's `Conv1D` does, must be transposed before.
 
 What is exact: kernels are transposed, mirrored for `conv_transpose`, and rows behind `flatten` reordered, since PyTorch has
 channels first; biases that PyTorch adds to one another are summed; running statistics get weight 1, so that eval mode
@@ -41,7 +41,7 @@ from fnn import admission
 from fnn.core import Layer
 from fnn.training import weights_flax, weights_torch
 from fnn.training.weights_layers import UNKNOWN, Arrays, Slot, leaf, rewritten, rows_of, slots
-from fnn.training.weights_match import Group, Pair, Report, pairs, shown
+from fnn.training.weights_match import Group, Pair, Report, brief, pairs, shown
 
 Names = Mapping[str, str | None]
 
@@ -169,7 +169,7 @@ def _loaded(who: str, net: Layer, spec: Any, key: Any, names: Any, read: Reader,
             values[leaf(pair.slot.path, name)] = _turned(pair.slot, a, pair.slot.rows)
         if pair.slot.kind == "batch_norm":
             values[leaf(pair.slot.path, "weight")] = np.ones(())
-    rows = ((pair.slot.path, shown(pair.slot.arrays), pair.group.name) for pair in matched)
+    rows = ((pair.slot.path, brief(pair.slot), pair.group.name) for pair in matched)
     return Loaded(rewritten(params, values), rewritten(state, values), Report(rows))
 
 

@@ -72,6 +72,13 @@ def shown(arrays: Arrays) -> str:
     return ", ".join(f"{name} [{','.join(map(str, np.shape(a)))}]" for name, a in arrays.items())
 
 
+def brief(slot: Slot) -> str:
+    """Write names and shapes for a table: of attention those of the kernels."""
+    if slot.kind != "attention":
+        return shown(slot.arrays)
+    return shown({name.removesuffix("/kernel"): a for name, a in slot.arrays.items() if name.endswith("/kernel")})
+
+
 def pairs(
     who: str,
     ours: Sequence[Slot],
@@ -203,5 +210,5 @@ def ambiguous(who: str, a: Group, b: Group) -> ValueError:
     """Make the error of two modules whose order is not known."""
     return ValueError(
         f"{who}: modules of one kind and shape must be in a known order, got {a.name} and {b.name}, whose names do not tell; "
-        "pass names={path: module} for them"
+        "pass names={path: module} for them" + ", or a state dict as the module has it" * who.endswith("torch")
     )
