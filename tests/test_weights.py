@@ -302,6 +302,11 @@ def test_rows_behind_a_convolution_are_reordered_or_refused():
     np.testing.assert_array_equal(kept.params[2]["kernel"], entries["1.weight"].T)
     with pytest.raises(ValueError, match=r"flattened= must hold paths of layers, got \['7'\]"):
         fnn.weights.from_torch(entries, known, x, flattened={"7": None})
+    # Behind a recurrent layer nothing is flattened.
+    sequence = fnn.serial(fnn.conv(4, 1), fnn.lstm(3), fnn.take_last(), fnn.dense(5))
+    drawn_here = sequence.init(KEY, x[:, 0])
+    again = fnn.weights.from_torch(fnn.weights.to_torch(*drawn_here), sequence, x[:, 0])
+    assert_same(again[:2], drawn_here)
     # What is joined behind flatten has rows of which nothing is known.
     joined = fnn.serial(
         fnn.conv(4, 1), fnn.flatten(), fnn.parallel(fnn.serial(), fnn.serial()), fnn.concatenate(), fnn.dense(5)

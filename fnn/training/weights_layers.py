@@ -58,6 +58,8 @@ class _Layout:
     def rows(self, path: str, kind: str, arrays: Arrays) -> np.ndarray | None:
         if kind in ("conv", "conv_transpose"):
             self.channels = arrays["kernel"].shape[-1]
+        elif kind in ("recurrent", "attention"):
+            self.channels = None  # sequences, which PyTorch has in the same order
         n = next((len(a) for a in (arrays.get("kernel"), *arrays.values()) if a is not None and a.ndim), 0)
         dense = kind == "dense"
         shape = self.flat if self.flat is not None and self.channels_count > 1 else None
