@@ -360,3 +360,11 @@ def test_dtypes_are_those_of_the_net_and_of_the_template():
     back = fnn.weights.to_torch(params, state, like=entries)
     assert back["weight"].dtype == jnp.bfloat16 and back["bias"].dtype == np.float16
     assert_same(list(back.values()), list(entries.values()))
+    with pytest.raises(
+        ValueError, match="to_torch: weights must fit in float16, got 1e.05 in the root; use a wider dtype"
+    ):
+        fnn.weights.to_torch({"kernel": params["kernel"], "bias": np.float32([0, 1e5, 0])}, state, like=entries)
+    with pytest.raises(
+        ValueError, match="from_torch: weights must fit in float32, got 1e.100 in the root; use a wider"
+    ):
+        fnn.weights.from_torch(entries | {"bias": np.full(3, 1e100)}, net, x)

@@ -166,6 +166,7 @@ def _loaded(who: str, net: Layer, spec: Any, key: Any, names: Any, read: Reader,
     matched, values = pairs(who, found, read(who, found), names, order), {}
     for pair in matched:
         for name, a in pair.reading.arrays.items():
+            a = _cast(who, a, pair.slot.arrays[name].dtype, pair.group.name)
             values[leaf(pair.slot.path, name)] = _turned(pair.slot, a, pair.slot.rows)
         if pair.slot.kind == "batch_norm":
             values[leaf(pair.slot.path, "weight")] = np.ones(())
@@ -194,6 +195,18 @@ def _slots(who: str, params: Any, state: Any, flattened: Any, channels_first: bo
     return result
 
 
+def _cast(who: str, a: np.ndarray, dtype: Any, place: str) -> np.ndarray:
+    """Round to a dtype; refuse numbers that would become infinite."""
+    with np.errstate(over="ignore"):
+        rounded = np.array(a, dtype)
+    if np.any(np.isfinite(a) & ~np.isfinite(rounded)):
+        largest = np.max(np.abs(a[np.isfinite(a)].astype(np.float64)))
+        raise ValueError(
+            f"{who}: weights must fit in {dtype}, got {largest:.3g} in {place or 'the root'}; use a wider dtype"
+        )
+    return rounded
+
+
 def _turned(slot: Slot, a: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
     """Reorder the rows of a dense layer's kernel, or the units of a norm."""
     return a if rows is None or (slot.kind == "dense" and a.ndim < 2) else a[rows]
@@ -206,7 +219,7 @@ def _written(who: str, matched: list[Pair], like: Mapping[str, Any]) -> dict[str
     for slot, group, reading in matched:
         back = None if slot.rows is None else np.argsort(slot.rows)
         arrays = {name: _turned(slot, a, back) for name, a in slot.arrays.items()}
-        written = {name: np.array(a, group.arrays[name].dtype) for name, a in reading.write(arrays).items()}
+        written = {n: _cast(who, a, group.arrays[n].dtype, slot.path) for n, a in reading.write(arrays).items()}
         again = [r.arrays for r in group.readings(group.arrays | written) if r.kind == slot.kind]
         if not any(_same(arrays, other) for other in again):
             raise ValueError(
