@@ -36,7 +36,7 @@ from fnn.study import grid, report, results
 from fnn.study.compare import compare
 from fnn.study.study import Study
 from fnn.theory import meanfield
-from fnn.training import clip, optimizers
+from fnn.training import clip, optimizers, weights
 from fnn.training.fit import History, fit
 from fnn.training.step import TrainState, TrainStep, evaluate, train_step
 
@@ -118,6 +118,7 @@ __all__ = [
     "train_step",
     "tree",
     "watch",
+    "weights",
 ]
 
 

@@ -26,6 +26,7 @@ TESTS = {
     "activations": words("value_and_derivative low_precision nan_passes softmax"),
     "attention": words("""attention_equals_flax grouped_heads rotary padding_changes_nothing generate_with embed_equals
         half_precision"""),
+    "attention_masks": ["what_is_seen"],
     "clip": words("equals_numpy stacked_equals norms_whose infinity_is reports_by_hand traced dtypes"),
     "conv": words("""conv_equals_flax implementations conv_transpose_equals pools conv_and_transpose
         global_average"""),

@@ -111,7 +111,15 @@ def every_layer_s_types():
 
 KINDS = (
     *("dense_on_sequences", "conv_2d_by_xla", "branches", "rnn", "rnn_masked", "bidirectional", "tied"),
-    *("attention_masked", "cross_attention", "batch_norm", "batch_norm_masked", "group_norm", "tap_masked"),
+    *(
+        "attention_masked",
+        "attention_own_mask",
+        "cross_attention",
+        "batch_norm",
+        "batch_norm_masked",
+        "group_norm",
+        "tap_masked",
+    ),
     "repeat_in_groups",
 )
 

@@ -14,7 +14,7 @@ import numpy as np
 from fnn import check, lowering
 from fnn.core import Layer, stateless
 from fnn.layers import initializers
-from fnn.layers.dense import product
+from fnn.layers.dense import Mirrored, product
 from fnn.layers.inputs import Masked, sequence
 from fnn.tree import statistics_dtype
 
@@ -106,7 +106,8 @@ def conv_transpose(
             _fits(who, [(n - 1) * s + 1 for n, s in zip(sizes, strides, strict=True)], window, pads)
         return _correlate(x, kernel, _How(ones, pads, ones, strides), implementation)
 
-    return _with_kernel(who, slide, (channels, window, 1), (kernel_init, bias_init if bias else None))
+    inner = _with_kernel(who, slide, (channels, window, 1), (kernel_init, bias_init if bias else None))
+    return Layer(lambda key, spec: (inner.init(key, spec)[0], Mirrored()), inner.apply)
 
 
 def max_pool(window: Window, *, stride: Window | None = None, padding: Padding = "valid") -> Layer:

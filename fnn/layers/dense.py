@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from fnn import check, lowering, mapped
-from fnn.core import Layer, function, stateless
+from fnn.core import Layer, as_arrays, function, stateless
 from fnn.layers import activations, initializers
 from fnn.layers.initializers import Initializer
 from fnn.layers.inputs import check_array, check_floating, check_units, positionwise
@@ -124,10 +125,28 @@ def scalar_affine(scale: float | None = 1.0, bias: float | None = None) -> Layer
 
 
 def flatten() -> Layer:
-    """Reshape float[batch, ...] to float[batch, d]."""
+    """Reshape float[batch, ...] to float[batch, d]. Its state has no array, and says what shape it has flattened."""
 
-    def apply(x):
+    def init(key, spec):
+        check_array("flatten", spec)
+        return (), Flattened(tuple(spec.shape[1:]))
+
+    def apply(params, state, x, *, key=None, train=False, axis_name=None):
         check_array("flatten", x)
-        return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+        x = as_arrays(x)
+        return x.reshape(x.shape[0], math.prod(x.shape[1:])), state
 
-    return function(apply)
+    return Layer(init, apply)
+
+
+@flax.struct.dataclass
+class Flattened:
+    """The state of `flatten`: where the units of the next layer stand in an image, for weights from libraries that have
+    channels first."""
+
+    shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Mirrored:
+    """The state of `conv_transpose`: no array, but it tells the kernel from that of a `conv`, which may have its shape."""
