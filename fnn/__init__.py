@@ -37,7 +37,8 @@ from fnn.study.compare import compare
 from fnn.study.study import Study
 from fnn.theory import meanfield
 from fnn.training import clip, optimizers
-from fnn.training.fit import History, fit
+from fnn.training.fit import fit
+from fnn.training.history import History
 from fnn.training.step import TrainState, TrainStep, evaluate, train_step
 
 __version__ = "0.1.0"
