@@ -39,6 +39,7 @@ from fnn.theory import meanfield
 from fnn.training import clip, optimizers
 from fnn.training.fit import fit
 from fnn.training.history import History
+from fnn.training.saving import load, save
 from fnn.training.step import TrainState, TrainStep, evaluate, train_step
 
 __version__ = "0.1.0"
@@ -86,6 +87,7 @@ __all__ = [
     "gru",
     "initializers",
     "layer_norm",
+    "load",
     "losses",
     "lstm",
     "max_pool",
@@ -106,6 +108,7 @@ __all__ = [
     "results",
     "rms_norm",
     "rnn",
+    "save",
     "scalar_affine",
     "serial",
     "stateless",
