@@ -1,4 +1,4 @@
-"""What `fit` trains on: data in memory or batches from outside, checked, and fed to a run stretch by stretch."""
+"""What `fit` trains on, checked; data in memory, fed to a run stretch by stretch."""
 
 import numbers
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import admission, check, losses, mapped
-from fnn.core import as_arrays, check_values, output_shape, same_spec
+from fnn.core import as_arrays, check_values, output_shape
 from fnn.datasets.dataset import (
     Dataset,
     check_dataset,
@@ -20,13 +20,11 @@ from fnn.datasets.dataset import (
     shuffled,
     split_index,
 )
+from fnn.training.batches import checksum
 from fnn.training.hooks import steps_left
 from fnn.training.run import Run
 from fnn.training.step import TrainState, TrainStep
 from fnn.training.stretches import LONGEST, jitted_finite
-
-READ = 32
-"""Batches from outside that go to the device at a time."""
 
 SHUFFLES = 0xF5F5F5F5
 """Sets the keys of shuffles apart from those of dropout: no step has so large a number."""
@@ -54,6 +52,21 @@ class InMemory:
             count = int(min(end - run.step, LONGEST, steps_left(run.step, periods)))
             advance(run, run.step - number * self.steps, count)
             yield
+
+    def example(self, run: Run) -> Any:
+        """Return a batch."""
+        return _rows(self.data, jnp.arange(self.batch_size))
+
+    def checksum(self) -> str:
+        """Name the data by their content."""
+        return checksum(tuple(self.data))
+
+    def position(self) -> dict[str, Any]:
+        """Return nothing: the state's number of steps says it all."""
+        return {}
+
+    def resume(self, run: Run, position: dict[str, Any]) -> None:
+        """Do nothing, for the same reason."""
 
     def _scanned(self, key: Any) -> Callable[[Run, int, int], None]:
         most, fresh = min(LONGEST, self.steps), True
@@ -83,49 +96,6 @@ class InMemory:
             run.flag(run.step, jitted_finite(run.state.params))
 
         return advance
-
-
-class FromBatches:
-    """Feed batches from outside, read from the start in every epoch."""
-
-    def __init__(self, step: TrainStep, data: Any, epochs: int, scan: bool):
-        if isinstance(data, Iterator) and epochs > 1:
-            raise ValueError(
-                f"fit: an iterator can be read once, got epochs={epochs}; pass an object whose iter() starts anew"
-            )
-        self.step, self.data, self.scan = step, data, scan
-
-    def stretches(self, run: Run, epoch: int, periods: Sequence[int]) -> Iterator[None]:
-        """Advance the run to the end of an epoch, and yield after every stretch; these end where a period does."""
-        chunk = None
-        for chunk in self._chunks(run, periods):
-            if not run.lengths[-1]:
-                self.step.admit(run.state, chunk[0])
-            if self.scan and len(chunk) == READ:
-                stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *chunk)
-                run.advance(lambda state, stacked=stacked: self.step.stretch(state, stacked), READ)
-            else:
-                for batch in chunk:
-                    run.advance(lambda state, batch=batch: self.step.jitted(state, batch))
-            run.flag(run.step, jitted_finite(run.state.params))
-            yield
-        if chunk is None:
-            raise ValueError(f"fit: the iterable of batches must not be empty, got none in epoch {epoch}")
-
-    def _chunks(self, run: Run, periods: Sequence[int]) -> Iterator[list[Any]]:
-        """Check batches and group those of one shape; the end of a period, or a change of shape, ends a group."""
-        chunk: list[Any] = []
-        for batch in self.data:
-            batch = self.step.check(run.state, batch)
-            if chunk and not same_spec(batch, chunk[0]):
-                yield chunk
-                chunk = []
-            chunk.append(batch)
-            if len(chunk) == min(READ if self.scan else 1, steps_left(run.step, periods)):
-                yield chunk
-                chunk = []
-        if chunk:
-            yield chunk
 
 
 def prepare(

@@ -1,8 +1,10 @@
 """`fit`: epochs of training steps, in compiled stretches, and the curves of a run."""
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -12,7 +14,9 @@ import numpy as np
 from fnn import check
 from fnn.datasets.dataset import Dataset
 from fnn.progress import Progress
-from fnn.training.feed import FromBatches, InMemory, prepare
+from fnn.training.batches import FromBatches, checksum
+from fnn.training.checkpoint import Checkpoint, key_numbers
+from fnn.training.feed import InMemory, prepare
 from fnn.training.history import History
 from fnn.training.hooks import Hook, Report, after_epoch, after_steps, collect
 from fnn.training.run import Run
@@ -34,6 +38,8 @@ def fit(
     on_epoch: Callable[[Report], Any] | None = None,
     on_step_every: tuple[int, Callable[[Report], Any]] | None = None,
     stop_nonfinite: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    save_every: int | tuple[int, str] | None = None,
 ) -> tuple[TrainState, History]:
     """Train for some epochs in compiled stretches of steps; return the new state and the curves.
 
@@ -93,19 +99,30 @@ def fit(
     if key is not None:
         check.prng_key("fit", key)
     hooks = collect(on_epoch, on_step_every)
+    if checkpoint is None and save_every is not None:
+        raise TypeError(f"fit: save_every needs a folder to save in, got {save_every!r} alone; pass checkpoint=folder")
+    keeper = None if checkpoint is None else Checkpoint(checkpoint, 1 if save_every is None else save_every, epochs)
     train, held = prepare(step, state, train, key, batch_size, validation)
     if isinstance(train, Dataset):
         feed: Any = InMemory(step, state, train, key, int(batch_size or 0), scan)
     else:
-        feed = FromBatches(step, train, epochs, scan)
+        feed = FromBatches(step, train, epochs, scan, tracked=keeper is not None)
     step.unfinished = None
     run = Run(jax.tree.map(jnp.copy, state))  # the steps donate their state, and the caller's stays usable
+    if keeper is not None:
+        options = {"key": key_numbers(key), "batch_size": batch_size, "patience": patience, "scan": scan}
+        data = {"training data": feed.checksum(), "validation data": held and checksum(held)}
+        keeper.begin(run, step, feed, options | data)
     try:
-        with Progress("epoch", epochs, progress) as bar:
-            while not run.stopped and (run.within or len(run.lengths) < epochs):
-                _train(run, feed, hooks, stop_nonfinite)
+        with Progress("epoch", epochs, progress, done=len(run.lengths) - run.within) as bar, keeper or nullcontext():
+            while not run.is_done(epochs):
+                _train(run, feed, hooks, keeper, stop_nonfinite)
                 if not run.within:
                     _finish_epoch(step, run, held, hooks, patience, bar)
+                    if keeper is not None:
+                        keeper.after_epoch(run)
+            if keeper is not None and (run.nonfinite_step is None or not stop_nonfinite):
+                keeper.save(run, last=True)
     except BaseException as error:
         kept = run.keeps_state()
         step.unfinished = (run.state if kept else run.best or state), run.history()
@@ -118,25 +135,25 @@ def fit(
     return (run.best or run.state), run.history()
 
 
-def _train(run: Run, feed: Any, hooks: Sequence[Hook], stop_nonfinite: bool) -> None:
+def _train(run: Run, feed: Any, hooks: Sequence[Hook], keeper: Checkpoint | None, stop_nonfinite: bool) -> None:
     """Train to the end of an epoch, or to where a hook or parameters that are not finite end the run."""
     if not run.within:
         run.lengths.append(0)
         run.within = True
-    periods = [hook.every for hook in hooks if hook.every is not None]
-    stretches = feed.stretches(run, len(run.lengths) - 1, periods)
-    finite = True
-    for _ in stretches:
-        if stop_nonfinite and not (finite := run.is_finite(wait=False)):
-            break
-        run.stopped = after_steps(hooks, run)
+    periods = [k for k in (*(hook.every for hook in hooks), keeper and keeper.steps) if k]
+    for _ in feed.stretches(run, len(run.lengths) - 1, periods):
+        due = any(run.step % k == 0 for k in periods)
+        finite = run.is_finite(wait=due) or not stop_nonfinite
+        run.stopped = after_steps(hooks, run) or not finite
+        if keeper is not None and finite:
+            keeper.after_steps(run)
         if run.stopped:
-            return
-    if stop_nonfinite and not (finite and run.is_finite(wait=True)):
-        run.stopped = True
+            break
+    else:
+        run.stopped = not run.is_finite(wait=True) and stop_nonfinite
+        run.within = run.stopped
+    if stop_nonfinite and run.nonfinite_step is not None:
         _warn(run)
-        return
-    run.within = False
 
 
 def _finish_epoch(step: TrainStep, run: Run, held: Any, hooks: Sequence[Hook], patience: int | None, bar: Any) -> None:

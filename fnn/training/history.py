@@ -22,8 +22,8 @@ class History:
     stopped_early: bool
     """Whether patience, a hook or parameters that are not finite ended the run before all its epochs."""
     nonfinite_step: int | None = None
-    """Where parameters that are not finite ended the run: `state.step` of the first of the last steps whose loss (or gradient
-    norm) is not finite."""
+    """Where the parameters ceased to be finite: `state.step` at the first step from which on no loss (and no gradient norm, of
+    those in `train`) is finite, or else at the step that made them so."""
 
     def __str__(self) -> str:
         rows = []

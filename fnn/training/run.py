@@ -40,6 +40,10 @@ class Run:
         """Steps that the state has taken."""
         return self.first + sum(self.lengths)
 
+    def is_done(self, epochs: int) -> bool:
+        """Say whether nothing is left to do."""
+        return self.stopped or (not self.within and len(self.lengths) >= epochs)
+
     def advance(self, function: Callable[[TrainState], tuple[TrainState, Any]], steps: int | None = None) -> None:
         """Run a stretch of steps (a single one without `steps`): replace the state, and keep the metrics.
 
@@ -59,10 +63,9 @@ class Run:
         """Read the answers; unless told to wait, leave the newest, so that the device has work while the host reads on."""
         while len(self._flags) > (not wait):
             step, finite = self._flags.pop(0)
-            if not bool(finite):
+            if self.nonfinite_step is None and not bool(finite):
                 self.nonfinite_step = self._first_bad(step)
-                return False
-        return True
+        return self.nonfinite_step is None
 
     def _first_bad(self, step: int) -> int:
         """Find the first of the last steps before `step` whose loss or gradient is not finite; else the step before it."""
@@ -117,6 +120,33 @@ class Run:
             self.stopped,
             self.nonfinite_step,
         )
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the metrics of all steps, stretch by stretch, on the host."""
+        self.fetch()
+        return [metrics for metrics, _ in self._records]
+
+    def kept(self) -> dict[str, Any]:
+        """Return, as JSON, all but states and metrics."""
+        return {
+            "first": self.first,
+            "lengths": list(self.lengths),
+            "within": self.within,
+            "curves": list(self.curves),
+            "best_epoch": self.best_epoch,
+            "best": self.best is not None,
+            "stopped": self.stopped,
+        }
+
+    def restore(
+        self, kept: dict[str, Any], state: TrainState, best: TrainState | None, metrics: dict[str, Any]
+    ) -> None:
+        """Go back to where `kept` was returned."""
+        self.state, self.best = state, best
+        self.first, self.lengths, self.within = kept["first"], kept["lengths"], kept["within"]
+        self.curves, self.best_epoch, self.stopped = kept["curves"], kept["best_epoch"], kept["stopped"]
+        n = sum(self.lengths)
+        self._records, self._fetched = ([(metrics, n)], 1) if n else ([], 0)
 
     def keeps_state(self) -> bool:
         """Say, after an error, whether the state is still there, and keep the metrics that are."""
