@@ -173,9 +173,7 @@ def program(step: TrainStep, state: TrainState, batch: Any) -> tuple[str, Any]:
     """Name what a step computes by the text of its program and the values in it; return the metrics' shapes too."""
     traced = jax.jit(step.pure).trace(as_spec(state), as_spec(batch))
     text = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))
-    constants = [
-        a for a in jax.tree.leaves(traced.jaxpr.consts) if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)
-    ]
+    constants = [a for a in traced.jaxpr.consts if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)]
     return hashlib.sha256((text + checksum(constants)).encode()).hexdigest()[:16], traced.out_info[1]
 
 
