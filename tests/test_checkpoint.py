@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
@@ -137,22 +138,24 @@ def test_a_run_that_is_interrupted_again_and_again_ends_with_the_same_bits(name,
 
 
 class Immediate:
-    """A thread that has run when it was started."""
+    """An executor that waits for each call."""
 
-    def __init__(self, target, args):
-        self.start = lambda: target(*args)
+    def __init__(self, *args):
+        pass
 
-    def is_alive(self):
-        return False
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
 
-    def join(self):
+    def shutdown(self):
         pass
 
 
 @pytest.fixture
 def immediately(monkeypatch):
     """Every save that is due is written."""
-    monkeypatch.setattr(checkpoint.threading, "Thread", Immediate)
+    monkeypatch.setattr(checkpoint, "ThreadPoolExecutor", Immediate)
 
 
 @pytest.mark.parametrize("kind", [dict, bytes])

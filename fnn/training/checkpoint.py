@@ -4,9 +4,8 @@ import hashlib
 import importlib.metadata
 import os
 import re
-import threading
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,8 @@ class Checkpoint:
         self.asked = int(epochs)
         self.about: dict[str, Any] = {}
         self._position: Callable[[], dict[str, Any]] = dict
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._writer = ThreadPoolExecutor(1, "fnn-checkpoint")  # its thread starts with the first save
+        self._writing: Future[None] | None = None
         self._saved: Any = None
         self._best: tuple[int | None, Any] = (None, None)
         if os.path.lexists(folder) and not os.path.isdir(folder):
@@ -101,51 +100,43 @@ class Checkpoint:
 
     def save(self, run: Run, last: bool = False) -> None:
         """Begin to write the run as it is now; the `last` time wait until it is written."""
-        if self._thread is not None and (last or jax.process_count() > 1 or not self._thread.is_alive()):
-            self.close()
-        if self._thread is None and self._saved != (mark := self._mark(run)):
-            parts = [saving.encode("fit", {"state": run.state}, copy=True)]
+        if self._writing is not None and (last or jax.process_count() > 1 or self._writing.done()):
+            self._wait()
+        if self._writing is None and self._saved != (mark := self._mark(run)):
+            host = {"state": saving.to_host(run.state, copy=True)}
             if run.best is not None:
                 if self._best[0] != run.best_epoch:
-                    self._best = run.best_epoch, saving.encode("fit", {"best": run.best}, copy=True)
-                parts.append(self._best[1])
+                    self._best = run.best_epoch, saving.to_host(run.best, copy=True)
+                host["best"] = self._best[1]
             header = {"about": self.about, "epochs": self.asked, "run": run.kept(), "position": self._position()}
-            self._thread = threading.Thread(target=self._write, args=(parts, run.records(), header))
-            self._thread.start()
+            self._writing = self._writer.submit(self._write, host, run.records(), header)
             self._saved = mark
         if last:
-            self.close()
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait for the file that is being written. Errors: OSError where it could not be."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            return self.close()
-        with suppress(OSError):  # or it would hide the error that ends the run
-            self.close()
-
-    def close(self) -> None:
-        """Wait for the file that is being written. Errors: OSError where it could not be."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def _write(self, parts: list[saving.Content], records: list[Any], header: dict[str, Any]) -> None:
         try:
-            rows = jax.tree.map(lambda *rows: np.concatenate(rows), *records) if records else {}
-            parts = [*parts, saving.encode("fit", {"metrics": rows})]
-            both = saving.Content({}, {})
-            for part in parts:
-                both.arrays.update(part.arrays)
-                both.leaves.update(part.leaves)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            saving.write(self.path, both, header, "fit")
-        except BaseException as error:
-            self._error = error
+            self._wait()
+        except OSError:
+            if kind is None:  # or it would hide the error that ends the run
+                raise
+        finally:
+            self._writer.shutdown()
+
+    def _write(self, host: dict[str, Any], records: list[Any], header: dict[str, Any]) -> None:
+        if records:
+            host["metrics"] = jax.tree.map(lambda *rows: np.concatenate(rows), *records)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        saving.write(self.path, saving.encode("fit", host), header, "fit")
 
     def _mark(self, run: Run) -> Any:
         return run.step, len(run.lengths), run.within, run.stopped, self.asked

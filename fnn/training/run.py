@@ -69,7 +69,7 @@ class Run:
 
     def _first_bad(self, step: int) -> int:
         """Find the first of the last steps before `step` whose loss or gradient is not finite; else the step before it."""
-        metrics = self.metrics(step - self.first)
+        metrics = self.metrics(self.step - self.first)
         good = np.isfinite(metrics["loss"]) & np.isfinite(metrics.get("grad_norm", 0.0))
         good = good[: step - self.first]
         after = np.nonzero(good)[0][-1] + 1 if good.any() else 0

@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,21 +60,43 @@ def load(path: str | os.PathLike[str], like: Any) -> Any:
     return decode("load", like, content, "state/" if folder else "")
 
 
-def encode(who: str, tree: Any, copy: bool = False) -> Content:
-    """Bring a tree to the host; with `copy` no array shares memory with the tree."""
-    content = Content({}, {})
-    for name, leaf in _named(tree):
-        entry = {"dtype": _dtype(who, name, leaf)}
+class HostKey(NamedTuple):
+    """Random keys on the host: their numbers, dtype and implementation."""
+
+    data: np.ndarray
+    dtype: str
+    implementation: str
+
+
+def to_host(tree: Any, copy: bool = False) -> Any:
+    """Replace every array of JAX by one of NumPy, with `copy` one that shares no memory with it, and keys by `HostKey`s."""
+    several = jax.process_count() > 1
+
+    def one(leaf):
+        if not isinstance(leaf, jax.Array):
+            return leaf
         if _is_key(leaf):
-            entry["key"] = str(jax.random.key_impl(leaf))
-            leaf = jax.random.key_data(leaf)
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            return HostKey(one(jax.random.key_data(leaf)), str(leaf.dtype), str(jax.random.key_impl(leaf)))
+        if several and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
             from jax.experimental import multihost_utils
 
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        a = np.array(leaf) if copy else np.asarray(leaf)
-        content.arrays[name] = a if a.dtype.kind in NATIVE else a.view(f"u{a.dtype.itemsize}")
-        content.leaves[name] = entry
+            return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+        return np.array(leaf) if copy else np.asarray(leaf)
+
+    return jax.tree.map(one, tree)
+
+
+def encode(who: str, tree: Any) -> Content:
+    """Name the arrays of a tree by their paths, each as NumPy can write it."""
+    content = Content({}, {})
+    for name, leaf in _named(to_host(tree), is_leaf=lambda node: isinstance(node, HostKey)):
+        if isinstance(leaf, HostKey):
+            content.leaves[name] = {"dtype": leaf.dtype, "key": leaf.implementation}
+            content.arrays[name] = leaf.data
+        else:
+            content.leaves[name] = {"dtype": _dtype(who, name, leaf)}
+            a = np.asarray(leaf)
+            content.arrays[name] = a if a.dtype.kind in NATIVE else a.view(f"u{a.dtype.itemsize}")
     return content
 
 
@@ -150,11 +172,11 @@ def read(path: Path, who: str) -> tuple[Content, dict[str, Any]]:
     return content, header
 
 
-def _named(of: Any) -> list[tuple[str, Any]]:
+def _named(of: Any, is_leaf: Any = None) -> list[tuple[str, Any]]:
     """List (path, leaf); a path that comes twice gets a number."""
     seen: dict[str, int] = {}
     named = []
-    for entries, leaf in jax.tree_util.tree_leaves_with_path(of):
+    for entries, leaf in jax.tree_util.tree_leaves_with_path(of, is_leaf=is_leaf):
         name = tree.path(entries) or "array"
         seen[name] = seen.get(name, 0) + 1
         named.append((name if seen[name] == 1 else f"{name}#{seen[name]}", leaf))
