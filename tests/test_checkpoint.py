@@ -189,7 +189,13 @@ def test_two_epochs_and_two_more_are_four(tmp_path):
     # From the middle of an epoch on: it is finished first, and counts as one.
     with pytest.raises(KeyboardInterrupt) as interrupted:
         fnn.fit(STEP, STATE, (X, Y), **options, **raise_at(14))
-    again, rest = fnn.fit(STEP, interrupted.value.state, (X, Y), **options | {"epochs": 3})
+    middle = interrupted.value.state
+    again, rest = fnn.fit(STEP, middle, (X, Y), **options | {"epochs": 3})
+    with pytest.warns(
+        UserWarning, match="^fit: the state is 5 steps into an epoch of 9, of which the first epoch has only"
+    ):
+        other, _ = fnn.fit(STEP, jax.tree.map(jnp.copy, middle), (X, Y), **options | {"epochs": 3})
+    assert_same(other.params, again.params)
     assert_same((again.params, again.opt_state, again.net_state), (four.params, four.opt_state, four.net_state))
     assert rest.steps_per_epoch == (4, 9, 9)
     # So it is in a folder, asked for more.

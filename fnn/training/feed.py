@@ -1,6 +1,7 @@
 """What `fit` trains on, checked; data in memory, fed to a run stretch by stretch."""
 
 import numbers
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -42,6 +43,16 @@ class InMemory:
         self.key = jax.random.fold_in(state.key if key is None else key, SHUFFLES)
         self.steps = n // batch_size
         self.order = jnp.zeros(n, jnp.int32)
+
+    def warn_of_middle(self, step: int) -> None:
+        """Say that the first epoch will be short if a state is in the middle of one."""
+        if done := step % self.steps:
+            warnings.warn(
+                f"fit: the state is {done} steps into an epoch of {self.steps}, of which the first epoch has only the rest; with "
+                "other data than before, pass state.replace(step=0 * state.step)",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def stretches(self, run: Run, epoch: int, periods: Sequence[int]) -> Iterator[None]:
         """Advance the run to the end of an epoch, and yield after every stretch; these end where a period does."""

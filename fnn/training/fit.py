@@ -50,8 +50,8 @@ def fit(
 
     Data in memory go on where the state is: its epoch has the number e = state.step // (steps per epoch) and is shuffled by
     `key` (by default the state's own) folded with e. So 2 epochs, and 2 more with the state that came back, are the same
-    as 4. A state in the middle of an epoch first finishes it, which counts as one of `epochs`; for other data, where that
-    has no meaning, pass `state.replace(step=jax.numpy.zeros((), int))`.
+    as 4. A state in the middle of an epoch first finishes it, which counts as one of `epochs`, with a warning unless it is
+    that of `step.unfinished`: for other data, where it has no meaning, pass `state.replace(step=0 * state.step)`.
 
     `validation` is a pair too, or batches that are joined in memory, evaluated after each epoch; or a fraction of the
     training data in memory, split off by `key` as in `data.split`, in every call alike. With `patience=k` training stops
@@ -73,6 +73,18 @@ def fit(
     RuntimeWarning that names the step (`History.nonfinite_step`), unless `stop_nonfinite=False`. A step that the optimizer
     skips (`optax.apply_if_finite`) leaves them finite, and does not count.
 
+    `checkpoint=folder` saves the run there after every epoch, every n epochs (`save_every=n`) or steps
+    (`save_every=(n, "steps")`), and at the end. The same call goes on from the folder, after `kill -9` too, and ends with the
+    same bits as a run that was left alone: state, history and validation. `state` is then still the one from which the run
+    began. A finished run returns at once; with more `epochs`, or where a hook had ended it, asked for more, it goes on. One
+    file, `checkpoint.npz`, is written by a thread of its own and replaced whole: a save that is due while the last is still
+    being written is left out. Another net, loss, optimiser, dtype, key, batch size, patience or other data are refused, the
+    difference named (two programs are compared only under the same versions of JAX, Optax and Flax); a folder that holds
+    something else is refused too, and nothing is deleted. `fnn.load(folder, state)` reads the state alone. Hooks are called
+    again for what came after the last save. Of batches from outside, an iterator with `get_state` and `set_state` (Grain's) is
+    set to where it was; others are read again from the first epoch on, without training, and checked by the last batch. Of
+    several processes the first writes, and all must see the folder.
+
     The keywords are many because each can be left out by itself, and a call reads better with them than with an object
     of options.
 
@@ -84,7 +96,7 @@ def fit(
 
     Guarantee: same key, same data, same state: same result, on one CPU bit for bit (on a GPU: see `train_step`), whatever
     hooks look on. Errors: ValueError for NaN in the data, labels out of range, a batch larger than the data, an iterator
-    that cannot be read again, a state of another net or optimiser; TypeError for what is no data, for arguments that do
+    that cannot be read again, a state of another net or optimiser, a checkpoint of another run; TypeError for what is no data, for arguments that do
     not apply to it, and for what a hook must not return.
     """
     check.positive("fit", epochs=epochs)
@@ -107,12 +119,14 @@ def fit(
         feed: Any = InMemory(step, state, train, key, int(batch_size or 0), scan)
     else:
         feed = FromBatches(step, train, epochs, scan, tracked=keeper is not None)
-    step.unfinished = None
+    unfinished, step.unfinished = step.unfinished, None
     run = Run(jax.tree.map(jnp.copy, state))  # the steps donate their state, and the caller's stays usable
     if keeper is not None:
         options = {"key": key_numbers(key), "batch_size": batch_size, "patience": patience, "scan": scan}
         data = {"training data": feed.checksum(), "validation data": held and checksum(held)}
         keeper.begin(run, step, feed, options | data)
+    if isinstance(feed, InMemory) and not (unfinished and unfinished[0] is state):
+        feed.warn_of_middle(int(state.step))
     try:
         with Progress("epoch", epochs, progress, done=len(run.lengths) - run.within) as bar, keeper or nullcontext():
             while not run.is_done(epochs):
