@@ -171,7 +171,7 @@ def program(step: TrainStep, state: TrainState, batch: Any) -> tuple[str, Any]:
 def about(state: TrainState) -> dict[str, Any]:
     """Say, as JSON, from where a run begins."""
     norms = {
-        path: float(np.linalg.norm(np.asarray(a, np.float64))) for path, a in tree.rows(jax.device_get(state.params))
+        path: float(np.linalg.norm(np.asarray(a, np.float64))) for path, a in tree.rows(saving.to_host(state.params))
     }
     versions = {name: importlib.metadata.version(name) for name in VERSIONS} | {"platform": lowering.platform()}
     return {
