@@ -37,7 +37,9 @@ from fnn.study.compare import compare
 from fnn.study.study import Study
 from fnn.theory import meanfield
 from fnn.training import clip, optimizers, weights
-from fnn.training.fit import History, fit
+from fnn.training.fit import fit
+from fnn.training.history import History
+from fnn.training.saving import load, save
 from fnn.training.step import TrainState, TrainStep, evaluate, train_step
 
 __version__ = "0.1.0"
@@ -85,6 +87,7 @@ __all__ = [
     "gru",
     "initializers",
     "layer_norm",
+    "load",
     "losses",
     "lstm",
     "max_pool",
@@ -105,6 +108,7 @@ __all__ = [
     "results",
     "rms_norm",
     "rnn",
+    "save",
     "scalar_affine",
     "serial",
     "stateless",

@@ -12,12 +12,13 @@ import optax
 
 from fnn import admission, arrays, check, compiled, losses, mapped, tree
 from fnn.core import Layer, as_arrays, check_values, output_shape
-from fnn.datasets.dataset import Dataset, check_dataset, in_memory, shuffled
+from fnn.datasets.dataset import check_dataset, in_memory
 from fnn.layers.precision import compute_in
 from fnn.layers.taps import TapState
 from fnn.training import clip
 from fnn.training.examples import check_step, step_gradients
 from fnn.training.optimizers import per_depth
+from fnn.training.stretches import over_data
 
 
 @flax.struct.dataclass
@@ -54,7 +55,7 @@ class TrainStep:
     """Call `step(state, batch) -> (state, metrics)`: one jitted function that owns and reuses the state's buffers.
 
     Made by `train_step`. `step.pure` is the same function before `jit`; it fits `lax.scan`. `step.stretch(state, batches)`
-    is that scan, compiled; `step.epoch` also shuffles and cuts the data.
+    is that scan, compiled; `step.epoch` also shuffles and cuts the data (`stretches.over_data`).
     """
 
     def __init__(self, pure: Callable[..., Any], net: Layer, loss: Callable[..., Any], optimizer: Any):
@@ -66,7 +67,7 @@ class TrainStep:
             return pure(state, batch)
 
         self.jitted = jax.jit(admitted, donate_argnums=0)
-        self.epoch = jax.jit(self._epoch, donate_argnums=0, static_argnums=3)
+        self.epoch = over_data(pure)
         self.stretch = jax.jit(functools.partial(jax.lax.scan, pure), donate_argnums=0)
         self._output_shapes: dict[Any, tuple[int, ...]] = {}
         self.unfinished: tuple[TrainState, Any] | None = None
@@ -102,21 +103,6 @@ class TrainStep:
         if new or isinstance(y, np.ndarray):
             losses.check_targets(self.loss, self._output_shapes[kind], y)
         return batch
-
-    def _epoch(self, state: TrainState, data: Dataset, key: Any, batch_size: int) -> tuple[TrainState, Any]:
-        n = data.y.shape[0]
-        steps = n // batch_size
-
-        def steps_of(state, data, key):
-            order = shuffled(key, n)[: steps * batch_size].reshape(steps, batch_size)
-
-            def body(state, index):
-                batch = jax.tree.map(lambda a: a.at[index].get(mode="promise_in_bounds"), tuple(data))
-                return self.pure(state, batch)
-
-            return jax.lax.scan(body, state, order)
-
-        return mapped.auto(steps_of, keep=True)(state, data, key)
 
 
 CLIPPING = ("grad_norm_clipped", "clip_fraction", "clip_removed")
