@@ -21,7 +21,7 @@ from fnn.study.identity import identify
 from fnn.study.options import arrays, check_cell, check_functions, check_options
 from fnn.study.provenance import configured, hash_arrays, session, settings
 from fnn.study.spawning import check_spawning
-from fnn.study.table import TRACED, left_range
+from fnn.study.table import TRACED, left_range, widened
 from fnn.study.workers import Interrupted, check_executor, compilation_cache, drive, pool, shared
 
 TRAINING = {
@@ -37,7 +37,7 @@ MOST_EXAMPLES = 2**28
 """Examples that a run may train on: their order is drawn beforehand, in 4 bytes each."""
 DEFAULT = product(activation=["sigmoid", "tanh", "relu"], norm=["none", "batch_norm"], depth=[4, 16, 64, 128, 256])
 
-__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range"]
+__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range", "widened"]
 
 
 class Task(NamedTuple):
@@ -297,7 +297,8 @@ class Study:
         return {**description, "cells": cells}
 
     def _setup(self) -> cell.Setup:
-        return cell.Setup(self.build, self.loss, dict(self.measure), *map(cell.widened, arrays(self.data)))
+        parts = map(cell.widened, arrays(self.data))
+        return cell.Setup(self.build, self.loss, dict(self.measure), *parts, quantities=self.quantities)
 
 
 def _cell(described: Mapping[str, Any]) -> Cell:
