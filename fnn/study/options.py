@@ -63,7 +63,11 @@ def check_options(study: Any) -> None:
 
 def check_functions(study: Any, setup: program.Setup, first: program.Cell) -> None:
     """Trace loss and measurements in the first cell; check what they return, the labels, and the names of quantities."""
-    pair = isinstance(program.network(setup, first.static, first.runs[0]), nets.OfPair)
+    net = program.network(setup, first.static, first.runs[0])
+    pair = isinstance(net, nets.OfPair)
+    if isinstance(net, nets.OfPair):
+        _takes("the init that build returned", net.pair.init, "key", "x")
+        _takes("the loss that build returned", net.pair.loss, "params", "batch")
     params, state, outputs, probe = cell.traced(setup, first)
     if not pair:
         if not hasattr(outputs, "shape"):
