@@ -1,10 +1,12 @@
 """Runs that leave float32 at initialisation or in training: recorded as diverged, and no neighbour and no file is harmed."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import fnn
-from fnn.study import results, study
+from fnn.study import cell, results, study
 from fnn.study.summary import summarize
 
 pl = pytest.importorskip("polars")
@@ -50,6 +52,39 @@ def test_a_study_says_which_runs_were_measured_in_float64(mixed):
         "accuracy and training are those of float32"
     )
     assert study.widened(mixed.filter(~pl.col("float64"))) is None and study.left_range(mixed) is None
+
+
+def test_relu_at_depth_256_has_its_line():
+    """Its signal is 2^-128 of its size at the end, its loss that of equal logits: all by NumPy in float64, and theory."""
+    points = fnn.grid.product(depth=256, width=64, norm="none", activation="relu", batch_size=8, learning_rate=1e-30)
+    described = study.Study(points, seeds=2, steps=1, data="clusters")
+    table = described.run().table()
+    setup, (task,) = described._setup(), described.cells()
+    params, _ = cell.draw(setup, task.static, task.runs[0])
+    first, trunk, last = (np.asarray(a, np.float64) for a in jax.tree.leaves(params)[1::2])  # behind each bias its kernel
+    x, y = (a[:8] for a in setup.train)
+    h = [np.asarray(x, np.float64) @ first]
+    for w in trunk:
+        h.append(np.maximum(h[-1], 0) @ w)
+    d = (1 / 3 - np.eye(3)[y]) @ last.T * (h[-1] > 0)
+    errors = [np.sqrt(np.mean(np.sum(d**2, axis=1)))]
+    for w, before in zip(trunk[::-1], h[-2::-1], strict=True):
+        d = (d @ w.T) * (before > 0)
+        errors.append(np.sqrt(np.mean(np.sum(d**2, axis=1))))
+    rows = table.filter((pl.col("seed") == 0) & (pl.col("role") == "preactivation") & (pl.col("layer") <= 256))
+    mine, later = (rows.filter((pl.col("quantity") == "log_error") & (pl.col("step") == step)) for step in (0, 1))
+    assert mine["float64"].all() and later["value"].is_nan().all() and not later["float64"].any()
+    np.testing.assert_allclose(mine["value"], np.log(errors[::-1]), atol=1e-6)
+    moments = rows.filter((pl.col("quantity") == "second_moment") & (pl.col("step") == 0))["value"]
+    np.testing.assert_allclose(moments, [np.mean(a**2) for a in h], rtol=1e-6)
+    assert moments[255] < 2.0**-230
+    # 0.1505 = log10(2)/2 in an infinitely wide net; at width 64 the typical net is a little steeper, and theory says so.
+    network = summarize(table).networks.row(0, named=True)
+    assert network["rate"] / 2 / np.log(10) == pytest.approx(-0.1505, abs=0.02)
+    assert network["rate"] == pytest.approx(network["rate_predicted"], abs=0.05) and network["outside"] < 0.3
+    assert study.left_range(table).startswith(
+        "study: 2 runs of cell 0 left the range of float32 at step 1, first at layer"
+    )
 
 
 @pytest.mark.parametrize("others", [{"sigma_w": [1.0]}, {"sigma_w": [16.0], "seeds": [0, 1]}])

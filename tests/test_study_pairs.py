@@ -10,7 +10,8 @@ import pytest
 from flax import linen, nnx
 
 import fnn
-from fnn.study import cell, study
+from fnn.study import cell, nets, study
+from fnn.study.summary import summarize
 
 pl = pytest.importorskip("polars")
 
@@ -75,7 +76,9 @@ def in_equinox(width=8, classes=2, inputs=2):
         return equinox.partition(equinox.nn.MLP(inputs, classes, width, 1, jnp.tanh, key=key), equinox.is_inexact_array)
 
     _, static = make(jax.random.key(0))
-    return lambda key, x: make(key)[0], lambda p, batch: judged(jax.vmap(equinox.combine(p, static))(batch[0]), batch[1])
+    return lambda key, x: make(key)[0], lambda p, batch: judged(
+        jax.vmap(equinox.combine(p, static))(batch[0]), batch[1]
+    )
 
 
 def in_haiku(width=8, classes=2):
@@ -91,7 +94,7 @@ def of(build, axes=None, **options):
 @pytest.mark.parametrize("build", [plain, in_linen, in_nnx, in_equinox, in_haiku])
 def test_a_study_measures_what_watch_does(build):
     described = of(build)
-    setup, (task,) = described._setup(), described.cells()
+    setup = described._setup()
     init, loss = build(classes=CLASSES)
     batch = setup.train.x[:16], setup.train.y[:16]
     flow = fnn.watch(loss, has_aux=True)(init(jax.random.key(2), batch[0]), batch)  # of seed 1
@@ -155,6 +158,16 @@ def test_training_is_that_of_a_plain_loop():
     np.testing.assert_allclose(last["value"], [row.value for row in flow.select(quantity="log10_error")], atol=1e-3)
 
 
+def test_held_out_examples_count_once_each():
+    """1,500 of them, of which 1,024 are evaluated at once."""
+    init, loss = plain(classes=CLASSES)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(1500, 2)).astype(np.float32), rng.integers(CLASSES, size=1500)
+    params = init(jax.random.key(0), x)
+    (value, more), found = loss(params, (x, y)), nets.OfPair(nets.Pair(init, loss), ()).heldout(params, (), x, y)
+    np.testing.assert_allclose([found["loss"], found["accuracy"]], [value, more["accuracy"]], rtol=1e-5)
+
+
 def deep(depth=256, width=8, classes=2):
     """ReLU and N(0, 1/fan_in): the signal halves its square in each layer, and leaves float32."""
 
@@ -172,7 +185,7 @@ def deep(depth=256, width=8, classes=2):
 @pytest.mark.parametrize("seeds", [[0], [0, 1]])  # one lane is not mapped
 def test_a_pair_that_leaves_float32_is_measured_in_float64(seeds):
     described = of(deep, seeds=seeds, quantities=["log10_error", "loss", "accuracy"])
-    table, (init, loss) = described.table(), deep()
+    table, init = described.table(), deep()[0]
     assert study.widened(table).startswith(f"study: {len(seeds)} runs of cell 0 were measured in float64 at step 0")
     x, y = (a[:16] for a in described._setup().train)
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), init(jax.random.key(0), x))
@@ -190,6 +203,22 @@ def test_a_pair_that_leaves_float32_is_measured_in_float64(seeds):
     assert "accuracy" not in table["quantity"]  # the loss does not give it
 
 
+def test_a_report_draws_pairs_and_says_what_was_measured_in_float64(tmp_path):
+    axes = {"depth": [8, 256], "width": 8}
+    rows = of(deep, axes, quantities=["log10_error", "log10_gradient"]).run(tmp_path).table()
+    names = [path.name for path in fnn.report.report(tmp_path)]
+    assert names[:2] == ["gradient.png", "weights.png"]
+    text = (tmp_path / "report.html").read_text()
+    assert "2 runs of cell 1 were measured in float64 at step 0" in text and '"id":"log10_error"' in text
+    found = summarize(rows)
+    errors = rows.filter((pl.col("quantity") == "log10_error") & (pl.col("cell") == 1)).sort("seed", "layer")
+    first, *_, last, _ = errors.filter(seed=0)["value"]
+    one = summarize(rows.filter(seed=0)).networks["rate"][1]
+    assert one == pytest.approx(2 * np.log(10) * (first - last) / 255, rel=1e-9)
+    # Infinitely wide, the square halves in each layer: -0.1505 in log10. Width 8 is far from that.
+    assert -0.25 < found.networks["rate"][1] / 2 / np.log(10) < -0.1505
+
+
 def test_quantities_choose_what_watch_measures_of_layers_too():
     axes = {"depth": 2, "width": 8, "activation": "tanh", "norm": "none"}
     names = ["log_error", "log10_error", "input_rank", "cosine_to_weight"]
@@ -197,13 +226,18 @@ def test_quantities_choose_what_watch_measures_of_layers_too():
     described = study.Study(fnn.grid.product(batch_size=16, **axes), **options)
     table = described.table()
     assert set(table["quantity"]) == set(names)
-    error = [table.filter((pl.col("quantity") == name) & (pl.col("role").is_in(["", "preactivation"])))["value"] for name in names[:2]]
+    error = [
+        table.filter((pl.col("quantity") == name) & (pl.col("role").is_in(["", "preactivation"])))["value"]
+        for name in names[:2]
+    ]
     np.testing.assert_allclose(error[0] / np.log(10), error[1], atol=1e-5)
     setup, (task,) = described._setup(), described.cells()
     params, state = cell.draw(setup, task.static, task.runs[0])
     net, (x, y) = cell.network(setup, task.static, task.runs[0]).net, setup.train
     kernel = params[1]["kernel"]
-    g = jax.grad(lambda p: jnp.mean(fnn.losses.cross_entropy(net.apply(p, state, x[:16])[0], y[:16])))(params)[1]["kernel"]
+    g = jax.grad(lambda p: jnp.mean(fnn.losses.cross_entropy(net.apply(p, state, x[:16])[0], y[:16])))(params)[1][
+        "kernel"
+    ]
     cosine = table.filter(pl.col("path") == "1/kernel", pl.col("quantity") == "cosine_to_weight")["value"]
     np.testing.assert_allclose(cosine, [np.sum(g * kernel) / np.linalg.norm(g) / np.linalg.norm(kernel)], atol=1e-5)
     assert of(plain, quantities=["input_kurtosis"]).table()["quantity"].unique().to_list() == ["input_kurtosis"]
@@ -238,7 +272,11 @@ def broken(loss, init=lambda key, x: {"w": jnp.zeros((2, 2))}):
         (broken(lambda p, batch: batch[0] @ p["w"]), ValueError, "must be one float, got float32"),
         (broken(lambda p, batch: (jnp.zeros(()), {"accuracy": batch[1]})), ValueError, "accuracy must be one number"),
         (broken(lambda p, batch: 0.0, lambda key, x: {"n": 3}), TypeError, "params must be real floating arrays"),
-        (broken(lambda p, x, y: 0.0), TypeError, r"the loss that build returned must be a function of \(params, batch\)"),
+        (
+            broken(lambda p, x, y: 0.0),
+            TypeError,
+            r"the loss that build returned must be a function of \(params, batch\)",
+        ),
         ({"measure": {"log10_error": lambda p, s, b: 1}}, ValueError, "a name that no quantity has"),
     ],
 )

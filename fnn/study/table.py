@@ -126,7 +126,7 @@ def left_range(frame: Any) -> str | None:
     if rows.is_empty():
         return None
     runs, first = _runs_of(rows), next(filter(len, (rows.filter(forward), rows))).row(0, named=True)
-    wide = jax.config.read("jax_enable_x64")
+    wide = rows["float64"].all()
     hint = "use fewer layers" if wide else "JAX_ENABLE_X64=1 measures them in float64"
     steps = rows["step"].unique().sort().to_list()
     when = "" if steps[0] == 0 else f" at step {', '.join(map(str, steps[:3]))}{', ...' * (len(steps) > 3)}"
