@@ -61,7 +61,9 @@ def test_relu_at_depth_256_has_its_line():
     table = described.run().table()
     setup, (task,) = described._setup(), described.cells()
     params, _ = cell.draw(setup, task.static, task.runs[0])
-    first, trunk, last = (np.asarray(a, np.float64) for a in jax.tree.leaves(params)[1::2])  # behind each bias its kernel
+    first, trunk, last = (
+        np.asarray(a, np.float64) for a in jax.tree.leaves(params)[1::2]
+    )  # behind each bias its kernel
     x, y = (a[:8] for a in setup.train)
     h = [np.asarray(x, np.float64) @ first]
     for w in trunk:

@@ -109,7 +109,9 @@ def price(
     net, *arguments = _admitted(net, state, batch, loss, key, compute_dtype)
 
     def gradient(params, net_state, x, y, key):
-        return jax.value_and_grad(lambda p: jnp.mean(loss(net.apply(p, net_state, x, key=key, train=train)[0], y)))(params)
+        return jax.value_and_grad(lambda p: jnp.mean(loss(net.apply(p, net_state, x, key=key, train=train)[0], y)))(
+            params
+        )
 
     functions = {"plain gradient": gradient, "gradient_flow": functools.partial(_measure, net, loss, train)}
     return priced("gradient_flow.price", functions, (*arguments, key), rounds)

@@ -4,6 +4,7 @@ Both kinds have the same methods, so that the rest of a study need not tell them
 batch; `metrics`, the names of what a step reports; `step`; `measure`; `wide`, the same in float64; and `heldout`.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -71,7 +72,8 @@ class OfLayer:
         return stepping.train_step(self.net, self.loss, tx, metrics=metrics).pure
 
     def measure(self, params: Any, state: Any, batch: Any, key: Any) -> tuple[dict[str, Any], Any]:
-        numbers, gradient = flow.differentiate(self.net, self.loss, True, params, state, *batch, key)
+        x, y = batch
+        numbers, gradient = flow.differentiate(self.net, self.loss, True, params, state, x, y, key)
         found: dict[str, Any] = {"flow": numbers}
         if self.groups:
             loss, size = self._watched(state, key), len(batch[1])
@@ -79,8 +81,9 @@ class OfLayer:
         return found, gradient
 
     def wide(self, params: Any, state: Any, batch: Any, key: Any) -> tuple[dict[str, Any], jax.Array]:
-        given = jax.tree.map(lambda a: wide.up(jnp.asarray(a)), (params, state, *batch))
-        numbers, _ = flow.differentiate(self.net, self.loss, True, *given, key)
+        up = functools.partial(jax.tree.map, lambda a: wide.up(jnp.asarray(a)))
+        x, y = up(batch)
+        numbers, _ = flow.differentiate(self.net, self.loss, True, up(params), up(state), x, y, key)
         found: dict[str, Any] = {"flow": numbers}
         if self.groups:
             loss, size = self._watched(state, key), len(batch[1])
@@ -131,8 +134,8 @@ class OfPair:
             (value, more), grads = jax.value_and_grad(self.judged, has_aux=True)(at.params, batch)
             updates, opt_state = tx.update(grads, clip.unreported(at.opt_state), at.params)
             found = {"loss": value, "grad_norm": tree.norm(grads)} | more | stepping.clipped(opt_state, grads)
-            at = at.replace(params=optax.apply_updates(at.params, updates), opt_state=opt_state, step=at.step + 1)
-            return at, {name: found[name] for name in metrics}
+            new = optax.apply_updates(at.params, updates), at.net_state, opt_state, at.key, at.step + 1
+            return stepping.TrainState(*new), {name: found[name] for name in metrics}
 
         return step
 
@@ -190,7 +193,7 @@ def read(found: Mapping[str, Any], params: Any, **kind: bool) -> Read:
         parts.append(Read(numbers.labels, numbers.values, verdict.lost, left))
     if "watch" in found:
         rows, values = found["watch"].labels.rows, found["watch"].numbers()
-        names = [RENAMED.get(row[2], row[2]) for row in rows]
+        names = [RENAMED[row[2]] if row[2] in RENAMED else row[2] for row in rows]
         logs = np.array([name in (*GROUPS["gradient"], *GROUPS["error"]) for name in names], bool)
         nothing = np.any(np.isnan(values[..., logs]), axis=-1) | ~np.isfinite(np.asarray(found["watch"].loss))
         own = [flow.Label(row[0], row[1], name, "", ()) for row, name in zip(rows, names, strict=True)]

@@ -174,8 +174,9 @@ def in_float64(setup: Setup, cell: Cell, run: Any, drawn: Any, data: Any) -> Any
 
     Returns what `measure` does, and whether this platform has float64's range.
     """
-    net, probe, key = measured_net(setup, cell, run, *data[:2])
-    return net.wide(*drawn, probe, key)
+    net, probe, key = measured_net(setup, cell, run, data[0], data[1])
+    params, state = drawn
+    return net.wide(params, state, probe, key)
 
 
 def _direction(a: jax.Array, log: jax.Array) -> jax.Array:

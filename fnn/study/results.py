@@ -27,10 +27,10 @@ The table is long: one row for each (cell, run, step, layer, path, quantity); no
 | seed sigma_w sigma_b learning_rate clip_threshold | Int32 Float64 ... | traced axes: a run is one value of each |
 | step | Int32 | updates done before the measurement; 0 is initialisation |
 | layer | Int32 | layers with weights (arrays of two axes or more), counted from 1 next to the input; 0 for quantities of the whole run |
-| path | String | of the parameter or tap; "" for quantities of the whole run |
+| path | String | of the parameter or tap, as `watch` writes it for its quantities; "" for quantities of the whole run |
 | role | String | of the tap: "preactivation", "activation" or "sum" in the nets of fnn; "" for everything else |
 | quantity | String | see below |
-| value | Float64 | the measured number; logs are natural; -inf is the log of zero; NaN where the signal left the range of the float type |
+| value | Float64 | the measured number; logs are natural, those of quantities that begin with log10_ decimal; -inf is the log of zero; NaN where the signal left the range of the float type |
 | predicted low high | Float64 | theory for that layer, and the band that holds 19 of 20 seeds; null where there is no theory |
 | outside | Boolean | whether value lies outside low..high; null where there is no band |
 | float64 | Boolean | whether it was measured in float64: everything under x64; without, at step 0, all layers of a run whose signal leaves the range of float32 on its way forward or back, such as ReLU at depth 256 |
@@ -41,6 +41,9 @@ so on for other parameters), the log Frobenius norm of the mean loss's gradient,
 per entry; `mean`, `second_moment`, `dead`, `saturated` (and `peak`, if asked for) at every tap; `update_ratio`,
 |update|/|weights| of the optimiser's next update, and `cosine`, between the gradient and the one at the recorded step
 before, both for every parameter.
+Where `build` returns a pair (init, loss), layers and their quantities are those of `fnn.watch`, listed at `fnn.Flow`:
+`log10_gradient`, `log10_error`, `input_mean`, `input_second_moment`, `input_dead`, ..., and others if `quantities` names them;
+besides `update_ratio` and `cosine`. `cosine_to_weight` is what `watch` calls cosine. Of a Layer they are there if named.
 Quantities of a run: at recorded steps `loss`, `accuracy` on the held-out examples; at every step of training (thinned
 evenly to 256) `train_loss`, `train_accuracy`, `grad_norm`, `clip_fraction`, `clip_removed` on that step's batch; and
 one row `diverged` for each run: 0 at its last step, or 1 at the step whose loss or gradient was not finite. The record
