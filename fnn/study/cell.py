@@ -151,10 +151,10 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
     return Measured(read.labels, values, again, heldout, more | extra, traces, loss, seconds)
 
 
-def _in_float64(measure: Callable[..., Any], *given: Any) -> tuple[nets.Read, np.ndarray] | None:
-    """Measure a chunk at initialisation in float64: what was read there, and for which runs it holds; None for nets that
-    cannot be."""
-    runs, drawn, data, params, kind = given
+def _in_float64(
+    measure: Callable[..., Any], runs: Any, drawn: Any, data: Any, params: Any, kind: Mapping[str, bool]
+) -> tuple[nets.Read, np.ndarray] | None:
+    """Measure a chunk at initialisation in float64: what was read, and of which runs it holds. None if the net cannot be."""
     try:
         with jax.enable_x64(True):
             found, holds = jax.device_get(measure(runs, drawn, data))

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from fnn import check, losses, tree
-from fnn.core import Layer, as_spec
+from fnn.core import Layer, as_spec, output_spec
 from fnn.gradients import flow, labels, measured, wide
 from fnn.gradients.labels import Options
 from fnn.training import clip
@@ -82,8 +82,10 @@ class OfLayer:
 
     def wide(self, params: Any, state: Any, batch: Any, key: Any) -> tuple[dict[str, Any], jax.Array]:
         up = functools.partial(jax.tree.map, lambda a: wide.up(jnp.asarray(a)))
-        x, y = up(batch)
-        numbers, _ = flow.differentiate(self.net, self.loss, True, up(params), up(state), x, y, key)
+        (x, y), given = up(batch), (up(params), up(state))
+        if output_spec(self.net, *given, x).dtype != jnp.float64:
+            raise TypeError("study: the net casts to another type itself")
+        numbers, _ = flow.differentiate(self.net, self.loss, True, *given, x, y, key)
         found: dict[str, Any] = {"flow": numbers}
         if self.groups:
             loss, size = self._watched(state, key), len(batch[1])
