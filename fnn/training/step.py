@@ -219,13 +219,7 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
         size, grad_norm = tree.norm(updates), tree.norm(grads)
         values |= {"grad_norm": grad_norm, "update_ratio": size / tree.norm(state.params)}
-        if (report := clip.summary(opt_state, grads)) is not None:
-            removed = 1 - report.after / jnp.where(report.before == 0, 1, report.before)
-            values |= {
-                "grad_norm_clipped": report.after,
-                "clip_fraction": report.fraction,
-                "clip_removed": jnp.where(report.before == 0, 0, removed),
-            }
+        values |= clipped(opt_state, grads)
         kept = {name: v for name, v in values.items() if name == "loss" or name in metrics}
         values = {name: v.astype(tree.statistics_dtype(v.dtype)) for name, v in kept.items()}
         values |= of_examples
@@ -237,6 +231,19 @@ def train_step(
         return TrainState(params, new, opt_state, state.key, state.step + 1), values
 
     return TrainStep(mapped.auto(step, keep=True), net, loss, optimizer)
+
+
+def clipped(opt_state: Any, grads: Any) -> dict[str, Any]:
+    """Name what the optimiser's clips report of a step; nothing without a clip of `fnn.clip`."""
+    report = clip.summary(opt_state, grads)
+    if report is None:
+        return {}
+    removed = 1 - report.after / jnp.where(report.before == 0, 1, report.before)
+    return {
+        "grad_norm_clipped": report.after,
+        "clip_fraction": report.fraction,
+        "clip_removed": jnp.where(report.before == 0, 0, removed),
+    }
 
 
 def evaluate(
