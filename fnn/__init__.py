@@ -38,6 +38,7 @@ from fnn.study.study import Study
 from fnn.theory import meanfield
 from fnn.training import clip, optimizers
 from fnn.training.fit import History, fit
+from fnn.training.placement import shard
 from fnn.training.step import TrainState, TrainStep, evaluate, train_step
 
 __version__ = "0.1.0"
@@ -107,6 +108,7 @@ __all__ = [
     "rnn",
     "scalar_affine",
     "serial",
+    "shard",
     "stateless",
     "sum_inputs",
     "take_ends",

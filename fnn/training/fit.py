@@ -25,6 +25,7 @@ from fnn.datasets.dataset import (
     split_index,
 )
 from fnn.progress import Progress
+from fnn.training import placement
 from fnn.training.step import CLIPPING, TrainState, TrainStep, averages, check_state
 
 
@@ -63,6 +64,7 @@ class History:
         return np.array([np.mean(part) if len(part) else np.nan for part in parts])
 
 
+@placement.within
 def fit(
     step: TrainStep,
     state: TrainState,
@@ -75,6 +77,8 @@ def fit(
     patience: int | None = None,
     progress: bool | None = None,
     scan: bool = True,
+    mesh: Any = None,
+    shard: Any = None,
 ) -> tuple[TrainState, History]:
     """Train for some epochs, each one `lax.scan` on the device; return the new state and the curves.
 
@@ -118,6 +122,8 @@ def fit(
     if key is not None:
         check.prng_key("fit", key)
     train, held = _data(step, state, train, key, batch_size, validation)
+    if mesh is not None:
+        step, state, train, held = placement.place(step, state, train, held, mesh, shard)
     if isinstance(train, Dataset) and key is not None and batch_size is not None:
         run_epoch = _in_memory(step, state, train, jax.random.split(key, epochs), int(batch_size), scan)
     else:
@@ -145,14 +151,15 @@ def fit(
                     break
     except BaseException as error:
         kept = run.keeps_state()
-        step.unfinished = (run.state if kept else best), run.history()
+        step.unfinished = placement.released(run.state if kept else best, mesh), run.history()
         n = sum(run.lengths)
         where = "after them" if kept else "before them all, or the best epoch's: the step that failed destroyed its own"
         with contextlib.suppress(Exception):  # an exception that takes no attributes
             error.state, error.history = step.unfinished  # type: ignore[attr-defined]
             error.add_note(f"fit: {n} steps were finished; state, history = step.unfinished holds the state {where}")
         raise
-    return (best if patience is not None and run.best_epoch is not None else run.state), run.history(stopped)
+    last = best if patience is not None and run.best_epoch is not None else run.state
+    return placement.released(last, mesh), run.history(stopped)
 
 
 class _Run:
@@ -262,6 +269,7 @@ def _in_memory(
 ) -> Callable[[_Run, int], None]:
     """Return `(run, epoch)`, which advances the run by an epoch, shuffled by the epoch's key."""
     n = data.size
+    placement.divides("fit", getattr(step, "mesh", None), batch_size)
     if batch_size > n:
         raise ValueError(f"fit: batch_size must be at most the {n} examples of the data, got {batch_size}")
     step.admit(state, _rows(data, jnp.arange(batch_size)))
