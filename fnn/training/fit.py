@@ -122,6 +122,8 @@ def fit(
     if key is not None:
         check.prng_key("fit", key)
     train, held = _data(step, state, train, key, batch_size, validation)
+    if shard is not None and mesh is None:
+        raise ValueError(f"fit: shard= needs mesh=, got shard={shard!r} alone; pass the mesh whose devices are to share")
     if mesh is not None:
         step, state, train, held = placement.place(step, state, train, held, mesh, shard)
     if isinstance(train, Dataset) and key is not None and batch_size is not None:

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fnn import check, lowering, tree
+from fnn import check, lowering, mapped, tree
 from fnn.arrays import brief
 from fnn.core import Layer
 from fnn.datasets.dataset import Dataset
@@ -170,12 +170,7 @@ def place(step: TrainStep, state: TrainState, data: Any, held: Any, mesh: Mesh, 
 
 def released(state: Any, mesh: Mesh | None) -> Any:
     """Give arrays back on the caller's mesh, whose axes may be explicit, without a copy."""
-
-    def relabel(a):
-        parts = [part.data for part in a.addressable_shards]
-        return jax.make_array_from_single_device_arrays(a.shape, NamedSharding(mesh, a.sharding.spec), parts)
-
-    return state if mesh is None else jax.tree.map(relabel, state)
+    return state if mesh is None else jax.tree.map(lambda a: mapped.relabelled(a, mesh), state)
 
 
 def within(function: F) -> F:
@@ -185,7 +180,9 @@ def within(function: F) -> F:
     def run(*args, mesh=None, **options):
         if mesh is None:
             return function(*args, **options)
-        with jax.set_mesh(automatic(function.__name__, mesh)):
+        own = automatic(function.__name__, mesh)
+        args, options = mapped.placed((args, options))
+        with jax.set_mesh(own):
             return function(*args, mesh=mesh, **options)
 
     return cast(F, run)
@@ -197,7 +194,7 @@ def automatic(who: str, mesh: Any) -> Mesh:
         raise TypeError(
             f'{who}: mesh must be a jax.sharding.Mesh, got {brief(mesh)}; make one by jax.make_mesh((n,), ("data",))'
         )
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    return mapped.automatic(mesh)
 
 
 def divides(who: str, mesh: Mesh | None, n: int) -> None:
