@@ -31,7 +31,7 @@ import fnn
 from fnn import lowering
 from fnn.training.placement import layout
 
-lowering.SMALL = 48  # so that a small net has large arrays
+lowering.SMALL = 40  # so that a small net has large arrays
 RNG = np.random.default_rng(0)
 N, FEATURES, CLASSES = 44, 6, 4
 DATA = RNG.normal(size=(N, FEATURES)).astype(np.float32), (np.arange(N) % CLASSES).astype(np.int32)
@@ -111,9 +111,9 @@ def fit():
 
 def lies(state, where):
     """Assert that a state lies where it should: on this mesh with its kinds of axes, cut this way."""
-    for a, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
-        assert a.sharding.mesh == sharding.mesh, (a.sharding, sharding)
-        assert a.sharding.is_equivalent_to(sharding, a.ndim), (a.sharding, sharding)
+    for path, a, sharding in zip(fnn.tree.paths(state), jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
+        assert a.sharding.mesh == sharding.mesh, (path, a.sharding, sharding)
+        assert a.sharding.is_equivalent_to(sharding, a.ndim), (path, a.sharding.spec, sharding.spec)
 
 
 def fits(mesh, rule):

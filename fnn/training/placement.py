@@ -133,8 +133,8 @@ class Placed(TrainStep):
         def cut(batch):
             return jax.lax.with_sharding_constraint(batch, jax.tree.map(lambda a: _along(mesh, a.shape), batch))
 
-        def pure(state, batch):
-            out = step.pure(state, cut(batch))
+        def pure(state, batch):  # before and after: else XLA may move what its loop carries, and back in every step
+            out = step.pure(jax.lax.with_sharding_constraint(state, where), cut(batch))
             return jax.lax.with_sharding_constraint(out, (where, jax.tree.map(lambda _: _along(mesh), out[1])))
 
         def apply(params, state, x, **options):
@@ -180,10 +180,9 @@ def within(function: F) -> F:
     def run(*args, mesh=None, **options):
         if mesh is None:
             return function(*args, **options)
-        own = automatic(function.__name__, mesh)
-        args, options = mapped.placed((args, options))
-        with jax.set_mesh(own):
-            return function(*args, mesh=mesh, **options)
+        with jax.set_mesh(automatic(function.__name__, mesh)):
+            moved = {name: mapped.placed(options[name]) for name in ("key", "validation") if name in options}
+            return function(*map(mapped.placed, args), mesh=mesh, **options | moved)
 
     return cast(F, run)
 
