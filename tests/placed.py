@@ -64,7 +64,12 @@ def section(function):
 def net():
     block = fnn.serial(fnn.dense(8), fnn.tap(), fnn.batch_norm(), fnn.activation("tanh"), fnn.dropout(0.2))
     return fnn.serial(
-        fnn.dense(8), fnn.batch_norm(), fnn.activation("tanh"), fnn.dropout(0.3), fnn.repeat(block, 3), fnn.dense(CLASSES)
+        fnn.dense(8),
+        fnn.batch_norm(),
+        fnn.activation("tanh"),
+        fnn.dropout(0.3),
+        fnn.repeat(block, 3),
+        fnn.dense(CLASSES),
     )
 
 
@@ -261,7 +266,10 @@ def program(run, trained, **options):
         r"= (\(?[^=]*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
         re.sub(r"/\*.*?\*/", "", compiled.as_text()),
     ):
-        sizes = [np.prod([int(n) for n in dims.split(",") if n], dtype=int) for dims in re.findall(r"f32\[([\d,]*)\]", shapes)]
+        sizes = [
+            np.prod([int(n) for n in dims.split(",") if n], dtype=int)
+            for dims in re.findall(r"f32\[([\d,]*)\]", shapes)
+        ]
         sent.setdefault(kind, []).extend(map(int, sizes))
     return compiled, sent, got
 
@@ -317,7 +325,10 @@ def watched():
 @section
 def refusals():
     run = functools.partial(fitted, step())
-    yield "batch", lambda: refused(ValueError, "multiple of the 4 devices.*got 6; take 4", run, batch_size=6, mesh=PLAIN)
+    yield (
+        "batch",
+        lambda: refused(ValueError, "multiple of the 4 devices.*got 6; take 4", run, batch_size=6, mesh=PLAIN),
+    )
     yield "mesh", lambda: refused(TypeError, "mesh must be a jax.sharding.Mesh", run, mesh=4)
     yield "alone", lambda: refused(ValueError, "shard= needs mesh=", run, shard="largest")
     own = functools.partial(fnn.shard, begun())

@@ -98,6 +98,14 @@ def fit(
     nets, and faster for operations that XLA runs slowly inside a loop: on a CPU the gradients of convolutions that do not
     come from `fnn.conv`, such as Flax's.
 
+    With `mesh`, as `jax.make_mesh` makes it, several devices train together: each batch is cut along the mesh's first axis,
+    which must divide `batch_size`. Parameters are whole on every device, or cut by the rules `shard`, as in `fnn.shard`.
+    Data in memory are whole on every device, unless they are cut over the mesh already; then every step fetches its batch
+    from the others. A batch from outside that the devices do not divide is computed whole on each of them. The state comes
+    back on the mesh. Every number is that of one device to rounding; with JAX's default keys dropout masks are the same.
+    Of several processes (`jax.distributed`) each calls `fit` with the same arguments, except that of batches from outside
+    each gives its own share: as many batches, of the same size, in every process.
+
     The keywords are many because each can be left out by itself, and a call reads better with them than with an object
     of options.
 
@@ -123,7 +131,9 @@ def fit(
         check.prng_key("fit", key)
     train, held = _data(step, state, train, key, batch_size, validation)
     if shard is not None and mesh is None:
-        raise ValueError(f"fit: shard= needs mesh=, got shard={shard!r} alone; pass the mesh whose devices are to share")
+        raise ValueError(
+            f"fit: shard= needs mesh=, got shard={shard!r} alone; pass the mesh whose devices are to share"
+        )
     if mesh is not None:
         step, state, train, held = placement.place(step, state, train, held, mesh, shard)
     if isinstance(train, Dataset) and key is not None and batch_size is not None:

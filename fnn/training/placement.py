@@ -81,12 +81,14 @@ def layout(who: str, state: TrainState, mesh: Mesh, rules: Any = None) -> Any:
 def _largest(shape: tuple[int, ...], mesh: Mesh) -> tuple[Any, ...]:
     """Cut the largest axis that the first axis of the mesh divides, the first of equal ones."""
     cut = [i for i, n in enumerate(shape) if len(shape) > 1 and not n % mesh.devices.shape[0]]
-    return (*[None] * (axis := max(cut, key=lambda i: shape[i])), mesh.axis_names[0]) if cut else ()
+    return (*[None] * max(cut, key=lambda i: shape[i]), mesh.axis_names[0]) if cut else ()
 
 
 def _given(who: str, rule: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> tuple[Any, ...]:
     if len(rule) > len(shape):
-        raise ValueError(f"{who} must have at most an entry for each axis, got {rule} for the shape {shape}; shorten it")
+        raise ValueError(
+            f"{who} must have at most an entry for each axis, got {rule} for the shape {shape}; shorten it"
+        )
     for n, names in zip(shape, rule, strict=False):
         names = names if isinstance(names, tuple) else () if names is None else (names,)
         if missing := [name for name in names if name not in mesh.axis_names]:
@@ -162,10 +164,10 @@ def place(step: TrainStep, state: TrainState, data: Any, held: Any, mesh: Mesh, 
     mesh = automatic("fit", mesh)
     where = layout("fit", state, mesh, rules)
     key = mesh, jax.tree.structure(where), tuple(jax.tree.leaves(where))
-    placed = step.placed.setdefault(key, None) or Placed(step, mesh, where)
-    step.placed[key] = placed
+    if key not in step.placed:  # compiled once for each mesh and layout
+        step.placed[key] = Placed(step, mesh, where)
     whole = [jax.tree.map(lambda a: _whole(a, mesh), d) if isinstance(d, Dataset) else d for d in (data, held)]
-    return placed, _put(state, where), *whole
+    return step.placed[key], _put(state, where), *whole
 
 
 def released(state: Any, mesh: Mesh | None) -> Any:
@@ -213,6 +215,11 @@ def shared(batch: Any, mesh: Mesh, axis: int = 0) -> Any:
             return a
         if jax.process_count() == 1:
             return jax.device_put(a, _along(mesh, a.shape, axis))
+        if a.shape[axis] % (own := mesh.local_mesh.devices.shape[0]):
+            raise ValueError(
+                f"fit: each process must give a multiple of its {own} devices on the mesh's first axis, got "
+                f"{a.shape[axis]} examples; drop some, in every process as many"
+            )
         return jax.make_array_from_process_local_data(_along(mesh, None, axis), np.asarray(a))
 
     return jax.tree.map(put, batch)
