@@ -6,12 +6,14 @@ number is that of the whole batch. A mesh with explicit axes is used as the same
 
 import fnmatch
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fnn import check, lowering, mapped, tree
@@ -41,10 +43,13 @@ def shard(state: TrainState, mesh: Mesh, rules: Rule | Mapping[str, Rule] | None
     parameter, that names no axis of the mesh, or that cuts an axis which its devices do not divide; TypeError for what is
     no mesh.
     """
-    automatic("shard", mesh)
+    own = automatic("shard", mesh)
     check_state("shard", state)
     check.alive("shard", state)
-    return _put(state, layout("shard", state, mesh, rules))
+    _agree("shard", state=state)
+    with jax.set_mesh(own):
+        state = mapped.placed(state)
+        return released(_put(state, layout("shard", state, own, rules)), mesh)
 
 
 def layout(who: str, state: TrainState, mesh: Mesh, rules: Any = None) -> Any:
@@ -182,11 +187,31 @@ def within(function: F) -> F:
     def run(*args, mesh=None, **options):
         if mesh is None:
             return function(*args, **options)
-        with jax.set_mesh(automatic(function.__name__, mesh)):
+        own = automatic(who := function.__name__, mesh)
+        memory = [part for part in args[2:] if isinstance(part, tuple)]
+        _agree(who, state=args[1:2], data=memory, **{name: options.get(name) for name in ("key", "validation", "epochs")})
+        with jax.set_mesh(own):
             moved = {name: mapped.placed(options[name]) for name in ("key", "validation") if name in options}
             return function(*map(mapped.placed, args), mesh=mesh, **options | moved)
 
     return cast(F, run)
+
+
+def _agree(who: str, **parts: Any) -> None:
+    """Refuse arrays that differ between processes: each would take its own for everybody's."""
+    if jax.process_count() == 1:
+        return
+    for name, part in parts.items():
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(part):
+            if isinstance(leaf, jax.Array):
+                if not leaf.is_fully_addressable:
+                    continue
+                leaf = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+            digest.update(np.asarray(leaf).tobytes())
+        every = multihost_utils.process_allgather(np.frombuffer(digest.digest()[:4], np.uint32))
+        if (every != every[0]).any():
+            raise ValueError(f"{who}: {name} must be the same in every process, got others; use the same keys and data")
 
 
 def automatic(who: str, mesh: Any) -> Mesh:
