@@ -189,7 +189,9 @@ def within(function: F) -> F:
             return function(*args, **options)
         own = automatic(who := function.__name__, mesh)
         memory = [part for part in args[2:] if isinstance(part, tuple)]
-        _agree(who, state=args[1:2], data=memory, **{name: options.get(name) for name in ("key", "validation", "epochs")})
+        _agree(
+            who, state=args[1:2], data=memory, **{name: options.get(name) for name in ("key", "validation", "epochs")}
+        )
         with jax.set_mesh(own):
             moved = {name: mapped.placed(options[name]) for name in ("key", "validation") if name in options}
             return function(*map(mapped.placed, args), mesh=mesh, **options | moved)
