@@ -39,6 +39,7 @@ from fnn.theory import meanfield
 from fnn.training import clip, optimizers, weights
 from fnn.training.fit import fit
 from fnn.training.history import History
+from fnn.training.placement import shard
 from fnn.training.saving import load, save
 from fnn.training.step import TrainState, TrainStep, evaluate, train_step
 
@@ -111,6 +112,7 @@ __all__ = [
     "save",
     "scalar_affine",
     "serial",
+    "shard",
     "stateless",
     "sum_inputs",
     "take_ends",

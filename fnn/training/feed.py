@@ -21,6 +21,7 @@ from fnn.datasets.dataset import (
     shuffled,
     split_index,
 )
+from fnn.training import placement
 from fnn.training.batches import checksum
 from fnn.training.hooks import steps_left
 from fnn.training.run import Run
@@ -38,6 +39,7 @@ class InMemory:
         n = data.size
         if batch_size > n:
             raise ValueError(f"fit: batch_size must be at most the {n} examples of the data, got {batch_size}")
+        placement.divides("fit", getattr(step, "mesh", None), batch_size)
         step.admit(state, _rows(data, jnp.arange(batch_size)))
         self.step, self.data, self.batch_size, self.scan = step, data, batch_size, scan
         self.key = jax.random.fold_in(state.key if key is None else key, SHUFFLES)

@@ -14,6 +14,7 @@ import numpy as np
 from fnn import check
 from fnn.datasets.dataset import Dataset
 from fnn.progress import Progress
+from fnn.training import placement
 from fnn.training.batches import FromBatches, checksum
 from fnn.training.checkpoint import Checkpoint, key_numbers
 from fnn.training.feed import InMemory, prepare
@@ -23,6 +24,7 @@ from fnn.training.run import Run
 from fnn.training.step import TrainState, TrainStep, averages, check_state
 
 
+@placement.within
 def fit(
     step: TrainStep,
     state: TrainState,
@@ -40,6 +42,8 @@ def fit(
     stop_nonfinite: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     save_every: int | tuple[int, str] | None = None,
+    mesh: Any = None,
+    shard: Any = None,
 ) -> tuple[TrainState, History]:
     """Train for some epochs in compiled stretches of steps; return the new state and the curves.
 
@@ -85,6 +89,14 @@ def fit(
     set to where it was; others are read again from the first epoch on, without training, and checked by the last batch. Of
     several processes the first writes, and all must see the folder.
 
+    With `mesh`, as `jax.make_mesh` makes it, several devices train together: each batch is cut along the mesh's first axis,
+    which must divide `batch_size`. Parameters are whole on every device, or cut by the rules `shard`, as in `fnn.shard`.
+    Data in memory are whole on every device, unless they are cut over the mesh already; then every step fetches its batch
+    from the others. A batch from outside that the devices do not divide is computed whole on each of them. The state comes
+    back on the mesh. Every number is that of one device to rounding; with JAX's default keys dropout masks are the same.
+    Of several processes (`jax.distributed`) each calls `fit` with the same arguments, except that of batches from outside
+    each gives its own share: as many batches, of the same size, in every process.
+
     The keywords are many because each can be left out by itself, and a call reads better with them than with an object
     of options.
 
@@ -114,7 +126,13 @@ def fit(
     if checkpoint is None and save_every is not None:
         raise TypeError(f"fit: save_every needs a folder to save in, got {save_every!r} alone; pass checkpoint=folder")
     keeper = None if checkpoint is None else Checkpoint(checkpoint, 1 if save_every is None else save_every, epochs)
-    train, held = prepare(step, state, train, key, batch_size, validation)
+    given, (train, held) = state, prepare(step, state, train, key, batch_size, validation)
+    if shard is not None and mesh is None:
+        raise ValueError(
+            f"fit: shard= needs mesh=, got shard={shard!r} alone; pass the mesh whose devices are to share"
+        )
+    if mesh is not None:
+        step, state, train, held = placement.place(step, state, train, held, mesh, shard)
     if isinstance(train, Dataset):
         feed: Any = InMemory(step, state, train, key, int(batch_size or 0), scan)
     else:
@@ -125,7 +143,7 @@ def fit(
         options = {"key": key_numbers(key), "batch_size": batch_size, "patience": patience, "scan": scan}
         data = {"training data": feed.checksum(), "validation data": held and checksum(held)}
         keeper.begin(run, step, feed, options | data)
-    if isinstance(feed, InMemory) and not (unfinished and unfinished[0] is state):
+    if isinstance(feed, InMemory) and not (unfinished and unfinished[0] is given):
         feed.warn_of_middle(int(state.step))
     try:
         with Progress("epoch", epochs, progress, done=len(run.lengths) - run.within) as bar, keeper or nullcontext():
@@ -139,14 +157,14 @@ def fit(
                 keeper.save(run, last=True)
     except BaseException as error:
         kept = run.keeps_state()
-        step.unfinished = (run.state if kept else run.best or state), run.history()
+        step.unfinished = placement.released(run.state if kept else run.best or state, mesh), run.history()
         n = sum(run.lengths)
         where = "after them" if kept else "before them all, or the best epoch's: the step that failed destroyed its own"
         with contextlib.suppress(Exception):  # an exception that takes no attributes
             error.state, error.history = step.unfinished  # type: ignore[attr-defined]
             error.add_note(f"fit: {n} steps were finished; state, history = step.unfinished holds the state {where}")
         raise
-    return (run.best or run.state), run.history()
+    return placement.released(run.best or run.state, mesh), run.history()
 
 
 def _train(run: Run, feed: Any, hooks: Sequence[Hook], keeper: Checkpoint | None, stop_nonfinite: bool) -> None:

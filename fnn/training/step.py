@@ -70,6 +70,7 @@ class TrainStep:
         self.epoch = over_data(pure)
         self.stretch = jax.jit(functools.partial(jax.lax.scan, pure), donate_argnums=0)
         self._output_shapes: dict[Any, tuple[int, ...]] = {}
+        self.placed: dict[Any, Any] = {}
         self.unfinished: tuple[TrainState, Any] | None = None
         """After a `fit` that was interrupted or failed: (state, history) of what it had finished."""
 
