@@ -27,6 +27,9 @@ class Dataset(NamedTuple):
     x: Any
     y: jax.Array
 
+    def __repr__(self) -> str:
+        return f"Dataset({self.size:,} examples, x {brief(self.x)}, y {brief(self.y)})"
+
     @property
     def size(self) -> int:
         """Number of examples."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fnn import check, lowering
 from fnn.core import Layer, as_arrays, as_spec
+from fnn.description import described
 from fnn.layers import initializers, memory
 from fnn.layers.dense import affine
 from fnn.layers.initializers import Initializer
@@ -16,6 +17,7 @@ from fnn.masks import cleared
 from fnn.tree import statistics_dtype
 
 
+@described
 def attention(
     heads: int,
     *,
@@ -76,6 +78,7 @@ def attention(
     return Layer(init, apply)
 
 
+@described
 def cross_attention(
     heads: int,
     *,
@@ -127,6 +130,7 @@ def cross_attention(
     return Layer(init, apply)
 
 
+@described
 def positions(max_length: int, *, kernel_init: str | Initializer | None = None) -> Layer:
     """Add a learned vector for each position: y_t = x_t + P_t; params: embedding float[max_length, d].
 

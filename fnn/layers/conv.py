@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import check, lowering
-from fnn.core import Layer, stateless
+from fnn.core import Layer, described, stateless
 from fnn.layers import initializers
 from fnn.layers.dense import product
 from fnn.layers.inputs import Masked, sequence
@@ -24,6 +24,7 @@ IMPLEMENTATIONS = ("patches", "turned", "xla")
 _LAYOUT = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 
 
+@described
 def conv(
     channels: int,
     window: Window,
@@ -74,6 +75,7 @@ def conv(
     return _with_kernel(who, slide, (channels, window, groups), (kernel_init, bias_init if bias else None))
 
 
+@described
 def conv_transpose(
     channels: int,
     window: Window,
@@ -109,6 +111,7 @@ def conv_transpose(
     return _with_kernel(who, slide, (channels, window, 1), (kernel_init, bias_init if bias else None))
 
 
+@described
 def max_pool(window: Window, *, stride: Window | None = None, padding: Padding = "valid") -> Layer:
     """Take the largest number under each window: float[batch, *positions, c] -> the same with fewer positions.
 
@@ -118,6 +121,7 @@ def max_pool(window: Window, *, stride: Window | None = None, padding: Padding =
     return _pool("max_pool", window, stride, padding, _largest)
 
 
+@described
 def avg_pool(window: Window, *, stride: Window | None = None, padding: Padding = "valid") -> Layer:
     """Average the numbers under each window: float[batch, *positions, c] -> the same with fewer positions.
 
@@ -131,6 +135,7 @@ def avg_pool(window: Window, *, stride: Window | None = None, padding: Padding =
     return _pool("avg_pool", window, stride, padding, average)
 
 
+@described
 def global_avg_pool() -> Layer:
     """Average over all positions: float[batch, *positions, c] -> float[batch, c].
 

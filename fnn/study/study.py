@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from fnn import check, losses
+from fnn.description import name_of
 from fnn.progress import Progress
 from fnn.study import axes, cell, results, table
 from fnn.study.cell import Cell
@@ -107,6 +108,13 @@ class Study:
         if not isinstance(self.grid, Grid):
             raise TypeError(f"study: grid must be a Grid or a dict of axes, got {type(self.grid).__name__}")
         check_options(self)
+
+    def __repr__(self) -> str:
+        data = self.data if isinstance(self.data, str | os.PathLike) else check.describe(self.data)
+        length = f"{self.epochs} epochs" if self.steps is None else f"steps {self.steps!s:.40}"
+        seeds = self.seeds if isinstance(self.seeds, int) else len(self.seeds)
+        points = f"{len(self.grid)} points of {', '.join(self.grid.axes):.200}"
+        return f"Study({points}; {seeds} seeds, {length}, data {data!s:.80}, build {name_of(self.build):.80})"
 
     def cells(self) -> list[Cell]:
         """List the cells in the grid's order, each with its runs, and check every value; chunks are not chosen yet."""

@@ -2,10 +2,7 @@
 
 import contextlib
 import numbers
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -25,42 +22,10 @@ from fnn.datasets.dataset import (
     split_index,
 )
 from fnn.progress import Progress
-from fnn.training.step import CLIPPING, TrainState, TrainStep, averages, check_state
-
-
-@dataclass(frozen=True)
-class History:
-    """What `fit` recorded, as NumPy arrays."""
-
-    train: dict[str, Any]
-    """Metrics of every step, each with a leading axis of steps."""
-    validation: dict[str, np.ndarray]
-    """`loss` (and `accuracy`) after every epoch, float[epochs]; empty without validation data."""
-    steps_per_epoch: tuple[int, ...]
-    best_epoch: int | None
-    """Index of the epoch with the lowest validation loss."""
-    stopped_early: bool
-
-    def __str__(self) -> str:
-        rows = []
-        for epoch in range(len(self.steps_per_epoch)):
-            train = {f"train {name}": self.by_epoch(name)[epoch] for name in ("loss", "accuracy") if name in self.train}
-            held_out = {f"validation {name}": v[epoch] for name, v in self.validation.items() if epoch < len(v)}
-            numbers = ", ".join(f"{name} {value:.4g}" for name, value in (train | held_out).items())
-            rows.append(f"epoch {epoch + 1}: {numbers}{' (best)' * (epoch == self.best_epoch)}")
-        rows = rows if len(rows) <= 24 else [*rows[:12], f"... {len(rows) - 24} more", *rows[-12:]]
-        return "\n".join([*rows, *(["stopped early"] if self.stopped_early else [])])
-
-    def by_epoch(self, name: str) -> np.ndarray:
-        """Average a metric of the training steps over each epoch, to lay beside `validation`.
-
-        Reports of clips are averaged over the steps that have one (not those that only accumulate, or are skipped).
-        """
-        ends = np.cumsum(self.steps_per_epoch)
-        parts = np.split(np.asarray(self.train[name]), ends[:-1])
-        if name in CLIPPING:
-            parts = [part[~np.isnan(part)] for part in parts]
-        return np.array([np.mean(part) if len(part) else np.nan for part in parts])
+from fnn.training.history import History
+from fnn.training.log import Loggers
+from fnn.training.run import Run
+from fnn.training.step import TrainState, TrainStep, averages, check_state
 
 
 def fit(
@@ -75,6 +40,8 @@ def fit(
     patience: int | None = None,
     progress: bool | None = None,
     scan: bool = True,
+    log: Any = None,
+    log_every: int = 50,
 ) -> tuple[TrainState, History]:
     """Train for some epochs, each one `lax.scan` on the device; return the new state and the curves.
 
@@ -93,6 +60,10 @@ def fit(
     `scan=False` calls the compiled step once for every batch, with the same result to rounding. It is slower for small
     nets, and faster for operations that XLA runs slowly inside a loop: on a CPU the gradients of convolutions that do not
     come from `fnn.conv`, such as Flax's.
+
+    `log` is a logger, anything with `.log(dict, step=)` (a run of wandb, `fnn.log.csv(path)`), or a list of them. It gets the
+    metrics of every step whose number `log_every` divides, steps being counted as `state.step` counts them, and the
+    validation after every epoch; a tree is flattened to one number for each path (`fnn.log.flat`).
 
     The keywords are many because each can be left out by itself, and a call reads better with them than with an object
     of options.
@@ -117,13 +88,15 @@ def fit(
     check.alive("fit", state)
     if key is not None:
         check.prng_key("fit", key)
+    loggers = Loggers(log, log_every)
     train, held = _data(step, state, train, key, batch_size, validation)
     if isinstance(train, Dataset) and key is not None and batch_size is not None:
         run_epoch = _in_memory(step, state, train, jax.random.split(key, epochs), int(batch_size), scan)
     else:
         run_epoch = _from_batches(step, train, epochs, scan)
     step.unfinished = None
-    run = _Run(jax.tree.map(jnp.copy, state))  # the steps donate their state, and the caller's stays usable
+    run = Run(jax.tree.map(jnp.copy, state))  # the steps donate their state, and the caller's stays usable
+    loggers.begin(run.step)
     best, best_loss, stopped = state, np.inf, False
     try:
         with Progress("epoch", epochs, progress) as bar:
@@ -131,9 +104,11 @@ def fit(
                 run.lengths.append(0)
                 run_epoch(run, epoch)
                 shown = {"loss": run.fetch()}
+                loggers.catch_up(run)
                 if held is not None:
                     scores = averages(step.net, run.state.params, run.state.net_state, held, step.loss)
                     run.curves.append(scores)
+                    loggers.epoch(run, scores)
                     shown |= {f"validation {name}": value for name, value in scores.items()}
                     if scores["loss"] < best_loss:
                         best_loss, run.best_epoch = scores["loss"], epoch
@@ -147,65 +122,16 @@ def fit(
         kept = run.keeps_state()
         step.unfinished = (run.state if kept else best), run.history()
         n = sum(run.lengths)
+        with contextlib.suppress(Exception):
+            loggers.catch_up(run)
+            loggers.close()
         where = "after them" if kept else "before them all, or the best epoch's: the step that failed destroyed its own"
         with contextlib.suppress(Exception):  # an exception that takes no attributes
             error.state, error.history = step.unfinished  # type: ignore[attr-defined]
             error.add_note(f"fit: {n} steps were finished; state, history = step.unfinished holds the state {where}")
         raise
+    loggers.close()
     return (best if patience is not None and run.best_epoch is not None else run.state), run.history(stopped)
-
-
-class _Run:
-    """Keep what a run has finished: its state, the metrics of its steps, its curves."""
-
-    def __init__(self, state: TrainState):
-        self.state, self.lengths, self.curves = state, [], []
-        self.best_epoch: int | None = None
-        self._records: list[Any] = []
-        self._fetched = 0
-
-    def advance(self, function: Callable[..., Any], *args: Any, steps: int | None = None) -> None:
-        """Run a stretch of steps (a single one without `steps`): replace the state, and keep the metrics.
-
-        Ctrl-C waits until the call returns: meanwhile the old state is gone and the new one not yet there.
-        """
-        with _uninterrupted():
-            self.state, metrics = function(self.state, *args)
-            self._records.append((metrics, steps))
-            self.lengths[-1] += 1 if steps is None else steps
-
-    def fetch(self) -> float:
-        """Bring the metrics of the epoch to the host; return its mean loss."""
-        for i in range(self._fetched, len(self._records)):
-            metrics, steps = self._records[i]
-            metrics = jax.device_get(metrics)
-            self._records[i] = metrics if steps is not None else jax.tree.map(lambda m: np.asarray(m)[None], metrics), 0
-        fetched, self._fetched = self._records[self._fetched :], len(self._records)
-        return float(np.mean(np.concatenate([metrics["loss"] for metrics, _ in fetched])))
-
-    def history(self, stopped: bool = False) -> History:
-        records = [metrics for metrics, _ in self._records]
-        return History(
-            jax.tree.map(lambda *parts: np.concatenate(parts), *records) if records else {},
-            {name: np.array([c[name] for c in self.curves]) for name in self.curves[0]} if self.curves else {},
-            tuple(n for n in self.lengths if n),
-            self.best_epoch,
-            stopped,
-        )
-
-    def keeps_state(self) -> bool:
-        """Say, after an error, whether the state is still there, and keep the metrics that are."""
-        try:
-            jax.block_until_ready(self.state)
-            check.alive("fit", self.state)
-            if self._fetched < len(self._records):
-                self.fetch()
-        except Exception:
-            if self.lengths:
-                self.lengths[-1] = 0
-            del self._records[self._fetched :]
-            return False
-        return True
 
 
 def _data(
@@ -239,27 +165,9 @@ def _data(
     return train, held
 
 
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back."""
-    if threading.current_thread() is not threading.main_thread() or not callable(
-        before := signal.getsignal(signal.SIGINT)
-    ):
-        yield
-        return
-    pending: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *args: pending.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pending:
-        before(*pending[0])
-
-
 def _in_memory(
     step: TrainStep, state: TrainState, data: Dataset, keys: Any, batch_size: int, scan: bool
-) -> Callable[[_Run, int], None]:
+) -> Callable[[Run, int], None]:
     """Return `(run, epoch)`, which advances the run by an epoch, shuffled by the epoch's key."""
     n = data.size
     if batch_size > n:
@@ -276,7 +184,7 @@ def _in_memory(
     return one_by_one
 
 
-def _from_batches(step: TrainStep, data: Any, epochs: int, scan: bool) -> Callable[[_Run, int], None]:
+def _from_batches(step: TrainStep, data: Any, epochs: int, scan: bool) -> Callable[[Run, int], None]:
     """Return `(run, epoch)`, which advances the run by all batches of an iterable."""
     if isinstance(data, Iterator) and epochs > 1:
         raise ValueError(
@@ -305,7 +213,7 @@ def _rows(data: Dataset, index: jax.Array) -> tuple[Any, Any]:
     return mapped.auto(lambda data, index: jax.tree.map(lambda a: a[index], tuple(data)))(data, index)
 
 
-def _chunks(step: TrainStep, run: _Run, batches: Iterable[Any], most: int) -> Iterator[list[Any]]:
+def _chunks(step: TrainStep, run: Run, batches: Iterable[Any], most: int) -> Iterator[list[Any]]:
     """Check batches and group those of one shape, `most` at a time; a change of shape ends a group."""
     chunk: list[Any] = []
     for batch in batches:
