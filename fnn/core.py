@@ -43,6 +43,7 @@ class Layer(_Pair):
     """
 
     description: str = ""
+    short_repr = True
 
     def __new__(cls, init: Callable[..., Any], apply: Callable[..., Any], description: str = "") -> "Layer":
         layer = super().__new__(cls, init, apply)

@@ -92,17 +92,18 @@ def shortened(whole: str, most: int = MOST) -> str:
 
 
 def _without(whole: str, deepest: int) -> str:
-    """Replace what is in brackets at some depth or deeper by one sign each."""
-    shown: list[str] = []
+    """Replace what is in brackets at some depth or deeper by one sign each, unless it is short."""
+    shown, inner = "", ""
     depth = 0
     for c in whole:
         depth -= c in ")]}"
         if depth < deepest:
-            shown.append(c)
-        elif shown[-1] != "…":
-            shown.append("…")
+            shown += ("…" if len(inner) > 6 else inner) + c
+            inner = ""
+        else:
+            inner += c
         depth += c in "([{"
-    return "".join(shown)
+    return shown
 
 
 def _row(texts: list[str]) -> list[str]:

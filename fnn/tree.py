@@ -48,6 +48,8 @@ class Stacked:
         return jax.tree.map(lambda a: a[i], self.blocks)
 
     def __repr__(self) -> str:
+        if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(self)):
+            return f"Stacked({self.blocks!r})"  # a tree of something else in the place of arrays
         depth = next((jnp.shape(leaf)[0] for leaf in jax.tree.leaves(self) if jnp.ndim(leaf)), self.depth)
         return f"Stacked({'no' if depth is None else depth} blocks of {contents(self.blocks, depth)})"
 

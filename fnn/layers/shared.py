@@ -36,8 +36,10 @@ def shared(layer: Layer, build: Callable[[Callable[..., Layer]], Layer]) -> Laye
     Errors: ValueError if build has no `use()`, or if a use stands outside the net that build returns.
     """
     if not isinstance(layer, Layer) or not callable(build):
-        got = check.describe(build) if isinstance(layer, Layer) else check.describe(layer)
-        raise TypeError(f"shared: needs a Layer and a function use -> net, got {got}; see its example")
+        got = f"{check.describe(layer)} and {check.describe(build)}"
+        raise TypeError(
+            f"shared: needs a Layer and a function use -> net, got {got}; pass lambda use: serial(use(), ...)"
+        )
     mark = _Mark()
 
     def use(apply: Callable[[Any, Any], Any] | None = None) -> Layer:
@@ -52,7 +54,7 @@ def shared(layer: Layer, build: Callable[[Callable[..., Layer]], Layer]) -> Laye
         own, rest = jax.random.split(key)
         seen: list[Any] = []
         with _bound(mark, seen), located("rest", spec):
-            jax.eval_shape(net.init, rest, spec)
+            jax.eval_shape(lambda key: net.init(key, spec), rest)  # not net.init itself, whose trace JAX would keep
         if not seen:
             raise ValueError("shared: the net must use the layer, got no use() in it; put use() where it belongs")
         params = layer.init(own, seen[0])[0]

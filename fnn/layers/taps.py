@@ -56,6 +56,8 @@ class TapState:
     exact: bool = flax.struct.field(pytree_node=False, default=False)
     role: str = flax.struct.field(pytree_node=False, default="")
 
+    short_repr = True
+
     def __repr__(self) -> str:
         one = check.describe(self.forward.get("mean"))
         return f"TapState({', '.join(self.forward)}: each {one}, role={self.role!r})"

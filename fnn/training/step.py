@@ -49,6 +49,8 @@ class TrainState:
         created = cls(params, state, opt_state, train_key, jnp.zeros((), jnp.int32))
         return jax.tree.map(jnp.copy, created)  # an array that two leaves share could not be donated
 
+    short_repr = True
+
     def __repr__(self) -> str:
         return reprs.of_state(self)
 
