@@ -9,6 +9,7 @@ before the first step: rows beyond that step are dropped, for the run will write
 resumed has each row once. A run that starts at step 0 moves older files aside, to a free name that ends in `.aside`.
 """
 
+import atexit
 import csv as _csv
 import io
 import os
@@ -76,21 +77,21 @@ class Csv:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file: Any = None
+        self._ready = False
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Append a row for each number."""
-        if self._file is None:
+        if not self._ready:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._rewrite(_read_csv(self.path) or [HEADER])
-            self._file = open(self.path, "a", newline="")  # noqa: SIM115 (open until the run ends)
-        self._file.write(_lines((int(step), name, value) for name, value in flat(metrics).items()))
-        self._file.flush()
+            self._ready = True
+        with open(self.path, "a", newline="") as file:
+            file.write(_lines((int(step), name, value) for name, value in flat(metrics).items()))
 
     def resume(self, step: int) -> None:
         """Drop the rows beyond a step; at step 0 move the file aside."""
-        self.close()
         rows = _read_csv(self.path)
+        self._ready = False
         if step == 0 and len(rows) > 1:
             files.set_aside(self.path)
         elif rows:
@@ -99,11 +100,7 @@ class Csv:
     def flush(self) -> None:
         """Do nothing: every row is in the file already."""
 
-    def close(self) -> None:
-        """Close the file; the next row opens it again."""
-        if self._file is not None:
-            self._file.close()
-        self._file = None
+    close = flush
 
     def _rewrite(self, rows: Sequence[Sequence[Any]]) -> None:
         content = _lines(rows).encode()
@@ -120,6 +117,7 @@ class Parquet:
         self._new: list[tuple[int, str, float]] = []
         self._part: tuple[Path, Any] | None = None
         self._time = time.monotonic()
+        atexit.register(self.close)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Take a row for each number."""
@@ -181,6 +179,7 @@ class TensorBoard:
         self.folder = folder
         self._writer: Any = None
         self._time = time.monotonic()
+        atexit.register(self.close)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Write a scalar for each number."""
