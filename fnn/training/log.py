@@ -25,7 +25,7 @@ from fnn import arrays, check, files, tree
 from fnn.layers import taps
 
 HEADER = ("step", "name", "value")
-SECONDS, PART = 2.0, 30_000
+SECONDS, PART = 5.0, 30_000
 """How often Parquet and TensorBoard files are written, and how many rows a Parquet file has at most."""
 
 
@@ -41,7 +41,7 @@ def csv(path: str | os.PathLike[str]) -> "Csv":
 def parquet(path: str | os.PathLike[str]) -> "Parquet":
     """Log to Parquet files in a folder, each written whole or not at all: `polars.read_parquet(path)`, columns as in `csv`.
 
-    They are written every two seconds, at each checkpoint and at the end: a crash loses at most what came in between, and
+    They are written every five seconds, at each checkpoint and at the end: a crash loses at most what came in between, and
     nothing that a checkpoint has seen. Errors: ImportError without polars.
     """
     return Parquet(Path(path))
@@ -246,7 +246,7 @@ class Loggers:
         self._files("resume", step)
 
     def catch_up(self, run: Any, now: bool = True) -> None:
-        """Log the steps that a run has finished since; without `now` only every two seconds.
+        """Log the steps that a run has finished since; without `now` only every five seconds.
 
         A run has `step`, the number of its steps, and `metrics(n)`, those of its last n steps on the host.
         """
