@@ -144,6 +144,7 @@ def test_data_flows_studies_and_results_print_in_one_line():
     assert repr(found).startswith("Results(2 of 2 cells, axes depth, width, ") and len(repr(found)) < 500
 
 
+@pytest.mark.filterwarnings("ignore:The chararray class")  # treescope reads all of NumPy
 def test_treescope_shows_what_a_net_and_a_state_are():
     state = state_of()
     assert treescope.render_to_text(NET) == NET.description
@@ -151,4 +152,4 @@ def test_treescope_shows_what_a_net_and_a_state_are():
     assert "Stacked(\n" in text or "Stacked(blocks=" in text
     assert "ScaleByAdamState(" in text and "float32(50, 8, 8)" in text and "TapState(" in text
     for thing in (NET, state, state.params[2]):
-        assert "<script" in treescope.render_to_html(thing) or "<" in treescope.render_to_html(thing)
+        assert "</" in treescope.render_to_html(thing)

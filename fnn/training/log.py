@@ -240,10 +240,10 @@ class Loggers:
         self.loggers, self.every = loggers if loggers and jax.process_index() == 0 else (), every
         self._logged, self._time = 0, 0.0
 
-    def begin(self, step: int) -> None:
-        """Say from which step a run starts or goes on."""
-        self._logged = step
-        self._files("resume", step)
+    def begin(self, step: int, within: bool = False) -> None:
+        """Say from which step a run starts or goes on; within an epoch its last step may have to be validated again."""
+        self._logged = max(0, step - within)
+        self._files("resume", self._logged)
 
     def catch_up(self, run: Any, now: bool = True) -> None:
         """Log the steps that a run has finished since; without `now` only every five seconds.
@@ -264,8 +264,9 @@ class Loggers:
         if scores and self.loggers:
             self._row({"validation": scores}, run.step)
 
-    def flush(self) -> None:
-        """Bring all rows to their files: before a checkpoint, which must not know of steps that they do not have."""
+    def before_save(self, run: Any) -> None:
+        """Bring all rows to their files: a checkpoint must not know of steps that they do not have."""
+        self.catch_up(run)
         self._files("flush")
 
     def close(self) -> None:
