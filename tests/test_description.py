@@ -144,6 +144,14 @@ def test_data_flows_studies_and_results_print_in_one_line():
     assert repr(found).startswith("Results(2 of 2 cells, axes depth, width, ") and len(repr(found)) < 500
 
 
+def test_a_history_prints_what_it_has():
+    curves = {"loss": np.array([0.5, 0.25]), "accuracy": np.array([0.5, 0.75])}
+    history = fnn.History({"loss": np.ones(6), "accuracy": np.ones(6)}, curves, (3, 3), 1, False)
+    expected = "History(2 epochs, 6 steps; train loss, accuracy; validation loss 0.25, accuracy 0.75; best_epoch=1, "
+    assert repr(history) == expected + "stopped_early=False)"
+    assert "validation none;" in repr(fnn.History({}, {}, (), None, True))
+
+
 @pytest.mark.filterwarnings("ignore:The chararray class")  # treescope reads all of NumPy
 def test_treescope_shows_what_a_net_and_a_state_are():
     state = state_of()

@@ -163,6 +163,21 @@ def test_embeddings_masks_and_shared_layers_inside_one_another():
     np.testing.assert_allclose(nested.apply(params, state, X)[0], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_one_block_of_attention_in_every_layer_decodes_as_it_predicts():
+    """Each use has a cache of its own."""
+    block = fnn.serial(fnn.residual(fnn.attention(2, causal=True, rotary=True)), fnn.layer_norm())
+    body = fnn.shared(block, lambda use: fnn.repeat(use(), 3))
+    layer = fnn.tied(11, 8, body)
+    prompt = jnp.array([[1, 2, 3], [4, 5, 6]])
+    params, state = layer.init(KEY, prompt)
+    assert tree.size(params["body"]["shared"]) == 4 * 72 + 16
+    tokens, found = prompt, fnn.generate(layer, params, state, prompt, 4)
+    for _ in range(4):
+        logits = layer.apply(params, state, tokens)[0]
+        tokens = jnp.concatenate([tokens, jnp.argmax(logits[:, -1:], axis=-1)], axis=1)
+    np.testing.assert_array_equal(found, tokens[:, 3:])
+
+
 def test_equal_nets_share_a_program_and_others_do_not():
     def key(build):
         return compiled.key((fnn.shared(fnn.dense(8), build),))

@@ -32,7 +32,8 @@ def shared(layer: Layer, build: Callable[[Callable[..., Layer]], Layer]) -> Laye
     over all uses, and clips and optimisers see the shared arrays once. Each use has a state of its own, at its place in
     state["rest"]: batch norms share scale and bias, and each counts its own statistics.
 
-    The layer is drawn for the input of its first `use()`. An embedding that is also the output layer: `fnn.tied`.
+    A use reads the parameters while the whole net is applied: compile the net, never `use().apply` alone (`jax.jit` would
+    keep the parameters of its first call). The layer is drawn for the input of its first `use()`. An embedding that is also the output layer: `fnn.tied`.
     Errors: ValueError if build has no `use()`, or if a use stands outside the net that build returns.
     """
     if not isinstance(layer, Layer) or not callable(build):

@@ -21,6 +21,12 @@ class History:
     """Index of the epoch with the lowest validation loss."""
     stopped_early: bool
 
+    def __repr__(self) -> str:
+        last = ", ".join(f"{name} {curve[-1]:.4g}" for name, curve in self.validation.items() if len(curve))
+        steps = f"{len(self.steps_per_epoch)} epochs, {sum(self.steps_per_epoch)} steps"
+        best = f"; best_epoch={self.best_epoch}, stopped_early={self.stopped_early}"
+        return f"History({steps}; train {', '.join(self.train):.200}; validation {last or 'none'}{best})"
+
     def __str__(self) -> str:
         rows = []
         for epoch in range(len(self.steps_per_epoch)):
