@@ -30,18 +30,20 @@ from fnn.layers.memory import generate
 from fnn.layers.norm import batch_norm, group_norm, layer_norm, rms_norm
 from fnn.layers.precision import compute_in
 from fnn.layers.recurrent import bidirectional, gru, lstm, rnn
+from fnn.layers.shared import shared
 from fnn.layers.taps import tap
 from fnn.layers.tokens import embed, tied
 from fnn.study import grid, report, results
 from fnn.study.compare import compare
 from fnn.study.study import Study
 from fnn.theory import meanfield
-from fnn.training import clip, optimizers, weights
+from fnn.training import clip, log, optimizers, weights
 from fnn.training.fit import fit
 from fnn.training.history import History
 from fnn.training.placement import shard
 from fnn.training.saving import load, save
 from fnn.training.step import TrainState, TrainStep, evaluate, train_step
+from fnn.training.summary import Summary, summary
 
 __version__ = "0.1.0"
 
@@ -53,6 +55,7 @@ __all__ = [
     "Masked",
     "PerExampleGradients",
     "Study",
+    "Summary",
     "TrainState",
     "TrainStep",
     "Watch",
@@ -89,6 +92,7 @@ __all__ = [
     "initializers",
     "layer_norm",
     "load",
+    "log",
     "losses",
     "lstm",
     "max_pool",
@@ -113,8 +117,10 @@ __all__ = [
     "scalar_affine",
     "serial",
     "shard",
+    "shared",
     "stateless",
     "sum_inputs",
+    "summary",
     "take_ends",
     "take_first",
     "take_last",

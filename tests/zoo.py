@@ -110,6 +110,17 @@ def _two_inputs() -> fnn.Layer:
     )
 
 
+def _shared() -> fnn.Layer:
+    """Two uses in a scan, each with statistics of its own, one outside, and the transposed weights."""
+
+    def build(use):
+        block = fnn.serial(use(), fnn.batch_norm(), fnn.activation("tanh"), use(), fnn.tap())
+        back = use(lambda params, x: x @ params["kernel"].T.astype(x.dtype))
+        return fnn.serial(use(), fnn.repeat(block, 2), back)
+
+    return fnn.shared(fnn.dense(8), build)
+
+
 CASES = [
     Case("dense", fnn.dense(8, bias_init="normal(0.3)")),
     Case("dense_wider", fnn.dense(5), keeps_shape=False),
@@ -118,6 +129,7 @@ CASES = [
     Case("activations", fnn.parallel(*map(fnn.activation, fnn.activations.TABLE)), keeps_shape=False),
     Case("activation_with_option", fnn.activation("leaky_relu", slope=0.3)),
     Case("activation_of_function", fnn.activation(lambda x: jnp.sin(x))),
+    Case("shared", _shared(), mixes=True),
     Case("flatten", fnn.flatten(), (4, 2, 3), keeps_shape=False),
     Case("dropout", fnn.dropout(0.4), noisy=True),
     Case("conv_1d", fnn.conv(4, 3, dilation=2, groups=2), (3, 6, 4)),

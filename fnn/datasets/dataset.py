@@ -27,6 +27,11 @@ class Dataset(NamedTuple):
     x: Any
     y: jax.Array
 
+    short_repr = True
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.size:,} examples, x {brief(self.x)}, y {brief(self.y)})"
+
     @property
     def size(self) -> int:
         """Number of examples."""

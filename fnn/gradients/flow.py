@@ -45,6 +45,10 @@ class GradientFlow:
     note: str = ""
     """Why it was measured in float64, or which numbers are NaN because not even that reached; "" for neither."""
 
+    def __repr__(self) -> str:
+        layers = len({row.layer for row in self.rows})
+        return f"GradientFlow(loss={self.loss:.6g}, {len(self.rows):,} numbers of {layers} layers, {self.precision})"
+
     def profile(self, *quantities: str) -> tuple[np.ndarray, np.ndarray]:
         """Return (layers, values); where a layer has several rows of the quantities, the first in forward order."""
         first: dict[int, float] = {}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fnn import check
 from fnn.core import Layer, as_arrays, as_spec
+from fnn.description import described
 from fnn.layers import initializers, memory
 from fnn.layers.attending import Rule, Sight, attend, check_pairs, every, rotate, sight
 from fnn.layers.dense import affine
@@ -17,6 +18,7 @@ from fnn.masks import cleared
 from fnn.tree import statistics_dtype
 
 
+@described
 def attention(
     heads: int,
     *,
@@ -99,6 +101,7 @@ def attention(
     return Layer(init, apply)
 
 
+@described
 def cross_attention(
     heads: int,
     *,
@@ -165,6 +168,7 @@ def cross_attention(
     return Layer(init, apply)
 
 
+@described
 def positions(max_length: int, *, kernel_init: str | Initializer | None = None) -> Layer:
     """Add a learned vector for each position: y_t = x_t + P_t; params: embedding float[max_length, d].
 

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 
 from fnn import check, lowering, mapped
 from fnn.core import Layer, as_arrays, function, stateless
+from fnn.description import described, name_of, text
 from fnn.layers import activations, initializers
 from fnn.layers.initializers import Initializer
 from fnn.layers.inputs import check_array, check_floating, check_units, positionwise
 from fnn.tree import statistics_dtype
 
 
+@described
 def dense(
     width: int,
     *,
@@ -73,10 +75,13 @@ def activation(f: str | Callable[..., jax.Array], **options: Any) -> Layer:
             raise TypeError(
                 "activation: only a named activation takes options, got a function; bind them with functools.partial"
             )
-        return positionwise(function(f))
-    return positionwise(function(activations.get(f).bind(**options)))
+        return positionwise(function(f)).described(name_of(f))
+    phi = activations.get(f).bind(**options)
+    given = ", ".join(f"{name}={text(value)}" for name, value in options.items())
+    return positionwise(function(phi)).described(f"{phi.name}({given})" if given else phi.name)
 
 
+@described
 def dropout(rate: float) -> Layer:
     """Set each number to zero with probability `rate` and multiply the rest by 1/(1 - rate); in eval mode y = x.
 
@@ -103,6 +108,7 @@ def dropout(rate: float) -> Layer:
     return positionwise(Layer(init, apply))
 
 
+@described
 def scalar_affine(scale: float | None = 1.0, bias: float | None = None) -> Layer:
     """Multiply by one learned number and add another: y = scale·x + bias; None leaves one of them out.
 
@@ -124,6 +130,7 @@ def scalar_affine(scale: float | None = 1.0, bias: float | None = None) -> Layer
     return positionwise(stateless(init, apply))
 
 
+@described
 def flatten() -> Layer:
     """Reshape float[batch, ...] to float[batch, d]. Its state has no array, and says what shape it has flattened."""
 

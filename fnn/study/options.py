@@ -13,6 +13,7 @@ import numpy as np
 from fnn import admission, check, losses
 from fnn.datasets import data
 from fnn.datasets.dataset import as_pair
+from fnn.description import name_of
 from fnn.study import axes, cell, grid, nets, program, table
 from fnn.study.workers import Shared
 
@@ -184,3 +185,12 @@ def _numbers(name: str, result: Any) -> Any:
             got = check.describe(leaf) if leaves else "none"
             raise TypeError(f"study: measure {name} must return real numbers, one or a tree of them, got {got}")
     return jax.tree.map(jnp.asarray, result)
+
+
+def one_line(study: Any) -> str:
+    """Describe a study in one line."""
+    given = study.data if isinstance(study.data, str | os.PathLike) else check.describe(study.data)
+    length = f"{study.epochs} epochs" if study.steps is None else f"steps {study.steps!s:.40}"
+    seeds = study.seeds if isinstance(study.seeds, int) else len(study.seeds)
+    points = f"{len(study.grid)} points of {', '.join(study.grid.axes):.200}"
+    return f"Study({points}; {seeds} seeds, {length}, data {given!s:.80}, build {name_of(study.build):.80})"

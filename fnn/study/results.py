@@ -97,6 +97,11 @@ class Results:
     frames: dict[int, Any] = field(default_factory=dict)
     """Finished cells, where there is no folder."""
 
+    def __repr__(self) -> str:
+        cells, there = self.description.get("cells", ()), len(self._present())
+        names = ", ".join(name for kind in self.description.get("axes", {}).values() for name in kind)
+        return f"Results({there} of {len(cells)} cells, axes {names:.300}, in {self.folder or 'memory'})"
+
     @property
     def finished(self) -> list[int]:
         """Numbers of the finished cells, in order. Reads and checks every byte of their files."""

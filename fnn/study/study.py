@@ -18,7 +18,7 @@ from fnn.study import axes, cell, results, table
 from fnn.study.cell import Cell
 from fnn.study.grid import Grid, product
 from fnn.study.identity import identify
-from fnn.study.options import arrays, check_cell, check_functions, check_options
+from fnn.study.options import arrays, check_cell, check_functions, check_options, one_line
 from fnn.study.provenance import configured, hash_arrays, session, settings
 from fnn.study.spawning import check_spawning
 from fnn.study.table import TRACED, left_range, widened
@@ -116,6 +116,9 @@ class Study:
         if not isinstance(self.grid, Grid):
             raise TypeError(f"study: grid must be a Grid or a dict of axes, got {type(self.grid).__name__}")
         check_options(self)
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
     def cells(self) -> list[Cell]:
         """List the cells in the grid's order, each with its runs, and check every value; chunks are not chosen yet."""
@@ -329,14 +332,9 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
             f"study: cell {task.number} must fit into the device's memory, got {task.cell.chunk} runs at once; use a "
             "smaller chunk or batch size"
         ) from None
-    frame = table.build(
-        task.number,
-        task.cell,
-        measured,
-        axes=task.axes,
-        quantities=study.quantities,
-        inputs=np.asarray(setup.train.x[: task.cell.static["batch_size"]]) if study.build is cell.mlp else None,
-    )
+    inputs = np.asarray(setup.train.x[: task.cell.static["batch_size"]]) if study.build is cell.mlp else None
+    options = {"axes": task.axes, "quantities": study.quantities, "inputs": inputs}
+    frame = table.build(task.number, task.cell, measured, **options)
     note = {"study": task.identity, "cell": task.number, "seconds": measured.seconds}
     return results.pack(frame, note), measured.seconds
 

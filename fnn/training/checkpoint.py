@@ -41,6 +41,7 @@ class Checkpoint:
         self._position: Callable[[], dict[str, Any]] = dict
         self._writer = ThreadPoolExecutor(1, "fnn-checkpoint")  # its thread starts with the first save
         self._writing: Future[None] | None = None
+        self.before_save: Callable[[Run], None] = lambda run: None
         self._saved: Any = None
         self._best: tuple[int | None, Any] = (None, None)
         if os.path.lexists(folder) and not os.path.isdir(folder):
@@ -103,6 +104,7 @@ class Checkpoint:
         if self._writing is not None and (last or jax.process_count() > 1 or self._writing.done()):
             self._wait()
         if self._writing is None and self._saved != (mark := self._mark(run)):
+            self.before_save(run)
             host = {"state": saving.to_host(run.state, copy=True)}
             if run.best is not None:
                 if self._best[0] != run.best_epoch:

@@ -20,6 +20,7 @@ from fnn.training.checkpoint import Checkpoint, key_numbers
 from fnn.training.feed import InMemory, prepare
 from fnn.training.history import History
 from fnn.training.hooks import Hook, Report, after_epoch, after_steps, collect
+from fnn.training.log import Loggers
 from fnn.training.run import Run
 from fnn.training.step import TrainState, TrainStep, averages, check_state
 
@@ -42,6 +43,8 @@ def fit(
     stop_nonfinite: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     save_every: int | tuple[int, str] | None = None,
+    log: Any = None,
+    log_every: int = 50,
     mesh: Any = None,
     shard: Any = None,
 ) -> tuple[TrainState, History]:
@@ -97,6 +100,10 @@ def fit(
     Of several processes (`jax.distributed`) each calls `fit` with the same arguments, except that of batches from outside
     each gives its own share: as many batches, of the same size, in every process.
 
+    `log` is a logger, anything with `.log(dict, step=)` (a run of wandb, `fnn.log.csv(path)`), or a list of them. It gets the
+    metrics of every step whose number `log_every` divides, steps being counted as `state.step` counts them, and the
+    validation after every epoch; a tree is flattened to one number for each path (`fnn.log.flat`).
+
     The keywords are many because each can be left out by itself, and a call reads better with them than with an object
     of options.
 
@@ -122,7 +129,7 @@ def fit(
     check.alive("fit", state)
     if key is not None:
         check.prng_key("fit", key)
-    hooks = collect(on_epoch, on_step_every)
+    hooks, loggers = collect(on_epoch, on_step_every), Loggers(log, log_every)
     if checkpoint is None and save_every is not None:
         raise TypeError(f"fit: save_every needs a folder to save in, got {save_every!r} alone; pass checkpoint=folder")
     keeper = None if checkpoint is None else Checkpoint(checkpoint, 1 if save_every is None else save_every, epochs)
@@ -143,20 +150,25 @@ def fit(
         options = {"key": key_numbers(key), "batch_size": batch_size, "patience": patience, "scan": scan}
         data = {"training data": feed.checksum(), "validation data": held and checksum(held)}
         keeper.begin(run, step, feed, options | data)
+        keeper.before_save = loggers.before_save
+    loggers.begin(run.step, run.within)
     if isinstance(feed, InMemory) and not (unfinished and unfinished[0] is given):
         feed.warn_of_middle(int(state.step))
     try:
         with Progress("epoch", epochs, progress, done=len(run.lengths) - run.within) as bar, keeper or nullcontext():
             while not run.is_done(epochs):
-                _train(run, feed, hooks, keeper, stop_nonfinite)
+                _train(run, feed, hooks, keeper, loggers, stop_nonfinite)
                 if not run.within:
                     _finish_epoch(step, run, held, hooks, patience, bar)
+                    loggers.epoch(run, {} if held is None else run.curves[-1])
                     if keeper is not None:
                         keeper.after_epoch(run)
             if keeper is not None and (run.nonfinite_step is None or not stop_nonfinite):
                 keeper.save(run, last=True)
     except BaseException as error:
         kept = run.keeps_state()
+        with contextlib.suppress(Exception):
+            loggers.catch_up(run)
         step.unfinished = placement.released(run.state if kept else run.best or state, mesh), run.history()
         n = sum(run.lengths)
         where = "after them" if kept else "before them all, or the best epoch's: the step that failed destroyed its own"
@@ -164,10 +176,14 @@ def fit(
             error.state, error.history = step.unfinished  # type: ignore[attr-defined]
             error.add_note(f"fit: {n} steps were finished; state, history = step.unfinished holds the state {where}")
         raise
+    finally:
+        loggers.close()
     return placement.released(run.best or run.state, mesh), run.history()
 
 
-def _train(run: Run, feed: Any, hooks: Sequence[Hook], keeper: Checkpoint | None, stop_nonfinite: bool) -> None:
+def _train(
+    run: Run, feed: Any, hooks: Sequence[Hook], keeper: Checkpoint | None, loggers: Loggers, stop_nonfinite: bool
+) -> None:
     """Train to the end of an epoch, or to where a hook or parameters that are not finite end the run."""
     if not run.within:
         run.lengths.append(0)
@@ -176,6 +192,7 @@ def _train(run: Run, feed: Any, hooks: Sequence[Hook], keeper: Checkpoint | None
     for _ in feed.stretches(run, len(run.lengths) - 1, periods):
         due = any(run.step % k == 0 for k in periods)
         finite = run.is_finite(wait=due) or not stop_nonfinite
+        loggers.catch_up(run, now=False)
         run.stopped = after_steps(hooks, run) or not finite
         if keeper is not None and finite:
             keeper.after_steps(run)

@@ -25,6 +25,12 @@ class History:
     """Where the parameters ceased to be finite: `state.step` at the first step from which on no loss (and no gradient norm, of
     those in `train`) is finite, or else at the step that made them so."""
 
+    def __repr__(self) -> str:
+        last = ", ".join(f"{name} {curve[-1]:.4g}" for name, curve in self.validation.items() if len(curve))
+        steps = f"{len(self.steps_per_epoch)} epochs, {sum(self.steps_per_epoch)} steps"
+        best = f"; best_epoch={self.best_epoch}, stopped_early={self.stopped_early}"
+        return f"History({steps}; train {', '.join(self.train):.200}; validation {last or 'none'}{best})"
+
     def __str__(self) -> str:
         rows = []
         for epoch in range(len(self.steps_per_epoch)):

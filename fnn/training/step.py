@@ -15,7 +15,7 @@ from fnn.core import Layer, as_arrays, check_values, output_shape
 from fnn.datasets.dataset import check_dataset, in_memory
 from fnn.layers.precision import compute_in
 from fnn.layers.taps import TapState
-from fnn.training import clip
+from fnn.training import clip, reprs
 from fnn.training.examples import check_step, step_gradients
 from fnn.training.optimizers import per_depth
 from fnn.training.stretches import over_data
@@ -49,6 +49,11 @@ class TrainState:
         admission.optimizer_state(who, opt_state)
         created = cls(params, state, opt_state, train_key, jnp.zeros((), jnp.int32))
         return jax.tree.map(jnp.copy, created)  # an array that two leaves share could not be donated
+
+    short_repr = True
+
+    def __repr__(self) -> str:
+        return reprs.of_state(self)
 
 
 class TrainStep:
