@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import admission, arrays, check, compiled, losses, tree
+from fnn import admission, arrays, check, compiled, losses, measures, tree
 from fnn.core import Layer, as_arrays, output_shape, output_spec
 from fnn.gradients import exact, powers
 from fnn.gradients.numbers import Label, Numbers, Verdict, resolve, settle
@@ -186,7 +186,7 @@ def differentiate(
         filled = [replace(t, backward=t.backward._replace(square=s)) for t, s in zip(marks, squares, strict=True)]
         with check.foreign("gradient_flow"):
             outputs, new = net.apply(params, taps.put(state, filled), x, key=key, train=train)
-            return jnp.mean(loss(outputs, y)), new
+            return measures.shares("gradient_flow", loss, outputs, y)["loss"], new
 
     wanted = params, [tap.backward.square for tap in marks]
     (value, new), (gradient, squares) = exact.gradient(objective, has_aux=True)(wanted)

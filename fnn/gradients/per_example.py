@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from fnn import admission, arrays, check, compiled, losses, mapped, tree
+from fnn import admission, arrays, check, compiled, losses, mapped, measures, tree
 from fnn.core import Layer
 from fnn.gradients import batch_axis, cuts, operations
 from fnn.gradients import program as jaxprs
@@ -188,10 +188,10 @@ def example_loss(
     _, net_state = admission.parts("example_loss", state)
 
     def of_example(net_state, params, example, key=None):
-        x, y = jax.tree.map(lambda a: jnp.asarray(a)[None], example)
+        x, y = arrays.weighted(jax.tree.map(lambda a: jnp.asarray(a)[None], example))
         admission.state("example_loss", net, params, net_state, x)
         outputs, _ = net.apply(params, net_state, x, key=key, train=train, axis_name=mapped.lanes(axis_name))
-        return admission.values("example_loss", loss, outputs, y)[0]
+        return measures.each("example_loss", loss, outputs, y)[0]
 
     # The state is an argument of the program, so that the losses of equal nets with other states share one.
     return Partial(of_example, net_state)

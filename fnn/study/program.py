@@ -20,6 +20,7 @@ from fnn.gradients import flow, powers, reductions
 from fnn.study import axes
 from fnn.training import clip
 from fnn.training import step as stepping
+from fnn.training.metrics import Measured, means
 from fnn.training.optimizers import per_depth
 
 CLIPS: dict[str, Callable[[Any], Any]] = {
@@ -138,7 +139,8 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
             )
         extra = {name: function(at.params, at.net_state, probe) for name, function in setup.measure.items()}
         extra = jax.tree.map(jnp.asarray, extra)
-        heldout = stepping.means(net, setup.loss, min(1024, test_x.shape[0]), at.params, at.net_state, test_x, test_y)
+        size = min(1024, test_x.shape[0])
+        heldout = means(net, Measured(setup.loss), size, at.params, at.net_state, test_x, test_y)
         return (results, heldout, extra), gradient
 
     at = stepping.TrainState(params, state, tx.init(params), key, jnp.zeros((), jnp.int32))

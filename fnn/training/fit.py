@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import admission, check, losses, mapped
+from fnn import admission, check, losses, mapped, measures
 from fnn.core import as_arrays, check_values, output_shape, same_spec
 from fnn.datasets.dataset import (
     Dataset,
@@ -25,7 +25,8 @@ from fnn.datasets.dataset import (
     split_index,
 )
 from fnn.progress import Progress
-from fnn.training.step import CLIPPING, TrainState, TrainStep, averages, check_state
+from fnn.training.metrics import CLIPPING, averages
+from fnn.training.step import TrainState, TrainStep, check_state
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def fit(
                 run_epoch(run, epoch)
                 shown = {"loss": run.fetch()}
                 if held is not None:
-                    scores = averages(step.net, run.state.params, run.state.net_state, held, step.loss)
+                    scores = averages(step.net, run.state.params, run.state.net_state, held, step.measured)
                     run.curves.append(scores)
                     shown |= {f"validation {name}": value for name, value in scores.items()}
                     if scores["loss"] < best_loss:
@@ -337,5 +338,7 @@ def _split_off(data: Dataset, validation: Any, key: Any) -> tuple[Dataset, Datas
     """Split a fraction off for validation, as `data.split` does, by a key of its own."""
     rng = generator("fit", key, 0x5EED)
     instead = "validation=(x, y)"
-    train, held = split_index("fit", np.asarray(data.y), rng, instead=instead, validation=validation)
+    y, _ = measures.unwrapped(data.y)
+    labels = np.asarray(y) if hasattr(y, "dtype") else np.zeros(data.size)  # a tree is split without looking at it
+    train, held = split_index("fit", labels, rng, instead=instead, validation=validation)
     return data.take(train), data.take(held)
