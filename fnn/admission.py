@@ -40,6 +40,19 @@ def loss(who: str, function: Any) -> None:
         raise TypeError(f"{who}: loss must be a function (outputs, targets) -> float[batch], got {function!r}; {hint}")
 
 
+def penalty(function: Any) -> Any:
+    """Wrap a function of the parameters; refuse results that are not one float."""
+
+    def checked(params):
+        value = function(params)
+        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            got = check.describe(jnp.asarray(value))
+            raise ValueError(f"train_step: penalty must return one float, got {got}; sum over the parameters")
+        return value
+
+    return checked
+
+
 def optimizer(who: str, given: Any) -> None:
     """Refuse what is not an optax transformation."""
     if not (hasattr(given, "init") and hasattr(given, "update")) or isinstance(given, type):

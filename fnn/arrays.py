@@ -22,7 +22,8 @@ class Weighted(NamedTuple):
     """Targets, and how much each example counts in the mean: `weights: float[batch]`, at least 0.
 
     The mean of a loss or metric is sum(w l) / sum(w), NaN where all weights are 0. Data and batches (x, y, weights) become
-    (x, Weighted(y, weights)); among targets by name, one task may have weights of its own.
+    (x, Weighted(y, weights)); among targets by name, one task may have weights of its own, which only
+    its loss and accuracy take into account: metrics of your own get the targets as you gave them.
     """
 
     targets: Any

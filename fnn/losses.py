@@ -14,7 +14,8 @@ import optax
 
 from fnn import check
 from fnn.arrays import Weighted
-from fnn.measures import Counted, Loss, Metric, Sum, check_targets, correct, finite, mean
+from fnn.measures import Counted, Metric, each, mean
+from fnn.tasks import Loss, Sum, check_targets, correct, finite
 from fnn.tree import statistics_dtype
 
 __all__ = [
@@ -58,7 +59,7 @@ def sum_of(tasks: Mapping[str, Any] | Sequence[Any]) -> Loss:
         found[name] = check.number("sum_of", low=-1e99, **{f"the factor of {name}": factor}), loss
     if not found:
         raise ValueError("sum_of: needs at least one task, got none; pass {name: loss}")
-    return Sum(found)
+    return Sum(found, functools.partial(each, "sum_of"))
 
 
 def _classified(who: str, outputs: Any, targets: Any, of: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:

@@ -69,7 +69,9 @@ def step_gradients(
     def gradients(diff, state):
         function = functools.partial(of_example, state=state)
         numbers = jnp.arange(batch_size(batch)) if mapped.checked() else None
-        every, (new, values, outputs) = per_example(function, has_aux=True, axis_name="examples")(diff, (batch, numbers))
+        every, (new, values, outputs) = per_example(function, has_aux=True, axis_name="examples")(
+            diff, (batch, numbers)
+        )
         n = every.batch * mapped.size(outer)
         if n == 1 and max_norm is None:
             raise ValueError(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import admission, check, losses, mapped, measures
+from fnn import admission, check, losses, mapped, tasks
 from fnn.core import as_arrays, check_values, output_shape, same_spec
 from fnn.datasets.dataset import (
     Dataset,
@@ -43,9 +43,9 @@ class History:
     stopped_early: bool
 
     def __str__(self) -> str:
-        rows = []
+        rows, names = [], dict.fromkeys(("loss", "accuracy", *self.validation))
         for epoch in range(len(self.steps_per_epoch)):
-            train = {f"train {name}": self.by_epoch(name)[epoch] for name in ("loss", "accuracy") if name in self.train}
+            train = {f"train {name}": self.by_epoch(name)[epoch] for name in names if name in self.train}
             held_out = {f"validation {name}": v[epoch] for name, v in self.validation.items() if epoch < len(v)}
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in (train | held_out).items())
             rows.append(f"epoch {epoch + 1}: {numbers}{' (best)' * (epoch == self.best_epoch)}")
@@ -338,7 +338,7 @@ def _split_off(data: Dataset, validation: Any, key: Any) -> tuple[Dataset, Datas
     """Split a fraction off for validation, as `data.split` does, by a key of its own."""
     rng = generator("fit", key, 0x5EED)
     instead = "validation=(x, y)"
-    y, _ = measures.unwrapped(data.y)
+    y, _ = tasks.unwrapped(data.y)
     labels = np.asarray(y) if hasattr(y, "dtype") else np.zeros(data.size)  # a tree is split without looking at it
     train, held = split_index("fit", labels, rng, instead=instead, validation=validation)
     return data.take(train), data.take(held)

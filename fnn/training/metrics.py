@@ -1,12 +1,12 @@
 """Metrics: the names that a step knows, those of one's own, and their values over a batch or a data set."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fnn import compiled, mapped, measures
+from fnn import compiled, mapped, measures, tasks
 from fnn.check import choice
 from fnn.core import Layer
 from fnn.measures import Metric, Sums
@@ -19,7 +19,7 @@ class Measured(NamedTuple):
     """What is measured of outputs and targets: a loss, with its accuracy, and metrics of one's own by name."""
 
     loss: Any
-    own: Mapping[str, Any] = {}
+    own: tuple[tuple[str, Any], ...] = ()
     accuracy: bool = True
 
     def totals(self, who: str, outputs: Any, targets: Any, keep: Any = None) -> dict[str, Any]:
@@ -29,14 +29,14 @@ class Measured(NamedTuple):
         """
         outputs, found = jax.lax.stop_gradient(outputs), {}
         batch = measures.batch_of(outputs, targets)
-        for part in measures.parts(self.loss, outputs, targets) if self.accuracy else ():
-            if (correct := measures.correct(part.loss)) is not None:
+        for part in tasks.parts(self.loss, outputs, targets) if self.accuracy else ():
+            if (correct := tasks.correct(part.loss)) is not None:
                 hits = measures.called(who, "loss.correct", correct, part.outputs, part.targets, batch)
                 found["/".join(["accuracy", part.name] if part.name else ["accuracy"])] = measures.summed(
                     who, hits, part.weights, keep
                 )
-        targets, weights = measures.unwrapped(targets)
-        for name, function in self.own.items():
+        targets, weights = tasks.unwrapped(targets)
+        for name, function in self.own:
             if isinstance(function, Metric):
                 found[name] = function.sums(who, outputs, targets, weights, keep)
             else:
@@ -46,20 +46,25 @@ class Measured(NamedTuple):
 
     def computed(self, totals: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Make each total a number."""
+        own = dict(self.own)
         return {
-            name: total.value() if isinstance(total, Sums) else jnp.asarray(self.own[name].compute(total))
+            name: total.value() if isinstance(total, Sums) else jnp.asarray(own[name].compute(total))
             for name, total in totals.items()
         }
 
-    def values(self, who: str, outputs: Any, targets: Any, axis_name: Any) -> dict[str, jax.Array]:
-        """Measure a batch, the same numbers on all devices."""
+    def values(
+        self, who: str, outputs: Any, targets: Any, axis_name: Any, beside: Iterable[str]
+    ) -> dict[str, jax.Array]:
+        """Measure a batch, the same numbers on all devices; refuse names that other metrics, `beside` them, have."""
+        for name in dict(self.own).keys() & set(beside):
+            raise ValueError(f"{who}: a metric needs a name that no other has, got {name!r}; choose another")
         totals = self.totals(who, outputs, targets)
         if mapped.names(axis_name):
             totals = mapped.reduce(jax.lax.psum, jax.tree.map(jnp.asarray, totals), axis_name)
         return self.computed(totals)
 
 
-def chosen(who: str, metrics: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+def chosen(who: str, metrics: Any) -> tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]:
     """Split `metrics=` into names of the step's own and functions by name.
 
     A dict of functions comes beside all names, a list holds those that are wanted, and may hold dicts too.
@@ -67,17 +72,17 @@ def chosen(who: str, metrics: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     entries = (*METRICS, metrics) if isinstance(metrics, Mapping) else metrics
     if isinstance(entries, str) or not isinstance(entries, Sequence):
         raise TypeError(f"{who}: metrics must be a list of names or a dict of functions, got {metrics!r}")
-    names, own = [], {}
+    names, own = [], []
     for entry in entries:
         if isinstance(entry, Mapping):
-            own |= functions(who, entry)
+            own += functions(who, entry)
         else:
             choice(who, METRICS, metrics=entry)
             names.append(entry)
-    return tuple(names), own
+    return tuple(names), tuple(own)
 
 
-def functions(who: str, own: Mapping[str, Any]) -> dict[str, Any]:
+def functions(who: str, own: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Refuse metrics of one's own that are no functions, and names that are taken."""
     for name, function in own.items():
         if not (callable(function) or isinstance(function, Metric)):
@@ -87,7 +92,7 @@ def functions(who: str, own: Mapping[str, Any]) -> dict[str, Any]:
             )
         if not isinstance(name, str) or name in METRICS or name.startswith(("loss/", "accuracy/")):
             raise ValueError(f"{who}: a metric needs a name that no other has, got {name!r}; choose another")
-    return dict(own)
+    return tuple(own.items())
 
 
 def averages(
@@ -121,4 +126,6 @@ def means(net: Layer, measured: Measured, size: int, params: Any, state: Any, x:
     else:
         windows = jax.lax.map(window, jnp.arange(0, n, size))
         losses, found = jax.tree.map(lambda a: jnp.sum(a, axis=0), windows)
-    return measures.combined(measured.loss, {name: sums.value() for name, sums in losses.items()}) | measured.computed(found)
+    return measures.combined(measured.loss, {name: sums.value() for name, sums in losses.items()}) | measured.computed(
+        found
+    )

@@ -195,9 +195,6 @@ def train_step(
     measured = Measured(loss, own, "accuracy" in names)
     check_step(per_example, max_norm, skip_nonfinite)
 
-    def penalized(params):
-        return check.scalar_loss("train_step", None if penalty is None else penalty(params), None, "the penalty")
-
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         x, y = arrays.weighted(batch)
         x = as_arrays(x)
@@ -228,13 +225,16 @@ def train_step(
                 skip_nonfinite=skip_nonfinite,
                 per_layer=per_layer,
             )
-            grads, new, (values, outputs), of_examples = gradients(*(((params, old), None) if tapped else (params, old)))
+            grads, new, (values, outputs), of_examples = gradients(
+                *(((params, old), None) if tapped else (params, old))
+            )
         grads, news = grads if tapped else (grads, None)
         new = mapped.replicated(new, state.net_state, axis_name) if tapped else new
-        values |= measured.values("train_step", outputs, y, axis_name)
+        others = (*values, *of_examples, "penalty", "grad_norms", "taps")
+        values |= measured.values("train_step", outputs, y, axis_name, others)
         objective_value = values["loss"]
         if penalty is not None:
-            values["penalty"], slope = jax.value_and_grad(penalized)(state.params)
+            values["penalty"], slope = jax.value_and_grad(admission.penalty(penalty))(state.params)
             grads = jax.tree.map(jnp.add, grads, slope)
             objective_value += values["penalty"]
         before = clip.unreported(state.opt_state)
