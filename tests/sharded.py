@@ -174,9 +174,8 @@ def losses():
 @section
 def outputs():
     """Tasks, of weighted examples and of tokens, that the devices have different numbers of; metrics, and a penalty."""
-    named = fnn.stateless(lambda key, spec: (), lambda params, y: {"label": y[0], "words": y[1]})
-    heads = fnn.parallel(fnn.serial(fnn.global_avg_pool(), fnn.dense(3)), fnn.dense(4))
-    net, x = fnn.serial(fnn.dense(6), heads, named), jax.random.normal(KEY, (8, 5, 3))
+    heads = fnn.parallel({"label": fnn.serial(fnn.global_avg_pool(), fnn.dense(3)), "words": fnn.dense(4)})
+    net, x = fnn.serial(fnn.dense(6), heads), jax.random.normal(KEY, (8, 5, 3))
     state, _ = begun(*init(net, x), x)
     words = jnp.where(
         jnp.arange(5) < jnp.array([5, 4, 1, 0, 1, 2, 3, 1])[:, None], jnp.arange(40).reshape(8, 5) % 4, -1

@@ -22,19 +22,7 @@ KEY, SGD = jax.random.key(0), optax.sgd(0.1)
 TASKS = losses.sum_of({"digit": losses.cross_entropy, "angle": (losses.mse, 0.5)})
 
 
-def named(**layers):
-    """A trunk and a head for each name; the outputs are a dict."""
-    names = list(layers)
-    heads = fnn.parallel(*layers.values())
-    return fnn.serial(
-        fnn.dense(8),
-        fnn.activation("tanh"),
-        heads,
-        fnn.stateless(lambda k, s: (), lambda p, y: dict(zip(names, y, strict=True))),
-    )
-
-
-NET = named(digit=fnn.dense(3), angle=fnn.dense(2))
+NET = fnn.serial(fnn.dense(8), fnn.activation("tanh"), fnn.parallel({"digit": fnn.dense(3), "angle": fnn.dense(2)}))
 STATE = fnn.TrainState.create(NET, SGD, KEY, X)
 TOKENS = fnn.serial(fnn.dense(8), fnn.activation("tanh"), fnn.dense(5))
 SEQUENCES = RNG.normal(size=(8, 6, 3)).astype(np.float32)
@@ -200,7 +188,9 @@ def test_fit_takes_trees_weights_and_metrics():
 
 def test_a_tuple_of_outputs_nested_tasks_and_a_target_that_is_missing():
     """A net's own penalty is an output that has no target."""
-    net = fnn.serial(fnn.dense(8), fnn.parallel(named(digit=fnn.dense(3), kl=fnn.dense(2)), fnn.dense(2)))
+    net = fnn.serial(
+        fnn.dense(8), fnn.parallel(fnn.parallel({"digit": fnn.dense(3), "kl": fnn.dense(2)}), fnn.dense(2))
+    )
     kl = losses.Loss("kl", lambda z, none: jnp.sum(z**2, -1) / 2)
     loss = losses.sum_of([losses.sum_of({"digit": losses.focal(2), "kl": (kl, 0.1)}), (losses.huber(0.5), 2)])
     state = fnn.TrainState.create(net, SGD, KEY, X)
@@ -214,6 +204,18 @@ def test_a_tuple_of_outputs_nested_tasks_and_a_target_that_is_missing():
     close(found["loss/1"], np.mean(np.where(error <= 0.5, error**2 / 2, 0.5 * error - 0.125)))
     _, metrics = fnn.train_step(net, loss, SGD)(state, data)
     close({name: metrics[name] for name in found}, found)
+
+
+def test_heads_by_name_are_heads_side_by_side():
+    one, other = fnn.dense(3), fnn.dense(2)
+    named, plain = fnn.parallel({"b": other, "a": one}), fnn.parallel(one, other)
+    params, state = named.init(KEY, X)
+    close((params["a"], params["b"]), plain.init(KEY, X)[0])
+    y, new = named.apply(params, state, X)
+    close((y["a"], y["b"]), plain.apply((params["a"], params["b"]), ((), ()), X)[0])
+    assert new == state == {"a": (), "b": ()}
+    with pytest.raises(TypeError, match="parallel: needs a dict of names and Layers, got 'a': 3"):
+        fnn.parallel({"a": 3})
 
 
 def test_the_mean_over_tokens_counts_every_token_once(x64):
