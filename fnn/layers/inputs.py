@@ -187,7 +187,7 @@ def _by_name(who: str, layers: Mapping[str, Layer]) -> dict[str, Layer]:
     return {name: layers[name] for name in sorted(layers)}
 
 
-def _side_by_side(who: str, layers: dict[Any, Layer], kind: type, own: Callable[[Any, Any], Any]) -> Layer:
+def _side_by_side(who: str, layers: Mapping[Any, Any], kind: type, own: Callable[[Any, Any], Any]) -> Layer:
     """Apply each layer to `own(x, name)`; params, state and y are of that kind, tuple or dict."""
 
     def collect(values):

@@ -97,7 +97,8 @@ class TrainStep:
         """
         check_state("train_step", state)
         x, y = batch = arrays.pair("train_step: the batch", batch)
-        kind = tuple(map(np.shape, jax.tree.leaves(batch)))
+        leaves, structure = jax.tree.flatten(batch)
+        kind = structure, *[leaf.shape for leaf in leaves]
         if new := kind not in self._output_shapes:
             self.admit(state, batch)  # before anything is traced with this state, which may be another net's
             check_values(self.net, state.params, state.net_state, x)
