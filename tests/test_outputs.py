@@ -164,6 +164,18 @@ def test_a_loss_over_a_tree_that_is_a_plain_function_works_everywhere():
                 close(measured.loss, by_hand(outputs, Y, w)["loss"])
 
 
+def test_the_flow_of_a_net_with_two_outputs_is_measured_in_float64_where_it_must():
+    faint = fnn.activation(lambda x: x * 1e-25)
+    net = fnn.serial(
+        fnn.dense(8), fnn.tap(), faint, faint, fnn.parallel({"digit": fnn.dense(3), "angle": fnn.dense(2)})
+    )
+    params, state = net.init(KEY, X)
+    flow = fnn.gradient_flow(net, (params, state), (X, Y, W), loss=TASKS)
+    assert flow.precision == "float64" and all(
+        np.isfinite(row.value) for row in flow.rows if row.quantity == "log_kernel"
+    )
+
+
 def test_fit_takes_trees_weights_and_metrics():
     step = fnn.train_step(NET, TASKS, SGD, metrics={"hits": hits})
     batches = [(X[i : i + 8], {k: v[i : i + 8] for k, v in Y.items()}, W[i : i + 8]) for i in range(0, N, 8)]

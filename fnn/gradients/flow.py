@@ -137,7 +137,8 @@ def gradient_flow(
         try:
             with jax.enable_x64(True):
                 wide: Any = (plain, loss, train, *_cast(as_arrays((params, net_state, x, y)), jnp.float64), key)
-                if output_spec(plain, *wide[3:6]).dtype != jnp.float64:
+                spec = jax.tree.leaves(output_spec(plain, *wide[3:6]))
+                if any(a.dtype != jnp.float64 for a in spec if jnp.issubdtype(a.dtype, jnp.floating)):
                     raise TypeError("it casts to another type itself")
                 again = jax.device_get(measure(*wide))
         except (TypeError, ValueError) as error:

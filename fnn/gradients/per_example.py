@@ -175,7 +175,8 @@ def example_loss(
     `per_example(example_loss(...))(params, batch, key=key)`.
 
     Its seven arguments are those of `evaluate`, and those of a net's `apply`.
-    Errors: TypeError for a key given here, with which all examples would share one dropout mask.
+    Errors: TypeError for a key given here, with which all examples would share one dropout mask; ValueError for weights and
+    for a loss that returns `losses.Counted`: one example's share of the mean then depends on the others.
     """
     admission.net("example_loss", net)
     admission.loss("example_loss", loss)

@@ -84,6 +84,8 @@ def chosen(who: str, metrics: Any) -> tuple[tuple[str, ...], tuple[tuple[str, An
 
 def functions(who: str, own: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Refuse metrics of one's own that are no functions, and names that are taken."""
+    if not isinstance(own, Mapping):
+        raise TypeError(f"{who}: metrics must be a dict of functions by name, got {own!r}")
     for name, function in own.items():
         if not (callable(function) or isinstance(function, Metric)):
             raise TypeError(

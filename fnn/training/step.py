@@ -103,7 +103,7 @@ class TrainStep:
             self.admit(state, batch)  # before anything is traced with this state, which may be another net's
             check_values(self.net, state.params, state.net_state, x)
             self._output_shapes[kind] = output_shape(self.net, state.params, state.net_state, x)
-        if new or all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(y)):
+        if new or type(y) is np.ndarray or all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(y)):
             losses.check_targets(self.loss, self._output_shapes[kind], y)
         return batch
 
@@ -145,7 +145,7 @@ def train_step(
     keywords are many because each adds one thing to the step by itself, and all have a default.
 
     `penalty(params) -> float[]` is added to the mean loss, its gradient to the mean loss's after any clipping of single
-    examples. Metrics then hold `penalty`; `loss` is without it. The optimiser gets their sum as `value`.
+    examples. Metrics then hold `penalty`; `loss` is without it, as in `evaluate`. The optimiser gets their sum as `value`.
 
     Metrics, float32[] (float64 where the net computes in it): `loss`; `accuracy` where the loss has one; `grad_norm`, the
     global norm before clipping; `update_ratio` = |update|/|params|. Norms are right at any scale. With a clip of
@@ -154,8 +154,9 @@ def train_step(
     or only accumulates (`apply_if_finite`, `MultiSteps`); several clips are reported as one (`clip.summary`).
     `metrics` names those to keep (`loss` always is): the others are not computed; `update_ratio` and `accuracy` take a
     few per cent of a step. Your own come as a dict beside them all, `metrics={"top5": f}`, or inside the list: functions
-    `(outputs, y) -> float[batch]` (of one batch's outputs, as they are in training), or a `losses.Metric`. With `per_layer=True` also `grad_norms`, a tree like params (float[depth] below `repeat`) and,
-    if the net has taps, `taps`: the new state and the gradient with respect to the old one, for `fnn.taps.read`.
+    `(outputs, y) -> float[batch]` (of one batch's outputs, as they are in training), or a `losses.Metric`. With
+    `per_layer=True` also `grad_norms`, a tree like params (float[depth] below `repeat`) and, if the net has taps, `taps`:
+    the new state and the gradient with respect to the old one, for `fnn.taps.read`.
 
     `per_example="norms"` adds, from the same backward pass, the norms of single examples' gradients:
     `per_example_norms` float[batch], their five quartiles `per_example_quantiles`, and the unbiased `noise_trace` and
@@ -258,7 +259,9 @@ def train_step(
         if per_layer:
             values |= {"grad_norms": tree.norms(grads)} | ({"taps": (new, news)} if tapped else {})
         if jax.tree.leaves(new):
-            skipped = ~jnp.isfinite(grad_norm) & jnp.isfinite(size)
+            # Updates that nothing else reads are not kept for this: XLA adds them to the parameters as it computes them.
+            reached = size if "update_ratio" in names else tree.norm(params)
+            skipped = ~jnp.isfinite(grad_norm) & jnp.isfinite(reached)
             new = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), state.net_state, new)
         return TrainState(params, new, opt_state, state.key, state.step + 1), values
 
