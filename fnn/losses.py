@@ -89,9 +89,9 @@ def _cross_entropy(outputs: Any, targets: Any) -> jax.Array:
 
 
 def smooth_cross_entropy(alpha: float) -> Loss:
-    """Make cross entropy with smoothed labels, (1 - alpha) one_hot + alpha / classes; shapes and labels as in `cross_entropy`.
+    """Make cross entropy with smoothed labels, (1 - alpha) one_hot + alpha / classes.
 
-    Accuracy is that of the labels. Source: Szegedy et al. 2016, section 7.
+    Shapes and labels are as in `cross_entropy`; accuracy is that of the labels. Source: Szegedy et al. 2016, section 7.
     """
     alpha = check.number("smooth_cross_entropy", high=1, alpha=alpha)
 

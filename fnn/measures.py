@@ -31,7 +31,8 @@ class Metric:
     tree of their sums. The sums are those of all windows and devices, and so the number is that of the whole data set:
     R², F1, a correlation, the area under a curve of thresholds. An example of weight w adds w times its share.
 
-        r2 = fnn.losses.Metric(lambda o, y: (jnp.ones_like(y), y, y**2, (o - y) ** 2), lambda s: 1 - s[3] / (s[2] - s[1]**2 / s[0]))
+        sums = lambda o, y: (jnp.ones_like(y), y, y**2, (o - y) ** 2)
+        r2 = fnn.losses.Metric(sums, lambda s: 1 - s[3] / (s[2] - s[1] ** 2 / s[0]))
     """
 
     def __init__(self, of_examples: Callable[[Any, Any], Any], compute: Callable[[Any], Any]):
@@ -69,11 +70,8 @@ def called(who: str, what: str, function: Any, outputs: Any, targets: Any, batch
     fits = all(hasattr(a, "dtype") and a.shape == batch for a in numbers)
     if not fits or not (jnp.issubdtype(sums.dtype, jnp.floating) or what != "the loss"):
         pair = isinstance(found, tuple | list) and not isinstance(found, Counted) and len(found) == 2
-        hint = (
-            "sums and counts go into fnn.losses.Counted"
-            if pair
-            else "average over the other axes, not over the examples"
-        )
+        hint = "average over the other axes, not over the examples"
+        hint = "sums and counts go into fnn.losses.Counted" if pair else hint
         raise ValueError(
             f"{who}: {what} must return float[batch], one number for each example, got {check.describe(found)} for "
             f"outputs {check.describe(outputs)}; {hint}"
@@ -146,7 +144,8 @@ def shares(who: str, loss: Any, outputs: Any, targets: Any, axis_name: Any = Non
 def mean(loss: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> jax.Array:
     """Average a loss over a batch, as `train_step` does: float[]. Weights, counts and tasks are taken into account.
 
-    It is what `fnn.watch` needs of a net of fnn: `lambda params, x, y: fnn.losses.mean(loss, net.apply(params, state, x)[0], y)`.
+    It is what `fnn.watch` needs of a net of fnn:
+    `lambda params, x, y: fnn.losses.mean(loss, net.apply(params, state, x)[0], y)`.
     """
     return shares("losses.mean", loss, outputs, targets)["loss"]
 

@@ -44,7 +44,8 @@ def step_gradients(
     """Make `(params, state) -> (gradient, new state, (mean losses, outputs), of examples)`, from single examples' gradients.
 
     An example's gradient is that of its own share, w l / mean(w) or sum / mean(count), so that their mean is the step's
-    gradient. The keywords are those of `train_step` that matter here, hence eight. With a state of None `params` is a pair (params, state), and both are differentiated; norms and clips are those of params.
+    gradient. The keywords are those of `train_step` that matter here, hence eight. With a state of None
+    `params` is a pair (params, state), and both are differentiated; norms and clips are those of params.
     """
     outer = mapped.names(axis_name)
     # In this order an example has the same number, and so the same dropout mask, on one device and on many.
