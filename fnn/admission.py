@@ -40,22 +40,17 @@ def loss(who: str, function: Any) -> None:
         raise TypeError(f"{who}: loss must be a function (outputs, targets) -> float[batch], got {function!r}; {hint}")
 
 
-def values(who: str, function: Any, outputs: Any, targets: Any) -> Any:
-    """Call a loss; refuse anything but one number for each example."""
-    try:
-        found = function(outputs, targets)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-        raise TypeError(
-            f"{who}: the loss must be one that jit can trace, got one that looks at values ({first_line(error)}); write it in "
-            "jax.numpy, without float(), if, or NumPy on its arguments"
-        ) from error
-    n = jnp.shape(jax.tree.leaves(outputs)[0])[:1]
-    if not hasattr(found, "shape") or found.shape != n or not jnp.issubdtype(found.dtype, jnp.floating):
-        raise ValueError(
-            f"{who}: the loss must return float[batch], one number for each example, got {check.describe(found)} for "
-            f"outputs {check.describe(outputs)}; average over the other axes, not over the examples"
-        )
-    return found
+def penalty(function: Any) -> Any:
+    """Wrap a function of the parameters; refuse results that are not one float."""
+
+    def checked(params):
+        value = function(params)
+        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            got = check.describe(jnp.asarray(value))
+            raise ValueError(f"train_step: penalty must return one float, got {got}; sum over the parameters")
+        return value
+
+    return checked
 
 
 def optimizer(who: str, given: Any) -> None:

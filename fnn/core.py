@@ -235,13 +235,9 @@ def output_spec(layer: Layer, params: Any, state: Any, spec: Any) -> Any:
         return jax.eval_shape(lambda p, s, x: layer.apply(p, s, x)[0], params, state, spec)
 
 
-def output_shape(layer: Layer, params: Any, state: Any, spec: Any) -> tuple[int, ...]:
-    """Find the shape of a net's output; refuse an output that is not one array, as losses need it."""
-    output = output_spec(layer, params, state, spec)
-    if not hasattr(output, "shape"):
-        got = check.describe(output)
-        raise ValueError(f"net: a loss needs one array, got {got}; end in drop_mask(), take_last() or sum_inputs()")
-    return output.shape
+def output_shape(layer: Layer, params: Any, state: Any, spec: Any) -> Any:
+    """Find the shape of a net's output; a tree of shapes for a tree of outputs."""
+    return jax.tree.map(lambda output: output.shape, output_spec(layer, params, state, spec))
 
 
 def check_values(layer: Layer, params: Any, state: Any, x: Any) -> None:

@@ -180,6 +180,47 @@ def losses():
 
 
 @section
+def outputs():
+    """Tasks, of weighted examples and of tokens, that the devices have different numbers of; metrics, and a penalty."""
+    heads = fnn.parallel({"label": fnn.serial(fnn.global_avg_pool(), fnn.dense(3)), "words": fnn.dense(4)})
+    net, x = fnn.serial(fnn.dense(6), heads), jax.random.normal(KEY, (8, 5, 3))
+    state, _ = begun(*init(net, x), x)
+    words = jnp.where(
+        jnp.arange(5) < jnp.array([5, 4, 1, 0, 1, 2, 3, 1])[:, None], jnp.arange(40).reshape(8, 5) % 4, -1
+    )
+    y, weights = {"label": jnp.arange(8) % 3, "words": words}, jnp.array([1.0, 3, 0, 2, 0, 0, 0.5, 1])
+    loss = fnn.losses.sum_of({"label": fnn.losses.cross_entropy, "words": (fnn.losses.token_cross_entropy, 0.5)})
+    options = {
+        "metrics": {
+            "size": lambda o, y: jnp.sum(o["label"] ** 2, -1),
+            "spread": fnn.losses.Metric(
+                lambda o, y: (o["label"], o["label"] ** 2), lambda s: jnp.sum(s[1]) - jnp.sum(s[0] ** 2)
+            ),
+        },
+        "penalty": lambda params: fnn.tree.norm(params) ** 2,
+    }
+    clip = {"per_example": "clip", "max_norm": 0.5}
+    for name, batch, more in (
+        ("plain", (x, y), {}),
+        ("weighted", (x, y, weights), {}),
+        ("clip", (x, y, weights), clip),
+    ):
+        yield name, functools.partial(compare, net, loss, SGD, state, batch, **options, **more)
+    yield "jit", functools.partial(by_jit, net, loss, state, (x, y, weights), options)
+
+
+def by_jit(net, loss, state, batch, options):
+    def everything(batch):
+        step = fnn.train_step(net, loss, SGD, **options)
+        scores = fnn.evaluate(net, state, batch, loss=loss, metrics=options["metrics"], batch_size=3)
+        return step(jax.tree.map(jnp.copy, state), batch), scores
+
+    want = everything(batch)
+    for mesh in (AUTO, EXPLICIT):
+        same(everything(jax.device_put(batch, NamedSharding(mesh, P("d")))), want)
+
+
+@section
 def clips():
     clip = fnn.clip
     found = {

@@ -212,11 +212,11 @@ NOT_DATA = {
     "a dict": ({"x": X, "y": Y}, LOOSE, TypeError, "fit: data must be a pair (x, y) or an iterable of batches (x, y)"),
     "a name": ("digits", LOOSE, TypeError, "fit: data must be a pair (x, y) or an iterable of batches (x, y), got str"),
     "nothing": (None, LOOSE, TypeError, "fit: data must be a pair (x, y) or an iterable of batches (x, y), got None"),
-    "a weighted triple": (
+    "a triple": (
         (X, Y, Y),
         OPTIONS,
         TypeError,
-        "fit: data must be a pair (x, y), got (float32[48,4], int32[48]",
+        "weights, the third of (x, y, weights), must be floating or bool, got int32[48]; use weights.astype(float)",
     ),
     "no example": (
         (X[:0], Y[:0]),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import admission, arrays, check, compiled, losses, tree
+from fnn import admission, arrays, check, compiled, losses, measures, tree
 from fnn.core import Layer, as_arrays, output_shape, output_spec
 from fnn.gradients import exact, powers
 from fnn.gradients.numbers import Label, Numbers, Verdict, resolve, settle
@@ -158,7 +158,8 @@ def gradient_flow(
         try:
             with jax.enable_x64(True):
                 wide: Any = (plain, loss, train, *_cast(as_arrays((params, net_state, x, y)), jnp.float64), key)
-                if output_spec(plain, *wide[3:6]).dtype != jnp.float64:
+                spec = jax.tree.leaves(output_spec(plain, *wide[3:6]))
+                if any(a.dtype != jnp.float64 for a in spec if jnp.issubdtype(a.dtype, jnp.floating)):
                     raise TypeError("it casts to another type itself")
                 again = jax.device_get(measure(*wide))
         except (TypeError, ValueError) as error:
@@ -230,7 +231,7 @@ def differentiate(
         filled = [replace(t, backward=t.backward._replace(square=s)) for t, s in zip(marks, squares, strict=True)]
         with check.foreign("gradient_flow"):
             outputs, new = net.apply(params, taps.put(state, filled), x, key=key, train=train)
-            return jnp.mean(loss(outputs, y)), new
+            return measures.shares("gradient_flow", loss, outputs, y)["loss"], new
 
     wanted = params, [tap.backward.square for tap in marks]
     (value, new), (gradient, squares) = exact.gradient(objective, has_aux=True)(wanted)

@@ -164,11 +164,14 @@ def _place(values: Any, mask: Any, end: int) -> Any:
 
 
 @described
-def parallel(*layers: Layer) -> Layer:
+def parallel(*layers: Layer | Mapping[str, Layer]) -> Layer:
     """Give one input to several layers: y = (f_1(x), ..., f_n(x)). Params and state are tuples.
 
-    Keys are `jax.random.split(key, n)`.
+    `parallel({"digit": dense(10), "angle": dense(2)})` makes a dict, of heads by name: y, params and state are dicts. Keys
+    are `jax.random.split(key, n)`, in the order of the layers or of the sorted names.
     """
+    if len(layers) == 1 and isinstance(layers[0], Mapping):
+        return _side_by_side("parallel", _by_name("parallel", layers[0]), dict, lambda x, name: x)
     check_layers("parallel", layers)
     return _side_by_side("parallel", dict(enumerate(layers)), tuple, lambda x, i: x)
 
@@ -179,16 +182,20 @@ def branches(layers: Mapping[str, Layer]) -> Layer:
 
     Keys are `jax.random.split(key, n)`, in the order of the sorted names. Errors: ValueError if the input has other names.
     """
-    for name, layer in layers.items():
-        if not isinstance(name, str) or not isinstance(layer, Layer):
-            raise TypeError(f"branches: needs a dict of names and Layers, got {name!r}: {layer!r}")
-    if not layers:
-        raise ValueError("branches: needs at least one layer, got none")
-    ordered = {name: layers[name] for name in sorted(layers)}
+    ordered = _by_name("branches", layers)
     return _side_by_side("branches", ordered, dict, lambda x, name: check_names("branches", ordered, x)[name])
 
 
-def _side_by_side(who: str, layers: dict[Any, Layer], kind: type, own: Callable[[Any, Any], Any]) -> Layer:
+def _by_name(who: str, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    for name, layer in layers.items():
+        if not isinstance(name, str) or not isinstance(layer, Layer):
+            raise TypeError(f"{who}: needs a dict of names and Layers, got {name!r}: {layer!r}")
+    if not layers:
+        raise ValueError(f"{who}: needs at least one layer, got none")
+    return {name: layers[name] for name in sorted(layers)}
+
+
+def _side_by_side(who: str, layers: Mapping[Any, Any], kind: type, own: Callable[[Any, Any], Any]) -> Layer:
     """Apply each layer to `own(x, name)`; params, state and y are of that kind, tuple or dict."""
 
     def collect(values):

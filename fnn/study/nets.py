@@ -20,6 +20,7 @@ from fnn.gradients import flow, labels, measured, wide
 from fnn.gradients.labels import Options
 from fnn.training import clip
 from fnn.training import step as stepping
+from fnn.training.metrics import Measured, means
 
 RENAMED = {"cosine": "cosine_to_weight"}
 """Quantities of `watch` whose name means something else in a study."""
@@ -93,7 +94,7 @@ class OfLayer:
         return found, wide.holds(numbers["loss"])
 
     def heldout(self, params: Any, state: Any, x: Any, y: Any) -> dict[str, jax.Array]:
-        return stepping.means(self.net, self.loss, min(EVALUATED, x.shape[0]), params, state, x, y)
+        return means(self.net, Measured(self.loss), min(EVALUATED, x.shape[0]), params, state, x, y)
 
     def _watched(self, state: Any, key: Any) -> Callable[..., Any]:
         return lambda params, x, y: self.value(params, state, (x, y), key)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import admission, check, losses
+from fnn import admission, check, losses, measures
 from fnn.datasets import data
 from fnn.datasets.dataset import as_pair
 from fnn.description import name_of
@@ -75,7 +75,7 @@ def check_functions(study: Any, setup: program.Setup, first: program.Cell) -> No
             raise ValueError(f"study: the net must return one array, got {check.describe(outputs)}")
         for part in (setup.train, setup.test):
             losses.check_targets(setup.loss, (part.size, *outputs.shape[1:]), part.y)
-        jax.eval_shape(lambda a, b: admission.values("study", setup.loss, a, b), outputs, probe[1])
+        jax.eval_shape(lambda a, b: measures.shares("study", setup.loss, a, b), outputs, probe[1])
     for name, function in setup.measure.items():
         jax.eval_shape(lambda *args, n=name, f=function: _numbers(n, f(*args)), params, state, probe)
     known = {*(table.OF_PAIRS if pair else table.QUANTITIES), *nets.WATCHED, *study.measure}

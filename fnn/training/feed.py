@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import admission, check, losses, mapped
+from fnn import admission, check, losses, mapped, tasks
 from fnn.core import as_arrays, check_values, output_shape
 from fnn.datasets.dataset import (
     Dataset,
@@ -166,5 +166,7 @@ def _split_off(data: Dataset, validation: Any, key: Any) -> tuple[Dataset, Datas
     """Split a fraction off for validation, as `data.split` does, by a key of its own."""
     rng = generator("fit", key, 0x5EED)
     instead = "validation=(x, y)"
-    train, held = split_index("fit", np.asarray(data.y), rng, instead=instead, validation=validation)
+    y, _ = tasks.unwrapped(data.y)
+    labels = np.asarray(y) if hasattr(y, "dtype") else np.zeros(data.size)  # a tree is split without looking at it
+    train, held = split_index("fit", labels, rng, instead=instead, validation=validation)
     return data.take(train), data.take(held)

@@ -21,8 +21,9 @@ from fnn.training.feed import InMemory, prepare
 from fnn.training.history import History
 from fnn.training.hooks import Hook, Report, after_epoch, after_steps, collect
 from fnn.training.log import Loggers
+from fnn.training.metrics import averages
 from fnn.training.run import Run
-from fnn.training.step import TrainState, TrainStep, averages, check_state
+from fnn.training.step import TrainState, TrainStep, check_state
 
 
 @placement.within
@@ -209,7 +210,7 @@ def _finish_epoch(step: TrainStep, run: Run, held: Any, hooks: Sequence[Hook], p
     """Validate, keep the best state, show and report the epoch; say whether the run stops here."""
     shown, scores = {"loss": float(np.mean(run.metrics(run.lengths[-1])["loss"]))}, {}
     if held is not None:
-        scores = averages(step.net, run.state.params, run.state.net_state, held, step.loss)
+        scores = averages(step.net, run.state.params, run.state.net_state, held, step.measured)
         run.keep_scores(scores, with_state=patience is not None)
         shown |= {f"validation {name}": value for name, value in scores.items()}
     bar.finish("  ".join(f"{name} {value:.4f}" for name, value in shown.items()), keep=False)

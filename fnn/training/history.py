@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fnn.training.step import CLIPPING
+from fnn.training.metrics import CLIPPING
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class History:
         return f"History({steps}; train {', '.join(self.train):.200}; validation {last or 'none'}{best})"
 
     def __str__(self) -> str:
-        rows = []
+        rows, names = [], dict.fromkeys(("loss", "accuracy", *self.validation))
         for epoch in range(len(self.steps_per_epoch)):
-            train = {f"train {name}": self.by_epoch(name)[epoch] for name in ("loss", "accuracy") if name in self.train}
+            train = {f"train {name}": self.by_epoch(name)[epoch] for name in names if name in self.train}
             held_out = {f"validation {name}": v[epoch] for name, v in self.validation.items() if epoch < len(v)}
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in (train | held_out).items())
             rows.append(f"epoch {epoch + 1}: {numbers}{' (best)' * (epoch == self.best_epoch)}")

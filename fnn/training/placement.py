@@ -147,7 +147,7 @@ class Placed(TrainStep):
         def apply(params, state, x, **options):
             return step.net.apply(params, state, cut(x), **options)
 
-        super().__init__(pure, Layer(step.net.init, apply), step.loss, step.optimizer)
+        super().__init__(pure, Layer(step.net.init, apply), step.measured, step.optimizer)
         self.admit, self.check = step.admit, step.check
         self.jitted, self.stretch = self._shared(self.jitted, 0), self._shared(self.stretch, 1)
 
