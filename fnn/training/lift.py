@@ -14,6 +14,7 @@ paths or single arrays (a mask `ndim > 1`, LAMB's norms, Muon's products) would 
    they differ, it runs written out, block by block, which is always right.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -114,17 +115,27 @@ def stand_ins(args: Any, count: int | None, inner: bool = True) -> Any:
 
 
 def again_stacked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function of the net's own trees (a loss) be called with trees whose blocks are shown one by one."""
+    """Let a function of the net's own trees (a loss, its gradient) take and return trees with blocks shown one by one."""
 
+    @functools.wraps(function)  # line searches read a loss's signature
     def call(*args: Any, **options: Any) -> Any:
         given: Any = (args, options)
         for level in reversed(range(_levels(given))):
             if any(isinstance(node, Blocks) and not node.complete for node in split(given, level)[0]):
                 raise Unlike("it evaluates the loss")
             given = _restacked(given, level)
-        return function(*given[0], **given[1])
+        return _blocks_of(function(*given[0], **given[1]))
 
     return call
+
+
+def _blocks_of(result: Any) -> Any:
+    """Show all blocks of all stacks."""
+
+    def one(node):
+        return Blocks([_blocks_of(node[i]) for i in range(_depth(node))]) if _is_stack(node) else node
+
+    return jax.tree.map(one, result, is_leaf=_is_stack)
 
 
 def _level(args: Any) -> int | None:

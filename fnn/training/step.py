@@ -16,8 +16,9 @@ from fnn.datasets.dataset import Dataset, check_dataset, in_memory, shuffled
 from fnn.layers.precision import compute_in
 from fnn.layers.taps import TapState
 from fnn.training import clip
+from fnn.training.depth import per_depth
 from fnn.training.examples import check_step, step_gradients
-from fnn.training.optimizers import per_depth
+from fnn.training.extra import offered
 
 
 @flax.struct.dataclass
@@ -226,10 +227,16 @@ def train_step(
             grads, new, values, of_examples = gradients(*(((params, old), None) if tapped else (params, old)))
         grads, news = grads if tapped else (grads, None)
         new = mapped.replicated(new, state.net_state, axis_name) if tapped else new
+        value_fn = mapped.averaged(lambda params: objective(params, state.net_state)[0], axis_name)
+
+        def grad_fn(params):
+            if per_example == "clip":
+                return gradients(mapped.varying(params, axis_name), state.net_state)[0]
+            return jax.grad(value_fn)(params)
+
         before = clip.unreported(state.opt_state)
-        updates, opt_state = admission.update(
-            "train_step", optimizer, grads, before, state.params, value=values["loss"], grad=grads
-        )
+        extra = offered(values["loss"], grads, value_fn, grad_fn)
+        updates, opt_state = admission.update("train_step", optimizer, grads, before, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         size, grad_norm = tree.norm(updates), tree.norm(grads)
         values |= {"grad_norm": grad_norm, "update_ratio": size / tree.norm(state.params)}
