@@ -25,6 +25,7 @@ from fnn.datasets.dataset import (
     split_index,
 )
 from fnn.progress import Progress
+from fnn.training.averages import check_evaluated
 from fnn.training.step import CLIPPING, TrainState, TrainStep, averages, check_state
 
 
@@ -75,6 +76,7 @@ def fit(
     patience: int | None = None,
     progress: bool | None = None,
     scan: bool = True,
+    evaluate_with: Callable[[TrainState], Any] | None = None,
 ) -> tuple[TrainState, History]:
     """Train for some epochs, each one `lax.scan` on the device; return the new state and the curves.
 
@@ -86,6 +88,9 @@ def fit(
     `validation` is a pair too, or batches that are joined in memory, evaluated after each epoch; or a fraction of the
     training data in memory, split off by `key` as in `data.split`. With `patience=k` training stops once the validation
     loss has not fallen for k epochs, and the best epoch's state is returned.
+
+    `evaluate_with(state)` returns the parameters to validate at, instead of those that are trained: an optimiser's averages
+    with `evaluate_with=fnn.optimizers.eval_params`. The state that is returned holds both.
 
     `progress` shows a bar with loss and validation accuracy (plain lines where the output is no terminal); by default
     only on a terminal. The state passed in stays usable.
@@ -122,6 +127,8 @@ def fit(
         run_epoch = _in_memory(step, state, train, jax.random.split(key, epochs), int(batch_size), scan)
     else:
         run_epoch = _from_batches(step, train, epochs, scan)
+    if held is not None:
+        check_evaluated("fit", evaluate_with, state.opt_state)
     step.unfinished = None
     run = _Run(jax.tree.map(jnp.copy, state))  # the steps donate their state, and the caller's stays usable
     best, best_loss, stopped = state, np.inf, False
@@ -132,7 +139,8 @@ def fit(
                 run_epoch(run, epoch)
                 shown = {"loss": run.fetch()}
                 if held is not None:
-                    scores = averages(step.net, run.state.params, run.state.net_state, held, step.loss)
+                    params = evaluate_with(run.state) if evaluate_with else run.state.params
+                    scores = averages(step.net, params, run.state.net_state, held, step.loss)
                     run.curves.append(scores)
                     shown |= {f"validation {name}": value for name, value in scores.items()}
                     if scores["loss"] < best_loss:

@@ -19,6 +19,7 @@ from fnn.training import clip
 from fnn.training.depth import per_depth
 from fnn.training.examples import check_step, step_gradients
 from fnn.training.extra import offered
+from fnn.training.loss_scale import scale_of, scaled, unscaled
 
 
 @flax.struct.dataclass
@@ -208,10 +209,11 @@ def train_step(
         params = mapped.varying(state.params, axis_name)
         old = mapped.varying(state.net_state, axis_name) if tapped else state.net_state
         _check_sharding(axis_name, params, batch)
+        scale = scale_of(state.opt_state, per_example)
         if per_example is None:
-            value_and_grad = jax.value_and_grad(objective, argnums=(0, 1) if tapped else 0, has_aux=True)
+            value_and_grad = jax.value_and_grad(scaled(objective, scale), argnums=(0, 1) if tapped else 0, has_aux=True)
             (_, (new, values)), grads = value_and_grad(params, old)
-            grads, values = mapped.mean((grads, values), axis_name)
+            grads, values = mapped.mean((unscaled(grads, scale), values), axis_name)
         else:
             gradients = step_gradients(
                 net,
@@ -232,7 +234,10 @@ def train_step(
         def grad_fn(params):
             if per_example == "clip":
                 return gradients(mapped.varying(params, axis_name), state.net_state)[0]
-            return jax.grad(value_fn)(params)
+            grads, _ = jax.grad(scaled(objective, scale), has_aux=True)(
+                mapped.varying(params, axis_name), state.net_state
+            )
+            return mapped.mean(unscaled(grads, scale), axis_name)
 
         before = clip.unreported(state.opt_state)
         extra = offered(values["loss"], grads, value_fn, grad_fn)
