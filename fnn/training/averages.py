@@ -1,5 +1,6 @@
 """Optimisers that keep other parameters to evaluate at: `averaged`, `lookahead`, optax's schedule-free ones; `eval_params`."""
 
+import functools
 import warnings
 from typing import Any, NamedTuple
 
@@ -100,8 +101,9 @@ def eval_params(state: Any) -> Any:
         try:
             own = jax.tree.map(lambda k, a: k if hidden(k) else a, kept, params, is_leaf=hidden)
             if isinstance(node, AveragedState):
-                weight = node.weight
-                kept = jax.tree.map(lambda m, a, w=weight: jnp.where(w > 0, m / w, a).astype(a.dtype), kept, own)
+                begun, weight = node.weight > 0, jnp.where(node.weight > 0, node.weight, 1)
+                mean = functools.partial(_mean, begun, weight)
+                kept = jax.tree.map(mean, kept, own)
             elif not isinstance(node, SlowState):
                 kept = optax.contrib.schedule_free_eval_params(node._replace(z=kept), own)
             params = filled(kept, params)
@@ -121,6 +123,10 @@ def check_evaluated(who: str, evaluate_with: Any, opt_state: Any) -> None:
             "evaluate_with=fnn.optimizers.eval_params, or evaluate_with=lambda state: state.params for these",
             stacklevel=3,
         )
+
+
+def _mean(begun: Any, weight: Any, m: Any, a: Any) -> jax.Array:
+    return jnp.where(begun, m / weight, a).astype(a.dtype)
 
 
 def _known(node: Any) -> bool:

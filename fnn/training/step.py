@@ -232,15 +232,14 @@ def train_step(
         value_fn = mapped.averaged(lambda params: objective(params, state.net_state)[0], axis_name)
 
         def grad_fn(params):
+            params = mapped.varying(params, axis_name)
             if per_example == "clip":
-                return gradients(mapped.varying(params, axis_name), state.net_state)[0]
-            grads, _ = jax.grad(scaled(objective, scale), has_aux=True)(
-                mapped.varying(params, axis_name), state.net_state
-            )
-            return mapped.mean(unscaled(grads, scale), axis_name)
+                return gradients(params, state.net_state)[0]
+            found, _ = jax.grad(scaled(objective, scale), has_aux=True)(params, state.net_state)
+            return mapped.mean(unscaled(found, scale), axis_name)
 
         before = clip.unreported(state.opt_state)
-        extra = offered(values["loss"], grads, value_fn, grad_fn)
+        extra = offered(values["loss"], grads, value_fn, grad_fn, clipped=per_example == "clip")
         updates, opt_state = admission.update("train_step", optimizer, grads, before, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         size, grad_norm = tree.norm(updates), tree.norm(grads)
