@@ -116,6 +116,7 @@ LEFT_OUT = {
 }
 """What returns no transformation, or one that does not work on a plain tree of parameters."""
 
+
 def candidates():
     """Names of all public functions of optax that return a transformation, or may."""
     found = {}

@@ -42,7 +42,9 @@ def test_the_average_is_that_of_the_parameters_and_training_is_unchanged():
     for n in range(1, 5):
         weights = np.array([decay ** (n - k) for k in range(1, n + 1)])
         every = [jax.tree.leaves(state.params) for state in states[1 : n + 1]]
-        wanted = [np.tensordot(weights / weights.sum(), np.stack(a).astype(np.float64), 1) for a in zip(*every, strict=True)]
+        wanted = [
+            np.tensordot(weights / weights.sum(), np.stack(a).astype(np.float64), 1) for a in zip(*every, strict=True)
+        ]
         close(jax.tree.leaves(optimizers.eval_params(states[n])), wanted)
 
 

@@ -18,7 +18,7 @@ EXTRA = {"optax.lbfgs": ["value", "grad", "value_fn"], "optax.contrib.sam": ["gr
 EXTRA |= dict.fromkeys(
     ["optax.scale_by_backtracking_linesearch", "optax.scale_by_zoom_linesearch"], EXTRA["optax.lbfgs"]
 )
-EXTRA |= dict.fromkeys(["optax.contrib.sophia", "optax.contrib.hutchinson_estimator_diag_hessian"], ["obj_fn"])
+EXTRA |= {f"optax.contrib.{name}": ["obj_fn"] for name in ("sophia", "hutchinson_estimator_diag_hessian")}
 """What optax's documentation says that these need, which take the loss again; the others get value and grad."""
 STILL = {"optax.set_to_zero", "optax.freeze"}
 """Those that leave the parameters where they are."""

@@ -1,6 +1,8 @@
-"""Optimisers meet depth: a loop over blocks, blocks written out, small arrays packed, reports of clips."""
+"""Optimisers meet depth: a loop over blocks, and blocks written out.
 
-import math
+Those of optax are in `test_optax_table.py`; here are masks, labels, chains, and optimisers of one's own.
+"""
+
 import warnings
 
 import jax
@@ -81,8 +83,6 @@ OPTIMIZERS = {
     "adam_on_the_head": optax.masked(
         optax.adam(1e-2), lambda params: (True, jax.tree.map(lambda _: False, params[1]), True)
     ),
-    "joined": optax.flatten(optax.adam(1e-2)),
-    "sgd": optax.sgd(0.1),
     "adam": optax.adam(1e-2),
     "adamw_by_shape": masked(lambda a: a.ndim > 1),
     "adamw_by_path": by_path("kernel"),
@@ -94,18 +94,12 @@ OPTIMIZERS = {
     "lamb": optax.lamb(1e-2, weight_decay=0.1),
     "lars": optax.lars(0.1, trust_coefficient=0.5),
     "adafactor": optax.adafactor(0.1, min_dim_size_to_factor=4),
-    "galore": contrib.galore(1e-2, 2),
     "sm3": optax.sm3(0.1),
-    "novograd": optax.novograd(1e-2),
     "global_norms": optax.chain(optax.clip_by_global_norm(0.3), clip.by_global_norm(0.2), optax.adam(1e-2)),
     "block_norms": optax.chain(clip.by_block_norm(0.2), clip.adaptive(0.1), optax.sgd(0.1)),
     "values": optax.chain(clip.by_value(0.05), optax.clip_by_block_rms(0.04), optax.sgd(0.1)),
-    "prodigy": contrib.prodigy(1.0),
-    "schedule_free": contrib.schedule_free_adamw(1e-2),
-    "polyak": optax.polyak_sgd(),
     "multi_steps": optax.MultiSteps(optax.chain(clip.by_global_norm(0.1), optax.lamb(1e-2)), 2),
     "apply_if_finite": optax.apply_if_finite(optax.chain(clip.by_global_norm(0.1), optax.adam(1e-2)), 3),
-    "hyperparameters": optax.inject_hyperparams(optax.lamb)(1e-2),
     "mean_of_norms": below_mean_norm(),
 }
 
@@ -171,7 +165,7 @@ def test_depth_as_a_loop_trains_as_depth_written_out(name):
     size = max(np.max(np.abs(a)) for a in jax.tree.leaves(wanted))
     assert furthest(found, wanted) < 5e-6 * max(1, size)
     moved = furthest(wanted, looped_form(PARAMS))
-    assert moved > 1e-6 if name == "prodigy" else moved > 1e-3
+    assert moved > 1e-3
 
 
 def test_the_trees_of_these_tests_are_those_of_the_nets():

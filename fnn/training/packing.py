@@ -69,7 +69,8 @@ def _shown(params: Any) -> bool:
     return any(isinstance(node, Blocks) for node in nodes)
 
 
-def _not_again(*args: Any, **options: Any) -> Any:
+def _not_again(params: Any, obj_fn: Any = None, grad_fn: Any = None) -> Any:
+    """Stand for a function of the parameters, with the names that line searches hand on to it."""
     raise Unlike("it evaluates the loss again")
 
 
