@@ -69,6 +69,7 @@ def test_clip_reports_of_parts_are_over_all_arrays():
             optax.chain(other, optax.masked(one, kernels)),
             lambda k, b: (lambda both: (scaled(both[0], 0.01), both[1]))(scaled((k, b), 0.3)),
         ),
+        "frozen": (fnn.optimizers.freeze(one, "*/bias"), lambda k, b: (scaled(k, 0.01), b)),
         "packed": (fnn.optimizers.packed(one), lambda k, b: scaled((k, b), 0.01)),
     }
     for tx, by_hand in cases.values():

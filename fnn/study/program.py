@@ -20,7 +20,7 @@ from fnn.gradients import flow, powers, reductions
 from fnn.study import axes
 from fnn.training import clip
 from fnn.training import step as stepping
-from fnn.training.depth import per_depth
+from fnn.training.optimizers import per_depth
 
 CLIPS: dict[str, Callable[[Any], Any]] = {
     "value": clip.by_value,

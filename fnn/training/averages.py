@@ -43,7 +43,7 @@ def averaged(transformation: optax.GradientTransformation, decay: float) -> opta
         mean = jax.tree.map(lambda a: jnp.zeros(a.shape, tree.statistics_dtype(a.dtype)), params)
         return AveragedState(inner.init(params), mean, jnp.zeros((), jnp.float32))
 
-    def update(updates, state, params=None, **extra):
+    def update(updates, state, params: Any = None, **extra):
         updates, own = inner.update(updates, state.inner, params, **extra)
         new = optax.apply_updates(params, updates)
         mean = jax.tree.map(lambda m, a: (decay * m + (1 - decay) * a).astype(m.dtype), state.mean, new)
@@ -67,7 +67,7 @@ def lookahead(
     def init(params):
         return SlowState(inner.init(params), params, jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None, **extra):
+    def update(updates, state, params: Any = None, **extra):
         updates, fast = inner.update(updates, state.fast, params, **extra)
         sync = state.steps == sync_period - 1
         ahead = jax.tree.map(lambda a, u, s: a + u - s, params, updates, state.slow)
@@ -84,8 +84,8 @@ def eval_params(state: Any) -> Any:
     """Return the parameters of a `TrainState` to evaluate at: those that its optimiser keeps besides the trained ones.
 
     For `averaged`, `lookahead` and `optax.contrib.schedule_free`, anywhere in the optimiser; the outermost counts, and
-    parameters that it does not see stay as they are. `fit(..., evaluate_with=fnn.optimizers.eval_params)` validates at them;
-    `evaluate(net, (eval_params(state), state.net_state), data)` and `dataclasses.replace(state, params=...)` use them.
+    parameters that it does not see stay as they are. `fit(..., evaluate_with=fnn.optimizers.eval_params)` validates at
+    them, and `evaluate(net, (fnn.optimizers.eval_params(state), state.net_state), data)` evaluates.
     Errors: ValueError if the optimiser keeps none.
     """
     found = [node for node in jax.tree.leaves(state.opt_state, is_leaf=_known) if _known(node)]
@@ -115,12 +115,12 @@ def eval_params(state: Any) -> Any:
     return params
 
 
-def check_evaluated(who: str, evaluate_with: Any, opt_state: Any) -> None:
+def check_evaluated(who: str, opt_state: Any, instead: str) -> None:
     """Warn where an optimiser keeps parameters to evaluate at, and nothing says whether they are wanted."""
-    if evaluate_with is None and any(map(_known, jax.tree.leaves(opt_state, is_leaf=_known))):
+    if any(map(_known, jax.tree.leaves(opt_state, is_leaf=_known))):
         warnings.warn(
-            f"{who}: the optimiser keeps other parameters to evaluate at than those that it trains; pass "
-            "evaluate_with=fnn.optimizers.eval_params, or evaluate_with=lambda state: state.params for these",
+            f"{who}: the optimiser keeps other parameters to evaluate at than those that it trains, which are used here; "
+            f"pass {instead}",
             stacklevel=3,
         )
 

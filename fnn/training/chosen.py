@@ -20,7 +20,8 @@ def where(*patterns: str) -> Callable[[Any], Any]:
 
     Patterns are those of `fnmatch` for paths as `fnn.tree.paths` prints them: "*/kernel", "1/trunk/*". A block of `repeat`
     is written as `[3]` or, as in `serial`, as `3`; `[:]` is every block. A mask chooses the same arrays of `repeat` and of
-    `serial`: `optax.adamw(1e-3, mask=fnn.optimizers.where("*/kernel"))`.
+    `serial`: `optax.adamw(1e-3, mask=fnn.optimizers.where("*/kernel"))`. Labels for `optax.partition` are
+    `lambda params: jax.tree.map(lambda chosen: "slow" if chosen else "fast", where("1/*")(params))`.
 
     Errors: ValueError for a pattern that no path matches; for one that tells the blocks of a stack apart where the
     optimiser is used without `per_depth`.

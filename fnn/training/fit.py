@@ -127,8 +127,10 @@ def fit(
         run_epoch = _in_memory(step, state, train, jax.random.split(key, epochs), int(batch_size), scan)
     else:
         run_epoch = _from_batches(step, train, epochs, scan)
-    if held is not None:
-        check_evaluated("fit", evaluate_with, state.opt_state)
+    if held is not None and evaluate_with is None:
+        check_evaluated(
+            "fit", state.opt_state, "evaluate_with=fnn.optimizers.eval_params, or lambda state: state.params"
+        )
     step.unfinished = None
     run = _Run(jax.tree.map(jnp.copy, state))  # the steps donate their state, and the caller's stays usable
     best, best_loss, stopped = state, np.inf, False

@@ -16,10 +16,11 @@ from fnn.datasets.dataset import Dataset, check_dataset, in_memory, shuffled
 from fnn.layers.precision import compute_in
 from fnn.layers.taps import TapState
 from fnn.training import clip
-from fnn.training.depth import per_depth
+from fnn.training.averages import check_evaluated
 from fnn.training.examples import check_step, step_gradients
 from fnn.training.extra import offered
 from fnn.training.loss_scale import scale_of, scaled, unscaled
+from fnn.training.optimizers import per_depth
 
 
 @flax.struct.dataclass
@@ -163,10 +164,12 @@ def train_step(
     Under an outer `axis_name` norms are those of the local batch.
 
     The optimiser sees each block of `repeat` as arrays of its own (`per_depth`): depth as a loop and depth written out
-    train alike.
+    train alike. It is offered the loss again (`extra.offered`), with the same batch, dropout and state: line searches,
+    `lbfgs`, sophia, and SAM with `opaque_mode=True` work. With `MultiSteps` a step's metrics are those of its own batch.
 
     `compute_dtype=jnp.bfloat16` lets all layers compute in it (`compute_in`), also those after an embedding; parameters,
-    optimiser, statistics and loss stay float32. `step.net` is that net: `fit` validates as it trains.
+    optimiser, statistics and loss stay float32. float16 needs `optimizers.loss_scaled`. `step.net` is that net: `fit`
+    validates as it trains.
 
     With `axis_name` (under `vmap`, or `shard_map` with `check_vma` on or off) gradients and metrics are averaged over the
     mapped batch axis. Every number is that of the whole batch on one device, except that dropout draws other masks, and
@@ -284,6 +287,7 @@ def evaluate(
     admission.loss("evaluate", loss)
     net = compute_in(net, compute_dtype)
     params, net_state = admission.parts("evaluate", state)
+    check_evaluated("evaluate", getattr(state, "opt_state", ()), "(fnn.optimizers.eval_params(state), state.net_state)")
     x, y = as_arrays(tuple(in_memory("evaluate", data)))
     check_dataset("evaluate", x, y)
     check.parameters("evaluate", params, trained=False)
