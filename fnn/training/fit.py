@@ -128,9 +128,7 @@ def fit(
     else:
         run_epoch = _from_batches(step, train, epochs, scan)
     if held is not None and evaluate_with is None:
-        check_evaluated(
-            "fit", state.opt_state, "evaluate_with=fnn.optimizers.eval_params, or lambda state: state.params"
-        )
+        check_evaluated("fit", state.opt_state, "evaluate_with=fnn.optimizers.eval_params")
     step.unfinished = None
     run = _Run(jax.tree.map(jnp.copy, state))  # the steps donate their state, and the caller's stays usable
     best, best_loss, stopped = state, np.inf, False
