@@ -244,6 +244,24 @@ def test_what_goes_block_by_block_says_so_above_64():
         update(jax.tree.map(lambda a: a[:20], params))
 
 
+def test_what_takes_the_loss_again_says_so_above_16_and_stacked_compiles_as_one_block():
+    params = Stacked({"kernel": np.ones((20, 2, 2), np.float32)})
+
+    def update(wrap):
+        def loss(p):
+            return sum(jnp.sum(a**2) for a in jax.tree.leaves(p))
+
+        tx = wrap(optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(3)))
+        extra = {"value": loss(params), "grad": params, "value_fn": loss}
+        return jax.make_jaxpr(lambda p: tx.update(p, tx.init(p), p, **extra)[0])(params)
+
+    with pytest.warns(
+        UserWarning, match="takes the loss again: right, but slow to compile; use fnn.optimizers.stacked"
+    ):
+        apart = update(fnn.optimizers.per_depth)
+    assert len(apart.jaxpr.eqns) > 5 * len(update(fnn.optimizers.stacked).jaxpr.eqns)
+
+
 def test_per_depth_twice_is_once_and_without_stacks_nothing():
     tx = fnn.optimizers.per_depth(optax.lamb(0.1))
     assert fnn.optimizers.per_depth(tx) is tx

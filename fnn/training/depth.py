@@ -54,3 +54,15 @@ def per_depth(transformation: optax.GradientTransformation) -> optax.GradientTra
         return lifted(one)(updates, state, params, extra)
 
     return DepthAware(init, update)
+
+
+def stacked(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Let a transformation see the arrays of `repeat` as they are, all blocks in one: your promise that it cannot tell.
+
+    True of what treats all numbers alike or takes norms over all of them: `lbfgs`, line searches, SAM and sophia (which
+    draws other signs). `per_depth` must take these apart block by block, since they take the loss again, and a deep net
+    then compiles for minutes: `train_step(net, loss, optimizers.stacked(optax.lbfgs()))` compiles as one block. Make it
+    the outermost. The promise is not checked: masks, labels and norms of single arrays would be those of whole stacks.
+    """
+    inner = optax.with_extra_args_support(transformation)
+    return DepthAware(inner.init, accepted(inner.update))

@@ -6,6 +6,7 @@ from fnn.training.averages import lookahead as lookahead
 from fnn.training.chosen import freeze as freeze
 from fnn.training.chosen import where as where
 from fnn.training.depth import per_depth as per_depth
+from fnn.training.depth import stacked as stacked
 from fnn.training.loss_scale import loss_scaled as loss_scaled
 from fnn.training.loss_scale import scale_of as scale_of
 from fnn.training.packing import packed as packed
