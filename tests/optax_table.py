@@ -122,7 +122,8 @@ def candidates():
     found = {}
     for module in (optax, contrib):
         for name, function in vars(module).items():
-            if name.startswith("_") or not callable(function) or getattr(function, "__module__", "") == "typing":
+            kind = getattr(function, "__module__", "")
+            if name.startswith("_") or not callable(function) or kind in ("typing", "collections.abc"):
                 continue
             if inspect.isclass(function):
                 if hasattr(function, "init") and hasattr(function, "update"):
