@@ -72,6 +72,26 @@ def mean(tree: Any, axis_name: Any) -> Any:
     return reduce(jax.lax.pmean, tree, axis_name)
 
 
+def averaged(function: Callable[[Any], Any], axis_name: Any) -> Callable[[Any], Any]:
+    """Average a function of replicated parameters over the mapped axes: its value, and its derivatives of any order.
+
+    Where types do not say what varies, the transpose of a mean is a mean. So one mean of the parameters, which changes no
+    value, averages the gradient.
+    """
+    if not names(axis_name):
+        return function
+
+    def same(p):
+        q = mean(p, axis_name)
+        return jax.lax.stop_gradient(p) + (q - jax.lax.stop_gradient(q))
+
+    def run(params):
+        ready = varying(params, axis_name) if checked() else jax.tree.map(same, params)
+        return mean(function(ready), axis_name)
+
+    return run
+
+
 def replicated(tree: Any, like: Any, axis_name: Any) -> Any:
     """Average the leaves that vary over more axes than those of `like`, from which they were computed."""
 

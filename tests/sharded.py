@@ -239,6 +239,21 @@ def clips():
 
 
 @section
+def losses_taken_again():
+    """By optimisers that ask for the loss as a function: its value and derivatives are those of all devices' examples."""
+    found = {
+        "line_search": optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5, store_grad=True)),
+        "lbfgs": optax.lbfgs(linesearch=optax.scale_by_zoom_linesearch(3)),
+        "sam": optax.contrib.sam(SGD, optax.sgd(0.5), opaque_mode=True),
+        "sophia": optax.contrib.sophia(0.1, update_interval=1),
+    }
+    for name, optimizer in found.items():
+        norm = "layer_norm" if name == "sophia" else "batch_norm"  # it enlarges rounding where a gradient is zero
+        net, state, batch = small(optimizer, norm=norm, unroll=True)
+        yield name, functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch)
+
+
+@section
 def placed():
     """Plain calls with a batch sharded over a mesh with explicit axes, as `jax.make_mesh` makes them."""
     net = fnn.serial(fnn.embed(7, 4), fnn.gru(4, tap=None), fnn.tap(), fnn.dense(3), fnn.global_avg_pool())

@@ -23,6 +23,7 @@ SECTIONS = (
     "losses",
     "outputs",
     "clips",
+    "losses_taken_again",
     "placed",
     "sequences",
     "refusals",

@@ -15,6 +15,7 @@ from fnn import check
 from fnn.datasets.dataset import Dataset
 from fnn.progress import Progress
 from fnn.training import placement
+from fnn.training.averages import check_evaluated
 from fnn.training.batches import FromBatches, checksum
 from fnn.training.checkpoint import Checkpoint, key_numbers
 from fnn.training.feed import InMemory, prepare
@@ -48,6 +49,7 @@ def fit(
     log_every: int = 50,
     mesh: Any = None,
     shard: Any = None,
+    evaluate_with: Callable[[TrainState], Any] | None = None,
 ) -> tuple[TrainState, History]:
     """Train for some epochs in compiled stretches of steps; return the new state and the curves.
 
@@ -64,6 +66,9 @@ def fit(
     `validation` is a pair too, or batches that are joined in memory, evaluated after each epoch; or a fraction of the
     training data in memory, split off by `key` as in `data.split`, in every call alike. With `patience=k` training stops
     once the validation loss has not fallen for k epochs, and the best epoch's state is returned.
+
+    `evaluate_with(state)` returns the parameters to validate at, instead of those that are trained: an optimiser's averages
+    with `evaluate_with=fnn.optimizers.eval_params`. The state that is returned holds both.
 
     `progress` shows a bar with loss and validation accuracy (plain lines where the output is no terminal); by default
     only on a terminal. The state passed in stays usable.
@@ -145,6 +150,8 @@ def fit(
         feed: Any = InMemory(step, state, train, key, int(batch_size or 0), scan)
     else:
         feed = FromBatches(step, train, epochs, scan, tracked=keeper is not None)
+    if held is not None and evaluate_with is None:
+        check_evaluated("fit", state.opt_state, "evaluate_with=fnn.optimizers.eval_params")
     unfinished, step.unfinished = step.unfinished, None
     run = Run(jax.tree.map(jnp.copy, state))  # the steps donate their state, and the caller's stays usable
     if keeper is not None:
@@ -160,7 +167,8 @@ def fit(
             while not run.is_done(epochs):
                 _train(run, feed, hooks, keeper, loggers, stop_nonfinite)
                 if not run.within:
-                    _finish_epoch(step, run, held, hooks, patience, bar)
+                    _validate(step, run, held, evaluate_with, patience)
+                    _finish_epoch(run, held, hooks, patience, bar)
                     loggers.epoch(run, {} if held is None else run.curves[-1])
                     if keeper is not None:
                         keeper.after_epoch(run)
@@ -206,13 +214,19 @@ def _train(
         _warn(run)
 
 
-def _finish_epoch(step: TrainStep, run: Run, held: Any, hooks: Sequence[Hook], patience: int | None, bar: Any) -> None:
-    """Validate, keep the best state, show and report the epoch; say whether the run stops here."""
-    shown, scores = {"loss": float(np.mean(run.metrics(run.lengths[-1])["loss"]))}, {}
+def _validate(step: TrainStep, run: Run, held: Any, evaluate_with: Any, patience: int | None) -> None:
+    """Evaluate on held-out data, if there are any, and keep the best state."""
     if held is not None:
-        scores = averages(step.net, run.state.params, run.state.net_state, held, step.measured)
+        params = evaluate_with(run.state) if evaluate_with else run.state.params
+        scores = averages(step.net, params, run.state.net_state, held, step.measured)
         run.keep_scores(scores, with_state=patience is not None)
-        shown |= {f"validation {name}": value for name, value in scores.items()}
+
+
+def _finish_epoch(run: Run, held: Any, hooks: Sequence[Hook], patience: int | None, bar: Any) -> None:
+    """Show and report the epoch; say whether the run stops here."""
+    scores = {} if held is None else run.curves[-1]
+    shown = {"loss": float(np.mean(run.metrics(run.lengths[-1])["loss"]))}
+    shown |= {f"validation {name}": value for name, value in scores.items()}
     bar.finish("  ".join(f"{name} {value:.4f}" for name, value in shown.items()), keep=False)
     run.stopped = after_epoch(hooks, run, scores) or run.is_out_of_patience(patience)
 

@@ -16,7 +16,10 @@ from fnn.datasets.dataset import check_dataset, in_memory
 from fnn.layers.precision import compute_in
 from fnn.layers.taps import TapState
 from fnn.training import clip, reprs
+from fnn.training.averages import check_evaluated
 from fnn.training.examples import check_step, step_gradients
+from fnn.training.extra import offered
+from fnn.training.loss_scale import scale_of, scaled, unscaled
 from fnn.training.metrics import METRICS, Measured, averages, chosen, functions
 from fnn.training.optimizers import per_depth
 from fnn.training.stretches import over_data
@@ -161,10 +164,12 @@ def train_step(
     Under an outer `axis_name` norms are those of the local batch.
 
     The optimiser sees each block of `repeat` as arrays of its own (`per_depth`): depth as a loop and depth written out
-    train alike.
+    train alike. It is offered the loss again (`extra.offered`), with the same batch, dropout and state: line searches,
+    `lbfgs`, sophia, and SAM with `opaque_mode=True` work. With `MultiSteps` a step's metrics are those of its own batch.
 
     `compute_dtype=jnp.bfloat16` lets all layers compute in it (`compute_in`), also those after an embedding; parameters,
-    optimiser, statistics and loss stay float32. `step.net` is that net: `fit` validates as it trains.
+    optimiser, statistics and loss stay float32. float16 needs `optimizers.loss_scaled`. `step.net` is that net: `fit`
+    validates as it trains.
 
     With `axis_name` (under `vmap`, or `shard_map` with `check_vma` on or off) gradients and metrics are averaged over the
     mapped batch axis. Every number is that of the whole batch on one device, except that dropout draws other masks, and
@@ -204,10 +209,11 @@ def train_step(
         params = mapped.varying(state.params, axis_name)
         old = mapped.varying(state.net_state, axis_name) if tapped else state.net_state
         _check_sharding(axis_name, params, batch)
+        scale = scale_of(state.opt_state, per_example)
         if per_example is None:
-            value_and_grad = jax.value_and_grad(objective, argnums=(0, 1) if tapped else 0, has_aux=True)
+            value_and_grad = jax.value_and_grad(scaled(objective, scale), argnums=(0, 1) if tapped else 0, has_aux=True)
             (_, (new, values, outputs)), grads = value_and_grad(params, old)
-            grads, values = mapped.mean((grads, values), axis_name)
+            grads, values = mapped.mean((unscaled(grads, scale), values), axis_name)
         else:
             gradients = step_gradients(
                 net,
@@ -226,15 +232,28 @@ def train_step(
         new = mapped.replicated(new, state.net_state, axis_name) if tapped else new
         others = (*values, *of_examples, "penalty", "grad_norms", "taps")
         values |= measured.values("train_step", outputs, y, axis_name, others)
-        objective_value = values["loss"]
-        if penalty is not None:
-            values["penalty"], slope = jax.value_and_grad(admission.penalty(penalty))(state.params)
+        objective_value, penalized = values["loss"], None if penalty is None else admission.penalty(penalty)
+        if penalized is not None:
+            values["penalty"], slope = jax.value_and_grad(penalized)(state.params)
             grads = jax.tree.map(jnp.add, grads, slope)
             objective_value += values["penalty"]
+        loss_fn = mapped.averaged(lambda params: objective(params, state.net_state)[0], axis_name)
+
+        def value_fn(params):
+            return loss_fn(params) if penalized is None else loss_fn(params) + penalized(params)
+
+        def grad_fn(params):
+            own = mapped.varying(params, axis_name)
+            if per_example == "clip":
+                found = gradients(own, state.net_state)[0]
+            else:
+                found, _ = jax.grad(scaled(objective, scale), has_aux=True)(own, state.net_state)
+                found = mapped.mean(unscaled(found, scale), axis_name)
+            return found if penalized is None else jax.tree.map(jnp.add, found, jax.grad(penalized)(params))
+
         before = clip.unreported(state.opt_state)
-        updates, opt_state = admission.update(
-            "train_step", optimizer, grads, before, state.params, value=objective_value, grad=grads
-        )
+        extra = offered(objective_value, grads, value_fn, grad_fn, clipped=per_example == "clip")
+        updates, opt_state = admission.update("train_step", optimizer, grads, before, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         size, grad_norm = tree.norm(updates), tree.norm(grads)
         values |= {"grad_norm": grad_norm, "update_ratio": size / tree.norm(state.params)}
@@ -290,6 +309,7 @@ def evaluate(
     admission.loss("evaluate", loss)
     net = compute_in(net, compute_dtype)
     params, net_state = admission.parts("evaluate", state)
+    check_evaluated("evaluate", getattr(state, "opt_state", ()), "(fnn.optimizers.eval_params(state), state.net_state)")
     x, y = as_arrays(tuple(in_memory("evaluate", data)))
     check_dataset("evaluate", x, y)
     check.parameters("evaluate", params, trained=False)
