@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, r2_score
-from ward import check, controls, patients
+from ward import CONTROLS, PATIENTS, check, controls, patients
 
 import fnn
 
-NAMES = {case.name: case for case in (*patients.ALL, *controls.ALL)}
+NAMES = {case.name: case for case in (*PATIENTS, *CONTROLS)}
 
 
 def test_names_are_unique_and_causes_from_the_list():
-    assert len(NAMES) == len(patients.ALL) + len(controls.ALL)
+    assert len(NAMES) == len(PATIENTS) + len(CONTROLS)
     assert len(patients.PUBLIC) == 20 and len(controls.PUBLIC) == 7 and len(patients.CAUSES) == 28
-    for patient in patients.ALL:
+    for patient in PATIENTS:
         faults = patient.causes if isinstance(patient.causes, tuple) else (patient.causes,)
         assert len(faults) == len(patient.main)
         for main, right in zip(patient.main, faults, strict=True):

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from . import check, controls, patients
+from . import CONTROLS, PATIENTS, check, patients
 
 
 def main() -> None:
@@ -14,19 +14,23 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=["*"], help="patterns such as 'sgd*'; all by default")
     parser.add_argument("--seeds", type=int, default=9)
     options = parser.parse_args()
-    found = [*patients.ALL, *controls.ALL]
+    found = [*PATIENTS, *CONTROLS]
     chosen = [case for case in found if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.names)]
     wrong, twins = [], {}
     for case in chosen:
-        start, sick = time.perf_counter(), None
+        start, sick, halves = time.perf_counter(), None, []
         if isinstance(case, patients.Patient):
             sick = check.train(case.make, options.seeds)
+            halves = [check.train(half.case, options.seeds) for half in case.halves]
         if id(case.well) not in twins:  # many patients share a twin
             twins[id(case.well)] = check.train(case.well.case, options.seeds)
         well = twins[id(case.well)]
         good = bool(np.all(well >= case.bar) and (sick is None or np.all(sick < case.bar)))
-        wrong += [] if good else [case.name]
+        for half in halves:
+            good = good and bool(np.all(half < case.bar))
+            print(f"    one fault alone: {np.min(half):6.3f} to {np.max(half):6.3f}")
         shown = "" if sick is None else f"sick {np.min(sick):6.3f} to {np.max(sick):6.3f}   "
+        wrong += [] if good else [case.name]
         seconds = time.perf_counter() - start
         print(
             f"{'ok ' if good else 'BAD'} {case.name:28} bar {case.bar:.2f}   {shown}"

@@ -65,5 +65,3 @@ PUBLIC = (
     Control("imbalance_20_to_1", IMBALANCE, 0.9, "labels loss"),
     Control("sigmoid_shallow", SIGMOID_SHALLOW, 0.9, "activation"),
 )
-
-ALL = PUBLIC

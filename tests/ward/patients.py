@@ -62,6 +62,8 @@ class Patient:
     bar: float
     budget: float = 60.0
     """seconds that a diagnosis may take"""
+    halves: tuple[Recipe, ...] = ()
+    """of two faults: the training with the first alone, and with the second alone; both are sick"""
 
     def make(self, seed: int = 0) -> Case:
         return self.sick.case(seed)
@@ -122,5 +124,3 @@ PUBLIC = (
     patient("dropout_0.97", "regularization", DEFAULT, 0.85, dropout=0.97),
     patient("batch_norm_60", "depth_norm", NORMED, 0.7, budget=240.0, residual=False),
 )
-
-ALL = PUBLIC

@@ -61,6 +61,10 @@ class Recipe:
         knobs = {**self.knobs, **{name: value for name, value in changes.items() if name not in own}}
         return replace(self, **{"knobs": MappingProxyType(knobs), **given})
 
+    def only(self, **knobs: Any) -> "Recipe":
+        """Have these knobs and no others, for another kind of net."""
+        return replace(self, knobs=MappingProxyType(knobs))
+
     def case(self, seed: int) -> Case:
         """Draw the data for a seed."""
         method = self.method
