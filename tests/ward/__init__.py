@@ -5,8 +5,9 @@
 """
 
 from .controls import PUBLIC as PUBLIC_CONTROLS
+from .own_controls import OWN as OWN_CONTROLS
 from .own_patients import OWN as OWN_PATIENTS
 from .patients import PUBLIC as PUBLIC_PATIENTS
 
 PATIENTS = (*PUBLIC_PATIENTS, *OWN_PATIENTS)
-CONTROLS = PUBLIC_CONTROLS
+CONTROLS = (*PUBLIC_CONTROLS, *OWN_CONTROLS)

@@ -80,14 +80,16 @@ class Recipe:
 # Nets.
 
 
-def mlp(outputs: int, output_init: Any = "lecun_normal", bias: float = 0.0, **defaults: Any):
-    """`models.mlp` by its knobs. The output layer has an initialiser of its own; `bias` fills the hidden biases."""
+def mlp(outputs: int, output_init: Any = "lecun_normal", bias: Any = 0.0, **defaults: Any):
+    """`models.mlp` by its knobs. The output layer has an initialiser of its own; `bias` fills the hidden biases, or is a
+    function n -> float[n]."""
 
     def draw(key, shape, dtype=jnp.float32):
         return initializers.get(output_init if shape[-1] == outputs else defaults["init"])(key, shape, dtype)
 
     def draw_bias(key, shape, dtype=jnp.float32):
-        return jnp.full(shape, 0.0 if shape[-1] == outputs else bias, dtype)
+        value = 0.0 if shape[-1] == outputs else bias(shape[-1]) if callable(bias) else bias
+        return jnp.full(shape, value, dtype)
 
     def build(
         depth=3, width=64, activation="relu", norm=None, init=draw, residual=False, dropout=0.0, head="identity"
