@@ -1,5 +1,6 @@
 """Train a case on several seeds, one lane each of one program, and score every lane on held-out data."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,30 +21,33 @@ def train(make: Callable[[int], Case], seeds: int = 9) -> np.ndarray:
     data = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[(c.train, c.validation) for c in cases])
     n = len(jax.tree.leaves(case.train)[0])
     rows = jnp.asarray(np.stack([batches(n, case, seed, shuffle) for seed in range(seeds)]))
-    net, tx = case.build(), case.optimizer()
+    net = case.build()
 
-    def run(key, data, rows):
+    # Initial weights, rate and data are arguments, so that many patients share a compiled program.
+    def run(start, key, data, rows, rate):
         (x, y), held_out = data
-        k_init, k_noise = jax.random.split(key)
-        params, state = net.init(k_init, jax.tree.map(lambda a: a[rows[0]], x))
+        tx = case.optimizer(rate)
 
         def step(carry, now):
             params, state, opt = carry
             index, i = now
 
             def value(params):
-                out, news = net.apply(params, state, x[index], key=jax.random.fold_in(k_noise, i), train=True)
+                out, news = net.apply(params, state, x[index], key=jax.random.fold_in(key, i), train=True)
                 return jnp.mean(case.loss(out, y[index])), news
 
             grads, news = jax.grad(value, has_aux=True)(params)
             updates, opt = tx.update(grads, opt, params)
             return (optax.apply_updates(params, updates), news, opt), None
 
-        carry = (params, state, tx.init(params))
-        (params, state, _), _ = jax.lax.scan(step, carry, (rows, jnp.arange(case.steps)))
-        return net.apply(params, state, held_out[0])[0]
+        carry, _ = jax.lax.scan(step, (*start, tx.init(start[0])), (rows, jnp.arange(case.steps)))
+        return net.apply(*carry[:2], held_out[0])[0]
 
-    outputs = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(7), seeds), data, rows)
+    keys, noise = (jax.random.split(jax.random.key(i), seeds) for i in (7, 8))
+    spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct((case.batch_size, *a.shape[1:]), a.dtype), case.train[0])
+    start = jax.jit(jax.vmap(lambda key: net.init(key, spec)))(keys)
+    rate = inspect.signature(case.optimizer).parameters["rate"].default
+    outputs = jax.jit(jax.vmap(run, in_axes=(0, 0, 0, 0, None)))(start, noise, data, rows, rate)
     return np.array([score(case.loss, o, c.validation[1]) for o, c in zip(outputs, cases, strict=True)])
 
 

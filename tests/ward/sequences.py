@@ -90,6 +90,6 @@ def tokens_mlp(outputs: int, vocabulary: int, **defaults: Any):
 
 
 RECALL = DEFAULT.but(data=recall(20), net=rnn, method=optax.adam, rate=1e-2, steps=300)
-RECALL = RECALL.but(batch_size=32).only(outputs=4)
+RECALL = RECALL.but(batch_size=32).only(outputs=4, forget_bias=3.0, recurrent_init="normal(0.05)")
 BEFORE = RECALL.but(data=before(), net=encoder, rate=3e-3, steps=400).only(outputs=2, vocabulary=8)
 BAG = BEFORE.but(net=bag, rate=1e-2).only(outputs=2, vocabulary=8, length=8)
