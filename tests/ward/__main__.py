@@ -1,4 +1,7 @@
-"""`python -m tests.ward [--seeds 9] [name ...]`: train patients, twins and controls; say which are as they should be."""
+"""`python -m tests.ward [--seeds 9] [name ...]`: train patients, twins and controls; say which are as they should be.
+
+With `--remedies` a control is not as it should be either if another rate, or standardised inputs, help it.
+"""
 
 import argparse
 import fnmatch
@@ -13,6 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=["*"], help="patterns such as 'sgd*'; all by default")
     parser.add_argument("--seeds", type=int, default=9)
+    parser.add_argument("--remedies", action="store_true")
     options = parser.parse_args()
     found = [*PATIENTS, *CONTROLS]
     chosen = [case for case in found if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.names)]
@@ -29,6 +33,12 @@ def main() -> None:
         for half in halves:
             good = good and bool(np.all(half < case.bar))
             print(f"    one fault alone: {np.min(half):6.3f} to {np.max(half):6.3f}")
+        if options.remedies and sick is None:
+            tried = check.remedies(case.make, options.seeds)
+            gains = {name: float(np.mean(scores) - np.mean(well)) for name, scores in tried.items()}
+            best = max(gains, key=gains.__getitem__)
+            good = good and gains[best] <= max(0.03, 2 * float(np.std(well)))
+            print(f"    best remedy: {best} {gains[best]:+.3f}")
         shown = "" if sick is None else f"sick {np.min(sick):6.3f} to {np.max(sick):6.3f}   "
         wrong += [] if good else [case.name]
         seconds = time.perf_counter() - start

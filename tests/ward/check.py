@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,13 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import fnn
 from fnn import losses
 
 from .recipes import Case
 
 
-def train(make: Callable[[int], Case], seeds: int = 9) -> np.ndarray:
-    """Score the runs of seeds 0, 1, ...: float[seeds]. A seed draws data, initial weights, order and noise."""
+def train(make: Callable[[int], Case], seeds: int = 9, factor: float = 1.0) -> np.ndarray:
+    """Score the runs of seeds 0, 1, ..., at `factor` times the rate: float[seeds].
+
+    A seed draws data, initial weights, order and noise.
+    """
     cases = [make(seed) for seed in range(seeds)]
     case, shuffle = cases[0], cases[0].shuffle
     data = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[(c.train, c.validation) for c in cases])
@@ -47,8 +52,23 @@ def train(make: Callable[[int], Case], seeds: int = 9) -> np.ndarray:
     spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct((case.batch_size, *a.shape[1:]), a.dtype), case.train[0])
     start = jax.jit(jax.vmap(lambda key: net.init(key, spec)))(keys)
     rate = inspect.signature(case.optimizer).parameters["rate"].default
-    outputs = jax.jit(jax.vmap(run, in_axes=(0, 0, 0, 0, None)))(start, noise, data, rows, rate)
+    outputs = jax.jit(jax.vmap(run, in_axes=(0, 0, 0, 0, None)))(start, noise, data, rows, factor * rate)
     return np.array([score(case.loss, o, c.validation[1]) for o, c in zip(outputs, cases, strict=True)])
+
+
+def remedies(make: Callable[[int], Case], seeds: int = 9) -> dict[str, np.ndarray]:
+    """Score what one would try first: the rate times 3 and over 3, and standardised inputs."""
+
+    def standardized(seed):
+        case = make(seed)
+        train, validation = fnn.data.standardize(fnn.data.Dataset(*case.train), fnn.data.Dataset(*case.validation))
+        return replace(case, train=tuple(train), validation=tuple(validation))
+
+    found = {"rate × 3": train(make, seeds, 3.0), "rate / 3": train(make, seeds, 1 / 3)}
+    inputs = make(0).train[0]
+    if jnp.issubdtype(inputs.dtype, jnp.floating):
+        found["standardised"] = train(standardized, seeds)
+    return found
 
 
 def batches(n: int, case: Case, seed: int, shuffle: bool) -> np.ndarray:

@@ -113,13 +113,14 @@ def fading(rate: Any) -> optax.GradientTransformation:
 
 # Recipes.
 
-BATCH_16 = MOMENTUM.but(rate=0.03, batch_size=16)
+STEADY = MOMENTUM.but(rate=0.03)
+BATCH_16 = STEADY.but(batch_size=16)
 NARROW = DEFAULT.but(width=12, steps=800)
 PIXELS = DEFAULT.but(data=recipes.pixels, rate=3e-3)
 RESIDUAL = DEFAULT.but(depth=20, residual=True, init="scaled(0.3)", method=optax.sgd, rate=0.03)
 NORMED_40 = DEFAULT.but(depth=40, residual=True, norm="layer_norm", steps=300)
 CROSSED = DEFAULT.but(data=crossed, outputs=2, depth=2, width=16, activation="tanh", init="scaled(1.5)", rate=1e-2)
-COLD = DEFAULT.but(loss=cold)
+COLD = DEFAULT.but(loss=cold, rate=3e-3)
 SLOW = DEFAULT.but(method=optax.sgd, rate=0.003, steps=1500)
 ONE_LOGIT = BINARY.but(loss=one_logit)
 TANH = DEFAULT.but(activation="tanh", init="scaled(1.0)", method=recipes.momentum, rate=0.03)
@@ -185,7 +186,7 @@ PATIENTS = (
     patient("rounded_mse", "blocked_gradient loss", TEACHER, 0.7, loss=rounded_mse),
     patient("seven_classes", "loss labels", DEFAULT, 0.85, loss=seven_classes),
     patient("mae_one_hot_spread", "loss", ONE_HOT.but(depth=5), 0.8, loss=recipes.mae),
-    patient("exp_overflows", "numerics loss", COLD, 0.75, loss=cold_by_hand),
+    patient("exp_overflows", "numerics loss", COLD, 0.8, loss=cold_by_hand),
     patient(
         "log_of_0",
         "numerics loss",
@@ -197,16 +198,16 @@ PATIENTS = (
     patient("adam_rate_1", "lr_high", DEFAULT, 0.85, rate=1.0),
     patient("spirals_rate_3", "lr_high", SPIRALS, 0.9, rate=3.0),
     patient("adam_rate_1e-6", "lr_low steps", DEFAULT, 0.85, rate=1e-6),
-    patient("clip_1e-5_momentum", "clip lr_low", MOMENTUM.but(clip=1.0), 0.85, clip=1e-5),
+    patient("clip_1e-5_momentum", "clip lr_low", STEADY.but(clip=1.0), 0.85, clip=1e-5),
     patient(
-        "momentum_0.999", "optimizer lr_high", MOMENTUM, 0.85, method=functools.partial(recipes.momentum, decay=0.999)
+        "momentum_0.999", "optimizer lr_high", STEADY, 0.85, method=functools.partial(recipes.momentum, decay=0.999)
     ),
     patient("adam_eps_1", "optimizer lr_low", DEFAULT, 0.85, method=eps_1),
     patient("fading_rate", "optimizer lr_low steps", SGD, 0.85, method=fading),
     patient("weight_decay_1", "regularization optimizer", SGD, 0.85, method=functools.partial(decayed, decay=1.0)),
     patient("dropout_0.93_narrow", "regularization capacity", DEFAULT.but(width=32), 0.85, dropout=0.93),
     patient("batch_norm_batch_1", "batch_size depth_norm", DEFAULT.but(norm="batch_norm"), 0.85, batch_size=1),
-    patient("momentum_batch_1", "batch_size lr_high", MOMENTUM, 0.85, batch_size=1),
+    patient("momentum_batch_1", "batch_size lr_high", STEADY, 0.85, batch_size=1),
     patient("steps_8", "steps lr_low", SGD, 0.85, steps=8),
     patient("spirals_60_steps", "steps lr_low", SPIRALS, 0.9, steps=60),
 )
