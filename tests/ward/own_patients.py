@@ -118,6 +118,7 @@ BATCH_16 = STEADY.but(batch_size=16)
 NARROW = DEFAULT.but(width=12, steps=800)
 PIXELS = DEFAULT.but(data=recipes.pixels, rate=3e-3)
 RESIDUAL = DEFAULT.but(depth=20, residual=True, init="scaled(0.3)", method=optax.sgd, rate=0.03)
+NORMED_6 = DEFAULT.but(depth=6, norm="batch_norm")
 NORMED_40 = DEFAULT.but(depth=40, residual=True, norm="layer_norm", steps=300)
 CROSSED = DEFAULT.but(data=crossed, outputs=2, depth=2, width=16, activation="tanh", init="scaled(1.5)", rate=1e-2)
 COLD = DEFAULT.but(loss=cold, rate=3e-3)
@@ -206,7 +207,7 @@ PATIENTS = (
     patient("fading_rate", "optimizer lr_low steps", SGD, 0.85, method=fading),
     patient("weight_decay_1", "regularization optimizer", SGD, 0.85, method=functools.partial(decayed, decay=1.0)),
     patient("dropout_0.93_narrow", "regularization capacity", DEFAULT.but(width=32), 0.85, dropout=0.93),
-    patient("batch_norm_batch_1", "batch_size depth_norm", DEFAULT.but(norm="batch_norm"), 0.85, batch_size=1),
+    patient("batch_norm_batch_2", "batch_size depth_norm", NORMED_6, 0.85, batch_size=2),
     patient("momentum_batch_1", "batch_size lr_high", STEADY, 0.85, batch_size=1),
     patient("steps_8", "steps lr_low", SGD, 0.85, steps=8),
     patient("spirals_60_steps", "steps lr_low", SPIRALS, 0.9, steps=60),

@@ -96,7 +96,7 @@ def useless_feature(largest: float):
     return recipes.changed(add)
 
 
-MOMENTUM = DEFAULT.but(method=recipes.momentum, rate=0.1)
+MOMENTUM = DEFAULT.but(method=recipes.momentum, rate=0.05)
 DEEP_8 = DEEP.but(depth=8, init="glorot_normal", rate=0.03)
 PROBABILITIES = {"head": "softmax", "loss": recipes.probability_loss}
 ONE_HOT = SGD.but(data=[recipes.one_hot], loss=fnn.losses.mse, rate=0.3)
