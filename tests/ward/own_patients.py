@@ -210,7 +210,7 @@ PATIENTS = (
     patient("batch_norm_batch_2", "batch_size depth_norm", NORMED_6, 0.85, batch_size=2),
     patient("momentum_batch_1", "batch_size lr_high", STEADY, 0.85, batch_size=1),
     patient("steps_8", "steps lr_low", SGD, 0.85, steps=8),
-    patient("spirals_60_steps", "steps lr_low", SPIRALS, 0.9, steps=60),
+    patient("deep_20_steps", "steps lr_low", DEEP, 0.8, steps=20),
 )
 
 
