@@ -7,6 +7,7 @@ import argparse
 import fnmatch
 import time
 
+import jax
 import numpy as np
 
 from . import CONTROLS, PATIENTS, check, patients
@@ -18,6 +19,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=9)
     parser.add_argument("--remedies", action="store_true")
     options = parser.parse_args()
+    jax.config.update("jax_disable_most_optimizations", True)  # most of the time is compiling
     found = [*PATIENTS, *CONTROLS]
     chosen = [case for case in found if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.names)]
     wrong, twins = [], {}
