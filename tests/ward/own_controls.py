@@ -153,7 +153,7 @@ OWN = (
         "split_mismatch",
     ),
     Control("never_shuffled", DEFAULT.but(shuffle=False), 0.9, "order"),
-    Control("targets_plus_3", TEACHER.but(data=[targets(lambda y: y + 3)]), 0.8, "target_scale"),
+    Control("targets_plus_3", TEACHER.but(data=[targets(lambda y: y + 3)], rate=1e-2), 0.8, "target_scale"),
     Control("targets_times_5", TEACHER.but(data=[targets(lambda y: y * 5)]), 0.8, "target_scale"),
     # the net
     Control("width_20", DEFAULT.but(width=20, depth=2, rate=5e-3), 0.88, "capacity"),
@@ -174,7 +174,9 @@ OWN = (
     Control("dropout_0.5", DEFAULT.but(width=128, depth=2, dropout=0.5, rate=2e-3), 0.9, "regularization"),
     Control("softmax_head_mse", ONE_HOT.but(head="softmax"), 0.9, "head loss"),
     Control("sigmoid_head", BINARY.but(head="sigmoid", loss=recipes.probability_loss, rate=2e-3), 0.9, "head loss"),
-    Control("tanh_head", TEACHER.but(data=[targets(lambda y: y / 4)], head="tanh"), 0.8, "head target_scale"),
+    Control(
+        "tanh_head", TEACHER.but(data=[targets(lambda y: y / 4)], head="tanh", rate=1e-2), 0.8, "head target_scale"
+    ),
     Control("short_memory", sequences.RECALL.but(data=sequences.recall(6), cell="rnn", rate=3e-3), 0.9, "memory"),
     Control("any_order", ANY_ORDER, 0.9, "positions"),
     Control("half_precision", DEFAULT.but(init=half_precision, rate=3e-3), 0.9, "numerics"),
