@@ -125,7 +125,7 @@ COLD = DEFAULT.but(loss=cold, rate=3e-3)
 SLOW = DEFAULT.but(method=optax.sgd, rate=0.003, steps=1500)
 ONE_LOGIT = BINARY.but(loss=one_logit)
 TANH = DEFAULT.but(activation="tanh", init="scaled(1.0)", method=recipes.momentum, rate=0.03)
-TEACHER_SMALL = TEACHER.but(batch_size=16)
+TEACHER_SMALL = TEACHER.but(batch_size=8)
 LONG_RECALL = sequences.RECALL.but(data=sequences.recall(40), forget_bias=4.0)
 
 PATIENTS = (
@@ -156,7 +156,7 @@ PATIENTS = (
         data=[changed(lambda x, y, rng: (x[:, ::-1], y), "validation")],
     ),
     patient("digits_20", "too_little_data", DEFAULT.but(batch_size=16), 0.85, data=[first_of_each_class(2)]),
-    patient("teacher_20", "too_little_data", TEACHER_SMALL, 0.7, data=[first(20)]),
+    patient("teacher_12", "too_little_data", TEACHER_SMALL, 0.7, data=[first(12)]),
     patient("sorted_batch_16", "order", BATCH_16, 0.85, data=[changed(by_class, "train")], shuffle=False),
     # the net
     patient(
