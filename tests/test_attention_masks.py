@@ -124,7 +124,11 @@ def test_what_is_seen_equals_a_loop_in_float64(name, padded):
             np.testing.assert_array_equal(y[place], params["out"]["bias"].astype(dtype))
 
 
-@pytest.mark.parametrize("options", [{}, {"mask": apart}, {"mask": TABLE}, {"mask": TABLE, "pairs": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mask": apart}, {"mask": TABLE}, {"mask": TABLE, "pairs": True}],
+    ids=("plain", "function", "table", "pairs"),
+)
 def test_cross_attention_sees_by_the_positions_of_both(options):
     target, source = drawn(BATCH, TIME, D), drawn(BATCH, 5, 6)
     layer = fnn.cross_attention(HEADS, mask=options.get("mask"))
@@ -152,7 +156,9 @@ def test_cross_attention_sees_by_the_positions_of_both(options):
     np.testing.assert_allclose(np.concatenate(parts, 1), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"window": 2}, {"mask": apart}, {"mask": TABLE, "window": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"window": 2}, {"mask": apart}, {"mask": TABLE, "window": 3}], ids=("window", "function", "table")
+)
 def test_pieces_equal_the_whole(options):
     layer = fnn.serial(
         fnn.residual(fnn.attention(HEADS, causal=True, rotary=True, **options)),
