@@ -64,7 +64,7 @@ def measure(block: fnn.Layer, depth: int, seeds: int) -> np.ndarray:
     def run(keys):
         def one(key):
             params, state = net.init(key, x)
-            return flow.measure(net, lambda y, _: jnp.sum(y * ends, 1), True, params, state, x, jnp.zeros(1), None)
+            return flow.measure(net, lambda y, _: jnp.sum(y * ends, 1), True, params, state, x, jnp.zeros(BATCH), None)
 
         return jax.lax.map(one, keys)
 

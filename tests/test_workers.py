@@ -144,5 +144,9 @@ def test_workers_get_no_ctrl_c_and_are_not_waited_for_when_all_is_broken_off():
         assert int(status["SigBlk"], 16) >> (signal.SIGINT - 1) & 1  # from its first moment on
         raise ZeroDivisionError
     process.join(60)
+    for _ in range(100):  # the pool's own thread waits for it too, and may be told first
+        if process.exitcode is not None:
+            break
+        time.sleep(0.1)
     assert process.exitcode == -signal.SIGTERM
     assert isinstance(future.exception(10), BrokenExecutor)
