@@ -1,0 +1,238 @@
+"""What is to be diagnosed: a net or how it is built, loss, optimiser, data; and a `Plan`, which changes some of it."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fnn import admission, check, tree
+from fnn.core import Layer, output_shape
+from fnn.datasets.dataset import Dataset, generator, in_memory
+from fnn.diagnosis.task import Task, task_of
+
+GAINS = {"relu": 2**0.5, "leaky_relu": 2**0.5, "gelu": 1.5, "gelu_tanh": 1.5, "silu": 1.6, "elu": 1.2, "softplus": 1.2}
+"""sqrt(fan_in) times the std of weights that keep signals at their size, about; 1 for all others."""
+MOST = 2000
+"""How many held-out and how many training examples are scored."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Changes of a training; by default none."""
+
+    knobs: tuple[tuple[str, Any], ...] = ()
+    loss: Callable[[Any, Any], Any] | None = None
+    optimizer: Callable[[], optax.GradientTransformation] | None = None
+    unclipped: bool = False
+    rate: float = 1.0
+    """Factor."""
+    clip: float = float("inf")
+    gain: float | None = None
+    """Redraw: kernels from N(0, gain²/fan_in), the last one from N(0, 1/fan_in), biases 0."""
+    data: tuple[Callable[["Case"], "Case"], ...] = ()
+    learn: str = "train"
+    """Which examples are learnt: "train", "held out" (half of them), "both"."""
+    shuffle: bool | None = None
+    batch_size: int | None = None
+    steps: int | None = None
+    precision: Any = None
+
+    def knob(self, **values: Any) -> "Plan":
+        return replace(self, knobs=tuple(sorted({**dict(self.knobs), **values}.items(), key=lambda kv: kv[0])))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training as it was given. The held-out data are split in two: one half chooses, the other one checks."""
+
+    build: Callable[..., Layer]
+    knobs: Mapping[str, Any]
+    """What `build` takes, with its present values; empty for a net that was given as it is."""
+    loss: Callable[[Any, Any], Any]
+    optimizer: Callable[..., optax.GradientTransformation]
+    rate: float | None
+    clip: float | None
+    train: Dataset
+    chooses: Dataset
+    checks: Dataset
+    held_out: bool
+    batch_size: int
+    steps: int
+    seeds: int
+    shuffle: bool
+    task: Task = field(default_factory=lambda: Task("regression"))
+
+    @property
+    def x(self) -> np.ndarray | None:
+        """The training inputs, if they are one array of floats, of which affine maps can be taken."""
+        x = self.train.x
+        return x if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating) else None
+
+    @property
+    def y(self) -> np.ndarray:
+        return np.asarray(self.train.y)
+
+    def with_x(self, f: Callable[[str, np.ndarray], np.ndarray]) -> "Case":
+        """Map inputs; f takes the name of the part and its array."""
+        parts = {n: Dataset(f(n, getattr(self, n).x), getattr(self, n).y) for n in ("train", "chooses", "checks")}
+        return replace(self, **parts)
+
+    def with_y(self, f: Callable[[str, np.ndarray], np.ndarray]) -> "Case":
+        """Map targets; f takes the name of the part and its array."""
+        parts = {n: Dataset(getattr(self, n).x, f(n, getattr(self, n).y)) for n in ("train", "chooses", "checks")}
+        return replace(self, **parts)
+
+    def net(self, plan: Plan) -> Layer:
+        return self.build(**dict(plan.knobs))
+
+    def value(self, plan: Plan, knob: str) -> Any:
+        """Give a knob's value; None if the net has no such knob."""
+        return dict(plan.knobs).get(knob, self.knobs.get(knob))
+
+    def gain(self, plan: Plan) -> float:
+        """Give the gain that keeps signals at their size with this plan's activation."""
+        return GAINS.get(str(self.value(plan, "activation")), 2**0.5 if not self.knobs else 1.0)
+
+    def transformation(self, plan: Plan) -> optax.GradientTransformation:
+        """Make the optimiser: clipped as the plan says, updates scaled by the plan's rate."""
+        if plan.optimizer is not None:
+            return plan.optimizer()
+        if plan.unclipped:
+            return self.optimizer(clip=None)
+        return self.optimizer()
+
+
+def case_of(
+    net: Any,
+    loss: Any,
+    optimizer: Any,
+    train: Any,
+    validation: Any,
+    *,
+    batch_size: Any,
+    steps: Any,
+    seeds: Any,
+    shuffle: bool,
+) -> Case:
+    """Check what was given, and make a case of it. The keywords are those of `diagnose`, hence nine arguments."""
+    check.positive("diagnose", batch_size=batch_size, steps=steps, seeds=seeds)
+    admission.loss("diagnose", loss)
+    build, knobs = _building(net)
+    make, rate, clip = _optimizing(optimizer)
+    data = _host(in_memory("diagnose: train", train))
+    if batch_size > data.size:
+        raise ValueError(f"diagnose: batch_size must be at most the {data.size} training examples, got {batch_size}")
+    if validation is None:
+        first = second = _some(data, MOST)
+    else:
+        held = _some(_host(in_memory("diagnose: validation", validation)), 2 * MOST)
+        if held.size < 4:
+            raise ValueError(f"diagnose: validation must hold at least 4 examples, got {held.size}; hold out more")
+        order = generator("diagnose", jax.random.key(0)).permutation(held.size)
+        first, second = held.take(np.sort(order[::2])), held.take(np.sort(order[1::2]))
+    spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape[1:]), a.dtype), data.x)
+    base = build()
+    admission.net("diagnose", base)
+    shapes = jax.eval_shape(base.init, jax.random.key(0), spec)
+    shape = output_shape(base, *shapes, spec)
+    task = task_of(base, loss, data.x, np.asarray(data.y), shape)
+    return Case(
+        build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
+        int(seeds), bool(shuffle), task,
+    )  # fmt: skip
+
+
+def _host(data: Dataset) -> Dataset:
+    def narrow(a):
+        a = np.asarray(a)
+        return a.astype(np.float32) if a.dtype == np.float64 else a.astype(np.int32) if a.dtype == np.int64 else a
+
+    return Dataset(*jax.tree.map(narrow, tuple(data)))
+
+
+def _some(data: Dataset, most: int) -> Dataset:
+    if data.size <= most:
+        return data
+    chosen = np.sort(generator("diagnose", jax.random.key(1)).choice(data.size, most, replace=False))
+    return data.take(chosen)
+
+
+def _building(net: Any) -> tuple[Callable[..., Layer], dict[str, Any]]:
+    if isinstance(net, Layer):
+        return (lambda: net), {}
+    if not callable(net):
+        raise TypeError(f"diagnose: the net must be a Layer, or a function that builds one, got {type(net).__name__}")
+    knobs = {name: p for name, p in inspect.signature(net).parameters.items() if p.kind not in (p.VAR_KEYWORD,)}
+    if missing := [name for name, p in knobs.items() if p.default is p.empty]:
+        raise ValueError(
+            f"diagnose: each knob of build must have a default, the value that does not train, got none for "
+            f"{', '.join(missing)}; write build({missing[0]}=...)"
+        )
+    return net, {name: p.default for name, p in knobs.items()}
+
+
+def _optimizing(optimizer: Any) -> tuple[Callable[..., Any], float | None, float | None]:
+    """Return a function of clip that makes the optimiser, and rate and clip as they are."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        return (lambda **_: optimizer), None, None
+    if not callable(optimizer):
+        raise TypeError(
+            f"diagnose: the optimizer must be an optax transformation or a function (rate=..., clip=None) that makes one, "
+            f"got {type(optimizer).__name__}"
+        )
+    found = inspect.signature(optimizer).parameters
+    for name in ("rate", "clip"):
+        if name in found and found[name].default is inspect.Parameter.empty:
+            raise ValueError(f"diagnose: the optimizer's {name} must have a default, the value that does not train")
+    defaults = {name: found[name].default for name in ("rate", "clip") if name in found}
+
+    def make(**changed):
+        return optimizer(**{name: value for name, value in changed.items() if name in found})
+
+    admission.optimizer("diagnose", make())
+    rate = defaults.get("rate")
+    return make, rate if isinstance(rate, int | float) else None, defaults.get("clip")
+
+
+def redrawn(params: Any, gain: float, seed: int) -> Any:
+    """Redraw weights: each kernel from N(0, gain²/fan_in), the last one from N(0, 1/fan_in); biases 0, scales 1."""
+    rng = np.random.default_rng(seed)
+    leaves = list(zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True))
+    kernels = [i for i, (path, a, k) in enumerate(leaves) if is_kernel(path, a, k)]
+    new = []
+    for i, (path, a, k) in enumerate(leaves):
+        name = path.rpartition("/")[2]
+        if i in kernels:
+            std = (1.0 if i == kernels[-1] else gain) / np.sqrt(np.prod(a.shape[k:-1]))
+            a = jnp.asarray(rng.standard_normal(a.shape) * std, a.dtype)
+        elif name == "bias":
+            a = jnp.zeros_like(a)
+        elif name == "scale":
+            a = jnp.ones_like(a)
+        new.append(a)
+    return jax.tree.unflatten(jax.tree.structure(params), new)
+
+
+def is_kernel(path: str, a: Any, depths: int) -> bool:
+    """Whether an array is a weight matrix or a convolution, not an embedding or a table of positions."""
+    return a.ndim - depths >= 2 and "embedding" not in path and "position" not in path
+
+
+def _depths(params: Any) -> list[int]:
+    """Count, for each array, the leading axes that are layers of `repeat`."""
+    return jax.tree.leaves(tree.map_depth(lambda k, a: k, params))
+
+
+def gains(params: Any) -> list[tuple[str, np.ndarray]]:
+    """List each kernel's path and sqrt(fan_in) times its std, one for each block of a stack."""
+    found = []
+    for path, a, k in zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True):
+        if is_kernel(path, a, k):
+            a = np.asarray(a, np.float64)
+            found.append((path, np.atleast_1d(a.std(axis=tuple(range(k, a.ndim))) * np.sqrt(np.prod(a.shape[k:-1])))))
+    return found

@@ -1,0 +1,70 @@
+"""`diagnose`: measure, change one thing, train again; name the earliest measured cause whose repair works."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fnn import check
+from fnn.diagnosis import verdict
+from fnn.diagnosis.case import case_of
+from fnn.diagnosis.inquiry import Inquiry
+from fnn.diagnosis.report import Diagnosis, diagnosis_of
+from fnn.diagnosis.trial import Runner
+from fnn.progress import Progress
+
+
+def diagnose(
+    net: Any,
+    loss: Callable[[Any, Any], Any],
+    optimizer: Any,
+    train: Any,
+    validation: Any = None,
+    *,
+    batch_size: int,
+    steps: int,
+    seeds: int = 3,
+    budget: float = 60.0,
+    target: float | None = None,
+    shuffle: bool = True,
+    progress: bool | None = None,
+) -> Diagnosis:
+    """Find out why a training fails: change one thing, train again, and see what cures it.
+
+    `net` is a function `build(depth=..., activation=..., ...) -> Layer` whose defaults are the net that does not train;
+    knobs with the names of `models.mlp`'s arguments (depth, width, activation, norm, residual, dropout, head) are varied,
+    others are left as they are. A plain Layer is varied from outside only: data, weights, rate, loss, batch, steps.
+    `optimizer` is a function `(rate=..., clip=None) -> optax transformation`, with the present values as defaults, or a
+    transformation, whose updates are scaled instead. `train` and `validation` are pairs (x, y); `loss(outputs, y)` returns
+    float[batch]. `shuffle=False` says that the training takes its batches in the order of the data.
+
+    First the data, the net before its first step, and its run are measured: that gives suspects. Then each change is
+    trained with `seeds` seeds. The cause is the earliest one, from data through weights, head, activation, norm, rate to
+    budget, that was measured and whose repair works: the score rises by more than max(0.03, two standard deviations of
+    the seeds) and by at least 70 % of the best rise of all, fresh seeds and data that did not choose it confirm that, and
+    the abnormality is gone. If no single repair is enough, all suspects are repaired, and one after the other is put back.
+
+    The score is balanced accuracy, or R², of held-out data; without them of the training data, and the report says so.
+    `healthy` means: above chance, seeds agree, and no change that was tried raises the score by more than that; with
+    `target`, that the score reaches it. `budget` in seconds ends the search; what was not tried is listed.
+
+    Errors: ValueError for a knob without a default, a batch larger than the data, targets that are no labels and no
+    numbers; TypeError for what is no net, loss or optimizer. The keywords are many because each can be left out.
+
+        d = fnn.diagnose(build, fnn.losses.cross_entropy, optimizer, train, test, batch_size=64, steps=400)
+        print(d); d.causes[0].name; d.html("why.html")
+    """
+    check.above_zero("diagnose", budget=budget)
+    case = case_of(
+        net, loss, optimizer, train, validation, batch_size=batch_size, steps=steps, seeds=seeds, shuffle=shuffle
+    )
+    with Progress("change", 0, progress) as bar, ThreadPoolExecutor(1) as thread:
+        inquiry = Inquiry(Runner(case, thread), float(budget), bar.say)
+        try:
+            inquiry.measure()
+            inquiry.search()
+            found = verdict.causes(inquiry)
+        finally:
+            thread.shutdown(wait=True, cancel_futures=True)
+    ill = verdict.sick(inquiry, target)
+    reached = target is not None and not ill
+    return diagnosis_of(inquiry, [] if reached else found, verdict.works(inquiry), ill, target)
