@@ -1,5 +1,6 @@
 """What is to be diagnosed: a net or how it is built, loss, optimiser, data; and a `Plan`, which changes some of it."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -41,9 +42,27 @@ class Plan:
     batch_size: int | None = None
     steps: int | None = None
     precision: Any = None
+    swap: tuple[tuple[str, str], ...] = ()
+    """Of any loss: which activations of its program are replaced, ("hidden" or "last", by what)."""
 
     def knob(self, **values: Any) -> "Plan":
         return replace(self, knobs=tuple(sorted({**dict(self.knobs), **values}.items(), key=lambda kv: kv[0])))
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a plan trains: pure functions of parameters and state."""
+
+    draw: Callable[[int], tuple[Any, Any]]
+    """Of a seed: (params, state)."""
+    objective: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+    """(params, state, (x, y), key) -> (mean loss, new state), as in training."""
+    outputs: Callable[[Any, Any, Any], Any] | None = None
+    """(params, state, x) -> outputs, as in use; None for a loss of which nothing else is known."""
+    losses: Callable[[Any, Any], Any] | None = None
+    """(outputs, y) -> float[batch]"""
+    score: Callable[[Any, Any], Any] | None = None
+    """(params, (x, y)) -> a score of the user's, where there are no outputs."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +106,29 @@ class Case:
         parts = {n: Dataset(getattr(self, n).x, f(n, getattr(self, n).y)) for n in ("train", "chooses", "checks")}
         return replace(self, **parts)
 
-    def net(self, plan: Plan) -> Layer:
-        return self.build(**dict(plan.knobs))
+    def model(self, plan: Plan) -> Model:
+        """Build what a plan trains."""
+        net, loss = self.build(**dict(plan.knobs)), plan.loss or self.loss
+
+        def draw(seed):
+            return net.init(jax.random.key(1000 + seed), jax.tree.map(lambda a: a[: self.batch_size], self.train.x))
+
+        def objective(params, state, batch, key):
+            outputs, new = net.apply(params, state, batch[0], key=key, train=True)
+            return jnp.mean(admission.values("diagnose", loss, outputs, batch[1])), new
+
+        def outputs(params, state, x):
+            return net.apply(params, state, x)[0]
+
+        return Model(draw, objective, outputs, functools.partial(admission.values, "diagnose", loss))
+
+    def scored(self, values: np.ndarray) -> np.ndarray:
+        """Turn what a program measured into scores: they are scores already."""
+        return values
+
+    def last(self, params: Any) -> int | None:
+        """Say which array is the last kernel; None: the last of the tree."""
+        return None
 
     def value(self, plan: Plan, knob: str) -> Any:
         """Give a knob's value; None if the net has no such knob."""
@@ -199,23 +239,35 @@ def _optimizing(optimizer: Any) -> tuple[Callable[..., Any], float | None, float
     return make, rate if isinstance(rate, int | float) else None, defaults.get("clip")
 
 
-def redrawn(params: Any, gain: float, seed: int) -> Any:
+def redrawn(params: Any, gain: float, seed: int, last: int | None = None) -> Any:
     """Redraw weights: each kernel from N(0, gain²/fan_in), the last one from N(0, 1/fan_in); biases 0, scales 1."""
     rng = np.random.default_rng(seed)
     leaves = list(zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True))
     kernels = [i for i, (path, a, k) in enumerate(leaves) if is_kernel(path, a, k)]
+    last = kernels[-1] if last is None and kernels else last
     new = []
     for i, (path, a, k) in enumerate(leaves):
-        name = path.rpartition("/")[2]
+        name = named(path)
         if i in kernels:
-            std = (1.0 if i == kernels[-1] else gain) / np.sqrt(np.prod(a.shape[k:-1]))
+            std = (1.0 if i == last else gain) / np.sqrt(fan_in(path, a, k))
             a = jnp.asarray(rng.standard_normal(a.shape) * std, a.dtype)
-        elif name == "bias":
+        elif name in ("bias", "b"):
             a = jnp.zeros_like(a)
         elif name == "scale":
             a = jnp.ones_like(a)
         new.append(a)
     return jax.tree.unflatten(jax.tree.structure(params), new)
+
+
+def named(path: str) -> str:
+    """Give the last part of a path, without the `value` of Flax's NNX."""
+    return path.removesuffix("/value").rpartition("/")[2]
+
+
+def fan_in(path: str, a: Any, depths: int) -> int:
+    """Count the inputs of a unit: of a `weight` (Equinox, PyTorch) outputs come first, of all others last."""
+    shape = a.shape[depths:]
+    return int(np.prod(shape[1:] if named(path) == "weight" else shape[:-1]))
 
 
 def is_kernel(path: str, a: Any, depths: int) -> bool:
@@ -234,5 +286,5 @@ def gains(params: Any) -> list[tuple[str, np.ndarray]]:
     for path, a, k in zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True):
         if is_kernel(path, a, k):
             a = np.asarray(a, np.float64)
-            found.append((path, np.atleast_1d(a.std(axis=tuple(range(k, a.ndim))) * np.sqrt(np.prod(a.shape[k:-1])))))
+            found.append((path, np.atleast_1d(a.std(axis=tuple(range(k, a.ndim))) * np.sqrt(fan_in(path, a, k)))))
     return found

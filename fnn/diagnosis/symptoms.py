@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import tree
-from fnn.diagnosis.case import Case, Plan, gains
+from fnn.diagnosis.case import Case, Model, Plan, gains
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.trial import Outcome, Runner
 from fnn.gradients.labels import DEFAULT
@@ -40,33 +40,34 @@ class Start:
 
 def start(runner: Runner, plan: Plan) -> Start:
     """Measure a plan at its first seed before the first step."""
-    case, net = runner.changed(plan), runner.case.net(plan)
+    case = runner.changed(plan)
     params, state = runner.draw(plan, 0)
     index = runner.order(plan, 0)[0]
     pool = jax.tree.map(lambda a, b: np.concatenate([a, b]), tuple(case.train), tuple(case.chooses))
     x, y = jax.tree.map(lambda a: a[index], pool)
-    watched, outputs = runner.instruments(plan, lambda: _instruments(net, plan.loss or case.loss, len(index)))
+    watched, outputs = runner.instruments(plan, lambda: _instruments(case.model(plan), len(index)))
     flow = watched(params, (x, y), state)
     paths, columns = _layers(flow)
     gradient = {row.path: row.value for row in _rows(flow) if row.quantity == "log10_gradient"}
-    plain = np.asarray(outputs(params, state, x), np.float64)
+    plain, linear, blind = np.zeros(0), False, False
+    if outputs is not None:
 
-    def output(x):
-        return np.asarray(outputs(params, state, x), np.float64)
+        def output(x):
+            return np.asarray(outputs(params, state, x), np.float64)
 
-    linear, blind = _linear(output, x), _blind(output, x, plain)
+        plain = output(x)
+        linear, blind = _linear(output, x), _blind(output, x, plain)
     return Start(columns, paths, gains(params), _alike(params), plain, float(flow.loss), linear, blind, gradient)
 
 
-def _instruments(net: Any, loss_of: Any, size: int) -> tuple[Any, Any]:
+def _instruments(model: Model, size: int) -> tuple[Any, Any]:
     """Make what measures a net: `watch`, and its outputs."""
     key = jax.random.key(0)
 
     def loss(params, batch, state):
-        outputs, _ = net.apply(params, state, batch[0], key=key, train=True)
-        return jnp.mean(loss_of(outputs, batch[1]))
+        return model.objective(params, state, batch, key)[0]
 
-    outputs = jax.jit(lambda params, state, x: net.apply(params, state, x)[0])
+    outputs = jax.jit(model.outputs) if model.outputs is not None else None
     return watch(loss, groups=(*DEFAULT, "saturated"), batch_size=size), outputs
 
 
@@ -123,7 +124,8 @@ def _blind(output: Any, x: Any, plain: np.ndarray) -> bool:
 def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     """List what is abnormal before the first step."""
     evidence = [*_unit_symptoms(case, plan, found), *_scale_symptoms(case, plan, found)]
-    evidence += [*_head_symptoms(case, plan, found), *_loss_symptoms(case, plan, found)]
+    if found.outputs.size:
+        evidence += [*_head_symptoms(case, plan, found), *_loss_symptoms(case, plan, found)]
     if found.linear and case.task.kind != "exact":
         evidence.append(Evidence("activation", "the net is linear in its inputs, however many layers it has"))
     if found.blind:

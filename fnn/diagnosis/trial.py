@@ -82,16 +82,14 @@ class Runner:
 
     def draw(self, plan: Plan, seed: int) -> tuple[Any, Any]:
         """Draw the weights and the state of one seed."""
-        key = (plan.knobs, plan.precision, seed)
+        key = (plan.knobs, plan.swap, seed)
         if key not in self._drawn:
-            net = self.case.net(plan)
-            x = jax.tree.map(lambda a: a[: min(len(a), self.case.batch_size)], self.case.train.x)
-            self._drawn[key] = net.init(jax.random.key(1000 + seed), x)
+            self._drawn[key] = self.case.model(plan).draw(seed)
         params, state = self._drawn[key]
         if plan.precision is not None:
             params = jax.tree.map(lambda a: a.astype(plan.precision), params)
         if plan.gain is not None:
-            params = redrawn(params, plan.gain, 1000 + seed)
+            params = redrawn(params, plan.gain, 1000 + seed, self.case.last(params))
         return params, state
 
     def order(self, plan: Plan, seed: int) -> np.ndarray:
@@ -114,8 +112,9 @@ class Runner:
         start = time.perf_counter()
         program = self.prepare(plan).result()
         compiling = time.perf_counter() - start
-        found = jax.device_get(program(*args))
-        return Outcome(*found, time.perf_counter() - start - compiling, compiling)
+        chooses, checks, train, *rest = jax.device_get(program(*args))
+        scores = map(self.changed(plan).scored, (chooses, checks, train))
+        return Outcome(*scores, *rest, time.perf_counter() - start - compiling, compiling)
 
     def _arguments(self, plan: Plan, seeds: Any) -> tuple[Any, ...]:
         """Collect what a program takes, seeds first."""
@@ -149,7 +148,7 @@ class Runner:
     def _one(self, plan: Plan, params: Any, state: Any, key: Any, order: Any, rate: Any, clip: Any, pool: Any, last: Any) -> Any:
         """Train one seed; what `Outcome` lists. The arguments are those of a program, hence nine."""
         case = self.changed(plan)
-        net, loss, tx = case.net(plan), plan.loss or case.loss, per_depth(case.transformation(plan))
+        model, tx = case.model(plan), per_depth(case.transformation(plan))
         first = params
 
         def rows(index):
@@ -157,11 +156,10 @@ class Runner:
 
         def step(carry, t):
             params, state, opt_state, most = carry
-            x, y = rows(order[t])
+            batch = rows(order[t])
 
             def objective(params):
-                outputs, new = net.apply(params, state, x, key=jax.random.fold_in(key, t), train=True)
-                return jnp.mean(admission.values("diagnose", loss, outputs, y)), new
+                return model.objective(params, state, batch, jax.random.fold_in(key, t))
 
             (value, new), grads = jax.value_and_grad(objective, has_aux=True)(params)
             norm = tree.norm(grads)
@@ -181,14 +179,18 @@ class Runner:
         (params, state, _, most), (values, norms, ratios) = jax.lax.scan(step, start, jnp.arange(order.shape[0]))
         n, held = case.train.size, case.chooses.size
         some = np.unique(np.linspace(0, n - 1, min(n, 512)).astype(int))
-        scored = rows(np.concatenate([np.arange(n, n + held), some]))
-        x, y = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), scored, tuple(last))
-        outputs, _ = net.apply(params, state, x)
-        chooses, train, checks = (
-            case.task(outputs[part], y[part])
-            for part in (slice(held), slice(held, held + len(some)), slice(held + len(some), None))
-        )
-        held_loss = jnp.mean(admission.values("diagnose", loss, outputs[:held], y[:held]))
+        parts = rows(np.arange(n, n + held)), jax.tree.map(jnp.asarray, tuple(last)), rows(some)
+        if model.outputs is None:
+            score = model.score or (lambda params, batch: model.objective(params, state, batch, key)[0])
+            chooses, checks, train = (score(params, part) for part in parts)
+            held_loss = model.objective(params, state, parts[0], key)[0]
+        else:
+            outputs = model.outputs(params, state, jax.tree.map(lambda *a: jnp.concatenate(a), *(x for x, _ in parts)))
+            ends = np.cumsum([held, len(last.y)])
+            split = jax.tree.map(lambda a: jnp.split(a, ends), outputs)
+            chooses, checks, train = (case.task(o, y) for o, (_, y) in zip(split, parts, strict=True))
+            assert model.losses is not None
+            held_loss = jnp.mean(model.losses(split[0], parts[0][1]))
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(first), strict=True)
         changes = jnp.stack([jnp.where(size(b) > 1e-12, size(a - b) / size(b), jnp.nan) for a, b in pairs])
         return chooses, checks, train, held_loss, values, norms, ratios, changes, most, size(params) / size(first)
