@@ -15,6 +15,8 @@ from fnn import admission, check, tree
 from fnn.core import Layer, output_shape
 from fnn.datasets.dataset import Dataset, generator, in_memory
 from fnn.diagnosis.task import Task, task_of
+from fnn.gradients.operations import Unreadable
+from fnn.gradients.swap import listed, swapped
 
 GAINS = {"relu": 2**0.5, "leaky_relu": 2**0.5, "gelu": 1.5, "gelu_tanh": 1.5, "silu": 1.6, "elu": 1.2, "softplus": 1.2}
 """sqrt(fan_in) times the std of weights that keep signals at their size, about; 1 for all others."""
@@ -43,7 +45,7 @@ class Plan:
     steps: int | None = None
     precision: Any = None
     swap: tuple[tuple[str, str], ...] = ()
-    """Of any loss: which activations of its program are replaced, ("hidden" or "last", by what)."""
+    """Of a net without knobs: which activations of its program are replaced, ("hidden" or "last", by what)."""
 
     def knob(self, **values: Any) -> "Plan":
         return replace(self, knobs=tuple(sorted({**dict(self.knobs), **values}.items(), key=lambda kv: kv[0])))
@@ -85,6 +87,8 @@ class Case:
     seeds: int
     shuffle: bool
     task: Task = field(default_factory=lambda: Task("regression"))
+    seen: Mapping[str, Any] = field(default_factory=dict)
+    """What was found in the program of a net without knobs: its `activation`, its `head`, whether gradients `stop`."""
 
     @property
     def x(self) -> np.ndarray | None:
@@ -113,12 +117,18 @@ class Case:
         def draw(seed):
             return net.init(jax.random.key(1000 + seed), jax.tree.map(lambda a: a[: self.batch_size], self.train.x))
 
-        def objective(params, state, batch, key):
-            outputs, new = net.apply(params, state, batch[0], key=key, train=True)
-            return jnp.mean(admission.values("diagnose", loss, outputs, batch[1])), new
+        def trained(params, state, x, key):
+            return net.apply(params, state, x, key=key, train=True)
 
         def outputs(params, state, x):
             return net.apply(params, state, x)[0]
+
+        if plan.swap:
+            trained, outputs = (swapped(f, dict(plan.swap)) for f in (trained, outputs))
+
+        def objective(params, state, batch, key):
+            outputs, new = trained(params, state, batch[0], key)
+            return jnp.mean(admission.values("diagnose", loss, outputs, batch[1])), new
 
         return Model(draw, objective, outputs, functools.partial(admission.values, "diagnose", loss))
 
@@ -132,11 +142,12 @@ class Case:
 
     def value(self, plan: Plan, knob: str) -> Any:
         """Give a knob's value; None if the net has no such knob."""
-        return dict(plan.knobs).get(knob, self.knobs.get(knob))
+        swap = {{"hidden": "activation", "last": "head"}.get(role, role): name for role, name in plan.swap}
+        return {**self.seen, **self.knobs, **dict(plan.knobs), **swap}.get(knob)
 
     def gain(self, plan: Plan) -> float:
         """Give the gain that keeps signals at their size with this plan's activation."""
-        return GAINS.get(str(self.value(plan, "activation")), 2**0.5 if not self.knobs else 1.0)
+        return GAINS.get(str(self.value(plan, "activation")), 1.0)
 
     def transformation(self, plan: Plan) -> optax.GradientTransformation:
         """Make the optimiser: clipped as the plan says, updates scaled by the plan's rate."""
@@ -181,10 +192,23 @@ def case_of(
     shapes = jax.eval_shape(base.init, jax.random.key(0), spec)
     shape = output_shape(base, *shapes, spec)
     task = task_of(base, loss, data.x, np.asarray(data.y), shape)
+    seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], *shapes, spec)
     return Case(
         build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
-        int(seeds), bool(shuffle), task,
+        int(seeds), bool(shuffle), task, seen,
     )  # fmt: skip
+
+
+def found_in(function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """Look for activations and stopped gradients in a program; nothing where it cannot be read."""
+    try:
+        found, stops = listed(function, *args)
+    except Unreadable:
+        return {}
+    hidden, last = ({a.name for a in found if a.role == role} for role in ("hidden", "last"))
+    seen: dict[str, Any] = {"stop": True} if stops else {}
+    seen |= {"activation": hidden.pop() if len(hidden) == 1 else "several"} if hidden else {}
+    return seen | ({"head": last.pop()} if len(last) == 1 else {})
 
 
 def _host(data: Dataset) -> Dataset:

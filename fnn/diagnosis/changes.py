@@ -149,6 +149,8 @@ def _of_net(case: Case) -> list[Change]:
         found.append(Change(name, causes, lambda plan: plan.knob(**knobs), code, True, costs))
 
     knobs = case.knobs
+    if not knobs:
+        return _of_program(case)
     if isinstance(knobs.get("activation"), str) or callable(knobs.get("activation")):
         for name in ("tanh", "relu"):
             if knobs["activation"] != name:
@@ -186,8 +188,33 @@ def _of_net(case: Case) -> list[Change]:
     return found
 
 
+def _of_program(case: Case) -> list[Change]:
+    """Of a net without knobs: swap what was found in its program."""
+    found = []
+
+    def add(name, cause, code, role, by):
+        swap = _swap(role, by)
+        found.append(Change(name, (cause,), swap, code, True))
+
+    if (name := case.seen.get("activation")) is not None:
+        for other in ("tanh", "relu"):
+            if name != other:
+                add(f"activation {other}", "activation", f"jax.nn.{other}  # instead of {name}", "hidden", other)
+    if (name := case.seen.get("head")) is not None:
+        add("no head", "head", f"# leave out the {name} behind the last layer", "last", "identity")
+    if case.seen.get("stop"):
+        add("no stop_gradient", "blocked_gradient", "# leave out jax.lax.stop_gradient", "stop", "identity")
+    return found
+
+
+def _swap(role: str, by: str) -> Callable[[Plan], Plan]:
+    return lambda plan: replace(plan, swap=(*plan.swap, (role, by)))
+
+
 def _of_loss(case: Case) -> list[Change]:
     loss = case.task.loss
+    if case.task.name:  # a loss of which no outputs are known
+        return []
     if loss is None or loss is case.loss or case.task.kind == "regression" and case.held_out is False:
         return []
     name = getattr(loss, "name", "one-hot cross-entropy")
@@ -197,7 +224,7 @@ def _of_loss(case: Case) -> list[Change]:
 
 def _of_budget(case: Case) -> list[Change]:
     found = []
-    if case.batch_size < 32:
+    if case.batch_size < 32 and not case.task.name:
         found.append(Change("batch × 8", ("batch_size",), _with(batch_size=min(8 * case.batch_size, case.train.size)), f"batch_size={8 * case.batch_size}", True, 8.0))
     if case.batch_size > 128 or case.batch_size > case.train.size / 4:
         size = max(1, case.batch_size // 8)

@@ -6,8 +6,9 @@ from typing import Any
 
 from fnn import check
 from fnn.diagnosis import verdict
-from fnn.diagnosis.case import case_of
+from fnn.diagnosis.case import Case, case_of
 from fnn.diagnosis.inquiry import Inquiry
+from fnn.diagnosis.loss_case import loss_case_of
 from fnn.diagnosis.report import Diagnosis, diagnosis_of
 from fnn.diagnosis.trial import Runner
 from fnn.progress import Progress
@@ -57,6 +58,47 @@ def diagnose(
     case = case_of(
         net, loss, optimizer, train, validation, batch_size=batch_size, steps=steps, seeds=seeds, shuffle=shuffle
     )
+    return _found(case, budget, target, progress)
+
+
+def diagnose_loss(
+    loss: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Any,
+    optimizer: Any,
+    validation: Any = None,
+    *,
+    score: Callable[[Any, Any], Any] | None = None,
+    steps: int | None = None,
+    seeds: int = 3,
+    budget: float = 60.0,
+    target: float | None = None,
+    shuffle: bool = False,
+    progress: bool | None = None,
+) -> Diagnosis:
+    """Do `diagnose` for any JAX loss `(params, batch) -> float[]`, a mean over the batch; of a model in any framework.
+
+    `batches` is a list of batches, trees of arrays with examples first, and is gone through in its order, again and again
+    until `steps` steps are done (default: once). `validation` is a list too, or one batch. Of a pair the first part is taken
+    for the inputs, the second for the targets; of a dict the entries called x, inputs, image, ... and y, targets, label, ...
+
+    From outside these are varied: inputs and targets (standardised), order, weights (redrawn to N(0, gain²/fan_in): of an
+    array named `weight` outputs come first, of all others last), rate, clipping, steps, and in the traced program the
+    activations between layers, those behind the last one, and stop_gradient. Gates and the loss itself stay as they are.
+    The first seed starts from `params`, others from the same numbers in another order, array by array.
+
+    The score is `score(params, batch)`, higher is better, or 1 - loss/guess, where a guess is the loss with a last layer of
+    zeros: 0 means no better than a guess. Otherwise as `diagnose`. Errors: TypeError for a loss that is no function, params
+    that are no floating arrays; ValueError for batches that share no leading axis, or a loss that is not one float.
+    """
+    check.above_zero("diagnose_loss", budget=budget)
+    case = loss_case_of(
+        loss, params, batches, optimizer, validation, score, steps=steps, seeds=seeds, shuffle=shuffle
+    )
+    return _found(case, budget, target, progress)
+
+
+def _found(case: Case, budget: float, target: float | None, progress: bool | None) -> Diagnosis:
     with Progress("change", 0, progress) as bar, ThreadPoolExecutor(1) as thread:
         inquiry = Inquiry(Runner(case, thread), float(budget), bar.say)
         try:

@@ -178,7 +178,7 @@ def _theory(case: Case, plan: Plan, begun: Start, error: np.ndarray) -> np.ndarr
     """Predict the error signal of a plain or batch-normed mlp, from the size of its weights; nothing for other nets."""
     value, n = case.value, len(error) - 1
     norm, name = value(plan, "norm") or "none", value(plan, "activation")
-    hidden = np.concatenate([g for _, g in begun.gains[:-1]] or [np.ones(0)])
+    hidden = np.concatenate([g for _, g in begun.gains] or [np.ones(0)])
     known = isinstance(name, str) and name != "softmax" and norm in ("none", "batch_norm") and value(plan, "depth") == n
     if not known or value(plan, "residual") or value(plan, "dropout") or n < 2 or not (hidden > 0).all() or not np.isfinite(error[n - 1]):
         return np.zeros(0)

@@ -27,8 +27,9 @@ class Start:
     """By quantity of `watch`, in forward order of the layers; NaN where a layer has no such number."""
     paths: list[str]
     gains: list[tuple[str, np.ndarray]]
+    """Of each kernel but the last: sqrt(fan_in) times its std."""
     alike: list[str]
-    """Kernels of which all units are equal."""
+    """Kernels, except the last, of which all units are equal."""
     outputs: np.ndarray
     loss: float
     linear: bool
@@ -57,7 +58,11 @@ def start(runner: Runner, plan: Plan) -> Start:
 
         plain = output(x)
         linear, blind = _linear(output, x), _blind(output, x, plain)
-    return Start(columns, paths, gains(params), _alike(params), plain, float(flow.loss), linear, blind, gradient)
+    names = [path.removesuffix("/value") for path, _ in tree.rows(params)]
+    last = names[final] if (final := case.last(params)) is not None else (paths or [""])[-1]
+    every = [(path.removesuffix("/value"), g) for path, g in gains(params)]
+    hidden = [pair for pair in every if pair[0] != last] if last in dict(every) else every[:-1]
+    return Start(columns, paths, hidden, _alike(params, last), plain, float(flow.loss), linear, blind, gradient)
 
 
 def _instruments(model: Model, size: int) -> tuple[Any, Any]:
@@ -94,12 +99,11 @@ def _layers(flow: Any) -> tuple[list[str], dict[str, np.ndarray]]:
     return [path for _, path in starts], columns
 
 
-def _alike(params: Any) -> list[str]:
+def _alike(params: Any, last: str) -> list[str]:
     found = []
     for path, a in tree.rows(params):
-        a = np.asarray(a, np.float64)
-        # The last array decides over as many classes as it has columns; equal columns are no fault there alone.
-        if a.ndim >= 2 and a.shape[-1] > 1 and np.ptp(a, axis=-1).max() <= 1e-7 * max(np.abs(a).max(), 1e-30):
+        a, path = np.asarray(a, np.float64), path.removesuffix("/value")
+        if path != last and a.ndim >= 2 and a.shape[-1] > 1 and np.ptp(a, axis=-1).max() <= 1e-7 * max(np.abs(a).max(), 1e-30):
             found.append(path)
     return found
 
@@ -142,8 +146,8 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
 
 def _unit_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     evidence = []
-    if hidden := [path for path in found.alike if path != (found.paths or [""])[-1]]:
-        evidence.append(Evidence("init_symmetric", f"all units of {hidden[0]} have equal weights"))
+    if found.alike:
+        evidence.append(Evidence("init_symmetric", f"all units of {found.alike[0]} have equal weights"))
     dead = found.layers.get("input_dead", np.array([]))[1:]  # the first layer's inputs are data
     if len(dead) and np.nanmax(np.append(dead, 0)) > 0.6:
         where = found.paths[1 + int(np.nanargmax(dead))]
@@ -163,7 +167,7 @@ def _scale_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     """Weights whose size, multiplied over the depth, loses or blows up signals; and depth that does so by itself."""
     evidence: list[Evidence] = []
     with np.errstate(divide="ignore", invalid="ignore"):
-        each = np.concatenate([np.log10(g / case.gain(plan)) for _, g in found.gains[:-1]] or [np.zeros(0)])
+        each = np.concatenate([np.log10(g / case.gain(plan)) for _, g in found.gains] or [np.zeros(0)])
         moments = 0.5 * np.log10(found.layers.get("output_second_moment", np.zeros(0))[:-1])
     total = float(np.nansum(np.clip(each, -50, 50)))
     error = -_span(found.layers.get("log10_error", np.zeros(0))[:-1])  # positive: it grows towards the input
@@ -195,7 +199,7 @@ def _scale_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         what = "error signal" if abs(error) >= abs(forward) else "signal"
         grows = error if abs(error) >= abs(forward) else forward
         evidence.append(Evidence("depth_norm", f"the {what} changes by 10^{grows:+.1f} over {n} layers (healthy: within 10^±1.5)"))
-    flat = found.outputs.reshape(len(found.outputs), -1)
+    flat = found.outputs.reshape(len(found.outputs), -1) if found.outputs.size else found.outputs
     if n >= 8 and flat.size and np.isfinite(flat).all():
         alike = float(flat.var(0).mean() / max(np.mean(flat**2), 1e-300))
         if alike < 1e-3:

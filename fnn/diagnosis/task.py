@@ -25,11 +25,12 @@ class Task:
     """Of binary tasks: the larger label."""
     correct: Callable[[Any, Any], Any] | None = None
     chance: float = 0.0
+    name: str = ""
 
     @property
     def score(self) -> str:
         """Name the score."""
-        return {"regression": "R²", "exact": "accuracy"}.get(self.kind, "balanced accuracy")
+        return self.name or {"regression": "R²", "exact": "accuracy"}.get(self.kind, "balanced accuracy")
 
     @property
     def loss(self) -> Callable[[Any, Any], Any] | None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from fnn.gradients import places
 from fnn.gradients.operations import Loop, Op, Program, Remat, execute, rebuilt
-from fnn.gradients.program import read, trace
+from fnn.gradients.program import equations, read, trace
 
 KNOWN: dict[str, Callable[[Any], Any]] = {
     "tanh": jnp.tanh,
@@ -30,6 +31,7 @@ KNOWN: dict[str, Callable[[Any], Any]] = {
 """Activations that are known by their values."""
 POINTS = np.linspace(-3, 3, 25)
 PRODUCTS = {"mul", "div"}
+STOP = "stop_gradient"
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,11 @@ def activations(program: Program, parameters: int) -> list[Activation]:
     An activation is a function of each number of a layer's output by itself, by one operation or several, that has the
     values of a known one.
     """
-    walk = _Walk({place.product for place in places.find(program, parameters).places})
-    walk.forward(program, set())
+    products = {place.product for place in places.find(program, parameters).places}
+    walk = _Walk(products)
+    # In a thread of its own nothing is being traced, whatever the caller does: operations run on points, and give numbers.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(walk.forward, program, set()).result()
     walk.backward(program, set())
     found = []
     for output, (name, root) in walk.names.items():
@@ -147,7 +152,7 @@ class _Walk:
 
 def _run(op: Op, values: Mapping[int, Any]) -> np.ndarray | None:
     """Run an operation on known values; None for one that does not run by itself, such as a collective."""
-    with contextlib.suppress(Exception), jax.ensure_compile_time_eval():
+    with contextlib.suppress(Exception):
         inputs = [jnp.asarray(values[a]) if isinstance(a, int) else a.value for a in op.inputs]
         return np.asarray(op.call(*inputs)[0])
     return None
@@ -165,38 +170,49 @@ def _named(got: np.ndarray, points: np.ndarray) -> str | None:
 
 @functools.cache
 def _values(name: str, size: int) -> np.ndarray:
-    with jax.ensure_compile_time_eval():
-        few = np.asarray(KNOWN[name](jnp.asarray(POINTS, jnp.float32)), np.float64)
-    return np.resize(few, size)
+    return np.resize(np.asarray(KNOWN[name](jnp.asarray(POINTS, jnp.float32)), np.float64), size)
+
+
+def listed(function: Callable[..., Any], *args: Any) -> tuple[list[Activation], int]:
+    """List the activations of a function whose first argument are the parameters, and count its `stop_gradient`s."""
+    program = _read(function, args)[0]
+    return activations(program, len(jax.tree.leaves(args[0]))), sum(name == STOP for name, _ in equations(program))
+
+
+def _read(function: Callable[..., Any], args: Any) -> tuple[Program, Any]:
+    leaves, structure = jax.tree.flatten(args)
+    closed, shape = trace(lambda *leaves: function(*jax.tree.unflatten(structure, leaves)), *leaves)
+    return read(closed, forward=True), shape
 
 
 def swapped(loss: Callable[..., Any], chosen: Mapping[str, str]) -> Callable[..., Any]:
     """Return the loss with other activations: `{"hidden": "relu"}` replaces those between layers, "last" those behind them.
 
-    Gates, and what the loss itself computes with the outputs, stay as they are. The new loss takes the same arguments,
-    and works under `jit`, `grad` and `vmap`. Errors: `Unreadable`.
+    `{"stop": "identity"}` lets gradients through every `stop_gradient`. Gates, and what the loss itself computes with the
+    outputs, stay as they are. The new loss takes the same arguments, and works under `jit`, `grad` and `vmap`.
+    Errors: `Unreadable`.
     """
 
     def new(*args):
-        leaves, structure = jax.tree.flatten(args)
-        closed, shape = trace(lambda *leaves: loss(*jax.tree.unflatten(structure, leaves)), *leaves)
-        program = read(closed, forward=True)
-        count = len(jax.tree.leaves(args[0]))
+        program, shape = _read(loss, args)
+        count, leaves = len(jax.tree.leaves(args[0])), jax.tree.leaves(args)
         found = {a.output: (a.input, KNOWN[chosen[a.role]]) for a in activations(program, count) if a.role in chosen}
-        outs = execute(_with(program, found), leaves)
+        outs = execute(_with(program, found, "stop" in chosen), leaves)
         return jax.tree.unflatten(jax.tree.structure(shape), outs)
 
     return new
 
 
-def _with(program: Program, functions: Mapping[int, tuple[int, Callable[[Any], Any]]]) -> Program:
+def _with(program: Program, functions: Mapping[int, tuple[int, Callable[[Any], Any]]], through: bool) -> Program:
     ops: list[Op] = []
     for op in program.ops:
         if isinstance(op, Loop):
-            op = rebuilt(op, _with(op.body, functions), op.inputs, op.outputs, op.consts, op.carries)
+            op = rebuilt(op, _with(op.body, functions, through), op.inputs, op.outputs, op.consts, op.carries)
         elif isinstance(op, Remat):
-            op = replace(op, body=_with(op.body, functions))
+            op = replace(op, body=_with(op.body, functions, through))
             op.call = op.run
+        elif through and op.name == STOP:
+            op = replace(op, call=lambda *values: list(values))
         elif op.outputs and op.outputs[0] in functions:
             source, function = functions[op.outputs[0]]
             op = replace(op, inputs=[source], call=lambda value, f=function: [f(value)])
