@@ -104,9 +104,10 @@ def _found(case: Case, budget: float, target: float | None, progress: bool | Non
         try:
             inquiry.measure()
             inquiry.search()
-            found = verdict.causes(inquiry)
+            ill = verdict.sick(inquiry, target)
+            found = [] if target is not None and not ill else verdict.causes(inquiry, ill)
+            if found and found[0].repair is not None:
+                inquiry.begin(inquiry.tried[found[0].repair.change].plan)  # for the report
         finally:
             thread.shutdown(wait=True, cancel_futures=True)
-    ill = verdict.sick(inquiry, target)
-    reached = target is not None and not ill
-    return diagnosis_of(inquiry, [] if reached else found, verdict.works(inquiry), ill, target)
+    return diagnosis_of(inquiry, found, verdict.works(inquiry), ill, target)

@@ -76,7 +76,7 @@ class Inquiry:
         self.learnable = data_symptoms.learnable(case)
         for line in [e.text for e in self.evidence] + [self.learnable] * bool(self.learnable):
             self.tell(line)
-        begun = self._begun[plan] = symptoms.start(self.runner, plan)
+        begun = self.begin(plan)
         found = symptoms.start_symptoms(case, plan, begun)
         program.result()
         self.compiling = self.spent
@@ -151,6 +151,12 @@ class Inquiry:
             known = self._fresh[plan] = self.runner.run(plan, range(self.case.seeds, 2 * self.case.seeds))
         return known
 
+    def begin(self, plan: Plan) -> symptoms.Start:
+        """Measure a plan before its first step."""
+        if plan not in self._begun:
+            self._begun[plan] = symptoms.start(self.runner, plan)
+        return self._begun[plan]
+
     def begun_of(self, plan: Plan) -> symptoms.Start | None:
         """Give what was measured of a plan before its first step, if it was."""
         return self._begun.get(plan)
@@ -164,7 +170,7 @@ class Inquiry:
         if cause in ("input_scale", "input_empty", "target_scale", "label_encoding", "split_mismatch"):
             return any(e.cause == cause for e in data_symptoms.symptoms(case))
         if cause in STARTS:
-            found = self._begun[plan] = symptoms.start(self.runner, plan)
+            found = self.begin(plan)
             return any(e.cause == cause for e in symptoms.start_symptoms(case, plan, found))
         if cause == "numerics":
             return not np.isfinite(outcome.losses).all()

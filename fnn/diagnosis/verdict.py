@@ -12,9 +12,16 @@ WEAK = {"optimizer", "capacity", "steps", "memory", "batch_size", "too_little_da
 """Suspected of almost every net; not repaired together with others."""
 
 
-def causes(inquiry: Inquiry) -> list[Cause]:
+FAR = 0.15
+"""More steps alone must raise the score by so much to be a cause of their own; less is "not finished"."""
+
+
+def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
     """Rank the causes that a repair proves; two faults stand side by side, each with the repair of both."""
     working = works(inquiry)
+    if not ill:
+        near = inquiry.base.mean + FAR
+        working = [t for t in working if "steps" not in t.change.causes or t.mean > near]
     found: list[Cause] = []
     for cause in suspects(inquiry):
         able = [t for t in working if cause in t.change.causes]
@@ -59,7 +66,7 @@ def works(inquiry: Inquiry) -> list[Tried]:
 
 def proof(inquiry: Inquiry, cause: str, tried: Tried) -> Cause | None:
     """Check a repair with fresh seeds, on data that did not choose it; None if it does not hold, or treats a symptom."""
-    sick, cured = inquiry.again(NOTHING.apply(tried.plan.__class__())), inquiry.again(tried.plan)
+    sick, cured = inquiry.again(inquiry.base.plan), inquiry.again(tried.plan)
     before = float(np.mean(sick.checks))
     least = margin(tuple(map(float, sick.checks)))
     lifted = float(np.mean(cured.checks > before + least))
