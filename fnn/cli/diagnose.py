@@ -128,7 +128,9 @@ def _made(script: str) -> tuple[Any, ...]:
     path, _, name = script.rpartition(":")
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"diagnose: {script!r} must name a script and a function, script.py:make; no file {path!r}")
+        raise FileNotFoundError(
+            f"diagnose: {script!r} must name a script and a function, script.py:make; no file {path!r}"
+        )
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise ValueError(f"diagnose: the script must be a Python file, got {path!r}")
@@ -160,7 +162,7 @@ def _beside(folder: Path):
         sys.path.remove(str(folder.resolve()))
 
 
-def command(model: Model, options: Any) -> str:
+def command(model: Any, options: Any) -> str:
     """Write the command that diagnoses a training of `fnn train`."""
     words = ["fnn diagnose", type(model).__name__.lower()]
     shared = {f.name for f in fields(Diagnose)} - {"model", "seeds"}

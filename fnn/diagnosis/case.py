@@ -71,7 +71,7 @@ class Model:
 class Case:
     """A training as it was given. The held-out data are split in two: one half chooses, the other one checks."""
 
-    build: Callable[..., Layer]
+    build: Callable[..., Any]
     knobs: Mapping[str, Any]
     """What `build` takes, with its present values; empty for a net that was given as it is."""
     loss: Callable[[Any, Any], Any]
@@ -102,13 +102,13 @@ class Case:
 
     def with_x(self, f: Callable[[str, np.ndarray], np.ndarray]) -> "Case":
         """Map inputs; f takes the name of the part and its array."""
-        parts = {n: Dataset(f(n, getattr(self, n).x), getattr(self, n).y) for n in ("train", "chooses", "checks")}
-        return replace(self, **parts)
+        old = {name: getattr(self, name) for name in ("train", "chooses", "checks")}
+        return replace(self, **{name: part._replace(x=f(name, part.x)) for name, part in old.items()})
 
     def with_y(self, f: Callable[[str, np.ndarray], np.ndarray]) -> "Case":
         """Map targets; f takes the name of the part and its array."""
-        parts = {n: Dataset(getattr(self, n).x, f(n, getattr(self, n).y)) for n in ("train", "chooses", "checks")}
-        return replace(self, **parts)
+        old = {name: getattr(self, name) for name in ("train", "chooses", "checks")}
+        return replace(self, **{name: part._replace(y=f(name, np.asarray(part.y))) for name, part in old.items()})
 
     def model(self, plan: Plan) -> Model:
         """Build what a plan trains."""
@@ -189,10 +189,10 @@ def case_of(
     spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape[1:]), a.dtype), data.x)
     base = build()
     admission.net("diagnose", base)
-    shapes = jax.eval_shape(base.init, jax.random.key(0), spec)
-    shape = output_shape(base, *shapes, spec)
+    params, state = jax.eval_shape(base.init, jax.random.key(0), spec)
+    shape = output_shape(base, params, state, spec)
     task = task_of(base, loss, data.x, np.asarray(data.y), shape)
-    seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], *shapes, spec)
+    seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
     return Case(
         build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
         int(seeds), bool(shuffle), task, seen,
@@ -226,7 +226,7 @@ def _some(data: Dataset, most: int) -> Dataset:
     return data.take(chosen)
 
 
-def _building(net: Any) -> tuple[Callable[..., Layer], dict[str, Any]]:
+def _building(net: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
     if isinstance(net, Layer):
         return (lambda: net), {}
     if not callable(net):

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import optax
 
-from fnn.datasets.dataset import Dataset
 from fnn.diagnosis.case import Case, Plan
 
 
@@ -72,7 +71,7 @@ def finite(case: Case) -> Case:
     good = np.isfinite(x.reshape(len(x), -1)).all(1) & np.isfinite(y.reshape(len(y), -1).astype(float)).all(1)
     rows = np.flatnonzero(good)
     rows = rows[np.arange(len(x)) % max(1, len(rows))] if len(rows) else np.arange(len(x))
-    clean = replace(case, train=Dataset(x[rows], y[rows]))
+    clean = replace(case, train=case.train.take(rows))
     return clean.with_x(lambda part, a: np.nan_to_num(a, posinf=0, neginf=0))
 
 
@@ -93,28 +92,70 @@ def _with(**values: Any) -> Callable[[Plan], Plan]:
 def _of_data(case: Case) -> list[Change]:
     found = []
     if case.x is not None:
-        found.append(Change("standardise x", ("input_scale",), _data(standardized), "train, test = fnn.data.standardize(train, test)"))
+        found.append(
+            Change(
+                "standardise x",
+                ("input_scale",),
+                _data(standardized),
+                "train, test = fnn.data.standardize(train, test)",
+            )
+        )
         if not np.isfinite(case.x).all():
-            found.append(Change("leave out examples with NaN", ("numerics",), _data(finite), "keep = np.isfinite(x).all(-1); x, y = x[keep], y[keep]"))
+            found.append(
+                Change(
+                    "leave out examples with NaN",
+                    ("numerics",),
+                    _data(finite),
+                    "keep = np.isfinite(x).all(-1); x, y = x[keep], y[keep]",
+                )
+            )
         if case.held_out:
             found.append(
                 Change("scale held-out x like training x", ("split_mismatch",), _data(matched),
                        "train, test = fnn.data.standardize(train, test)  # the same map for both, after the same preprocessing")
             )  # fmt: skip
     if case.task.kind == "regression":
-        found.append(Change("standardise y", ("target_scale",), _data(standard_targets), "y = (y - y_train.mean(0)) / y_train.std(0)"))
+        found.append(
+            Change(
+                "standardise y",
+                ("target_scale",),
+                _data(standard_targets),
+                "y = (y - y_train.mean(0)) / y_train.std(0)",
+            )
+        )
     if case.task.kind in ("classes", "binary"):
         values = np.unique(case.y)
         if not np.array_equal(values, np.arange(len(values))):
-            found.append(Change("renumber labels", ("label_encoding",), _data(renumbered), "y = np.searchsorted(np.unique(y_train), y)"))
+            found.append(
+                Change(
+                    "renumber labels",
+                    ("label_encoding",),
+                    _data(renumbered),
+                    "y = np.searchsorted(np.unique(y_train), y)",
+                )
+            )
     if case.held_out:
         found.append(
             Change("learn half of the held-out data", ("labels", "label_encoding"), _with(learn="held out"),
                    "# look at single examples: the labels of the training data are wrong, or belong to other inputs")
         )  # fmt: skip
-        found.append(Change("learn half of the held-out data too", ("too_little_data",), _with(learn="both"), "# collect more training examples, or augment them"))
+        found.append(
+            Change(
+                "learn half of the held-out data too",
+                ("too_little_data",),
+                _with(learn="both"),
+                "# collect more training examples, or augment them",
+            )
+        )
     if not case.shuffle:
-        found.append(Change("shuffle", ("order",), _with(shuffle=True), "fnn.fit(..., key=key)  # shuffles each epoch; or shuffle before batching"))
+        found.append(
+            Change(
+                "shuffle",
+                ("order",),
+                _with(shuffle=True),
+                "fnn.fit(..., key=key)  # shuffles each epoch; or shuffle before batching",
+            )
+        )
     return found
 
 
@@ -122,7 +163,7 @@ def _of_weights(case: Case) -> list[Change]:
     causes = ("init_symmetric", "dead_units", "init_small", "init_large")
     gain = case.gain(Plan())
     code = 'init="he_normal"' if gain > 1.3 else 'init="scaled(1.0)"  # N(0, 1/fan_in)'
-    return [Change("redraw weights", causes, _with(gain=gain), code + ", bias_init=\"zeros\"")]
+    return [Change("redraw weights", causes, _with(gain=gain), code + ', bias_init="zeros"')]
 
 
 def _of_rate(case: Case) -> list[Change]:
@@ -130,11 +171,23 @@ def _of_rate(case: Case) -> list[Change]:
     for factor in (0.1, 0.01, 0.3, 10.0, 100.0, 3.0, 1000.0):
         cause = ("lr_high",) if factor < 1 else ("lr_low",)
         code = f"learning_rate={case.rate * factor:.3g}" if case.rate is not None else f"learning_rate *= {factor:g}"
-        found.append(Change(f"rate × {factor:g}", cause, lambda plan, factor=factor: replace(plan, rate=plan.rate * factor), code))
-    found.append(Change("clip at norm 1", ("lr_high",), _with(clip=1.0), "optax.chain(fnn.clip.by_global_norm(1.0), optimizer)"))
+        found.append(
+            Change(
+                f"rate × {factor:g}", cause, lambda plan, factor=factor: replace(plan, rate=plan.rate * factor), code
+            )
+        )
+    found.append(
+        Change("clip at norm 1", ("lr_high",), _with(clip=1.0), "optax.chain(fnn.clip.by_global_norm(1.0), optimizer)")
+    )
     if case.clip is not None:
         found.append(Change("no clipping", ("clip",), _with(unclipped=True), "clip=None", own_program=True))
-    adam = Change("Adam, rate 1e-3", ("optimizer", "regularization"), _with(optimizer=_adam), "optimizer = optax.adam(1e-3)", own_program=True)
+    adam = Change(
+        "Adam, rate 1e-3",
+        ("optimizer", "regularization"),
+        _with(optimizer=_adam),
+        "optimizer = optax.adam(1e-3)",
+        own_program=True,
+    )
     return [*found, adam]
 
 
@@ -215,17 +268,30 @@ def _of_loss(case: Case) -> list[Change]:
     loss = case.task.loss
     if case.task.name:  # a loss of which no outputs are known
         return []
-    if loss is None or loss is case.loss or case.task.kind == "regression" and case.held_out is False:
+    if loss is None or loss is case.loss or (case.task.kind == "regression" and case.held_out is False):
         return []
     name = getattr(loss, "name", "one-hot cross-entropy")
-    code = f"loss = fnn.losses.{loss.name}" if hasattr(loss, "name") else "loss = lambda outputs, y: -(y * jax.nn.log_softmax(outputs)).sum(-1)"
+    code = (
+        f"loss = fnn.losses.{loss.name}"
+        if hasattr(loss, "name")
+        else "loss = lambda outputs, y: -(y * jax.nn.log_softmax(outputs)).sum(-1)"
+    )
     return [Change(f"loss {name}", ("loss", "numerics"), _with(loss=loss), code, True)]
 
 
 def _of_budget(case: Case) -> list[Change]:
     found = []
     if case.batch_size < 32 and not case.task.name:
-        found.append(Change("batch × 8", ("batch_size",), _with(batch_size=min(8 * case.batch_size, case.train.size)), f"batch_size={8 * case.batch_size}", True, 8.0))
+        found.append(
+            Change(
+                "batch × 8",
+                ("batch_size",),
+                _with(batch_size=min(8 * case.batch_size, case.train.size)),
+                f"batch_size={8 * case.batch_size}",
+                True,
+                8.0,
+            )
+        )
     if case.batch_size > 128 or case.batch_size > case.train.size / 4:
         size = max(1, case.batch_size // 8)
         found.append(Change("batch ÷ 8", ("batch_size",), _with(batch_size=size), f"batch_size={size}", True, 0.3))

@@ -44,7 +44,10 @@ def input_symptoms(case: Case) -> list[Evidence]:
         usual = float(np.median(size[size > 0]))
         if size.max() > 20 * usual:
             found.append(
-                Evidence("input_scale", f"RMS of one feature is {size.max() / usual:.3g} times the usual one (healthy up to 20)")
+                Evidence(
+                    "input_scale",
+                    f"RMS of one feature is {size.max() / usual:.3g} times the usual one (healthy up to 20)",
+                )
             )
     if not found and (far := float(np.median(np.abs(mean[std > 0]) / std[std > 0]))) > 5:
         found.append(Evidence("input_scale", f"mean of a feature is {far:.3g} times its std (healthy up to 5)"))
@@ -60,7 +63,9 @@ def target_symptoms(case: Case) -> list[Evidence]:
         return [Evidence("numerics", f"{np.mean(~np.isfinite(y)):.2%} of the targets are NaN or infinite")]
     std, mean = float(y.std(0).mean()), float(np.abs(y.mean(0)).max())
     if not 0.1 <= std <= 10 or mean > 10 * max(std, 0.1):
-        return [Evidence("target_scale", f"targets have std {std:.3g} and mean up to {mean:.3g} (healthy: std 0.1 to 10)")]
+        return [
+            Evidence("target_scale", f"targets have std {std:.3g} and mean up to {mean:.3g} (healthy: std 0.1 to 10)")
+        ]
     return []
 
 
@@ -69,8 +74,12 @@ def encoding_symptoms(case: Case) -> list[Evidence]:
     y = np.unique(case.y) if case.task.kind in ("classes", "binary") else np.array([])
     if case.task.kind == "binary" and set(y) != {0, 1}:
         return [Evidence("label_encoding", f"the two labels are {y[0]:g} and {y[1]:g}, not 0 and 1")]
-    if case.task.kind == "classes" and (y.min() < 0 or y.max() >= len(y) + max(2, len(y) // 2) or (y.min() > 0 and len(y) > 1)):
-        return [Evidence("label_encoding", f"the {len(y)} labels run from {y.min()} to {y.max()}, not 0 to {len(y) - 1}")]
+    if case.task.kind == "classes" and (
+        y.min() < 0 or y.max() >= len(y) + max(2, len(y) // 2) or (y.min() > 0 and len(y) > 1)
+    ):
+        return [
+            Evidence("label_encoding", f"the {len(y)} labels run from {y.min()} to {y.max()}, not 0 to {len(y) - 1}")
+        ]
     return []
 
 
@@ -92,7 +101,9 @@ def split_symptoms(case: Case) -> list[Evidence]:
     return []
 
 
-def agreement(x: np.ndarray, y: np.ndarray, others: np.ndarray, of_others: np.ndarray, same: bool) -> tuple[float, float, float]:
+def agreement(
+    x: np.ndarray, y: np.ndarray, others: np.ndarray, of_others: np.ndarray, same: bool
+) -> tuple[float, float, float]:
     """Say how far the nearest neighbours of x among `others` have y's targets: (agreement, chance, std by chance).
 
     For labels the share of neighbours with the same label; for numbers R² of the neighbours' mean.

@@ -92,9 +92,7 @@ def diagnose_loss(
     that are no floating arrays; ValueError for batches that share no leading axis, or a loss that is not one float.
     """
     check.above_zero("diagnose_loss", budget=budget)
-    case = loss_case_of(
-        loss, params, batches, optimizer, validation, score, steps=steps, seeds=seeds, shuffle=shuffle
-    )
+    case = loss_case_of(loss, params, batches, optimizer, validation, score, steps=steps, seeds=seeds, shuffle=shuffle)
     return _found(case, budget, target, progress)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fnn.diagnosis import data_symptoms, symptoms
+from fnn.diagnosis import data_symptoms, start, symptoms
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import STAGE, Evidence
 from fnn.diagnosis.changes import Change, changes
@@ -56,7 +56,7 @@ class Inquiry:
         return time.perf_counter() - self.started
 
     @property
-    def begun(self) -> symptoms.Start:
+    def begun(self) -> start.Start:
         """What was measured before the first step of the training as it is."""
         return self._begun[Plan()]
 
@@ -151,18 +151,18 @@ class Inquiry:
             known = self._fresh[plan] = self.runner.run(plan, range(self.case.seeds, 2 * self.case.seeds))
         return known
 
-    def begin(self, plan: Plan) -> symptoms.Start:
+    def begin(self, plan: Plan) -> start.Start:
         """Measure a plan before its first step."""
         if plan not in self._begun:
-            self._begun[plan] = symptoms.start(self.runner, plan)
+            self._begun[plan] = start.start(self.runner, plan)
         return self._begun[plan]
 
-    def begun_of(self, plan: Plan) -> symptoms.Start | None:
+    def begun_of(self, plan: Plan) -> start.Start | None:
         """Give what was measured of a plan before its first step, if it was."""
         return self._begun.get(plan)
 
     _fresh: dict[Plan, Outcome] = field(default_factory=dict)
-    _begun: dict[Plan, symptoms.Start] = field(default_factory=dict)
+    _begun: dict[Plan, start.Start] = field(default_factory=dict)
 
     def shows(self, cause: str, plan: Plan, outcome: Outcome) -> bool:
         """Whether a plan shows the abnormality of a cause."""
@@ -177,7 +177,16 @@ class Inquiry:
         return False
 
 
-STARTS = {"init_symmetric", "dead_units", "init_small", "init_large", "head", "activation", "depth_norm", "blocked_gradient"}
+STARTS = {
+    "init_symmetric",
+    "dead_units",
+    "init_small",
+    "init_large",
+    "head",
+    "activation",
+    "depth_norm",
+    "blocked_gradient",
+}
 """Causes that show before the first step."""
 
 
@@ -185,4 +194,3 @@ def margin(scores: tuple[float, ...]) -> float:
     """Return by how much a score must rise to count; seeds that disagree widely are no yardstick."""
     spread = float(np.std(scores))
     return max(LEAST, 2 * spread) if spread < 0.1 else LEAST
-

@@ -36,7 +36,8 @@ class LossCase(Case):
             return check.scalar_loss("diagnose_loss", self.loss(params, self.join(*batch)), False)
 
         loss = swapped(of_batch, dict(plan.swap)) if plan.swap else of_batch
-        score = None if self.score is None else lambda params, batch: jnp.asarray(self.score(params, self.join(*batch)))
+        of_user = self.score
+        score = None if of_user is None else lambda params, batch: jnp.asarray(of_user(params, self.join(*batch)))
 
         def draw(seed):
             if seed % self.seeds == 0 and seed < self.seeds:
@@ -50,7 +51,9 @@ class LossCase(Case):
         if self.score is not None:
             return np.where(np.isfinite(values), values, 0.0)
         with np.errstate(all="ignore"):
-            return np.where(np.isfinite(values), np.clip(1 - np.asarray(values, np.float64) / self.reference, -1, 1), -1.0)
+            return np.where(
+                np.isfinite(values), np.clip(1 - np.asarray(values, np.float64) / self.reference, -1, 1), -1.0
+            )
 
     def last(self, params: Any) -> int | None:
         return self.final
@@ -88,7 +91,16 @@ def _referred(case: Any) -> Any:
 
 
 def loss_case_of(
-    loss: Any, params: Any, batches: Any, optimizer: Any, validation: Any, score: Any, *, steps: Any, seeds: Any, shuffle: bool
+    loss: Any,
+    params: Any,
+    batches: Any,
+    optimizer: Any,
+    validation: Any,
+    score: Any,
+    *,
+    steps: Any,
+    seeds: Any,
+    shuffle: bool,
 ) -> LossCase:
     """Check what was given, and make a case of it. The keywords are those of `diagnose_loss`, hence nine arguments."""
     if not callable(loss):
@@ -105,11 +117,13 @@ def loss_case_of(
     if len(out.y) > 2 * MOST:
         out = out.take(np.arange(2 * MOST))
     order = generator("diagnose_loss", jax.random.key(0)).permutation(len(out.y))
-    first, second = (out, out) if validation is None else (out.take(np.sort(order[::2])), out.take(np.sort(order[1::2])))
+    first, second = (
+        (out, out) if validation is None else (out.take(np.sort(order[::2])), out.take(np.sort(order[1::2])))
+    )
     make, rate, clip = _optimizing(optimizer)
     case = LossCase(
         loss, {}, loss, make, rate, clip, train, first, second, validation is not None, size, int(steps), int(seeds),
-        bool(shuffle), _task(train.y, score), params=params, join=join, score=score,
+        bool(shuffle), _task(np.asarray(train.y), score), params=params, join=join, score=score,
     )  # fmt: skip
     batch = jax.tree.map(lambda a: a[:size], tuple(train))
     flow = watch(lambda params, batch: loss(params, join(*batch)), groups="gradient", batch_size=size)(params, batch)
@@ -132,7 +146,9 @@ def _batches(name: str, given: Any) -> list[Any]:
     sizes = {len(a) if a.ndim else 0 for batch in found for a in jax.tree.leaves(batch)}
     full = [batch for batch in found if len(jax.tree.leaves(batch)[0]) == max(sizes)]
     if 0 in sizes or any(len({len(a) for a in jax.tree.leaves(batch)}) > 1 for batch in found):
-        raise ValueError(f"{who}: the arrays of a batch must share their leading axis, the examples, got {sorted(sizes)}")
+        raise ValueError(
+            f"{who}: the arrays of a batch must share their leading axis, the examples, got {sorted(sizes)}"
+        )
     return full  # a last batch that is smaller is dropped
 
 
@@ -153,7 +169,9 @@ def _task(y: np.ndarray, score: Any) -> Task:
     column = y.size == len(y)
     if np.issubdtype(y.dtype, np.integer) and column:
         values = np.unique(y)
-        return Task("classes", int(values.max(initial=0)) + 1, chance=1 / max(2, len(values)) if score else 0.0, name=name)
+        return Task(
+            "classes", int(values.max(initial=0)) + 1, chance=1 / max(2, len(values)) if score else 0.0, name=name
+        )
     if np.issubdtype(y.dtype, np.floating) and np.ptp(y) > 0:
         return Task("regression", name=name)
     return Task("exact", name=name)

@@ -39,7 +39,11 @@ def text(d: Any) -> str:
     lines = d._lines()
     title = lines[0]
     if d.causes:
-        title = f"Does not train: {d.causes[0].meaning}" if not d.two_faults else f"Two faults: {'; '.join(c.meaning for c in d.causes[:2])}"
+        title = (
+            f"Does not train: {d.causes[0].meaning}"
+            if not d.two_faults
+            else f"Two faults: {'; '.join(c.meaning for c in d.causes[:2])}"
+        )
     elif d.healthy:
         title = "Healthy: nothing that was tried makes it better"
     else:
@@ -50,7 +54,7 @@ def text(d: Any) -> str:
     for cause in d.causes[: 2 if d.two_faults else 1]:
         measured = "; ".join(e.text for e in cause.evidence) or "nothing abnormal, but the repair works"
         parts.append(f"<h2>{_escape(cause.name)}: {_escape(cause.meaning)}</h2><p>Measured: {_escape(measured)}.</p>")
-        parts.append(f"<pre>{_escape(cause.remedy)}</pre><button onclick=\"{COPY}\">copy the remedy</button>")
+        parts.append(f'<pre>{_escape(cause.remedy)}</pre><button onclick="{COPY}">copy the remedy</button>')
     captions = [
         (forest(d), f"{d.score} of each trained change. A dot is a seed; open dots are fresh seeds on data that did not "
          "choose the repair. Grey: the training as it is. Dashed: chance."),
@@ -58,7 +62,9 @@ def text(d: Any) -> str:
         (profile(d), "Error signal |dL/dh| of each layer before the first step (first seed)"
          + ("; dashed: mean-field theory at this depth, through the last hidden layer." if any(len(p.theory) for p in d.profiles.values()) else ".")),
     ]  # fmt: skip
-    parts += [f"<figure>{svg(figure)}<figcaption>{_escape(c)}</figcaption></figure>" for figure, c in captions if figure]
+    parts += [
+        f"<figure>{svg(figure)}<figcaption>{_escape(c)}</figcaption></figure>" for figure, c in captions if figure
+    ]
     rows = "".join(f"<tr><td>{_escape(e.cause)}</td><td>{_escape(e.text)}</td></tr>" for e in d.evidence)
     if rows:
         parts.append(f"<h2>All that was measured to be abnormal</h2><table>{rows}</table><p class=soft>Not each is a cause: "
@@ -68,7 +74,9 @@ def text(d: Any) -> str:
         parts.append(f"<h2>Not tried</h2><table>{left}</table>")
     parts.append(f"<h2>As text</h2><pre>{_escape(repr(d))}</pre>")
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{_escape(title)}</title>"
-    return f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    return (
+        f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
 
 
 def forest(d: Any) -> Any:
@@ -83,11 +91,16 @@ def forest(d: Any) -> Any:
     for y, trial in enumerate(rows):
         colour = "0.45" if trial is d.base else COLOURS[0] if trial.change in named else COLOURS[3]
         axis.plot(trial.scores, [y] * len(trial.scores), MARKERS[0], color=colour, markersize=5, alpha=0.8)
-        axis.plot(trial.checked, [y] * len(trial.checked), MARKERS[0], color=colour, markersize=7, markerfacecolor="none")
+        axis.plot(
+            trial.checked, [y] * len(trial.checked), MARKERS[0], color=colour, markersize=7, markerfacecolor="none"
+        )
     low, high = min(d.base.scores), max(d.base.scores)
     axis.axvspan(low - 0.002, high + 0.002, color="0.85", zorder=0)
     axis.axvline(d.chance, color="0.3", linestyle="--", linewidth=1)
-    axis.set_yticks(range(len(rows)), [("as it is" if t is d.base else t.change) + (" ◀" if t.change in named else "") for t in rows])
+    axis.set_yticks(
+        range(len(rows)),
+        [("as it is" if t is d.base else t.change) + (" ◀" if t.change in named else "") for t in rows],
+    )
     axis.set_xlabel(d.score + (" on held-out data" if d.held_out else " on the training data"))
     axis.set_xlim(min(-0.02, *(s for t in rows for s in t.scores)) - 0.02, 1.03)
     axis.grid(axis="y", color="0.92")
@@ -117,7 +130,9 @@ def losses(d: Any) -> Any:
         drawn = True
     if not drawn:
         return None
-    positive = all(np.nanmin(np.where(np.isfinite(c), c, np.nan)) > 0 for c in d.curves.values() if np.isfinite(c).any())
+    positive = all(
+        np.nanmin(np.where(np.isfinite(c), c, np.nan)) > 0 for c in d.curves.values() if np.isfinite(c).any()
+    )
     if positive:
         axis.set_yscale("log")
     axis.set_xlabel("step")

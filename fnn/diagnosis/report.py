@@ -9,7 +9,7 @@ import numpy as np
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import Cause, Evidence, Trial
 from fnn.diagnosis.inquiry import NOTHING, Inquiry, Tried
-from fnn.diagnosis.symptoms import Start
+from fnn.diagnosis.start import Start
 from fnn.theory import meanfield
 
 WIDTH = 100
@@ -86,7 +86,10 @@ class Diagnosis:
     def _lines(self) -> list[str]:
         scores = " ".join(f"{s:.2f}" for s in self.base.scores)
         word = "HEALTHY" if self.healthy else "DOES NOT TRAIN" if self._low() else "COULD TRAIN BETTER"
-        lines = [f"{word}   {self.score} {scores} (chance {self.chance:.2f})" + ("" if self._finite() else "; loss not finite")]
+        lines = [
+            f"{word}   {self.score} {scores} (chance {self.chance:.2f})"
+            + ("" if self._finite() else "; loss not finite")
+        ]
         if not self.held_out:
             lines.append("Scored on the training data: no held-out data were given, so a gap to them cannot be seen.")
         if self.learnable:
@@ -101,21 +104,27 @@ class Diagnosis:
             lines.append("NOT FINISHED  more steps alone raise the score")
         if not self.healthy and not self.causes:
             lines.append("NO CAUSE FOUND" + (": suspected, but no repair worked:" if self.evidence else ""))
-            lines += [f"  {e.cause:<16} {e.text}" for e in self.evidence]
+            for e in self.evidence:
+                lines += _wrapped(f"  {e.cause:<16} {e.text}", [], " " * 19)
         lines.append(f"{len(self.trials) + 1} trainings of {len(self.base.scores)} seeds in {self.seconds:.0f} s")
         return lines
 
     def _cause(self, number: int, cause: Cause) -> list[str]:
         lines = [f"CAUSE {number}  {cause.meaning} [{cause.name}]"]
         measured = [e.text for e in cause.evidence] or ["nothing abnormal; but the repair works"]
-        lines += [f"  measured     {text}" for text in measured]
+        for text in measured:
+            lines += _wrapped(f"  measured     {text}", [], "               ")
         if (repair := cause.repair) is not None:
             low, high = min(self.base.scores), max(self.base.scores)
             before = f"{low:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
             more = "nothing else changed" if " + " not in repair.change else "both at once"
-            lines.append(f"  intervened   {repair.change}, {more}   {before} → {' '.join(f'{s:.2f}' for s in repair.scores)}")
+            lines.append(
+                f"  intervened   {repair.change}, {more}   {before} → {' '.join(f'{s:.2f}' for s in repair.scores)}"
+            )
             data = "other held-out data" if self.held_out else "the same data"
-            lines.append(f"  checked      {len(repair.checked)} fresh seeds, {data}: {' '.join(f'{s:.2f}' for s in repair.checked)}")
+            lines.append(
+                f"  checked      {len(repair.checked)} fresh seeds, {data}: {' '.join(f'{s:.2f}' for s in repair.checked)}"
+            )
         return lines + [f"  {'remedy' * (not i):<12} {line}" for i, line in enumerate(cause.remedy.splitlines())]
 
     def _rest(self, first: tuple[Cause, ...]) -> list[str]:
@@ -138,11 +147,13 @@ class Diagnosis:
         return bool(np.isfinite(self.curves["as it is"]).all())
 
 
-def _wrapped(head: str, items: list[str]) -> list[str]:
-    return textwrap.wrap(head + " · ".join(items), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+def _wrapped(head: str, items: list[str], indent: str = "  ") -> list[str]:
+    return textwrap.wrap(head + " · ".join(items), WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
-def diagnosis_of(inquiry: Inquiry, causes: list[Cause], working: list[Tried], ill: bool, target: float | None) -> Diagnosis:
+def diagnosis_of(
+    inquiry: Inquiry, causes: list[Cause], working: list[Tried], ill: bool, target: float | None
+) -> Diagnosis:
     """Put together what an inquiry found."""
 
     def trial(tried: Tried) -> Trial:
@@ -180,7 +191,14 @@ def _theory(case: Case, plan: Plan, begun: Start, error: np.ndarray) -> np.ndarr
     norm, name = value(plan, "norm") or "none", value(plan, "activation")
     hidden = np.concatenate([g for _, g in begun.gains] or [np.ones(0)])
     known = isinstance(name, str) and name != "softmax" and norm in ("none", "batch_norm") and value(plan, "depth") == n
-    if not known or value(plan, "residual") or value(plan, "dropout") or n < 2 or not (hidden > 0).all() or not np.isfinite(error[n - 1]):
+    if (
+        not known
+        or value(plan, "residual")
+        or value(plan, "dropout")
+        or n < 2
+        or not (hidden > 0).all()
+        or not np.isfinite(error[n - 1])
+    ):
         return np.zeros(0)
     options = {"norm": "batch_norm", "batch": float(plan.batch_size or case.batch_size)} if norm == "batch_norm" else {}
     try:

@@ -1,128 +1,16 @@
 """What is abnormal in a net before its first step, and in a run: each an `Evidence` with what is healthy."""
 
-from dataclasses import dataclass
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import tree
-from fnn.diagnosis.case import Case, Model, Plan, gains
+from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import Evidence
-from fnn.diagnosis.trial import Outcome, Runner
-from fnn.gradients.labels import DEFAULT
-from fnn.gradients.watch import watch
+from fnn.diagnosis.start import Start
+from fnn.diagnosis.trial import Outcome
 from fnn.layers import activations
 
 DECADES = 1.0
 """How many powers of ten a signal may lose or gain between the first and the last hidden layer."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """What was measured before the first step of a plan."""
-
-    layers: dict[str, np.ndarray]
-    """By quantity of `watch`, in forward order of the layers; NaN where a layer has no such number."""
-    paths: list[str]
-    gains: list[tuple[str, np.ndarray]]
-    """Of each kernel but the last: sqrt(fan_in) times its std."""
-    alike: list[str]
-    """Kernels, except the last, of which all units are equal."""
-    outputs: np.ndarray
-    loss: float
-    linear: bool
-    blind: bool
-    """Whether the order along the first axis behind the batch changes nothing."""
-    gradient: dict[str, float]
-    """log10 of each parameter's gradient."""
-
-
-def start(runner: Runner, plan: Plan) -> Start:
-    """Measure a plan at its first seed before the first step."""
-    case = runner.changed(plan)
-    params, state = runner.draw(plan, 0)
-    index = runner.order(plan, 0)[0]
-    pool = jax.tree.map(lambda a, b: np.concatenate([a, b]), tuple(case.train), tuple(case.chooses))
-    x, y = jax.tree.map(lambda a: a[index], pool)
-    watched, outputs = runner.instruments(plan, lambda: _instruments(case.model(plan), len(index)))
-    flow = watched(params, (x, y), state)
-    paths, columns = _layers(flow)
-    gradient = {row.path: row.value for row in _rows(flow) if row.quantity == "log10_gradient"}
-    plain, linear, blind = np.zeros(0), False, False
-    if outputs is not None:
-
-        def output(x):
-            return np.asarray(outputs(params, state, x), np.float64)
-
-        plain = output(x)
-        linear, blind = _linear(output, x), _blind(output, x, plain)
-    names = [path.removesuffix("/value") for path, _ in tree.rows(params)]
-    last = names[final] if (final := case.last(params)) is not None else (paths or [""])[-1]
-    every = [(path.removesuffix("/value"), g) for path, g in gains(params)]
-    hidden = [pair for pair in every if pair[0] != last] if last in dict(every) else every[:-1]
-    return Start(columns, paths, hidden, _alike(params, last), plain, float(flow.loss), linear, blind, gradient)
-
-
-def _instruments(model: Model, size: int) -> tuple[Any, Any]:
-    """Make what measures a net: `watch`, and its outputs."""
-    key = jax.random.key(0)
-
-    def loss(params, batch, state):
-        return model.objective(params, state, batch, key)[0]
-
-    outputs = jax.jit(model.outputs) if model.outputs is not None else None
-    return watch(loss, groups=(*DEFAULT, "saturated"), batch_size=size), outputs
-
-
-def _rows(flow: Any) -> list[Any]:
-    numbers = flow.numbers()
-    return [_Row(*row[:3], float(numbers[i])) for i, row in enumerate(flow.labels.rows)]
-
-
-@dataclass(frozen=True)
-class _Row:
-    layer: int
-    path: str
-    quantity: str
-    value: float
-
-
-def _layers(flow: Any) -> tuple[list[str], dict[str, np.ndarray]]:
-    starts = flow.labels.starts
-    rows = {(row.layer, row.path, row.quantity): row.value for row in _rows(flow)}
-    names = {row.quantity for row in _rows(flow)}
-    columns = {
-        name: np.array([rows.get((layer, path, name), np.nan) for layer, path in starts], np.float64) for name in names
-    }
-    return [path for _, path in starts], columns
-
-
-def _alike(params: Any, last: str) -> list[str]:
-    found = []
-    for path, a in tree.rows(params):
-        a, path = np.asarray(a, np.float64), path.removesuffix("/value")
-        if path != last and a.ndim >= 2 and a.shape[-1] > 1 and np.ptp(a, axis=-1).max() <= 1e-7 * max(np.abs(a).max(), 1e-30):
-            found.append(path)
-    return found
-
-
-def _linear(output: Any, x: Any) -> bool:
-    """Whether the net is affine in its inputs, as far as a batch shows."""
-    if not (isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating)):
-        return False
-    other = np.roll(x, 1, axis=0)
-    a, b, middle = (output(part) for part in (x, other, ((x + other) / 2).astype(x.dtype)))
-    size = np.abs(a - b).max()
-    return bool(np.isfinite(size) and size > 0 and np.abs((a + b) / 2 - middle).max() < 1e-4 * max(size, np.abs(a).max()))
-
-
-def _blind(output: Any, x: Any, plain: np.ndarray) -> bool:
-    if not isinstance(x, np.ndarray) or x.ndim < 2 or (x.ndim == 2 and np.issubdtype(x.dtype, np.floating)):
-        return False
-    turned = output(np.ascontiguousarray(x[:, ::-1]))
-    return turned.shape == plain.shape and bool(np.abs(turned - plain).max() <= 1e-4 * max(np.abs(plain).max(), 1e-30))
 
 
 def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
@@ -137,7 +25,11 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     if not np.isfinite(found.loss):
         evidence.append(Evidence("numerics", f"the loss is {found.loss} before the first step"))
     dead = [path for path, value in found.gradient.items() if value == -np.inf]
-    if dead and len(dead) < len(found.gradient) and not any(e.cause in ("dead_units", "init_symmetric") for e in evidence):
+    if (
+        dead
+        and len(dead) < len(found.gradient)
+        and not any(e.cause in ("dead_units", "init_symmetric") for e in evidence)
+    ):
         evidence.append(
             Evidence("blocked_gradient", f"the gradient of {', '.join(dead[:3])} is exactly zero before the first step")
         )
@@ -152,7 +44,10 @@ def _unit_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     if len(dead) and np.nanmax(np.append(dead, 0)) > 0.6:
         where = found.paths[1 + int(np.nanargmax(dead))]
         evidence.append(
-            Evidence("dead_units", f"{np.nanmax(dead):.0%} of the inputs of {where} are 0 for every example (healthy below 60 %)")
+            Evidence(
+                "dead_units",
+                f"{np.nanmax(dead):.0%} of the inputs of {where} are 0 for every example (healthy below 60 %)",
+            )
         )
     return evidence
 
@@ -187,23 +82,37 @@ def _scale_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         )  # fmt: skip
     bounded = np.nanmax(np.append(found.layers.get("input_saturated", np.zeros(0)), 0))
     if bounded > 0.5 and not evidence:
-        evidence.append(Evidence("init_large", f"{bounded:.0%} of the inputs of a layer are saturated (healthy below 50 %)"))
+        evidence.append(
+            Evidence("init_large", f"{bounded:.0%} of the inputs of a layer are saturated (healthy below 50 %)")
+        )
     if any(e.cause.startswith("init") for e in evidence):
         return evidence
     steep = max(abs(error), abs(forward))
     name = str(case.value(plan, "activation"))
     squashing = name in ("sigmoid", "softplus") or (error < -1 and bool(np.nanmax(np.append(found.layers.get("input_mean", np.zeros(0))[1:], 0)) > 0.3) and name == "None")  # fmt: skip
     if n and error < -DECADES and squashing:
-        evidence.append(Evidence("activation", f"the error signal shrinks by 10^{error:.1f} over {n} layers of {name} (healthy: 0.1 to 10)"))
+        evidence.append(
+            Evidence(
+                "activation",
+                f"the error signal shrinks by 10^{error:.1f} over {n} layers of {name} (healthy: 0.1 to 10)",
+            )
+        )
     if n >= 8 and (steep > 1.5):
         what = "error signal" if abs(error) >= abs(forward) else "signal"
         grows = error if abs(error) >= abs(forward) else forward
-        evidence.append(Evidence("depth_norm", f"the {what} changes by 10^{grows:+.1f} over {n} layers (healthy: within 10^±1.5)"))
+        evidence.append(
+            Evidence("depth_norm", f"the {what} changes by 10^{grows:+.1f} over {n} layers (healthy: within 10^±1.5)")
+        )
     flat = found.outputs.reshape(len(found.outputs), -1) if found.outputs.size else found.outputs
     if n >= 8 and flat.size and np.isfinite(flat).all():
         alike = float(flat.var(0).mean() / max(np.mean(flat**2), 1e-300))
         if alike < 1e-3:
-            evidence.append(Evidence("depth_norm", f"outputs differ between examples by {alike**0.5:.1e} of their size (healthy above 0.03)"))
+            evidence.append(
+                Evidence(
+                    "depth_norm",
+                    f"outputs differ between examples by {alike**0.5:.1e} of their size (healthy above 0.03)",
+                )
+            )
     return evidence
 
 
@@ -220,7 +129,11 @@ def _head_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     evidence = []
     if case.task.kind == "regression":
         if (outside := float(np.mean((y < low - 1e-6) | (y > high + 1e-6)))) > 0.02:
-            evidence.append(Evidence("head", f"{outside:.0%} of the targets lie outside of what the outputs can be, {low:g} to {high:g}"))
+            evidence.append(
+                Evidence(
+                    "head", f"{outside:.0%} of the targets lie outside of what the outputs can be, {low:g} to {high:g}"
+                )
+            )
         return evidence
     if not np.isfinite(outputs).all():
         return evidence
@@ -275,7 +188,12 @@ def _loss_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         with np.errstate(all="ignore"):
             constant.append(float(np.mean(np.asarray(loss(jnp.full((n, task.classes), value, jnp.float32), y)))))
     if np.isfinite(constant).all() and np.ptp(constant) > 1e-3 * abs(np.mean(constant)) and np.argmin(constant) == 0:
-        return [Evidence("loss", "without knowledge the loss is lowest at the answer 0 for every class, not at the classes' shares")]
+        return [
+            Evidence(
+                "loss",
+                "without knowledge the loss is lowest at the answer 0 for every class, not at the classes' shares",
+            )
+        ]
     return []
 
 
@@ -321,9 +239,16 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
         )  # fmt: skip
     dropped = case.value(plan, "dropout")
     if isinstance(dropped, int | float) and dropped > 0.6:
-        evidence.append(Evidence("regularization", f"dropout switches off {dropped:.0%} of the units (healthy up to 60 %)"))
+        evidence.append(
+            Evidence("regularization", f"dropout switches off {dropped:.0%} of the units (healthy up to 60 %)")
+        )
     if float(np.median(outcome.shrunk)) < 0.5:
-        evidence.append(Evidence("regularization", f"the weights shrink to {np.median(outcome.shrunk):.2g} of their size (healthy above 0.5)"))
+        evidence.append(
+            Evidence(
+                "regularization",
+                f"the weights shrink to {np.median(outcome.shrunk):.2g} of their size (healthy above 0.5)",
+            )
+        )
     if float(np.mean(outcome.train)) < 0.95:
         evidence.append(Evidence("capacity", f"score {np.mean(outcome.train):.2f} on the training examples themselves"))
     evidence.append(Evidence("optimizer", "no other rate does as well"))
@@ -332,5 +257,7 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
     if case.value(plan, "cell") is not None:
         evidence.append(Evidence("memory", f"a {case.value(plan, 'cell')} carries what it has read over all positions"))
     if falling > 0.02:
-        evidence.append(Evidence("steps", f"the loss still falls at the end ({falling:.0%} over the last part of the run)"))
+        evidence.append(
+            Evidence("steps", f"the loss still falls at the end ({falling:.0%} over the last part of the run)")
+        )
     return evidence

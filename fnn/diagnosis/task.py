@@ -86,7 +86,7 @@ def task_of(net: Layer, loss: Callable[[Any, Any], Any], x: Any, y: np.ndarray, 
         return Task("binary", 2, _crossing(loss, shape, y, low, high), positive=high, chance=0.5)
     if y.ndim == 2 and y.shape[1] == units > 1 and set(values) <= {0, 1} and (y.sum(1) == 1).all():
         return Task("one_hot", units, chance=1 / units)
-    if np.issubdtype(y.dtype, np.floating) and y.shape == shape or column and units == 1:
+    if (np.issubdtype(y.dtype, np.floating) and y.shape == shape) or (column and units == 1):
         return Task("regression")
     if (correct := losses.correct(loss)) is not None:
         return Task("exact", correct=correct)
@@ -103,12 +103,12 @@ def _crossing(loss: Any, shape: tuple[int, ...], y: np.ndarray, low: float, high
     z = jnp.asarray(outputs).reshape(-1, *[1] * (len(shape) - 1))
     with np.errstate(all="ignore"):
         costs = [
-            np.asarray(loss(z, jnp.full((len(outputs), *y.shape[1:]), value, y.dtype)), np.float64).reshape(-1)
+            np.asarray(loss(z, np.full((len(outputs), *y.shape[1:]), value, y.dtype)), np.float64).reshape(-1)
             for value in (low, high)
         ]
     gap = costs[0] - costs[1]  # rises with the output
     ok = np.isfinite(gap)
-    signs = np.flatnonzero((np.diff(np.sign(gap[ok])) > 0))
+    signs = np.flatnonzero(np.diff(np.sign(gap[ok])) > 0)
     if not ok.any() or not len(signs):
         return (low + high) / 2
     where = outputs[ok][signs[0] : signs[0] + 2]

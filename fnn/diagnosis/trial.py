@@ -113,8 +113,9 @@ class Runner:
         program = self.prepare(plan).result()
         compiling = time.perf_counter() - start
         chooses, checks, train, *rest = jax.device_get(program(*args))
-        scores = map(self.changed(plan).scored, (chooses, checks, train))
-        return Outcome(*scores, *rest, time.perf_counter() - start - compiling, compiling)
+        scores = [self.changed(plan).scored(values) for values in (chooses, checks, train)]
+        measured: list[Any] = [*scores, *rest, time.perf_counter() - start - compiling, compiling]
+        return Outcome(*measured)
 
     def _arguments(self, plan: Plan, seeds: Any) -> tuple[Any, ...]:
         """Collect what a program takes, seeds first."""
@@ -145,7 +146,9 @@ class Runner:
     def _steps(self, plan: Plan) -> int:
         return plan.steps or self.case.steps
 
-    def _one(self, plan: Plan, params: Any, state: Any, key: Any, order: Any, rate: Any, clip: Any, pool: Any, last: Any) -> Any:
+    def _one(
+        self, plan: Plan, params: Any, state: Any, key: Any, order: Any, rate: Any, clip: Any, pool: Any, last: Any
+    ) -> Any:
         """Train one seed; what `Outcome` lists. The arguments are those of a program, hence nine."""
         case = self.changed(plan)
         model, tx = case.model(plan), per_depth(case.transformation(plan))

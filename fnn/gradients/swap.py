@@ -112,7 +112,12 @@ class _Walk:
         """Run an operation on points, if it is a function of each number of `root` by itself, as far as shapes show."""
         spec, out = program.spec(root), program.spec(op.outputs[0])
         free = {a for a in op.inputs if isinstance(a, int)}
-        if len(op.outputs) != 1 or op.effects or spec.shape != out.shape or op.name in ("dot_general", "conv_general_dilated"):
+        if (
+            len(op.outputs) != 1
+            or op.effects
+            or spec.shape != out.shape
+            or op.name in ("dot_general", "conv_general_dilated")
+        ):
             return False
         if not jnp.issubdtype(spec.dtype, jnp.floating) or int(np.prod(spec.shape)) < 2:
             return False
@@ -126,9 +131,9 @@ class _Walk:
 
     def _fix(self, program: Program, op: Op) -> None:
         """Remember what a program makes of constants alone."""
-        if len(op.outputs) == 1 and not op.effects and all(not isinstance(a, int) or a in self.fixed for a in op.inputs):
-            if (got := _run(op, self.fixed)) is not None:
-                self.fixed[op.outputs[0]] = got
+        known = all(not isinstance(a, int) or a in self.fixed for a in op.inputs)
+        if known and len(op.outputs) == 1 and not op.effects and (got := _run(op, self.fixed)) is not None:
+            self.fixed[op.outputs[0]] = got
 
     def backward(self, program: Program, wanted: set[int]) -> set[int]:
         """Mark what leads to a layer's product; return the variables of this program that do."""
@@ -136,7 +141,9 @@ class _Walk:
         for op in reversed(program.ops):
             if isinstance(op, Loop | Remat):
                 ins: set[int] = set()
-                inner = {a for a, v in zip(op.body.outputs, op.outputs, strict=True) if v in wanted and isinstance(a, int)}
+                inner = {
+                    a for a, v in zip(op.body.outputs, op.outputs, strict=True) if v in wanted and isinstance(a, int)
+                }
                 for _ in range(2):
                     ins = self.backward(op.body, inner)
                     if isinstance(op, Loop):
