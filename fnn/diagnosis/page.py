@@ -3,6 +3,7 @@
 import html
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,8 @@ def svg(figure: Any) -> str:
     """Give a figure as SVG to put into a page."""
     target = io.StringIO()
     figure.savefig(target, format="svg", metadata={"Date": None})
-    return target.getvalue().partition("<svg")[1] + target.getvalue().partition("<svg")[2]
+    found = target.getvalue()[target.getvalue().index("<svg") :]
+    return re.sub(r"<metadata>.*?</metadata>", "", found, flags=re.DOTALL)
 
 
 def _escape(text: str) -> str:
