@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import fnn
 from bench import handwritten
@@ -48,7 +49,14 @@ def fnn_fit_metrics(problem: Problem) -> Run:
 def _fit(problem: Problem, step: fnn.TrainStep, state: fnn.TrainState) -> Run:
     key, batch = jax.random.key(3), problem.row.batch
     data = fnn.data.Dataset(*_laid_out(problem, fnn.data.shuffled(key, problem.steps * batch)))
-    return Run(lambda s, d: step.epoch(s, d, key, batch), state, [data], lambda metrics: metrics["loss"])
+    at = np.array([0, problem.steps, 1], np.int32)
+
+    def epoch(state, data):
+        carry = state, jnp.zeros(data.size, jnp.int32)
+        (state, _), (metrics, _) = step.epoch(carry, data, key, at, batch, problem.steps)
+        return state, metrics
+
+    return Run(epoch, state, [data], lambda metrics: metrics["loss"])
 
 
 def _laid_out(problem: Problem, order: jax.Array) -> tuple[jax.Array, jax.Array]:

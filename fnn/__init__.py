@@ -32,15 +32,20 @@ from fnn.layers.memory import generate
 from fnn.layers.norm import batch_norm, group_norm, layer_norm, rms_norm
 from fnn.layers.precision import compute_in
 from fnn.layers.recurrent import bidirectional, gru, lstm, rnn
+from fnn.layers.shared import shared
 from fnn.layers.taps import tap
 from fnn.layers.tokens import embed, tied
 from fnn.study import grid, report, results
 from fnn.study.compare import compare
 from fnn.study.study import Study
 from fnn.theory import meanfield
-from fnn.training import clip, optimizers
-from fnn.training.fit import History, fit
+from fnn.training import clip, log, optimizers, weights
+from fnn.training.fit import fit
+from fnn.training.history import History
+from fnn.training.placement import shard
+from fnn.training.saving import load, save
 from fnn.training.step import TrainState, TrainStep, evaluate, train_step
+from fnn.training.summary import Summary, summary
 
 __version__ = "0.1.0"
 
@@ -53,6 +58,7 @@ __all__ = [
     "Masked",
     "PerExampleGradients",
     "Study",
+    "Summary",
     "TrainState",
     "TrainStep",
     "Watch",
@@ -90,6 +96,8 @@ __all__ = [
     "gru",
     "initializers",
     "layer_norm",
+    "load",
+    "log",
     "losses",
     "lstm",
     "max_pool",
@@ -110,10 +118,14 @@ __all__ = [
     "results",
     "rms_norm",
     "rnn",
+    "save",
     "scalar_affine",
     "serial",
+    "shard",
+    "shared",
     "stateless",
     "sum_inputs",
+    "summary",
     "take_ends",
     "take_first",
     "take_last",
@@ -123,6 +135,7 @@ __all__ = [
     "train_step",
     "tree",
     "watch",
+    "weights",
 ]
 
 

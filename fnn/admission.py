@@ -13,8 +13,8 @@ from fnn.arrays import array, brief, first_line, is_numbers
 from fnn.core import Layer, as_spec
 
 UNSUPPORTED = {
-    "SAMState": "optax.contrib.sam moves the parameters away from where they are measured, every second step",
-    "LookaheadState": "optax.lookahead needs two sets of parameters, LookaheadParams",
+    "SAMState": "it moves the parameters away from where they are measured, every second step; pass opaque_mode=True",
+    "LookaheadState": "it needs two sets of parameters; pass fnn.optimizers.lookahead(...), which keeps the slow ones",
 }
 """Optimisers that would run here but not do what they promise, by the class of their state."""
 
@@ -40,22 +40,17 @@ def loss(who: str, function: Any) -> None:
         raise TypeError(f"{who}: loss must be a function (outputs, targets) -> float[batch], got {function!r}; {hint}")
 
 
-def values(who: str, function: Any, outputs: Any, targets: Any) -> Any:
-    """Call a loss; refuse anything but one number for each example."""
-    try:
-        found = function(outputs, targets)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-        raise TypeError(
-            f"{who}: the loss must be one that jit can trace, got one that looks at values ({first_line(error)}); write it in "
-            "jax.numpy, without float(), if, or NumPy on its arguments"
-        ) from error
-    n = jnp.shape(jax.tree.leaves(outputs)[0])[:1]
-    if not hasattr(found, "shape") or found.shape != n or not jnp.issubdtype(found.dtype, jnp.floating):
-        raise ValueError(
-            f"{who}: the loss must return float[batch], one number for each example, got {check.describe(found)} for "
-            f"outputs {check.describe(outputs)}; average over the other axes, not over the examples"
-        )
-    return found
+def penalty(function: Any) -> Any:
+    """Wrap a function of the parameters; refuse results that are not one float."""
+
+    def checked(params):
+        value = function(params)
+        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            got = check.describe(jnp.asarray(value))
+            raise ValueError(f"train_step: penalty must return one float, got {got}; sum over the parameters")
+        return value
+
+    return checked
 
 
 def optimizer(who: str, given: Any) -> None:
@@ -70,27 +65,31 @@ def optimizer(who: str, given: Any) -> None:
 
 def optimizer_state(who: str, state: Any) -> None:
     """Refuse the states of optimisers in `UNSUPPORTED`."""
-    for node in jax.tree.leaves(state, is_leaf=lambda node: type(node).__name__ in UNSUPPORTED):
-        if (name := type(node).__name__) in UNSUPPORTED:
-            raise ValueError(f"{who}: the optimizer is not supported yet, got {name}: {UNSUPPORTED[name]}; use another")
+
+    def refused(node):
+        return type(node).__name__ in UNSUPPORTED and getattr(node, "cache", node) is not None  # opaque SAM has none
+
+    for node in filter(refused, jax.tree.leaves(state, is_leaf=refused)):
+        name = type(node).__name__
+        raise ValueError(f"{who}: the optimizer must keep one set of parameters, got {name}: {UNSUPPORTED[name]}")
 
 
 def update(who: str, tx: Any, grads: Any, state: Any, params: Any, **more: Any) -> tuple[Any, Any]:
-    """Call `tx.update`; refuse an optimiser that asks for functions of the parameters, as line searches do."""
+    """Call `tx.update`; refuse an optimiser that fails, and say what it asks for in vain."""
     try:
         return tx.update(grads, state, params, **more)
     except Exception as error:
         if re.match(r"[\w.]+: ", str(error)):
             raise  # an error of fnn's own
-        asked = sorted(set(re.findall(r"\b\w+_fn\b", str(error))) - {"update_fn", "init_fn"})
+        asked = re.findall(r"'(\w+)'", str(error)) if "required keyword-only" in str(error) else []
         if not asked:
             raise ValueError(
                 f"{who}: the optimizer must turn these gradients into updates, under jit, got {type(error).__name__} "
                 f"({first_line(error)}); check its options, and whether it is meant for single examples' gradients"
             ) from error
         raise ValueError(
-            f"{who}: the optimizer must need only gradients, parameters and the loss's value, got one that asks for "
-            f"{', '.join(asked)}; line searches, lbfgs, SAM and sophia, which call the loss again, are not supported yet"
+            f"{who}: the optimizer must need only what it is offered ({', '.join(more)}), got one that asks for "
+            f"{', '.join(asked)}; inside of MultiSteps only gradients are averaged, and nothing else is offered"
         ) from error
 
 

@@ -6,7 +6,7 @@ strings and objects are refused.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,18 @@ from fnn import check
 
 PLAIN = {np.dtype(kind) for kind in ("?", "b", "B", "h", "H", "i", "e", "f", "d", jnp.bfloat16)}
 """Dtypes that JAX takes without changing a value."""
+
+
+class Weighted(NamedTuple):
+    """Targets, and how much each example counts in the mean: `weights: float[batch]`, at least 0.
+
+    The mean of a loss or metric is sum(w l) / sum(w), NaN where all weights are 0. Data and batches (x, y, weights) become
+    (x, Weighted(y, weights)); among targets by name, one task may have weights of its own, which only
+    its loss and accuracy take into account: metrics of your own get the targets as you gave them.
+    """
+
+    targets: Any
+    weights: Any
 
 
 def array(who: str, name: str, a: Any) -> np.ndarray | jax.Array:
@@ -74,10 +86,16 @@ def arguments(who: str, rest: Any) -> tuple[Any, ...]:
 
 
 def pair(who: str, batch: Any) -> tuple[Any, Any]:
-    """Turn a pair (x, y), a tuple or list of two, into arrays."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
+    """Turn (x, y) or (x, y, weights), a tuple or list, into a pair of arrays or of trees of arrays."""
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         raise TypeError(f"{who} must be a pair (x, y), got {brief(batch)}; put both into one tuple")
-    return arrays(who, "x", batch[0]), arrays(who, "y", batch[1])
+    x, y = weighted(batch)
+    return arrays(who, "x", x), arrays(who, "y", y)
+
+
+def weighted(batch: Any) -> tuple[Any, Any]:
+    """Return (x, y) of a batch, y being `Weighted` if the batch is (x, y, weights)."""
+    return (batch[0], Weighted(batch[1], batch[2])) if len(batch) == 3 else batch
 
 
 def brief(x: Any) -> str:

@@ -18,14 +18,16 @@ from flax.errors import TraceContextError
 
 
 def describe(x: Any) -> str:
-    """Write a tree of arrays as `float32[64,10]`, other leaves by their type."""
+    """Write a tree of arrays as `float32[64,10]`, other leaves by their type; what has a `short_repr` by that."""
 
     def one(a):
+        if hasattr(a, "short_repr"):
+            return repr(a)
         if hasattr(a, "shape") and hasattr(a, "dtype"):
             return f"{a.dtype}[{','.join(map(str, a.shape))}]"
         return type(a).__name__
 
-    text = str(jax.tree.map(one, x, is_leaf=lambda a: isinstance(a, Iterator)))
+    text = str(jax.tree.map(one, x, is_leaf=lambda a: isinstance(a, Iterator) or hasattr(a, "short_repr")))
     return text.replace("'", "")
 
 

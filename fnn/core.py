@@ -12,8 +12,7 @@ A combinator gives its parameters and its state the same outer structure: a tupl
 for `named`, a `tree.Stacked` for `repeat`, the inner layer's own structure for `residual`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,20 +20,48 @@ import jax.numpy as jnp
 
 from fnn import check, mapped
 from fnn.arrays import narrow
+from fnn.description import described, name_of, shortened
+from fnn.inside import apply_at, located
 from fnn.masks import cleared
 from fnn.tree import Stacked
 
 
-class Layer(NamedTuple):
+class _Pair(NamedTuple):
+    init: Callable[..., tuple[Any, Any]]
+    apply: Callable[..., tuple[Any, Any]]
+
+
+class Layer(_Pair):
     """A pair of functions: `init(key, spec) -> (params, state)` and `apply(params, state, x, ...) -> (y, state)`.
 
     `apply` also takes the keywords `key=None, train=False, axis_name=None`. Every layer of fnn guarantees: `apply` is
     pure; the state keeps its structure, shapes and dtypes; parameters are cast to x's dtype, and y has that dtype; with
     `train=False` the result is deterministic and no key is needed.
+
+    A layer prints as the call that made it, or as its function's name. That `description` is no part of the pair: layers
+    of the same functions are equal.
     """
 
-    init: Callable[..., tuple[Any, Any]]
-    apply: Callable[..., tuple[Any, Any]]
+    description: str = ""
+    short_repr = True
+
+    def __new__(cls, init: Callable[..., Any], apply: Callable[..., Any], description: str = "") -> "Layer":
+        layer = super().__new__(cls, init, apply)
+        layer.description = description
+        return layer
+
+    def described(self, text: str) -> "Layer":
+        """Return the same pair with another description."""
+        return Layer(self.init, self.apply, text)
+
+    def __repr__(self) -> str:
+        return shortened(self.description or name_of(self.apply))
+
+    def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:
+        """In notebooks: the whole description."""
+        from treescope import rendering_parts
+
+        return rendering_parts.text(self.description or name_of(self.apply))
 
 
 def stateless(init: Callable[[Any, Any], Any], apply: Callable[[Any, Any], Any]) -> Layer:
@@ -46,14 +73,15 @@ def stateless(init: Callable[[Any, Any], Any], apply: Callable[[Any, Any], Any])
     def layer_apply(params, state, x, *, key=None, train=False, axis_name=None):
         return apply(params, as_arrays(x)), state
 
-    return Layer(layer_init, layer_apply)
+    return Layer(layer_init, layer_apply, name_of(apply))
 
 
 def function(f: Callable[[Any], Any]) -> Layer:
     """Make a layer without parameters from any function `x -> y`."""
-    return stateless(lambda key, spec: (), lambda params, x: f(x))
+    return stateless(lambda key, spec: (), lambda params, x: f(x)).described(name_of(f))
 
 
+@described
 def serial(*layers: Layer) -> Layer:
     """Compose layers: y = f_n(... f_2(f_1(x))). Parameters and state are tuples, keys `jax.random.split(key, n)`."""
     check_layers("serial", layers)
@@ -81,8 +109,7 @@ def _serial(layers: Sequence[Layer], group: int | None = None) -> Layer:
         def apply_some(x, slices, first):
             states = []
             for i, (p, s, k) in enumerate(slices, first):
-                with located(str(i), x):
-                    x, s = layers[i].apply(p, s, x, key=k, train=train, axis_name=axis_name)
+                x, s = apply_at(str(i), layers[i], p, s, x, key=k, train=train, axis_name=axis_name)
                 states.append(s)
             return x, states
 
@@ -96,6 +123,7 @@ def _serial(layers: Sequence[Layer], group: int | None = None) -> Layer:
     return Layer(init, apply)
 
 
+@described
 def residual(layer: Layer, *, scale: float = 1.0, add_to: str | None = None) -> Layer:
     """Add a layer's output to its input: y = x + scale·f(x). Parameters are those of the layer.
 
@@ -131,6 +159,7 @@ def residual(layer: Layer, *, scale: float = 1.0, add_to: str | None = None) -> 
     return Layer(init, apply)
 
 
+@described
 def named(name: str, layer: Layer) -> Layer:
     """Give a layer a name, which paths and tables show: its params and state become `{name: ...}`."""
     check_layers("named", (layer,))
@@ -143,13 +172,13 @@ def named(name: str, layer: Layer) -> Layer:
         return {name: params}, {name: state}
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
-        with located(name, x):
-            y, s = layer.apply(params[name], state[name], x, key=key, train=train, axis_name=axis_name)
+        y, s = apply_at(name, layer, params[name], state[name], x, key=key, train=train, axis_name=axis_name)
         return y, {name: s}
 
     return Layer(init, apply)
 
 
+@described
 def repeat(block: Layer, n: int, *, unroll: int | bool = 1, checkpoint: int | None = None) -> Layer:
     """Apply n blocks of one kind in a row by `lax.scan`, so that 1,000 layers compile as fast as 10.
 
@@ -182,8 +211,8 @@ def repeat(block: Layer, n: int, *, unroll: int | bool = 1, checkpoint: int | No
 
         def body(x, block_slice):
             p, s, k = block_slice
+            y, s = apply_at("[:]", block, p, s, x, key=k, train=train, axis_name=axis_name, times=n)
             with located("[:]", x):
-                y, s = block.apply(p, s, x, key=k, train=train, axis_name=axis_name)
                 _keeps("repeat: the block", x, y)
             return mapped.varying(y, like=x), s
 
@@ -206,13 +235,9 @@ def output_spec(layer: Layer, params: Any, state: Any, spec: Any) -> Any:
         return jax.eval_shape(lambda p, s, x: layer.apply(p, s, x)[0], params, state, spec)
 
 
-def output_shape(layer: Layer, params: Any, state: Any, spec: Any) -> tuple[int, ...]:
-    """Find the shape of a net's output; refuse an output that is not one array, as losses need it."""
-    output = output_spec(layer, params, state, spec)
-    if not hasattr(output, "shape"):
-        got = check.describe(output)
-        raise ValueError(f"net: a loss needs one array, got {got}; end in drop_mask(), take_last() or sum_inputs()")
-    return output.shape
+def output_shape(layer: Layer, params: Any, state: Any, spec: Any) -> Any:
+    """Find the shape of a net's output; a tree of shapes for a tree of outputs."""
+    return jax.tree.map(lambda output: output.shape, output_spec(layer, params, state, spec))
 
 
 def check_values(layer: Layer, params: Any, state: Any, x: Any) -> None:
@@ -256,21 +281,6 @@ def _grouped_scan(body: Any, x: Any, slices: Any, n: int, group: int, unroll: in
         x, rest = runner(n - whole)(x, jax.tree.map(lambda a: a[whole:], slices))
         states = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), states, rest)
     return x, states
-
-
-@contextmanager
-def located(name: str, x: Any) -> Iterator[None]:
-    """Add to an error a note of where it arose: `in layer 1/trunk/0, input float32[2,4]` (PEP 678)."""
-    try:
-        yield
-    except Exception as error:
-        notes = getattr(error, "__notes__", [])
-        place = next((i for i, note in enumerate(notes) if note.startswith("in layer ")), None)
-        if place is None:
-            error.add_note(f"in layer {name}, input {check.describe(x)}")
-        else:
-            notes[place] = f"in layer {name}/{notes[place].removeprefix('in layer ')}"
-        raise
 
 
 def split(key: jax.Array | None, n: int) -> list[Any]:

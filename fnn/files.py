@@ -12,8 +12,10 @@ RENAMES_OPEN_FILES = os.name != "nt"
 """Whether the system renames and removes files that are open; one that does not needs no claims on them."""
 
 
-def write(path: Path, content: bytes, who: str = "study", remedy: str = "make room, or choose another folder") -> None:
+def write(path: Path, content: Any, who: str = "study", remedy: str = "make room, or choose another folder") -> None:
     """Write a file under a temporary name and rename it, so that no half-written file is ever seen.
+
+    `content` is bytes, or a function that writes to the open file.
 
     Errors: OSError, naming the file; what was there before is then still there.
     """
@@ -21,7 +23,7 @@ def write(path: Path, content: bytes, who: str = "study", remedy: str = "make ro
     try:
         with open(part, "wb") as file:
             claim(file)
-            file.write(content)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
             if RENAMES_OPEN_FILES:

@@ -4,64 +4,78 @@ Sums over classes or units are taken in at least float32.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
 
 from fnn import check
-from fnn.arrays import narrow
+from fnn.arrays import Weighted
+from fnn.measures import Counted, Metric, each, mean
+from fnn.tasks import Loss, Sum, check_targets, correct, finite
 from fnn.tree import statistics_dtype
 
+__all__ = [
+    "Counted",
+    "Loss",
+    "Metric",
+    "Weighted",
+    "binary_cross_entropy",
+    "check_targets",
+    "correct",
+    "cross_entropy",
+    "focal",
+    "huber",
+    "mean",
+    "mse",
+    "sequence_cross_entropy",
+    "smooth_cross_entropy",
+    "sum_of",
+    "token_cross_entropy",
+]
 
-class Loss:
-    """A function `loss(outputs, targets) -> float[batch]` that also knows which predictions and targets are right.
 
-    Any function of that form is a loss for fnn; this class adds accuracy, and a clear error for bad targets.
-    `loss.correct(outputs, targets) -> float[batch]` is 1 for right predictions and 0 for wrong ones; it is None for losses
-    without right and wrong, such as `mse`.
+def sum_of(tasks: Mapping[str, Any] | Sequence[Any]) -> Loss:
+    """Combine the losses of several tasks: sum over tasks of factor times mean loss.
+
+    `sum_of({"digit": cross_entropy, "angle": (mse, 0.5)})` is for a net whose outputs, and data whose targets, are dicts
+    with these names; a list of losses is for tuples. An entry is a loss or a pair (loss, factor). Metrics are the whole
+    `loss`, and `loss/digit`, `accuracy/digit`, `loss/angle`. Each task's mean is its own: one may be over tokens
+    (`Counted`), one over weighted examples (`Weighted` targets) and one over all.
+
+    Outputs without a loss are left alone. Among targets by name one may be missing: its loss gets None, as is right for a
+    net's own penalty, `"kl": (lambda kl, _: kl, 0.1)`.
+    Errors: ValueError for outputs without an entry for a loss, and for targets that no loss has.
     """
-
-    def __init__(
-        self,
-        name: str,
-        per_example: Callable[[ArrayLike, ArrayLike], jax.Array],
-        correct: Callable[[ArrayLike, ArrayLike], jax.Array] | None,
-        check_targets: Callable[[tuple[int, ...], ArrayLike], None],
-    ):
-        self.name, self.correct = name, correct
-        self._per_example, self._check = per_example, check_targets
-        self.__doc__ = per_example.__doc__
-
-    def __call__(self, outputs: ArrayLike, targets: ArrayLike) -> jax.Array:
-        return self._per_example(outputs, narrow(self.name, "targets", targets))
-
-    def check(self, shape: tuple[int, ...], targets: ArrayLike) -> None:
-        """Refuse targets that do not fit outputs of this shape, batch axis first. It reads values: not under jit."""
-        self._check(shape, targets)
-
-    def __repr__(self) -> str:
-        return f"Loss({self.name})"
+    entries = dict(tasks.items() if isinstance(tasks, Mapping) else enumerate(tasks))
+    found = {}
+    for name, entry in entries.items():
+        loss, factor = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, 1.0)
+        if not callable(loss):
+            raise TypeError(f"sum_of: each task must have a loss, or (loss, factor), got {entry!r} for {name!r}")
+        found[name] = check.number("sum_of", low=-1e99, **{f"the factor of {name}": factor}), loss
+    if not found:
+        raise ValueError("sum_of: needs at least one task, got none; pass {name: loss}")
+    return Sum(found, functools.partial(each, "sum_of"))
 
 
-def correct(loss: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Return `loss.correct`, None for plain functions."""
-    return loss.correct if isinstance(loss, Loss) else None
+def _classified(who: str, outputs: Any, targets: Any, of: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """Average `of(logits, labels)` over the positions of each example; NaN where a label is out of range."""
+    outputs, targets = _wide(outputs), _labels(who, targets)
+    if outputs.ndim < 2 or outputs.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"{who}: needs logits float[batch, ..., classes] and labels int[batch, ...], "
+            f"got {check.describe(outputs)} and {check.describe(targets)}"
+        )
+    classes = outputs.shape[-1]
+    loss = of(outputs, jnp.clip(targets, 0, classes - 1))
+    return _examples(_judged(loss, (targets >= 0) & (targets < classes)))
 
 
-def check_targets(loss: Callable[..., Any], shape: tuple[int, ...], targets: ArrayLike) -> None:
-    """Call `loss.check` for outputs of this shape; a plain function checks nothing."""
-    if isinstance(loss, Loss):
-        if not hasattr(targets, "dtype"):
-            raise TypeError(f"{loss.name}: targets must be one array, got {check.describe(targets)}")
-        try:
-            loss.check(shape, targets)
-        except jax.errors.TracerArrayConversionError:
-            return  # traced targets have no values; bad ones give NaN inside jit
+_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
 
 def _cross_entropy(outputs: Any, targets: Any) -> jax.Array:
@@ -71,19 +85,50 @@ def _cross_entropy(outputs: Any, targets: Any) -> jax.Array:
     Labels may have any integer dtype. One outside 0..classes-1 is a ValueError on the host; inside jit it makes this
     example's loss and gradient NaN, and no other example's.
     """
-    outputs, targets = _wide(outputs), _labels("cross_entropy", targets)
-    if outputs.ndim < 2 or outputs.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"cross_entropy: needs logits float[batch, ..., classes] and labels int[batch, ...], "
-            f"got {check.describe(outputs)} and {check.describe(targets)}"
-        )
-    classes = outputs.shape[-1]
-    loss = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, jnp.clip(targets, 0, classes - 1))
-    return _examples(_judged(loss, (targets >= 0) & (targets < classes)))
+    return _classified("cross_entropy", outputs, targets, _entropy)
+
+
+def smooth_cross_entropy(alpha: float) -> Loss:
+    """Make cross entropy with smoothed labels, (1 - alpha) one_hot + alpha / classes.
+
+    Shapes and labels are as in `cross_entropy`; accuracy is that of the labels. Source: Szegedy et al. 2016, section 7.
+    """
+    alpha = check.number("smooth_cross_entropy", high=1, alpha=alpha)
+
+    def of(logits, labels):
+        smooth = optax.losses.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), alpha)
+        return optax.losses.softmax_cross_entropy(logits, smooth)
+
+    return _of_classes(f"smooth_cross_entropy({alpha:g})", of)
+
+
+def focal(gamma: float) -> Loss:
+    """Make (1 - p)^gamma times cross entropy, p being the target's probability; shapes and labels as in `cross_entropy`.
+
+    Examples that are right already count for less. gamma = 0 is cross entropy. Source: Lin et al. 2017, equation 4.
+    """
+    gamma = check.number("focal", gamma=gamma)
+
+    def of(logits, labels):
+        loss = _entropy(logits, labels)
+        wrong = -jnp.expm1(-loss)  # 1 - p
+        # 0^gamma has no finite slope for gamma < 1; the product's is 0 there.
+        return jnp.where(wrong > 0, jnp.where(wrong > 0, wrong, 1) ** gamma * loss, 0)
+
+    return _of_classes(f"focal({gamma:g})", of)
+
+
+def _of_classes(name: str, of: Callable[[jax.Array, jax.Array], jax.Array]) -> Loss:
+    return Loss(
+        name,
+        lambda outputs, targets: _classified(name, outputs, targets, of),
+        _class_correct,
+        functools.partial(_check_labels, name),
+    )
 
 
 def _check_labels(who: str, shape: tuple[int, ...], targets: Any, skip: tuple[int, ...] = ()) -> None:
-    targets = np.asarray(targets)
+    targets = _on_host(who, shape, targets)
     _label_type(who, targets)
     targets, last = targets[~np.isin(targets, skip)], shape[-1] - 1
     if targets.size and (targets.min() < 0 or targets.max() > last):
@@ -113,25 +158,42 @@ def _one_unit(outputs: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _check_binary(shape: tuple[int, ...], targets: Any) -> None:
-    targets = np.asarray(targets)
+    targets = _on_host("binary_cross_entropy", shape, targets)
     if targets.size and (bad := (targets < 0) | (targets > 1) | np.isnan(targets.astype(float))).any():
         raise ValueError(f"binary_cross_entropy: targets must lie in 0..1, got {targets[bad].reshape(-1)[0]}; rescale")
 
 
 def _mse(outputs: Any, targets: Any) -> jax.Array:
     """Evaluate the mean over units of (output - target)², per example: float[batch, ...] twice -> float[batch]."""
+    outputs, targets = _alike("mse", outputs, targets)
+    return _examples(jnp.square(outputs - targets))
+
+
+def huber(delta: float = 1.0) -> Loss:
+    """Make the mean over units of e²/2 for |e| <= delta and delta |e| - delta²/2 beyond it, e = output - target.
+
+    float[batch, ...] twice -> float[batch]. The gradient is that of e²/2, clipped to ±delta. Source: Huber 1964.
+    """
+    delta, name = check.number("huber", low=1e-30, delta=delta), f"huber({delta:g})"
+
+    def per_example(outputs, targets):
+        return _examples(optax.losses.huber_loss(*_alike(name, outputs, targets), delta=delta))
+
+    return Loss(name, per_example, None, functools.partial(_check_values, name))
+
+
+def _alike(who: str, outputs: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
     outputs, targets = _wide(outputs), _array(targets)
     if outputs.shape != targets.shape:
         raise ValueError(
-            f"mse: outputs and targets must have the same shape, got {check.describe(outputs)} and "
+            f"{who}: outputs and targets must have the same shape, got {check.describe(outputs)} and "
             f"{check.describe(targets)}; reshape the targets or the last layer"
         )
-    return _examples(jnp.square(outputs - jnp.asarray(targets.astype(outputs.dtype))))
+    return outputs, jnp.asarray(targets.astype(outputs.dtype))
 
 
-def _check_values(shape: tuple[int, ...], targets: Any) -> None:
-    if not np.all(np.isfinite(np.asarray(targets, np.float64))):
-        raise ValueError("mse: targets must be finite, got NaN or inf; drop or impute them")
+def _check_values(who: str, shape: tuple[int, ...], targets: Any) -> None:
+    finite(who, _on_host(who, shape, targets))
 
 
 def _sequence_cross_entropy(outputs: Any, targets: Any) -> jax.Array:
@@ -141,24 +203,43 @@ def _sequence_cross_entropy(outputs: Any, targets: Any) -> jax.Array:
     nothing is predicted there (padding, a prompt): the outputs at that position do not matter, NaN included. An example
     without targets has loss 0. An example is right if every target has the largest logit (exact match). Labels may have
     any integer dtype. One beyond the classes is a ValueError on the host; inside jit the example's loss is NaN, and so is
-    its gradient.
+    its gradient. Every example counts once, however long; `token_cross_entropy` counts every token once.
     """
-    outputs, targets = _wide(outputs), _labels("sequence_cross_entropy", targets)
+    sums, counts = _tokens("sequence_cross_entropy", outputs, targets)
+    return sums / jnp.maximum(1, counts)
+
+
+def _token_cross_entropy(outputs: Any, targets: Any) -> Counted:
+    """Sum -log softmax(outputs)[target] over the positions that have a target, and count them: `Counted`.
+
+    Arguments are those of `sequence_cross_entropy`. The mean of a batch, of a data set, or of all devices is that over
+    their tokens, NaN where there are none, and so is the accuracy. It is the logarithm of the perplexity.
+    """
+    return Counted(*_tokens("token_cross_entropy", outputs, targets))
+
+
+def _tokens(who: str, outputs: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
+    outputs, targets = _wide(outputs), _labels(who, targets)
     if outputs.ndim != 3 or outputs.shape[:-1] != targets.shape:
         raise ValueError(
-            f"sequence_cross_entropy: needs logits float[batch, time, classes] and labels int[batch, time], "
+            f"{who}: needs logits float[batch, time, classes] and labels int[batch, time], "
             f"got {check.describe(outputs)} and {check.describe(targets)}"
         )
     classes, real = outputs.shape[-1], targets != -1
-    outputs = jnp.where(real[..., None], outputs, 0)
-    loss = optax.losses.softmax_cross_entropy_with_integer_labels(outputs, jnp.clip(targets, 0, classes - 1))
-    total = jnp.sum(jnp.where(real, loss, 0), axis=1) / jnp.maximum(1, jnp.sum(real, axis=1))
-    return _judged(total, jnp.all((targets >= -1) & (targets < classes), axis=1))
+    loss = _entropy(jnp.where(real[..., None], outputs, 0), jnp.clip(targets, 0, classes - 1))
+    good = jnp.all((targets >= -1) & (targets < classes), axis=1)
+    return _judged(jnp.sum(jnp.where(real, loss, 0), axis=1), good), jnp.sum(real, axis=1)
 
 
 def _sequence_correct(outputs: Any, targets: Any) -> jax.Array:
     targets = _labels("sequence_cross_entropy", targets)
     return jnp.all((targets == -1) | (jnp.argmax(outputs, axis=-1) == targets), axis=1).astype(jnp.float32)
+
+
+def _token_correct(outputs: Any, targets: Any) -> Counted:
+    targets = _labels("token_cross_entropy", targets)
+    hits = jnp.sum(jnp.argmax(outputs, axis=-1) == targets, axis=1)  # argmax is never -1
+    return Counted(hits.astype(jnp.float32), jnp.sum(targets != -1, axis=1))
 
 
 def _class_correct(outputs: Any, targets: Any) -> jax.Array:
@@ -178,11 +259,31 @@ sequence_cross_entropy = Loss(
     _sequence_correct,
     functools.partial(_check_labels, "sequence_cross_entropy", skip=(-1,)),
 )
+token_cross_entropy = Loss(
+    "token_cross_entropy",
+    _token_cross_entropy,
+    _token_correct,
+    functools.partial(_check_labels, "token_cross_entropy", skip=(-1,)),
+)
 binary_cross_entropy = Loss("binary_cross_entropy", _binary_cross_entropy, _binary_correct, _check_binary)
-mse = Loss("mse", _mse, None, _check_values)
+mse = Loss("mse", _mse, None, functools.partial(_check_values, "mse"))
+
+
+def _on_host(who: str, shape: Any, targets: Any) -> np.ndarray:
+    """Return targets in NumPy; refuse outputs and targets that are trees of arrays."""
+    if not isinstance(shape, tuple) or not all(isinstance(n, int) for n in shape):
+        raise ValueError(
+            f"net: a loss needs one array, got {shape}; end in drop_mask(), take_last() or sum_inputs(), or pass a loss of "
+            f"several tasks, losses.sum_of, or one of your own in the place of {who}"
+        )
+    if not hasattr(targets, "dtype"):
+        raise TypeError(f"{who}: targets must be one array, got {check.describe(targets)}")
+    return np.asarray(targets)
 
 
 def _wide(a: Any) -> jax.Array:
+    if isinstance(a, Mapping) or hasattr(a, "_fields"):
+        raise ValueError(f"net: a loss needs one array, got {check.describe(a)}; see losses.sum_of and drop_mask()")
     a = jnp.asarray(a)
     return a.astype(statistics_dtype(a.dtype))
 

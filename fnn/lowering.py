@@ -142,7 +142,8 @@ def convolution(strided: bool, groups: int, per_group: int, rank: int, patch: in
 def attention(dtype: Any, grouped: bool, masked: bool, size: int, lengths: tuple[int, int]) -> str:
     """Choose how to attend: "cudnn", "written out" (four lines of `jax.numpy`) or "xla"; see `layers.attention`.
 
-    `size` is that of a head, `lengths` those of queries and keys. The two others are `jax.nn.dot_product_attention`, which
+    `size` is that of a head, `lengths` those of queries and keys; `masked` means by anything but order, or order and a
+    window. The two others are `jax.nn.dot_product_attention`, which
     has a kernel of its own only as "cudnn": for float16 and bfloat16, heads of up to 128 in steps of 8, and without a mask
     (it adds a mask to the scores, and computes a gradient for it). Its "xla" is the same products as written out, but maps
     over groups of heads, which is slower, and takes the gradient of numbers narrower than float32 in float32.

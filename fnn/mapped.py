@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def names(axis_name: Any) -> tuple[Any, ...]:
@@ -72,6 +72,26 @@ def mean(tree: Any, axis_name: Any) -> Any:
     return reduce(jax.lax.pmean, tree, axis_name)
 
 
+def averaged(function: Callable[[Any], Any], axis_name: Any) -> Callable[[Any], Any]:
+    """Average a function of replicated parameters over the mapped axes: its value, and its derivatives of any order.
+
+    Where types do not say what varies, the transpose of a mean is a mean. So one mean of the parameters, which changes no
+    value, averages the gradient.
+    """
+    if not names(axis_name):
+        return function
+
+    def same(p):
+        q = mean(p, axis_name)
+        return jax.lax.stop_gradient(p) + (q - jax.lax.stop_gradient(q))
+
+    def run(params):
+        ready = varying(params, axis_name) if checked() else jax.tree.map(same, params)
+        return mean(function(ready), axis_name)
+
+    return run
+
+
 def replicated(tree: Any, like: Any, axis_name: Any) -> Any:
     """Average the leaves that vary over more axes than those of `like`, from which they were computed."""
 
@@ -121,11 +141,20 @@ def placed(tree: Any) -> Any:
         sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
             return leaf
-        mesh: Any = sharding.mesh
-        automatic = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-        return jax.device_put(leaf, NamedSharding(automatic, sharding.spec))
+        return relabelled(leaf, automatic(sharding.mesh))
 
     return jax.tree.map(relabel, tree)
+
+
+def automatic(mesh: Any) -> Mesh:
+    """Return a mesh over the same devices, with automatic axes."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def relabelled(leaf: Any, mesh: Mesh) -> Any:
+    """Return an array that lies on a mesh as an array on another of the same devices, without a copy."""
+    parts = [part.data for part in leaf.addressable_shards]  # `device_put` refuses what other processes hold
+    return jax.make_array_from_single_device_arrays(leaf.shape, NamedSharding(mesh, leaf.sharding.spec), parts)
 
 
 def checked() -> bool:

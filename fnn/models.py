@@ -52,14 +52,16 @@ def mlp(
     def dense(n: int) -> list[Layer]:
         return [layers.dense(n, kernel_init=kernel_init, bias_init=bias_init), *tapped(taps, "preactivation")]
 
-    hidden = [*dense(width), *normed("mlp", norm), *activated(phi, taps), *dropped(dropout)]
-    block = core.serial(*hidden)
+    def hidden() -> list[Layer]:
+        return [*dense(width), *normed("mlp", norm), *activated(phi, taps), *dropped(dropout)]
+
+    block = core.serial(*hidden())
     if residual:
         block = core.serial(core.residual(block, scale=residual_scale), *tapped(taps, "sum"))
     trunk = [core.named("trunk", part) for part in repeated(block, depth - 1, unroll, checkpoint)]
     last = activations.get(head)
     end = [] if last is activations.identity else activated(last, taps)
-    return core.serial(layers.flatten(), *hidden, *trunk, *dense(classes), *end)
+    return core.serial(layers.flatten(), *hidden(), *trunk, *dense(classes), *end)
 
 
 def convnet(
@@ -83,10 +85,10 @@ def convnet(
     """
     check.positive("convnet", classes=classes, window=window, convs=convs, stages=len(channels))
     check.fraction("convnet", dropout=dropout)
-    norms = normed("convnet", norm)
     phi, kernel_init = activations.get(activation), initializers.get(init)
 
     def block(n: int) -> Layer:
+        norms = normed("convnet", norm)
         layer = conv.conv(n, window, kernel_init=kernel_init, bias=not norms)
         return core.serial(layer, *tapped(taps, "preactivation"), *norms, *activated(phi, taps))
 
@@ -126,10 +128,9 @@ def resnet(
     """
     check.positive("resnet", classes=classes, width=width, stages=len(depths))
     check.choice("resnet", ("basic", "bottleneck"), block=block)
-    norms = normed("resnet", norm)
     if scaling is not None:
         check.choice("resnet", ("skip_init", "fixup"), scaling=scaling)
-    if bool(norms) != (scaling is None):
+    if bool(normed("resnet", norm)) != (scaling is None):
         got = f"norm={norm!r}, scaling={scaling!r}"
         raise ValueError(f"resnet: branches need either a norm, or scaling='skip_init' or 'fixup', got {got}")
     phi, kernel_init = activations.get(activation), initializers.get(init)
@@ -143,7 +144,7 @@ def resnet(
         return [layers.scalar_affine(None, 0.0)] if fixup else []
 
     def before() -> list[Layer]:
-        return [*biased(), *norms, *activated(phi, taps)]
+        return [*biased(), *normed("resnet", norm), *activated(phi, taps)]
 
     def branch(n: int, stride: int) -> list[Layer]:
         parts: list[Layer] = []

@@ -110,7 +110,8 @@ def translator(
     rest = [*tapped(block.taps, "sum"), *after, *_feed_forward(width, block)]
     parts = [target(*_attention(block, causal=True)), core.residual(cross, add_to="target"), target(*rest)]
     first = inputs.branches({"source": memory.full_sequence(encode), "target": core.serial(*_places(block))})
-    body = [first, _trunk("trunk", depth, parts, block), core.function(lambda x: x["target"]), *before]
+    out = core.function(lambda x: x["target"]).described("x['target']")
+    body = [first, _trunk("trunk", depth, parts, block), out, *_norms(block)[0]]
     return _whole("translator", body, width, vocabulary, None, padding, block.taps)
 
 

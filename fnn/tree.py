@@ -4,6 +4,7 @@ All sums are taken in at least float32.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -47,7 +48,16 @@ class Stacked:
         return jax.tree.map(lambda a: a[i], self.blocks)
 
     def __repr__(self) -> str:
-        return f"Stacked({self.blocks!r})"
+        if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(self)):
+            return f"Stacked({self.blocks!r})"  # a tree of something else in the place of arrays
+        depth = next((jnp.shape(leaf)[0] for leaf in jax.tree.leaves(self) if jnp.ndim(leaf)), self.depth)
+        return f"Stacked({'no' if depth is None else depth} blocks of {contents(self.blocks, depth)})"
+
+    def __treescope_repr__(self, path: Any, subtree_renderer: Any) -> Any:
+        """In notebooks: a node that opens."""
+        from treescope.repr_lib import render_object_constructor
+
+        return render_object_constructor(type(self), {"blocks": self.blocks}, path, subtree_renderer)
 
 
 def path(entries: Any) -> str:
@@ -92,6 +102,17 @@ def map_depth(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 def size(tree: Any) -> int:
     """Count the numbers in a tree."""
     return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def contents(tree: Any, blocks: int | None = None) -> str:
+    """Say how many numbers a tree holds, in how many arrays of which dtypes: `4,160 numbers in 2 arrays float32`.
+
+    With `blocks`, those of one of so many blocks. What is no array counts as one, by its type.
+    """
+    leaves = jax.tree.leaves(tree)
+    kinds = dict.fromkeys(str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves)
+    n = sum(math.prod(getattr(leaf, "shape", ())) for leaf in leaves) // (blocks or 1)
+    return f"{n:,} numbers in {len(leaves)} arrays {', '.join(kinds)}" if leaves else "nothing"
 
 
 def dot(a: Any, b: Any) -> jax.Array:

@@ -26,7 +26,9 @@ TESTS = {
     "activations": words("value_and_derivative low_precision nan_passes softmax"),
     "attention": words("""attention_equals_flax grouped_heads rotary padding_changes_nothing generate_with embed_equals
         half_precision"""),
+    "attention_masks": ["what_is_seen"],
     "clip": words("equals_numpy stacked_equals norms_whose infinity_is reports_by_hand traced dtypes"),
+    "clip_reports": ["a_zero_gradient", "an_infinite_gradient"],
     "conv": words("""conv_equals_flax implementations conv_transpose_equals pools conv_and_transpose
         global_average"""),
     "core": words("combinators dense_equals_numpy dropout_keeps"),
@@ -62,11 +64,10 @@ TESTS = {
     "models": words("convnet_equals resnet_equals"),
     "noise": words("noise_scale jackknife"),
     "norm": words("batch_norm_in batch_norm_at derivative statistics_of norms_equal batch_norm_of_a_masked"),
-    "optimizers": [
-        *of("depth_as_a_loop_trains_as_depth_written_out", "adam muon adafactor block_norms"),
-        *("packed_changes_no_number", "a_zero_gradient", "an_infinite_gradient"),
-    ],
+    "optax_table": of("every_optimiser_of_optax_trains_nets_as_by_hand", "optax.lbfgs optax.contrib.sam"),
+    "optimizers": of("depth_as_a_loop_trains_as_depth_written_out", "adam muon adafactor block_norms"),
     "overflow": ["a_run_that_overflows"],
+    "packed": ["packed_changes_no_number"],
     "per_example": [
         *of(
             "every_method_equals_vmap_of_grad",

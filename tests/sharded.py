@@ -111,7 +111,15 @@ def every_layer_s_types():
 
 KINDS = (
     *("dense_on_sequences", "conv_2d_by_xla", "branches", "rnn", "rnn_masked", "bidirectional", "tied"),
-    *("attention_masked", "cross_attention", "batch_norm", "batch_norm_masked", "group_norm", "tap_masked"),
+    *(
+        "attention_masked",
+        "attention_own_mask",
+        "cross_attention",
+        "batch_norm",
+        "batch_norm_masked",
+        "group_norm",
+        "tap_masked",
+    ),
     "repeat_in_groups",
 )
 
@@ -172,6 +180,47 @@ def losses():
 
 
 @section
+def outputs():
+    """Tasks, of weighted examples and of tokens, that the devices have different numbers of; metrics, and a penalty."""
+    heads = fnn.parallel({"label": fnn.serial(fnn.global_avg_pool(), fnn.dense(3)), "words": fnn.dense(4)})
+    net, x = fnn.serial(fnn.dense(6), heads), jax.random.normal(KEY, (8, 5, 3))
+    state, _ = begun(*init(net, x), x)
+    words = jnp.where(
+        jnp.arange(5) < jnp.array([5, 4, 1, 0, 1, 2, 3, 1])[:, None], jnp.arange(40).reshape(8, 5) % 4, -1
+    )
+    y, weights = {"label": jnp.arange(8) % 3, "words": words}, jnp.array([1.0, 3, 0, 2, 0, 0, 0.5, 1])
+    loss = fnn.losses.sum_of({"label": fnn.losses.cross_entropy, "words": (fnn.losses.token_cross_entropy, 0.5)})
+    options = {
+        "metrics": {
+            "size": lambda o, y: jnp.sum(o["label"] ** 2, -1),
+            "spread": fnn.losses.Metric(
+                lambda o, y: (o["label"], o["label"] ** 2), lambda s: jnp.sum(s[1]) - jnp.sum(s[0] ** 2)
+            ),
+        },
+        "penalty": lambda params: fnn.tree.norm(params) ** 2,
+    }
+    clip = {"per_example": "clip", "max_norm": 0.5}
+    for name, batch, more in (
+        ("plain", (x, y), {}),
+        ("weighted", (x, y, weights), {}),
+        ("clip", (x, y, weights), clip),
+    ):
+        yield name, functools.partial(compare, net, loss, SGD, state, batch, **options, **more)
+    yield "jit", functools.partial(by_jit, net, loss, state, (x, y, weights), options)
+
+
+def by_jit(net, loss, state, batch, options):
+    def everything(batch):
+        step = fnn.train_step(net, loss, SGD, **options)
+        scores = fnn.evaluate(net, state, batch, loss=loss, metrics=options["metrics"], batch_size=3)
+        return step(jax.tree.map(jnp.copy, state), batch), scores
+
+    want = everything(batch)
+    for mesh in (AUTO, EXPLICIT):
+        same(everything(jax.device_put(batch, NamedSharding(mesh, P("d")))), want)
+
+
+@section
 def clips():
     clip = fnn.clip
     found = {
@@ -187,6 +236,21 @@ def clips():
         optimizer = optax.chain(transformation, SGD)
         net, state, batch = small(optimizer, unroll=2)
         yield name, functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch, (True,))
+
+
+@section
+def losses_taken_again():
+    """By optimisers that ask for the loss as a function: its value and derivatives are those of all devices' examples."""
+    found = {
+        "line_search": optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5, store_grad=True)),
+        "lbfgs": optax.lbfgs(linesearch=optax.scale_by_zoom_linesearch(3)),
+        "sam": optax.contrib.sam(SGD, optax.sgd(0.5), opaque_mode=True),
+        "sophia": optax.contrib.sophia(0.1, update_interval=1),
+    }
+    for name, optimizer in found.items():
+        norm = "layer_norm" if name == "sophia" else "batch_norm"  # it enlarges rounding where a gradient is zero
+        net, state, batch = small(optimizer, norm=norm, unroll=True)
+        yield name, functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch)
 
 
 @section

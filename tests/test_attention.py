@@ -388,7 +388,11 @@ def test_refusals():
         fnn.generate(net, params, state, jnp.ones((2, 4)), 3)
 
 
-@pytest.mark.parametrize("options", [{"causal": True}, {"kv_heads": 1}], ids=["causal", "grouped"])
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True}, {"kv_heads": 1}, {"causal": True, "window": 9}],
+    ids=["causal", "grouped", "window"],
+)
 def test_half_precision_is_near_float32_in_values_gradients_and_single_examples(options):
     """On a GPU this is cuDNN's kernel: heads of 16, lengths of 64, no mask."""
     layer, rng = fnn.attention(2, **options), np.random.default_rng(0)

@@ -74,6 +74,20 @@ def test_gradients_of_single_examples_have_a_price_too():
         jax.jit(lambda p: every.price(p, X, key=key).rounds)(PARAMS)
 
 
+def test_gradient_flow_has_a_price():
+    net = fnn.models.mlp(2, 8, 3, taps=True)
+    params, state = net.init(jax.random.key(0), X)
+    y = jnp.arange(len(X)) % 3
+    found = fnn.gradient_flow.price(net, (params, state), (X, y), rounds=1)
+    assert [row.name for row in found.rows] == ["plain gradient", "gradient_flow"]
+    plain, flow = found.rows
+    assert plain.ratio.median == 1 and flow.milliseconds.median > 0 and flow.compile_seconds > 0
+    with pytest.raises(ValueError, match="must hold a tap"):
+        fnn.gradient_flow.price(fnn.dense(3), fnn.dense(3).init(jax.random.key(0), X), (X, y))
+    with pytest.raises(TypeError, match=r"gradient_flow.price: it times programs"):
+        jax.jit(lambda p: fnn.gradient_flow.price(net, (p, state), (X, y)).rounds)(params)
+
+
 def test_bad_input():
     watch = fnn.watch(loss)
     with pytest.raises(TypeError, match=r"watch.price: it times programs, got traced arrays"):

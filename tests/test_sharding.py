@@ -16,7 +16,18 @@ import pytest
 import fnn
 
 TABLE = Path(__file__).with_name("sharded.py")
-SECTIONS = ("every_layer_s_types", "layers", "per_example", "losses", "clips", "placed", "sequences", "refusals")
+SECTIONS = (
+    "every_layer_s_types",
+    "layers",
+    "per_example",
+    "losses",
+    "outputs",
+    "clips",
+    "losses_taken_again",
+    "placed",
+    "sequences",
+    "refusals",
+)
 pytestmark = pytest.mark.xdist_group("sharding")
 
 

@@ -44,7 +44,7 @@ def plain_run(described, static, seed, rate):
     train, test = setup.train, setup.test
     run = {"seed": seed, "sigma_w": 1.0, "sigma_b": 0.0, "learning_rate": rate, "clip_threshold": 1.0}
     task = cell.Cell(static, (run,), STEPS)
-    net = cell.network(setup, static, run)
+    net = cell.network(setup, static, run).net
     params, state = net.init(jax.random.key(2 * seed), train.x[:16])
     optimizer = optax.chain(fnn.clip.by_global_norm(1.0), optax.sgd(rate, momentum=0.9))
     at = fnn.TrainState(params, state, optimizer.init(params), jax.random.key(2 * seed + 1), jnp.zeros((), jnp.int32))

@@ -52,6 +52,18 @@ def pair(x: np.ndarray) -> dict[str, Any]:
     return {"source": source, "target": masked(x[::-1])}
 
 
+def with_mask(x: np.ndarray) -> dict[str, Any]:
+    """Make a masked sequence and a mask of its pairs, in which one position sees nothing."""
+    sees = np.arange(x.size).reshape(x.shape)[..., :1] % 3 != np.arange(x.shape[1]) % 3
+    sees[0, 2] = False
+    return {"target": masked(x), "mask": sees}
+
+
+def pair_with_mask(x: np.ndarray) -> dict[str, Any]:
+    """Make a source and a target, and a mask of their pairs."""
+    return pair(x) | {"mask": with_mask(x)["mask"][..., 1:]}
+
+
 def _block() -> fnn.Layer:
     return fnn.serial(fnn.dense(8), fnn.batch_norm(), fnn.activation("tanh"), fnn.tap(bounds=(-1, 1)))
 
@@ -98,6 +110,17 @@ def _two_inputs() -> fnn.Layer:
     )
 
 
+def _shared() -> fnn.Layer:
+    """Two uses in a scan, each with statistics of its own, one outside, and the transposed weights."""
+
+    def build(use):
+        block = fnn.serial(use(), fnn.batch_norm(), fnn.activation("tanh"), use(), fnn.tap())
+        back = use(lambda params, x: x @ params["kernel"].T.astype(x.dtype))
+        return fnn.serial(use(), fnn.repeat(block, 2), back)
+
+    return fnn.shared(fnn.dense(8), build)
+
+
 CASES = [
     Case("dense", fnn.dense(8, bias_init="normal(0.3)")),
     Case("dense_wider", fnn.dense(5), keeps_shape=False),
@@ -106,6 +129,7 @@ CASES = [
     Case("activations", fnn.parallel(*map(fnn.activation, fnn.activations.TABLE)), keeps_shape=False),
     Case("activation_with_option", fnn.activation("leaky_relu", slope=0.3)),
     Case("activation_of_function", fnn.activation(lambda x: jnp.sin(x))),
+    Case("shared", _shared(), mixes=True),
     Case("flatten", fnn.flatten(), (4, 2, 3), keeps_shape=False),
     Case("dropout", fnn.dropout(0.4), noisy=True),
     Case("conv_1d", fnn.conv(4, 3, dilation=2, groups=2), (3, 6, 4)),
@@ -134,6 +158,20 @@ CASES = [
     Case("positions", fnn.positions(6), (4, 5, 3), make=masked),
     Case("attention", fnn.attention(2, kv_heads=1, bias=False), (4, 5, 6)),
     Case("attention_masked", fnn.attention(2, causal=True, rotary=True), (4, 5, 8), make=masked),
+    Case("attention_window", fnn.attention(2, causal=True, window=1, rotary=True), (4, 5, 8), make=masked),
+    Case(
+        "attention_own_mask",
+        fnn.residual(fnn.attention(2, mask=lambda t, s: (t + s) % 4 != 1), add_to="target"),
+        (4, 5, 6),
+        make=with_mask,
+    ),
+    Case(
+        "cross_attention_own_mask",
+        fnn.cross_attention(2, mask=np.arange(25).reshape(5, 5) % 3 > 0),
+        (4, 5, 6),
+        keeps_shape=False,
+        make=pair_with_mask,
+    ),
     Case("cross_attention", fnn.cross_attention(2, kv_heads=1), (4, 5, 6), keeps_shape=False, make=pair),
     Case(
         "residual_of_one_input", fnn.residual(fnn.cross_attention(2), scale=0.5, add_to="target"), (4, 5, 6), make=pair
@@ -227,7 +265,7 @@ CASES = [
 
 
 PADDED = [
-    *(case for case in CASES if case.make in (masked, pair)),
+    *(case for case in CASES if case.make in (masked, pair, with_mask, pair_with_mask)),
     Case("each_position", _each_position(), (4, 5, 4), make=masked),
     Case("without_eps", _no_eps(), (4, 5, 4), make=masked),
     Case("backwards", fnn.serial(fnn.rnn(4, reverse=True), fnn.repeat(_masked_block4(), 2)), (4, 5, 4), make=masked),

@@ -20,12 +20,17 @@ from fnn.masks import Masked
 class Dataset(NamedTuple):
     """Examples `x: [n, ...]` and their labels or targets `y: [n, ...]`; it unpacks as `x, y`.
 
-    x may be a tree of arrays (`fnn.Masked`, a dict of several inputs), each with n examples on its first axis. `size` is the
-    number of examples; `len` is 2, as for any pair.
+    Both may be trees of arrays (`fnn.Masked`, several inputs or targets by name), each with n examples on its first axis;
+    y may be `losses.Weighted(targets, weights)`. `size` is the number of examples; `len` is 2, as for any pair.
     """
 
     x: Any
-    y: jax.Array
+    y: Any
+
+    short_repr = True
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.size:,} examples, x {brief(self.x)}, y {brief(self.y)})"
 
     @property
     def size(self) -> int:
@@ -40,31 +45,34 @@ class Dataset(NamedTuple):
 Parts = tuple[Dataset, Dataset]
 
 
-def check_dataset(who: str, x: Any, y: ArrayLike) -> None:
+def check_dataset(who: str, x: Any, y: Any) -> None:
     """Refuse data that no net can learn from; it reads the values, on the host.
 
     x and y must be numbers, with the same number of examples (at least one) on their first axes, and finite: a single NaN
     makes the whole net NaN, and nothing then says where it came from. In a tree this holds for every array, in a `Masked`
     sequence for the real positions.
     """
-    if not hasattr(x, "dtype") and jax.tree.structure(x) != jax.tree.structure(0):
-        nodes = jax.tree.leaves(x, is_leaf=lambda node: isinstance(node, Masked))
-        for leaf in (leaves := [leaf for node in nodes for leaf in _real(node)]):
-            check_dataset(who, leaf, y)
-        if leaves:
-            return
-    both = {name: np.asarray(array(who, name, a)) for name, a in (("x", x), ("y", y))}
-    got = f"{describe(both['x'])} and {describe(both['y'])}"
-    if 0 in (both["x"].ndim, both["y"].ndim):
-        raise ValueError(f"{who}: x and y must have the examples on their first axes, got {got}; add the axis")
-    if len(both["x"]) != len(both["y"]):
-        raise ValueError(f"{who}: x and y must hold the same number of examples, got {got}; pair them first")
-    if len(both["x"]) == 0:
-        raise ValueError(f"{who}: a data set must hold at least one example, got {got}; add some")
-    for name, a in both.items():
+    xs, ys = ([np.asarray(array(who, name, a)) for a in _leaves(tree)] for name, tree in (("x", x), ("y", y)))
+    for a, b in [(a, ys[0]) for a in xs] + [(xs[0], b) for b in ys[1:]]:
+        got = f"{describe(a)} and {describe(b)}"
+        if 0 in (a.ndim, b.ndim):
+            raise ValueError(f"{who}: x and y must have the examples on their first axes, got {got}; add the axis")
+        if len(a) != len(b):
+            raise ValueError(f"{who}: x and y must hold the same number of examples, got {got}; pair them first")
+        if len(a) == 0:
+            raise ValueError(f"{who}: a data set must hold at least one example, got {got}; add some")
+    for name, a in [("x", a) for a in xs] + [("y", b) for b in ys]:
         if jnp.issubdtype(a.dtype, np.inexact) and not (finite := np.isfinite(a)).all():
             got = f"{np.sum(~finite)} non-finite values, first at example {np.nonzero(~finite)[0][0]}"
             raise ValueError(f"{who}: {name} must be finite, got {got}; drop or impute them")
+
+
+def _leaves(tree: Any) -> list[Any]:
+    """List the arrays of a tree, or the one array that it is."""
+    if hasattr(tree, "dtype") or is_numbers(tree):
+        return [tree]
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Masked))
+    return [leaf for node in nodes for leaf in _real(node)] or [tree]
 
 
 def _real(node: Any) -> list[Any]:
@@ -172,17 +180,18 @@ def batches(
     """
     who = "data.batches"
     positive(who, batch_size=batch_size, epochs=epochs)
-    x, y = map(np.asarray, pair(f"{who}: the data set", dataset))
-    check_dataset(who, x, y)
-    if batch_size > len(x):
-        raise ValueError(f"{who}: batch_size must not exceed the {len(x)} examples, got {batch_size}; make it smaller")
+    data = Dataset(*jax.tree.map(np.asarray, pair(f"{who}: the data set", dataset)))
+    check_dataset(who, *data)
+    n = data.size
+    if batch_size > n:
+        raise ValueError(f"{who}: batch_size must not exceed the {n} examples, got {batch_size}; make it smaller")
     generator(who, key)
 
     def iterate():  # a function of its own, so that the refusals above come at the call and not at the first batch
         for epoch in range(epochs):
-            order = generator(who, key, 1 + epoch).permutation(len(x))
-            for i in range(0, len(x) - batch_size + 1, batch_size):
-                yield x[order[i : i + batch_size]], y[order[i : i + batch_size]]
+            order = generator(who, key, 1 + epoch).permutation(n)
+            for i in range(0, n - batch_size + 1, batch_size):
+                yield tuple(data.take(order[i : i + batch_size]))
 
     return iterate()
 

@@ -1,5 +1,6 @@
 """`gradient_flow`: true log norms of error signals and gradients, layer by layer, finite at any depth."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import admission, arrays, check, compiled, losses, tree
+from fnn import admission, arrays, check, compiled, losses, measures, tree
 from fnn.core import Layer, as_arrays, output_shape, output_spec
 from fnn.gradients import exact, powers
 from fnn.gradients.numbers import Label, Numbers, Verdict, resolve, settle
 from fnn.gradients.powers import Scaled
+from fnn.gradients.price import Price, priced, with_price
 from fnn.layers import taps
 from fnn.layers.precision import compute_in
 from fnn.layers.taps import Row
@@ -42,6 +44,10 @@ class GradientFlow:
     """The float type of the measurement: float64 where the net's own would have been left."""
     note: str = ""
     """Why it was measured in float64, or which numbers are NaN because not even that reached; "" for neither."""
+
+    def __repr__(self) -> str:
+        layers = len({row.layer for row in self.rows})
+        return f"GradientFlow(loss={self.loss:.6g}, {len(self.rows):,} numbers of {layers} layers, {self.precision})"
 
     def profile(self, *quantities: str) -> tuple[np.ndarray, np.ndarray]:
         """Return (layers, values); where a layer has several rows of the quantities, the first in forward order."""
@@ -86,6 +92,36 @@ class GradientFlow:
         return "\n".join(lines)
 
 
+def price(
+    net: Layer,
+    state: Any,
+    batch: tuple[Any, Any],
+    *,
+    loss: Callable[[Any, Any], Any] = losses.cross_entropy,
+    train: bool = True,
+    key: Any = None,
+    compute_dtype: Any = None,
+    rounds: int = 11,
+) -> Price:
+    """Measure here what `gradient_flow`, with the same arguments, takes beside the mean loss's plain gradient.
+
+    Both are programs of their own, compiled anew and timed in turn for `rounds` rounds; see `Price`. A second measurement in
+    float64, where one is due, is not in it. Errors: TypeError for traced arrays.
+
+        print(fnn.gradient_flow.price(net, state, batch))
+    """
+    net, *arguments = _admitted(net, state, batch, loss, key, compute_dtype)
+
+    def gradient(params, net_state, x, y, key):
+        return jax.value_and_grad(lambda p: jnp.mean(loss(net.apply(p, net_state, x, key=key, train=train)[0], y)))(
+            params
+        )
+
+    functions = {"plain gradient": gradient, "gradient_flow": functools.partial(_measure, net, loss, train)}
+    return priced("gradient_flow.price", functions, (*arguments, key), rounds)
+
+
+@with_price(price)
 def gradient_flow(
     net: Layer,
     state: Any,
@@ -109,26 +145,11 @@ def gradient_flow(
     measured again with parameters, state and batch in float64; `precision` and `note` of the result say so. Taps see where
     that happens: put one into every block (`models.mlp(..., taps=True)`). What leaves float64 too is NaN, with a warning that
     names the layer; a `second_moment` of which only the squares leave it is NaN without a warning. Equal nets share one
-    compiled program.
+    compiled program. `gradient_flow.price` measures what it costs.
 
     Errors: ValueError if the net holds no tap.
     """
-    admission.net("gradient_flow", net)
-    admission.loss("gradient_flow", loss)
-    params, net_state = admission.parts("gradient_flow", state)
-    check.parameters("gradient_flow", params)
-    if key is not None:
-        check.prng_key("gradient_flow", key)
-    x, y = as_arrays(arrays.pair("gradient_flow: the batch", batch))
-    admission.examples("gradient_flow", (x, y))
-    admission.state("gradient_flow", net, params, net_state, x)
-    plain, net = net, compute_in(net, compute_dtype)
-    if not taps.listed(net_state):
-        raise ValueError(
-            "gradient_flow: the net must hold a tap, got none; put fnn.tap() between the blocks, or build the model with "
-            "taps=True"
-        )
-    losses.check_targets(loss, output_shape(net, params, net_state, x), y)
+    plain, (net, params, net_state, x, y) = net, _admitted(net, state, batch, loss, key, compute_dtype)
     dtype, note = _narrowest((x, params)) if compute_dtype is None else jnp.dtype(compute_dtype), ""
     measured = jax.device_get(measure(net, loss, train, params, net_state, x, y, key))
     numbers, verdict = settle(measured, params, dtype=dtype)
@@ -137,7 +158,8 @@ def gradient_flow(
         try:
             with jax.enable_x64(True):
                 wide: Any = (plain, loss, train, *_cast(as_arrays((params, net_state, x, y)), jnp.float64), key)
-                if output_spec(plain, *wide[3:6]).dtype != jnp.float64:
+                spec = jax.tree.leaves(output_spec(plain, *wide[3:6]))
+                if any(a.dtype != jnp.float64 for a in spec if jnp.issubdtype(a.dtype, jnp.floating)):
                     raise TypeError("it casts to another type itself")
                 again = jax.device_get(measure(*wide))
         except (TypeError, ValueError) as error:
@@ -156,6 +178,29 @@ def gradient_flow(
         for label, value in zip(numbers.labels, numbers.values, strict=True)
     ]
     return GradientFlow(rows, float(measured["loss"]), numbers.weights, str(dtype), note)
+
+
+def _admitted(
+    net: Layer, state: Any, batch: Any, loss: Any, key: Any, compute_dtype: Any
+) -> tuple[Layer, Any, Any, Any, Any]:
+    """Check the arguments of `gradient_flow`; return the net that computes in the dtype, params, state, x and y."""
+    admission.net("gradient_flow", net)
+    admission.loss("gradient_flow", loss)
+    params, net_state = admission.parts("gradient_flow", state)
+    check.parameters("gradient_flow", params)
+    if key is not None:
+        check.prng_key("gradient_flow", key)
+    x, y = as_arrays(arrays.pair("gradient_flow: the batch", batch))
+    admission.examples("gradient_flow", (x, y))
+    admission.state("gradient_flow", net, params, net_state, x)
+    net = compute_in(net, compute_dtype)
+    if not taps.listed(net_state):
+        raise ValueError(
+            "gradient_flow: the net must hold a tap, got none; put fnn.tap() between the blocks, or build the model with "
+            "taps=True"
+        )
+    losses.check_targets(loss, output_shape(net, params, net_state, x), y)
+    return net, params, net_state, x, y
 
 
 def measure(net: Layer, loss: Any, train: bool, params: Any, state: Any, x: Any, y: Any, key: Any) -> dict[str, Any]:
@@ -186,7 +231,7 @@ def differentiate(
         filled = [replace(t, backward=t.backward._replace(square=s)) for t, s in zip(marks, squares, strict=True)]
         with check.foreign("gradient_flow"):
             outputs, new = net.apply(params, taps.put(state, filled), x, key=key, train=train)
-            return jnp.mean(loss(outputs, y)), new
+            return measures.shares("gradient_flow", loss, outputs, y)["loss"], new
 
     wanted = params, [tap.backward.square for tap in marks]
     (value, new), (gradient, squares) = exact.gradient(objective, has_aux=True)(wanted)

@@ -6,14 +6,14 @@ from a sequence comes from that entry of the sequence.
 
 import functools
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fnn.gradients.operations import Atom, Const, Hooks, Loop, Op, Program, rebuilt
+from fnn.gradients.operations import Atom, Const, Loop, Op, Program, rebuilt
 from fnn.gradients.softmax import SAME
 
 SHAPES = SAME | {"broadcast_in_dim", "reshape", "expand_dims", "squeeze", "transpose", "pvary", "pbroadcast"}
@@ -239,34 +239,3 @@ def chosen(part: Program) -> Program:
 
 def _taken_as(number: int, which: jax.Array, case: jax.Array) -> jax.Array:
     return jnp.where(which.astype(jnp.int32) == number, case, jnp.zeros_like(case))
-
-
-def stepwise(part: Program, values: Sequence[Any], hooks: Hooks) -> dict[str, Any]:
-    """Run a program one operation after the other, loops as one; give what the hooks found.
-
-    As one compiled program it would take ten times a plain gradient's time to compile.
-    """
-    known, seen = dict(zip(part.inputs, values, strict=True)), {}
-    last = {a: number for number, op in enumerate(part.ops) for a in op.inputs if isinstance(a, int)}
-
-    def note(variables):
-        for var in variables:
-            if var in hooks:
-                known[var], numbers = hooks[var](known[var])
-                seen.update(numbers)
-
-    note(part.inputs)
-    for number, op in enumerate(part.ops):
-        taken = [a.value if isinstance(a, Const) else known[a] for a in op.inputs]
-        if isinstance(op, Loop):
-            outputs, numbers = op.run(*taken, hooks=hooks)
-            seen.update(numbers)
-        else:
-            outputs = op.call(*taken)
-        known.update(zip(op.outputs, outputs, strict=True))
-        note(op.outputs)
-        for a in op.inputs:
-            if isinstance(a, int) and last[a] == number:
-                known.pop(a, None)  # a large net's values do not all fit into memory
-        del taken, outputs
-    return seen

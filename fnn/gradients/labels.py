@@ -18,6 +18,18 @@ from fnn.gradients.softmax import Softmax, Turns
 
 GROUPS = ("gradient", "error", "activation", "kurtosis", "saturated", "rank", "cosine", "attention")
 DEFAULT = GROUPS[:3]
+MOMENTS = ("mean", "second_moment", "dead")
+QUANTITIES = {
+    "gradient": ("log10_gradient", "log10_gradient_rms"),
+    "error": ("log10_error", "log10_error_norm"),
+    "activation": tuple(f"{side}_{name}" for side in ("input", "output") for name in MOMENTS),
+    "kurtosis": ("input_kurtosis", "output_kurtosis"),
+    "saturated": ("input_saturated",),
+    "rank": ("input_rank", "output_rank"),
+    "cosine": ("cosine", "log10_gradient_to_weight"),
+    "attention": ("largest_logit", "attention_entropy"),
+}
+"""What each group measures; `Flow` says what these are."""
 MARK = "fnn.error."
 
 

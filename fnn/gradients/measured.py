@@ -29,11 +29,7 @@ def searched(loss: Callable[..., Any], options: Options, params: Any, rest: Any)
     def call(params, *rest):
         with check.foreign("watch"):
             out = loss(params, *rest)
-        value, aux = out if options.has_aux else (out, ())
-        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            got = check.describe(jnp.asarray(value))
-            raise ValueError(f"watch: the loss must be one float, got {got}; average over the batch")
-        return value, aux
+        return out if options.has_aux else (out, ())
 
     names = [name.removesuffix("/value") for name in tree.paths(params)]
     closed, specs = program.trace(call, params, *rest)
@@ -75,8 +71,7 @@ def in_float64(loss: Any, options: Options, size: int, was_wide: bool, params: A
 
     closed, specs = program.trace(run, one, *jax.tree.leaves((params, rest)))
     flow, ranges = _executed(replace(traced, closed=closed, specs=specs), options, False, size, params, rest)
-    tiny = 1e-200 * (jnp.where(jnp.isfinite(flow.loss), jnp.sign(flow.loss), 0) + 2)
-    return flow, ranges, tiny > 0
+    return flow, ranges, wide.holds(flow.loss)
 
 
 @dataclass(frozen=True)

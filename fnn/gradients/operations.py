@@ -143,10 +143,13 @@ def execute(
     """Run a program; under `vmap`, `jit` and `grad` like any function.
 
     `hooks` are called with the values of the variables that are their keys, inside loops too; what they return goes into
-    `found`, stacked over the turns of the loops around.
+    `found`, stacked over the turns of the loops around. Not traced, it runs one operation after the other, and lets go of
+    values that nobody needs any more.
     """
     known = dict(zip(program.inputs, values, strict=True))
     hooks, found = hooks or {}, {} if found is None else found
+    last = {atom: number for number, op in enumerate(program.ops) for atom in op.inputs if isinstance(atom, int)}
+    last |= {atom: len(program.ops) for atom in program.outputs if isinstance(atom, int)}
 
     def value(atom):
         return atom.value if isinstance(atom, Const) else known[atom]
@@ -158,7 +161,7 @@ def execute(
                 found.update(numbers)
 
     hooked(program.inputs)
-    for op in program.ops:
+    for number, op in enumerate(program.ops):
         inputs = map(value, op.inputs)
         if hooks and isinstance(op, Loop | Remat):
             outputs, numbers = op.run(*inputs, hooks=hooks)
@@ -166,7 +169,11 @@ def execute(
         else:
             outputs = op.call(*inputs)
         known.update(zip(op.outputs, outputs, strict=True))
+        del outputs
         hooked(op.outputs)
+        for atom in op.inputs:
+            if isinstance(atom, int) and last[atom] == number:
+                known.pop(atom, None)
     return [value(atom) for atom in program.outputs]
 
 

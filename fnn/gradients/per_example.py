@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from fnn import admission, arrays, check, compiled, losses, mapped, tree
+from fnn import admission, arrays, check, compiled, losses, mapped, measures, tree
 from fnn.core import Layer
 from fnn.gradients import batch_axis, cuts, operations
 from fnn.gradients import program as jaxprs
@@ -175,7 +175,8 @@ def example_loss(
     `per_example(example_loss(...))(params, batch, key=key)`.
 
     Its seven arguments are those of `evaluate`, and those of a net's `apply`.
-    Errors: TypeError for a key given here, with which all examples would share one dropout mask.
+    Errors: TypeError for a key given here, with which all examples would share one dropout mask; ValueError for weights and
+    for a loss that returns `losses.Counted`: one example's share of the mean then depends on the others.
     """
     admission.net("example_loss", net)
     admission.loss("example_loss", loss)
@@ -188,10 +189,10 @@ def example_loss(
     _, net_state = admission.parts("example_loss", state)
 
     def of_example(net_state, params, example, key=None):
-        x, y = jax.tree.map(lambda a: jnp.asarray(a)[None], example)
+        x, y = arrays.weighted(jax.tree.map(lambda a: jnp.asarray(a)[None], example))
         admission.state("example_loss", net, params, net_state, x)
         outputs, _ = net.apply(params, net_state, x, key=key, train=train, axis_name=mapped.lanes(axis_name))
-        return admission.values("example_loss", loss, outputs, y)[0]
+        return measures.each("example_loss", loss, outputs, y)[0]
 
     # The state is an argument of the program, so that the losses of equal nets with other states share one.
     return Partial(of_example, net_state)

@@ -5,13 +5,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import jax
 import numpy as np
 
 from fnn import check, compiled, mapped
 
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
 SAVED = "/jax/compilation_cache/compile_time_saved_sec"
 """JAX's name of the seconds that a program from its cache on disk has saved."""
 
@@ -42,7 +44,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Price:
-    """What `fnn.watch(loss).price(params, batch)` returns: a row for each program, the plain gradient first. `print` it."""
+    """What the `price` of a measurement returns: a row for each program, the plain gradient first. `print` it."""
 
     rows: tuple[Cost, ...]
     rounds: int
@@ -58,6 +60,24 @@ class Price:
             spread = f"[{x.low:.2f}..{x.high:.2f}]"
             lines.append(f"{row.name:{wide}}  {'  '.join(cells)}  {spread:>12}  {memory}  {row.compile_seconds:9.2f}")
         return "\n".join([*lines, f"medians of {self.rounds} interleaved rounds; MB: XLA's temporary memory"])
+
+
+class WithPrice(Protocol[P, R_co]):
+    """A function that also has a `.price`."""
+
+    price: Callable[..., Price]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+def with_price(price: Callable[..., Price]) -> Callable[[Callable[P, R_co]], WithPrice[P, R_co]]:
+    """Give a function a `.price`, which says what a call costs."""
+
+    def give(function: Any) -> Any:
+        function.price = price
+        return function
+
+    return give
 
 
 def priced(who: str, functions: Mapping[str, Callable[..., Any]], arguments: Any, rounds: int) -> Price:

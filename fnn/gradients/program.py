@@ -84,6 +84,36 @@ def equations(part: Any) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield from equations(inner)
 
 
+def flops(part: Any, at: str = "", times: float = 1) -> Iterator[tuple[str, float]]:
+    """Count what the products of a traced function cost, two for each multiply-add: (name stack, number) of each product.
+
+    Those in a loop count once for each turn, in branches those of the branch that costs most; in a loop whose turns are
+    not known they are NaN.
+    """
+    for eqn in _opened(part).eqns:
+        name, where = eqn.primitive.name, _where(eqn, at)["where"]
+        if name in ("dot_general", "conv_general_dilated"):
+            yield where, times * _multiply_adds(eqn) * 2
+        inner = [eqn.params[CALLS[name]]] if name in CALLS else _inner(eqn.params)
+        turns = eqn.params["length"] if name == "scan" else np.nan if name == "while" else 1
+        counts = [list(flops(jaxpr, where, times * turns)) for jaxpr in inner]
+        for found in (
+            [max(counts, key=lambda one: np.nan_to_num(sum(n for _, n in one), nan=np.inf))]
+            if name == "cond"
+            else counts
+        ):
+            yield from found
+
+
+def _multiply_adds(eqn: Any) -> float:
+    (left, right), (out,) = ([var.aval.shape for var in side] for side in (eqn.invars[:2], eqn.outvars))
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return float(np.prod(out)) * float(np.prod([left[axis] for axis in contracted]))
+    features = right[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return float(np.prod(out)) * float(np.prod(right)) / features
+
+
 def _inline(jaxpr: Any, env: dict[Any, Atom], program: Program, how: Reading, at: str = "") -> None:
     for eqn in jaxpr.eqns:
         name, inputs = eqn.primitive.name, [_atom(env, var) for var in eqn.invars]

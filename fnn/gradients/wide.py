@@ -59,6 +59,11 @@ def up(x: Any) -> Any:
     return jnp.asarray(x, jnp.complex128) if jnp.issubdtype(kind, jnp.complexfloating) else x
 
 
+def holds(x: jax.Array) -> jax.Array:
+    """Whether the device that computed x[] has float64's range, which some platforms lack: bool[]."""
+    return 1e-200 * (jnp.where(jnp.isfinite(x), jnp.sign(x), 0).astype(jnp.float64) + 2) > 0
+
+
 def _is_wide(x: Any) -> bool:
     return jnp.result_type(x) in (jnp.float64, jnp.complex128)
 

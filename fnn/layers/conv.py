@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import check, lowering
-from fnn.core import Layer, stateless
+from fnn.core import Layer, described, stateless
 from fnn.layers import initializers
-from fnn.layers.dense import product
+from fnn.layers.dense import Mirrored, product
 from fnn.layers.inputs import Masked, sequence
 from fnn.tree import statistics_dtype
 
@@ -24,6 +24,7 @@ IMPLEMENTATIONS = ("patches", "turned", "xla")
 _LAYOUT = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 
 
+@described
 def conv(
     channels: int,
     window: Window,
@@ -74,6 +75,7 @@ def conv(
     return _with_kernel(who, slide, (channels, window, groups), (kernel_init, bias_init if bias else None))
 
 
+@described
 def conv_transpose(
     channels: int,
     window: Window,
@@ -106,9 +108,11 @@ def conv_transpose(
             _fits(who, [(n - 1) * s + 1 for n, s in zip(sizes, strides, strict=True)], window, pads)
         return _correlate(x, kernel, _How(ones, pads, ones, strides), implementation)
 
-    return _with_kernel(who, slide, (channels, window, 1), (kernel_init, bias_init if bias else None))
+    inner = _with_kernel(who, slide, (channels, window, 1), (kernel_init, bias_init if bias else None))
+    return Layer(lambda key, spec: (inner.init(key, spec)[0], Mirrored()), inner.apply)
 
 
+@described
 def max_pool(window: Window, *, stride: Window | None = None, padding: Padding = "valid") -> Layer:
     """Take the largest number under each window: float[batch, *positions, c] -> the same with fewer positions.
 
@@ -118,6 +122,7 @@ def max_pool(window: Window, *, stride: Window | None = None, padding: Padding =
     return _pool("max_pool", window, stride, padding, _largest)
 
 
+@described
 def avg_pool(window: Window, *, stride: Window | None = None, padding: Padding = "valid") -> Layer:
     """Average the numbers under each window: float[batch, *positions, c] -> the same with fewer positions.
 
@@ -131,6 +136,7 @@ def avg_pool(window: Window, *, stride: Window | None = None, padding: Padding =
     return _pool("avg_pool", window, stride, padding, average)
 
 
+@described
 def global_avg_pool() -> Layer:
     """Average over all positions: float[batch, *positions, c] -> float[batch, c].
 
@@ -336,8 +342,7 @@ def _check(who: str, padding: Any, names: Sequence[str], implementation: str | N
         check.choice(who, IMPLEMENTATIONS, implementation=implementation)
     if isinstance(padding, str):
         check.choice(who, names, padding=padding)
-        return
-    for entry in padding if isinstance(padding, tuple | list) else (padding,):
+    for entry in () if isinstance(padding, str) else padding if isinstance(padding, tuple | list) else (padding,):
         pair = entry if isinstance(entry, tuple | list) else (entry, entry)
         if len(pair) != 2:
             raise ValueError(f"{who}: padding must be a name, a number, or numbers or pairs, got {padding!r}")

@@ -4,17 +4,20 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from fnn import check, lowering, mapped
-from fnn.core import Layer, function, stateless
+from fnn.core import Layer, as_arrays, function, stateless
+from fnn.description import described, name_of, text
 from fnn.layers import activations, initializers
 from fnn.layers.initializers import Initializer
 from fnn.layers.inputs import check_array, check_floating, check_units, positionwise
 from fnn.tree import statistics_dtype
 
 
+@described
 def dense(
     width: int,
     *,
@@ -72,10 +75,13 @@ def activation(f: str | Callable[..., jax.Array], **options: Any) -> Layer:
             raise TypeError(
                 "activation: only a named activation takes options, got a function; bind them with functools.partial"
             )
-        return positionwise(function(f))
-    return positionwise(function(activations.get(f).bind(**options)))
+        return positionwise(function(f)).described(name_of(f))
+    phi = activations.get(f).bind(**options)
+    given = ", ".join(f"{name}={text(value)}" for name, value in options.items())
+    return positionwise(function(phi)).described(f"{phi.name}({given})" if given else phi.name)
 
 
+@described
 def dropout(rate: float) -> Layer:
     """Set each number to zero with probability `rate` and multiply the rest by 1/(1 - rate); in eval mode y = x.
 
@@ -102,6 +108,7 @@ def dropout(rate: float) -> Layer:
     return positionwise(Layer(init, apply))
 
 
+@described
 def scalar_affine(scale: float | None = 1.0, bias: float | None = None) -> Layer:
     """Multiply by one learned number and add another: y = scale·x + bias; None leaves one of them out.
 
@@ -123,11 +130,30 @@ def scalar_affine(scale: float | None = 1.0, bias: float | None = None) -> Layer
     return positionwise(stateless(init, apply))
 
 
+@described
 def flatten() -> Layer:
-    """Reshape float[batch, ...] to float[batch, d]."""
+    """Reshape float[batch, ...] to float[batch, d]. Its state has no array, and says what shape it has flattened."""
 
-    def apply(x):
+    def init(key, spec):
+        check_array("flatten", spec)
+        return (), Flattened(tuple(spec.shape[1:]))
+
+    def apply(params, state, x, *, key=None, train=False, axis_name=None):
         check_array("flatten", x)
-        return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+        x = as_arrays(x)
+        return x.reshape(x.shape[0], math.prod(x.shape[1:])), state
 
-    return function(apply)
+    return Layer(init, apply)
+
+
+@flax.struct.dataclass
+class Flattened:
+    """The state of `flatten`: where the units of the next layer stand in an image, for weights from libraries that have
+    channels first."""
+
+    shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Mirrored:
+    """The state of `conv_transpose`: no array, but it tells the kernel from that of a `conv`, which may have its shape."""

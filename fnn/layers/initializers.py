@@ -120,6 +120,8 @@ def delta_orthogonal(scale: ArrayLike = 1.0) -> Initializer:
 _FAMILIES = ("he", "glorot", "lecun")
 _KINDS = ("normal", "truncated_normal", "uniform")
 _PLAIN = {name: globals()[name] for name in ("zeros", "ones", *(f"{a}_{b}" for a in _FAMILIES for b in _KINDS))}
+for _name, _function in _PLAIN.items():  # what they print as
+    _function.__name__ = _function.__qualname__ = _name
 _WITH_ARGUMENT = {make.__name__: make for make in (constant, normal, scaled, orthogonal, delta_orthogonal)}
 NAMES = (*_PLAIN, *_WITH_ARGUMENT)
 

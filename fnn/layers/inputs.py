@@ -21,9 +21,10 @@ from fnn.core import (
     check_layers,
     check_length,
     function,
-    located,
     split,
 )
+from fnn.description import described
+from fnn.inside import apply_at, located
 from fnn.masks import Masked, check_mask, filled, harmless
 
 
@@ -84,6 +85,7 @@ def check_units(who: str, x: Any, units: int | None = None, name: str = "input")
         raise ValueError(f"{who}: the {name} must be {rule}, got {check.describe(x)}")
 
 
+@described
 def positionwise(layer: Layer) -> Layer:
     """Let a layer that acts on each position alone take `Masked` sequences: it maps the values, the mask stays the same.
 
@@ -102,11 +104,13 @@ def positionwise(layer: Layer) -> Layer:
     return Layer(init, apply)
 
 
+@described
 def drop_mask() -> Layer:
     """Drop the mask: y = values, zero at padded positions. An input without a mask stays as it is."""
     return function(lambda x: parts("drop_mask", x)[0])
 
 
+@described
 def take_last() -> Layer:
     """Take the last real position of a sequence: float[batch, time, d] -> float[batch, d].
 
@@ -117,6 +121,7 @@ def take_last() -> Layer:
     return _at("take_last", lambda values, mask: _place(values, mask, -1))
 
 
+@described
 def take_first() -> Layer:
     """Take the first real position of a sequence: float[batch, time, d] -> float[batch, d].
 
@@ -125,6 +130,7 @@ def take_first() -> Layer:
     return _at("take_first", lambda values, mask: _place(values, mask, 0))
 
 
+@described
 def take_ends(forward: int | None = None) -> Layer:
     """Take the forward units of `bidirectional` at the last real position, and its backward units at the first.
 
@@ -157,30 +163,39 @@ def _place(values: Any, mask: Any, end: int) -> Any:
     return jnp.take_along_axis(values, index[:, None, None], axis=1)[:, 0]
 
 
-def parallel(*layers: Layer) -> Layer:
+@described
+def parallel(*layers: Layer | Mapping[str, Layer]) -> Layer:
     """Give one input to several layers: y = (f_1(x), ..., f_n(x)). Params and state are tuples.
 
-    Keys are `jax.random.split(key, n)`.
+    `parallel({"digit": dense(10), "angle": dense(2)})` makes a dict, of heads by name: y, params and state are dicts. Keys
+    are `jax.random.split(key, n)`, in the order of the layers or of the sorted names.
     """
+    if len(layers) == 1 and isinstance(layers[0], Mapping):
+        return _side_by_side("parallel", _by_name("parallel", layers[0]), dict, lambda x, name: x)
     check_layers("parallel", layers)
     return _side_by_side("parallel", dict(enumerate(layers)), tuple, lambda x, i: x)
 
 
+@described
 def branches(layers: Mapping[str, Layer]) -> Layer:
     """Give every input its own layer: a dict {name: x} becomes {name: layer(x)}. Params and state are dicts by name.
 
     Keys are `jax.random.split(key, n)`, in the order of the sorted names. Errors: ValueError if the input has other names.
     """
-    for name, layer in layers.items():
-        if not isinstance(name, str) or not isinstance(layer, Layer):
-            raise TypeError(f"branches: needs a dict of names and Layers, got {name!r}: {layer!r}")
-    if not layers:
-        raise ValueError("branches: needs at least one layer, got none")
-    ordered = {name: layers[name] for name in sorted(layers)}
+    ordered = _by_name("branches", layers)
     return _side_by_side("branches", ordered, dict, lambda x, name: check_names("branches", ordered, x)[name])
 
 
-def _side_by_side(who: str, layers: dict[Any, Layer], kind: type, own: Callable[[Any, Any], Any]) -> Layer:
+def _by_name(who: str, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    for name, layer in layers.items():
+        if not isinstance(name, str) or not isinstance(layer, Layer):
+            raise TypeError(f"{who}: needs a dict of names and Layers, got {name!r}: {layer!r}")
+    if not layers:
+        raise ValueError(f"{who}: needs at least one layer, got none")
+    return {name: layers[name] for name in sorted(layers)}
+
+
+def _side_by_side(who: str, layers: Mapping[Any, Any], kind: type, own: Callable[[Any, Any], Any]) -> Layer:
     """Apply each layer to `own(x, name)`; params, state and y are of that kind, tuple or dict."""
 
     def collect(values):
@@ -202,8 +217,7 @@ def _side_by_side(who: str, layers: dict[Any, Layer], kind: type, own: Callable[
         ys, states = [], []
         for k, (name, layer) in zip(split(key, len(layers)), layers.items(), strict=True):
             given, p, s = own(x, name), params[name], state[name]
-            with located(str(name), given):
-                y, s = layer.apply(p, s, given, key=k, train=train, axis_name=axis_name)
+            y, s = apply_at(str(name), layer, p, s, given, key=k, train=train, axis_name=axis_name)
             ys.append(y)
             states.append(s)
         return collect(ys), collect(states)
@@ -211,6 +225,7 @@ def _side_by_side(who: str, layers: dict[Any, Layer], kind: type, own: Callable[
     return Layer(init, apply)
 
 
+@described
 def concatenate() -> Layer:
     """Join a tuple (from `parallel`) or a dict (from `branches`, in the order of its sorted names) along the last axis.
 
@@ -220,6 +235,7 @@ def concatenate() -> Layer:
     return _joining("concatenate", lambda arrays: jnp.concatenate(arrays, axis=-1), slice(0, -1))
 
 
+@described
 def sum_inputs() -> Layer:
     """Add the entries of a tuple (from `parallel`) or a dict (from `branches`): y = x_1 + ... + x_n.
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from fnn import arrays, check, compiled, mapped
 from fnn.core import Layer, as_arrays
+from fnn.description import described
 from fnn.layers.inputs import Masked, check_names, parts
 
 NAMES = ("source", "target")
@@ -58,6 +59,7 @@ def empty(
     return Memory(jnp.zeros((), jnp.float32), shapes=tuple(shapes), limit=limit, refusal=refusal)
 
 
+@described
 def full_sequence(layer: Layer) -> Layer:
     """Mark a layer that always gets its whole sequence, such as an encoder: `init_cache` makes no cache for it."""
 

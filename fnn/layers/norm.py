@@ -14,11 +14,13 @@ import jax.numpy as jnp
 
 from fnn import check, mapped
 from fnn.core import Layer, as_arrays, as_spec, stateless
+from fnn.description import described
 from fnn.layers.inputs import Masked, check_units, like, positionwise, sequence
 from fnn.masks import cleared
 from fnn.tree import statistics_dtype
 
 
+@described
 def batch_norm(*, decay: float = 0.9, eps: float = 1e-5, scale: bool = True, bias: bool = True) -> Layer:
     """Normalise each unit over the batch: y = scale·(x - mean)/sqrt(var + eps) + bias.
 
@@ -79,6 +81,7 @@ def batch_norm(*, decay: float = 0.9, eps: float = 1e-5, scale: bool = True, bia
     return Layer(init, apply)
 
 
+@described
 def layer_norm(*, eps: float = 1e-6, scale: bool = True, bias: bool = True) -> Layer:
     """Normalise each vector over its units: y = scale·(x - mean)/sqrt(var + eps) + bias, over the last axis.
 
@@ -92,6 +95,7 @@ def layer_norm(*, eps: float = 1e-6, scale: bool = True, bias: bool = True) -> L
     return positionwise(_per_example("layer_norm", normalise, scale, bias))
 
 
+@described
 def rms_norm(*, eps: float = 1e-6, scale: bool = True) -> Layer:
     """Divide each vector by its root mean square: y = scale·x/sqrt(mean(x²) + eps), over the last axis.
 
@@ -103,6 +107,7 @@ def rms_norm(*, eps: float = 1e-6, scale: bool = True) -> Layer:
     return positionwise(_per_example("rms_norm", lambda x: _divided(x, eps, -1), scale, False))
 
 
+@described
 def group_norm(groups: int, *, eps: float = 1e-6, scale: bool = True, bias: bool = True) -> Layer:
     """Normalise each example over groups of units and all positions: y = scale·(x - mean)/sqrt(var + eps) + bias.
 

@@ -45,4 +45,4 @@ def _compute_in(net: Layer, dtype: Any) -> Layer:
         y, state = net.apply(params, state, x, key=key, train=train, axis_name=axis_name)
         return jax.tree.map(lambda a: cast(a, wide), y), state
 
-    return Layer(net.init, apply)
+    return Layer(net.init, apply, f"compute_in({net!r}, {dtype})")

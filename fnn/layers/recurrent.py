@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import check, mapped
-from fnn.core import Layer, as_arrays, as_spec, serial
+from fnn.core import Layer, as_arrays, as_spec, described, serial
 from fnn.layers import activations, initializers, memory
 from fnn.layers.dense import product
 from fnn.layers.inputs import Masked, concatenate, like, parallel, sequence
@@ -64,6 +64,7 @@ class _Cell(NamedTuple):
     """`tangent` takes the two products' tangents one by one, not their sum."""
 
 
+@described
 def rnn(
     width: int,
     *,
@@ -98,6 +99,7 @@ def rnn(
     return _over_time(cell, _Options(width, kernel_init, recurrent_init, bias_init, initial, reverse, tap, unroll))
 
 
+@described
 def gru(
     width: int,
     *,
@@ -137,6 +139,7 @@ def gru(
     return _over_time(cell, _Options(width, kernel_init, recurrent_init, bias_init, initial, reverse, tap, unroll))
 
 
+@described
 def lstm(
     width: int,
     *,
@@ -182,13 +185,13 @@ def lstm(
         return by_c * c.astype(z.dtype) + by_o * o, c
 
     def biases(key, init, n, dtype):
-        bias = init(key, (n,), dtype)
-        return {"bias": bias.at[n // 4 : n // 2].add(jnp.asarray(forget_bias, dtype))}
+        return {"bias": init(key, (n,), dtype).at[n // 4 : n // 2].add(jnp.asarray(forget_bias, dtype))}
 
     cell = _Cell("lstm", 4, step, tangent, ("hidden", "cell"), biases)
     return _over_time(cell, _Options(width, kernel_init, recurrent_init, bias_init, initial, reverse, tap, unroll))
 
 
+@described
 def bidirectional(forward: Layer, backward: Layer) -> Layer:
     """Read a sequence both ways and join the outputs: `bidirectional(lstm(32), lstm(32, reverse=True))`.
 
@@ -203,12 +206,10 @@ def _over_time(cell: _Cell, options: _Options) -> Layer:
     who, width, tap = cell.who, options.width, options.tap
     check.positive(who, width=width, unroll=options.unroll)
     check.choice(who, ("zeros", "learned"), initial=options.initial)
-    kernel_init, recurrent_init, bias_init = map(
-        initializers.get, (options.kernel_init, options.recurrent_init, options.bias_init)
-    )
-    refusal = ""
-    if options.reverse:
-        refusal = f"{who}: reverse=True needs the whole sequence at once; decode with forward layers"
+    given = options.kernel_init, options.recurrent_init, options.bias_init
+    kernel_init, recurrent_init, bias_init = map(initializers.get, given)
+    reason = f"{who}: reverse=True needs the whole sequence at once; decode with forward layers"
+    refusal = reason if options.reverse else ""
 
     def init(key, spec):
         values, _ = sequence(who, as_spec(spec))
@@ -227,9 +228,8 @@ def _over_time(cell: _Cell, options: _Options) -> Layer:
         hidden = jax.ShapeDtypeStruct((values.shape[0], width), values.dtype)
         tap_params, taps = jax.vmap(tap.init, (0, None))(jax.random.split(key, values.shape[1]), hidden)
         if jax.tree.leaves(tap_params):
-            raise ValueError(
-                f"{who}: what taps the hidden state must have no parameters, got {check.describe(tap_params)}"
-            )
+            got = check.describe(tap_params)
+            raise ValueError(f"{who}: what taps the hidden state must have no parameters, got {got}")
         return params, {"memory": state, "tap": Stacked(taps)}
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import mapped, tree
+from fnn import check, mapped, tree
 from fnn.core import Layer, as_arrays, as_spec
+from fnn.description import described
 from fnn.layers.inputs import like, parts
 from fnn.tree import statistics_dtype
 
@@ -55,7 +56,14 @@ class TapState:
     exact: bool = flax.struct.field(pytree_node=False, default=False)
     role: str = flax.struct.field(pytree_node=False, default="")
 
+    short_repr = True
 
+    def __repr__(self) -> str:
+        one = check.describe(self.forward.get("mean"))
+        return f"TapState({', '.join(self.forward)}: each {one}, role={self.role!r})"
+
+
+@described
 def tap(*, bounds: tuple[float, float] | None = None, role: str = "") -> Layer:
     """Return x unchanged (0 at padded positions) and report its statistics; the module's text says how.
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from fnn import check
 from fnn.core import Layer, as_arrays, as_spec, stateless
+from fnn.description import described
+from fnn.inside import apply_at
 from fnn.layers import initializers
 from fnn.layers.dense import product
 from fnn.layers.initializers import Initializer
@@ -17,6 +19,7 @@ from fnn.masks import Masked, check_mask, cleared, filled
 from fnn.tree import statistics_dtype
 
 
+@described
 def embed(
     vocabulary: int, width: int, *, padding: int | None = None, kernel_init: str | Initializer | None = None
 ) -> Layer:
@@ -42,6 +45,7 @@ def embed(
     return stateless(init, apply)
 
 
+@described
 def tied(vocabulary: int, width: int, body: Layer, *, padding: int | None = None) -> Layer:
     """Share one matrix between embedding and output: y = body(E[x]) Eᵀ, int[batch, time] -> float[batch, time, vocabulary].
 
@@ -60,7 +64,8 @@ def tied(vocabulary: int, width: int, body: Layer, *, padding: int | None = None
 
     def apply(params, state, x, *, key=None, train=False, axis_name=None):
         h = _each("tied", params["embedding"], as_arrays(x), padding)
-        h, inner = body.apply(params["body"], state["body"], h, key=key, train=train, axis_name=axis_name)
+        inner = params["body"], state["body"]
+        h, inner = apply_at("body", body, *inner, h, key=key, train=train, axis_name=axis_name)
         values, _ = sequence("tied: the body's output", h)
         return like(h, product(values, params["embedding"].T.astype(values.dtype))), {"body": inner}
 

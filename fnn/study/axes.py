@@ -13,6 +13,7 @@ from fnn.study import grid
 FLOATS = ("sigma_w", "sigma_b", "learning_rate", "clip_threshold")
 RESERVED = (
     *("cell", "step", "layer", "path", "role", "quantity", "value", "predicted", "low", "high", "outside"),
+    "float64",
     "network",  # of the report
 )
 """Columns of the table beside the axes: no argument of `build` may have such a name."""

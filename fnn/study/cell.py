@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -18,15 +17,34 @@ from fnn import lowering, models, tree
 from fnn.core import Layer
 from fnn.datasets.data import Dataset
 from fnn.gradients import flow
+from fnn.gradients.operations import Unreadable
 from fnn.layers import activations, initializers
-from fnn.study.program import Cell, Setup, aligned, draw, is_x64, network, number, one_run, optimizer, specs
+from fnn.study import nets
+from fnn.study.program import (
+    Cell,
+    Setup,
+    aligned,
+    draw,
+    in_float64,
+    is_x64,
+    network,
+    number,
+    one_run,
+    optimizer,
+    specs,
+)
 from fnn.theory import gaussian
 
 
 class Measured(NamedTuple):
     """What a cell's program returned, on the host: every leaf has the axes [runs, records, ...]."""
 
-    numbers: flow.Numbers
+    labels: list[flow.Label]
+    values: np.ndarray
+    """Of the labels: float64[runs, records, labels]."""
+    wide: np.ndarray
+    """Which runs were measured in float64 at initialisation, since their signal left the range of their own float type:
+    bool[runs]."""
     losses: dict[str, np.ndarray]
     """loss and accuracy on held-out examples."""
     extra: dict[str, Any]
@@ -80,7 +98,7 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
     lanes = -(-chunk // len(devices))
     devices = devices[: -(-chunk // lanes)]
     size = lanes * len(devices)
-    draw_chunk, run_chunk = _program(setup, cell, lanes)
+    draw_chunk, run_chunk, wide_chunk = _program(setup, cell, lanes)
     orders = _orders(setup, cell)
     data = (*setup.train, *setup.test)
     if len(devices) > 1:
@@ -89,6 +107,8 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
         draw_chunk = jax.shard_map(draw_chunk, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
         places = (split, split, split, same)
         run_chunk = jax.shard_map(run_chunk, mesh=mesh, in_specs=places, out_specs=split, check_vma=False)
+        places = (split, split, same)
+        wide_chunk = jax.shard_map(wide_chunk, mesh=mesh, in_specs=places, out_specs=split, check_vma=False)
         data = jax.device_put(data, NamedSharding(mesh, same))
     else:
         data = jax.device_put(data, devices[0])
@@ -106,24 +126,42 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
         seconds["run"] += time.perf_counter() - start
         return result
 
+    kind, params = _range(setup, cell.static), specs(setup, cell)[0]
     chunks: list[Any] = []
     for start in range(0, len(cell.runs), size):
         # The last chunk repeats its last run until it is full: one program, one shape.
         index = np.minimum(np.arange(start, start + size), len(cell.runs) - 1)
         runs = {name: np.stack([number(cell.runs[i][name]) for i in index]) for name in cell.runs[0]}
         drawn = call("draw", draw_chunk, runs)
-        result = jax.device_get(call("run", run_chunk, runs, drawn, orders[index], data))
-        chunks.append(result)
+        numbers, *rest = jax.device_get(call("run", run_chunk, runs, drawn, orders[index], data))
+        read, again = nets.read(numbers, params, **kind), np.zeros(size, bool)
+        if read.left[:, 0].any() and not is_x64():
+            wide = _in_float64(functools.partial(call, "float64", wide_chunk), runs, drawn, data, params, kind)
+            if wide is not None:
+                again = read.left[:, 0] & wide[1]
+                read.values[again, 0] = wide[0].values[again, 0]
+        more = {name: numbers[name] for name in ("update_ratio", "cosine") if name in numbers}
+        chunks.append((read.values, read.lost, again, nets.loss_of(numbers), more, *rest))
     n = len(cell.runs)
     whole: Any = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *chunks)
-    numbers, heldout, extra, traces = whole
-    params = specs(setup, cell)[0]
-    resolved, verdict = flow.settle(numbers["flow"], params, **_range(setup, cell.static))
-    more = {name: numbers[name] for name in ("update_ratio", "cosine") if name in numbers}
+    values, lost, again, loss, more, heldout, extra, traces = whole
     if "cosine" in more:  # of two directions
-        lost = verdict.lost | np.roll(verdict.lost, 1, axis=1)
+        lost = lost | np.roll(lost, 1, axis=1)
         more["cosine"] = jax.tree.map(lambda a: np.where(aligned(lost, a), np.nan, a), more["cosine"])
-    return Measured(resolved, heldout, more | extra, traces, numbers["flow"]["loss"], seconds)
+    return Measured(read.labels, values, again, heldout, more | extra, traces, loss, seconds)
+
+
+def _in_float64(
+    measure: Callable[..., Any], runs: Any, drawn: Any, data: Any, params: Any, kind: Mapping[str, bool]
+) -> tuple[nets.Read, np.ndarray] | None:
+    """Measure a chunk at initialisation in float64: what was read, and of which runs it holds. None if the net cannot be."""
+    try:
+        with jax.enable_x64(True):
+            found, holds = jax.device_get(measure(runs, drawn, data))
+    except (Unreadable, TypeError, ValueError, NotImplementedError):
+        return None  # a net that asks for float32 by itself
+    found = jax.tree.map(lambda a: a[:, None], found)  # one record
+    return nets.read(found, params, **kind), holds & np.isfinite(nets.loss_of(found)[:, 0])
 
 
 def _range(setup: Setup, static: Mapping[str, Any]) -> dict[str, bool]:
@@ -138,15 +176,20 @@ def _range(setup: Setup, static: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def traced(setup: Setup, cell: Cell) -> tuple[Any, Any, Any, Any]:
-    """Trace a cell's net; return the specs of its parameters, state, outputs in train mode, and measured batch."""
+    """Trace a cell's net; return the specs of its parameters, state, outputs in train mode, and measured batch.
+
+    A pair (init, loss) has no outputs but the loss.
+    """
     cell = cell.settled()
     (params, state, runs), probe = specs(setup, cell), _probe(setup, cell)
 
-    def outputs(params, state, x, run):
+    def outputs(params, state, batch, run):
         net = network(setup, cell.static, run)
-        return net.apply(params, state, x, key=jax.random.key(0), train=True)[0]
+        if isinstance(net, nets.OfPair):
+            return net.judged(params, batch)[0]
+        return net.net.apply(params, state, batch[0], key=jax.random.key(0), train=True)[0]
 
-    return params, state, jax.eval_shape(outputs, params, state, probe[0], runs), probe
+    return params, state, jax.eval_shape(outputs, params, state, probe, runs), probe
 
 
 def widened(data: Dataset) -> Dataset:
@@ -171,15 +214,11 @@ def chunk_size(setup: Setup, cell: Cell) -> int:
     cell = cell.settled()
     params, state, run = specs(setup, cell)
 
-    def kept(params, state, x, y, run):
+    def kept(params, state, batch, run):
         net = network(setup, cell.static, run)
+        return jax.vjp(lambda p: net.value(p, state, batch, jax.random.key(0)), params)[1]
 
-        def objective(p):
-            return jnp.mean(setup.loss(net.apply(p, state, x, key=jax.random.key(0), train=True)[0], y))
-
-        return jax.vjp(objective, params)[1]
-
-    residuals = jax.eval_shape(kept, params, state, *_probe(setup, cell), run)
+    residuals = jax.eval_shape(kept, params, state, _probe(setup, cell), run)
     moments = jax.eval_shape(lambda p, run: optimizer(cell.static, run).init(p), params, run)
     training = 2 if len(cell.steps) > 1 else 1
     touched = (1 + training) * _bytes(params) + _bytes(residuals) + (_bytes(moments) if training == 2 else 0)
@@ -188,22 +227,24 @@ def chunk_size(setup: Setup, cell: Cell) -> int:
     return -(-len(cell.runs) // -(-len(cell.runs) // most))
 
 
-def _program(setup: Setup, cell: Cell, lanes: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return `draw(runs)` and `run(runs, drawn, orders, data)` over some lanes."""
+def _program(setup: Setup, cell: Cell, lanes: int) -> tuple[Callable[..., Any], ...]:
+    """Return `draw(runs)`, `run(runs, drawn, orders, data)`, and `in_float64(runs, drawn, data)`, over some lanes."""
     draw_one = functools.partial(draw, setup, cell.static)
     one = functools.partial(one_run, setup, cell)
+    wide = functools.partial(in_float64, setup, cell)
     if lanes > 1:
         # A loop over lanes: the generator compiles three times as fast for one key as under vmap.
-        return lambda runs: jax.lax.map(draw_one, runs), jax.vmap(one, in_axes=(0, 0, 0, None))
+        over = (0, 0, 0, None)
+        return lambda runs: jax.lax.map(draw_one, runs), jax.vmap(one, over), jax.vmap(wide, over[1:])
 
-    def alone(function):  # one lane is not mapped at all: a batched matrix product of one is slower on a CPU
+    def alone(function, mapped):  # one lane is not mapped at all: a batched matrix product of one is slower on a CPU
         def call(*args):
-            mapped, rest = jax.tree.map(lambda a: a[0], args[:3]), args[3:]
-            return jax.tree.map(lambda a: a[None], function(*mapped, *rest))
+            first = jax.tree.map(lambda a: a[0], args[:mapped])
+            return jax.tree.map(lambda a: a[None], function(*first, *args[mapped:]))
 
         return call
 
-    return alone(draw_one), alone(one)
+    return alone(draw_one, 1), alone(one, 3), alone(wide, 2)
 
 
 def _probe(setup: Setup, cell: Cell) -> tuple[Any, ...]:

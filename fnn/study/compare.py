@@ -7,7 +7,7 @@ from fnn.study import results
 from fnn.study.axes import apart
 
 ADDED = ("a", "b", "a_low", "a_high", "b_low", "b_high", "seeds_a", "seeds_b", "difference", "beyond")
-OWN = ("cell", "seed", "value", "predicted", "low", "high", "outside")
+OWN = ("cell", "seed", "value", "predicted", "low", "high", "outside", "float64")
 
 
 def compare(

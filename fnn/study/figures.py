@@ -11,27 +11,32 @@ import numpy as np
 
 from fnn.plot import COLOURS, MARKERS, words
 from fnn.study import summary
-from fnn.study.summary import ERROR, Summary
+from fnn.study.summary import ERROR, ERROR10, Summary
 
 MOST_PANELS = 24
-NORMS = {ERROR: "|dL/dh|", "log_kernel": "|dL/dW|"}
+NORMS = {ERROR: "|dL/dh|", ERROR10: "|dL/dh|", "log_kernel": "|dL/dW|"}
 
 
 def gradient(s: Summary, series: str = ERROR, step: int = 0) -> Any:
     """Draw log10 of a norm against the layer: a panel for each combination of the other axes, a line for each depth.
 
-    Dashed is mean-field theory.
+    Dashed is mean-field theory. Of nets without taps, which have no such series, what `watch` measures is drawn instead.
     """
     import polars as pl
 
+    found = s.layers["series"]
+    if series not in found:
+        others = found.filter(found.str.starts_with("log10_gradient at ")).value_counts(sort=True)["series"]
+        series = ERROR10 if series == ERROR else next(iter(others), series)
     part = s.layers.filter((pl.col("series") == series) & (pl.col("step") == step))
-    if series == ERROR:  # without the output's layer, the last
+    if series in (ERROR, ERROR10):  # without the output's layer, the last
         part = part.filter(pl.col("layer") < pl.col("layer").max().over("network"))
     if part.is_empty():
         return None
-    names = ("low", "middle", "high", "predicted")
-    part = part.with_columns(pl.col(name).cast(pl.Float64) / math.log(10) for name in names)
-    labels = "layer (1 is next to the input)", rf"$\log_{{10}}$ {NORMS.get(series, series)}"
+    names, unit = ("low", "middle", "high", "predicted"), 1 if series.startswith("log10_") else math.log(10)
+    part = part.with_columns(pl.col(name).cast(pl.Float64) / unit for name in names)
+    norm = NORMS.get(series, "|dL/dW|" if series.startswith("log10_gradient at ") else series)
+    labels = "layer (1 is next to the input)", rf"$\log_{{10}}$ {norm}"
     return _lines(s, part, "layer", labels)
 
 

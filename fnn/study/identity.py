@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import compiled, losses
+from fnn.core import Layer
 
 MOST = 200_000
 """Values that are looked at; a function that reaches more is in doubt."""
@@ -111,7 +112,7 @@ class _Walk:
 
     def _parts(self, value: Any, where: str) -> bytes:
         kind = type(value)
-        if kind in (tuple, list):
+        if kind in (tuple, list, Layer):  # of a layer its two functions: what it prints as does nothing
             return self._all(kind.__name__, value, where)
         if kind in (dict, types.MappingProxyType):
             pairs = (self._all("", (k, v), str(k) if isinstance(k, str) else where) for k, v in value.items())

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import admission, check, losses
+from fnn import admission, check, losses, measures
 from fnn.datasets import data
 from fnn.datasets.dataset import as_pair
-from fnn.study import axes, cell, grid, program, table
+from fnn.description import name_of
+from fnn.study import axes, cell, grid, nets, program, table
 from fnn.study.workers import Shared
 
 
@@ -54,7 +55,7 @@ def check_options(study: Any) -> None:
     for name, function in study.measure.items():
         if not isinstance(name, str) or not name:
             raise TypeError(f"study: a measurement's name must be a string, got {name!r}")
-        if name in table.QUANTITIES:
+        if name in (*table.QUANTITIES, *nets.WATCHED):
             raise ValueError(f"study: a measurement needs a name that no quantity has, got {name!r}; choose another")
         _takes(f"measure {name}", function, "params", "state", "batch")
     admission.loss("study", study.loss)
@@ -63,23 +64,29 @@ def check_options(study: Any) -> None:
 
 def check_functions(study: Any, setup: program.Setup, first: program.Cell) -> None:
     """Trace loss and measurements in the first cell; check what they return, the labels, and the names of quantities."""
+    net = program.network(setup, first.static, first.runs[0])
+    pair = isinstance(net, nets.OfPair)
+    if isinstance(net, nets.OfPair):
+        _takes("the init that build returned", net.pair.init, "key", "x")
+        _takes("the loss that build returned", net.pair.loss, "params", "batch")
     params, state, outputs, probe = cell.traced(setup, first)
-    if not hasattr(outputs, "shape"):
-        raise ValueError(f"study: the net must return one array, got {check.describe(outputs)}")
-    for part in (setup.train, setup.test):
-        losses.check_targets(setup.loss, (part.size, *outputs.shape[1:]), part.y)
-    jax.eval_shape(lambda a, b: admission.values("study", setup.loss, a, b), outputs, probe[1])
+    if not pair:
+        if not hasattr(outputs, "shape"):
+            raise ValueError(f"study: the net must return one array, got {check.describe(outputs)}")
+        for part in (setup.train, setup.test):
+            losses.check_targets(setup.loss, (part.size, *outputs.shape[1:]), part.y)
+        jax.eval_shape(lambda a, b: measures.shares("study", setup.loss, a, b), outputs, probe[1])
     for name, function in setup.measure.items():
         jax.eval_shape(lambda *args, n=name, f=function: _numbers(n, f(*args)), params, state, probe)
-    unknown = set(study.quantities or ()) - {*table.QUANTITIES, *study.measure}
-    if not unknown and not any(name.startswith("log_") for name in study.measure):
+    known = {*(table.OF_PAIRS if pair else table.QUANTITIES), *nets.WATCHED, *study.measure}
+    if not (set(study.quantities or ()) - known) and not any(name.startswith("log_") for name in study.measure):
         return
-    names = cell.parameter_names(setup, first)  # the net may have parameters of other names
+    names = set() if pair else cell.parameter_names(setup, first)  # the net may have parameters of other names
     logs = {pattern.format(name) for name in names for pattern in ("log_{}", "log_{}_rms")}
     if taken := logs.intersection(study.measure):
         raise ValueError(f"study: a measurement needs a name that no quantity has, got {min(taken)!r}; choose another")
     for quantity in study.quantities or ():
-        check.choice("study", sorted({*table.QUANTITIES, *study.measure, *logs}), quantity=quantity)
+        check.choice("study", sorted(known | logs), quantity=quantity)
 
 
 def check_cell(study: Any, static: dict[str, Any], runs: Sequence[dict[str, Any]], loaded: Any) -> None:
@@ -178,3 +185,12 @@ def _numbers(name: str, result: Any) -> Any:
             got = check.describe(leaf) if leaves else "none"
             raise TypeError(f"study: measure {name} must return real numbers, one or a tree of them, got {got}")
     return jax.tree.map(jnp.asarray, result)
+
+
+def one_line(study: Any) -> str:
+    """Describe a study in one line."""
+    given = study.data if isinstance(study.data, str | os.PathLike) else check.describe(study.data)
+    length = f"{study.epochs} epochs" if study.steps is None else f"steps {study.steps!s:.40}"
+    seeds = study.seeds if isinstance(study.seeds, int) else len(study.seeds)
+    points = f"{len(study.grid)} points of {', '.join(study.grid.axes):.200}"
+    return f"Study({points}; {seeds} seeds, {length}, data {given!s:.80}, build {name_of(study.build):.80})"

@@ -5,7 +5,7 @@ are compiled once, however many steps are recorded.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import check, losses, tree
-from fnn.core import Layer, as_spec
+from fnn import check, tree
+from fnn.core import as_spec
 from fnn.datasets.data import Dataset
-from fnn.gradients import flow, powers, reductions
-from fnn.study import axes
+from fnn.gradients import powers, reductions
+from fnn.study import axes, nets
 from fnn.training import clip
 from fnn.training import step as stepping
 from fnn.training.optimizers import per_depth
@@ -37,6 +37,10 @@ OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "rmsprop": optax.rmsprop,
     "lamb": optax.lamb,
 }
+
+
+LEAST = 1e-28
+"""A plain float32 gradient's norm, below which it may have lost part of it, and has no direction."""
 
 
 class Cell(NamedTuple):
@@ -60,20 +64,19 @@ class Cell(NamedTuple):
 class Setup(NamedTuple):
     """What all cells share."""
 
-    build: Callable[..., Layer]
+    build: Callable[..., Any]
     loss: Callable[[Any, Any], Any]
     measure: dict[str, Callable[..., Any]]
     train: Dataset
     test: Dataset
+    quantities: Sequence[str] | None = None
 
 
-def network(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> Layer:
+def network(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> nets.Net:
     """Build the net of a cell; the values of `run` may be traced."""
     values = {"classes": _classes(setup.train), **static, **run}
-    net = setup.build(**{name: values[name] for name in axes.parameters(setup.build) if name in values})
-    if not isinstance(net, Layer):
-        raise TypeError(f"study: build must return a Layer, got {type(net).__name__}; return fnn.serial(...)")
-    return net
+    built = setup.build(**{name: values[name] for name in axes.parameters(setup.build) if name in values})
+    return nets.made(built, setup.loss, setup.quantities)
 
 
 def optimizer(static: Mapping[str, Any], run: Mapping[str, Any]) -> optax.GradientTransformation:
@@ -93,9 +96,8 @@ def is_x64() -> bool:
 def draw(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[Any, Any]:
     """Draw a run's parameters and state. Under x64 they are drawn in float32 and cast up, so that the net is the same."""
     x = setup.train.x
-    dtype = np.float32 if x.dtype == np.float64 else x.dtype
-    spec = jax.ShapeDtypeStruct((int(static["batch_size"]), *x.shape[1:]), dtype)
-    made = network(setup, static, run).init(jax.random.key(2 * run["seed"]), spec)
+    first = np.asarray(x[: int(static["batch_size"])], np.float32 if x.dtype == np.float64 else x.dtype)
+    made = network(setup, static, run).init(jax.random.key(2 * run["seed"]), first)
     # With bfloat16 inputs the user has asked for less than float32: nothing is cast up.
     wide = is_x64() and not (jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4)
     return jax.tree.map(lambda a: a.astype(np.float64) if wide and a.dtype == np.float32 else a, made)
@@ -107,39 +109,39 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
     `drawn` are its parameters and state, `order` int[steps, batch] the examples of each step, `data` train and test.
     """
     (x, y, test_x, test_y), (params, state), (static, _, steps, _) = data, drawn, cell
-    net, key = network(setup, static, run), jax.random.key(2 * run["seed"] + 1)
-    probe = x[: int(static["batch_size"])], y[: int(static["batch_size"])]
+    net, probe, key = measured_net(setup, cell, run, x, y)
     trains = len(steps) > 1
     tx = optimizer(static, run) if trains else optax.identity()
-    names = ["loss", *(["accuracy"] if losses.correct(setup.loss) else []), "grad_norm"]
+    names = [*net.metrics(params, probe), "grad_norm"]
     names += ["clip_fraction", "clip_removed"] if static["clip"] != "none" else []
-    step = stepping.train_step(net, setup.loss, tx, metrics=names)
+    step = net.step(tx, names)
 
     def advance(t, carry):
         at, traces = carry
-        new, metrics = step.pure(at, (x[order[t]], y[order[t]]))
+        new, metrics = step(at, (x[order[t]], y[order[t]]))
         if (reports := clip.reports(new.opt_state)) and not is_x64():  # reports are float32
             metrics["grad_norm"] = reports[0].before  # the same number, from the clip, which has to take it anyway
         return new, {name: trace.at[t].set(metrics[name]) for name, trace in traces.items()}
 
     def observe(at, before):
-        measured, gradient = flow.differentiate(net, setup.loss, True, at.params, at.net_state, *probe, key)
-        results: dict[str, Any] = {"flow": measured}
+        results, gradient = net.measure(at.params, at.net_state, probe, key)
         if trains:
             true = jax.tree.map(reductions.rounded, gradient, is_leaf=lambda node: isinstance(node, powers.Scaled))
             updates, _ = tx.update(true, at.opt_state, at.params)
             results["update_ratio"] = jax.tree.map(
                 lambda u, w: u / jnp.where(w > 0, w, jnp.nan), tree.norms(updates), tree.norms(at.params)
             )
-            # Directions of single arrays: their exponents drop out.
-            gradient = jax.tree.map(lambda log, g: _direction(g.value, log), measured["logs"], gradient)
+            if "flow" in results:  # directions of single arrays: their exponents drop out
+                gradient = jax.tree.map(lambda log, g: _direction(g.value, log), results["flow"]["logs"], gradient)
+            else:
+                size = jax.tree.map(lambda n: jnp.where(n > LEAST, n, jnp.nan), tree.norms(gradient))
+                gradient = jax.tree.map(lambda n, g: _direction(g, jnp.log(n)), size, gradient)
             results["cosine"] = tree.map_depth(
                 lambda k, a, b: jnp.sum(a * b, axis=tuple(range(k, a.ndim))), gradient, before
             )
         extra = {name: function(at.params, at.net_state, probe) for name, function in setup.measure.items()}
         extra = jax.tree.map(jnp.asarray, extra)
-        heldout = stepping.means(net, setup.loss, min(1024, test_x.shape[0]), at.params, at.net_state, test_x, test_y)
-        return (results, heldout, extra), gradient
+        return (results, net.heldout(at.params, at.net_state, test_x, test_y), extra), gradient
 
     at = stepping.TrainState(params, state, tx.init(params), key, jnp.zeros((), jnp.int32))
     if not trains:
@@ -159,6 +161,22 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
     carry = at, jax.tree.map(jnp.zeros_like, params), traces
     (_, _, traces), records = jax.lax.scan(turn, carry, bounds)
     return (*records, traces)
+
+
+def measured_net(setup: Setup, cell: Cell, run: Any, x: Any, y: Any) -> tuple[nets.Net, Any, Any]:
+    """Return a run's net, the batch on which it is measured, and the key of its noise."""
+    size = int(cell.static["batch_size"])
+    return network(setup, cell.static, run), (x[:size], y[:size]), jax.random.key(2 * run["seed"] + 1)
+
+
+def in_float64(setup: Setup, cell: Cell, run: Any, drawn: Any, data: Any) -> Any:
+    """Measure a run at initialisation once more, in float64: for `jax.enable_x64`, around what it is given as it is.
+
+    Returns what `measure` does, and whether this platform has float64's range.
+    """
+    net, probe, key = measured_net(setup, cell, run, data[0], data[1])
+    params, state = drawn
+    return net.wide(params, state, probe, key)
 
 
 def _direction(a: jax.Array, log: jax.Array) -> jax.Array:

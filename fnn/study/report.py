@@ -12,14 +12,15 @@ import numpy as np
 
 from fnn import files
 from fnn.plot import COLOURS
-from fnn.study import figures, results, summary
-from fnn.study.summary import ERROR, Summary
+from fnn.study import figures, results, summary, table
+from fnn.study.summary import ERROR, ERROR10, Summary
 
 MOST_LAYERS = 160  # points of a curve on the page; deeper nets are thinned evenly
 WRONG = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What a table with the columns of a study and contents of another kind may raise while it is drawn."""
 ABOUT = {
     ERROR: "error signal |dL/dh| after each kernel: root mean square over examples",
+    ERROR10: "error signal |dL/dh| at each layer's output: root mean square over examples",
     "log_kernel": "weight gradient |dL/dW| of the mean loss: Frobenius norm",
     "log_kernel_rms": "weight gradient: root mean square over its entries",
     "log_bias": "bias gradient |dL/db|",
@@ -50,7 +51,7 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
 
     study = results.read(folder)
     folder = Path(folder)
-    table = study.table()
+    rows = study.table()
     draws = {
         "gradient.png": figures.gradient,
         "weights.png": lambda s: figures.gradient(s, "log_kernel"),
@@ -60,11 +61,12 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
     }
     files.sweep(folder)
     try:
-        s = summary.summarize(table)
+        s = summary.summarize(rows)
         drawn = {folder / name: figure for name, draw in draws.items() if (figure := draw(s)) is not None}
         for path, figure in drawn.items():
             files.save_figure(figure, path, 110, "report")
-        text = page(s, facts(study, s), _name(folder))
+        told = [f"{part.removeprefix('study: ')}." for part in (table.widened(rows), table.left_range(rows)) if part]
+        text = page(s, [*facts(study, s), *told], _name(folder))
     except (*WRONG, pl.exceptions.PolarsError) as error:
         first = str(error).partition("\n")[0]
         raise ValueError(f"report: {folder} must hold a study that can be drawn, got {first:.200}") from error
@@ -78,7 +80,10 @@ def gradient(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
     A panel for each combination of the other axes, a line for each depth: medians over seeds, shaded from the 10th to the
     90th percentile, mean-field theory dashed. Returns the figure, or None where the table has no error signal.
     """
-    figure = figures.gradient(summary.summarize(table.filter(quantity="log_error", step=0)))
+    import polars as pl
+
+    errors = table.filter(pl.col("quantity").is_in(["log_error", ERROR10]) & (pl.col("step") == 0))
+    figure = figures.gradient(summary.summarize(errors))
     if figure is not None and path is not None:
         files.save_figure(figure, path, 110, "report")
     return figure
@@ -140,7 +145,7 @@ def contents(s: Summary, sentences: list[str], title: str) -> dict[str, Any]:
     layers: dict[str, Any] = {}
     for (series, step, network), rows in s.layers.group_by("series", "step", "network", maintain_order=True):
         rows = rows.sort("layer")
-        if series == ERROR:
+        if series in (ERROR, ERROR10):
             rows = rows.filter(pl.col("layer") < pl.col("layer").max())
         chosen = np.unique(np.linspace(0, rows.height - 1, min(MOST_LAYERS, rows.height)).round().astype(int))
         layers.setdefault(series, {}).setdefault(str(step), {})[str(network)] = _curve(rows[chosen.tolist()], "layer")
@@ -151,7 +156,7 @@ def contents(s: Summary, sentences: list[str], title: str) -> dict[str, Any]:
     finals = {
         str(r["network"]): [_number(r[k]) for k in ("low", "middle", "high")] for r in s.finals.iter_rows(named=True)
     }
-    first = [name for name in (ERROR, "log_kernel") if name in layers]
+    first = [name for name in (ERROR, ERROR10, "log_kernel") if name in layers]
     return {
         "title": title,
         "facts": sentences,

@@ -11,7 +11,7 @@ SHA-256 of all its bytes (see `checksum`). So a file that is damaged, or belongs
 any of it is parsed; it is named in a warning and left out of the table. Running the study again moves it aside
 (00000.parquet.aside) and measures the cell again.
 
-`study.json` is an object: `format` (4), `axes` ({"static": [...], "traced": [...]}, names in column order), `types`
+`study.json` is an object: `format` (5), `axes` ({"static": [...], "traced": [...]}, names in column order), `types`
 (of the axes), `cells` (a list of {"static": {axis: value}, "runs": [{"seed": 0, "sigma_w": 1.0, ...}, ...], "steps":
 recorded, 0 first, "chunk": runs at once}), `steps` (those of all cells), `data` (shapes and a SHA-256), `loss`, `build`,
 `measure` (functions, by name and a SHA-256 of their content), `unpromised` (what the functions reach that has no readable
@@ -27,12 +27,13 @@ The table is long: one row for each (cell, run, step, layer, path, quantity); no
 | seed sigma_w sigma_b learning_rate clip_threshold | Int32 Float64 ... | traced axes: a run is one value of each |
 | step | Int32 | updates done before the measurement; 0 is initialisation |
 | layer | Int32 | layers with weights (arrays of two axes or more), counted from 1 next to the input; 0 for quantities of the whole run |
-| path | String | of the parameter or tap; "" for quantities of the whole run |
+| path | String | of the parameter or tap, as `watch` writes it for its quantities; "" for quantities of the whole run |
 | role | String | of the tap: "preactivation", "activation" or "sum" in the nets of fnn; "" for everything else |
 | quantity | String | see below |
-| value | Float64 | the measured number; logs are natural; -inf is the log of zero; NaN where the signal left the range of the float type |
+| value | Float64 | the measured number; logs are natural, those of quantities that begin with log10_ decimal; -inf is the log of zero; NaN where the signal left the range of the float type |
 | predicted low high | Float64 | theory for that layer, and the band that holds 19 of 20 seeds; null where there is no theory |
 | outside | Boolean | whether value lies outside low..high; null where there is no band |
+| float64 | Boolean | whether it was measured in float64: everything under x64; without, at step 0, all layers of a run whose signal leaves the range of float32 on its way forward or back, such as ReLU at depth 256 |
 
 Quantities of a layer: `log_error`, the log of the root mean square over examples of |d l_i/dh|, at every tap (theory
 predicts those with the role "preactivation", up to the last hidden layer, at step 0); `log_kernel`, `log_bias` (and
@@ -40,6 +41,9 @@ so on for other parameters), the log Frobenius norm of the mean loss's gradient,
 per entry; `mean`, `second_moment`, `dead`, `saturated` (and `peak`, if asked for) at every tap; `update_ratio`,
 |update|/|weights| of the optimiser's next update, and `cosine`, between the gradient and the one at the recorded step
 before, both for every parameter.
+Where `build` returns a pair (init, loss), layers and their quantities are those of `fnn.watch`, listed at `fnn.Flow`:
+`log10_gradient`, `log10_error`, `input_mean`, `input_second_moment`, `input_dead`, ..., and others if `quantities` names them;
+besides `update_ratio` and `cosine`. `cosine_to_weight` is what `watch` calls cosine. Of a Layer they are there if named.
 Quantities of a run: at recorded steps `loss`, `accuracy` on the held-out examples; at every step of training (thinned
 evenly to 256) `train_loss`, `train_accuracy`, `grad_norm`, `clip_fraction`, `clip_removed` on that step's batch; and
 one row `diverged` for each run: 0 at its last step, or 1 at the step whose loss or gradient was not finite. The record
@@ -67,8 +71,8 @@ from fnn.study import checksum, table
 from fnn.study.checksum import pack as pack
 from fnn.study.identity import canonical
 
-FORMAT = 4
-"""Formats up to 3 counted depth without the first hidden layer, and had no column `role`."""
+FORMAT = 5
+"""Formats up to 3 counted depth without the first hidden layer, and had no column `role`; up to 4 no column `float64`."""
 _VALUE = (int, float, bool, str, type(None))
 _SHAPE = {
     "axes": {"static": [str], "traced": [str]},
@@ -92,6 +96,11 @@ class Results:
     folder: Path | None = None
     frames: dict[int, Any] = field(default_factory=dict)
     """Finished cells, where there is no folder."""
+
+    def __repr__(self) -> str:
+        cells, there = self.description.get("cells", ()), len(self._present())
+        names = ", ".join(name for kind in self.description.get("axes", {}).values() for name in kind)
+        return f"Results({there} of {len(cells)} cells, axes {names:.300}, in {self.folder or 'memory'})"
 
     @property
     def finished(self) -> list[int]:

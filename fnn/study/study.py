@@ -18,10 +18,10 @@ from fnn.study import axes, cell, results, table
 from fnn.study.cell import Cell
 from fnn.study.grid import Grid, product
 from fnn.study.identity import identify
-from fnn.study.options import arrays, check_cell, check_functions, check_options
+from fnn.study.options import arrays, check_cell, check_functions, check_options, one_line
 from fnn.study.provenance import configured, hash_arrays, session, settings
 from fnn.study.spawning import check_spawning
-from fnn.study.table import TRACED, left_range
+from fnn.study.table import TRACED, left_range, widened
 from fnn.study.workers import Interrupted, check_executor, compilation_cache, drive, pool, shared
 
 TRAINING = {
@@ -37,7 +37,7 @@ MOST_EXAMPLES = 2**28
 """Examples that a run may train on: their order is drawn beforehand, in 4 bytes each."""
 DEFAULT = product(activation=["sigmoid", "tanh", "relu"], norm=["none", "batch_norm"], depth=[4, 16, 64, 128, 256])
 
-__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range"]
+__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range", "widened"]
 
 
 class Task(NamedTuple):
@@ -68,6 +68,8 @@ class Study:
 
     Every axis has one type. Whole numbers and decimals together are floats; traced axes are floats unless their argument
     has an int as default or annotation. Under x64 a study computes in float64, from the same initial weights and data.
+    Without, a run whose signal leaves float32 at initialisation is measured there in float64, by a second program; the
+    column `float64` says so. What is lost after training steps is NaN.
 
     Guarantees: the same study gives the same numbers, on CPUs bit for bit, on the same machine, devices and kind of
     executor, also when it is interrupted and resumed (on a GPU last bits may differ: see `train_step`). A run that diverges
@@ -89,13 +91,20 @@ class Study:
     """A name or path for `data.load`, a pair (x, y) of arrays, frames or lists, or two such pairs: training and held-out
     examples."""
     build: Callable[..., Any] = cell.mlp
-    """Any function of axes (and of `classes`, if it has that argument) that returns a Layer. Traced axes are tracers."""
+    """Any function of axes (and of `classes`, if it has that argument) that returns a Layer, or a pair of functions
+    `(init, loss)` of any framework: `init(key, x) -> params`, a tree of floating arrays, x being the measured batch's;
+    `loss(params, (x, y)) -> float[]`, the mean over the batch, or `(float[], aux)`. Accuracy is known if aux is a dict that
+    holds `accuracy`. A pair has no state and no keys for noise, and held-out examples are judged by the same loss. Traced
+    axes are tracers."""
     loss: Callable[[Any, Any], Any] = losses.cross_entropy
+    """Of single examples; a pair has its own."""
     measure: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """Your own measurements by name: functions (params, state, batch) -> any tree of numbers, compiled into the
-    program. The state is that from before the measured forward pass: what its taps see there is not in it yet."""
+    program. The state is that from before the measured forward pass: what its taps see there is not in it yet. That of a
+    pair is ()."""
     quantities: Sequence[str] | None = None
-    """Which quantities to keep; by default all except `peak`. `fnn.results` lists them."""
+    """Which quantities to keep; by default all except `peak`. `fnn.results` lists them. Those of `watch` are measured for
+    Layers too if they are named here."""
     traced: Sequence[str] = ()
     """More axes of `build` that do not change the program, only numbers in it."""
     chunk: int | None = None
@@ -107,6 +116,9 @@ class Study:
         if not isinstance(self.grid, Grid):
             raise TypeError(f"study: grid must be a Grid or a dict of axes, got {type(self.grid).__name__}")
         check_options(self)
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
     def cells(self) -> list[Cell]:
         """List the cells in the grid's order, each with its runs, and check every value; chunks are not chosen yet."""
@@ -297,7 +309,8 @@ class Study:
         return {**description, "cells": cells}
 
     def _setup(self) -> cell.Setup:
-        return cell.Setup(self.build, self.loss, dict(self.measure), *map(cell.widened, arrays(self.data)))
+        parts = map(cell.widened, arrays(self.data))
+        return cell.Setup(self.build, self.loss, dict(self.measure), *parts, quantities=self.quantities)
 
 
 def _cell(described: Mapping[str, Any]) -> Cell:
@@ -319,14 +332,9 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
             f"study: cell {task.number} must fit into the device's memory, got {task.cell.chunk} runs at once; use a "
             "smaller chunk or batch size"
         ) from None
-    frame = table.build(
-        task.number,
-        task.cell,
-        measured,
-        axes=task.axes,
-        quantities=study.quantities,
-        inputs=np.asarray(setup.train.x[: task.cell.static["batch_size"]]) if study.build is cell.mlp else None,
-    )
+    inputs = np.asarray(setup.train.x[: task.cell.static["batch_size"]]) if study.build is cell.mlp else None
+    options = {"axes": task.axes, "quantities": study.quantities, "inputs": inputs}
+    frame = table.build(task.number, task.cell, measured, **options)
     note = {"study": task.identity, "cell": task.number, "seconds": measured.seconds}
     return results.pack(frame, note), measured.seconds
 

@@ -8,9 +8,12 @@ import math
 from typing import Any, NamedTuple
 
 from fnn.layers.taps import PREACTIVATION
+from fnn.study import nets
 from fnn.study.axes import apart
 
 ERROR = f"log_error at {PREACTIVATION}"
+ERROR10 = "log10_error"
+"""The error signal of nets without taps, as `watch` measures it: log10."""
 OWN = (
     *("network", "series", "low", "middle", "high", "predicted", "seeds", "outside", "diverged", "accuracy"),
     *("first", "last", "rate", "rate_low", "rate_high", "rate_predicted"),
@@ -59,9 +62,10 @@ def summarize(table: Any) -> Summary:
     table = table.join(networks, on=keys, how="left", maintain_order="left", nulls_equal=True)
     tail = pl.when(pl.col("role") != "").then("role").otherwise(pl.col("path").str.split("/").list.last())
     plain = pl.col("quantity").str.replace("_rms$", "").str.replace("^log_", "") == tail
-    table = table.with_columns(
-        series=pl.when((pl.col("layer") == 0) | plain).then("quantity").otherwise(pl.col("quantity") + " at " + tail)
-    )
+    # Of a layer `watch` measures most quantities once: they need no place.
+    once = [name for name in nets.WATCHED if name not in (*nets.GROUPS["gradient"], *nets.GROUPS["cosine"])]
+    plain |= (pl.col("layer") == 0) | pl.col("quantity").is_in(once)
+    table = table.with_columns(series=pl.when(plain).then("quantity").otherwise(pl.col("quantity") + " at " + tail))
     run = ["network", "cell", *(["seed"] if "seed" in table.columns else [])]
     inner = table.filter(pl.col("layer") > 0).unique(
         [*run, "step", "series", "layer"], keep="first", maintain_order=True
@@ -93,7 +97,10 @@ def _rates(inner: Any, run: list[str]) -> Any:
     """Rates of the squared error signal over the hidden layers: all with a tap before their activation, except the output's."""
     import polars as pl
 
-    errors = inner.filter((pl.col("series") == ERROR) & (pl.col("step") == 0)).sort("layer")
+    series = ERROR if (inner["series"] == ERROR).any() else ERROR10
+    errors = inner.filter((pl.col("series") == series) & (pl.col("step") == 0)).sort("layer")
+    if series == ERROR10:
+        errors = errors.with_columns(value=pl.col("value") * math.log(10))
     hidden = errors.filter(pl.col("layer") < pl.col("layer").max().over(run))
 
     def rate(column):

@@ -10,7 +10,7 @@ from fnn import tree
 from fnn.gradients import flow
 from fnn.layers.activations import TABLE
 from fnn.layers.taps import PREACTIVATION, STATISTICS
-from fnn.study import cell
+from fnn.study import cell, nets
 from fnn.study.axes import FLOATS
 from fnn.theory import meanfield
 
@@ -20,10 +20,14 @@ _TRACES = {"loss": "train_loss", "accuracy": "train_accuracy"}
 MOST_TRACED = 256
 PLACE = ("layer", "path", "role", "quantity")
 NUMBERS = ("value", "predicted", "low", "high")
+OF_PAIRS = (
+    *("update_ratio", "cosine", "loss", "accuracy", "train_loss", "train_accuracy", "grad_norm", "clip_fraction"),
+    *("clip_removed", "diverged"),
+)
+"""Quantities that nets of any framework have, besides those of `watch`."""
 QUANTITIES = (
     *("log_error", "log_kernel", "log_kernel_rms", "log_bias", "log_bias_rms", "log_scale", "log_scale_rms"),
-    *(*STATISTICS, "update_ratio", "cosine"),
-    *("loss", "accuracy", "train_loss", "train_accuracy", "grad_norm", "clip_fraction", "clip_removed", "diverged"),
+    *(*STATISTICS, *OF_PAIRS),
 )
 
 
@@ -35,7 +39,7 @@ def schema(axes: Mapping[str, str]) -> dict[str, Any]:
     place = {"step": pl.Int32, "layer": pl.Int32, "path": pl.String, "role": pl.String, "quantity": pl.String}
     numbers = dict.fromkeys(NUMBERS, pl.Float64)
     columns = {name: types[kind] for name, kind in axes.items()}
-    return {"cell": pl.Int32, **columns, **place, **numbers, "outside": pl.Boolean}
+    return {"cell": pl.Int32, **columns, **place, **numbers, "outside": pl.Boolean, "float64": pl.Boolean}
 
 
 def build(
@@ -54,11 +58,11 @@ def build(
     import polars as pl
 
     steps = task.steps
-    labels = measured.numbers.labels
+    labels, of_layers = measured.labels, len(measured.labels)
     extra = _extra_labels(measured.extra, {label.path: label.layer for label in labels})
     labels = labels + [label for label, _ in extra] + [_label(0, "", name) for name in sorted(measured.losses)]
     columns = [
-        measured.numbers.values,
+        measured.values,
         *(v[..., None] for _, v in extra),
         *(measured.losses[n][..., None] for n in sorted(measured.losses)),
     ]
@@ -66,15 +70,18 @@ def build(
     names = [label.quantity for label in labels]
     keep = [i for i, name in enumerate(names) if (name != "peak" if quantities is None else name in quantities)]
     labels, names, values = [labels[i] for i in keep], [names[i] for i in keep], values[..., keep]
+    finite = np.isfinite(measured.probe)
     predicted = (
-        _predictions(task, labels, values, inputs, np.isfinite(measured.probe[:, 0]))
+        _predictions(task, labels, values, inputs, finite[:, 0], finite[:, 0] | measured.wide)
         if inputs is not None
         else np.full((3, *values.shape), np.nan)
     )
     predicted[:, :, 1:] = np.nan  # theory speaks of the initialisation
     columns = schema(axes)
     ends, diverged = _ends(measured, steps)
-    shown = (np.array(steps) <= np.array(ends)[:, None]) & np.isfinite(measured.probe)
+    within = (np.array(steps) <= np.array(ends)[:, None])[..., None]
+    wide = (measured.wide[:, None] & (np.arange(len(steps)) == 0))[..., None] & (np.array(keep) < of_layers)
+    shown = within & (finite[..., None] | wide)
     # The first record has no gradient before it, and a zero weight no ratio: no row, rather than a NaN.
     cosine, ratio = np.isin(names, ["cosine"]), np.isin(names, ["update_ratio"])
     missing = (ratio | cosine) & np.isnan(values) | (cosine & (np.arange(len(steps)) == 0)[:, None])
@@ -82,16 +89,21 @@ def build(
         {name: [getattr(label, name) for label in labels] for name in PLACE},
         schema={name: columns[name] for name in PLACE},
     )
-    r, k, i = np.nonzero(shown[..., None] & ~missing)
+    r, k, i = np.nonzero(shown & ~missing)
     numbers = zip(NUMBERS, (values, *predicted), strict=True)
     inner = places[i].with_columns(
         pl.Series("run", r, pl.Int32),
         pl.Series("step", np.array(steps, np.int32)[k], pl.Int32),
         *(pl.Series(name, a[r, k, i], pl.Float64, nan_to_null=name != "value") for name, a in numbers),
+        pl.Series("float64", wide[r, k, i] | (measured.probe.dtype == np.float64), pl.Boolean),
     )
     runs = pl.DataFrame(task.runs, schema={name: columns[name] for name in task.runs[0]}).with_row_index("run")
-    traces = [(r, *row) for r, end in enumerate(ends) for row in _traces(measured, r, end, diverged[r], quantities)]
-    kept = {"run": pl.Int32, **{n: columns[n] for n in ("step", *PLACE, *NUMBERS)}}
+    traces = [
+        (r, *row, measured.probe.dtype == np.float64)
+        for r, end in enumerate(ends)
+        for row in _traces(measured, r, end, diverged[r], quantities)
+    ]
+    kept = {"run": pl.Int32, **{n: columns[n] for n in ("step", *PLACE, *NUMBERS, "float64")}}
     whole = pl.DataFrame(traces, schema=kept, orient="row")
     table = pl.concat([inner.select(list(kept)), whole]).sort("run", maintain_order=True)
     table = table.join(runs.cast({"run": pl.Int32}), on="run", maintain_order="left").with_columns(
@@ -108,21 +120,41 @@ def left_range(frame: Any) -> str | None:
     """Say which cells hold NaN because their signal left the range of the float type; None if there are none."""
     import polars as pl
 
-    measured = pl.col("quantity").str.starts_with("log_") | pl.col("quantity").is_in(STATISTICS)
-    rows = frame.filter(measured & pl.col("value").is_nan())
+    forward = pl.col("quantity").is_in([*STATISTICS, *nets.GROUPS["activation"]])
+    backward = pl.col("quantity").str.contains("^log_|^log10_") & (pl.col("quantity") != "log10_gradient_to_weight")
+    rows = frame.filter((forward | backward) & pl.col("value").is_nan())
     if rows.is_empty():
         return None
-    run = [name for name in frame.columns[: frame.columns.index("step")] if name == "cell" or name in TRACED]
-    forward = rows.filter(pl.col("quantity").is_in(STATISTICS))
-    first = (rows if forward.is_empty() else forward).row(0, named=True)
+    runs, first = _runs_of(rows), next(filter(len, (rows.filter(forward), rows))).row(0, named=True)
+    wide = rows["float64"].all()
+    hint = "use fewer layers" if wide else "JAX_ENABLE_X64=1 measures them in float64"
+    steps = rows["step"].unique().sort().to_list()
+    when = "" if steps[0] == 0 else f" at step {', '.join(map(str, steps[:3]))}{', ...' * (len(steps) > 3)}"
+    return (
+        f"study: {runs} left the range of {'float64' if wide else 'float32'}{when}, first at layer {first['layer']} "
+        f"({first['path']}), and what depends on it is NaN; {hint}"
+    )
+
+
+def widened(frame: Any) -> str | None:
+    """Say which cells were measured in float64 at initialisation, and are otherwise of float32; None if there are none."""
+    import polars as pl
+
+    rows = frame.filter("float64")
+    if rows.is_empty() or frame.filter(pl.col("quantity") == "diverged")["float64"].any() or frame["float64"].all():
+        return None
+    return (
+        f"study: {_runs_of(rows)} were measured in float64 at step 0, because their signal leaves the range of float32; loss, "
+        "accuracy and training are those of float32"
+    )
+
+
+def _runs_of(rows: Any) -> str:
+    """Count the runs of some rows, and name their cells: `8 runs of cells 24, 29`."""
+    run = [name for name in rows.columns[: rows.columns.index("step")] if name == "cell" or name in TRACED]
     numbers = rows["cell"].unique().sort().to_list()
     cells = f"cell{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-    wide = jax.config.read("jax_enable_x64")
-    hint = "use fewer layers" if wide else "JAX_ENABLE_X64=1 measures them in float64"
-    return (
-        f"study: {rows.select(run).n_unique()} runs of {cells} left the range of {'float64' if wide else 'float32'}, first "
-        f"at layer {first['layer']} ({first['path']}), and what depends on it is NaN; {hint}"
-    )
+    return f"{rows.select(run).n_unique()} runs of {cells}"
 
 
 def _ends(measured: cell.Measured, steps: Sequence[int]) -> tuple[list[int], list[bool]]:
@@ -178,12 +210,13 @@ def _extra_labels(extra: dict[str, Any], layers: dict[str, int]) -> list[tuple[f
 
 
 def _predictions(
-    task: cell.Cell, labels: Sequence[flow.Label], values: np.ndarray, inputs: np.ndarray, good: Any
+    task: cell.Cell, labels: Sequence[flow.Label], values: np.ndarray, inputs: np.ndarray, good: Any, known: Any
 ) -> np.ndarray:
     """Predict log_error of the hidden layers of every run: float64[3, runs, records, labels], nan where not known.
 
     The three are the typical curve and the band of 19 seeds in 20, each through the run's own measured error signal at
-    the last hidden layer: theory says how it changes from layer to layer. Runs that are not `good` have no say in it.
+    the last hidden layer: theory says how it changes from layer to layer. What it starts from is said by the runs that are
+    `good`, if there are any among those that are `known`.
     """
     hidden = int(task.static["depth"])
     found = {
@@ -199,9 +232,10 @@ def _predictions(
     for r, run in enumerate(task.runs):
         groups.setdefault((run.get("sigma_w", 1.0), run.get("sigma_b", 0.0)), []).append(r)
     for sigmas, members in groups.items():
-        members = [r for r in members if good[r]]
+        members = [r for r in members if known[r]]
         moment = found.get(("second_moment", 1))
-        squares = np.ones(len(members)) if moment is None else values[members, 0, moment]
+        sayers = [r for r in members if good[r]] or members
+        squares = np.ones(len(sayers)) if moment is None else values[sayers, 0, moment]
         squares = squares[np.isfinite(squares)]
         if not squares.size:
             continue

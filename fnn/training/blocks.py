@@ -44,6 +44,11 @@ def _note(by_path: bool) -> None:
     _order_read[0] |= not library and (by_path or "map" not in entry)
 
 
+def note_order() -> None:
+    """Note that what is done depends on which block is which."""
+    _order_read[0] = True
+
+
 class _Number(jax.tree_util.SequenceKey):
     """The place of a block in a path, as in a tuple. Notes that it is read."""
 

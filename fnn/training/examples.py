@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn import admission, check, mapped, tree
+from fnn import check, mapped, measures, tree
 from fnn.core import Layer
 from fnn.gradients.example_gradients import Estimates, estimate, total
 from fnn.gradients.per_example import batch_size, per_example
@@ -33,7 +33,6 @@ def check_step(per_example: Any, max_norm: Any, skip_nonfinite: bool) -> None:
 def step_gradients(
     net: Layer,
     loss: Callable[[Any, Any], Any],
-    correct: Callable[[Any, Any], Any] | None,
     batch: tuple[Any, Any],
     *,
     key: Any,
@@ -41,10 +40,12 @@ def step_gradients(
     max_norm: Any,
     skip_nonfinite: bool,
     per_layer: bool,
-) -> Callable[..., tuple[Any, Any, dict[str, Any], dict[str, Any]]]:
-    """Make `(params, state) -> (gradient, new state, means, of examples)` for a train step, from single examples' gradients.
+) -> Callable[..., tuple[Any, Any, tuple[dict[str, Any], Any], dict[str, Any]]]:
+    """Make `(params, state) -> (gradient, new state, (mean losses, outputs), of examples)`, from single examples' gradients.
 
-    The keywords are those of `train_step` that matter here, hence nine. With a state of None `params` is a pair (params, state), and both are differentiated; norms and clips are those of params.
+    An example's gradient is that of its own share, w l / mean(w) or sum / mean(count), so that their mean is the step's
+    gradient. The keywords are those of `train_step` that matter here, hence eight. With a state of None
+    `params` is a pair (params, state), and both are differentiated; norms and clips are those of params.
     """
     outer = mapped.names(axis_name)
     # In this order an example has the same number, and so the same dropout mask, on one device and on many.
@@ -63,14 +64,15 @@ def step_gradients(
         axes = mapped.lanes(every_axis, number)
         with check.foreign("train_step"):
             outputs, new = net.apply(params, state, x, key=key, train=True, axis_name=axes)
-            values = admission.values("train_step", loss, outputs, y)
-        hits = {} if correct is None else {"accuracy": correct(outputs, y)[0]}
-        return values[0], (new, {"loss": values[0]} | hits)
+            shares = measures.shares("train_step", loss, outputs, y, axes)
+        return shares["loss"], (new, shares, outputs)
 
     def gradients(diff, state):
         function = functools.partial(of_example, state=state)
         numbers = jnp.arange(batch_size(batch)) if mapped.checked() else None
-        every, (new, values) = per_example(function, has_aux=True, axis_name="examples")(diff, (batch, numbers))
+        every, (new, values, outputs) = per_example(function, has_aux=True, axis_name="examples")(
+            diff, (batch, numbers)
+        )
         n = every.batch * mapped.size(outer)
         if n == 1 and max_norm is None:
             raise ValueError(
@@ -81,6 +83,7 @@ def step_gradients(
         news = None if state is not None else average(every[1].mean())
         new = jax.tree.map(lambda a: a[0], new)  # averaged over the axis by the net, and so the same for all
         values = jax.tree.map(lambda a: average(jnp.mean(a)), values)
+        outputs = jax.tree.map(lambda a: a[:, 0] if a.ndim > 1 else jnp.mean(a), outputs)  # those of one example each
         norms, mean = own.norms(), average(own.mean())
         each = own.norms(per_leaf=True)
         pairs = zip(*map(jax.tree.leaves, (each, tree.norms(mean))), strict=True)
@@ -107,7 +110,7 @@ def step_gradients(
             bias = tree.norm(jax.tree.map(jnp.subtract, mean, unclipped))
             found |= {"examples_clipped": average(clipped.fraction), "clip_bias": bias}
             found["examples_nonfinite"] = counted(clipped.nonfinite)
-        return (mean if news is None else (mean, news)), new, values, found
+        return (mean if news is None else (mean, news)), new, (values, outputs), found
 
     return gradients
 

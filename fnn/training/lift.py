@@ -14,6 +14,7 @@ paths or single arrays (a mask `ndim > 1`, LAMB's norms, Muon's products) would 
    they differ, it runs written out, block by block, which is always right.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,15 @@ from fnn.tree import Stacked
 
 MANY = 64
 """Above this depth, a function that must be traced or run block by block gets a warning."""
+FEW = 16
+"""The same for one that takes the loss again: each time all blocks meet."""
+
+
+class Again(Unlike):
+    """The function takes the loss again, which needs all blocks at once."""
+
+    def __init__(self):
+        super().__init__("it takes the loss again")
 
 
 def lifted(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,18 +53,21 @@ def lifted(f: Callable[..., Any]) -> Callable[..., Any]:
         nodes, treedef = jax.tree.flatten(args, is_leaf=_is_stack)
         deepest = max(_depth(node) for node in nodes if isinstance(node, Stacked))
         inner = lifted(f)  # for stacks inside of stacks
-        reason = "its state differs from block to block"
+        reason, most = "its state differs from block to block", MANY
         if not any(isinstance(node, Blocks) for node in split(args, level)[0]):
             try:
                 return _as_one(inner, nodes, treedef, level)
             except Unlike as error:
-                reason = str(error)
+                reason, most = str(error), FEW if isinstance(error, Again) else MANY
             except (AttributeError, IndexError, KeyError, TypeError, ValueError):
                 reason = "it does not work on some of them alone"  # if not on all either, it says so itself
-        if deepest > MANY:
+        if deepest > most:
+            instead = "one that treats all blocks alike"
+            if most == FEW:
+                instead = "fnn.optimizers.stacked(...), if it treats all numbers alike"
             warnings.warn(
                 f"per_depth: the optimiser runs block by block on {deepest} blocks, since {reason}: right, but slow to "
-                "compile; use one that treats all blocks alike",
+                f"compile; use {instead}",
                 stacklevel=2,
             )
         shown = [
@@ -114,17 +127,27 @@ def stand_ins(args: Any, count: int | None, inner: bool = True) -> Any:
 
 
 def again_stacked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function of the net's own trees (a loss) be called with trees whose blocks are shown one by one."""
+    """Let a function of the net's own trees (a loss, its gradient) take and return trees with blocks shown one by one."""
 
+    @functools.wraps(function)  # line searches read a loss's signature
     def call(*args: Any, **options: Any) -> Any:
         given: Any = (args, options)
         for level in reversed(range(_levels(given))):
             if any(isinstance(node, Blocks) and not node.complete for node in split(given, level)[0]):
-                raise Unlike("it evaluates the loss")
+                raise Again()
             given = _restacked(given, level)
-        return function(*given[0], **given[1])
+        return _blocks_of(function(*given[0], **given[1]))
 
     return call
+
+
+def _blocks_of(result: Any) -> Any:
+    """Show all blocks of all stacks."""
+
+    def one(node):
+        return Blocks([_blocks_of(node[i]) for i in range(_depth(node))]) if _is_stack(node) else node
+
+    return jax.tree.map(one, result, is_leaf=_is_stack)
 
 
 def _level(args: Any) -> int | None:

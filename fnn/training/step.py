@@ -1,7 +1,7 @@
 """Training: one compiled step, its state, and the average over a data set."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -10,14 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import admission, arrays, check, compiled, losses, mapped, tree
+from fnn import admission, arrays, check, losses, mapped, measures, tree
 from fnn.core import Layer, as_arrays, check_values, output_shape
-from fnn.datasets.dataset import Dataset, check_dataset, in_memory, shuffled
+from fnn.datasets.dataset import check_dataset, in_memory
 from fnn.layers.precision import compute_in
 from fnn.layers.taps import TapState
-from fnn.training import clip
+from fnn.training import clip, reprs
+from fnn.training.averages import check_evaluated
 from fnn.training.examples import check_step, step_gradients
+from fnn.training.extra import offered
+from fnn.training.loss_scale import scale_of, scaled, unscaled
+from fnn.training.metrics import METRICS, Measured, averages, chosen, functions
 from fnn.training.optimizers import per_depth
+from fnn.training.stretches import over_data
 
 
 @flax.struct.dataclass
@@ -49,16 +54,23 @@ class TrainState:
         created = cls(params, state, opt_state, train_key, jnp.zeros((), jnp.int32))
         return jax.tree.map(jnp.copy, created)  # an array that two leaves share could not be donated
 
+    short_repr = True
+
+    def __repr__(self) -> str:
+        return reprs.of_state(self)
+
 
 class TrainStep:
     """Call `step(state, batch) -> (state, metrics)`: one jitted function that owns and reuses the state's buffers.
 
     Made by `train_step`. `step.pure` is the same function before `jit`; it fits `lax.scan`. `step.stretch(state, batches)`
-    is that scan, compiled; `step.epoch` also shuffles and cuts the data.
+    is that scan, compiled; `step.epoch` also shuffles and cuts the data (`stretches.over_data`).
     """
 
-    def __init__(self, pure: Callable[..., Any], net: Layer, loss: Callable[..., Any], optimizer: Any):
-        self.pure, self.net, self.loss, self.optimizer = pure, net, loss, optimizer
+    def __init__(self, pure: Callable[..., Any], net: Layer, measured: Measured, optimizer: Any):
+        self.pure, self.net, self.loss, self.optimizer = pure, net, measured.loss, optimizer
+        self.measured = Measured(measured.loss, measured.own)
+        """The loss and the metrics of one's own: what `fit` validates by."""
 
         @functools.wraps(pure)
         def admitted(state, batch):  # traced for every new structure of states, and nothing afterwards
@@ -66,9 +78,10 @@ class TrainStep:
             return pure(state, batch)
 
         self.jitted = jax.jit(admitted, donate_argnums=0)
-        self.epoch = jax.jit(self._epoch, donate_argnums=0, static_argnums=3)
+        self.epoch = over_data(pure)
         self.stretch = jax.jit(functools.partial(jax.lax.scan, pure), donate_argnums=0)
-        self._output_shapes: dict[Any, tuple[int, ...]] = {}
+        self._output_shapes: dict[Any, Any] = {}
+        self.placed: dict[Any, Any] = {}
         self.unfinished: tuple[TrainState, Any] | None = None
         """After a `fit` that was interrupted or failed: (state, history) of what it had finished."""
 
@@ -94,33 +107,15 @@ class TrainStep:
         """
         check_state("train_step", state)
         x, y = batch = arrays.pair("train_step: the batch", batch)
-        kind = tuple(map(np.shape, jax.tree.leaves(batch)))
+        leaves, structure = jax.tree.flatten(batch)
+        kind = structure, *[leaf.shape for leaf in leaves]
         if new := kind not in self._output_shapes:
             self.admit(state, batch)  # before anything is traced with this state, which may be another net's
             check_values(self.net, state.params, state.net_state, x)
             self._output_shapes[kind] = output_shape(self.net, state.params, state.net_state, x)
-        if new or isinstance(y, np.ndarray):
+        if new or type(y) is np.ndarray or all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(y)):
             losses.check_targets(self.loss, self._output_shapes[kind], y)
         return batch
-
-    def _epoch(self, state: TrainState, data: Dataset, key: Any, batch_size: int) -> tuple[TrainState, Any]:
-        n = data.y.shape[0]
-        steps = n // batch_size
-
-        def steps_of(state, data, key):
-            order = shuffled(key, n)[: steps * batch_size].reshape(steps, batch_size)
-
-            def body(state, index):
-                batch = jax.tree.map(lambda a: a.at[index].get(mode="promise_in_bounds"), tuple(data))
-                return self.pure(state, batch)
-
-            return jax.lax.scan(body, state, order)
-
-        return mapped.auto(steps_of, keep=True)(state, data, key)
-
-
-CLIPPING = ("grad_norm_clipped", "clip_fraction", "clip_removed")
-METRICS = ("loss", "accuracy", "grad_norm", *CLIPPING, "update_ratio")
 
 
 def train_step(
@@ -128,8 +123,9 @@ def train_step(
     loss: Callable[[Any, Any], Any],
     optimizer: optax.GradientTransformation,
     *,
+    penalty: Callable[[Any], Any] | None = None,
     compute_dtype: Any = None,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[Any] | Mapping[str, Any] = METRICS,
     per_layer: bool = False,
     per_example: str | None = None,
     max_norm: Any = None,
@@ -138,8 +134,13 @@ def train_step(
 ) -> TrainStep:
     """Compile `(state, batch) -> (state, metrics)`: gradient of the mean loss, clipping and update through optax.
 
-    `batch` is a pair (x, y); `loss(outputs, y) -> float[batch]`. The keywords are many because each adds one thing to the
-    step by itself, and all have a default.
+    `batch` is a pair (x, y), or (x, y, weights) with weights float[batch]; `loss(outputs, y) -> float[batch]`. Outputs and
+    targets may be trees. The mean is sum(w l) / sum(w), and sum(sums) / sum(counts) for a loss that returns
+    `losses.Counted`; 0/0 is NaN. Accuracy and metrics of your own are averaged alike. Batch norm sees no weights. The
+    keywords are many because each adds one thing to the step by itself, and all have a default.
+
+    `penalty(params) -> float[]` is added to the mean loss, its gradient to the mean loss's after any clipping of single
+    examples. Metrics then hold `penalty`; `loss` is without it, as in `evaluate`. The optimiser gets their sum as `value`.
 
     Metrics, float32[] (float64 where the net computes in it): `loss`; `accuracy` where the loss has one; `grad_norm`, the
     global norm before clipping; `update_ratio` = |update|/|params|. Norms are right at any scale. With a clip of
@@ -147,8 +148,10 @@ def train_step(
     the global norm) and `clip_removed` = 1 - after/before (0 for a zero gradient), NaN in a step that the optimiser skips
     or only accumulates (`apply_if_finite`, `MultiSteps`); several clips are reported as one (`clip.summary`).
     `metrics` names those to keep (`loss` always is): the others are not computed; `update_ratio` and `accuracy` take a
-    few per cent of a step. With `per_layer=True` also `grad_norms`, a tree like params (float[depth] below `repeat`) and,
-    if the net has taps, `taps`: the new state and the gradient with respect to the old one, for `fnn.taps.read`.
+    few per cent of a step. Your own come as a dict beside them all, `metrics={"top5": f}`, or inside the list: functions
+    `(outputs, y) -> float[batch]` (of one batch's outputs, as they are in training), or a `losses.Metric`. With
+    `per_layer=True` also `grad_norms`, a tree like params (float[depth] below `repeat`) and, if the net has taps, `taps`:
+    the new state and the gradient with respect to the old one, for `fnn.taps.read`.
 
     `per_example="norms"` adds, from the same backward pass, the norms of single examples' gradients:
     `per_example_norms` float[batch], their five quartiles `per_example_quantiles`, and the unbiased `noise_trace` and
@@ -161,10 +164,12 @@ def train_step(
     Under an outer `axis_name` norms are those of the local batch.
 
     The optimiser sees each block of `repeat` as arrays of its own (`per_depth`): depth as a loop and depth written out
-    train alike.
+    train alike. It is offered the loss again (`extra.offered`), with the same batch, dropout and state: line searches,
+    `lbfgs`, sophia, and SAM with `opaque_mode=True` work. With `MultiSteps` a step's metrics are those of its own batch.
 
     `compute_dtype=jnp.bfloat16` lets all layers compute in it (`compute_in`), also those after an embedding; parameters,
-    optimiser, statistics and loss stay float32. `step.net` is that net: `fit` validates as it trains.
+    optimiser, statistics and loss stay float32. float16 needs `optimizers.loss_scaled`. `step.net` is that net: `fit`
+    validates as it trains.
 
     With `axis_name` (under `vmap`, or `shard_map` with `check_vma` on or off) gradients and metrics are averaged over the
     mapped batch axis. Every number is that of the whole batch on one device, except that dropout draws other masks, and
@@ -185,37 +190,34 @@ def train_step(
     admission.optimizer("train_step", optimizer)
     net = compute_in(net, compute_dtype)
     optimizer = per_depth(optimizer)
-    for name in metrics:
-        check.choice("train_step", METRICS, metrics=name)
-    correct = losses.correct(loss) if "accuracy" in metrics else None
+    names, own = chosen("train_step", metrics)
+    measured = Measured(loss, own, "accuracy" in names)
     check_step(per_example, max_norm, skip_nonfinite)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        x, y = batch
+        x, y = arrays.weighted(batch)
         x = as_arrays(x)
         key = jax.random.fold_in(state.key, state.step)
 
         def objective(params, net_state):
             with check.foreign("train_step"):
                 outputs, new = net.apply(params, net_state, x, key=key, train=True, axis_name=axis_name)
-                per_example = admission.values("train_step", loss, outputs, y)
-            hits = {} if correct is None else {"accuracy": jnp.mean(correct(outputs, y))}
-            mean = jnp.mean(per_example)
-            return mean, (new, {"loss": mean} | hits)
+                shares = measures.shares("train_step", loss, outputs, y, axis_name)
+            return shares["loss"], (new, shares, outputs)
 
         tapped, of_examples = per_layer and _has_taps(state.net_state), {}
         params = mapped.varying(state.params, axis_name)
         old = mapped.varying(state.net_state, axis_name) if tapped else state.net_state
         _check_sharding(axis_name, params, batch)
+        scale = scale_of(state.opt_state, per_example)
         if per_example is None:
-            value_and_grad = jax.value_and_grad(objective, argnums=(0, 1) if tapped else 0, has_aux=True)
-            (_, (new, values)), grads = value_and_grad(params, old)
-            grads, values = mapped.mean((grads, values), axis_name)
+            value_and_grad = jax.value_and_grad(scaled(objective, scale), argnums=(0, 1) if tapped else 0, has_aux=True)
+            (_, (new, values, outputs)), grads = value_and_grad(params, old)
+            grads, values = mapped.mean((unscaled(grads, scale), values), axis_name)
         else:
             gradients = step_gradients(
                 net,
                 loss,
-                correct,
                 (x, y),
                 key=key,
                 axis_name=axis_name,
@@ -223,34 +225,65 @@ def train_step(
                 skip_nonfinite=skip_nonfinite,
                 per_layer=per_layer,
             )
-            grads, new, values, of_examples = gradients(*(((params, old), None) if tapped else (params, old)))
+            grads, new, (values, outputs), of_examples = gradients(
+                *(((params, old), None) if tapped else (params, old))
+            )
         grads, news = grads if tapped else (grads, None)
         new = mapped.replicated(new, state.net_state, axis_name) if tapped else new
+        others = (*values, *of_examples, "penalty", "grad_norms", "taps")
+        values |= measured.values("train_step", outputs, y, axis_name, others)
+        objective_value, penalized = values["loss"], None if penalty is None else admission.penalty(penalty)
+        if penalized is not None:
+            values["penalty"], slope = jax.value_and_grad(penalized)(state.params)
+            grads = jax.tree.map(jnp.add, grads, slope)
+            objective_value += values["penalty"]
+        loss_fn = mapped.averaged(lambda params: objective(params, state.net_state)[0], axis_name)
+
+        def value_fn(params):
+            return loss_fn(params) if penalized is None else loss_fn(params) + penalized(params)
+
+        def grad_fn(params):
+            own = mapped.varying(params, axis_name)
+            if per_example == "clip":
+                found = gradients(own, state.net_state)[0]
+            else:
+                found, _ = jax.grad(scaled(objective, scale), has_aux=True)(own, state.net_state)
+                found = mapped.mean(unscaled(found, scale), axis_name)
+            return found if penalized is None else jax.tree.map(jnp.add, found, jax.grad(penalized)(params))
+
         before = clip.unreported(state.opt_state)
-        updates, opt_state = admission.update(
-            "train_step", optimizer, grads, before, state.params, value=values["loss"], grad=grads
-        )
+        extra = offered(objective_value, grads, value_fn, grad_fn, clipped=per_example == "clip")
+        updates, opt_state = admission.update("train_step", optimizer, grads, before, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         size, grad_norm = tree.norm(updates), tree.norm(grads)
         values |= {"grad_norm": grad_norm, "update_ratio": size / tree.norm(state.params)}
-        if (report := clip.summary(opt_state, grads)) is not None:
-            removed = 1 - report.after / jnp.where(report.before == 0, 1, report.before)
-            values |= {
-                "grad_norm_clipped": report.after,
-                "clip_fraction": report.fraction,
-                "clip_removed": jnp.where(report.before == 0, 0, removed),
-            }
-        kept = {name: v for name, v in values.items() if name == "loss" or name in metrics}
+        values |= clipped(opt_state, grads)
+        kept = {name: v for name, v in values.items() if name not in METRICS or name == "loss" or name in names}
         values = {name: v.astype(tree.statistics_dtype(v.dtype)) for name, v in kept.items()}
         values |= of_examples
         if per_layer:
             values |= {"grad_norms": tree.norms(grads)} | ({"taps": (new, news)} if tapped else {})
         if jax.tree.leaves(new):
-            skipped = ~jnp.isfinite(grad_norm) & jnp.isfinite(size)
+            # Updates that nothing else reads are not kept for this: XLA adds them to the parameters as it computes them.
+            reached = size if "update_ratio" in names else tree.norm(params)
+            skipped = ~jnp.isfinite(grad_norm) & jnp.isfinite(reached)
             new = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), state.net_state, new)
         return TrainState(params, new, opt_state, state.key, state.step + 1), values
 
-    return TrainStep(mapped.auto(step, keep=True), net, loss, optimizer)
+    return TrainStep(mapped.auto(step, keep=True), net, measured, optimizer)
+
+
+def clipped(opt_state: Any, grads: Any) -> dict[str, Any]:
+    """Name what the optimiser's clips report of a step; nothing without a clip of `fnn.clip`."""
+    report = clip.summary(opt_state, grads)
+    if report is None:
+        return {}
+    removed = 1 - report.after / jnp.where(report.before == 0, 1, report.before)
+    return {
+        "grad_norm_clipped": report.after,
+        "clip_fraction": report.fraction,
+        "clip_removed": jnp.where(report.before == 0, 0, removed),
+    }
 
 
 def evaluate(
@@ -261,56 +294,30 @@ def evaluate(
     loss: Callable[[Any, Any], Any] = losses.cross_entropy,
     batch_size: int = 1024,
     compute_dtype: Any = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Average the loss, and the accuracy where the loss has one, over all examples in eval mode.
+    """Average the loss, the accuracy where the loss has one, and metrics of your own, over all examples in eval mode.
 
-    `state` is a `TrainState` or a pair (params, state). `data` is a pair (x, y), or an iterable of such batches (a
-    DataLoader), which are joined in memory. Every example counts once, whatever the batch size. `compute_dtype` is that
-    of `train_step`: pass the same for the same computation. Equal nets share one compiled program (`fnn/compiled.py`).
+    `state` is a `TrainState` or a pair (params, state). `data` is a pair (x, y), or (x, y, weights), or an iterable of
+    such batches (a DataLoader), which are joined in memory. Every example counts once, whatever the batch size.
+    `compute_dtype` is that of `train_step`: pass the same for the same computation. `metrics` are functions by name, as in
+    `train_step`; a `losses.Metric` is computed from sums over all examples. The arguments are many because all but three
+    have a default. Equal nets share one compiled program (`fnn/compiled.py`).
     """
     check.positive("evaluate", batch_size=batch_size)
     admission.net("evaluate", net)
     admission.loss("evaluate", loss)
     net = compute_in(net, compute_dtype)
     params, net_state = admission.parts("evaluate", state)
+    check_evaluated("evaluate", getattr(state, "opt_state", ()), "(fnn.optimizers.eval_params(state), state.net_state)")
     x, y = as_arrays(tuple(in_memory("evaluate", data)))
     check_dataset("evaluate", x, y)
     check.parameters("evaluate", params, trained=False)
     admission.state("evaluate", net, params, net_state, x)
     check_values(net, params, net_state, x)
     losses.check_targets(loss, output_shape(net, params, net_state, x), y)
-    return averages(net, params, net_state, (x, y), loss, batch_size)
-
-
-def averages(net: Layer, params: Any, state: Any, data: Any, loss: Any, batch_size: int = 1024) -> dict[str, float]:
-    """Do `evaluate` for data that were checked before."""
-    x, y = data
-    totals = compiled.call(means, (net, loss, min(int(batch_size), y.shape[0])), params, state, x, y)
-    return {name: float(value) for name, value in totals.items()}
-
-
-def means(net: Layer, loss: Any, size: int, params: Any, state: Any, x: Any, y: Any) -> dict[str, jax.Array]:
-    """Do the part of `evaluate` that runs on the device, `size` examples at a time; works under `vmap`, and so takes
-    each array as an argument."""
-    n, correct = y.shape[0], losses.correct(loss)
-
-    def values(xs, ys):
-        outputs, _ = net.apply(params, state, xs)
-        return {"loss": admission.values("evaluate", loss, outputs, ys)} | (
-            {} if correct is None else {"accuracy": correct(outputs, ys)}
-        )
-
-    def sums(start):
-        # The last window starts early enough to be full; what it shares with the one before counts once.
-        begin = jnp.minimum(start, n - size)
-        xs, ys = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, begin, size), (x, y))
-        fresh = begin + jnp.arange(size) >= start
-        return {name: jnp.sum(jnp.where(fresh, value, 0)) for name, value in values(xs, ys).items()}
-
-    if n <= size:
-        return jax.tree.map(jnp.mean, values(x, y))
-    totals = jax.lax.map(sums, jnp.arange(0, n, size))
-    return jax.tree.map(lambda total: jnp.sum(total) / n, totals)
+    measured = Measured(loss, functions("evaluate", metrics or {}))
+    return averages(net, params, net_state, (x, y), measured, batch_size)
 
 
 def check_state(who: str, state: Any) -> None:

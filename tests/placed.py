@@ -1,0 +1,365 @@
+"""`fit(mesh=)` and `shard` on four devices give what one device gives: the table behind `test_placement.py`.
+
+Run in a process with four devices. It prints, as its last line, a JSON object of failures by section and row.
+"""
+
+import functools
+import json
+import os
+import re
+import sys
+import time
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+
+# Programs for four CPU devices that JAX reads back from its cache abort the process. It looks once, at the first compile.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+
+# Threads of XLA: it runs a loop beside other operations, and with as many threads as devices their collectives block all.
+os.environ["NPROC"] = "32"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from sharded import differences
+
+import fnn
+from fnn import lowering
+from fnn.training.placement import layout
+
+lowering.SMALL = 40  # so that a small net has large arrays
+RNG = np.random.default_rng(0)
+N, FEATURES, CLASSES = 44, 6, 4
+DATA = RNG.normal(size=(N, FEATURES)).astype(np.float32), (np.arange(N) % CLASSES).astype(np.int32)
+HELD = tuple(a[:20] for a in DATA)
+MESHES = {
+    f"{kind.name}/{len(shape)}": jax.make_mesh(shape, ("data", "model")[: len(shape)], axis_types=(kind,) * len(shape))
+    for kind in (AxisType.Auto, AxisType.Explicit)
+    for shape in ((4,), (2, 2))
+}
+PLAIN = jax.make_mesh((4,), ("data",))
+RULES = {
+    "Auto/1": {"whole": None, "largest": "largest"},
+    "Explicit/1": {"largest": {"0/kernel": P(None, "data"), "*": "largest"}},
+    "Auto/2": {"model": {"*/kernel": P(None, "model"), "*bias": P("model")}},
+    "Explicit/2": {"both": {"4/*/kernel": P("model", "data"), "*": "largest"}},
+}
+OPTIMIZER = optax.chain(fnn.clip.by_global_norm(0.5), optax.adam(3e-3, eps=1e-3))
+ROUNDING = 1e-4
+"""Of the largest number in all: Adam divides by small numbers."""
+SECTIONS = {}
+approx = functools.partial(pytest.approx, rel=ROUNDING)
+
+
+def section(function):
+    SECTIONS[function.__name__] = function
+    return function
+
+
+@functools.cache
+def net():
+    block = fnn.serial(fnn.dense(8), fnn.tap(), fnn.batch_norm(), fnn.activation("tanh"), fnn.dropout(0.2))
+    return fnn.serial(
+        fnn.dense(8),
+        fnn.batch_norm(),
+        fnn.activation("tanh"),
+        fnn.dropout(0.3),
+        fnn.repeat(block, 3),
+        fnn.dense(CLASSES),
+    )
+
+
+@functools.cache
+def begun():
+    return fnn.TrainState.create(net(), OPTIMIZER, jax.random.key(1), DATA[0][:8])
+
+
+@functools.cache
+def step(**options):
+    return fnn.train_step(net(), fnn.losses.cross_entropy, OPTIMIZER, **options)
+
+
+def fitted(trained=None, data=DATA, **options):
+    trained = trained or step(per_layer=True)
+    own = {"key": jax.random.key(2), "batch_size": 8} if isinstance(data, tuple) else {}
+    own |= {"epochs": 2, "validation": HELD, "progress": False}
+    return fnn.fit(trained, begun(), data, **own | options)
+
+
+def same(got, want):
+    """Compare the states, and each series of the history by itself: a peak of a gradient is not of a loss's size."""
+    differences(jax.device_get(got[0]), want[0], ROUNDING)
+    assert set(got[1].train) == set(want[1].train) and set(got[1].validation) == set(want[1].validation)
+    for name in want[1].train:
+        differences(got[1].train[name], want[1].train[name], ROUNDING)
+    for name in want[1].validation:
+        differences(got[1].validation[name], want[1].validation[name], ROUNDING)
+    assert got[1].steps_per_epoch == want[1].steps_per_epoch
+
+
+@functools.cache
+def alone():
+    return fitted()
+
+
+@section
+def fit():
+    """Ten steps of a net with dropout, batch norm, taps and a stack: state, metrics, what taps saw, validation between."""
+    for name, rules in RULES.items():
+        for kind, rule in rules.items():
+            yield f"{name}/{kind}", functools.partial(fits, MESHES[name], rule)
+
+
+def lies(state, where):
+    """Assert that a state lies where it should: on this mesh with its kinds of axes, cut this way."""
+    for path, a, sharding in zip(fnn.tree.paths(state), jax.tree.leaves(state), jax.tree.leaves(where), strict=True):
+        assert a.sharding.mesh == sharding.mesh, (path, a.sharding, sharding)
+        assert a.sharding.is_equivalent_to(sharding, a.ndim), (path, a.sharding.spec, sharding.spec)
+
+
+def fits(mesh, rule):
+    before = jax.device_get(begun())
+    got = fitted(mesh=mesh, shard=rule)
+    same(got, alone())
+    differences(begun(), before, 0)  # the state that was passed in is still there
+    lies(got[0], layout("", begun(), mesh, rule))
+    cut = [a for a in jax.tree.leaves(got[0]) if not a.is_fully_replicated]
+    assert bool(cut) == (rule is not None)
+    kept = [a.sharding.spec for a in (got[0].params[0]["kernel"], got[0].opt_state[1][0].mu[0]["kernel"])]
+    assert kept[0] == kept[1], kept
+    if rule is not None:
+        assert got[0].params[0]["kernel"].addressable_shards[0].data.size < begun().params[0]["kernel"].size
+
+
+@section
+def ways():
+    yield "examples", examples
+    yield "batches", batches
+    yield "one_by_one", lambda: same(fitted(step(), mesh=PLAIN, scan=False), fitted(step(), scan=False))
+    yield "inside_a_mesh", inside
+    yield "loop", loop
+    yield "evaluate", evaluate
+    yield "interrupted", interrupted
+    yield "cut_data", cut_data
+
+
+def examples():
+    """Norms of single examples and the clipped mean are those of the whole batch."""
+    plain = fnn.train_step(small(), fnn.losses.cross_entropy, optax.sgd(0.1), per_example="clip", max_norm=0.3)
+    state = fnn.TrainState.create(small(), optax.sgd(0.1), jax.random.key(1), DATA[0][:8])
+    run = functools.partial(fnn.fit, plain, state, DATA, epochs=1, batch_size=8, key=jax.random.key(2), progress=False)
+    got, want = run(mesh=PLAIN, shard="largest"), run()
+    same(got, want)
+    clipped = want[1].train["examples_clipped"].mean()
+    assert got[1].train["per_example_norms"].shape == (5, 8) and 0 < clipped < 8, clipped
+
+
+@functools.cache
+def small():
+    return fnn.serial(fnn.dense(12), fnn.activation("tanh"), fnn.dropout(0.2), fnn.dense(CLASSES))
+
+
+def batches():
+    """The last batch of an iterable may be of a size that the devices do not divide."""
+    cut = [tuple(a[i : i + 8] for a in DATA) for i in (0, 8, 16, 24)] + [tuple(a[32:38] for a in DATA)]
+    same(fitted(step(), cut, mesh=PLAIN, shard="largest"), fitted(step(), cut))
+    many = cut[:2] * 17  # two stretches
+    same(fitted(step(), many, mesh=PLAIN), fitted(step(), many))
+
+
+def inside():
+    mesh = MESHES["Explicit/1"]
+    with jax.set_mesh(mesh):
+        got = fitted(step(), mesh=mesh, shard="largest")
+        found = fnn.evaluate(net(), got[0], HELD)
+    want = fitted(step())
+    same(got, want)
+    assert found == approx(fnn.evaluate(net(), want[0], HELD))
+
+
+def loop():
+    """A loop of one's own on what `shard` returns, and batches cut by `device_put`: the state stays where it is."""
+    for name, rule in (("Auto/1", "largest"), ("Explicit/1", "largest"), ("Explicit/2", RULES["Explicit/2"]["both"])):
+        mesh, want, got = MESHES[name], jax.tree.map(jnp.copy, begun()), fnn.shard(begun(), MESHES[name], rule)
+        where = jax.tree.map(lambda a: a.sharding, got)
+        for i in (0, 8, 16):
+            batch = tuple(a[i : i + 8] for a in DATA)
+            want, expected = step()(want, batch)
+            got, metrics = step()(got, jax.device_put(batch, NamedSharding(mesh, P("data"))))
+            differences(metrics, expected, ROUNDING)
+        differences(jax.device_get(got), want, ROUNDING)
+        lies(got, where)
+
+
+def evaluate():
+    """Validation on more examples than a window holds, in a number that the devices do not divide."""
+    rows = tuple(np.concatenate([a] * 30)[:1101] for a in DATA)
+    got = fitted(step(), mesh=PLAIN, shard="largest", validation=rows)
+    same(got, fitted(step(), validation=rows))
+    assert fnn.evaluate(net(), got[0], rows) == approx({name: v[-1] for name, v in got[1].validation.items()})
+
+
+def interrupted():
+    def broken():
+        for i in (0, 8, 16):
+            yield tuple(a[i : i + 8] for a in DATA)
+        raise OSError("the disk is gone")
+
+    found = []
+    for options in ({}, {"mesh": MESHES["Explicit/1"], "shard": "largest"}):
+        trained = fnn.train_step(net(), fnn.losses.cross_entropy, OPTIMIZER)
+        try:
+            fnn.fit(trained, begun(), broken(), epochs=1, progress=False, scan=False, **options)
+        except OSError as error:
+            found.append((error.state, error.history))
+            kept = trained.unfinished
+            assert kept[0] is error.state and kept[1] is error.history, (type(kept[0]), options)
+    same(found[1], found[0])
+    assert int(found[1][0].step) >= 2
+    assert found[1][0].step.sharding.mesh == MESHES["Explicit/1"]
+
+
+def cut_data():
+    """Data that are cut over the mesh already stay so; a step fetches its batch, and never all of the data."""
+    data = jax.device_put(DATA, NamedSharding(PLAIN, P("data")))
+    same(fitted(step(), data, mesh=PLAIN), fitted(step()))
+
+
+WIDE = 64
+
+
+@section
+def programs():
+    """What the devices send each other, and what they hold."""
+    one = fnn.serial(fnn.dense(WIDE), fnn.activation("tanh"), fnn.dense(WIDE), fnn.activation("tanh"), fnn.dense(4))
+    state = fnn.TrainState.create(one, optax.adam(1e-3), jax.random.key(0), np.zeros((8, WIDE), np.float32))
+    trained = fnn.train_step(one, fnn.losses.cross_entropy, optax.adam(1e-3))
+    data = RNG.normal(size=(4096, WIDE)).astype(np.float32), np.arange(4096) % 4
+    run = functools.partial(
+        fnn.fit, trained, state, data, epochs=3, batch_size=256, key=jax.random.key(2), progress=False, mesh=PLAIN
+    )
+    yield "whole", functools.partial(whole, run, trained, state)
+    yield "largest", functools.partial(largest, run, trained, state)
+
+
+def program(run, trained, **options):
+    """Fit, and return the compiled program of a step, what each of its collectives returns, and the state."""
+    known = set(trained.placed)
+    got, _ = run(**options)
+    (key,) = set(trained.placed) - known
+    placed = trained.placed[key]
+    with jax.set_mesh(placed.mesh):
+        where = jax.tree.unflatten(key[1], key[2])
+        state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), got, where)
+        cut = NamedSharding(placed.mesh, P("data"))
+        batch = (
+            jax.ShapeDtypeStruct((256, WIDE), jnp.float32, sharding=cut),
+            jax.ShapeDtypeStruct((256,), jnp.int32, sharding=cut),
+        )
+        compiled = jax.jit(placed.pure, donate_argnums=0).lower(state, batch).compile()
+    sent = {}
+    for shapes, kind in re.findall(
+        r"= (\(?[^=]*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(",
+        re.sub(r"/\*.*?\*/", "", compiled.as_text()),
+    ):
+        sizes = [
+            np.prod([int(n) for n in dims.split(",") if n], dtype=int)
+            for dims in re.findall(r"f32\[([\d,]*)\]", shapes)
+        ]
+        sent.setdefault(kind, []).extend(map(int, sizes))
+    return compiled, sent, got
+
+
+def whole(run, trained, state):
+    """Each gradient is summed over the devices once, and nothing else is sent but the metrics."""
+    compiled, sent, _ = program(run, trained)
+    parameters = fnn.tree.size(state.params)
+    assert set(sent) == {"all-reduce"}, sent
+    assert parameters <= sum(sent["all-reduce"]) <= parameters + 32, (parameters, sent)
+    memory = compiled.memory_analysis()
+    own = sum(a.nbytes for a in jax.tree.leaves((state.params, state.opt_state)))
+    assert memory.alias_size_in_bytes >= own, "the state must be updated in place"
+
+
+def largest(run, trained, state):
+    """Each device holds a quarter of the kernels and of what Adam keeps of them; kernels are gathered, activations not."""
+    compiled, sent, got = program(run, trained, shard="largest")
+    kernels = sorted(a.size for a in jax.tree.leaves(state.params) if a.size > lowering.SMALL and a.ndim > 1)
+    assert set(sent) <= {"all-reduce", "all-gather", "reduce-scatter"}, sent
+    assert set(sent["all-gather"]) <= set(kernels), (sent, kernels)
+    memory = compiled.memory_analysis()
+    own = sum(a.nbytes for a in jax.tree.leaves((state.params, state.opt_state)))
+    assert own / 4 <= memory.alias_size_in_bytes < own / 3.4, (memory.alias_size_in_bytes, own)
+    held = sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves((got.params, got.opt_state)))
+    assert held < own / 3.4
+
+
+@section
+def watched():
+    """`watch` of a loss whose parameters `shard` has cut: gradients and rows are those of one device."""
+    params, net_state = begun().params, begun().net_state
+    entropy = optax.softmax_cross_entropy_with_integer_labels
+
+    def loss(params, batch):
+        return entropy(net().apply(params, net_state, batch[0])[0], batch[1]).mean()
+
+    batch = tuple(a[:8] for a in DATA)
+    watch = fnn.watch(loss)
+    (value, gradient), flow = watch.value_and_grad(params, batch)
+
+    def compare(name):
+        mesh = MESHES[name]
+        cut = fnn.shard(begun(), mesh, "largest").params
+        (found, gradients), rows = watch.value_and_grad(cut, jax.device_put(batch, NamedSharding(mesh, P("data"))))
+        differences((found, gradients), (value, gradient))
+        np.testing.assert_allclose(rows.numbers(), flow.numbers(), rtol=1e-4, atol=1e-5)
+
+    for name in ("Auto/1", "Explicit/1"):
+        yield name, functools.partial(compare, name)
+
+
+@section
+def refusals():
+    run = functools.partial(fitted, step())
+    yield (
+        "batch",
+        lambda: refused(ValueError, "multiple of the 4 devices.*got 6; take 4", run, batch_size=6, mesh=PLAIN),
+    )
+    yield "mesh", lambda: refused(TypeError, "mesh must be a jax.sharding.Mesh", run, mesh=4)
+    yield "alone", lambda: refused(ValueError, "shard= needs mesh=", run, shard="largest")
+    own = functools.partial(fnn.shard, begun())
+    yield "unused", lambda: refused(ValueError, "every rule must match.*'x'", own, PLAIN, {"x": "largest"})
+    yield "word", lambda: refused(TypeError, "got 'big'", own, PLAIN, "big")
+    yield "axis", lambda: refused(ValueError, "name axes of the mesh.*'model'", own, PLAIN, {"0/kernel": P("model")})
+    yield "divide", lambda: refused(ValueError, "6 numbers for 4 devices", own, PLAIN, {"0/kernel": P("data")})
+    yield "long", lambda: refused(ValueError, "an entry for each axis", own, PLAIN, {"0/bias": P(None, None, "data")})
+
+
+def refused(kind, words, function, *args, **options):
+    try:
+        function(*args, **options)
+    except kind as error:
+        assert re.search(words, str(error)), error
+    else:
+        raise AssertionError("nothing was refused")
+
+
+if __name__ == "__main__":
+    found = {}
+    for name in sys.argv[1:] or SECTIONS:
+        start = time.perf_counter()
+        for row, check in SECTIONS[name]():
+            try:
+                check()
+            except Exception as error:
+                found[f"{name}/{row}"] = f"{type(error).__name__}: {str(error)[:600]}"
+                if os.environ.get("TRACE"):
+                    import traceback
+
+                    traceback.print_exc()
+            print(name, row, f"{time.perf_counter() - start:.1f} s", flush=True)
+    print(json.dumps(found))

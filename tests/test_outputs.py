@@ -1,0 +1,529 @@
+"""Outputs and targets as trees, weights, tokens, tasks, penalties and metrics: against NumPy, then the laws."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import special
+
+import fnn
+from fnn import losses
+
+RNG = np.random.default_rng(0)
+N = 24
+X = RNG.normal(size=(N, 4)).astype(np.float32)
+DIGIT, ANGLE = np.arange(N) % 3, RNG.normal(size=(N, 2)).astype(np.float32)
+Y = {"digit": DIGIT, "angle": ANGLE}
+W = RNG.integers(0, 4, N).astype(np.float32)
+KEY, SGD = jax.random.key(0), optax.sgd(0.1)
+TASKS = losses.sum_of({"digit": losses.cross_entropy, "angle": (losses.mse, 0.5)})
+
+
+NET = fnn.serial(fnn.dense(8), fnn.activation("tanh"), fnn.parallel({"digit": fnn.dense(3), "angle": fnn.dense(2)}))
+STATE = fnn.TrainState.create(NET, SGD, KEY, X)
+TOKENS = fnn.serial(fnn.dense(8), fnn.activation("tanh"), fnn.dense(5))
+SEQUENCES = RNG.normal(size=(8, 6, 3)).astype(np.float32)
+TARGETS = np.where(np.arange(6) < RNG.integers(1, 7, (8, 1)), RNG.integers(0, 5, (8, 6)), -1)
+
+
+def copy(state):
+    return jax.tree.map(jnp.copy, state)
+
+
+def close(got, want, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), got, want)
+
+
+def rows(tree, times):
+    return jax.tree.map(lambda a: np.repeat(a, times, axis=0), tree)
+
+
+def stepped(step, batch):
+    state, metrics = step(copy(STATE), batch)
+    return state.params, metrics
+
+
+def hits(outputs, y):
+    return jnp.argmax(outputs["digit"], -1) == y["digit"]
+
+
+def auc(of, thresholds=51):
+    """The area under the ROC curve of a probability, from counts at thresholds."""
+    at = jnp.linspace(0, 1, thresholds)
+
+    def counts(outputs, y):
+        p, label = of(outputs, y)
+        above = p[:, None] >= at
+        return above * label[:, None], above * (1 - label)[:, None]
+
+    return losses.Metric(counts, lambda s: -jnp.trapezoid(s[0] / s[0][0], s[1] / s[1][0]))
+
+
+OWN = {
+    "hits": hits,
+    "auc": auc(lambda o, y: (jax.nn.softmax(o["digit"])[:, 1], (y["digit"] == 1).astype(float))),
+    "r2": losses.Metric(
+        lambda o, y: (
+            jnp.ones(len(y["angle"])),
+            y["angle"][:, 0],
+            y["angle"][:, 0] ** 2,
+            (o["angle"] - y["angle"])[:, 0] ** 2,
+        ),
+        lambda s: 1 - s[3] / (s[2] - s[1] ** 2 / s[0]),
+    ),
+}
+
+
+def by_hand(outputs, y, weights):
+    """All numbers of the two tasks in NumPy, float64."""
+    outputs = jax.tree.map(lambda a: np.asarray(a, np.float64), outputs)
+    w, logits = np.asarray(weights, np.float64), outputs["digit"]
+    entropy = special.logsumexp(logits, -1) - logits[np.arange(len(w)), y["digit"]]
+    square = np.mean((outputs["angle"] - y["angle"]) ** 2, -1)
+    mean = functools.partial(np.average, weights=w)
+    right, target = logits.argmax(-1) == y["digit"], y["angle"][:, 0].astype(np.float64)
+    error = outputs["angle"][:, 0] - target
+    above = special.softmax(logits, -1)[:, 1, None].astype(np.float32) >= np.linspace(0, 1, 51, dtype=np.float32)
+    rates = [np.sum((w * side)[:, None] * above, 0) / np.sum(w * side) for side in (y["digit"] == 1, y["digit"] != 1)]
+    return {
+        "loss": mean(entropy) + 0.5 * mean(square),
+        "loss/digit": mean(entropy),
+        "loss/angle": mean(square),
+        "accuracy/digit": mean(right),
+        "hits": mean(right),
+        "auc": -np.trapezoid(*rates),
+        "r2": 1 - np.sum(w * error**2) / np.sum(w * (target - mean(target)) ** 2),
+    }
+
+
+@pytest.mark.parametrize("weights", [None, W], ids=["plain", "weighted"])
+def test_two_tasks_and_metrics_in_step_and_evaluate_are_those_of_numpy(weights):
+    data = (X, Y) if weights is None else (X, Y, weights)
+    want = by_hand(NET.apply(STATE.params, STATE.net_state, X)[0], Y, np.ones(N) if weights is None else weights)
+    _, metrics = fnn.train_step(NET, TASKS, SGD, metrics=OWN)(copy(STATE), data)
+    assert {"grad_norm", "update_ratio"} | set(want) == set(metrics)
+    close({name: metrics[name] for name in want}, want)
+    for size in (7, 23, 24, 100):  # the last window overlaps the one before, and nothing counts twice
+        close(fnn.evaluate(NET, STATE, data, loss=TASKS, metrics=OWN, batch_size=size), want)
+
+
+def test_an_integer_weight_is_a_repeated_example():
+    """In every number of a step: the new parameters, the losses, accuracies and metrics; weight 0 is an example left out."""
+    times = W.astype(int)
+    step = fnn.train_step(NET, TASKS, SGD, metrics=OWN)
+    close(stepped(step, (X, Y, W)), stepped(step, rows((X, Y), times)))
+    close(stepped(step, (X, Y, W > 0)), stepped(step, jax.tree.map(lambda a: a[W > 0], (X, Y))))
+    some = {"digit": losses.Weighted(DIGIT, W), "angle": ANGLE}  # weights of one task
+    own = {
+        "hits": lambda o, y: losses.Counted(
+            y["digit"].weights * (jnp.argmax(o["digit"], -1) == y["digit"].targets), y["digit"].weights
+        )
+    }
+    step = fnn.train_step(NET, TASKS, SGD, metrics=own)
+    _, metrics = step(copy(STATE), (X, some))
+    close(metrics["hits"], metrics["accuracy/digit"])
+    step = fnn.train_step(NET, TASKS, SGD)
+    both = step(copy(STATE), (X, Y))[1], step(copy(STATE), (X, Y, W))[1]
+    close(metrics["loss/angle"], both[0]["loss/angle"])
+    close((metrics["loss/digit"], metrics["accuracy/digit"]), (both[1]["loss/digit"], both[1]["accuracy/digit"]))
+    twice = step(copy(STATE), (X, some, W))[1]["loss/digit"]  # weights multiply
+    close(twice, step(copy(STATE), (X, Y, W**2))[1]["loss/digit"])
+
+
+def test_a_loss_over_a_tree_that_is_a_plain_function_works_everywhere():
+    def mine(outputs, y):
+        return jnp.sum((outputs["angle"] - y["angle"]) ** 2, -1) + losses.cross_entropy(outputs["digit"], y["digit"])
+
+    net = fnn.serial(NET, fnn.activation(lambda y: y))
+    tapped = fnn.serial(fnn.dense(8), fnn.tap(), *[NET])
+    for loss, layer in ((mine, net), (TASKS, tapped)):
+        state = fnn.TrainState.create(layer, SGD, KEY, X)
+
+        def whole(params, batch, loss=loss, layer=layer, state=state):
+            return losses.mean(loss, layer.apply(params, state.net_state, batch[0], train=True)[0], batch[1])
+
+        value, grads = jax.value_and_grad(whole)(state.params, (X, Y))
+        trained, metrics = fnn.train_step(layer, loss, SGD)(copy(state), (X, Y))
+        close(trained.params, jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads))
+        one = fnn.example_loss(layer, state, loss=loss)
+        every = fnn.per_example(one)(state.params, (X, Y))
+        close(every.mean(), grads, atol=1e-5)
+        close(every.materialize(), jax.vmap(jax.grad(one), (None, 0))(state.params, (X, Y)), atol=1e-5)
+        flow = fnn.watch(whole)(state.params, (X, Y))
+        found = {name: 10 ** flow.flat()[f"{name}/log10_gradient"] for name in fnn.tree.paths(grads)}
+        close(list(found.values()), [np.linalg.norm(g) for g in jax.tree.leaves(grads)], rtol=1e-4)
+        assert fnn.watch(whole).first_bad(state.params, (X, Y)) is None
+        close([metrics["loss"], fnn.evaluate(layer, state, (X, Y), loss=loss)["loss"], flow.loss], [value] * 3)
+        if layer is tapped:
+            for data, w in (((X, Y), np.ones(N)), ((X, Y, W), W)):
+                outputs = layer.apply(state.params, state.net_state, X)[0]
+                measured = fnn.gradient_flow(layer, state, data, loss=loss)
+                close(measured.loss, by_hand(outputs, Y, w)["loss"])
+
+
+def test_the_flow_of_a_net_with_two_outputs_is_measured_in_float64_where_it_must():
+    faint = fnn.activation(lambda x: x * 1e-25)
+    net = fnn.serial(
+        fnn.dense(8), fnn.tap(), faint, faint, fnn.parallel({"digit": fnn.dense(3), "angle": fnn.dense(2)})
+    )
+    params, state = net.init(KEY, X)
+    flow = fnn.gradient_flow(net, (params, state), (X, Y, W), loss=TASKS)
+    assert flow.precision == "float64"
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: jnp.asarray(a, np.float64), (params, X, W))
+
+        def whole(params):
+            outputs = net.apply(params, state, wide[1], train=True)[0]
+            return losses.mean(TASKS, outputs, losses.Weighted(Y, wide[2]))
+
+        first = np.asarray(jax.jit(jax.grad(whole))(wide[0])[0]["kernel"])
+    found = next(row.value for row in flow.rows if row.quantity == "log_kernel")
+    np.testing.assert_allclose(found, np.log(np.linalg.norm(first / 1e-50)) + np.log(1e-50), rtol=1e-6)
+
+
+def test_fit_takes_trees_weights_and_metrics():
+    step = fnn.train_step(NET, TASKS, SGD, metrics={"hits": hits})
+    batches = [(X[i : i + 8], {k: v[i : i + 8] for k, v in Y.items()}, W[i : i + 8]) for i in range(0, N, 8)]
+    one, history = fnn.fit(step, STATE, batches, epochs=2, validation=(X, Y, W))
+    loop = copy(STATE)
+    for batch in batches * 2:
+        loop, metrics = step(loop, batch)
+    close(one.params, loop.params)
+    close({name: curve[-1] for name, curve in history.train.items()}, metrics)
+    close(
+        {name: curve[-1] for name, curve in history.validation.items()},
+        fnn.evaluate(NET, one, batches, loss=TASKS, metrics={"hits": hits}),
+    )
+    assert "validation accuracy/digit" in str(history) and "train loss/angle" in str(history)
+    options = {"epochs": 1, "batch_size": 6, "key": KEY}
+    _, history = fnn.fit(step, STATE, (X, Y, W), validation=0.25, **options)
+    assert history.train["loss"].shape == (3,) and set(history.validation) >= {"loss", "accuracy/digit", "hits"}
+    x, (y, w) = next(fnn.data.batches((X, Y, W), 5, key=KEY))
+    index = [int(np.argmax((row == X).all(1))) for row in x]
+    close((y, w), ({k: v[index] for k, v in Y.items()}, W[index]))
+
+
+def test_a_tuple_of_outputs_nested_tasks_and_a_target_that_is_missing():
+    """A net's own penalty is an output that has no target."""
+    net = fnn.serial(
+        fnn.dense(8), fnn.parallel(fnn.parallel({"digit": fnn.dense(3), "kl": fnn.dense(2)}), fnn.dense(2))
+    )
+    kl = losses.Loss("kl", lambda z, none: jnp.sum(z**2, -1) / 2)
+    loss = losses.sum_of([losses.sum_of({"digit": losses.focal(2), "kl": (kl, 0.1)}), (losses.huber(0.5), 2)])
+    state = fnn.TrainState.create(net, SGD, KEY, X)
+    data = X, ({"digit": DIGIT}, ANGLE)
+    found = fnn.evaluate(net, state, data, loss=loss, batch_size=7)
+    heads, angle = jax.tree.map(lambda a: np.asarray(a, float), net.apply(state.params, state.net_state, X)[0])
+    assert set(found) == {"loss", "loss/0/digit", "loss/0/kl", "loss/1", "accuracy/0/digit"}
+    close(found["loss/0/kl"], np.mean(np.sum(heads["kl"] ** 2, -1)) / 2)
+    close(found["loss"], found["loss/0/digit"] + 0.1 * found["loss/0/kl"] + 2 * found["loss/1"])
+    error = np.abs(angle - ANGLE)
+    close(found["loss/1"], np.mean(np.where(error <= 0.5, error**2 / 2, 0.5 * error - 0.125)))
+    _, metrics = fnn.train_step(net, loss, SGD)(state, data)
+    close({name: metrics[name] for name in found}, found)
+
+
+def test_heads_by_name_are_heads_side_by_side():
+    one, other = fnn.dense(3), fnn.dense(2)
+    named, plain = fnn.parallel({"b": other, "a": one}), fnn.parallel(one, other)
+    params, state = named.init(KEY, X)
+    close((params["a"], params["b"]), plain.init(KEY, X)[0])
+    y, new = named.apply(params, state, X)
+    close((y["a"], y["b"]), plain.apply((params["a"], params["b"]), ((), ()), X)[0])
+    assert new == state == {"a": (), "b": ()}
+    with pytest.raises(TypeError, match="parallel: needs a dict of names and Layers, got 'a': 3"):
+        fnn.parallel({"a": 3})
+
+
+def test_the_mean_over_tokens_counts_every_token_once(x64):
+    """Loss, gradient and accuracy, in one batch, in windows, weighted, as a plain function, and NaN at padded positions."""
+    params, net_state = TOKENS.init(KEY, SEQUENCES.astype(float))
+    real = TARGETS != -1
+    bad = np.where(real[..., None], SEQUENCES, np.float64(0))
+
+    def mine(outputs, y):
+        there = y != -1
+        each = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.where(there, y, 0))
+        return losses.Counted(jnp.sum(each * there, 1), jnp.sum(there, 1))
+
+    w = np.arange(1.0, 9)
+    for weights in (None, w):
+        data = (bad, TARGETS) if weights is None else (bad, TARGETS, weights)
+
+        def flat(params, weights=weights):
+            logits = TOKENS.apply(params, net_state, bad)[0][real]
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, TARGETS[real])
+            counts = np.broadcast_to((np.ones(8) if weights is None else weights)[:, None], real.shape)[real]
+            right = jnp.argmax(logits, -1) == TARGETS[real]
+            return jnp.average(each, weights=counts), jnp.average(right, weights=counts)
+
+        (value, accuracy), grads = jax.value_and_grad(flat, has_aux=True)(params)
+        for loss in (losses.token_cross_entropy, mine):
+            state = fnn.TrainState(params, net_state, SGD.init(params), KEY, jnp.int32(0))
+            new, metrics = fnn.train_step(TOKENS, loss, SGD)(copy(state), data)
+            close(new.params, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), rtol=1e-12, atol=1e-14)
+            every = [metrics, *(fnn.evaluate(TOKENS, state, data, loss=loss, batch_size=size) for size in (3, 8))]
+            for found in every:
+                np.testing.assert_allclose(found["loss"], value, rtol=1e-12)
+                assert loss is mine or found["accuracy"] == pytest.approx(float(accuracy), rel=1e-6)
+    filled = np.where(real[..., None], np.zeros((8, 6, 5)), np.nan)
+    gradient = jax.grad(lambda o: losses.mean(losses.token_cross_entropy, o, TARGETS))(filled)
+    assert np.isfinite(losses.mean(losses.token_cross_entropy, filled, TARGETS)) and not gradient[~real].any()
+
+
+def test_per_example_gradients_are_those_of_shares():
+    """Their mean is the step's gradient with weights, tokens and tasks; norms are those of w l / mean(w) by vmap(grad)."""
+    mixed = losses.sum_of({"digit": losses.cross_entropy, "angle": (lambda o, y: losses.Counted(o[:, 0] ** 2, y), 0.5)})
+    counts = {"digit": DIGIT, "angle": 1 + np.arange(N) % 4}
+    for loss, data in ((TASKS, (X, Y, W)), (mixed, (X, counts)), (mixed, (X, counts, W))):
+        steps = [
+            fnn.train_step(NET, loss, SGD, per_example=kind, metrics={"n": lambda o, y: jnp.ones(N)})
+            for kind in (None, "norms")
+        ]
+        plain, found = (step(copy(STATE), data) for step in steps)
+        close(found[0].params, plain[0].params)
+        close({name: found[1][name] for name in plain[1]}, plain[1])
+
+        def share(params, x, y, w, loss=loss, data=data):
+            outputs = NET.apply(params, STATE.net_state, x[None])[0]
+            one = {name: losses.mean(inner, outputs[name], y[name][None]) for name, (_, inner) in loss.tasks.items()}
+            n = y["angle"] if loss is mixed else 1
+            means = [
+                np.mean(data[2] if len(data) > 2 else 1),
+                np.mean((data[2] if len(data) > 2 else 1) * (counts["angle"] if loss is mixed else 1)),
+            ]
+            return w * one["digit"] / means[0] + 0.5 * w * n * one["angle"] / means[1]
+
+        weights = data[2] if len(data) > 2 else np.ones(N, np.float32)
+        grads = jax.vmap(jax.grad(share), (None, 0, 0, 0))(STATE.params, data[0], data[1], weights)
+        norms = np.sqrt(sum(np.sum(np.square(g.reshape(N, -1)), 1) for g in jax.tree.leaves(grads)))
+        close(found[1]["per_example_norms"], norms, rtol=1e-4)
+        bound = float(np.median(norms))
+        clipped, _ = fnn.train_step(NET, loss, SGD, per_example="clip", max_norm=bound)(copy(STATE), data)
+        factor = np.minimum(1, bound / np.maximum(norms, 1e-30))
+        mean = jax.tree.map(lambda g, f=factor: np.tensordot(f, g, 1) / N, grads)
+        close(clipped.params, jax.tree.map(lambda p, g: p - 0.1 * g, STATE.params, mean), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"per_example": "clip", "max_norm": 0.05}], ids=["plain", "after the clip"])
+def test_a_penalty_adds_its_own_gradient_and_its_own_metric(options):
+    seen = []
+
+    def recorded(updates, state, params=None, *, value=None, **more):
+        seen.append(value)
+        return updates, state
+
+    optimizer = optax.chain(optax.GradientTransformationExtraArgs(lambda params: (), recorded), SGD)
+    state = fnn.TrainState.create(NET, optimizer, KEY, X)
+    step = fnn.train_step(NET, TASKS, optimizer, penalty=lambda p: 0.5 * optax.tree.norm(p, squared=True), **options)
+    bare = fnn.train_step(NET, TASKS, optimizer, **options)
+    (new, metrics), (old, without) = step(copy(state), (X, Y)), bare(copy(state), (X, Y))
+    close(new.params, jax.tree.map(lambda a, p: a - 0.1 * p, old.params, state.params))
+    square = sum(np.sum(np.square(p)) for p in jax.tree.leaves(state.params))
+    close((metrics["penalty"], metrics["loss"]), (0.5 * square, without["loss"]))
+    assert "penalty" not in without and len(seen) == 2
+    assert "penalty" in fnn.train_step(NET, TASKS, SGD, penalty=fnn.tree.norm, metrics=())(copy(STATE), (X, Y))[1]
+
+
+def test_weights_without_a_mean_are_refused_on_the_host_and_nan_inside_jit():
+    step = fnn.train_step(NET, TASKS, SGD, metrics={"hits": hits})
+    for w, sentence in (
+        (0 * W, "some weight must be above 0, got 24 times 0"),
+        (W - 1, "weights must be finite and at least 0, got -1.0"),
+        (np.where(W == 0, np.nan, W), "weights must be finite|y must be finite"),
+    ):
+        for call in (
+            lambda w=w: step(copy(STATE), (X, Y, w)),
+            lambda w=w: fnn.evaluate(NET, STATE, (X, Y, w), loss=TASKS),
+            lambda w=w: fnn.fit(step, STATE, (X, Y, w), epochs=1, batch_size=4, key=KEY),
+        ):
+            with pytest.raises(ValueError, match=sentence):
+                call()
+        new, metrics = step.jitted(copy(STATE), (X, Y, w.astype(np.float32)))
+        assert all(np.isnan(metrics[name]) for name in ("loss", "loss/digit", "accuracy/digit", "hits"))
+        assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(new.params))
+    empty = np.full((2, 3), -1)
+    assert np.isnan(losses.mean(losses.token_cross_entropy, jnp.zeros((2, 3, 4)), empty))
+
+
+def test_two_lanes_are_one_batch():
+    """Weights and counts differ between lanes: sums of both are taken over them."""
+    step = fnn.train_step(NET, TASKS, SGD, axis_name="d", metrics=OWN).pure
+    want = jax.jit(fnn.train_step(NET, TASKS, SGD, metrics=OWN).pure)(STATE, (X, Y, W))
+    lanes = jax.tree.map(lambda a: a.reshape(2, N // 2, *a.shape[1:]), (X, Y, W))
+    state, metrics = jax.jit(jax.vmap(step, (None, 0), axis_name="d"))(STATE, lanes)
+    for lane in (0, 1):
+        close(jax.tree.map(lambda a, i=lane: a[i], (state.params, metrics)), (want[0].params, want[1]))
+
+
+def test_bfloat16_measures_in_float32():
+    step = fnn.train_step(NET, TASKS, SGD, compute_dtype=jnp.bfloat16, metrics=OWN)
+    _, metrics = step(copy(STATE), (X, Y, W))
+    want = by_hand(NET.apply(STATE.params, STATE.net_state, X)[0], Y, W)
+    assert all(metrics[name].dtype == jnp.float32 for name in want)
+    close(
+        {name: metrics[name] for name in want if name.startswith("loss")},
+        {k: v for k, v in want.items() if k.startswith("loss")},
+        rtol=0.02,
+    )
+
+
+LOGITS = RNG.normal(size=(5, 4)) * 3
+CLASSES = np.array([0, 3, 1, 2, 2])
+
+
+def entropies(logits):
+    return special.logsumexp(logits, -1)[:, None] - logits
+
+
+MADE = {
+    "smooth": (losses.smooth_cross_entropy(0.1), CLASSES, lambda e, p: 0.9 * p + 0.1 * e.mean(-1)),
+    "smooth by 0": (losses.smooth_cross_entropy(0), CLASSES, lambda e, p: p),
+    "focal": (losses.focal(2), CLASSES, lambda e, p: (1 - np.exp(-p)) ** 2 * p),
+    "focal 0.5": (losses.focal(0.5), CLASSES, lambda e, p: np.sqrt(1 - np.exp(-p)) * p),
+    "focal 0": (losses.focal(0), CLASSES, lambda e, p: p),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_losses_that_are_made(name, x64):
+    """Values, gradients against differences, right answers, labels out of range, and certainty."""
+    loss, labels, formula = MADE[name]
+
+    def value(logits):
+        e = entropies(logits)
+        return formula(e, e[np.arange(5), labels])
+
+    np.testing.assert_allclose(loss(LOGITS, labels), value(LOGITS), rtol=1e-12)
+    gradient = jax.grad(lambda o: jnp.sum(loss(o, labels)))(LOGITS)
+    for i in range(4):
+        h = 1e-6 * np.eye(4)[i]
+        np.testing.assert_allclose(gradient[:, i], (value(LOGITS + h) - value(LOGITS - h)) / 2e-6, rtol=1e-6, atol=1e-8)
+    np.testing.assert_array_equal(loss.correct(LOGITS, labels), LOGITS.argmax(-1) == labels)
+    bad = jax.jit(loss)(LOGITS, jnp.array([0, 4, 1, -1, 2]))
+    np.testing.assert_array_equal(np.isnan(bad), [False, True, False, True, False])
+    sure = 1e4 * np.eye(4)[labels]
+    assert np.isfinite(jax.grad(lambda o: jnp.sum(loss(o, labels)))(sure)).all()
+    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.3, got 0\.\.4"):
+        losses.check_targets(loss, (5, 4), np.array([0, 4]))
+
+
+def test_huber_and_a_loss_of_ones_own(x64):
+    outputs, targets = RNG.normal(size=(6, 3)) * 3, RNG.normal(size=(6, 3))
+    e = outputs - targets
+    loss = losses.huber(1.5)
+    value = np.where(abs(e) <= 1.5, e**2 / 2, 1.5 * abs(e) - 1.125).mean(-1)
+    np.testing.assert_allclose(loss(outputs, targets), value, rtol=1e-12)
+    gradient = jax.grad(lambda o: jnp.sum(loss(o, targets)))(outputs)
+    np.testing.assert_allclose(gradient, np.clip(e, -1.5, 1.5) / 3, rtol=1e-12)
+    mae = losses.Loss("mae", lambda o, y: abs(o - y).mean(-1), lambda o, y: (abs(o - y) < 1).all(-1))
+    net = fnn.dense(2)
+    state = fnn.TrainState.create(net, SGD, KEY, X.astype(float))
+    found = fnn.evaluate(net, state, (X, ANGLE), loss=mae, batch_size=5)
+    error = abs(np.asarray(net.apply(state.params, state.net_state, X)[0]) - ANGLE)
+    close(found, {"loss": error.mean(), "accuracy": (error < 1).all(-1).mean()})
+    with pytest.raises(ValueError, match="mae: targets must be finite, got NaN or inf"):
+        losses.check_targets(mae, (2,), np.array([0.5, np.nan]))
+
+
+def run(loss=TASKS, y=Y, net=NET, state=STATE, **options):
+    return fnn.train_step(net, loss, SGD, **options)(copy(state), (X, y))
+
+
+REFUSED = {
+    "no such output": (
+        lambda: run(losses.sum_of({"digits": losses.mse})),
+        "must hold an entry for each loss, got .* and none for 'digits'",
+    ),
+    "one output": (
+        lambda: run(
+            losses.sum_of([losses.mse]), (ANGLE,), fnn.dense(2), fnn.TrainState.create(fnn.dense(2), SGD, KEY, X)
+        ),
+        "sum_of.*must hold an entry",
+    ),
+    "a target too many": (lambda: run(y=Y | {"age": DIGIT}), "targets must be named or numbered like the losses"),
+    "one target": (lambda: run(y=DIGIT), "targets must be named or numbered like the losses"),
+    "a missing target": (lambda: run(y={"digit": DIGIT}), "mse: targets must be one array, got None"),
+    "no task": (lambda: losses.sum_of({}), "needs at least one task"),
+    "no loss": (lambda: losses.sum_of({"a": ("mse", 1)}), r"must have a loss, or \(loss, factor\)"),
+    "no factor": (lambda: losses.sum_of({"a": (losses.mse, "1e")}), "the factor of a must be a number"),
+    "trees for one loss": (lambda: run(losses.cross_entropy), "a loss needs one array, got {'angle'.*losses.sum_of"),
+    "a plain pair": (
+        lambda: run(lambda o, y: (o["angle"][:, 0], y["digit"])),
+        "sums and counts go into fnn.losses.Counted",
+    ),
+    "counts of another shape": (
+        lambda: run(lambda o, y: losses.Counted(o["angle"][:, 0], 3.0)),
+        r"must return float\[batch\]",
+    ),
+    "weights of tokens": (lambda: run(y=losses.Weighted(Y, ANGLE**2)), r"weights must be float\[batch\].*Counted"),
+    "weights inside": (
+        lambda: run(lambda o, y: o["angle"][:, 0], {"a": losses.Weighted(DIGIT, W)}),
+        "must be those of a task",
+    ),
+    "integers": (
+        lambda: run(y=losses.Weighted(Y, DIGIT)),
+        r"weights, the third of .* must be floating or bool, got int64\[24\]",
+    ),
+    "weights in example_loss": (
+        lambda: fnn.per_example(fnn.example_loss(NET, STATE, loss=TASKS))(STATE.params, (X, Y, W)),
+        "must not depend on the others, got weights",
+    ),
+    "tokens in example_loss": (
+        lambda: fnn.per_example(
+            fnn.example_loss(NET, STATE, loss=lambda o, y: losses.Counted(o["angle"][:, 0], y["digit"]))
+        )(STATE.params, (X, Y)),
+        "got sums and counts",
+    ),
+    "a taken name": (
+        lambda: run(metrics={"accuracy": hits}),
+        "a metric needs a name that no other has, got 'accuracy'",
+    ),
+    "another's name": (
+        lambda: run(metrics={"per_example_norms": hits}, per_example="norms"),
+        "a metric needs a name that no other has, got 'per_example_norms'",
+    ),
+    "no metric": (lambda: run(metrics={"a": "hits"}), "a metric must be a function"),
+    "a metric's shape": (
+        lambda: run(metrics={"a": lambda o, y: jnp.mean(o["angle"])}),
+        r"the metric 'a' must return float\[batch\]",
+    ),
+    "sums of a batch": (
+        lambda: run(metrics={"a": losses.Metric(lambda o, y: jnp.zeros(3), jnp.sum)}),
+        "examples on their first axis, got float32",
+    ),
+    "a penalty's shape": (
+        lambda: run(penalty=lambda p: jnp.zeros(3)),
+        r"penalty must return one float, got float32\[3\]; sum",
+    ),
+    "alpha": (lambda: losses.smooth_cross_entropy(1.5), "alpha must be between 0 and 1"),
+    "gamma": (lambda: losses.focal(-1), "gamma must be at least 0"),
+    "delta": (lambda: losses.huber(0), "delta must be"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_in_a_sentence(name):
+    call, sentence = REFUSED[name]
+    with pytest.raises((TypeError, ValueError), match=sentence) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_metrics_by_choice_and_a_step_traces_once():
+    traces = []
+
+    def traced(outputs, y):
+        traces.append(1)
+        return hits(outputs, y)
+
+    step = fnn.train_step(NET, TASKS, SGD, metrics=("grad_norm", {"hits": traced}))
+    state, metrics = step(copy(STATE), (X, Y, W))
+    assert set(metrics) == {"loss", "loss/digit", "loss/angle", "grad_norm", "hits"} and len(traces) == 1
+    step(state, (X, Y, W + 1))
+    assert len(traces) == 1
+    with pytest.raises(TypeError, match="metrics must be a list of names or a dict of functions, got 'loss'"):
+        fnn.train_step(NET, TASKS, SGD, metrics="loss")
