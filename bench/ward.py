@@ -61,7 +61,15 @@ def diagnosed(person: Any) -> tuple[tuple[str, ...], dict[str, bool]]:
     )
     seconds = time.perf_counter() - started
     names = [cause.name for cause in found.causes]
-    top = " + ".join(names[:2]) if found.two_faults else names[0] if names else "healthy" if found.healthy else "none found"
+    top = (
+        " + ".join(names[:2])
+        if found.two_faults
+        else names[0]
+        if names
+        else "healthy"
+        if found.healthy
+        else "none found"
+    )
     right, group = getattr(person, "causes", None), _group(person)
     repair = found.causes[0].repair if found.causes else None
     facts: dict[str, bool] = {}
@@ -79,7 +87,10 @@ def diagnosed(person: Any) -> tuple[tuple[str, ...], dict[str, bool]]:
     if repair is not None:
         facts["remedies that hold on all fresh seeds"] = min(repair.checked) > np.mean(found.base.scores)
     said = "healthy" if right is None else _said(right)
-    scores = (" ".join(f"{s:.2f}" for s in found.base.scores), " ".join(f"{s:.2f}" for s in repair.scores) if repair else "")
+    scores = (
+        " ".join(f"{s:.2f}" for s in found.base.scores),
+        " ".join(f"{s:.2f}" for s in repair.scores) if repair else "",
+    )
     return (person.name, top, said, f"{seconds:.0f}", *scores), facts
 
 

@@ -181,7 +181,11 @@ def test_a_rate_that_is_too_high_and_its_report(tmp_path):
     assert table.height == 2 * (len(found.trials) + 1)
     found.html(tmp_path / "why.html")
     page = (tmp_path / "why.html").read_text()
-    assert page.count("<svg") >= 2 and set(re.findall(r"https?://[^/\"]*", page)) <= {"http://www.w3.org"} and "lr_high" in page
+    assert (
+        page.count("<svg") >= 2
+        and set(re.findall(r"https?://[^/\"]*", page)) <= {"http://www.w3.org"}
+        and "lr_high" in page
+    )
 
 
 def test_any_loss():

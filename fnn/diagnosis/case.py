@@ -1,6 +1,5 @@
 """What is to be diagnosed: a net or how it is built, loss, optimiser, data; and a `Plan`, which changes some of it."""
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import admission, check, tree
+from fnn import admission, check, measures, tree
 from fnn.core import Layer, output_shape
 from fnn.datasets.dataset import Dataset, generator, in_memory
 from fnn.diagnosis.task import Task, task_of
@@ -61,8 +60,8 @@ class Model:
     """(params, state, (x, y), key) -> (mean loss, new state), as in training."""
     outputs: Callable[[Any, Any, Any], Any] | None = None
     """(params, state, x) -> outputs, as in use; None for a loss of which nothing else is known."""
-    losses: Callable[[Any, Any], Any] | None = None
-    """(outputs, y) -> float[batch]"""
+    mean_loss: Callable[[Any, Any], Any] | None = None
+    """(outputs, y) -> float[]"""
     score: Callable[[Any, Any], Any] | None = None
     """(params, (x, y)) -> a score of the user's, where there are no outputs."""
 
@@ -117,6 +116,9 @@ class Case:
         def draw(seed):
             return net.init(jax.random.key(1000 + seed), jax.tree.map(lambda a: a[: self.batch_size], self.train.x))
 
+        def mean_loss(outputs, y):
+            return measures.shares("diagnose", loss, outputs, y)["loss"]
+
         def trained(params, state, x, key):
             return net.apply(params, state, x, key=key, train=True)
 
@@ -128,9 +130,9 @@ class Case:
 
         def objective(params, state, batch, key):
             outputs, new = trained(params, state, batch[0], key)
-            return jnp.mean(admission.values("diagnose", loss, outputs, batch[1])), new
+            return mean_loss(outputs, batch[1]), new
 
-        return Model(draw, objective, outputs, functools.partial(admission.values, "diagnose", loss))
+        return Model(draw, objective, outputs, mean_loss)
 
     def scored(self, values: np.ndarray) -> np.ndarray:
         """Turn what a program measured into scores: they are scores already."""

@@ -14,7 +14,8 @@ import optax
 from fnn import admission, tree
 from fnn.datasets.dataset import Dataset
 from fnn.diagnosis.case import Case, Plan, redrawn
-from fnn.training.optimizers import per_depth
+from fnn.training.depth import per_depth
+from fnn.training.extra import offered
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,8 @@ class Runner:
             most = jnp.where(t < 20, jnp.maximum(most, largest(grads)), most)
             factor = jnp.where(norm > clip, clip / norm, 1.0)
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
-            updates, opt_state = admission.update(
-                "diagnose", tx, grads, opt_state, params, value=value, grad=grads, value_fn=lambda p: objective(p)[0]
-            )
+            extra = offered(value, grads, lambda p: objective(p)[0], lambda p: jax.grad(objective, has_aux=True)(p)[0])
+            updates, opt_state = admission.update("diagnose", tx, grads, opt_state, params, **extra)
             updates = jax.tree.map(lambda u: u * rate.astype(u.dtype), updates)
             trained = optax.apply_updates(params, updates)
             moved = size(jax.tree.map(jnp.subtract, trained, params)) / size(params)
@@ -192,8 +192,8 @@ class Runner:
             ends = np.cumsum([held, len(last.y)])
             split = jax.tree.map(lambda a: jnp.split(a, ends), outputs)
             chooses, checks, train = (case.task(o, y) for o, (_, y) in zip(split, parts, strict=True))
-            assert model.losses is not None
-            held_loss = jnp.mean(model.losses(split[0], parts[0][1]))
+            assert model.mean_loss is not None
+            held_loss = model.mean_loss(split[0], parts[0][1])
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(first), strict=True)
         changes = jnp.stack([jnp.where(size(b) > 1e-12, size(a - b) / size(b), jnp.nan) for a, b in pairs])
         return chooses, checks, train, held_loss, values, norms, ratios, changes, most, size(params) / size(first)
