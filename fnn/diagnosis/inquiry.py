@@ -45,7 +45,6 @@ class Inquiry:
     evidence: list[Evidence] = field(default_factory=list)
     learnable: str = ""
     started: float = field(default_factory=time.perf_counter)
-    compiling: float = 1.0
 
     @property
     def case(self) -> Case:
@@ -79,7 +78,6 @@ class Inquiry:
         begun = self.begin(plan)
         found = symptoms.start_symptoms(case, plan, begun)
         program.result()
-        self.compiling = self.spent
         for e in found:
             self.tell(e.text)
         outcome = self.train(NOTHING, plan).outcome
@@ -96,10 +94,15 @@ class Inquiry:
         self.tell(f"{what}: {self.case.task.score} {' '.join(f'{s:.2f}' for s in done.scores)}")
         return done
 
+    def costs(self, change: Change, plan: Plan) -> float:
+        """Foresee the seconds that a change takes: its steps, and a program unless there is one."""
+        compiling = 0.0 if self.runner.known(plan) else float(np.mean(self.runner.compiled))
+        return self.base.outcome.seconds * change.costs + compiling
+
     def affords(self, change: Change, plan: Plan) -> bool:
-        """Whether the budget allows a change, as far as can be foreseen; otherwise it is listed as not tried."""
-        seconds = self.base.outcome.seconds * change.costs + (0 if self.runner.known(plan) else self.compiling)
-        if self.spent + seconds <= self.budget:
+        """Whether the budget allows a change and, after it, to check a repair; otherwise it is listed as not tried."""
+        seconds = self.costs(change, plan)
+        if self.spent + seconds + 3 * self.base.outcome.seconds <= self.budget:
             return True
         self.skipped[change.name] = f"about {seconds:.0f} s"
         return False
@@ -115,7 +118,7 @@ class Inquiry:
             if not self.affords(change, plans[change.name]):
                 continue
             for later in ahead[:2]:  # compiled by the other thread, while this one trains
-                if self.spent + self.compiling < self.budget:
+                if self.spent + 2 * self.costs(later, plans[later.name]) < self.budget:
                     self.runner.prepare(plans[later.name])
             ahead = [later for later in ahead if later is not change]
             self.train(change, plans[change.name])

@@ -53,6 +53,8 @@ class Runner:
 
     def __init__(self, case: Case, thread: ThreadPoolExecutor):
         self.case, self.thread = case, thread
+        self.compiled: list[float] = []
+        """Seconds that each program took to compile."""
         self._programs: dict[Any, Future[Any]] = {}
         self._drawn: dict[Any, Any] = {}
         self._cases: dict[Any, Case] = {}
@@ -71,8 +73,11 @@ class Runner:
         return self._programs[key]
 
     def _compile(self, plan: Plan, seeds: Any) -> Any:
+        started = time.perf_counter()
         function = jax.vmap(functools.partial(self._one, plan), in_axes=(0, 0, 0, 0, None, None, None, None))
-        return jax.jit(function).lower(*self._arguments(plan, seeds)).compile()
+        program = jax.jit(function).lower(*self._arguments(plan, seeds)).compile()
+        self.compiled.append(time.perf_counter() - started)
+        return program
 
     def instruments(self, plan: Plan, make: Any) -> Any:
         """Give what `make` made for the first plan with the same program."""
