@@ -238,3 +238,9 @@ def test_a_plan_is_compiled_once_for_all_numbers():
         other = runner.run(dataclasses.replace(plain, rate=0.5), [0, 1])
     np.testing.assert_array_equal(first.losses, again.losses)
     assert first.losses[0, 0] == other.losses[0, 0] and (first.losses[:, 2] != other.losses[:, 2]).all()
+
+
+def test_a_budget_too_short_for_a_verdict_is_not_called_healthy():
+    found = fnn.diagnose(build, fnn.losses.cross_entropy, sgd, TRAIN, TEST, batch_size=64, steps=200, seeds=2, budget=0.1)
+    assert not found.healthy and not found.causes and len(found.not_tried) > 10
+    assert repr(found).startswith("UNDECIDED") and "NO CAUSE FOUND in this budget" in repr(found)

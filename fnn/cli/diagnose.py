@@ -75,7 +75,7 @@ def run(options: Diagnose[Model]) -> int:
 
     check.positive("diagnose", epochs=options.epochs, batch_size=options.batch_size, seeds=options.seeds)
     check.above_zero("diagnose", learning_rate=options.learning_rate, budget=options.budget)
-    train, test = recipes.load(options.data, options.model, key=jax.random.key(options.seed))
+    train, test = jax.device_get(recipes.load(options.data, options.model, key=jax.random.key(options.seed)))
     loss = recipes.recipe(options.model, train, test).loss
     steps = options.epochs * max(1, train.size // options.batch_size)
     build = _builder(options.model, train, test)

@@ -162,8 +162,9 @@ def _of_data(case: Case) -> list[Change]:
 def _of_weights(case: Case) -> list[Change]:
     causes = ("init_symmetric", "dead_units", "init_small", "init_large")
     gain = case.gain(Plan())
-    code = 'init="he_normal"' if gain > 1.3 else 'init="scaled(1.0)"  # N(0, 1/fan_in)'
-    return [Change("redraw weights", causes, _with(gain=gain), code + ', bias_init="zeros"')]
+    name = "he_normal" if gain > 1.3 else "scaled(1.0)"
+    code = f'init="{name}", bias_init="zeros"  # N(0, {"2" if gain > 1.3 else "1"}/fan_in)'
+    return [Change("redraw weights", causes, _with(gain=gain), code)]
 
 
 def _of_rate(case: Case) -> list[Change]:

@@ -102,6 +102,7 @@ def _found(case: Case, budget: float, target: float | None, progress: bool | Non
         try:
             inquiry.measure()
             inquiry.search()
+            inquiry.evidence = [e for e in inquiry.evidence if e.cause in verdict.suspects(inquiry)]
             ill = verdict.sick(inquiry, target)
             found = [] if target is not None and not ill else verdict.causes(inquiry, ill)
             if found and found[0].repair is not None:

@@ -48,7 +48,7 @@ def text(d: Any) -> str:
     elif d.healthy:
         title = "Healthy: nothing that was tried makes it better"
     else:
-        title = "Does not train, and no cause was found"
+        title = "No cause was found" if d._low() else "Undecided: too little was tried"
     parts = [f"<h1>{_escape(title)}</h1>", f"<p>{_escape(lines[0])}</p>"]
     if d.learnable:
         parts.append(f"<p>{_escape(d.learnable)}</p>")
@@ -57,7 +57,7 @@ def text(d: Any) -> str:
         parts.append(f"<h2>{_escape(cause.name)}: {_escape(cause.meaning)}</h2><p>Measured: {_escape(measured)}.</p>")
         parts.append(f'<pre>{_escape(cause.remedy)}</pre><button onclick="{COPY}">copy the remedy</button>')
     captions = [
-        (forest(d), f"{d.score} of each trained change. A dot is a seed; open dots are fresh seeds on data that did not "
+        (forest(d), f"{d.score[:1].upper()}{d.score[1:]} of each trained change. A dot is a seed; open dots are fresh seeds on data that did not "
          "choose the repair. Grey: the training as it is. Dashed: chance."),
         (losses(d), "Loss of each step's batch, median over seeds; the band goes from the lowest to the highest seed."),
         (profile(d), "Error signal |dL/dh| of each layer before the first step (first seed)"
@@ -156,6 +156,7 @@ def profile(d: Any) -> Any:
         axis.plot(layers, p.log10_error, marker=MARKERS[i], markersize=4, color=colour, label=name)
         if len(p.theory):
             axis.plot(np.arange(1, len(p.theory) + 1), p.theory, "--", color=colour, linewidth=1)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("layer (1 is next to the input)")
     axis.set_ylabel(r"$\log_{10}$ |dL/dh|")
     axis.legend(frameon=False)

@@ -8,6 +8,7 @@ import numpy as np
 
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import Cause, Evidence, Trial
+from fnn.diagnosis.changes import changes
 from fnn.diagnosis.inquiry import NOTHING, Inquiry, Tried
 from fnn.diagnosis.start import Start
 from fnn.theory import meanfield
@@ -86,6 +87,7 @@ class Diagnosis:
     def _lines(self) -> list[str]:
         scores = " ".join(f"{s:.2f}" for s in self.base.scores)
         word = "HEALTHY" if self.healthy else "DOES NOT TRAIN" if self._low() else "COULD TRAIN BETTER"
+        word = word if self.healthy or self.causes or self._low() else "UNDECIDED"
         lines = [
             f"{word}   {self.score} {scores} (chance {self.chance:.2f})"
             + ("" if self._finite() else "; loss not finite")
@@ -103,7 +105,8 @@ class Diagnosis:
         if self.healthy and self.unfinished:
             lines.append("NOT FINISHED  more steps alone raise the score")
         if not self.healthy and not self.causes:
-            lines.append("NO CAUSE FOUND" + (": suspected, but no repair worked:" if self.evidence else ""))
+            short = " in this budget" if self.not_tried else ""
+            lines.append(f"NO CAUSE FOUND{short}" + (": suspected, but no repair worked:" if self.evidence else ""))
             for e in self.evidence:
                 lines += _wrapped(f"  {e.cause:<16} {e.text}", [], " " * 19)
         lines.append(f"{len(self.trials) + 1} trainings of {len(self.base.scores)} seeds in {self.seconds:.0f} s")
@@ -172,10 +175,16 @@ def diagnosis_of(
     task = inquiry.case.task
     everything = [trial(t) for t in inquiry.tried.values() if t.change is not NOTHING]
     return Diagnosis(
-        tuple(causes), not ill and not causes, task.score, task.chance, inquiry.case.held_out, trial(inquiry.base),
+        tuple(causes), not ill and not causes and decided(inquiry), task.score, task.chance, inquiry.case.held_out, trial(inquiry.base),
         tuple(everything), tuple(t.change.name for t in working), tuple(inquiry.evidence), inquiry.learnable,
         dict(inquiry.skipped), bool(steps), two, curves, profiles, inquiry.spent, target,
     )  # fmt: skip
+
+
+def decided(inquiry: Inquiry) -> bool:
+    """Whether at least everything was tried that needs no program of its own."""
+    cheap = [change.name for change in changes(inquiry.case) if not change.own_program]
+    return all(name in inquiry.tried for name in cheap)
 
 
 def _profile(inquiry: Inquiry, plan: Plan, begun: Start) -> Profile:

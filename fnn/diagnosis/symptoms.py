@@ -214,19 +214,32 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
         evidence.append(Evidence("lr_high", f"the loss is not finite from step {first} on"))
         if not np.isfinite(losses[:, :2]).all():
             evidence.append(Evidence("numerics", f"the loss is not finite in step {first}"))
-    elif early > 0.05 or (tail.mean(1) > 0.98 * head).any() or (tail.std(1) > 0.5 * np.abs(tail.mean(1))).any():
-        evidence.append(
-            Evidence("lr_high", f"a step moves the weights by {early:.2g} of their size at first (healthy 1e-4 to 0.05); "
-                     f"loss {np.mean(head):.3g} at first, {np.mean(tail):.3g} at the end")
-        )  # fmt: skip
+    else:
+        if early > 0.05:
+            evidence.append(
+                Evidence(
+                    "lr_high", f"a step moves the weights by {early:.2g} of their size at first (healthy up to 0.05)"
+                )
+            )
+        if (tail.mean(1) > 0.98 * head).any() or (tail.std(1) > 0.5 * np.abs(tail.mean(1))).any():
+            evidence.append(
+                Evidence(
+                    "lr_high",
+                    f"the loss does not settle: {np.mean(head):.3g} at first, {np.mean(tail):.3g} ± {np.mean(tail.std(1)):.2g} "
+                    "at the end",
+                )
+            )
     moved = float(np.median(np.where(np.isfinite(outcome.moved), outcome.moved, 0).max(1)))
     half = losses[:, steps // 2 : steps // 2 + max(1, steps // 5)].mean(1)
     falling = float(np.median((half - tail.mean(1)) / np.maximum(np.abs(half), 1e-30)))
-    if np.isfinite(losses).all() and (moved < 0.15 or falling > 0.05):
+    if np.isfinite(losses).all() and moved < 0.15:
         evidence.append(
-            Evidence("lr_low", f"the weights moved by {moved:.2g} of their size in all, and the loss still falls "
-                     f"({falling:.0%} over the last part of the run)")
-        )  # fmt: skip
+            Evidence("lr_low", f"the weights moved by {moved:.2g} of their size in all (healthy above 0.15)")
+        )
+    if np.isfinite(losses).all() and falling > 0.05:
+        evidence.append(
+            Evidence("lr_low", f"the loss still falls at the end, by {falling:.0%} over the last part of the run")
+        )
     if case.clip is not None and isinstance(case.clip, int | float) and not plan.unclipped:
         share = float(np.mean(outcome.norms > case.clip))
         left = float(np.median(case.clip / np.maximum(outcome.norms, case.clip)))
