@@ -241,6 +241,20 @@ def test_a_plan_is_compiled_once_for_all_numbers():
 
 
 def test_a_budget_too_short_for_a_verdict_is_not_called_healthy():
-    found = fnn.diagnose(build, fnn.losses.cross_entropy, sgd, TRAIN, TEST, batch_size=64, steps=200, seeds=2, budget=0.1)
+    found = fnn.diagnose(
+        build, fnn.losses.cross_entropy, sgd, TRAIN, TEST, batch_size=64, steps=200, seeds=2, budget=0.1
+    )
     assert not found.healthy and not found.causes and len(found.not_tried) > 10
     assert repr(found).startswith("UNDECIDED") and "NO CAUSE FOUND in this budget" in repr(found)
+
+
+def test_a_change_that_the_net_refuses_is_listed_as_not_tried():
+    def fixed(depth=2, width=16):
+        if width != 16:
+            raise ValueError("fixed: width must be 16")
+        return fnn.models.mlp(depth, width, 10)
+
+    found = fnn.diagnose(
+        fixed, fnn.losses.cross_entropy, sgd, TRAIN, TEST, batch_size=64, steps=20, seeds=1, budget=600.0
+    )
+    assert found.not_tried["width × 4"] == "refused: fixed: width must be 16"

@@ -228,7 +228,7 @@ def _of_net(case: Case) -> list[Change]:
     if knobs.get("cell") in ("rnn", "gru"):
         add("cell lstm", ("memory",), 'cell="lstm"', 4.0, cell="lstm")
     if "positions" in knobs and knobs["positions"] in (None, False, "none"):
-        value = "learned" if knobs["positions"] is not False else True
+        value = "rotary" if knobs["positions"] is not False else True
         add("positions", ("positions",), f"positions={value!r}", positions=value)
     head = knobs.get("head")
     if head is not None and head != "identity":

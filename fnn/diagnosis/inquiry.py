@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fnn.arrays import first_line
 from fnn.diagnosis import data_symptoms, start, symptoms
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import STAGE, Evidence
@@ -84,6 +85,14 @@ class Inquiry:
         self.evidence += found + symptoms.run_symptoms(case, plan, begun, outcome)
         self.evidence.sort(key=lambda e: STAGE[e.cause])
 
+    def attempt(self, change: Change, plan: Plan) -> Tried | None:
+        """Train a changed plan; None for a change that this net does not take, which is listed as not tried."""
+        try:
+            return self.train(change, plan)
+        except (ValueError, TypeError) as error:  # a knob that goes with another one, batch norm of one example
+            self.skipped[change.name] = f"refused: {first_line(error):.60}"
+            return None
+
     def train(self, change: Change, plan: Plan) -> Tried:
         """Train a plan and keep what comes out."""
         outcome = self.runner.run(plan, range(self.case.seeds))
@@ -121,14 +130,14 @@ class Inquiry:
                 if self.spent + 2 * self.costs(later, plans[later.name]) < self.budget:
                     self.runner.prepare(plans[later.name])
             ahead = [later for later in ahead if later is not change]
-            self.train(change, plans[change.name])
+            self.attempt(change, plans[change.name])
         for change in changes(self.case):
             if "steps" not in change.causes:
                 continue
             if self.best() > self.base.mean + margin(self.base.scores):
                 self.skipped[change.name] = "something else helps"
             elif self.affords(change, change.apply(Plan())):
-                self.train(change, change.apply(Plan()))
+                self.attempt(change, change.apply(Plan()))
 
     def best(self) -> float:
         """Give the best mean score of all changes of the same length."""
@@ -146,7 +155,7 @@ class Inquiry:
         causes = tuple(dict.fromkeys(c for part in parts for c in part.causes))
         costs = float(np.prod([part.costs for part in parts]))
         change = Change(name, causes, lambda _: plan, "\n".join(part.code for part in parts), costs=costs)
-        return self.train(change, plan) if self.affords(change, plan) else None
+        return self.attempt(change, plan) if self.affords(change, plan) else None
 
     def again(self, plan: Plan) -> Outcome:
         """Train a plan with fresh seeds."""
