@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from bench import accelerator, compile, depth, models, per_example, report, scale, step, sweep, watch
+from bench import accelerator, compile, depth, models, per_example, report, scale, step, sweep, ward, watch
 from bench.problem import ROWS, Row
 
 SUITES = {
@@ -25,6 +25,7 @@ SUITES = {
     "scale": scale,
     "per_example": per_example,
     "watch": watch,
+    "ward": ward,
 }
 
 

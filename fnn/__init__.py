@@ -3,6 +3,8 @@
 from fnn import losses, models, plot, tree
 from fnn.core import Layer, named, repeat, residual, serial, stateless
 from fnn.datasets import data
+from fnn.diagnosis.diagnose import diagnose, diagnose_loss
+from fnn.diagnosis.report import Diagnosis
 from fnn.gradients import noise
 from fnn.gradients.diff import diff
 from fnn.gradients.example_gradients import PerExampleGradients
@@ -48,6 +50,7 @@ from fnn.training.summary import Summary, summary
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnosis",
     "Flow",
     "GradientFlow",
     "History",
@@ -75,6 +78,8 @@ __all__ = [
     "cross_attention",
     "data",
     "dense",
+    "diagnose",
+    "diagnose_loss",
     "diff",
     "drop_mask",
     "dropout",

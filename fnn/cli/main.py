@@ -1,4 +1,4 @@
-"""The command line: `fnn train`, `fnn study`, `fnn compare`, `fnn report`; also `python -m fnn`."""
+"""The command line: `fnn train`, `fnn diagnose`, `fnn study`, `fnn compare`, `fnn report`; also `python -m fnn`."""
 
 import difflib
 import inspect
@@ -7,19 +7,21 @@ from dataclasses import Field, fields
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from fnn import __version__, check
-from fnn.cli import compare, recipes, report, study, train
+from fnn.cli import compare, diagnose, recipes, report, study, train
 
 SENTENCES = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
 COMMANDS = {
     "train": (train.Train[recipes.Mlp], train.run),
+    "diagnose": (diagnose.Diagnose[recipes.Mlp], diagnose.run),
     "study": (study.Study, study.run),
     "compare": (compare.Compare, compare.run),
     "report": (report.Report, report.run),
 }
-TRAIN = (
-    "Train a network and print its test accuracy. The model may be left out: fnn train --depth 50 trains an mlp. All "
-    "options are listed by fnn train mlp --help, and so on."
-)
+MODEL = "The model may be left out: fnn {0} --depth 50 takes an mlp. All options are listed by fnn {0} mlp --help, and so on."
+WITH_MODEL = {
+    "train": (train.Train, "Train a network and print its test accuracy. "),
+    "diagnose": (diagnose.Diagnose, "Find out why a network, or script.py:make of your own, does not train. "),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,13 +37,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     prog, about = "fnn", "See how gradients flow through a network. fnn --version prints the version."
     kinds: dict[str, Any] = {name: kind for name, (kind, _) in COMMANDS.items()}
+    config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
     try:
-        if given[:1] == ["train"]:
-            prog, about, given = "fnn train", TRAIN, _with_model(given[1:])
-            kinds = {name: train.Train[model] for name, model in recipes.MODELS.items()}
+        if given[:1] == ["diagnose"] and ".py:" in "".join(given[1:2]):
+            command = tyro.cli(diagnose.Script, prog="fnn diagnose", args=given[1:], config=config)
+            return diagnose.run_script(command)
+        if given and given[0] in WITH_MODEL:
+            generic, first = WITH_MODEL[given[0]]
+            prog, about, given = f"fnn {given[0]}", first + MODEL.format(given[0]), _with_model(given[0], given[1:])
+            kinds = {name: generic[model] for name, model in recipes.MODELS.items()}
         if given and given[0] in kinds:
             _check_options(prog, kinds, given)
-        config = (tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
         union: Any = Union[*(_subcommand(name, kind) for name, kind in kinds.items())]
         command = tyro.cli(union, prog=prog, args=given, description=about, config=config)
         return next(run for kind, run in COMMANDS.values() if isinstance(command, get_origin(kind) or kind))(command)
@@ -62,16 +68,16 @@ def _subcommand(name: str, kind: Any) -> Any:
     return Annotated[kind, tyro.conf.subcommand(name, description=inspect.getdoc(described))]
 
 
-def _with_model(given: list[str]) -> list[str]:
+def _with_model(command: str, given: list[str]) -> list[str]:
     """Put `mlp` first where no model is named; refuse the names of none."""
     for i, word in enumerate(given):
         if word.partition("=")[0] == "--model":
             name = word.partition("=")[2] or next(iter(given[i + 1 :]), "MODEL")
-            raise ValueError(f"train: the model comes first, without --model; write fnn train {name}")
+            raise ValueError(f"{command}: the model comes first, without --model; write fnn {command} {name}")
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         return ["mlp", *given]
     if not given[0].startswith("-"):
-        check.choice("train", recipes.MODELS, model=given[0])
+        check.choice(command, recipes.MODELS, model=given[0])
     return given
 
 

@@ -4,9 +4,10 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fnn import lowering
+from fnn.cli.diagnose import command
 from fnn.cli.recipes import Model
 
 M = TypeVar("M", bound=Model)
@@ -93,11 +94,20 @@ def run(options: Train[Model]) -> int:
         if options.plot:
             fnn.plot.curves(history, path=options.plot)
     seconds = time.perf_counter() - started
+    if not np.isfinite(results).all() or (measure == "accuracy" and max(results) < 0.9 * _chance(test.y) + 0.1):
+        print(f"it did not learn; to find out why: {command(options.model, options)}")
     if options.seeds > 1:
         mean, spread = float(np.mean(results)), float(np.std(results))
         print(f"mean of {options.seeds} seeds: test {measure} {mean:.4f} ± {spread:.4f} (standard deviation)")
     print(f"{seconds:.1f} s on {lowering.platform()}")
     return 0
+
+
+def _chance(y: Any) -> float:
+    """Return the share of the commonest label."""
+    import numpy as np
+
+    return float(np.unique(np.asarray(y), return_counts=True)[1].max()) / len(y)
 
 
 def _check_plot(path: Path) -> None:

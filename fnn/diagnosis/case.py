@@ -1,0 +1,316 @@
+"""What is to be diagnosed: a net or how it is built, loss, optimiser, data; and a `Plan`, which changes some of it."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fnn import admission, check, measures, tree
+from fnn.core import Layer, output_shape
+from fnn.datasets.dataset import Dataset, generator, in_memory
+from fnn.diagnosis.task import Task, task_of
+from fnn.gradients.operations import Unreadable
+from fnn.gradients.swap import listed, swapped
+
+GAINS = {"relu": 2**0.5, "leaky_relu": 2**0.5, "gelu": 1.5, "gelu_tanh": 1.5, "silu": 1.6, "elu": 1.2, "softplus": 1.2}
+"""sqrt(fan_in) times the std of weights that keep signals at their size, about; 1 for all others."""
+MOST = 2000
+"""How many held-out and how many training examples are scored."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Changes of a training; by default none."""
+
+    knobs: tuple[tuple[str, Any], ...] = ()
+    loss: Callable[[Any, Any], Any] | None = None
+    optimizer: Callable[[], optax.GradientTransformation] | None = None
+    unclipped: bool = False
+    rate: float = 1.0
+    """Factor."""
+    clip: float = float("inf")
+    gain: float | None = None
+    """Redraw: kernels from N(0, gain²/fan_in), the last one from N(0, 1/fan_in), biases 0."""
+    data: tuple[Callable[["Case"], "Case"], ...] = ()
+    learn: str = "train"
+    """Which examples are learnt: "train", "held out" (half of them), "both"."""
+    shuffle: bool | None = None
+    batch_size: int | None = None
+    steps: int | None = None
+    precision: Any = None
+    swap: tuple[tuple[str, str], ...] = ()
+    """Of a net without knobs: which activations of its program are replaced, ("hidden" or "last", by what)."""
+
+    def knob(self, **values: Any) -> "Plan":
+        return replace(self, knobs=tuple(sorted({**dict(self.knobs), **values}.items(), key=lambda kv: kv[0])))
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a plan trains: pure functions of parameters and state."""
+
+    draw: Callable[[int], tuple[Any, Any]]
+    """Of a seed: (params, state)."""
+    objective: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+    """(params, state, (x, y), key) -> (mean loss, new state), as in training."""
+    outputs: Callable[[Any, Any, Any], Any] | None = None
+    """(params, state, x) -> outputs, as in use; None for a loss of which nothing else is known."""
+    mean_loss: Callable[[Any, Any], Any] | None = None
+    """(outputs, y) -> float[]"""
+    score: Callable[[Any, Any], Any] | None = None
+    """(params, (x, y)) -> a score of the user's, where there are no outputs."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training as it was given. The held-out data are split in two: one half chooses, the other one checks."""
+
+    build: Callable[..., Any]
+    knobs: Mapping[str, Any]
+    """What `build` takes, with its present values; empty for a net that was given as it is."""
+    loss: Callable[[Any, Any], Any]
+    optimizer: Callable[..., optax.GradientTransformation]
+    rate: float | None
+    clip: float | None
+    train: Dataset
+    chooses: Dataset
+    checks: Dataset
+    held_out: bool
+    batch_size: int
+    steps: int
+    seeds: int
+    shuffle: bool
+    task: Task = field(default_factory=lambda: Task("regression"))
+    seen: Mapping[str, Any] = field(default_factory=dict)
+    """What was found in the program of a net without knobs: its `activation`, its `head`, whether gradients `stop`."""
+
+    @property
+    def x(self) -> np.ndarray | None:
+        """The training inputs, if they are one array of floats, of which affine maps can be taken."""
+        x = self.train.x
+        return x if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating) else None
+
+    @property
+    def y(self) -> np.ndarray:
+        return np.asarray(self.train.y)
+
+    def with_x(self, f: Callable[[str, np.ndarray], np.ndarray]) -> "Case":
+        """Map inputs; f takes the name of the part and its array."""
+        old = {name: getattr(self, name) for name in ("train", "chooses", "checks")}
+        return replace(self, **{name: part._replace(x=f(name, part.x)) for name, part in old.items()})
+
+    def with_y(self, f: Callable[[str, np.ndarray], np.ndarray]) -> "Case":
+        """Map targets; f takes the name of the part and its array."""
+        old = {name: getattr(self, name) for name in ("train", "chooses", "checks")}
+        return replace(self, **{name: part._replace(y=f(name, np.asarray(part.y))) for name, part in old.items()})
+
+    def model(self, plan: Plan) -> Model:
+        """Build what a plan trains."""
+        net, loss = self.build(**dict(plan.knobs)), plan.loss or self.loss
+
+        def draw(seed):
+            return net.init(jax.random.key(1000 + seed), jax.tree.map(lambda a: a[: self.batch_size], self.train.x))
+
+        def mean_loss(outputs, y):
+            return measures.shares("diagnose", loss, outputs, y)["loss"]
+
+        def trained(params, state, x, key):
+            return net.apply(params, state, x, key=key, train=True)
+
+        def outputs(params, state, x):
+            return net.apply(params, state, x)[0]
+
+        if plan.swap:
+            trained, outputs = (swapped(f, dict(plan.swap)) for f in (trained, outputs))
+
+        def objective(params, state, batch, key):
+            outputs, new = trained(params, state, batch[0], key)
+            return mean_loss(outputs, batch[1]), new
+
+        return Model(draw, objective, outputs, mean_loss)
+
+    def scored(self, values: np.ndarray) -> np.ndarray:
+        """Turn what a program measured into scores: they are scores already."""
+        return values
+
+    def last(self, params: Any) -> int | None:
+        """Say which array is the last kernel; None: the last of the tree."""
+        return None
+
+    def value(self, plan: Plan, knob: str) -> Any:
+        """Give a knob's value; None if the net has no such knob."""
+        swap = {{"hidden": "activation", "last": "head"}.get(role, role): name for role, name in plan.swap}
+        return {**self.seen, **self.knobs, **dict(plan.knobs), **swap}.get(knob)
+
+    def gain(self, plan: Plan) -> float:
+        """Give the gain that keeps signals at their size with this plan's activation."""
+        return GAINS.get(str(self.value(plan, "activation")), 1.0)
+
+    def transformation(self, plan: Plan) -> optax.GradientTransformation:
+        """Make the optimiser: clipped as the plan says, updates scaled by the plan's rate."""
+        if plan.optimizer is not None:
+            return plan.optimizer()
+        if plan.unclipped:
+            return self.optimizer(clip=None)
+        return self.optimizer()
+
+
+def case_of(
+    net: Any,
+    loss: Any,
+    optimizer: Any,
+    train: Any,
+    validation: Any,
+    *,
+    batch_size: Any,
+    steps: Any,
+    seeds: Any,
+    shuffle: bool,
+) -> Case:
+    """Check what was given, and make a case of it. The keywords are those of `diagnose`, hence nine arguments."""
+    check.positive("diagnose", batch_size=batch_size, steps=steps, seeds=seeds)
+    admission.loss("diagnose", loss)
+    build, knobs = _building(net)
+    make, rate, clip = _optimizing(optimizer)
+    data = _host(in_memory("diagnose: train", train))
+    if batch_size > data.size:
+        raise ValueError(f"diagnose: batch_size must be at most the {data.size} training examples, got {batch_size}")
+    if validation is None:
+        first = second = _some(data, MOST)
+    else:
+        held = _some(_host(in_memory("diagnose: validation", validation)), 2 * MOST)
+        if held.size < 4:
+            raise ValueError(f"diagnose: validation must hold at least 4 examples, got {held.size}; hold out more")
+        order = generator("diagnose", jax.random.key(0)).permutation(held.size)
+        first, second = held.take(np.sort(order[::2])), held.take(np.sort(order[1::2]))
+    spec = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape[1:]), a.dtype), data.x)
+    base = build()
+    admission.net("diagnose", base)
+    params, state = jax.eval_shape(base.init, jax.random.key(0), spec)
+    shape = output_shape(base, params, state, spec)
+    task = task_of(base, loss, data.x, np.asarray(data.y), shape)
+    seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
+    return Case(
+        build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
+        int(seeds), bool(shuffle), task, seen,
+    )  # fmt: skip
+
+
+def found_in(function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """Look for activations and stopped gradients in a program; nothing where it cannot be read."""
+    try:
+        found, stops = listed(function, *args)
+    except Unreadable:
+        return {}
+    hidden, last = ({a.name for a in found if a.role == role} for role in ("hidden", "last"))
+    seen: dict[str, Any] = {"stop": True} if stops else {}
+    seen |= {"activation": hidden.pop() if len(hidden) == 1 else "several"} if hidden else {}
+    return seen | ({"head": last.pop()} if len(last) == 1 else {})
+
+
+def _host(data: Dataset) -> Dataset:
+    def narrow(a):
+        a = np.asarray(a)
+        return a.astype(np.float32) if a.dtype == np.float64 else a.astype(np.int32) if a.dtype == np.int64 else a
+
+    return Dataset(*jax.tree.map(narrow, tuple(data)))
+
+
+def _some(data: Dataset, most: int) -> Dataset:
+    if data.size <= most:
+        return data
+    chosen = np.sort(generator("diagnose", jax.random.key(1)).choice(data.size, most, replace=False))
+    return data.take(chosen)
+
+
+def _building(net: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    if isinstance(net, Layer):
+        return (lambda: net), {}
+    if not callable(net):
+        raise TypeError(f"diagnose: the net must be a Layer, or a function that builds one, got {type(net).__name__}")
+    knobs = {name: p for name, p in inspect.signature(net).parameters.items() if p.kind not in (p.VAR_KEYWORD,)}
+    if missing := [name for name, p in knobs.items() if p.default is p.empty]:
+        raise ValueError(
+            f"diagnose: each knob of build must have a default, the value that does not train, got none for "
+            f"{', '.join(missing)}; write build({missing[0]}=...)"
+        )
+    return net, {name: p.default for name, p in knobs.items()}
+
+
+def _optimizing(optimizer: Any) -> tuple[Callable[..., Any], float | None, float | None]:
+    """Return a function of clip that makes the optimiser, and rate and clip as they are."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        return (lambda **_: optimizer), None, None
+    if not callable(optimizer):
+        raise TypeError(
+            f"diagnose: the optimizer must be an optax transformation or a function (rate=..., clip=None) that makes one, "
+            f"got {type(optimizer).__name__}"
+        )
+    found = inspect.signature(optimizer).parameters
+    for name in ("rate", "clip"):
+        if name in found and found[name].default is inspect.Parameter.empty:
+            raise ValueError(f"diagnose: the optimizer's {name} must have a default, the value that does not train")
+    defaults = {name: found[name].default for name in ("rate", "clip") if name in found}
+
+    def make(**changed):
+        return optimizer(**{name: value for name, value in changed.items() if name in found})
+
+    admission.optimizer("diagnose", make())
+    rate = defaults.get("rate")
+    return make, rate if isinstance(rate, int | float) else None, defaults.get("clip")
+
+
+def redrawn(params: Any, gain: float, seed: int, last: int | None = None) -> Any:
+    """Redraw weights: each kernel from N(0, gain²/fan_in), the last one from N(0, 1/fan_in); biases 0, scales 1."""
+    rng = np.random.default_rng(seed)
+    leaves = list(zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True))
+    kernels = [i for i, (path, a, k) in enumerate(leaves) if is_kernel(path, a, k)]
+    last = kernels[-1] if last is None and kernels else last
+    new = []
+    for i, (path, a, k) in enumerate(leaves):
+        name = named(path)
+        if i in kernels:
+            std = (1.0 if i == last else gain) / np.sqrt(fan_in(path, a, k))
+            a = jnp.asarray(rng.standard_normal(a.shape) * std, a.dtype)
+        elif name in ("bias", "b"):
+            a = jnp.zeros_like(a)
+        elif name == "scale":
+            a = jnp.ones_like(a)
+        new.append(a)
+    return jax.tree.unflatten(jax.tree.structure(params), new)
+
+
+def named(path: str) -> str:
+    """Give the last part of a path, without the `value` of Flax's NNX."""
+    return path.removesuffix("/value").rpartition("/")[2]
+
+
+def fan_in(path: str, a: Any, depths: int) -> int:
+    """Count the inputs of a unit: of a `weight` (Equinox, PyTorch) outputs come first, of all others last."""
+    shape = a.shape[depths:]
+    return int(np.prod(shape[1:] if named(path) == "weight" else shape[:-1]))
+
+
+def is_kernel(path: str, a: Any, depths: int) -> bool:
+    """Whether an array is a weight matrix or a convolution, not an embedding or a table of positions."""
+    return a.ndim - depths >= 2 and "embedding" not in path and "position" not in path
+
+
+def _depths(params: Any) -> list[int]:
+    """Count, for each array, the leading axes that are layers of `repeat`."""
+    return jax.tree.leaves(tree.map_depth(lambda k, a: k, params))
+
+
+def gains(params: Any) -> list[tuple[str, np.ndarray]]:
+    """List each kernel's path and sqrt(fan_in) times its std, one for each block of a stack."""
+    found = []
+    for path, a, k in zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True):
+        if is_kernel(path, a, k):
+            a = np.asarray(a, np.float64)
+            found.append((path, np.atleast_1d(a.std(axis=tuple(range(k, a.ndim))) * np.sqrt(fan_in(path, a, k)))))
+    return found

@@ -1,0 +1,300 @@
+"""The changes that a diagnosis tries: each names the cause that it repairs, and the code that does so."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import optax
+
+from fnn.diagnosis.case import Case, Plan
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing changed."""
+
+    name: str
+    """As the report says it: "standardise x"."""
+    causes: tuple[str, ...]
+    """What it repairs."""
+    apply: Callable[[Plan], Plan]
+    code: str
+    """What to write to do it for good."""
+    own_program: bool = False
+    """Whether the net, the loss, the optimiser or a shape differs, so that a program must be compiled."""
+    costs: float = 1.0
+    """How many times a step's work it takes, about."""
+
+
+def standardized(case: Case) -> Case:
+    """Centre each input feature and divide it by its std, by the moments of the training part."""
+    x = np.asarray(case.train.x, np.float64)
+    mean, std = x.mean(0), x.std(0)
+    std = np.where(std > 1e-6 * max(float(std.max()), 1e-30), std, 1.0 if std.max() == 0 else float(std.max()))
+    return case.with_x(lambda part, a: ((np.asarray(a, np.float64) - mean) / std).astype(a.dtype))
+
+
+def matched(case: Case) -> Case:
+    """Give the held-out features the mean and std that they have in the training part."""
+    x = np.asarray(case.train.x, np.float64)
+    held = np.concatenate([case.chooses.x, case.checks.x]).astype(np.float64)
+    std, of_held = x.std(0), held.std(0)
+    scale = np.where(of_held > 1e-6 * max(float(of_held.max()), 1e-30), std / np.maximum(of_held, 1e-30), 1.0)
+
+    def move(part, a):
+        if part == "train":
+            return a
+        return ((np.asarray(a, np.float64) - held.mean(0)) * scale + x.mean(0)).astype(a.dtype)
+
+    return case.with_x(move)
+
+
+def standard_targets(case: Case) -> Case:
+    """Centre the targets and divide them by their std."""
+    y = np.asarray(case.train.y, np.float64)
+    mean, std = y.mean(0), np.maximum(y.std(0), 1e-30)
+    return case.with_y(lambda part, a: ((np.asarray(a, np.float64) - mean) / std).astype(a.dtype))
+
+
+def renumbered(case: Case) -> Case:
+    """Number the labels 0, 1, 2, ... in their order."""
+    values = np.unique(np.concatenate([np.ravel(part.y) for part in (case.train, case.chooses, case.checks)]))
+    mapped = case.with_y(lambda part, a: np.searchsorted(values, a).astype(a.dtype))
+    task = replace(case.task, positive=1.0, classes=max(2, min(case.task.classes, len(values))))
+    return replace(mapped, task=task)
+
+
+def finite(case: Case) -> Case:
+    """Leave out training examples whose inputs or targets are not finite, and put others in their place."""
+    x, y = np.asarray(case.train.x), np.asarray(case.train.y)
+    good = np.isfinite(x.reshape(len(x), -1)).all(1) & np.isfinite(y.reshape(len(y), -1).astype(float)).all(1)
+    rows = np.flatnonzero(good)
+    rows = rows[np.arange(len(x)) % max(1, len(rows))] if len(rows) else np.arange(len(x))
+    clean = replace(case, train=case.train.take(rows))
+    return clean.with_x(lambda part, a: np.nan_to_num(a, posinf=0, neginf=0))
+
+
+def changes(case: Case) -> list[Change]:
+    """List what can be tried on a case, cheap ones first."""
+    found = [*_of_data(case), *_of_weights(case), *_of_rate(case), *_of_net(case), *_of_loss(case), *_of_budget(case)]
+    return sorted(found, key=lambda change: (change.own_program, change.costs))
+
+
+def _data(change: Any) -> Callable[[Plan], Plan]:
+    return lambda plan: replace(plan, data=(*plan.data, change))
+
+
+def _with(**values: Any) -> Callable[[Plan], Plan]:
+    return lambda plan: replace(plan, **values)
+
+
+def _of_data(case: Case) -> list[Change]:
+    found = []
+    if case.x is not None:
+        found.append(
+            Change(
+                "standardise x",
+                ("input_scale",),
+                _data(standardized),
+                "train, test = fnn.data.standardize(train, test)",
+            )
+        )
+        if not np.isfinite(case.x).all():
+            found.append(
+                Change(
+                    "leave out examples with NaN",
+                    ("numerics",),
+                    _data(finite),
+                    "keep = np.isfinite(x).all(-1); x, y = x[keep], y[keep]",
+                )
+            )
+        if case.held_out:
+            found.append(
+                Change("scale held-out x like training x", ("split_mismatch",), _data(matched),
+                       "train, test = fnn.data.standardize(train, test)  # the same map for both, after the same preprocessing")
+            )  # fmt: skip
+    if case.task.kind == "regression":
+        found.append(
+            Change(
+                "standardise y",
+                ("target_scale",),
+                _data(standard_targets),
+                "y = (y - y_train.mean(0)) / y_train.std(0)",
+            )
+        )
+    if case.task.kind in ("classes", "binary"):
+        values = np.unique(case.y)
+        if not np.array_equal(values, np.arange(len(values))):
+            found.append(
+                Change(
+                    "renumber labels",
+                    ("label_encoding",),
+                    _data(renumbered),
+                    "y = np.searchsorted(np.unique(y_train), y)",
+                )
+            )
+    if case.held_out:
+        found.append(
+            Change("learn half of the held-out data", ("labels", "label_encoding"), _with(learn="held out"),
+                   "# look at single examples: the labels of the training data are wrong, or belong to other inputs")
+        )  # fmt: skip
+        found.append(
+            Change(
+                "learn half of the held-out data too",
+                ("too_little_data",),
+                _with(learn="both"),
+                "# collect more training examples, or augment them",
+            )
+        )
+    if not case.shuffle:
+        found.append(
+            Change(
+                "shuffle",
+                ("order",),
+                _with(shuffle=True),
+                "fnn.fit(..., key=key)  # shuffles each epoch; or shuffle before batching",
+            )
+        )
+    return found
+
+
+def _of_weights(case: Case) -> list[Change]:
+    causes = ("init_symmetric", "dead_units", "init_small", "init_large")
+    gain = case.gain(Plan())
+    name = "he_normal" if gain > 1.3 else "scaled(1.0)"
+    code = f'init="{name}", bias_init="zeros"  # N(0, {"2" if gain > 1.3 else "1"}/fan_in)'
+    return [Change("redraw weights", causes, _with(gain=gain), code)]
+
+
+def _of_rate(case: Case) -> list[Change]:
+    found = []
+    for factor in (0.1, 0.01, 0.3, 10.0, 100.0, 3.0, 1000.0):
+        cause = ("lr_high",) if factor < 1 else ("lr_low",)
+        code = f"learning_rate={case.rate * factor:.3g}" if case.rate is not None else f"learning_rate *= {factor:g}"
+        found.append(
+            Change(
+                f"rate × {factor:g}", cause, lambda plan, factor=factor: replace(plan, rate=plan.rate * factor), code
+            )
+        )
+    found.append(
+        Change("clip at norm 1", ("lr_high",), _with(clip=1.0), "optax.chain(fnn.clip.by_global_norm(1.0), optimizer)")
+    )
+    if case.clip is not None:
+        found.append(Change("no clipping", ("clip",), _with(unclipped=True), "clip=None", own_program=True))
+    adam = Change(
+        "Adam, rate 1e-3",
+        ("optimizer", "regularization"),
+        _with(optimizer=_adam),
+        "optimizer = optax.adam(1e-3)",
+        own_program=True,
+    )
+    return [*found, adam]
+
+
+def _adam() -> optax.GradientTransformation:
+    return optax.adam(1e-3)
+
+
+def _of_net(case: Case) -> list[Change]:
+    found = []
+
+    def add(name, causes, code, costs=1.0, **knobs):
+        found.append(Change(name, causes, lambda plan: plan.knob(**knobs), code, True, costs))
+
+    knobs = case.knobs
+    if not knobs:
+        return _of_program(case)
+    if isinstance(knobs.get("activation"), str) or callable(knobs.get("activation")):
+        for name in ("tanh", "relu"):
+            if knobs["activation"] != name:
+                add(f"activation {name}", ("activation",), f'activation="{name}"', activation=name)
+    if isinstance(knobs.get("dropout"), int | float) and knobs["dropout"] > 0:
+        add("no dropout", ("regularization",), "dropout=0.0", dropout=0.0)
+    if "norm" in knobs:
+        if knobs["norm"] in (None, "none"):
+            add("layer norm", ("depth_norm",), 'norm="layer_norm"', 1.3, norm="layer_norm")
+        else:
+            add("no norm", ("depth_norm",), 'norm="none"', 0.9, norm="none")
+    if knobs.get("residual") is False and knobs.get("depth", 2) > 1:
+        add("residual sums", ("depth_norm",), "residual=True", residual=True)
+    depth = knobs.get("depth")
+    if isinstance(depth, int) and depth >= 6:
+        add("depth 2", ("depth_norm",), "depth=2", 0.4, depth=2)
+    if isinstance(knobs.get("width"), int):
+        add("width × 4", ("capacity",), f"width={4 * knobs['width']}", 8.0, width=4 * knobs["width"])
+    if isinstance(depth, int) and depth <= 1:
+        add("depth + 2", ("capacity",), f"depth={depth + 2}", 2.0, depth=depth + 2)
+    if knobs.get("cell") in ("rnn", "gru"):
+        add("cell lstm", ("memory",), 'cell="lstm"', 4.0, cell="lstm")
+    if "positions" in knobs and knobs["positions"] in (None, False, "none"):
+        value = "rotary" if knobs["positions"] is not False else True
+        add("positions", ("positions",), f"positions={value!r}", positions=value)
+    head = knobs.get("head")
+    if head is not None and head != "identity":
+        add("no head", ("head",), 'head="identity"', head="identity")
+        if (loss := case.task.loss) is not None and loss is not case.loss:
+            name = getattr(loss, "name", "cross_entropy")
+            found.append(
+                Change(f"no head, and {name} on its logits", ("head",), lambda plan: replace(plan.knob(head="identity"), loss=loss),
+                       f'head="identity", loss=fnn.losses.{name}', True)
+            )  # fmt: skip
+    return found
+
+
+def _of_program(case: Case) -> list[Change]:
+    """Of a net without knobs: swap what was found in its program."""
+    found = []
+
+    def add(name, cause, code, role, by):
+        swap = _swap(role, by)
+        found.append(Change(name, (cause,), swap, code, True))
+
+    if (name := case.seen.get("activation")) is not None:
+        for other in ("tanh", "relu"):
+            if name != other:
+                add(f"activation {other}", "activation", f"jax.nn.{other}  # instead of {name}", "hidden", other)
+    if (name := case.seen.get("head")) is not None:
+        add("no head", "head", f"# leave out the {name} behind the last layer", "last", "identity")
+    if case.seen.get("stop"):
+        add("no stop_gradient", "blocked_gradient", "# leave out jax.lax.stop_gradient", "stop", "identity")
+    return found
+
+
+def _swap(role: str, by: str) -> Callable[[Plan], Plan]:
+    return lambda plan: replace(plan, swap=(*plan.swap, (role, by)))
+
+
+def _of_loss(case: Case) -> list[Change]:
+    loss = case.task.loss
+    if case.task.name:  # a loss of which no outputs are known
+        return []
+    if loss is None or loss is case.loss or (case.task.kind == "regression" and case.held_out is False):
+        return []
+    name = getattr(loss, "name", "one-hot cross-entropy")
+    code = (
+        f"loss = fnn.losses.{loss.name}"
+        if hasattr(loss, "name")
+        else "loss = lambda outputs, y: -(y * jax.nn.log_softmax(outputs)).sum(-1)"
+    )
+    return [Change(f"loss {name}", ("loss", "numerics"), _with(loss=loss), code, True)]
+
+
+def _of_budget(case: Case) -> list[Change]:
+    found = []
+    if case.batch_size < 32 and not case.task.name:
+        found.append(
+            Change(
+                "batch × 8",
+                ("batch_size",),
+                _with(batch_size=min(8 * case.batch_size, case.train.size)),
+                f"batch_size={8 * case.batch_size}",
+                True,
+                8.0,
+            )
+        )
+    if case.batch_size > 128 or case.batch_size > case.train.size / 4:
+        size = max(1, case.batch_size // 8)
+        found.append(Change("batch ÷ 8", ("batch_size",), _with(batch_size=size), f"batch_size={size}", True, 0.3))
+    found.append(Change("5 × steps", ("steps",), _with(steps=5 * case.steps), f"steps={5 * case.steps}", True, 5.0))
+    return found

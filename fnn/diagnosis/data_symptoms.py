@@ -1,0 +1,214 @@
+"""What can be said of the data before anything is trained: scale, information, labels, split, order."""
+
+import numpy as np
+
+from fnn.diagnosis.case import Case
+from fnn.diagnosis.causes import Evidence
+
+NEIGHBOURS = 5
+MOST = 1000
+"""How many examples look for neighbours."""
+
+
+def symptoms(case: Case) -> list[Evidence]:
+    """List what is abnormal in the data of a case."""
+    found = [*input_symptoms(case), *target_symptoms(case), *encoding_symptoms(case)]
+    if case.held_out:
+        found += [*split_symptoms(case), *label_symptoms(case)]
+    return [*found, *order_symptoms(case)]
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x, np.float64).reshape(len(x), -1)
+
+
+def input_symptoms(case: Case) -> list[Evidence]:
+    """Inputs that are constant, not finite, or of abnormal scale, as a whole or feature by feature."""
+    if case.x is None:
+        x = case.train.x
+        if isinstance(x, np.ndarray) and (x == x[:1]).all():
+            return [Evidence("input_empty", "all inputs are equal")]
+        return []
+    x = _flat(case.x)
+    if not np.isfinite(x).all():
+        return [Evidence("numerics", f"{np.mean(~np.isfinite(x)):.2%} of the inputs are NaN or infinite")]
+    std, mean = x.std(0), x.mean(0)
+    if (std <= 1e-6 * np.maximum(np.abs(mean), 1e-30)).all():
+        return [Evidence("input_empty", "every input feature is the same for all examples")]
+    rms = float(np.sqrt(np.mean(x**2)))
+    found = []
+    if not 0.1 <= rms <= 5:
+        found.append(Evidence("input_scale", f"RMS of x = {rms:.3g} (healthy 0.1 to 5)"))
+    elif x.shape[1] > 1:
+        size = np.sqrt(np.mean(x**2, 0))
+        usual = float(np.median(size[size > 0]))
+        if size.max() > 20 * usual:
+            found.append(
+                Evidence(
+                    "input_scale",
+                    f"RMS of one feature is {size.max() / usual:.3g} times the usual one (healthy up to 20)",
+                )
+            )
+    if not found and (far := float(np.median(np.abs(mean[std > 0]) / std[std > 0]))) > 5:
+        found.append(Evidence("input_scale", f"mean of a feature is {far:.3g} times its std (healthy up to 5)"))
+    return found
+
+
+def target_symptoms(case: Case) -> list[Evidence]:
+    """Targets of a regression far from mean 0 and variance 1."""
+    if case.task.kind != "regression":
+        return []
+    y = _flat(case.y)
+    if not np.isfinite(y).all():
+        return [Evidence("numerics", f"{np.mean(~np.isfinite(y)):.2%} of the targets are NaN or infinite")]
+    std, mean = float(y.std(0).mean()), float(np.abs(y.mean(0)).max())
+    if not 0.1 <= std <= 10 or mean > 10 * max(std, 0.1):
+        return [
+            Evidence("target_scale", f"targets have std {std:.3g} and mean up to {mean:.3g} (healthy: std 0.1 to 10)")
+        ]
+    return []
+
+
+def encoding_symptoms(case: Case) -> list[Evidence]:
+    """Labels that are not 0..classes-1, or not 0 and 1."""
+    y = np.unique(case.y) if case.task.kind in ("classes", "binary") else np.array([])
+    if case.task.kind == "binary" and set(y) != {0, 1}:
+        return [Evidence("label_encoding", f"the two labels are {y[0]:g} and {y[1]:g}, not 0 and 1")]
+    if case.task.kind == "classes" and (
+        y.min() < 0 or y.max() >= len(y) + max(2, len(y) // 2) or (y.min() > 0 and len(y) > 1)
+    ):
+        return [
+            Evidence("label_encoding", f"the {len(y)} labels run from {y.min()} to {y.max()}, not 0 to {len(y) - 1}")
+        ]
+    return []
+
+
+def split_symptoms(case: Case) -> list[Evidence]:
+    """Held-out inputs with another mean or scale than the training inputs."""
+    if case.x is None:
+        return []
+    x, held = _flat(case.x), _flat(np.concatenate([case.chooses.x, case.checks.x]))
+    std = x.std(0)
+    live = std > 1e-6 * max(float(std.max()), 1e-30)
+    if not live.any():
+        return []
+    off = float(np.median(np.abs(held.mean(0) - x.mean(0))[live] / std[live]))
+    ratio = float(np.median(held.std(0)[live] / std[live]))
+    worst = max(off, max(ratio, 1 / max(ratio, 1e-9)) - 1)
+    if worst > 1:
+        text = f"held-out features lie {off:.3g} training stds off, their std is {ratio:.3g} times that of the training data"
+        return [Evidence("split_mismatch", text + " (healthy: below 1, and 0.5 to 2)")]
+    return []
+
+
+def agreement(
+    x: np.ndarray, y: np.ndarray, others: np.ndarray, of_others: np.ndarray, same: bool
+) -> tuple[float, float, float]:
+    """Say how far the nearest neighbours of x among `others` have y's targets: (agreement, chance, std by chance).
+
+    For labels the share of neighbours with the same label; for numbers R² of the neighbours' mean.
+    """
+    rng = np.random.default_rng(0)
+    mean, std = others.mean(0), others.std(0)
+    std = np.where(std > 0, std, 1)
+    a, b = (np.nan_to_num((part - mean) / std) for part in (x, others))
+    far = (a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1)[None]
+    if same:
+        np.fill_diagonal(far, np.inf)
+    near = np.argpartition(far, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
+    labels = np.issubdtype(y.dtype, np.integer)
+
+    def agree(of_others):
+        if labels:
+            return float(np.mean(of_others[near] == y[:, None]))
+        return 1 - float(np.mean((of_others[near].mean(1) - y) ** 2) / max(np.var(y), 1e-30))
+
+    by_chance = [agree(of_others[rng.permutation(len(of_others))]) for _ in range(8)]
+    return agree(of_others), float(np.mean(by_chance)), float(np.std(by_chance))
+
+
+def information(case: Case) -> dict[str, tuple[float, float, float]]:
+    """Give `agreement` within the training data, within the held-out ones, and of the held-out ones with the training data.
+
+    Empty where neighbours cannot be found: inputs that are no floats, few examples.
+    """
+    if case.x is None or case.task.kind == "exact" or not case.held_out:
+        return {}
+    rng = np.random.default_rng(0)
+    x, y = _flat(case.x), _targets(case, case.y)
+    held = _flat(np.concatenate([case.chooses.x, case.checks.x]))
+    of_held = _targets(case, np.concatenate([case.chooses.y, case.checks.y]))
+    some, some_held = (rng.permutation(n)[:MOST] for n in (len(x), len(held)))
+    x, y, held, of_held = x[some], y[some], held[some_held], of_held[some_held]
+    if min(len(x), len(held)) < 4 * NEIGHBOURS or not (np.isfinite(x).all() and np.isfinite(held).all()):
+        return {}
+    return {
+        "train": agreement(x, y, x, y, True),
+        "held out": agreement(held, of_held, held, of_held, True),
+        "across": agreement(held, of_held, x, y, False),
+    }
+
+
+def _targets(case: Case, y: np.ndarray) -> np.ndarray:
+    if case.task.kind == "one_hot":
+        return y.argmax(-1).astype(np.int64)
+    y = y.reshape(len(y), -1)[:, 0]
+    return np.round(y).astype(np.int64) if case.task.kind in ("classes", "binary") else y.astype(np.float64)
+
+
+def label_symptoms(case: Case) -> list[Evidence]:
+    """Training labels about which their neighbours say little, where held-out ones have neighbours that agree."""
+    found = information(case)
+    if not found:
+        return []
+    (train, chance, _), (held, level, noise), (across, _, _) = found["train"], found["held out"], found["across"]
+    power = held - level
+    if power < max(4 * noise, 0.1):
+        return []
+    if train - chance < 0.35 * power:
+        text = f"{NEIGHBOURS} nearest neighbours agree on {train:.2f} of the training labels and {held:.2f} of the held-out ones"
+        return [Evidence("labels", f"{text} (chance {chance:.2f})")]
+    if across - chance < 0.35 * power and not split_symptoms(case):
+        text = f"training neighbours agree on {across:.2f} of the held-out labels, held-out ones on {held:.2f}"
+        return [Evidence("label_encoding", f"{text}: the two parts do not name their classes alike")]
+    return []
+
+
+def order_symptoms(case: Case) -> list[Evidence]:
+    """Batches, in the order in which they come, that hold far less of the targets' variety than drawn ones."""
+    if case.shuffle or case.task.kind == "exact":
+        return []
+    y, size = _targets(case, case.y), case.batch_size
+    n = len(y) // size
+    if n < 2:
+        return []
+
+    def variety(y):
+        batches = y[: n * size].reshape(n, size)
+        if np.issubdtype(y.dtype, np.integer):
+            return float(np.mean([_entropy(batch) for batch in batches]))
+        return float(np.mean(batches.var(1)))
+
+    rng = np.random.default_rng(0)
+    drawn = [variety(rng.permutation(y)) for _ in range(8)]
+    if (own := variety(y)) < 0.8 * np.mean(drawn) - 4 * np.std(drawn):
+        what = "entropy of the labels" if np.issubdtype(y.dtype, np.integer) else "variance of the targets"
+        return [Evidence("order", f"{what} in a batch is {own:.3g} on average, {np.mean(drawn):.3g} in shuffled ones")]
+    return []
+
+
+def _entropy(labels: np.ndarray) -> float:
+    p = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float(-(p * np.log(p)).sum())
+
+
+def learnable(case: Case) -> str:
+    """Say in one sentence whether neighbours know the answer; empty where they have no power."""
+    found = information(case)
+    if not found:
+        return ""
+    share, chance, noise = found["held out"]
+    if share - chance < max(4 * noise, 0.05):
+        return ""
+    what = "labels" if case.task.kind != "regression" else "the variance of the targets"
+    return f"Data are learnable: {NEIGHBOURS} nearest neighbours agree on {share:.2f} of {what} (chance {max(chance, 0):.2f})."

@@ -1,0 +1,112 @@
+"""`diagnose`: measure, change one thing, train again; name the earliest measured cause whose repair works."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fnn import check
+from fnn.diagnosis import verdict
+from fnn.diagnosis.case import Case, case_of
+from fnn.diagnosis.inquiry import Inquiry
+from fnn.diagnosis.loss_case import loss_case_of
+from fnn.diagnosis.report import Diagnosis, diagnosis_of
+from fnn.diagnosis.trial import Runner
+from fnn.progress import Progress
+
+
+def diagnose(
+    net: Any,
+    loss: Callable[[Any, Any], Any],
+    optimizer: Any,
+    train: Any,
+    validation: Any = None,
+    *,
+    batch_size: int,
+    steps: int,
+    seeds: int = 3,
+    budget: float = 60.0,
+    target: float | None = None,
+    shuffle: bool = True,
+    progress: bool | None = None,
+) -> Diagnosis:
+    """Find out why a training fails: change one thing, train again, and see what cures it.
+
+    `net` is a function `build(depth=..., activation=..., ...) -> Layer` whose defaults are the net that does not train;
+    knobs with the names of `models.mlp`'s arguments (depth, width, activation, norm, residual, dropout, head) are varied,
+    others are left as they are. A plain Layer is varied from outside only: data, weights, rate, loss, batch, steps.
+    `optimizer` is a function `(rate=..., clip=None) -> optax transformation`, with the present values as defaults, or a
+    transformation, whose updates are scaled instead. `train` and `validation` are pairs (x, y); `loss(outputs, y)` returns
+    float[batch]. `shuffle=False` says that the training takes its batches in the order of the data.
+
+    First the data, the net before its first step, and its run are measured: that gives suspects. Then each change is
+    trained with `seeds` seeds. The cause is the earliest one, from data through weights, head, activation, norm, rate to
+    budget, that was measured and whose repair works: the score rises by more than max(0.03, two standard deviations of
+    the seeds) and by at least 70 % of the best rise of all, fresh seeds and data that did not choose it confirm that, and
+    the abnormality is gone. If no single repair is enough, all suspects are repaired, and one after the other is put back.
+
+    The score is balanced accuracy, or R², of held-out data; without them of the training data, and the report says so.
+    `healthy` means: above chance, seeds agree, and no change that was tried raises the score by more than that; with
+    `target`, that the score reaches it. `budget` in seconds ends the search; what was not tried is listed.
+
+    Errors: ValueError for a knob without a default, a batch larger than the data, targets that are no labels and no
+    numbers; TypeError for what is no net, loss or optimizer. The keywords are many because each can be left out.
+
+        d = fnn.diagnose(build, fnn.losses.cross_entropy, optimizer, train, test, batch_size=64, steps=400)
+        print(d); d.causes[0].name; d.html("why.html")
+    """
+    check.above_zero("diagnose", budget=budget)
+    case = case_of(
+        net, loss, optimizer, train, validation, batch_size=batch_size, steps=steps, seeds=seeds, shuffle=shuffle
+    )
+    return _found(case, budget, target, progress)
+
+
+def diagnose_loss(
+    loss: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Any,
+    optimizer: Any,
+    validation: Any = None,
+    *,
+    score: Callable[[Any, Any], Any] | None = None,
+    steps: int | None = None,
+    seeds: int = 3,
+    budget: float = 60.0,
+    target: float | None = None,
+    shuffle: bool = False,
+    progress: bool | None = None,
+) -> Diagnosis:
+    """Do `diagnose` for any JAX loss `(params, batch) -> float[]`, a mean over the batch; of a model in any framework.
+
+    `batches` is a list of batches, trees of arrays with examples first, and is gone through in its order, again and again
+    until `steps` steps are done (default: once). `validation` is a list too, or one batch. Of a pair the first part is taken
+    for the inputs, the second for the targets; of a dict the entries called x, inputs, image, ... and y, targets, label, ...
+
+    From outside these are varied: inputs and targets (standardised), order, weights (redrawn to N(0, gain²/fan_in): of an
+    array named `weight` outputs come first, of all others last), rate, clipping, steps, and in the traced program the
+    activations between layers, those behind the last one, and stop_gradient. Gates and the loss itself stay as they are.
+    The first seed starts from `params`, others from the same numbers in another order, array by array.
+
+    The score is `score(params, batch)`, higher is better, or 1 - loss/guess, where a guess is the loss with a last layer of
+    zeros: 0 means no better than a guess. The keywords, and all else, are those of `diagnose`. Errors: TypeError for a loss that is no function, params
+    that are no floating arrays; ValueError for batches that share no leading axis, or a loss that is not one float.
+    """
+    check.above_zero("diagnose_loss", budget=budget)
+    case = loss_case_of(loss, params, batches, optimizer, validation, score, steps=steps, seeds=seeds, shuffle=shuffle)
+    return _found(case, budget, target, progress)
+
+
+def _found(case: Case, budget: float, target: float | None, progress: bool | None) -> Diagnosis:
+    with Progress("change", 0, progress) as bar, ThreadPoolExecutor(1) as thread:
+        inquiry = Inquiry(Runner(case, thread), float(budget), bar.say)
+        try:
+            inquiry.measure()
+            inquiry.search()
+            inquiry.evidence = [e for e in inquiry.evidence if e.cause in verdict.suspects(inquiry)]
+            ill = verdict.sick(inquiry, target)
+            found = [] if target is not None and not ill else verdict.causes(inquiry, ill)
+            if found and found[0].repair is not None:
+                inquiry.begin(inquiry.tried[found[0].repair.change].plan)  # for the report
+        finally:
+            thread.shutdown(wait=True, cancel_futures=True)
+    return diagnosis_of(inquiry, found, verdict.works(inquiry), ill, target)

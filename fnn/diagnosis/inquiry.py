@@ -1,0 +1,208 @@
+"""A diagnosis in progress: what was measured, which changes were trained, and how much time is left."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fnn.arrays import first_line
+from fnn.diagnosis import data_symptoms, start, symptoms
+from fnn.diagnosis.case import Case, Plan
+from fnn.diagnosis.causes import STAGE, Evidence
+from fnn.diagnosis.changes import Change, changes
+from fnn.diagnosis.trial import Outcome, Runner
+
+LEAST = 0.03
+"""A smaller rise of the score is none."""
+NOTHING = Change("nothing changed", (), lambda plan: plan, "")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A change, its plan, and what came out."""
+
+    change: Change
+    plan: Plan
+    outcome: Outcome
+    scores: tuple[float, ...]
+    """On data that were not learnt, of each seed."""
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.scores))
+
+
+@dataclass
+class Inquiry:
+    """Train changes while the budget lasts."""
+
+    runner: Runner
+    budget: float
+    say: Callable[[str], None]
+    tried: dict[str, Tried] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Changes that were not trained, and why."""
+    evidence: list[Evidence] = field(default_factory=list)
+    learnable: str = ""
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def case(self) -> Case:
+        return self.runner.case
+
+    @property
+    def spent(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def begun(self) -> start.Start:
+        """What was measured before the first step of the training as it is."""
+        return self._begun[Plan()]
+
+    @property
+    def base(self) -> Tried:
+        return self.tried[NOTHING.name]
+
+    def tell(self, text: str) -> None:
+        """Print a line of progress."""
+        self.say(f"[{self.spent:5.1f} s] {text}")
+
+    def measure(self) -> None:
+        """Measure the data, the net before its first step, and the run as it is."""
+        case, plan = self.case, Plan()
+        program = self.runner.prepare(plan)
+        self.evidence = data_symptoms.symptoms(case)
+        self.learnable = data_symptoms.learnable(case)
+        for line in [e.text for e in self.evidence] + [self.learnable] * bool(self.learnable):
+            self.tell(line)
+        begun = self.begin(plan)
+        found = symptoms.start_symptoms(case, plan, begun)
+        program.result()
+        for e in found:
+            self.tell(e.text)
+        outcome = self.train(NOTHING, plan).outcome
+        self.evidence += found + symptoms.run_symptoms(case, plan, begun, outcome)
+        self.evidence.sort(key=lambda e: STAGE[e.cause])
+
+    def attempt(self, change: Change, plan: Plan) -> Tried | None:
+        """Train a changed plan; None for a change that this net does not take, which is listed as not tried."""
+        try:
+            return self.train(change, plan)
+        except (ValueError, TypeError) as error:  # a knob that goes with another one, batch norm of one example
+            self.skipped[change.name] = f"refused: {first_line(error):.60}"
+            return None
+
+    def train(self, change: Change, plan: Plan) -> Tried:
+        """Train a plan and keep what comes out."""
+        outcome = self.runner.run(plan, range(self.case.seeds))
+        scores = outcome.chooses if plan.learn == "train" else outcome.checks
+        done = Tried(change, plan, outcome, tuple(map(float, scores)))
+        self.tried[change.name] = done
+        what = "as it is" if change is NOTHING else change.name
+        self.tell(f"{what}: {self.case.task.score} {' '.join(f'{s:.2f}' for s in done.scores)}")
+        return done
+
+    def costs(self, change: Change, plan: Plan) -> float:
+        """Foresee the seconds that a change takes: its steps, and a program unless there is one."""
+        compiling = 0.0 if self.runner.known(plan) else float(np.mean(self.runner.compiled))
+        return self.base.outcome.seconds * change.costs + compiling
+
+    def affords(self, change: Change, plan: Plan) -> bool:
+        """Whether the budget allows a change and, after it, to check a repair; otherwise it is listed as not tried."""
+        seconds = self.costs(change, plan)
+        if self.spent + seconds + 3 * self.base.outcome.seconds <= self.budget:
+            return True
+        self.skipped[change.name] = f"about {seconds:.0f} s"
+        return False
+
+    def search(self) -> None:
+        """Train every change that the budget allows: those of the present program first, then those of suspects."""
+        suspects = {e.cause for e in self.evidence}
+        every = [change for change in changes(self.case) if "steps" not in change.causes]
+        every.sort(key=lambda c: (c.own_program, not suspects & set(c.causes), c.costs))
+        plans = {change.name: change.apply(Plan()) for change in every}
+        ahead = [change for change in every if change.own_program]
+        for change in every:
+            if not self.affords(change, plans[change.name]):
+                continue
+            for later in ahead[:2]:  # compiled by the other thread, while this one trains
+                if self.spent + 2 * self.costs(later, plans[later.name]) < self.budget:
+                    self.runner.prepare(plans[later.name])
+            ahead = [later for later in ahead if later is not change]
+            self.attempt(change, plans[change.name])
+        for change in changes(self.case):
+            if "steps" not in change.causes:
+                continue
+            if self.best() > self.base.mean + margin(self.base.scores):
+                self.skipped[change.name] = "something else helps"
+            elif self.affords(change, change.apply(Plan())):
+                self.attempt(change, change.apply(Plan()))
+
+    def best(self) -> float:
+        """Give the best mean score of all changes of the same length."""
+        return max(t.mean for t in self.tried.values() if "steps" not in t.change.causes)
+
+    def together(self, parts: Iterable[Change]) -> Tried | None:
+        """Train several changes at once; None where the budget does not allow it."""
+        parts = list(parts)
+        plan = Plan()
+        for part in parts:
+            plan = part.apply(plan)
+        name = " + ".join(part.name for part in parts)
+        if name in self.tried:
+            return self.tried[name]
+        causes = tuple(dict.fromkeys(c for part in parts for c in part.causes))
+        costs = float(np.prod([part.costs for part in parts]))
+        change = Change(name, causes, lambda _: plan, "\n".join(part.code for part in parts), costs=costs)
+        return self.attempt(change, plan) if self.affords(change, plan) else None
+
+    def again(self, plan: Plan) -> Outcome:
+        """Train a plan with fresh seeds."""
+        if (known := self._fresh.get(plan)) is None:
+            known = self._fresh[plan] = self.runner.run(plan, range(self.case.seeds, 2 * self.case.seeds))
+        return known
+
+    def begin(self, plan: Plan) -> start.Start:
+        """Measure a plan before its first step."""
+        if plan not in self._begun:
+            self._begun[plan] = start.start(self.runner, plan)
+        return self._begun[plan]
+
+    def begun_of(self, plan: Plan) -> start.Start | None:
+        """Give what was measured of a plan before its first step, if it was."""
+        return self._begun.get(plan)
+
+    _fresh: dict[Plan, Outcome] = field(default_factory=dict)
+    _begun: dict[Plan, start.Start] = field(default_factory=dict)
+
+    def shows(self, cause: str, plan: Plan, outcome: Outcome) -> bool:
+        """Whether a plan shows the abnormality of a cause."""
+        case = self.runner.changed(plan)
+        if cause in ("input_scale", "input_empty", "target_scale", "label_encoding", "split_mismatch"):
+            return any(e.cause == cause for e in data_symptoms.symptoms(case))
+        if cause in STARTS:
+            found = self.begin(plan)
+            return any(e.cause == cause for e in symptoms.start_symptoms(case, plan, found))
+        if cause == "numerics":
+            return not np.isfinite(outcome.losses).all()
+        return False
+
+
+STARTS = {
+    "init_symmetric",
+    "dead_units",
+    "init_small",
+    "init_large",
+    "head",
+    "activation",
+    "depth_norm",
+    "blocked_gradient",
+}
+"""Causes that show before the first step."""
+
+
+def margin(scores: tuple[float, ...]) -> float:
+    """Return by how much a score must rise to count; seeds that disagree widely are no yardstick."""
+    spread = float(np.std(scores))
+    return max(LEAST, 2 * spread) if spread < 0.1 else LEAST

@@ -1,0 +1,177 @@
+"""A training of any JAX loss as a case: only what can be reached from outside is varied."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn import arrays, check, tree
+from fnn.datasets.dataset import Dataset, generator
+from fnn.diagnosis.case import MOST, Case, Model, Plan, _optimizing, found_in, is_kernel
+from fnn.diagnosis.task import Task
+from fnn.gradients.swap import swapped
+from fnn.gradients.watch import watch
+
+INPUTS = ("x", "inputs", "input", "image", "images", "features", "data")
+TARGETS = ("y", "targets", "target", "label", "labels")
+
+
+@dataclass(frozen=True)
+class LossCase(Case):
+    """A case of a loss `(params, batch) -> float[]`, of which no outputs are known."""
+
+    params: Any = None
+    join: Callable[[Any, Any], Any] = field(default=lambda x, y: (x, y))
+    """(inputs, the rest) -> a batch as the loss takes it."""
+    score: Callable[[Any, Any], Any] | None = None
+    reference: float = 1.0
+    """Loss of a guess that does not look at the inputs."""
+    final: int | None = None
+
+    def model(self, plan: Plan) -> Model:
+        def of_batch(params, batch):
+            return check.scalar_loss("diagnose_loss", self.loss(params, self.join(*batch)), False)
+
+        loss = swapped(of_batch, dict(plan.swap)) if plan.swap else of_batch
+        of_user = self.score
+        score = None if of_user is None else lambda params, batch: jnp.asarray(of_user(params, self.join(*batch)))
+
+        def draw(seed):
+            if seed % self.seeds == 0 and seed < self.seeds:
+                return self.params, ()
+            return _redrawn_alike(self.params, 1000 + seed), ()
+
+        return Model(draw, lambda params, state, batch, key: (loss(params, batch), ()), score=score)
+
+    def scored(self, values: np.ndarray) -> np.ndarray:
+        """Turn losses into scores: 1 - loss/guess, within -1 and 1."""
+        if self.score is not None:
+            return np.where(np.isfinite(values), values, 0.0)
+        with np.errstate(all="ignore"):
+            return np.where(
+                np.isfinite(values), np.clip(1 - np.asarray(values, np.float64) / self.reference, -1, 1), -1.0
+            )
+
+    def last(self, params: Any) -> int | None:
+        return self.final
+
+    def with_x(self, f: Any) -> "Case":
+        return _referred(super().with_x(f))
+
+    def with_y(self, f: Any) -> "Case":
+        return _referred(super().with_y(f))
+
+
+def _redrawn_alike(params: Any, seed: int) -> Any:
+    """Draw other weights of the same kind: each array's numbers in another order, which keeps its size and its mean."""
+    rng = np.random.default_rng(seed)
+
+    def shuffle(a):
+        flat = np.asarray(a).ravel()
+        return jnp.asarray(flat[rng.permutation(flat.size)].reshape(a.shape), a.dtype)
+
+    return jax.tree.map(shuffle, params)
+
+
+def _referred(case: Any) -> Any:
+    """Find the loss of a guess: of the given weights with a last layer of zeros, or of the weights as they are."""
+    if case.score is not None:
+        return case
+    batch = tuple(case.chooses)
+    leaves, structure = jax.tree.flatten(case.params)
+    if case.final is not None:
+        leaves[case.final] = jnp.zeros_like(leaves[case.final])
+    blank = jax.tree.unflatten(structure, leaves)
+    values = [float(jax.jit(case.loss)(p, case.join(*batch))) for p in (case.params, blank)]
+    good = [abs(v) for v in values if np.isfinite(v) and v != 0]
+    return replace(case, reference=min(good, default=1.0))
+
+
+def loss_case_of(
+    loss: Any,
+    params: Any,
+    batches: Any,
+    optimizer: Any,
+    validation: Any,
+    score: Any,
+    *,
+    steps: Any,
+    seeds: Any,
+    shuffle: bool,
+) -> LossCase:
+    """Check what was given, and make a case of it. The keywords are those of `diagnose_loss`, hence nine arguments."""
+    if not callable(loss):
+        raise TypeError(f"diagnose_loss: loss must be a function (params, batch) -> float[], got {type(loss).__name__}")
+    check.parameters("diagnose_loss", params)
+    check.positive("diagnose_loss", seeds=seeds)
+    given = _batches("batches", batches)
+    held = given if validation is None else _batches("validation", validation)
+    size, n = len(jax.tree.leaves(given[0])[0]), len(given)
+    steps = n if steps is None else steps
+    check.positive("diagnose_loss", steps=steps)
+    take, join = _parts(given[0])
+    train, out = (Dataset(*take(jax.tree.map(lambda *a: np.concatenate(a), *part))) for part in (given, held))
+    if len(out.y) > 2 * MOST:
+        out = out.take(np.arange(2 * MOST))
+    order = generator("diagnose_loss", jax.random.key(0)).permutation(len(out.y))
+    first, second = (
+        (out, out) if validation is None else (out.take(np.sort(order[::2])), out.take(np.sort(order[1::2])))
+    )
+    make, rate, clip = _optimizing(optimizer)
+    case = LossCase(
+        loss, {}, loss, make, rate, clip, train, first, second, validation is not None, size, int(steps), int(seeds),
+        bool(shuffle), _task(np.asarray(train.y), score), params=params, join=join, score=score,
+    )  # fmt: skip
+    batch = jax.tree.map(lambda a: a[:size], tuple(train))
+    flow = watch(lambda params, batch: loss(params, join(*batch)), groups="gradient", batch_size=size)(params, batch)
+    names = [name.removesuffix("/value") for name in tree.paths(params)]
+    depths = jax.tree.leaves(tree.map_depth(lambda k, a: k, params))
+    kernels = [name for name, a, k in zip(names, jax.tree.leaves(params), depths, strict=True) if is_kernel(name, a, k)]
+    forward = [path for _, path in flow.labels.starts if path in kernels]
+    case = replace(case, final=names.index(forward[-1]) if forward else None)
+    seen = found_in(lambda params, batch: loss(params, join(*batch)), params, batch)
+    return _referred(replace(case, seen=seen))
+
+
+def _batches(name: str, given: Any) -> list[Any]:
+    who = f"diagnose_loss: {name}"
+    if isinstance(given, tuple | dict) or not isinstance(given, Iterable):
+        given = [given]
+    found = [jax.tree.map(lambda a: np.asarray(arrays.narrow(who, "values", a)), batch) for batch in given]
+    if not found or not jax.tree.leaves(found[0]):
+        raise ValueError(f"{who} must be a list of batches, got none; give at least one")
+    sizes = {len(a) if a.ndim else 0 for batch in found for a in jax.tree.leaves(batch)}
+    full = [batch for batch in found if len(jax.tree.leaves(batch)[0]) == max(sizes)]
+    if 0 in sizes or any(len({len(a) for a in jax.tree.leaves(batch)}) > 1 for batch in found):
+        raise ValueError(
+            f"{who}: the arrays of a batch must share their leading axis, the examples, got {sorted(sizes)}"
+        )
+    return full  # a last batch that is smaller is dropped
+
+
+def _parts(batch: Any) -> tuple[Callable[[Any], tuple[Any, Any]], Callable[[Any, Any], Any]]:
+    """Tell inputs from the rest: the two of a pair, or the entries of a dict by their names; else all are inputs."""
+    if isinstance(batch, tuple | list) and len(batch) == 2 and all(hasattr(a, "shape") for a in batch):
+        kind = type(batch)
+        return (lambda b: (b[0], b[1])), (lambda x, y: kind((x, y)))
+    if isinstance(batch, dict) and len(batch) == 2:
+        x, y = ([k for k in batch if str(k).lower() in names] for names in (INPUTS, TARGETS))
+        if len(x) == len(y) == 1:
+            return (lambda b: (b[x[0]], b[y[0]])), (lambda a, b: {x[0]: a, y[0]: b})
+    return (lambda b: (b, np.zeros(len(jax.tree.leaves(b)[0]), np.float32))), (lambda x, y: x)
+
+
+def _task(y: np.ndarray, score: Any) -> Task:
+    name = "score" if score is not None else "1 - loss / guess"
+    column = y.size == len(y)
+    if np.issubdtype(y.dtype, np.integer) and column:
+        values = np.unique(y)
+        return Task(
+            "classes", int(values.max(initial=0)) + 1, chance=1 / max(2, len(values)) if score else 0.0, name=name
+        )
+    if np.issubdtype(y.dtype, np.floating) and np.ptp(y) > 0:
+        return Task("regression", name=name)
+    return Task("exact", name=name)

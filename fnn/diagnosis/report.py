@@ -1,0 +1,218 @@
+"""What a diagnosis found, as an object and as text."""
+
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fnn.diagnosis.case import Case, Plan
+from fnn.diagnosis.causes import Cause, Evidence, Trial
+from fnn.diagnosis.changes import changes
+from fnn.diagnosis.inquiry import NOTHING, Inquiry, Tried
+from fnn.diagnosis.start import Start
+from fnn.theory import meanfield
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `watch` measured before the first step, layer by layer: as it is, and repaired."""
+
+    paths: tuple[str, ...]
+    log10_error: np.ndarray
+    output_second_moment: np.ndarray
+    theory: np.ndarray
+    """Mean-field theory of log10_error in the hidden layers, through the last of them; empty where there is none."""
+
+
+@dataclass(frozen=True, repr=False)
+class Diagnosis:
+    """What `diagnose` found. `print` shows it; `table()` lists the trials; `html(path)` writes the page."""
+
+    causes: tuple[Cause, ...]
+    """The cause first; of two faults both. Others behind it are proved too, but come later in training."""
+    healthy: bool
+    score: str
+    """balanced accuracy, R², accuracy"""
+    chance: float
+    held_out: bool
+    """Whether scores are those of held-out data."""
+    base: Trial
+    """The training as it is."""
+    trials: tuple[Trial, ...]
+    """Every change that was trained."""
+    working: tuple[str, ...]
+    """Names of the trials that raise the score enough."""
+    evidence: tuple[Evidence, ...]
+    """All that was measured to be abnormal, in the order of stages; not each is a cause."""
+    learnable: str
+    not_tried: dict[str, str]
+    """Changes that were not trained, and why."""
+    unfinished: bool
+    """Whether more steps alone raise the score."""
+    two_faults: bool
+    curves: dict[str, np.ndarray]
+    """Training loss by step of each seed, float[seeds, steps]: "as it is", and "repaired" if there is a repair."""
+    profiles: dict[str, Profile]
+    seconds: float
+    target: float | None = None
+
+    @property
+    def remedies(self) -> tuple[str, ...]:
+        """Code to paste, one piece for each cause."""
+        return tuple(cause.remedy for cause in self.causes)
+
+    def table(self) -> Any:
+        """Give every trial as a polars table: change, cause, seed, score, checked (NaN where it was not checked)."""
+        import polars as pl
+
+        rows = [
+            (trial.change, trial.cause, seed, score, trial.checked[seed] if trial.checked else float("nan"))
+            for trial in (self.base, *self.trials)
+            for seed, score in enumerate(trial.scores)
+        ]
+        return pl.DataFrame(rows, schema=["change", "cause", "seed", "score", "checked"], orient="row")
+
+    def html(self, path: Any) -> None:
+        """Write the page: one file that needs no network. Errors: OSError where it cannot be written."""
+        from fnn.diagnosis import page
+
+        page.write(self, path)
+
+    def __repr__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> list[str]:
+        scores = " ".join(f"{s:.2f}" for s in self.base.scores)
+        word = "HEALTHY" if self.healthy else "DOES NOT TRAIN" if self._low() else "COULD TRAIN BETTER"
+        word = word if self.healthy or self.causes or self._low() else "UNDECIDED"
+        lines = [
+            f"{word}   {self.score} {scores} (chance {self.chance:.2f})"
+            + ("" if self._finite() else "; loss not finite")
+        ]
+        if not self.held_out:
+            lines.append("Scored on the training data: no held-out data were given, so a gap to them cannot be seen.")
+        if self.learnable:
+            lines.append(self.learnable)
+        if self.two_faults:
+            lines.append("Two faults: neither repair is enough alone.")
+        first = self.causes[:2] if self.two_faults else self.causes[:1]
+        for number, cause in enumerate(first, 1):
+            lines += self._cause(number, cause)
+        lines += self._rest(first)
+        if self.healthy and self.unfinished:
+            lines.append("NOT FINISHED  more steps alone raise the score")
+        if not self.healthy and not self.causes:
+            short = " in this budget" if self.not_tried else ""
+            lines.append(f"NO CAUSE FOUND{short}" + (": suspected, but no repair worked:" if self.evidence else ""))
+            for e in self.evidence:
+                lines += _wrapped(f"  {e.cause:<16} {e.text}", [], " " * 19)
+        lines.append(f"{len(self.trials) + 1} trainings of {len(self.base.scores)} seeds in {self.seconds:.0f} s")
+        return lines
+
+    def _cause(self, number: int, cause: Cause) -> list[str]:
+        lines = [f"CAUSE {number}  {cause.meaning} [{cause.name}]"]
+        measured = [e.text for e in cause.evidence] or ["nothing abnormal; but the repair works"]
+        for text in measured:
+            lines += _wrapped(f"  measured     {text}", [], "               ")
+        if (repair := cause.repair) is not None:
+            low, high = min(self.base.scores), max(self.base.scores)
+            before = f"{low:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
+            more = "nothing else changed" if " + " not in repair.change else "both at once"
+            lines.append(
+                f"  intervened   {repair.change}, {more}   {before} → {' '.join(f'{s:.2f}' for s in repair.scores)}"
+            )
+            data = "other held-out data" if self.held_out else "the same data"
+            lines.append(
+                f"  checked      {len(repair.checked)} fresh seeds, {data}: {' '.join(f'{s:.2f}' for s in repair.checked)}"
+            )
+        return lines + [f"  {'remedy' * (not i):<12} {line}" for i, line in enumerate(cause.remedy.splitlines())]
+
+    def _rest(self, first: tuple[Cause, ...]) -> list[str]:
+        named = {part for c in first if c.repair for part in (c.repair.change, *c.repair.change.split(" + "))}
+        singles = [t for t in self.trials if " + " not in t.change and t.change not in named]
+        works = sorted((t for t in singles if t.change in self.working), key=lambda t: -t.mean)
+        lines = []
+        if works and first:
+            lines += _wrapped("ALSO REPAIRS, but treats the symptom: ", [f"{t.change} {t.mean:.2f}" for t in works])
+        if out := [t.change for t in singles if t.change not in self.working]:
+            lines += _wrapped("RULED OUT  " if not self.healthy else "TRIED, no better  ", out)
+        if self.not_tried:
+            lines += _wrapped("NOT TRIED  ", [f"{name} ({why})" for name, why in self.not_tried.items()])
+        return lines
+
+    def _low(self) -> bool:
+        return min(self.base.scores) < self.chance + 0.5 * (1 - self.chance) or not self._finite()
+
+    def _finite(self) -> bool:
+        return bool(np.isfinite(self.curves["as it is"]).all())
+
+
+def _wrapped(head: str, items: list[str], indent: str = "  ") -> list[str]:
+    return textwrap.wrap(head + " · ".join(items), WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def diagnosis_of(
+    inquiry: Inquiry, causes: list[Cause], working: list[Tried], ill: bool, target: float | None
+) -> Diagnosis:
+    """Put together what an inquiry found."""
+
+    def trial(tried: Tried) -> Trial:
+        proved = {c.repair.change: c.repair.checked for c in causes if c.repair}
+        cause = tried.change.causes[0] if tried.change.causes else ""
+        return Trial(tried.change.name, cause, tried.scores, proved.get(tried.change.name, ()), tried.outcome.seconds)
+
+    profiles, curves = {"as it is": _profile(inquiry, Plan(), inquiry.begun)}, {"as it is": inquiry.base.outcome.losses}
+    two = len(causes) > 1 and causes[0].repair is not None and " + " in causes[0].repair.change
+    if causes and causes[0].repair is not None:
+        best = inquiry.tried[causes[0].repair.change]
+        curves["repaired"] = best.outcome.losses
+        if (found := inquiry.begun_of(best.plan)) is not None:
+            profiles["repaired"] = _profile(inquiry, best.plan, found)
+    steps = [t for t in working if "steps" in t.change.causes]
+    task = inquiry.case.task
+    everything = [trial(t) for t in inquiry.tried.values() if t.change is not NOTHING]
+    return Diagnosis(
+        tuple(causes), not ill and not causes and decided(inquiry), task.score, task.chance, inquiry.case.held_out, trial(inquiry.base),
+        tuple(everything), tuple(t.change.name for t in working), tuple(inquiry.evidence), inquiry.learnable,
+        dict(inquiry.skipped), bool(steps), two, curves, profiles, inquiry.spent, target,
+    )  # fmt: skip
+
+
+def decided(inquiry: Inquiry) -> bool:
+    """Whether at least everything was tried that needs no program of its own."""
+    cheap = [change.name for change in changes(inquiry.case) if not change.own_program]
+    return all(name in inquiry.tried for name in cheap)
+
+
+def _profile(inquiry: Inquiry, plan: Plan, begun: Start) -> Profile:
+    nothing = np.full(len(begun.paths), np.nan)
+    error = begun.layers.get("log10_error", nothing)
+    moment = begun.layers.get("output_second_moment", nothing)
+    return Profile(tuple(begun.paths), error, moment, _theory(inquiry.case, plan, begun, error))
+
+
+def _theory(case: Case, plan: Plan, begun: Start, error: np.ndarray) -> np.ndarray:
+    """Predict the error signal of a plain or batch-normed mlp, from the size of its weights; nothing for other nets."""
+    value, n = case.value, len(error) - 1
+    norm, name = value(plan, "norm") or "none", value(plan, "activation")
+    hidden = np.concatenate([g for _, g in begun.gains] or [np.ones(0)])
+    known = isinstance(name, str) and name != "softmax" and norm in ("none", "batch_norm") and value(plan, "depth") == n
+    if (
+        not known
+        or value(plan, "residual")
+        or value(plan, "dropout")
+        or n < 2
+        or not (hidden > 0).all()
+        or not np.isfinite(error[n - 1])
+    ):
+        return np.zeros(0)
+    options = {"norm": "batch_norm", "batch": float(plan.batch_size or case.batch_size)} if norm == "batch_norm" else {}
+    try:
+        gain = float(np.exp(np.log(hidden).mean()))
+        log = meanfield.predict(n, activation=name, sigma_w=gain, sigma_b=0.0, **options).log_error / np.log(10)
+    except ValueError:  # no fixed point, batches too small for theory
+        return np.zeros(0)
+    return log - log[-1] + error[n - 1]

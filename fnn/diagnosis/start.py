@@ -1,0 +1,127 @@
+"""What is measured of a plan before its first step: the net layer by layer, its weights, its outputs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from fnn import tree
+from fnn.diagnosis.case import Model, Plan, gains
+from fnn.diagnosis.trial import Runner
+from fnn.gradients.labels import DEFAULT
+from fnn.gradients.watch import watch
+
+
+@dataclass(frozen=True)
+class Start:
+    """What was measured before the first step of a plan."""
+
+    layers: dict[str, np.ndarray]
+    """By quantity of `watch`, in forward order of the layers; NaN where a layer has no such number."""
+    paths: list[str]
+    gains: list[tuple[str, np.ndarray]]
+    """Of each kernel but the last: sqrt(fan_in) times its std."""
+    alike: list[str]
+    """Kernels, except the last, of which all units are equal."""
+    outputs: np.ndarray
+    loss: float
+    linear: bool
+    blind: bool
+    """Whether the order along the first axis behind the batch changes nothing."""
+    gradient: dict[str, float]
+    """log10 of each parameter's gradient."""
+
+
+def start(runner: Runner, plan: Plan) -> Start:
+    """Measure a plan at its first seed before the first step."""
+    case = runner.changed(plan)
+    params, state = runner.draw(plan, 0)
+    index = runner.order(plan, 0)[0]
+    pool = jax.tree.map(lambda a, b: np.concatenate([a, b]), tuple(case.train), tuple(case.chooses))
+    x, y = jax.tree.map(lambda a: a[index], pool)
+    watched, outputs = runner.instruments(plan, lambda: _instruments(case.model(plan), len(index)))
+    flow = watched(params, (x, y), state)
+    paths, columns = _layers(flow)
+    gradient = {row.path: row.value for row in _rows(flow) if row.quantity == "log10_gradient"}
+    plain, linear, blind = np.zeros(0), False, False
+    if outputs is not None:
+
+        def output(x):
+            return np.asarray(outputs(params, state, x), np.float64)
+
+        plain = output(x)
+        linear, blind = _linear(output, x), _blind(output, x, plain)
+    names = [path.removesuffix("/value") for path in tree.paths(params)]
+    last = names[final] if (final := case.last(params)) is not None else (paths or [""])[-1]
+    every = [(path.removesuffix("/value"), g) for path, g in gains(params)]
+    hidden = [pair for pair in every if pair[0] != last] if last in dict(every) else every[:-1]
+    alike = _alike(params, last)
+    return Start(columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, gradient)
+
+
+def _instruments(model: Model, size: int) -> tuple[Any, Any]:
+    """Make what measures a net: `watch`, and its outputs."""
+    key = jax.random.key(0)
+
+    def loss(params, batch, state):
+        return model.objective(params, state, batch, key)[0]
+
+    outputs = jax.jit(model.outputs) if model.outputs is not None else None
+    return watch(loss, groups=(*DEFAULT, "saturated"), batch_size=size), outputs
+
+
+def _rows(flow: Any) -> list["_Row"]:
+    numbers = flow.numbers()
+    return [_Row(row[0], row[1], row[2], float(numbers[i])) for i, row in enumerate(flow.labels.rows)]
+
+
+@dataclass(frozen=True)
+class _Row:
+    layer: int
+    path: str
+    quantity: str
+    value: float
+
+
+def _layers(flow: Any) -> tuple[list[str], dict[str, np.ndarray]]:
+    starts = flow.labels.starts
+    rows = {(row.layer, row.path, row.quantity): row.value for row in _rows(flow)}
+    names = {row.quantity for row in _rows(flow)}
+    columns = {
+        name: np.array([rows.get((layer, path, name), np.nan) for layer, path in starts], np.float64) for name in names
+    }
+    return [path for _, path in starts], columns
+
+
+def _alike(params: Any, last: str) -> list[str]:
+    found = []
+    for path, a in tree.rows(params):
+        a, path = np.asarray(a, np.float64), path.removesuffix("/value")
+        if (
+            path != last
+            and a.ndim >= 2
+            and a.shape[-1] > 1
+            and np.ptp(a, axis=-1).max() <= 1e-7 * max(np.abs(a).max(), 1e-30)
+        ):
+            found.append(path)
+    return found
+
+
+def _linear(output: Any, x: Any) -> bool:
+    """Whether the net is affine in its inputs, as far as a batch shows."""
+    if not (isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating)):
+        return False
+    other = np.roll(x, 1, axis=0)
+    a, b, middle = (output(part) for part in (x, other, ((x + other) / 2).astype(x.dtype)))
+    size = np.abs(a - b).max()
+    return bool(
+        np.isfinite(size) and size > 0 and np.abs((a + b) / 2 - middle).max() < 1e-4 * max(size, np.abs(a).max())
+    )
+
+
+def _blind(output: Any, x: Any, plain: np.ndarray) -> bool:
+    if not isinstance(x, np.ndarray) or x.ndim < 2 or (x.ndim == 2 and np.issubdtype(x.dtype, np.floating)):
+        return False
+    turned = output(np.ascontiguousarray(x[:, ::-1]))
+    return turned.shape == plain.shape and bool(np.abs(turned - plain).max() <= 1e-4 * max(np.abs(plain).max(), 1e-30))

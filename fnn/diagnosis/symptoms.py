@@ -1,0 +1,276 @@
+"""What is abnormal in a net before its first step, and in a run: each an `Evidence` with what is healthy."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from fnn.diagnosis.case import Case, Plan
+from fnn.diagnosis.causes import Evidence
+from fnn.diagnosis.start import Start
+from fnn.diagnosis.trial import Outcome
+from fnn.layers import activations
+
+DECADES = 1.0
+"""How many powers of ten a signal may lose or gain between the first and the last hidden layer."""
+
+
+def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
+    """List what is abnormal before the first step."""
+    evidence = [*_unit_symptoms(case, plan, found), *_scale_symptoms(case, plan, found)]
+    if found.outputs.size:
+        evidence += [*_head_symptoms(case, plan, found), *_loss_symptoms(case, plan, found)]
+    if found.linear and case.task.kind != "exact":
+        evidence.append(Evidence("activation", "the net is linear in its inputs, however many layers it has"))
+    if found.blind:
+        evidence.append(Evidence("positions", "outputs are the same when the inputs are read backwards"))
+    if not np.isfinite(found.loss):
+        evidence.append(Evidence("numerics", f"the loss is {found.loss} before the first step"))
+    dead = [path for path, value in found.gradient.items() if value == -np.inf]
+    if (
+        dead
+        and len(dead) < len(found.gradient)
+        and not any(e.cause in ("dead_units", "init_symmetric") for e in evidence)
+    ):
+        evidence.append(
+            Evidence("blocked_gradient", f"the gradient of {', '.join(dead[:3])} is exactly zero before the first step")
+        )
+    return evidence
+
+
+def _unit_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
+    evidence = []
+    if found.alike:
+        evidence.append(Evidence("init_symmetric", f"all units of {found.alike[0]} have equal weights"))
+    dead = found.layers.get("input_dead", np.array([]))[1:]  # the first layer's inputs are data
+    if len(dead) and np.nanmax(np.append(dead, 0)) > 0.6:
+        where = found.paths[1 + int(np.nanargmax(dead))]
+        evidence.append(
+            Evidence(
+                "dead_units",
+                f"{np.nanmax(dead):.0%} of the inputs of {where} are 0 for every example (healthy below 60 %)",
+            )
+        )
+    return evidence
+
+
+def _span(values: np.ndarray) -> float:
+    """Last minus first; 0 where there is nothing to compare."""
+    values = values[np.isfinite(values)]
+    return float(values[-1] - values[0]) if len(values) > 1 else 0.0
+
+
+def _scale_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
+    """Weights whose size, multiplied over the depth, loses or blows up signals; and depth that does so by itself."""
+    evidence: list[Evidence] = []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        each = np.concatenate([np.log10(g / case.gain(plan)) for _, g in found.gains] or [np.zeros(0)])
+        moments = 0.5 * np.log10(found.layers.get("output_second_moment", np.zeros(0))[:-1])
+    total = float(np.nansum(np.clip(each, -50, 50)))
+    error = -_span(found.layers.get("log10_error", np.zeros(0))[:-1])  # positive: it grows towards the input
+    forward = _span(moments)
+    alone = not any(e.cause == "init_symmetric" for e in evidence)
+    n = len(each)
+    if n and alone and total < -DECADES and (error < -0.7 or forward < -0.7 or n == 1):
+        evidence.append(
+            Evidence("init_small", f"weights are {10 ** (total / n):.2g} of the size that keeps signals over {n} layers: "
+                     f"10^{total:.1f} in all (healthy 0.1 to 10)")
+        )  # fmt: skip
+    big = np.nanmax(np.append(found.layers.get("output_second_moment", np.zeros(0))[:-1], 0)) ** 0.5
+    if n and total > DECADES and (forward > 0.7 or error > 0.7 or big > 4):
+        evidence.append(
+            Evidence("init_large", f"weights are {10 ** (total / n):.2g} times the size that keeps signals over {n} layers: "
+                     f"RMS up to {big:.3g} (healthy up to 4)")
+        )  # fmt: skip
+    bounded = np.nanmax(np.append(found.layers.get("input_saturated", np.zeros(0)), 0))
+    if bounded > 0.5 and not evidence:
+        evidence.append(
+            Evidence("init_large", f"{bounded:.0%} of the inputs of a layer are saturated (healthy below 50 %)")
+        )
+    if any(e.cause.startswith("init") for e in evidence):
+        return evidence
+    steep = max(abs(error), abs(forward))
+    name = str(case.value(plan, "activation"))
+    squashing = name in ("sigmoid", "softplus") or (error < -1 and bool(np.nanmax(np.append(found.layers.get("input_mean", np.zeros(0))[1:], 0)) > 0.3) and name == "None")  # fmt: skip
+    if n and error < -DECADES and squashing:
+        evidence.append(
+            Evidence(
+                "activation",
+                f"the error signal shrinks by 10^{error:.1f} over {n} layers of {name} (healthy: 0.1 to 10)",
+            )
+        )
+    if n >= 8 and (steep > 1.5):
+        what = "error signal" if abs(error) >= abs(forward) else "signal"
+        grows = error if abs(error) >= abs(forward) else forward
+        evidence.append(
+            Evidence("depth_norm", f"the {what} changes by 10^{grows:+.1f} over {n} layers (healthy: within 10^±1.5)")
+        )
+    flat = found.outputs.reshape(len(found.outputs), -1) if found.outputs.size else found.outputs
+    if n >= 8 and flat.size and np.isfinite(flat).all():
+        alike = float(flat.var(0).mean() / max(np.mean(flat**2), 1e-300))
+        if alike < 1e-3:
+            evidence.append(
+                Evidence(
+                    "depth_norm",
+                    f"outputs differ between examples by {alike**0.5:.1e} of their size (healthy above 0.03)",
+                )
+            )
+    return evidence
+
+
+def _head_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
+    """A last activation that cannot give the targets, or that the loss applies again."""
+    name = case.value(plan, "head")
+    outputs = found.outputs.reshape(len(found.outputs), -1)
+    y = np.asarray(case.y).reshape(len(case.y), -1)
+    low, high = (-np.inf, np.inf) if name is None or not isinstance(name, str) else activations.get(name).bounds
+    if name is None:
+        low = 0.0 if outputs.min() >= 0 else low
+    if name == "relu":
+        low = 0.0
+    evidence = []
+    if case.task.kind == "regression":
+        if (outside := float(np.mean((y < low - 1e-6) | (y > high + 1e-6)))) > 0.02:
+            evidence.append(
+                Evidence(
+                    "head", f"{outside:.0%} of the targets lie outside of what the outputs can be, {low:g} to {high:g}"
+                )
+            )
+        return evidence
+    if not np.isfinite(outputs).all():
+        return evidence
+    if outputs.shape[1] == 1 and np.ptp(outputs) == 0 and np.abs(outputs).max() > 0:
+        return [Evidence("head", f"the output is {outputs[0, 0]:g} for every example, whatever the weights are")]
+    sums = outputs.shape[1] > 1 and np.abs(outputs.sum(1) - 1).max() < 1e-4 and outputs.min() >= 0
+    if sums and _takes_logits(case, plan):
+        return [Evidence("head", "outputs are probabilities, and the loss takes logits: softmax is applied twice")]
+    if name not in (None, "identity", "softmax") and case.task.kind != "binary":
+        evidence.append(Evidence("head", f"{name} stands behind the output layer"))
+    if case.task.kind == "binary" and name in ("relu", "tanh", "sigmoid") and _takes_logits(case, plan):
+        evidence.append(Evidence("head", f"{name} stands before a loss that takes logits"))
+    return evidence
+
+
+def _takes_logits(case: Case, plan: Plan) -> bool:
+    """Whether adding a number to all outputs of an example leaves the loss as it is; of one unit: whether 3 is not worse than 1."""
+    loss = plan.loss or case.loss
+    y = jnp.asarray(case.y[:8])
+    if case.task.kind == "binary":
+        y = jnp.full_like(y, case.task.positive)
+        shape = (len(y), 1) if y.ndim == 1 else y.shape
+        with np.errstate(all="ignore"):
+            a, b = (np.asarray(loss(jnp.full(shape, v, jnp.float32), y)).mean() for v in (1.0, 3.0))
+        return bool(np.isfinite(b) and b < a)
+    outputs = jnp.asarray(np.random.default_rng(0).random((len(y), case.task.classes)), jnp.float32)
+    a, b = (np.asarray(loss(part, y)) for part in (outputs, outputs + 5))
+    return bool(np.isfinite(b).all() and np.allclose(a, b, rtol=1e-3))
+
+
+def _loss_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
+    """A loss that prefers the wrong outputs, or the commonest answer to the likely one."""
+    loss, task = plan.loss or case.loss, case.task
+    if task.kind not in ("classes", "one_hot", "binary"):
+        return []
+    if task.kind == "binary" or not _on_outputs(case, plan):
+        return []
+    rng = np.random.default_rng(0)
+    n = min(256, case.train.size)
+    y = jnp.asarray(case.y[:n])
+    truth = np.asarray(y).argmax(-1) if task.kind == "one_hot" else np.asarray(y).reshape(n)
+    outputs = rng.random((n, task.classes)).astype(np.float32)
+    better, worse = outputs.copy(), outputs.copy()
+    better[np.arange(n), truth] += 0.1
+    worse[np.arange(n), truth] -= 0.1
+    with np.errstate(all="ignore"):
+        up, down = (float(np.mean(np.asarray(loss(jnp.asarray(o), y)))) for o in (better, worse))
+    if np.isfinite(up) and np.isfinite(down) and up >= down:
+        return [Evidence("loss", "the loss does not fall when the right output rises")]
+    constant = []
+    for value in np.linspace(0, 1, 21):  # one number for all outputs: where is the loss lowest?
+        with np.errstate(all="ignore"):
+            constant.append(float(np.mean(np.asarray(loss(jnp.full((n, task.classes), value, jnp.float32), y)))))
+    if np.isfinite(constant).all() and np.ptp(constant) > 1e-3 * abs(np.mean(constant)) and np.argmin(constant) == 0:
+        return [
+            Evidence(
+                "loss",
+                "without knowledge the loss is lowest at the answer 0 for every class, not at the classes' shares",
+            )
+        ]
+    return []
+
+
+def _on_outputs(case: Case, plan: Plan) -> bool:
+    """Whether outputs are free numbers, to which anything may be added."""
+    return case.value(plan, "head") in (None, "identity")
+
+
+def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list[Evidence]:
+    """List what is abnormal in the course of a training."""
+    evidence = []
+    losses, steps = outcome.losses, outcome.losses.shape[1]
+    head, tail = losses[:, : max(1, steps // 20)].mean(1), losses[:, -max(1, steps // 5) :]
+    ratios = outcome.ratios
+    early = float(np.median(ratios[:, : max(1, steps // 10)]))
+    if not np.isfinite(losses).all():
+        first = int(np.argmax(~np.isfinite(losses).all(0)))
+        evidence.append(Evidence("lr_high", f"the loss is not finite from step {first} on"))
+        if not np.isfinite(losses[:, :2]).all():
+            evidence.append(Evidence("numerics", f"the loss is not finite in step {first}"))
+    else:
+        if early > 0.05:
+            evidence.append(
+                Evidence(
+                    "lr_high", f"a step moves the weights by {early:.2g} of their size at first (healthy up to 0.05)"
+                )
+            )
+        if (tail.mean(1) > 0.98 * head).any() or (tail.std(1) > 0.5 * np.abs(tail.mean(1))).any():
+            evidence.append(
+                Evidence(
+                    "lr_high",
+                    f"the loss does not settle: {np.mean(head):.3g} at first, {np.mean(tail):.3g} ± {np.mean(tail.std(1)):.2g} "
+                    "at the end",
+                )
+            )
+    moved = float(np.median(np.where(np.isfinite(outcome.moved), outcome.moved, 0).max(1)))
+    half = losses[:, steps // 2 : steps // 2 + max(1, steps // 5)].mean(1)
+    falling = float(np.median((half - tail.mean(1)) / np.maximum(np.abs(half), 1e-30)))
+    if np.isfinite(losses).all() and moved < 0.15:
+        evidence.append(
+            Evidence("lr_low", f"the weights moved by {moved:.2g} of their size in all (healthy above 0.15)")
+        )
+    if np.isfinite(losses).all() and falling > 0.05:
+        evidence.append(
+            Evidence("lr_low", f"the loss still falls at the end, by {falling:.0%} over the last part of the run")
+        )
+    if case.clip is not None and isinstance(case.clip, int | float) and not plan.unclipped:
+        share = float(np.mean(outcome.norms > case.clip))
+        left = float(np.median(case.clip / np.maximum(outcome.norms, case.clip)))
+        if share > 0.8 and left < 0.3:
+            evidence.append(Evidence("clip", f"{share:.0%} of the steps are clipped, to {left:.2g} of their gradient"))
+    if case.held_out and float(np.mean(outcome.train) - np.mean(outcome.chooses)) > 0.1:
+        evidence.append(
+            Evidence("too_little_data", f"{case.train.size} examples: score {np.mean(outcome.train):.2f} on them, "
+                     f"{np.mean(outcome.chooses):.2f} on held-out ones")
+        )  # fmt: skip
+    dropped = case.value(plan, "dropout")
+    if isinstance(dropped, int | float) and dropped > 0.6:
+        evidence.append(
+            Evidence("regularization", f"dropout switches off {dropped:.0%} of the units (healthy up to 60 %)")
+        )
+    if float(np.median(outcome.shrunk)) < 0.5:
+        evidence.append(
+            Evidence(
+                "regularization",
+                f"the weights shrink to {np.median(outcome.shrunk):.2g} of their size (healthy above 0.5)",
+            )
+        )
+    if float(np.mean(outcome.train)) < 0.95:
+        evidence.append(Evidence("capacity", f"score {np.mean(outcome.train):.2f} on the training examples themselves"))
+    evidence.append(Evidence("optimizer", "no other rate does as well"))
+    if case.batch_size < 8 or case.batch_size > case.train.size / 4:
+        evidence.append(Evidence("batch_size", f"{case.batch_size} of {case.train.size} examples in a batch"))
+    if case.value(plan, "cell") is not None:
+        evidence.append(Evidence("memory", f"a {case.value(plan, 'cell')} carries what it has read over all positions"))
+    if falling > 0.02:
+        evidence.append(
+            Evidence("steps", f"the loss still falls at the end ({falling:.0%} over the last part of the run)")
+        )
+    return evidence

@@ -1,0 +1,116 @@
+"""What the targets ask for, and the held-out score that goes with it: balanced accuracy, accuracy, R², or minus the loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn import losses
+from fnn.core import Layer
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of task, and how it is scored."""
+
+    kind: str
+    """classes (integer labels), one_hot, binary (one unit), regression, exact (the loss knows what is right)."""
+    classes: int = 0
+    threshold: float = 0.0
+    """Of binary tasks: the output above which the answer is the larger label."""
+    positive: float = 1.0
+    """Of binary tasks: the larger label."""
+    correct: Callable[[Any, Any], Any] | None = None
+    chance: float = 0.0
+    name: str = ""
+
+    @property
+    def score(self) -> str:
+        """Name the score."""
+        return self.name or {"regression": "R²", "exact": "accuracy"}.get(self.kind, "balanced accuracy")
+
+    @property
+    def loss(self) -> Callable[[Any, Any], Any] | None:
+        """The usual loss for this task, on outputs without a head."""
+        return {
+            "classes": losses.cross_entropy,
+            "one_hot": one_hot_cross_entropy,
+            "binary": losses.binary_cross_entropy if self.positive == 1 else None,
+            "regression": losses.mse,
+        }.get(self.kind)
+
+    def __call__(self, outputs: Any, y: Any) -> jax.Array:
+        """Score outputs against targets: one number. Outputs that are not finite are wrong; R² ends at -1."""
+        outputs = jnp.asarray(outputs)
+        good = jnp.all(jnp.isfinite(outputs.reshape(outputs.shape[0], -1)), axis=1)
+        if self.kind == "exact":
+            assert self.correct is not None
+            return jnp.mean(jnp.where(good, self.correct(outputs, y), 0))
+        if self.kind == "regression":
+            outputs, y = outputs.reshape(len(outputs), -1).astype(jnp.float32), y.reshape(len(y), -1)
+            middle = jnp.mean(y, axis=0)
+            # Divided by the size of the targets first: their squares may leave float32.
+            size = jnp.maximum(jnp.max(jnp.abs(y - middle)), 1e-30)
+            left, whole = (jnp.mean(jnp.square((a - y) / size), axis=0) for a in (outputs, middle))
+            r2 = jnp.mean(1 - left / jnp.maximum(whole, 1e-12))
+            return jnp.where(jnp.isfinite(r2), jnp.clip(r2, -1, 1), -1.0)
+        if self.kind == "binary":
+            answer = (outputs.reshape(len(outputs)) > self.threshold).astype(jnp.int32)
+            truth, classes = (y.reshape(len(y)) >= self.positive).astype(jnp.int32), 2
+        else:
+            answer, classes = jnp.argmax(outputs, axis=-1), self.classes
+            truth = jnp.argmax(y, axis=-1) if self.kind == "one_hot" else y.reshape(len(y))
+        member = jax.nn.one_hot(truth, classes)
+        hits = jnp.where(good & (answer == truth), 1.0, 0.0) @ member
+        there = jnp.sum(member, axis=0)
+        return jnp.sum(hits / jnp.maximum(there, 1)) / jnp.maximum(1, jnp.sum(there > 0))
+
+
+def one_hot_cross_entropy(outputs: Any, y: Any) -> jax.Array:
+    """Evaluate -sum over classes of y log softmax(outputs), per example."""
+    return -jnp.sum(y * jax.nn.log_softmax(outputs), axis=-1)
+
+
+def task_of(net: Layer, loss: Callable[[Any, Any], Any], x: Any, y: np.ndarray, shape: tuple[int, ...]) -> Task:
+    """Find out what the targets ask for; `shape` is that of the outputs, batch axis first."""
+    units = int(np.prod(shape[1:], dtype=int))
+    column = y.size == len(y)
+    values = np.unique(y) if column or y.ndim == 2 else np.array([])
+    if np.issubdtype(y.dtype, np.integer) and column and units > 1 and len(shape) == 2:
+        return Task("classes", max(units, int(values.max()) + 1), chance=1 / max(2, len(values)))
+    if column and units == 1 and len(values) == 2:
+        low, high = map(float, values)
+        return Task("binary", 2, _crossing(loss, shape, y, low, high), positive=high, chance=0.5)
+    if y.ndim == 2 and y.shape[1] == units > 1 and set(values) <= {0, 1} and (y.sum(1) == 1).all():
+        return Task("one_hot", units, chance=1 / units)
+    if (np.issubdtype(y.dtype, np.floating) and y.shape == shape) or (column and units == 1):
+        return Task("regression")
+    if (correct := losses.correct(loss)) is not None:
+        return Task("exact", correct=correct)
+    raise ValueError(
+        f"diagnose: targets must be labels, one-hot rows or numbers shaped as the outputs, got {y.dtype}{list(y.shape)} "
+        f"for outputs {list(shape)}; or a loss of fnn that counts what is right"
+    )
+
+
+def _crossing(loss: Any, shape: tuple[int, ...], y: np.ndarray, low: float, high: float) -> float:
+    """Find the output at which a binary loss costs the same for both labels: 0 for logits, 0.5 for probabilities."""
+    outputs = np.concatenate([np.linspace(0.02, 0.98, 49), np.linspace(-4, 4, 81)]).astype(np.float32)
+    outputs = np.unique(outputs)
+    z = jnp.asarray(outputs).reshape(-1, *[1] * (len(shape) - 1))
+    with np.errstate(all="ignore"):
+        costs = [
+            np.asarray(loss(z, np.full((len(outputs), *y.shape[1:]), value, y.dtype)), np.float64).reshape(-1)
+            for value in (low, high)
+        ]
+    gap = costs[0] - costs[1]  # rises with the output
+    ok = np.isfinite(gap)
+    signs = np.flatnonzero(np.diff(np.sign(gap[ok])) > 0)
+    if not ok.any() or not len(signs):
+        return (low + high) / 2
+    where = outputs[ok][signs[0] : signs[0] + 2]
+    heights = gap[ok][signs[0] : signs[0] + 2]
+    return float(where[0] + (where[1] - where[0]) * (0 - heights[0]) / (heights[1] - heights[0]))

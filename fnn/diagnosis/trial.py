@@ -1,0 +1,214 @@
+"""Train one plan with several seeds, as lanes of one compiled program. Equal programs are compiled once."""
+
+import functools
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fnn import admission, tree
+from fnn.datasets.dataset import Dataset
+from fnn.diagnosis.case import Case, Plan, redrawn
+from fnn.training.depth import per_depth
+from fnn.training.extra import offered
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial measured; every array has a leading axis of seeds."""
+
+    chooses: np.ndarray
+    """Score on the half of the held-out data that chooses: float[seeds]."""
+    checks: np.ndarray
+    """Score on the other half."""
+    train: np.ndarray
+    """Score on training examples."""
+    held_loss: np.ndarray
+    """Mean loss on the half that chooses."""
+    losses: np.ndarray
+    """float[seeds, steps]; `norms` are the gradient's norms, `ratios` |update| / |params|."""
+    norms: np.ndarray
+    ratios: np.ndarray
+    moved: np.ndarray
+    """float[seeds, arrays]: norm of the change of each parameter array over its first norm; NaN for one that began as 0."""
+    gradients: np.ndarray
+    """float[seeds, arrays]: largest norm of each array's gradient over the first steps."""
+    shrunk: np.ndarray
+    """float[seeds]: norm of all parameters at the end over that at the start."""
+    seconds: float
+    compiling: float
+
+    @property
+    def diverged(self) -> bool:
+        return not np.isfinite(self.losses[:, -1]).all()
+
+
+class Runner:
+    """Run plans of one case; keeps each program that it compiled. A thread beside compiles those that come next."""
+
+    def __init__(self, case: Case, thread: ThreadPoolExecutor):
+        self.case, self.thread = case, thread
+        self.compiled: list[float] = []
+        """Seconds that each program took to compile."""
+        self._programs: dict[Any, Future[Any]] = {}
+        self._drawn: dict[Any, Any] = {}
+        self._cases: dict[Any, Case] = {}
+        self._instruments: dict[Any, Any] = {}
+
+    def known(self, plan: Plan) -> bool:
+        """Whether the program of this plan is compiled already."""
+        found = self._programs.get(self.key(plan))
+        return found is not None and found.done()
+
+    def prepare(self, plan: Plan) -> "Future[Any]":
+        """Begin to compile the program of a plan, unless that is done or under way."""
+        key = self.key(plan)
+        if key not in self._programs:
+            self._programs[key] = self.thread.submit(self._compile, plan, range(self.case.seeds))
+        return self._programs[key]
+
+    def _compile(self, plan: Plan, seeds: Any) -> Any:
+        started = time.perf_counter()
+        function = jax.vmap(functools.partial(self._one, plan), in_axes=(0, 0, 0, 0, None, None, None, None))
+        program = jax.jit(function).lower(*self._arguments(plan, seeds)).compile()
+        self.compiled.append(time.perf_counter() - started)
+        return program
+
+    def instruments(self, plan: Plan, make: Any) -> Any:
+        """Give what `make` made for the first plan with the same program."""
+        key = self.key(replace(plan, steps=None, optimizer=None, unclipped=False))
+        if key not in self._instruments:
+            self._instruments[key] = make()
+        return self._instruments[key]
+
+    def draw(self, plan: Plan, seed: int) -> tuple[Any, Any]:
+        """Draw the weights and the state of one seed."""
+        key = (plan.knobs, plan.swap, seed)
+        if key not in self._drawn:
+            self._drawn[key] = self.case.model(plan).draw(seed)
+        params, state = self._drawn[key]
+        if plan.precision is not None:
+            params = jax.tree.map(lambda a: a.astype(plan.precision), params)
+        if plan.gain is not None:
+            params = redrawn(params, plan.gain, 1000 + seed, self.case.last(params))
+        return params, state
+
+    def order(self, plan: Plan, seed: int) -> np.ndarray:
+        """List which examples each step learns: int32[steps, batch], rows of the training data and then those that choose."""
+        case, size, steps = self.case, self._batch(plan), self._steps(plan)
+        n, held = case.train.size, case.chooses.size
+        rows = {"train": np.arange(n), "held out": n + np.arange(held), "both": np.arange(n + held)}[plan.learn]
+        size = min(size, len(rows))
+        rng, per = np.random.default_rng((seed, 1)), len(rows) // size
+        shuffled = case.shuffle if plan.shuffle is None else plan.shuffle
+        epochs = [(rng.permutation(rows) if shuffled else rows)[: per * size] for _ in range(-(-steps // per))]
+        order = np.concatenate(epochs).reshape(-1, size)[:steps].astype(np.int32)
+        if size < self._batch(plan):  # as many rows as the program takes; some count twice
+            order = np.concatenate([order, order[:, np.arange(self._batch(plan) - size) % size]], axis=1)
+        return order
+
+    def run(self, plan: Plan, seeds: Any) -> Outcome:
+        """Train with these seeds."""
+        args = self._arguments(plan, seeds)
+        start = time.perf_counter()
+        program = self.prepare(plan).result()
+        compiling = time.perf_counter() - start
+        chooses, checks, train, *rest = jax.device_get(program(*args))
+        scores = [self.changed(plan).scored(values) for values in (chooses, checks, train)]
+        measured: list[Any] = [*scores, *rest, time.perf_counter() - start - compiling, compiling]
+        return Outcome(*measured)
+
+    def _arguments(self, plan: Plan, seeds: Any) -> tuple[Any, ...]:
+        """Collect what a program takes, seeds first."""
+        case = self.changed(plan)
+        drawn = [self.draw(plan, seed) for seed in seeds]
+        params, states = jax.tree.map(lambda *parts: jnp.stack(parts), *drawn)
+        orders = np.stack([self.order(plan, seed) for seed in seeds])
+        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+        pool = Dataset(*jax.tree.map(lambda a, b: np.concatenate([a, b]), tuple(case.train), tuple(case.chooses)))
+        return params, states, keys, orders, jnp.float32(plan.rate), jnp.float32(plan.clip), pool, case.checks
+
+    def changed(self, plan: Plan) -> Case:
+        """Give the case with the plan's changes of the data."""
+        if plan.data not in self._cases:
+            self._cases[plan.data] = functools.reduce(lambda case, change: change(case), plan.data, self.case)
+        return self._cases[plan.data]
+
+    def key(self, plan: Plan) -> Any:
+        """What a program depends on; what is left out are numbers that it takes as arguments."""
+        task = self.changed(plan).task
+        dtype = str(plan.precision)
+        plan = replace(plan, rate=1.0, clip=1.0, gain=None, data=(), learn="train", shuffle=None, precision=None)
+        return plan, task, dtype
+
+    def _batch(self, plan: Plan) -> int:
+        return plan.batch_size or self.case.batch_size
+
+    def _steps(self, plan: Plan) -> int:
+        return plan.steps or self.case.steps
+
+    def _one(
+        self, plan: Plan, params: Any, state: Any, key: Any, order: Any, rate: Any, clip: Any, pool: Any, last: Any
+    ) -> Any:
+        """Train one seed; what `Outcome` lists. The arguments are those of a program, hence nine."""
+        case = self.changed(plan)
+        model, tx = case.model(plan), per_depth(case.transformation(plan))
+        first = params
+
+        def rows(index):
+            return jax.tree.map(lambda a: jnp.asarray(a)[index], tuple(pool))
+
+        def step(carry, t):
+            params, state, opt_state, most = carry
+            batch = rows(order[t])
+
+            def objective(params):
+                return model.objective(params, state, batch, jax.random.fold_in(key, t))
+
+            (value, new), grads = jax.value_and_grad(objective, has_aux=True)(params)
+            norm = tree.norm(grads)
+            # Largest numbers, not squares: what is asked is whether they are zero.
+            most = jnp.where(t < 20, jnp.maximum(most, largest(grads)), most)
+            factor = jnp.where(norm > clip, clip / norm, 1.0)
+            grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+            extra = offered(value, grads, lambda p: objective(p)[0], lambda p: jax.grad(objective, has_aux=True)(p)[0])
+            updates, opt_state = admission.update("diagnose", tx, grads, opt_state, params, **extra)
+            updates = jax.tree.map(lambda u: u * rate.astype(u.dtype), updates)
+            trained = optax.apply_updates(params, updates)
+            moved = size(jax.tree.map(jnp.subtract, trained, params)) / size(params)
+            return (trained, new, opt_state, most), (value, norm, moved)
+
+        start = params, state, tx.init(params), jnp.zeros(len(jax.tree.leaves(params)))
+        (params, state, _, most), (values, norms, ratios) = jax.lax.scan(step, start, jnp.arange(order.shape[0]))
+        n, held = case.train.size, case.chooses.size
+        some = np.unique(np.linspace(0, n - 1, min(n, 512)).astype(int))
+        parts = rows(np.arange(n, n + held)), jax.tree.map(jnp.asarray, tuple(last)), rows(some)
+        if model.outputs is None:
+            score = model.score or (lambda params, batch: model.objective(params, state, batch, key)[0])
+            chooses, checks, train = (score(params, part) for part in parts)
+            held_loss = model.objective(params, state, parts[0], key)[0]
+        else:
+            outputs = model.outputs(params, state, jax.tree.map(lambda *a: jnp.concatenate(a), *(x for x, _ in parts)))
+            ends = np.cumsum([held, len(last.y)])
+            split = jax.tree.map(lambda a: jnp.split(a, ends), outputs)
+            chooses, checks, train = (case.task(o, y) for o, (_, y) in zip(split, parts, strict=True))
+            assert model.mean_loss is not None
+            held_loss = model.mean_loss(split[0], parts[0][1])
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(first), strict=True)
+        changes = jnp.stack([jnp.where(size(b) > 1e-12, size(a - b) / size(b), jnp.nan) for a, b in pairs])
+        return chooses, checks, train, held_loss, values, norms, ratios, changes, most, size(params) / size(first)
+
+
+def size(params: Any) -> jax.Array:
+    """Evaluate the norm of parameters, or of a step of them: their squares stay in range, or the run is lost."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(a.astype(jnp.float32))) for a in jax.tree.leaves(params)) + 1e-30)
+
+
+def largest(grads: Any) -> jax.Array:
+    """List the largest absolute number of each array."""
+    return jnp.stack([jnp.max(jnp.abs(g)).astype(jnp.float32) for g in jax.tree.leaves(grads)])

@@ -1,0 +1,127 @@
+"""From evidence and trials to causes: the earliest stage with a measured abnormality whose repair works."""
+
+import numpy as np
+
+from fnn.diagnosis.causes import STAGE, Cause, Evidence, Trial
+from fnn.diagnosis.changes import Change
+from fnn.diagnosis.inquiry import NOTHING, Inquiry, Tried, margin
+
+SHARE = 0.7
+"""The share of the best rise that a repair must reach."""
+WEAK = {"optimizer", "capacity", "steps", "memory", "batch_size", "too_little_data"}
+"""Suspected of almost every net; not repaired together with others."""
+
+
+FAR = 0.15
+"""More steps alone must raise the score by so much to be a cause of their own; less is "not finished"."""
+
+
+def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
+    """Rank the causes that a repair proves; two faults stand side by side, each with the repair of both."""
+    working = works(inquiry)
+    if not ill:
+        near = inquiry.base.mean + FAR
+        working = [t for t in working if "steps" not in t.change.causes or t.mean > near]
+    found: list[Cause] = []
+    for cause in suspects(inquiry):
+        able = [t for t in working if cause in t.change.causes]
+        for tried in able[:3]:
+            if (proved := proof(inquiry, cause, tried)) is not None:
+                found.append(proved)
+                break
+        if len(found) == 3:
+            break
+    if pair := both(inquiry, found):
+        return pair
+    if not found:  # a repair that works, though nothing abnormal was measured
+        for tried in sorted(working, key=lambda t: min(STAGE[c] for c in t.change.causes)):
+            cause = min(tried.change.causes, key=lambda c: STAGE[c])
+            if (proved := proof(inquiry, cause, tried)) is not None:
+                return [proved]
+    return found
+
+
+def suspects(inquiry: Inquiry) -> list[str]:
+    """List the causes of which something abnormal was measured, in the order of stages."""
+    named = {e.cause for e in inquiry.evidence}
+    rates = [t.mean for t in inquiry.tried.values() if t.change.name.startswith("rate")]
+    adam = [t.mean for t in inquiry.tried.values() if "optimizer" in t.change.causes]
+    if adam and rates and max(rates) > max(adam) - 0.05:
+        named.discard("optimizer")
+    return sorted(named, key=lambda cause: STAGE[cause])
+
+
+def works(inquiry: Inquiry) -> list[Tried]:
+    """List the single changes that raise the score enough, the surest first."""
+    base, top = inquiry.base, inquiry.best()
+    least = margin(base.scores)
+    found = []
+    for tried in inquiry.tried.values():
+        rise = tried.mean - base.mean
+        enough = max(top, tried.mean) - base.mean
+        if tried.change is not NOTHING and " + " not in tried.change.name and rise > least and rise >= SHARE * enough:
+            found.append(tried)
+    return sorted(found, key=lambda t: -(min(t.scores) + 0.1 * t.mean))
+
+
+def proof(inquiry: Inquiry, cause: str, tried: Tried) -> Cause | None:
+    """Check a repair with fresh seeds, on data that did not choose it; None if it does not hold, or treats a symptom."""
+    sick, cured = inquiry.again(inquiry.base.plan), inquiry.again(tried.plan)
+    before = float(np.mean(sick.checks))
+    least = margin(tuple(map(float, sick.checks)))
+    lifted = float(np.mean(cured.checks > before + least))
+    if float(np.mean(cured.checks)) - before <= least or lifted < 0.6:
+        return None
+    if inquiry.shows(cause, tried.plan, cured):
+        return None
+    trial = Trial(tried.change.name, cause, tried.scores, tuple(map(float, cured.checks)), tried.outcome.seconds)
+    return Cause(cause, _of(inquiry, cause), trial, tried.change.code, lifted, _also(tried.change, cause))
+
+
+def _of(inquiry: Inquiry, cause: str) -> tuple[Evidence, ...]:
+    return tuple(e for e in inquiry.evidence if e.cause == cause)
+
+
+def _also(change: Change, cause: str) -> tuple[str, ...]:
+    return tuple(c for c in change.causes if c != cause)
+
+
+def both(inquiry: Inquiry, single: list[Cause]) -> list[Cause]:
+    """Repair all suspects together; if that is better than each alone, put one back at a time, and name those needed."""
+    base, top = inquiry.base, inquiry.best()
+    if top > inquiry.case.task.chance + 0.95 * (1 - inquiry.case.task.chance):
+        return []
+    strong = [c for c in suspects(inquiry) if c not in WEAK]
+    parts: dict[str, Change] = {}
+    for cause in strong:
+        able = [t for t in inquiry.tried.values() if cause in t.change.causes and " + " not in t.change.name]
+        if able and not any(p.name == max(able, key=lambda t: t.mean).change.name for p in parts.values()):
+            parts[cause] = max(able, key=lambda t: t.mean).change
+    if len(parts) < 2:
+        return []
+    whole = inquiry.together(parts.values())
+    if whole is None or whole.mean < max(top, base.mean) + margin(base.scores):
+        return []
+    needed = []
+    for cause in parts:
+        rest = [part for other, part in parts.items() if other != cause]
+        less = inquiry.together(rest)
+        if less is None or less.mean < whole.mean - margin(whole.scores):
+            needed.append(cause)
+    if len(needed) < 2:
+        return []
+    last = inquiry.together(parts[cause] for cause in needed) or whole
+    sick, cured = inquiry.again(base.plan), inquiry.again(last.plan)
+    least = margin(tuple(map(float, sick.checks)))
+    if float(np.mean(cured.checks)) - float(np.mean(sick.checks)) <= least:
+        return []
+    lifted = float(np.mean(cured.checks > np.mean(sick.checks) + least))
+    trial = Trial(last.change.name, needed[0], last.scores, tuple(map(float, cured.checks)), last.outcome.seconds)
+    return [Cause(cause, _of(inquiry, cause), trial, parts[cause].code, lifted) for cause in needed]
+
+
+def sick(inquiry: Inquiry, target: float | None) -> bool:
+    """Whether the scores themselves show a fault: at chance, seeds that disagree, or below the target."""
+    scores, chance = inquiry.base.scores, inquiry.case.task.chance
+    low = min(scores) <= chance + max(0.05, 0.1 * (1 - chance))
+    return low or float(np.std(scores)) > 0.1 or (target is not None and float(np.mean(scores)) < target)

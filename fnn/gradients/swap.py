@@ -1,0 +1,227 @@
+"""Replace the activations of any traced loss: those between two layers, and those behind the last one."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn.gradients import places
+from fnn.gradients.operations import Loop, Op, Program, Remat, execute, rebuilt
+from fnn.gradients.program import equations, read, trace
+
+KNOWN: dict[str, Callable[[Any], Any]] = {
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "elu": jax.nn.elu,
+    "selu": jax.nn.selu,
+    "softplus": jax.nn.softplus,
+    "leaky_relu": jax.nn.leaky_relu,
+    "identity": lambda x: x,
+}
+"""Activations that are known by their values."""
+POINTS = np.linspace(-3, 3, 25)
+PRODUCTS = {"mul", "div"}
+STOP = "stop_gradient"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One activation of a program."""
+
+    name: str
+    role: str
+    """hidden (between two layers), last (behind the last layer), gate (multiplied with other data: left alone)."""
+    input: int
+    output: int
+    """The variables that it takes and makes."""
+
+
+def activations(program: Program, parameters: int) -> list[Activation]:
+    """Find the activations of a loss's forward program, whose first inputs are the parameters; those in loops too.
+
+    An activation is a function of each number of a layer's output by itself, by one operation or several, that has the
+    values of a known one.
+    """
+    products = {place.product for place in places.find(program, parameters).places}
+    walk = _Walk(products)
+    # In a thread of its own nothing is being traced, whatever the caller does: operations run on points, and give numbers.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(walk.forward, program, set()).result()
+    walk.backward(program, set())
+    found = []
+    for output, (name, root) in walk.names.items():
+        role = "gate" if output in walk.gates else "hidden" if output in walk.used else "last"
+        found.append(Activation(name, role, root, output))
+    return found
+
+
+class _Walk:
+    """Which variables come after a layer, which lead to one, and which are an activation of another variable."""
+
+    def __init__(self, products: set[int]):
+        self.products = products
+        self.used: set[int] = set()
+        self.gates: set[int] = set()
+        self.names: dict[int, tuple[str, int]] = {}
+        self.fixed: dict[int, Any] = {}
+
+    def forward(self, program: Program, known: set[int]) -> set[int]:
+        """Mark what depends on a layer's output; return the variables of this program that do."""
+        known, roots, values = set(known), {}, {}
+        best: dict[int, int] = {}
+        for op in program.ops:
+            given = [isinstance(a, int) and a in known for a in op.inputs]
+            if isinstance(op, Loop | Remat):
+                inner, out = {v for v, g in zip(op.body.inputs, given, strict=True) if g}, []
+                for _ in range(2):  # a carry that depends on a layer does so from the second turn on
+                    inside = self.forward(op.body, inner)
+                    out = [isinstance(a, int) and a in inside for a in op.body.outputs]
+                    carries = op.body.inputs[op.consts :][: op.carries] if isinstance(op, Loop) else []
+                    inner |= {v for v, o in zip(carries, out, strict=False) if o}
+                known |= {v for v, o in zip(op.outputs, out, strict=True) if o}
+                continue
+            if not (any(given) or self.products & set(op.outputs)):
+                self._fix(program, op)
+                continue
+            known.update(op.outputs)
+            data = [a for a, g in zip(op.inputs, given, strict=True) if g and isinstance(a, int)]
+            origins = {roots.get(a, a) for a in data}
+            root = origins.pop() if len(origins) == 1 else None
+            if root is not None and self._evaluate(program, op, root, values):
+                roots[op.outputs[0]] = root
+                if (name := _named(values[op.outputs[0]], values[root])) is not None:
+                    self.names.pop(best.get(root, -1), None)  # what comes later in the chain is the whole activation
+                    best[root] = op.outputs[0]
+                    self.names[op.outputs[0]] = name, root
+            elif op.name in PRODUCTS and len(data) > 1:
+                for a in data:
+                    self.gates.update(best[r] for r in [roots.get(a)] if r in best)
+        return known
+
+    def _evaluate(self, program: Program, op: Op, root: int, values: dict[int, Any]) -> bool:
+        """Run an operation on points, if it is a function of each number of `root` by itself, as far as shapes show."""
+        spec, out = program.spec(root), program.spec(op.outputs[0])
+        free = {a for a in op.inputs if isinstance(a, int)}
+        if (
+            len(op.outputs) != 1
+            or op.effects
+            or spec.shape != out.shape
+            or op.name in ("dot_general", "conv_general_dilated")
+        ):
+            return False
+        if not jnp.issubdtype(spec.dtype, jnp.floating) or int(np.prod(spec.shape)) < 2:
+            return False
+        if root not in values:
+            values[root] = np.resize(POINTS, int(np.prod(spec.shape))).reshape(spec.shape).astype(spec.dtype)
+        found = values | self.fixed
+        if all(a in found for a in free) and (got := _run(op, found)) is not None:
+            values[op.outputs[0]] = got
+            return True
+        return False
+
+    def _fix(self, program: Program, op: Op) -> None:
+        """Remember what a program makes of constants alone."""
+        known = all(not isinstance(a, int) or a in self.fixed for a in op.inputs)
+        if known and len(op.outputs) == 1 and not op.effects and (got := _run(op, self.fixed)) is not None:
+            self.fixed[op.outputs[0]] = got
+
+    def backward(self, program: Program, wanted: set[int]) -> set[int]:
+        """Mark what leads to a layer's product; return the variables of this program that do."""
+        wanted = set(wanted)
+        for op in reversed(program.ops):
+            if isinstance(op, Loop | Remat):
+                ins: set[int] = set()
+                inner = {
+                    a for a, v in zip(op.body.outputs, op.outputs, strict=True) if v in wanted and isinstance(a, int)
+                }
+                for _ in range(2):
+                    ins = self.backward(op.body, inner)
+                    if isinstance(op, Loop):
+                        carries = op.body.inputs[op.consts :][: op.carries]
+                        more = zip(op.body.outputs[: op.carries], carries, strict=True)
+                        inner |= {a for a, v in more if v in ins and isinstance(a, int)}
+                wanted |= {a for a, v in zip(op.inputs, op.body.inputs, strict=True) if v in ins and isinstance(a, int)}
+            elif wanted & set(op.outputs) or self.products & set(op.outputs):
+                wanted.update(a for a in op.inputs if isinstance(a, int))
+        self.used |= wanted
+        return wanted
+
+
+def _run(op: Op, values: Mapping[int, Any]) -> np.ndarray | None:
+    """Run an operation on known values; None for one that does not run by itself, such as a collective."""
+    with contextlib.suppress(Exception):
+        inputs = [jnp.asarray(values[a]) if isinstance(a, int) else a.value for a in op.inputs]
+        return np.asarray(op.call(*inputs)[0])
+    return None
+
+
+def _named(got: np.ndarray, points: np.ndarray) -> str | None:
+    """Recognise an activation by its values."""
+    if got.dtype == bool or not np.isfinite(got.astype(np.float64)).all():
+        return None
+    for name in KNOWN:
+        if name != "identity" and np.allclose(got.astype(np.float64).ravel(), _values(name, points.size), atol=2e-3):
+            return name
+    return None
+
+
+@functools.cache
+def _values(name: str, size: int) -> np.ndarray:
+    return np.resize(np.asarray(KNOWN[name](jnp.asarray(POINTS, jnp.float32)), np.float64), size)
+
+
+def listed(function: Callable[..., Any], *args: Any) -> tuple[list[Activation], int]:
+    """List the activations of a function whose first argument are the parameters, and count its `stop_gradient`s."""
+    program = _read(function, args)[0]
+    return activations(program, len(jax.tree.leaves(args[0]))), sum(name == STOP for name, _ in equations(program))
+
+
+def _read(function: Callable[..., Any], args: Any) -> tuple[Program, Any]:
+    leaves, structure = jax.tree.flatten(args)
+    closed, shape = trace(lambda *leaves: function(*jax.tree.unflatten(structure, leaves)), *leaves)
+    return read(closed, forward=True), shape
+
+
+def swapped(loss: Callable[..., Any], chosen: Mapping[str, str]) -> Callable[..., Any]:
+    """Return the loss with other activations: `{"hidden": "relu"}` replaces those between layers, "last" those behind them.
+
+    `{"stop": "identity"}` lets gradients through every `stop_gradient`. Gates, and what the loss itself computes with the
+    outputs, stay as they are. The new loss takes the same arguments, and works under `jit`, `grad` and `vmap`.
+    Errors: `Unreadable`.
+    """
+
+    def new(*args):
+        program, shape = _read(loss, args)
+        count, leaves = len(jax.tree.leaves(args[0])), jax.tree.leaves(args)
+        found = {a.output: (a.input, KNOWN[chosen[a.role]]) for a in activations(program, count) if a.role in chosen}
+        outs = execute(_with(program, found, "stop" in chosen), leaves)
+        return jax.tree.unflatten(jax.tree.structure(shape), outs)
+
+    return new
+
+
+def _with(program: Program, functions: Mapping[int, tuple[int, Callable[[Any], Any]]], through: bool) -> Program:
+    ops: list[Op] = []
+    for op in program.ops:
+        if isinstance(op, Loop):
+            op = rebuilt(op, _with(op.body, functions, through), op.inputs, op.outputs, op.consts, op.carries)
+        elif isinstance(op, Remat):
+            op = replace(op, body=_with(op.body, functions, through))
+            op.call = op.run
+        elif through and op.name == STOP:
+            op = replace(op, call=lambda *values: list(values))
+        elif op.outputs and op.outputs[0] in functions:
+            source, function = functions[op.outputs[0]]
+            op = replace(op, inputs=[source], call=lambda value, f=function: [f(value)])
+        ops.append(op)
+    return replace(program, ops=ops)

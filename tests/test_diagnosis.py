@@ -1,0 +1,260 @@
+"""What a diagnosis measures, and how it comes to a verdict; whole patients stand in test_ward."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fnn
+from fnn.datasets.dataset import Dataset
+from fnn.diagnosis import changes, data_symptoms
+from fnn.diagnosis.case import Plan, case_of, gains, redrawn
+from fnn.diagnosis.loss_case import loss_case_of
+from fnn.diagnosis.task import Task, task_of
+
+pytest.importorskip("sklearn")
+RNG = np.random.default_rng(0)
+TRAIN, TEST = fnn.data.standardize(*fnn.data.digits(key=jax.random.key(0)))
+
+
+def build(depth=2, width=16, activation="relu", norm="none", init="he_normal", head="identity"):
+    return fnn.models.mlp(depth, width, 10, activation=activation, norm=norm, init=init, head=head)
+
+
+def sgd(rate=0.1, clip=None):
+    return optax.sgd(rate) if clip is None else optax.chain(optax.clip_by_global_norm(clip), optax.sgd(rate))
+
+
+def case(train=TRAIN, test=TEST, loss=fnn.losses.cross_entropy, net=build, **options):
+    options = {"batch_size": 64, "steps": 30, "seeds": 2, "shuffle": True} | options
+    return case_of(net, loss, sgd, train, test, **options)
+
+
+def named(evidence):
+    return {e.cause for e in evidence}
+
+
+# Scores.
+
+
+def test_balanced_accuracy_is_the_mean_of_the_classes_recalls():
+    outputs, y = jnp.asarray(RNG.normal(size=(50, 4)), jnp.float32), RNG.integers(0, 3, 50)
+    answer = np.asarray(outputs).argmax(1)
+    want = np.mean([(answer[y == c] == c).mean() for c in range(3)])  # class 3 does not occur
+    np.testing.assert_allclose(Task("classes", 4)(outputs, jnp.asarray(y)), want, rtol=1e-6)
+    np.testing.assert_allclose(Task("one_hot", 4)(outputs, jax.nn.one_hot(y, 4)), want, rtol=1e-6)
+    assert Task("classes", 4)(outputs * jnp.nan, jnp.asarray(y)) == 0  # not class 0
+
+
+def test_r2_at_any_scale():
+    y = RNG.normal(size=(60, 2))
+    outputs = y + 0.3 * RNG.normal(size=y.shape)
+    want = np.mean(1 - ((outputs - y) ** 2).mean(0) / y.var(0))
+    for scale in (1.0, 1e-25, 1e25):
+        got = Task("regression")(jnp.asarray(outputs * scale, jnp.float32), jnp.asarray(y * scale, jnp.float32))
+        np.testing.assert_allclose(got, want, rtol=1e-4)
+    assert Task("regression")(jnp.full((60, 2), jnp.nan), jnp.asarray(y)) == -1
+
+
+def probability_loss(outputs, y):
+    p = jnp.clip(outputs.reshape(-1), 1e-7, 1 - 1e-7)
+    return -y * jnp.log(p) - (1 - y) * jnp.log(1 - p)
+
+
+@pytest.mark.parametrize(
+    "loss, want",
+    [(fnn.losses.binary_cross_entropy, 0.0), (probability_loss, 0.5), (lambda o, y: (o.reshape(-1) - y) ** 2, 0.5)],
+)
+def test_the_threshold_of_a_binary_task_is_where_both_labels_cost_the_same(loss, want):
+    task = task_of(None, loss, None, np.array([0, 1, 1, 0]), (4, 1))
+    assert task.kind == "binary" and abs(task.threshold - want) < 0.02
+    outputs = jnp.asarray([[want - 1], [want + 1], [want - 1], [want - 1]], jnp.float32)
+    assert task(outputs, jnp.array([0, 1, 1, 0])) == 0.75
+
+
+def test_tasks_are_told_by_their_targets():
+    kinds = {
+        "classes": (np.arange(6) % 3, (6, 3), fnn.losses.cross_entropy),
+        "one_hot": (np.eye(3, dtype=np.float32)[np.arange(6) % 3], (6, 3), fnn.losses.mse),
+        "regression": (RNG.normal(size=(6, 1)).astype(np.float32), (6, 1), fnn.losses.mse),
+        "exact": (np.zeros((6, 5), np.int32), (6, 5, 7), fnn.losses.sequence_cross_entropy),
+    }
+    for kind, (y, shape, loss) in kinds.items():
+        assert task_of(None, loss, None, y, shape).kind == kind
+    with pytest.raises(ValueError, match="diagnose: targets must be labels, one-hot rows or numbers"):
+        task_of(None, lambda o, y: o, None, np.zeros((6, 2)), (6, 3))
+
+
+# Data.
+
+
+def scaled(part, a=1.0, b=0.0):
+    return Dataset(np.asarray(part.x) * np.float32(a) + np.float32(b), np.asarray(part.y))
+
+
+@pytest.mark.parametrize(
+    "train, test, want",
+    [
+        (TRAIN, TEST, set()),
+        (scaled(TRAIN, 255), scaled(TEST, 255), {"input_scale"}),
+        (scaled(TRAIN, 1e-4), scaled(TEST, 1e-4), {"input_scale"}),
+        (scaled(TRAIN, 0.1, 3), scaled(TEST, 0.1, 3), {"input_scale"}),
+        (TRAIN, scaled(TEST, 4, 9), {"split_mismatch"}),
+        (scaled(TRAIN, 0, 1), scaled(TEST, 0, 1), {"input_empty"}),
+        (Dataset(TRAIN.x, RNG.permutation(np.asarray(TRAIN.y))), TEST, {"labels"}),
+        (TRAIN, Dataset(TEST.x, (np.asarray(TEST.y) + 1) % 10), {"label_encoding"}),
+        (scaled(TRAIN, 255), scaled(TEST, 30), {"input_scale", "split_mismatch"}),
+    ],
+)
+def test_symptoms_of_data(train, test, want):
+    assert named(data_symptoms.symptoms(case(train, test))) == want
+
+
+def test_order_and_targets():
+    order = np.argsort(np.asarray(TRAIN.y), kind="stable")
+    by_class = Dataset(np.asarray(TRAIN.x)[order], np.asarray(TRAIN.y)[order])
+    assert named(data_symptoms.symptoms(case(by_class, shuffle=False))) == {"order"}
+    assert not data_symptoms.symptoms(case(by_class)) and not data_symptoms.symptoms(case(shuffle=False))
+    x, y = RNG.normal(size=(200, 3)).astype(np.float32), RNG.normal(size=(200, 1)).astype(np.float32)
+    for a, b, want in ((1, 3, set()), (1e5, 5e5, {"target_scale"}), (1e-3, 0, {"target_scale"})):
+        parts = Dataset(x[:150], a * y[:150] + b), Dataset(x[150:], a * y[150:] + b)
+        found = case(*parts, loss=fnn.losses.mse, net=lambda: fnn.models.mlp(1, 4, 1))
+        assert named(data_symptoms.symptoms(found)) == want
+
+
+def test_agreement_of_neighbours_is_that_of_a_plain_search():
+    x, y = RNG.normal(size=(40, 3)), RNG.integers(0, 2, 40)
+    got, chance, _ = data_symptoms.agreement(x, y, x, y, True)
+    z = (x - x.mean(0)) / x.std(0)
+    far = ((z[:, None] - z[None]) ** 2).sum(-1) + 1e9 * np.eye(40)
+    near = np.argsort(far, axis=1)[:, :5]
+    np.testing.assert_allclose(got, np.mean(y[near] == y[:, None]))
+    assert abs(chance - 0.5) < 0.1
+
+
+# Changes.
+
+
+def test_changes_of_data_use_the_training_moments():
+    found = changes.standardized(case(scaled(TRAIN, 7, 3), scaled(TEST, 7, 3)))
+    want, held = fnn.data.standardize(scaled(TRAIN, 7, 3), scaled(TEST, 7, 3))
+    np.testing.assert_allclose(found.train.x, want.x, atol=2e-5)
+    rows = np.concatenate([found.chooses.y, found.checks.y])
+    assert sorted(rows) == sorted(np.asarray(held.y)) and not np.isin(found.checks.x, found.chooses.x).all()
+    far = changes.matched(case(TRAIN, scaled(TEST, 40, 90)))
+    assert not data_symptoms.split_symptoms(far)
+    odd = case(Dataset(TRAIN.x, np.asarray(TRAIN.y) * 3 + 5), Dataset(TEST.x, np.asarray(TEST.y) * 3 + 5))
+    np.testing.assert_array_equal(changes.renumbered(odd).y, np.asarray(TRAIN.y))
+
+
+def test_weights_are_redrawn_to_their_gain_in_stacks_too():
+    params, _ = fnn.models.mlp(6, 64, 10, bias_init="ones").init(jax.random.key(0), TRAIN.x[:2])
+    new = redrawn(params, 1.7, 0)
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    *hidden, (_, last) = gains(new)
+    for _, gain in hidden:
+        np.testing.assert_allclose(gain, 1.7, rtol=0.06)  # 4096 numbers: std 1.1 %; of 6 arrays one beyond 5.5 std
+    np.testing.assert_allclose(last, 1.0, rtol=0.15)  # 640 numbers: std 2.8 %
+    assert not any(
+        np.any(a) for path, a in zip(fnn.tree.paths(new), jax.tree.leaves(new), strict=True) if "bias" in path
+    )
+
+
+# Whole diagnoses.
+
+
+def test_a_rate_that_is_too_high_and_its_report(tmp_path):
+    found = fnn.diagnose(
+        fnn.models.mlp(2, 16, 10), fnn.losses.cross_entropy, lambda rate=30.0: optax.sgd(rate), TRAIN, TEST,
+        batch_size=64, steps=60, seeds=2, budget=600.0,
+    )  # fmt: skip
+    assert found.causes[0].name == "lr_high" and not found.healthy and "learning_rate" in found.remedies[0]
+    said = repr(found)
+    assert said.startswith("DOES NOT TRAIN") and "CAUSE 1" in said and "RULED OUT" in said
+    assert max(map(len, said.splitlines())) <= 100
+    table = found.table()
+    assert table.columns == ["change", "cause", "seed", "score", "checked"]
+    assert table.height == 2 * (len(found.trials) + 1)
+    found.html(tmp_path / "why.html")
+    page = (tmp_path / "why.html").read_text()
+    assert (
+        page.count("<svg") >= 2
+        and set(re.findall(r"https?://[^/\"]*", page)) <= {"http://www.w3.org"}
+        and "lr_high" in page
+    )
+
+
+def test_any_loss():
+    x, y = np.asarray(TRAIN.x), np.asarray(TRAIN.y)
+    params = {
+        "w": jax.random.normal(jax.random.key(0), (64, 32)) / 6,
+        "v": jax.random.normal(jax.random.key(1), (32, 10)) / 6,
+    }
+
+    def loss(params, batch):
+        logits = jax.nn.relu(batch["x"] @ params["w"]) @ params["v"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+    batches = [{"x": 100 * x[i : i + 64], "y": y[i : i + 64]} for i in range(0, 1400, 64)]
+    held = {"x": 100 * np.asarray(TEST.x), "y": np.asarray(TEST.y)}
+    found = fnn.diagnose_loss(loss, params, batches, optax.sgd(0.1), held, steps=60, seeds=2, budget=600.0)
+    assert found.causes[0].name == "input_scale" and found.score == "1 - loss / guess"
+
+
+def test_refusals():
+    more = {"batch_size": 64, "steps": 10}
+    for net, loss, optimizer, options, sentence in (
+        (lambda depth: None, fnn.losses.mse, sgd, more, "each knob of build must have a default"),
+        ("mlp", fnn.losses.mse, sgd, more, "the net must be a Layer, or a function that builds one"),
+        (build, fnn.losses.mse, "adam", more, "the optimizer must be an optax transformation"),
+        (build, fnn.losses.mse, lambda rate: optax.sgd(rate), more, "the optimizer's rate must have a default"),
+        (build, fnn.losses.mse, sgd, {**more, "batch_size": 10_000}, "batch_size must be at most the 1438"),
+        (build, fnn.losses.mse, sgd, {**more, "budget": 0}, "budget must be"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=sentence):
+            fnn.diagnose(net, loss, optimizer, TRAIN, TEST, **options)
+    with pytest.raises(ValueError, match="share their leading axis"):
+        loss_case_of(lambda p, b: 0.0, {"w": jnp.ones(2)}, [(np.ones((3, 2)), np.ones(4))], sgd(), None, None,
+                     steps=1, seeds=1, shuffle=False)  # fmt: skip
+    with pytest.raises(TypeError, match="diagnose_loss: loss must be a function"):
+        fnn.diagnose_loss(3, {"w": jnp.ones(2)}, [np.ones((3, 2))], sgd())
+
+
+def test_a_plan_is_compiled_once_for_all_numbers():
+    from concurrent.futures import ThreadPoolExecutor
+
+    from fnn.diagnosis.trial import Runner
+
+    with ThreadPoolExecutor(1) as thread:
+        runner = Runner(case(steps=3), thread)
+        plain, changed = Plan(), dataclasses.replace(Plan(), rate=0.5, gain=1.0, data=(changes.standardized,), clip=1.0)
+        assert runner.key(plain) == runner.key(changed) != runner.key(Plan(steps=4))
+        first = runner.run(plain, [0, 1])
+        again = runner.run(plain, [0, 1])
+        other = runner.run(dataclasses.replace(plain, rate=0.5), [0, 1])
+    np.testing.assert_array_equal(first.losses, again.losses)
+    assert first.losses[0, 0] == other.losses[0, 0] and (first.losses[:, 2] != other.losses[:, 2]).all()
+
+
+def test_a_budget_too_short_for_a_verdict_is_not_called_healthy():
+    found = fnn.diagnose(
+        build, fnn.losses.cross_entropy, sgd, TRAIN, TEST, batch_size=64, steps=200, seeds=2, budget=0.1
+    )
+    assert not found.healthy and not found.causes and len(found.not_tried) > 10
+    assert repr(found).startswith("UNDECIDED") and "NO CAUSE FOUND in this budget" in repr(found)
+
+
+def test_a_change_that_the_net_refuses_is_listed_as_not_tried():
+    def fixed(depth=2, width=16):
+        if width != 16:
+            raise ValueError("fixed: width must be 16")
+        return fnn.models.mlp(depth, width, 10)
+
+    found = fnn.diagnose(
+        fixed, fnn.losses.cross_entropy, sgd, TRAIN, TEST, batch_size=64, steps=20, seeds=1, budget=600.0
+    )
+    assert found.not_tried["width × 4"] == "refused: fixed: width must be 16"

@@ -1,0 +1,114 @@
+"""Activations of a traced loss, swapped: the loss equals that of a net built with the other activation."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fnn
+from fnn.gradients import swap
+
+X = jax.random.normal(jax.random.key(0), (8, 5))
+Y = jnp.arange(8) % 3
+NAMES = ("sigmoid", "tanh", "relu", "gelu", "gelu_tanh", "silu", "elu", "selu", "softplus", "leaky_relu")
+
+
+def loss_of(activation, **options):
+    net = fnn.models.mlp(4, 16, 3, activation=activation, **options)
+    params, state = net.init(jax.random.key(1), X)
+
+    def loss(params, batch):
+        return fnn.losses.cross_entropy(net.apply(params, state, batch[0], train=True)[0], batch[1]).mean()
+
+    return loss, params
+
+
+@pytest.mark.parametrize("unroll", [1, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_swapped_net_has_the_loss_and_gradient_of_the_net_built_so(name, unroll):
+    (loss, params), (built, _) = loss_of(name, unroll=unroll), loss_of("tanh", unroll=unroll)
+    got = jax.jit(jax.value_and_grad(swap.swapped(loss, {"hidden": "tanh"})))(params, (X, Y))
+    want = jax.jit(jax.value_and_grad(built))(params, (X, Y))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), got, want)
+
+
+class Net(nn.Module):
+    hidden: object
+    last: object = None
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = self.hidden(nn.Dense(16)(x))
+        x = nn.Dense(3)(x)
+        return x if self.last is None else self.last(x)
+
+
+def linen_loss(*functions):
+    def loss(params, batch):
+        outputs = Net(*functions).apply(params, batch[0])
+        return jnp.mean((outputs - jax.nn.one_hot(batch[1], 3)) ** 2)
+
+    return loss
+
+
+@pytest.mark.parametrize("name", ["relu", "sigmoid", "gelu", "silu", "elu"])
+def test_linen_under_vmap_and_grad(name):
+    params = Net(jnp.tanh).init(jax.random.key(0), X)
+    several = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), params)
+    new = swap.swapped(linen_loss(getattr(jax.nn, name)), {"hidden": "tanh"})
+    got, want = (jax.vmap(jax.grad(f), in_axes=(0, None))(several, (X, Y)) for f in (new, linen_loss(jnp.tanh)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), got, want)
+
+
+def test_the_last_activation_is_told_from_those_between_layers():
+    params = Net(jnp.tanh).init(jax.random.key(0), X)
+    loss = linen_loss(jnp.tanh, jax.nn.relu)
+    found, stops = swap.listed(loss, params, (X, Y))
+    assert [(a.name, a.role) for a in found] == [("tanh", "hidden")] * 2 + [("relu", "last")] and stops == 0
+    without = swap.swapped(loss, {"last": "identity"})
+    np.testing.assert_allclose(without(params, (X, Y)), linen_loss(jnp.tanh)(params, (X, Y)), rtol=1e-6)
+
+
+def test_gates_and_what_the_loss_does_stay_as_they_are():
+    def gated(w, x):
+        h = jax.nn.sigmoid(x @ w["a"]) * jnp.tanh(x @ w["b"])
+        return jnp.mean(jax.nn.log_sigmoid((h @ w["c"])[:, 0]))
+
+    w = {name: jax.random.normal(jax.random.key(i), (5, 5)) for i, name in enumerate("abc")}
+    found, _ = swap.listed(gated, w, X)
+    assert {a.role for a in found if a.name in ("sigmoid", "tanh")} == {"gate"}
+    for chosen in ({"hidden": "relu"}, {"last": "relu"}):
+        if not any(a.role in chosen for a in found):
+            np.testing.assert_array_equal(swap.swapped(gated, chosen)(w, X), gated(w, X))
+
+
+def test_an_lstm_keeps_its_gates():
+    net = fnn.serial(fnn.lstm(6), fnn.take_last(), fnn.dense(3))
+    x = jax.random.normal(jax.random.key(2), (8, 7, 4))
+    params, state = net.init(jax.random.key(1), x)
+
+    def outputs(params, x):
+        return net.apply(params, state, x)[0]
+
+    np.testing.assert_array_equal(swap.swapped(outputs, {"hidden": "relu"})(params, x), outputs(params, x))
+
+
+def test_stopped_gradients_are_let_through():
+    def loss(w, x):
+        return jnp.sum(jax.lax.stop_gradient(jnp.tanh(x @ w[0])) @ w[1])
+
+    w = [jnp.eye(5), jnp.eye(5)]
+    assert swap.listed(loss, w, X)[1] == 1
+    assert not np.any(jax.grad(loss)(w, X)[0])
+    got = jax.grad(swap.swapped(loss, {"stop": "identity"}))(w, X)
+    want = jax.grad(lambda w, x: jnp.sum(jnp.tanh(x @ w[0]) @ w[1]))(w, X)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+
+
+def test_a_function_that_is_none_of_the_known_ones_is_left_alone():
+    def loss(w, x):
+        return jnp.sum(jnp.sin(x @ w) @ w)
+
+    assert swap.listed(loss, jnp.eye(5), X)[0] == []
