@@ -87,3 +87,21 @@ def test_batches_cover_an_epoch_once():
     rows = check.batches(35, case, 0, shuffle=True)
     assert rows.shape == (7, 10) and len(set(rows[:3].ravel())) == 30 == len(set(rows[3:6].ravel()))
     assert np.array_equal(check.batches(35, case, 0, shuffle=False)[3:6], np.arange(30).reshape(3, 10))
+
+
+@pytest.mark.parametrize("name", ["labels_permuted", "test_not_scaled"])
+def test_diagnosis_names_the_cause(name):
+    case = NAMES[name].make(0)
+    found = fnn.diagnose(
+        case.build,
+        case.loss,
+        case.optimizer,
+        case.train,
+        case.validation,
+        batch_size=case.batch_size,
+        steps=case.steps,
+        shuffle=case.shuffle,
+        seeds=2,
+        budget=600.0,
+    )
+    assert found.causes[0].name in NAMES[name].causes, found
