@@ -114,10 +114,10 @@ def _linear(output: Any, x: Any) -> bool:
         return False
     other = np.roll(x, 1, axis=0)
     a, b, middle = (output(part) for part in (x, other, ((x + other) / 2).astype(x.dtype)))
-    size = np.abs(a - b).max()
-    return bool(
-        np.isfinite(size) and size > 0 and np.abs((a + b) / 2 - middle).max() < 1e-4 * max(size, np.abs(a).max())
-    )
+    size, most = np.abs(a - b).max(), max(np.abs(a).max(), np.abs(b).max())
+    if not np.isfinite(size) or size < 1e-2 * most:  # all outputs are about equal, and rounding hides the rest
+        return False
+    return bool(size > 0 and np.abs((a + b) / 2 - middle).max() < 1e-4 * size)
 
 
 def _blind(output: Any, x: Any, plain: np.ndarray) -> bool:
