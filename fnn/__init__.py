@@ -3,6 +3,7 @@
 from fnn import losses, models, plot, tree
 from fnn.core import Layer, named, repeat, residual, serial, stateless
 from fnn.datasets import data
+from fnn.diagnosis.replay import Replay, replay
 from fnn.gradients import noise
 from fnn.gradients.diff import diff
 from fnn.gradients.example_gradients import PerExampleGradients
@@ -54,6 +55,7 @@ __all__ = [
     "Layer",
     "Masked",
     "PerExampleGradients",
+    "Replay",
     "Study",
     "Summary",
     "TrainState",
@@ -108,6 +110,7 @@ __all__ = [
     "positions",
     "positionwise",
     "repeat",
+    "replay",
     "report",
     "residual",
     "results",
