@@ -1,5 +1,6 @@
 """Recorded steps taken again, each time with one thing changed: what `replay` tries."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import optax
 
 from fnn import arrays, tree
 from fnn.training.depth import DepthAware, per_depth
-from fnn.training.recorder import FEWEST, MADS, Recording, level
+from fnn.training.recorder import FEWEST, SPREADS, Recording, level, spread
 from fnn.training.step import TrainState, TrainStep, train_step
 
 LEADS = (1, 3, 10)
@@ -64,14 +65,14 @@ class Trial:
         known = self.control[: at - first]
         if len(known) < FEWEST:  # the recording has more than what is replayed, or there is nothing else
             known = recording.losses[: at - recording.first]
-        self.before, mad = level(known)
+        self.before, size = spread(known)
         known = known[np.isfinite(known)]
-        usual = max(MADS * mad, float(np.max(known)) - self.before) if known.size else np.inf
+        usual = max(SPREADS * size, float(np.max(known)) - self.before) if known.size else np.inf
         self.peak_of_control = self.peak(self.control)
         rise = self.peak_of_control - self.before
-        self.limit = self.before + (min(2 * usual, rise / 2) if np.isfinite(rise) else 2 * usual)
+        self.limit = self.before + (min(2 * usual, max(rise / 2, SPREADS * size)) if np.isfinite(rise) else 2 * usual)
         self.limit = np.inf if np.isnan(self.limit) else self.limit
-        self.reproduced = not np.isfinite(rise) or rise > MADS * mad
+        self.reproduced = not np.isfinite(rise) or rise > SPREADS * size
 
     def peak(self, losses: np.ndarray) -> float:
         """Return the highest loss from the spike on, NaN if one is not finite."""
@@ -126,13 +127,13 @@ class Trial:
         Options: updates times `rate`, gradients clipped at `limit`, `drop` the suspects that get weight 0, `keep` steps whose
         states are kept before they are taken, `step` the compiled step.
         """
-        state = self.marks[begin] if state is None else state
+        now = self.marks[begin] if state is None else state
         losses, norms = [], []
         for number in range(begin, self.end):
             if number in keep:
-                self.marks[number] = state
+                self.marks[number] = now
             batch = _weighted(self.recording.batch(number), [s.index for s in drop if s.step == number])
-            state, metrics = (step or self._step)(state, batch, rate, limit)
+            now, metrics = (step or self._step)(now, batch, rate, limit)
             losses.append(metrics["loss"])
             norms.append(metrics["grad_norm"])
         return np.asarray(jax.device_get(losses)), np.asarray(jax.device_get(norms))
@@ -151,11 +152,14 @@ class Trial:
             found.append(self._change("suspects weighted 0", said, begin, drop=group))
         return found
 
+    @functools.cached_property
+    def _of_examples(self) -> Callable[..., Any]:
+        return _compiled_norms(self.step)
+
     def _suspects(self, number: int) -> list[Suspect]:
         """Find the examples of a batch whose gradients stand out."""
-        own = self.__dict__.setdefault("_of_examples", _compiled_norms(self.step))
         try:
-            norms = np.asarray(own(self.marks[number], self.recording.batch(number)), np.float64)
+            norms = np.asarray(self._of_examples(self.marks[number], self.recording.batch(number)), np.float64)
         except (TypeError, ValueError, NotImplementedError) as error:
             raise _NotTried(f"gradients of single examples are not to be had: {arrays.first_line(error)}") from None
         median, mad = level(norms)
@@ -180,7 +184,9 @@ class Trial:
 
         begins = sorted({max(self.first, self.at - lead) for lead in LEADS} | {self.first}, reverse=True)
         return [
-            self._change("second moment reset", f"before step {begin}", begin, edit) for begin in begins if begin < self.at
+            self._change("second moment reset", f"before step {begin}", begin, edit)
+            for begin in begins
+            if begin < self.at
         ] or [self._change("second moment reset", f"before step {self.at}", self.first, edit)]
 
     def _clipped(self) -> list[Change]:
@@ -194,7 +200,9 @@ class Trial:
     def _beta2(self) -> list[Change]:
         hyper = optax.tree.get_all_with_path(self.marks[self.first].opt_state, "b2")
         if not hyper:
-            raise _NotTried("it is not in the optimizer's state; optax.inject_hyperparams(optax.adam)(1e-3) keeps it there")
+            raise _NotTried(
+                "it is not in the optimizer's state; optax.inject_hyperparams(optax.adam)(1e-3) keeps it there"
+            )
 
         def edit(state):
             return state.replace(opt_state=optax.tree.set(state.opt_state, b2=jnp.full_like(hyper[0][1], BETA2)))
@@ -216,20 +224,20 @@ class _NotTried(Exception):
 
 def _compiled(step: TrainStep, **changes: Any) -> Callable[..., Any]:
     """Compile `(state, batch, rate, limit) -> (state, metrics)`: the step with its updates scaled and its gradient clipped."""
-    given = step.given | {"metrics": ("loss", "grad_norm")} | changes
+    given: dict[str, Any] = {**step.given, "metrics": ("loss", "grad_norm"), **changes}
 
     @jax.jit
     def run(state, batch, rate, limit):
-        optimizer = _changed(given["optimizer"], rate, limit)
-        return train_step(**given | {"optimizer": optimizer}).pure(state, batch)
+        own = {**given, "optimizer": _changed(given["optimizer"], rate, limit)}
+        return train_step(**own).pure(state, batch)
 
     return run
 
 
 def _compiled_norms(step: TrainStep) -> Callable[..., Any]:
     """Compile `(state, batch) -> float[batch]`: norms of the single examples' gradients."""
-    alone = {"per_example": "norms", "max_norm": None, "skip_nonfinite": False, "per_layer": False, "metrics": ("loss",)}
-    made = train_step(**step.given | alone)
+    given: dict[str, Any] = {**step.given, "per_example": "norms", "max_norm": None, "skip_nonfinite": False}
+    made = train_step(**given | {"per_layer": False, "metrics": ("loss",)})
     return jax.jit(lambda state, batch: made.pure(state, batch)[1]["per_example_norms"])
 
 
@@ -237,11 +245,11 @@ def _changed(optimizer: Any, rate: jax.Array, limit: jax.Array) -> DepthAware:
     """Clip what an optimiser gets to a norm, and scale what it returns; `rate` 1 and `limit` inf change no bit."""
     inner = per_depth(optimizer)
 
-    def update(grads, state, params=None, **extra):
-        norm = tree.norm(grads)
+    def update(updates, state, params=None, **extra) -> Any:
+        norm = tree.norm(updates)
         factor = jnp.where(norm > limit, limit / norm, 1)
-        grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
-        updates, state = inner.update(grads, state, params, **extra)
+        updates = jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates)
+        updates, state = inner.update(updates, state, params, **extra)
         return jax.tree.map(lambda u: (u * rate).astype(u.dtype), updates), state
 
     return DepthAware(inner.init, update)

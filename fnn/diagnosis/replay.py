@@ -58,12 +58,14 @@ class Replay:
             f"peak {_say(self.peak)}, {_say(self.after)} at step {self.first + len(self.control) - 1}"
         ]
         if not self.exact:
-            lines.append("The recorded steps did not come back bit for bit.")
+            lines.append("Taken again, the recorded steps gave losses that differ by rounding or more.")
         if not self.reproduced:
-            lines.append("The spike did not come in the control: rounding decides whether it comes, and no change is judged.")
+            lines.append(
+                "No loss of the control is high enough for a spike (rounding may decide): no change is judged."
+            )
         groups = {"REMOVED BY": [], "NOT REMOVED BY": []}
         for c in self.changes:
-            share = "" if np.isnan(c.relative) else f", {c.relative:.2g} of the rise"
+            share = "" if np.isnan(c.relative) else f", {max(0.0, c.relative):.2g} of the rise"
             text = f"{c.name} ({c.detail}; peak {_say(c.peak)}{share})"
             groups["REMOVED BY" if c.removes else "NOT REMOVED BY"].append(text)
         groups["NOT TRIED"] = [f"{name}: {why}" for name, why in self.not_tried.items()]
@@ -82,22 +84,25 @@ def replay(recording: Recording, spike: int | None = None) -> Replay:
     """Take the steps around a spike of the loss again, each time with one thing changed, and say what removes it.
 
     `recording` is `step.recording` after `fit(..., recorder=K)`. The spike begins where the loss is not finite, or exceeds
-    the median of the up to 50 steps before it by 5 MADs (at least 1 % of the median each); of several the highest counts.
-    `spike` names another step, as `state.step` counts them before it is taken.
+    the median of the up to 50 steps before it by 5 spreads; among the first 10 steps, where it is ten times the largest before
+    it. A spread is the MAD or half of what the 90th percentile is above the median, whichever is larger, and at least 1 % of
+    the median. Of several the highest counts. `spike` names another step, by `state.step` before it is taken.
 
-    Changed from up to K steps before the spike, or where the recording begins: rate halved (every update times 1/2);
-    gradient clipped at its median norm in these steps; β₂ = 0.95 (of `optax.inject_hyperparams`); float32 (if
-    `compute_dtype` is lower). Changed 1, 3, 10 steps before it or at once, whichever is best: Adam's moments and their count
-    begin anew. Suspects are the examples, in the spike's batch or the one before, whose gradient's norm exceeds the batch's median by 10
-    MADs, a quarter of the batch at most: weight 0, with another example of the batch in their place for batch norm.
+    - suspects weighted 0: examples of the spike's batch, or of the one before, whose gradient's norm exceeds the batch's
+      median by 10 MADs, a quarter of the batch at most. Another example stands in their place, so that a NaN is gone too;
+    - second moment reset: Adam's moments and their count begin anew, 1, 3 or 10 steps before the spike, or with the first
+      step that is replayed, whichever is best;
+    - gradient clipped at its median norm before the spike, rate halved (every update times 1/2), β₂ = 0.95 (in a state of
+      `optax.inject_hyperparams`), float32 (instead of a lower `compute_dtype`): from K steps before the spike on, or from
+      where the recording begins.
 
-    A change removes the spike if no loss from the spike on exceeds `limit`: twice what the loss before it ever was above its
-    median, but not half of the spike's rise. A spike that the control does not show again is not judged. The cost is that
-    of the replayed steps, up to 2 K, about six times over, one call of a compiled step each, and two or three compiles.
+    A change removes the spike if no loss from the spike on, in K steps at most, exceeds `limit`: the median before the spike
+    plus twice what the losses there exceed it by at most, but not more than half of the spike's rise (or 5 spreads). Where the
+    control shows no spike, nothing is judged.
 
-    Guarantee: what is not changed is the same: data, order, dropout masks. Errors: TypeError for what is no recording;
-    ValueError for a recording without a spike or without steps, for a step outside of it, and for one before which the
-    recording has none.
+    The cost is that of the replayed steps, 2 K at most, about six times over, in single calls of a step, and two or three
+    compiles. Guarantee: what is not changed is the same: data, order, dropout masks. Errors: TypeError for what is no
+    recording; ValueError for a recording without steps or without a spike, and for a step outside of it, or its first.
     """
     at = _found(recording, spike)
     first = max(recording.first, at - recording.steps)
@@ -141,9 +146,10 @@ def _found(recording: Recording, spike: int | None) -> int:
             )
         return recording.first + found.index
     check.non_negative("replay", spike=spike)
-    if not recording.first <= spike < recording.end:
+    if not recording.first < spike < recording.end:
         raise ValueError(
-            f"replay: spike must be a recorded step, {recording.first} to {recording.end - 1}, got {spike}; choose one"
+            f"replay: spike must be a recorded step with one before it, {recording.first + 1} to {recording.end - 1}, got "
+            f"{spike}; choose one"
         )
     return int(spike)
 

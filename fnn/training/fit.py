@@ -114,9 +114,9 @@ def fit(
 
     `recorder=K` keeps what it takes to run the last steps again, K of them or more: `step.recording`, for `fnn.replay`. It
     holds two copies of the state, made in turn at ends of stretches at least K steps apart, and of batches from outside those
-    since the older one. If the loss has jumped, what is kept of the last jump stays, in two more copies at most; so it does
-    if the run stops on parameters that are not finite, or by an error. It begins anew with every call, from a checkpoint too,
-    and is for one device: with `mesh` it is refused.
+    since the older one. If the loss jumps (`fnn.replay` says how much is a jump), what is kept of the highest jump stays, a
+    third copy. A run that stops on parameters that are not finite, or by an error, leaves its recording too. It begins anew
+    with every call, from a checkpoint too, and is for one device: with `mesh` it is refused.
 
     The keywords are many because each can be left out by itself, and a call reads better with them than with an object
     of options.
@@ -154,7 +154,9 @@ def fit(
         )
     if mesh is not None:
         if recorder is not None:
-            raise ValueError(f"fit: recorder= must be left out with mesh=, got recorder={recorder!r}; train on one device")
+            raise ValueError(
+                f"fit: recorder= must be left out with mesh=, got recorder={recorder!r}; train on one device"
+            )
         step, state, train, held = placement.place(step, state, train, held, mesh, shard)
     if isinstance(train, Dataset):
         feed: Any = InMemory(step, state, train, key, int(batch_size or 0), scan)

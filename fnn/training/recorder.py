@@ -18,14 +18,17 @@ from fnn.training.stretches import jitted_finite
 
 BEFORE = 50
 """A loss is compared with those of as many steps before it, where there are so many."""
-FEWEST = 5
-"""Fewer steps before it say nothing about a loss that is finite."""
-MADS = 5.0
+FEWEST = 10
+"""Fewer steps before it say little: then a loss is a spike that exceeds the largest of them tenfold."""
+SPREADS = 5.0
+HELD = 10.0
+"""Spreads of a spike that is kept while the run goes on: noise reaches 5 of them now and then."""
+CALM = 10
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A loss that is not finite, or exceeds `limit`, the median of the steps before it by 5 MADs; `height` in MADs."""
+    """A loss that is not finite, or exceeds `limit`, `median` plus 5 spreads; `height` counts spreads at its peak."""
 
     index: int
     median: float
@@ -33,33 +36,44 @@ class Spike:
     height: float
 
 
-def level(before: np.ndarray) -> tuple[float, float]:
-    """Return the median of the finite losses, and their MAD, at least 1 % of the median's size; NaN without any.
+def level(a: np.ndarray) -> tuple[float, float]:
+    """Return the median of the finite numbers, and their MAD, at least 1 % of the median's size; NaN without any.
 
-    The MAD is the median distance to the median, which one outlier does not change.
+    The MAD is the median distance to the median, which a few outliers do not change.
     """
-    before = before[np.isfinite(before)]
-    if not before.size:
+    a = a[np.isfinite(a)]
+    if not a.size:
         return np.nan, np.nan
-    median = float(np.median(before))
-    return median, max(float(np.median(np.abs(before - median))), 0.01 * abs(median), 1e-12)
+    median = float(np.median(a))
+    return median, max(float(np.median(np.abs(a - median))), 0.01 * abs(median), 1e-12)
+
+
+def spread(losses: np.ndarray) -> tuple[float, float]:
+    """Return median and spread: the MAD, or, if that is more, half of what the 90th percentile is above the median.
+
+    For normal noise both are about two thirds of its standard deviation. Losses near 0 often have a longer tail above.
+    """
+    median, mad = level(losses)
+    losses = losses[np.isfinite(losses)]
+    return median, max(mad, (float(np.quantile(losses, 0.9)) - median) / 2) if losses.size else mad
 
 
 def find(losses: np.ndarray, known: int = 0) -> Spike | None:
     """Find the highest spike among losses float[steps], by its first step; of several that are not finite the first.
 
-    A spike begins where a loss exceeds the median of the up to 50 steps before it by more than 5 MADs, and ends where a loss
-    does not exceed that limit any more. Steps before `known` begin none.
+    A spike begins where a loss exceeds the median of the up to 50 steps before it by more than 5 spreads, and ends where 10
+    losses in a row do not exceed that limit. Steps before `known` begin none.
     """
-    found, open_ = [], None
+    found, open_, calm = [], None, 0
     for i, loss in enumerate(losses):
-        if open_ is None or loss <= open_.limit:
-            median, mad = level(losses[max(0, i - BEFORE) : i])
-            limit = median + MADS * mad
-            above = i >= FEWEST and loss > limit
-            open_ = Spike(i, median, limit, 0.0) if above or not np.isfinite(loss) else None
+        calm = calm + 1 if open_ is not None and loss <= open_.limit else 0
+        if open_ is None or calm >= CALM:
+            before = losses[max(0, i - BEFORE) : i]
+            median, size = spread(before)
+            limit = median + SPREADS * size if i >= FEWEST or not i else 10 * float(np.max(np.abs(before)))
+            open_ = Spike(i, median, limit, 0.0) if loss > limit or not np.isfinite(loss) else None
         if open_ is not None:
-            height = (loss - open_.median) / (open_.limit - open_.median) * MADS if np.isfinite(loss) else np.inf
+            height = (loss - open_.median) / (open_.limit - open_.median) * SPREADS if np.isfinite(loss) else np.inf
             height = np.inf if np.isnan(height) else float(height)
             found.append(Spike(open_.index, open_.median, open_.limit, height))
     found = [spike for spike in found if spike.index >= known]
@@ -163,11 +177,15 @@ class Recorder:
     """Keep a copy of the state at least `steps` steps back, and the batches since then, while a run goes on.
 
     Two copies are kept in turn, taken at ends of stretches. Where a spike is seen before the older one is given up, what is
-    kept of it stays until the next spike.
+    kept of it stays, until one comes that is as high (in spreads; what is not finite is the highest).
     """
 
     def __init__(self, steps: Any, step: TrainStep, feed: Any):
         check.positive("fit", recorder=steps)
+        if not step.given:
+            raise TypeError(
+                f"fit: recorder= needs a step that train_step made, got {step!r}; make it so, or leave it out"
+            )
         self.steps, self.step, self.feed = int(steps), step, feed
         self._states: deque[tuple[int, TrainState]] = deque()
         self._groups: list[tuple[int, list[Any]]] = []
@@ -192,20 +210,23 @@ class Recorder:
         if len(self._states) == 2:
             now = self._now(run)
             # Half of the steps must have come after a spike, or it is found with more of them the next time.
-            if find(now.losses[: len(now.losses) - self.steps // 2], self._known(now)) is not None:
+            if self._is_higher(now, len(now.losses) - self.steps // 2, HELD):
                 self._held = now
             self._states.popleft()
             self._groups = [group for group in self._groups if group[0] >= self._states[0][0]]
         self._states.append((run.step, jax.tree.map(jnp.copy, run.state)))
 
     def recording(self, run: Run) -> Recording:
-        """Return what is kept: of the last spike, or, where there was none, of the last steps."""
+        """Return what is kept: of the highest spike, or, where there was none, of the last steps."""
         now = self._now(run)
-        return now if self._held is None or find(now.losses, self._known(now)) is not None else self._held
+        return now if self._held is None or self._is_higher(now, len(now.losses), SPREADS) else self._held
 
-    def _known(self, now: Recording) -> int:
-        """Count the steps that are in what is held too."""
-        return 0 if self._held is None else max(0, self._held.end - now.first)
+    def _is_higher(self, now: Recording, steps: int, height: float) -> bool:
+        """Say whether a spike begins in the first steps of a recording, after those that are held, as high as theirs."""
+        if self._held is not None and (held := find(self._held.losses)) is not None:
+            height = max(height, held.height)
+        spike = find(now.losses[:steps], known=0 if self._held is None else max(0, self._held.end - now.first))
+        return spike is not None and spike.height >= height
 
     def _now(self, run: Run) -> Recording:
         first, state = self._states[0]
