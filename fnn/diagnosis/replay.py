@@ -8,7 +8,7 @@ import numpy as np
 
 from fnn import arrays, check
 from fnn.diagnosis.again import Change, Suspect, Trial
-from fnn.training.recorder import Recording, find
+from fnn.training.recorder import Recording
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,7 +32,7 @@ class Replay:
     control: np.ndarray
     """Losses of the same steps, with nothing changed, in the same program as the changes."""
     reproduced: bool
-    """Whether the spike came in the control too."""
+    """Whether the spike came in the control too, and with updates times 1.0001."""
     exact: bool
     """Whether the programs of `fit` gave the recorded losses again, bit for bit."""
     changes: tuple[Change, ...]
@@ -61,7 +61,8 @@ class Replay:
             lines.append("Taken again, the recorded steps gave losses that differ by rounding or more.")
         if not self.reproduced:
             lines.append(
-                "No loss of the control is high enough for a spike (rounding may decide): no change is judged."
+                "The spike does not come in the control, or not with updates times 1.0001: chance decides whether it comes, "
+                "and no change is judged."
             )
         groups = {"REMOVED BY": [], "NOT REMOVED BY": []}
         for c in self.changes:
@@ -89,7 +90,7 @@ def replay(recording: Recording, spike: int | None = None) -> Replay:
     the median. Of several the highest counts. `spike` names another step, by `state.step` before it is taken.
 
     - suspects weighted 0: examples of the spike's batch, or of the one before, whose gradient's norm exceeds the batch's
-      median by 10 MADs, a quarter of the batch at most. Another example stands in their place, so that a NaN is gone too;
+      median by 10 MADs, if they are few (two, or a sixteenth of the batch). Another example stands in their place, so that a NaN is gone too;
     - second moment reset: Adam's moments and their count begin anew, 1, 3 or 10 steps before the spike, or with the first
       step that is replayed, whichever is best;
     - gradient clipped at its median norm before the spike, rate halved (every update times 1/2), β₂ = 0.95 (in a state of
@@ -98,10 +99,11 @@ def replay(recording: Recording, spike: int | None = None) -> Replay:
 
     A change removes the spike if no loss from the spike on, in K steps at most, exceeds `limit`: the median before the spike
     plus twice what the losses there exceed it by at most, but not more than half of the spike's rise (or 5 spreads). Where the
-    control shows no spike, nothing is judged.
+    control shows no spike, or where one more change that should do nothing, updates times 1.0001, removes it, chance decides
+    whether it comes, and no change is judged.
 
-    The cost is that of the replayed steps, 2 K at most, about six times over, in single calls of a step, and two or three
-    compiles. Guarantee: what is not changed is the same: data, order, dropout masks. Errors: TypeError for what is no
+    The cost is that of the replayed steps, 2 K at most, about eight times over, in single calls of a step, two or three
+    compiles, and room for up to six more states. Guarantee: what is not changed is the same: data, order, dropout masks. Errors: TypeError for what is no
     recording; ValueError for a recording without steps or without a spike, and for a step outside of it, or its first.
     """
     at = _found(recording, spike)
@@ -138,7 +140,7 @@ def _found(recording: Recording, spike: int | None) -> int:
     if not len(recording.losses):
         raise ValueError("replay: the recording must have steps, got none; train on with recorder=K")
     if spike is None:
-        found = find(recording.losses)
+        found = recording.spike()
         if found is None:
             raise ValueError(
                 f"replay: the recording must have a spike, got none in steps {recording.first} to {recording.end - 1}; name "

@@ -1,7 +1,7 @@
 """What `fit(..., recorder=K)` keeps of its last steps, so that they can be run again."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -83,13 +83,14 @@ def find(losses: np.ndarray, known: int = 0) -> Spike | None:
 class Recording:
     """Hold the state after step `first` of a run, and all that `fit` needs to take the steps from there to `end` again.
 
-    `losses: float[end - first]` are those of the run. `step.recording` is one after `fit(..., recorder=K)`; give it to
+    `losses: float[end - first]` are those of the run, `earlier` the up to 50 before them. `step.recording` is one after `fit(..., recorder=K)`; give it to
     `fnn.replay`. It keeps data in memory alive, and of batches from outside those that were read.
     """
 
-    def __init__(self, recorder: "Recorder", source: Any, state: TrainState, first: int, losses: np.ndarray):
+    def __init__(self, recorder: "Recorder", source: Any, state: TrainState, first: int, losses: Any):
         self.step, self.steps = recorder.step, recorder.steps
-        self.source, self.state, self.first, self.losses = source, state, first, losses
+        self.source, self.state, self.first = source, state, first
+        self.earlier, self.losses = losses
 
     @property
     def end(self) -> int:
@@ -97,9 +98,20 @@ class Recording:
         return self.first + len(self.losses)
 
     def __repr__(self) -> str:
-        spike = find(self.losses)
+        spike = self.spike()
         seen = "no spike" if spike is None else f"a spike at step {self.first + spike.index}"
         return f"Recording(steps {self.first} to {self.end - 1}; {seen})"
+
+    def spike(self, known: int = 0, steps: int | None = None) -> Spike | None:
+        """Find the highest spike that begins in the recorded steps, of which the first `known` and those from `steps` on do not
+        count; its `index` counts from `first`."""
+        n = len(self.earlier)
+        spike = find(np.concatenate([self.earlier, self.losses[:steps]]), n + known)
+        return spike and replace(spike, index=spike.index - n)
+
+    def before(self, step: int) -> np.ndarray:
+        """Return the up to 50 losses before a step."""
+        return np.concatenate([self.earlier, self.losses[: step - self.first]])[-BEFORE:]
 
     def rerun(self, until: int) -> tuple[TrainState, np.ndarray]:
         """Take the steps again by the programs that `fit` ran; return the state after `until` steps, and the losses.
@@ -223,17 +235,18 @@ class Recorder:
 
     def _is_higher(self, now: Recording, steps: int, height: float) -> bool:
         """Say whether a spike begins in the first steps of a recording, after those that are held, as high as theirs."""
-        if self._held is not None and (held := find(self._held.losses)) is not None:
+        if self._held is not None and (held := self._held.spike()) is not None:
             height = max(height, held.height)
-        spike = find(now.losses[:steps], known=0 if self._held is None else max(0, self._held.end - now.first))
+        spike = now.spike(0 if self._held is None else max(0, self._held.end - now.first), steps)
         return spike is not None and spike.height >= height
 
     def _now(self, run: Run) -> Recording:
         first, state = self._states[0]
-        losses = np.asarray(run.metrics(run.step - first).get("loss", np.zeros(0)))
-        losses = losses[: None if self._end is None else self._end - first]
+        n = min(BEFORE, first - run.first)
+        losses = np.asarray(run.metrics(run.step - first + n).get("loss", np.zeros(0)))
+        losses, earlier = losses[n:][: None if self._end is None else self._end - first], losses[:n]
         if isinstance(self.feed, InMemory):
-            return Recording(self, Drawn(self.feed), state, first, losses)
+            return Recording(self, Drawn(self.feed), state, first, (earlier, losses))
         source = Read(self.feed, list(self._groups))
         losses = losses[: sum(len(group) for _, group in self._groups)]  # Ctrl-C may have come before the last was kept
-        return Recording(self, source, state, first, losses)
+        return Recording(self, source, state, first, (earlier, losses))

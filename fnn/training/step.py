@@ -85,7 +85,7 @@ class TrainStep:
         self.unfinished: tuple[TrainState, Any] | None = None
         """After a `fit` that was interrupted or failed: (state, history) of what it had finished."""
         self.recording: Any = None
-        """After `fit(..., recorder=K)`: its last steps, or those around its last spike, for `fnn.replay`."""
+        """After `fit(..., recorder=K)`: its last steps, or those around its highest spike, for `fnn.replay`."""
         self.given: dict[str, Any] = {}
         """The arguments of `train_step`."""
 
