@@ -130,7 +130,7 @@ def test_a_rate_that_is_too_high():
     step, _ = trained(LINE, optax.sgd(rate), (X, Y), epochs=10)
     found = fnn.replay(step.recording)
     assert found.peak > 4 * found.before and "rate halved" in found.removed_by
-    assert "suspects weighted 0" not in found.removed_by
+    assert "suspects weighted 0" not in found.removed_by and found.not_tried["rate × 0.1"] == "half of it was enough"
     halved = fnn.train_step(LINE, fnn.losses.mse, optax.chain(step.given["optimizer"], optax.scale(0.5)))
     state, _ = step.recording.rerun(found.first)
     state = state.replace(opt_state=(state.opt_state, optax.EmptyState()))
@@ -225,6 +225,7 @@ def test_beta2_and_float32_where_they_can_be_changed():
     step, _ = trained(LINE, optimizer, (x, Y), options={"compute_dtype": jnp.float16}, stop_nonfinite=False, epochs=1)
     found = fnn.replay(step.recording)
     assert np.isnan(found.peak) and found.not_tried == {}
+    assert "rate × 0.1" in [c.name for c in found.changes]
     assert np.isfinite(change(found, "float32").losses).all()
     own = fnn.train_step(LINE, fnn.losses.mse, optax.adam(1e-2, b2=0.95), compute_dtype=jnp.float16)
     state = fnn.TrainState.create(LINE, own.optimizer, KEY, X[:16])

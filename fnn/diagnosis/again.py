@@ -88,7 +88,8 @@ class Trial:
             "suspects weighted 0": self._without_suspects,
             "second moment reset": self._reset,
             "gradient clipped": self._clipped,
-            "rate halved": lambda: [self._change("rate halved", f"from step {self.first} on", rate=0.5)],
+            "rate halved": lambda: self._slower("rate halved", 0.5),
+            "rate × 0.1": lambda: self._slower("rate × 0.1", 0.1, tried=found[-1]),
             "β₂ = 0.95": self._beta2,
             "float32": self._float32,
         }
@@ -198,6 +199,11 @@ class Trial:
             raise _NotTried("no step before the spike was replayed that has a gradient to take the norm from")
         limit = float(np.median(before))
         return [self._change("gradient clipped", f"at norm {limit:.3g} from step {self.first} on", limit=limit)]
+
+    def _slower(self, name: str, rate: float, tried: Change | None = None) -> list[Change]:
+        if tried is not None and tried.removes:
+            raise _NotTried("half of it was enough")
+        return [self._change(name, f"from step {self.first} on", rate=rate)]
 
     def _beta2(self) -> list[Change]:
         hyper = optax.tree.get_all_with_path(self.marks[self.first].opt_state, "b2")

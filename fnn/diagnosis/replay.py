@@ -90,21 +90,23 @@ def replay(recording: Recording, spike: int | None = None) -> Replay:
     the median. Of several the highest counts. `spike` names another step, by `state.step` before it is taken.
 
     - suspects weighted 0: examples of the spike's batch, or of the one before, whose gradient's norm exceeds the batch's
-      median by 10 MADs, if they are few (two, or a sixteenth of the batch). Another example stands in their place, so that a NaN is gone too;
+      median by 10 MADs, if they are few (two, or a sixteenth of the batch). Another example stands in their place, so that a
+      NaN is gone too;
     - second moment reset: Adam's moments and their count begin anew, 1, 3 or 10 steps before the spike, or with the first
       step that is replayed, whichever is best;
-    - gradient clipped at its median norm before the spike, rate halved (every update times 1/2), β₂ = 0.95 (in a state of
-      `optax.inject_hyperparams`), float32 (instead of a lower `compute_dtype`): from K steps before the spike on, or from
-      where the recording begins.
+    - from K steps before the spike on, or from where the recording begins: gradient clipped at its median norm before the
+      spike; rate halved (every update times 1/2), and times 0.1 if that is not enough; β₂ = 0.95 (in a state of
+      `optax.inject_hyperparams`); float32 (instead of a lower `compute_dtype`, in a program of its own).
 
     A change removes the spike if no loss from the spike on, in K steps at most, exceeds `limit`: the median before the spike
-    plus twice what the losses there exceed it by at most, but not more than half of the spike's rise (or 5 spreads). Where the
-    control shows no spike, or where one more change that should do nothing, updates times 1.0001, removes it, chance decides
-    whether it comes, and no change is judged.
+    plus twice the larger of 5 spreads and what any loss before exceeds it by, but not more than half of the spike's rise (or
+    5 spreads). Where the control shows no spike, or where a change that should do nothing, updates times 1.0001, removes it,
+    chance decides whether it comes, and no change is judged. A change that removes a spike need not be its cause: read all.
 
     The cost is that of the replayed steps, 2 K at most, about eight times over, in single calls of a step, two or three
-    compiles, and room for up to six more states. Guarantee: what is not changed is the same: data, order, dropout masks. Errors: TypeError for what is no
-    recording; ValueError for a recording without steps or without a spike, and for a step outside of it, or its first.
+    compiles, and room for up to six more states. Guarantee: what is not changed is the same: data, order, dropout masks.
+    Errors: TypeError for what is no recording; ValueError for a recording without steps or without a spike, and for a step
+    outside of it, or its first.
     """
     at = _found(recording, spike)
     first = max(recording.first, at - recording.steps)

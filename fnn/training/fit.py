@@ -265,7 +265,8 @@ def _warn(run: Run) -> None:
     loss = run.metrics(run.step - run.first)["loss"][at - run.first]
     warnings.warn(
         f"fit: stopped because the parameters are no longer finite; the loss of step {at} is {loss:.4g}; from the state before "
-        "it, fnn.watch(loss).first_bad(params, batch) names the operation, and with recorder=100 fnn.replay(step.recording) a change that cures it; stop_nonfinite=False goes on",
+        "it, fnn.watch(loss).first_bad(params, batch) names the operation, and with recorder=100 fnn.replay(step.recording) "
+        "says what removes it; stop_nonfinite=False goes on",
         RuntimeWarning,
         stacklevel=4,
     )
