@@ -281,5 +281,8 @@ def _has_moment(node: Any) -> bool:
 
 def _name(suspect: Suspect) -> str:
     place = "" if suspect.row is None else f", row {suspect.row} of the data"
-    size = f"gradient {suspect.times:.3g} times the median" if np.isfinite(suspect.times) else "gradient not finite"
+    size = (
+        f"{suspect.times:.3g} times the median" if np.isfinite(suspect.times) else f"{suspect.norm:.3g}, the median 0"
+    )
+    size = f"gradient {size}" if np.isfinite(suspect.norm) else "gradient not finite"
     return f"example {suspect.index} of step {suspect.step}{place}, {size}"
