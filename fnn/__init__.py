@@ -4,6 +4,7 @@ from fnn import losses, models, plot, tree
 from fnn.core import Layer, named, repeat, residual, serial, stateless
 from fnn.datasets import data
 from fnn.diagnosis.diagnose import diagnose, diagnose_loss
+from fnn.diagnosis.replay import Replay, replay
 from fnn.diagnosis.report import Diagnosis
 from fnn.gradients import noise
 from fnn.gradients.diff import diff
@@ -57,6 +58,7 @@ __all__ = [
     "Layer",
     "Masked",
     "PerExampleGradients",
+    "Replay",
     "Study",
     "Summary",
     "TrainState",
@@ -113,6 +115,7 @@ __all__ = [
     "positions",
     "positionwise",
     "repeat",
+    "replay",
     "report",
     "residual",
     "results",

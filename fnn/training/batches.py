@@ -32,6 +32,7 @@ class FromBatches:
                 f"fit: an iterator can be read once, got epochs={epochs}; pass an object whose iter() starts anew"
             )
         self.step, self.data, self.scan, self.tracked = step, data, scan, tracked
+        self.group: list[Any] = []
         self._next: _Reading | None = None
         self._last: Any = None
         self._token: Any = None
@@ -41,16 +42,21 @@ class FromBatches:
         for chunk in self._chunks(run, periods):
             if not run.lengths[-1]:
                 self.step.admit(run.state, chunk[0])
-            if self.scan and len(chunk) == READ:
-                stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *chunk)
-                run.advance(lambda state, stacked=stacked: self.step.stretch(state, stacked), READ)
-            else:
-                for batch in chunk:
-                    run.advance(lambda state, batch=batch: self.step.jitted(state, batch))
+            self.group = chunk
+            self.run(run, chunk)
             run.flag(run.step, jitted_finite(run.state.params))
             yield
         if not run.lengths[-1]:
             raise ValueError(f"fit: the iterable of batches must not be empty, got none in epoch {epoch}")
+
+    def run(self, run: Run, group: list[Any]) -> None:
+        """Train on batches of one shape, in one call if there are as many as are read at a time."""
+        if self.scan and len(group) == READ:
+            stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *group)
+            run.advance(lambda state: self.step.stretch(state, stacked), READ)
+        else:
+            for batch in group:
+                run.advance(lambda state, batch=batch: self.step.jitted(state, batch))
 
     def example(self, run: Run) -> Any:
         """Look at the first batch."""

@@ -68,7 +68,11 @@ class InMemory:
 
     def example(self, run: Run) -> Any:
         """Return a batch."""
-        return _rows(self.data, jnp.arange(self.batch_size))
+        return self.rows(jnp.arange(self.batch_size))
+
+    def rows(self, index: Any) -> tuple[Any, Any]:
+        """Return the batch of these rows."""
+        return _rows(self.data, jnp.asarray(index))
 
     def checksum(self) -> str:
         """Name the data by their content."""

@@ -23,6 +23,7 @@ from fnn.training.history import History
 from fnn.training.hooks import Hook, Report, after_epoch, after_steps, collect
 from fnn.training.log import Loggers
 from fnn.training.metrics import averages
+from fnn.training.recorder import Recorder
 from fnn.training.run import Run
 from fnn.training.step import TrainState, TrainStep, check_state
 
@@ -50,6 +51,7 @@ def fit(
     mesh: Any = None,
     shard: Any = None,
     evaluate_with: Callable[[TrainState], Any] | None = None,
+    recorder: int | None = None,
 ) -> tuple[TrainState, History]:
     """Train for some epochs in compiled stretches of steps; return the new state and the curves.
 
@@ -110,6 +112,12 @@ def fit(
     metrics of every step whose number `log_every` divides, steps being counted as `state.step` counts them, and the
     validation after every epoch; a tree is flattened to one number for each path (`fnn.log.flat`).
 
+    `recorder=K` keeps what it takes to run the last steps again, K of them or more: `step.recording`, for `fnn.replay`. It
+    holds two copies of the state, made in turn at ends of stretches at least K steps apart, and of batches from outside those
+    since the older one. If the loss jumps (`fnn.replay` says how much is a jump), what is kept of the highest jump stays, a
+    third copy. A run that stops on parameters that are not finite, or by an error, leaves its recording too. It begins anew
+    with every call, from a checkpoint too, and is for one device: with `mesh` it is refused.
+
     The keywords are many because each can be left out by itself, and a call reads better with them than with an object
     of options.
 
@@ -145,6 +153,10 @@ def fit(
             f"fit: shard= needs mesh=, got shard={shard!r} alone; pass the mesh whose devices are to share"
         )
     if mesh is not None:
+        if recorder is not None:
+            raise ValueError(
+                f"fit: recorder= must be left out with mesh=, got recorder={recorder!r}; train on one device"
+            )
         step, state, train, held = placement.place(step, state, train, held, mesh, shard)
     if isinstance(train, Dataset):
         feed: Any = InMemory(step, state, train, key, int(batch_size or 0), scan)
@@ -152,7 +164,8 @@ def fit(
         feed = FromBatches(step, train, epochs, scan, tracked=keeper is not None)
     if held is not None and evaluate_with is None:
         check_evaluated("fit", state.opt_state, "evaluate_with=fnn.optimizers.eval_params")
-    unfinished, step.unfinished = step.unfinished, None
+    unfinished, step.unfinished, step.recording = step.unfinished, None, None
+    recording = None if recorder is None else Recorder(recorder, step, feed)
     run = Run(jax.tree.map(jnp.copy, state))  # the steps donate their state, and the caller's stays usable
     if keeper is not None:
         options = {"key": key_numbers(key), "batch_size": batch_size, "patience": patience, "scan": scan}
@@ -160,12 +173,14 @@ def fit(
         keeper.begin(run, step, feed, options | data)
         keeper.before_save = loggers.before_save
     loggers.begin(run.step, run.within)
+    if recording is not None:
+        recording.begin(run)
     if isinstance(feed, InMemory) and not (unfinished and unfinished[0] is given):
         feed.warn_of_middle(int(state.step))
     try:
         with Progress("epoch", epochs, progress, done=len(run.lengths) - run.within) as bar, keeper or nullcontext():
             while not run.is_done(epochs):
-                _train(run, feed, hooks, keeper, loggers, stop_nonfinite)
+                _train(run, feed, hooks, keeper, loggers, stop_nonfinite, recording)
                 if not run.within:
                     _validate(step, run, held, evaluate_with, patience)
                     _finish_epoch(run, held, hooks, patience, bar)
@@ -178,6 +193,8 @@ def fit(
         kept = run.keeps_state()
         with contextlib.suppress(Exception):
             loggers.catch_up(run)
+        with contextlib.suppress(Exception):
+            step.recording = recording and recording.recording(run)
         step.unfinished = placement.released(run.state if kept else run.best or state, mesh), run.history()
         n = sum(run.lengths)
         where = "after them" if kept else "before them all, or the best epoch's: the step that failed destroyed its own"
@@ -187,18 +204,30 @@ def fit(
         raise
     finally:
         loggers.close()
+    step.recording = recording and recording.recording(run)
     return placement.released(run.best or run.state, mesh), run.history()
 
 
 def _train(
-    run: Run, feed: Any, hooks: Sequence[Hook], keeper: Checkpoint | None, loggers: Loggers, stop_nonfinite: bool
+    run: Run,
+    feed: Any,
+    hooks: Sequence[Hook],
+    keeper: Checkpoint | None,
+    loggers: Loggers,
+    stop_nonfinite: bool,
+    recording: Recorder | None,
 ) -> None:
-    """Train to the end of an epoch, or to where a hook or parameters that are not finite end the run."""
+    """Train to the end of an epoch, or to where a hook or parameters that are not finite end the run.
+
+    The arguments are the parts of one `fit`, hence seven.
+    """
     if not run.within:
         run.lengths.append(0)
         run.within = True
     periods = [k for k in (*(hook.every for hook in hooks), keeper and keeper.steps) if k]
     for _ in feed.stretches(run, len(run.lengths) - 1, periods):
+        if recording is not None:
+            recording.after_stretch(run)
         due = any(run.step % k == 0 for k in periods)
         finite = run.is_finite(wait=due) or not stop_nonfinite
         loggers.catch_up(run, now=False)
@@ -236,7 +265,8 @@ def _warn(run: Run) -> None:
     loss = run.metrics(run.step - run.first)["loss"][at - run.first]
     warnings.warn(
         f"fit: stopped because the parameters are no longer finite; the loss of step {at} is {loss:.4g}; from the state before "
-        "it, fnn.watch(loss).first_bad(params, batch) names the operation; stop_nonfinite=False goes on",
+        "it, fnn.watch(loss).first_bad(params, batch) names the operation, and with recorder=100 fnn.replay(step.recording) "
+        "says what removes it; stop_nonfinite=False goes on",
         RuntimeWarning,
         stacklevel=4,
     )

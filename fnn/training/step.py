@@ -84,6 +84,10 @@ class TrainStep:
         self.placed: dict[Any, Any] = {}
         self.unfinished: tuple[TrainState, Any] | None = None
         """After a `fit` that was interrupted or failed: (state, history) of what it had finished."""
+        self.recording: Any = None
+        """After `fit(..., recorder=K)`: its last steps, or those around its highest spike, for `fnn.replay`."""
+        self.given: dict[str, Any] = {}
+        """The arguments of `train_step`."""
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         return self.jitted(state, self.check(state, batch))
@@ -185,6 +189,7 @@ def train_step(
     between calls or processes; `XLA_FLAGS=--xla_gpu_deterministic_ops=true` forbids both. The state's buffers are donated: do not
     use the old state again.
     """
+    given = dict(locals())
     admission.net("train_step", net)
     admission.loss("train_step", loss)
     admission.optimizer("train_step", optimizer)
@@ -270,7 +275,9 @@ def train_step(
             new = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), state.net_state, new)
         return TrainState(params, new, opt_state, state.key, state.step + 1), values
 
-    return TrainStep(mapped.auto(step, keep=True), net, measured, optimizer)
+    made = TrainStep(mapped.auto(step, keep=True), net, measured, optimizer)
+    made.given = given
+    return made
 
 
 def clipped(opt_state: Any, grads: Any) -> dict[str, Any]:
