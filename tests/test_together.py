@@ -126,6 +126,7 @@ def test_lbfgs_searches_along_the_loss_with_its_penalty_as_by_hand():
         np.testing.assert_allclose(metrics["loss"] + metrics["penalty"], value, rtol=1e-4)
         totals.append(float(value))
     near(state.params, params, 1e-3)
+    near(optax.tree.get(state.opt_state, "value"), objective(state.params))  # what the search itself has found
     assert totals == sorted(totals, reverse=True)
 
 
