@@ -151,8 +151,8 @@ def test_patience_judges_the_averages_and_a_resumed_run_returns_the_same_best_st
     for at in (8, 6 * len(scores) - 2):  # the second is after the best epoch
         with pytest.raises(KeyboardInterrupt):
             fnn.fit(step, state, (X, Y), **options, **saved, **interrupted_at(at))
-    for _ in range(2):  # a finished run returns the same
-        again, curves = fnn.fit(step, state, (X, Y), **options, **saved)
+    for epochs in (40, 40, 60):  # a finished run returns the same; asked for more, it is still out of patience
+        again, curves = fnn.fit(step, state, (X, Y), **options | {"epochs": epochs}, **saved)
         assert_same(plain(again), plain(best))
         assert_same(curves.validation, history.validation)
         assert (curves.best_epoch, curves.stopped_early) == (history.best_epoch, True)

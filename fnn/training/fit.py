@@ -89,7 +89,7 @@ def fit(
     `checkpoint=folder` saves the run there after every epoch, every n epochs (`save_every=n`) or steps
     (`save_every=(n, "steps")`), and at the end. The same call goes on from the folder, after `kill -9` too, and ends with the
     same bits as a run that was left alone: state, history and validation. `state` is then still the one from which the run
-    began. A finished run returns at once; with more `epochs`, or where a hook had ended it, asked for more, it goes on. One
+    began. A finished run returns at once; with more `epochs` it goes on, unless it is out of patience. One
     file, `checkpoint.npz`, is written by a thread of its own and replaced whole: a save that is due while the last is still
     being written is left out. Another net, loss, optimiser, dtype, key, batch size, patience or other data are refused, the
     difference named (two programs are compared only under the same versions of JAX, Optax and Flax); a folder that holds
