@@ -25,8 +25,8 @@ DENSE = {"kernel": "kernel", "bias": "bias"}
 NORM = {"scale": "scale", "bias": "shift"}
 
 
-def linen_run(net: Any, params: Any, batches: list[tuple[jax.Array, jax.Array]]) -> Run:
-    """Train a Linen net from given starting params, by one jitted step in a Python loop."""
+def linen_run(net: Any, params: Any, batches: list[tuple[jax.Array, jax.Array]], metrics: bool = False) -> Run:
+    """Train a Linen net from given starting params, by one jitted step in a Python loop; with fnn's metrics if asked."""
     optimizer, variables = _optimizer(), jax.eval_shape(net.init, jax.random.key(0), batches[0][0])
     params = on_device(params)
     same = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, variables["params"])
@@ -40,13 +40,28 @@ def linen_run(net: Any, params: Any, batches: list[tuple[jax.Array, jax.Array]])
 
         def loss(params):
             logits, new = net.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
-            return _cross_entropy(logits, y), new.get("batch_stats", {})
+            return _cross_entropy(logits, y), (new.get("batch_stats", {}), logits)
 
-        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        (value, (stats, logits)), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), stats, opt_state), value
+        out = {"loss": value} | _measured(logits, y, grads, updates, params) if metrics else value
+        return (optax.apply_updates(params, updates), stats, opt_state), out
 
-    return Run(step, state, batches)
+    return Run(step, state, batches, (lambda out: out["loss"]) if metrics else (lambda out: out))
+
+
+def _measured(logits: Any, y: Any, grads: Any, updates: Any, params: Any) -> dict[str, jax.Array]:
+    """What `fnn.train_step` reports by default of a step whose gradient is clipped by its global norm."""
+    norm = optax.tree.norm(grads)
+    clipped = jnp.minimum(norm, MAX_NORM)
+    return {
+        "accuracy": jnp.mean(logits.argmax(-1) == y),
+        "grad_norm": norm,
+        "grad_norm_clipped": clipped,
+        "clip_fraction": (norm > MAX_NORM).astype(jnp.float32),
+        "clip_removed": 1 - clipped / norm,
+        "update_ratio": optax.tree.norm(updates) / optax.tree.norm(params),
+    }
 
 
 def _statistic(path: tuple[Any, ...], spec: jax.ShapeDtypeStruct) -> jax.Array:
@@ -72,7 +87,7 @@ def _linen_weights(block: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 @peer("linen", "Flax Linen, one jitted step", needs="flax", max_depth=64)
-def linen_plain(problem: Problem) -> Run:
+def linen_plain(problem: Problem, metrics: bool = False) -> Run:
     from flax import linen
 
     row, block = problem.row, _linen_block(problem.row.width, problem.row.dtype)
@@ -85,7 +100,12 @@ def linen_plain(problem: Problem) -> Run:
             return linen.Dense(CLASSES, dtype=row.dtype, name="output")(x)
 
     hidden = {f"block_{i}": _linen_weights(weights) for i, weights in enumerate(problem.weights.hidden)}
-    return linen_run(Net(), hidden | {"output": problem.weights.output}, problem.batches)
+    return linen_run(Net(), hidden | {"output": problem.weights.output}, problem.batches, metrics)
+
+
+@peer("linen-metrics", "the same with all of fnn's metrics", needs="flax", max_depth=64, default=False)
+def linen_metrics(problem: Problem) -> Run:
+    return linen_plain(problem, metrics=True)
 
 
 @peer("linen-scan", "Flax Linen, nn.scan over depth, one jitted step", needs="flax")

@@ -36,6 +36,12 @@ def fnn_loop(problem: Problem) -> Run:
     return Run(step, state, problem.batches, lambda metrics: metrics["loss"])
 
 
+@peer("fnn-loop-metrics", "the same with all of fnn's metrics, beside linen-metrics", default=False)
+def fnn_loop_metrics(problem: Problem) -> Run:
+    step, state = _fnn(problem, METRICS)
+    return Run(step, state, problem.batches, lambda metrics: metrics["loss"])
+
+
 @peer("fnn-fit", "what fnn.fit runs for an epoch: shuffle, gather batches, steps inside lax.scan")
 def fnn_fit(problem: Problem) -> Run:
     return _fit(problem, *_fnn(problem))

@@ -157,3 +157,25 @@ def test_watch_suite_checks_the_readings_of_other_libraries_and_times_them(tmp_p
         f"fnn, {what}" for what in (watch.PLAIN, watch.SET)
     }
     assert len(others.notes) == 1 and others.notes[0].startswith("jax: skipped, AssertionError")
+
+
+def test_saving_suite_ends_all_ways_with_the_same_losses(tmp_path, capsys):
+    precision = jax.config.jax_default_matmul_precision
+    try:
+        command.main(["--suite", "saving", "--rows", "8x2/16", "--quick", "--rounds", "1", "--out", str(tmp_path)])
+    finally:
+        jax.config.update("jax_default_matmul_precision", precision)
+    (path,) = tmp_path.glob("*.json")
+    taken = json.loads(path.read_text())["rows"][0]["ms"]
+    assert list(taken) == ["alone", "checkpoint", "log", "checkpoint and log"]
+    assert all(len(columns) == 3 and columns[0][0] > 0 for columns in taken.values())
+    assert "warning" not in next(tmp_path.glob("*.md")).read_text()
+
+
+def test_linen_measures_what_fnn_measures():
+    work = problem.make(Row(8, 3, 16), 3)
+    ours, theirs = (step.PEERS[name].build(work) for name in ("fnn-loop-metrics", "linen-metrics"))
+    for a, b in zip(ours.advance(ours.items)[1], theirs.advance(theirs.items)[1], strict=True):
+        assert a.keys() == b.keys() and len(a) == 7
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-6, err_msg=name)

@@ -237,3 +237,17 @@ def test_what_is_no_logger_and_what_is_missing_is_said_in_a_sentence(tmp_path, m
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ImportError, match=r"log\.tensorboard: needs tensorboardX; install fnn\[log\]"):
         fnn.log.tensorboard(tmp_path)
+
+
+def test_a_log_in_the_folder_of_a_checkpoint_is_refused_at_once(tmp_path):
+    """Else a run that is killed before its first save could not go on: its folder would hold something else."""
+    for logger in (
+        fnn.log.csv(tmp_path / "run" / "log.csv"),
+        fnn.log.parquet(tmp_path / "run"),
+        fnn.log.tensorboard(tmp_path / "run" / "a" / "events"),
+    ):
+        with pytest.raises(
+            ValueError, match="^fit: a checkpoint's folder must hold nothing else, got .*run with the log"
+        ):
+            fnn.fit(STEP, STATE, (X, Y), epochs=1, **OPTIONS, checkpoint=tmp_path / "run", log=[logger])
+    assert not (tmp_path / "run").exists()

@@ -480,7 +480,7 @@ REFUSED = {
     ),
     "a taken name": (
         lambda: run(metrics={"accuracy": hits}),
-        "a metric needs a name that no other has, got 'accuracy'",
+        "a metric needs a name that no other has, got 'accuracy'; give it to the loss",
     ),
     "another's name": (
         lambda: run(metrics={"per_example_norms": hits}, per_example="norms"),

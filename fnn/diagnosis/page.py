@@ -146,6 +146,7 @@ def losses(d: Any) -> Any:
 def profile(d: Any) -> Any:
     """Draw log10 of the error signal against the layer, as it is and repaired, with theory dashed."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     if all(len(p.log10_error) < 3 or not np.isfinite(p.log10_error).any() for p in d.profiles.values()):
         return None
@@ -156,7 +157,7 @@ def profile(d: Any) -> Any:
         axis.plot(layers, p.log10_error, marker=MARKERS[i], markersize=4, color=colour, label=name)
         if len(p.theory):
             axis.plot(np.arange(1, len(p.theory) + 1), p.theory, "--", color=colour, linewidth=1)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("layer (1 is next to the input)")
     axis.set_ylabel(r"$\log_{10}$ |dL/dh|")
     axis.legend(frameon=False)

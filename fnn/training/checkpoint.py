@@ -82,7 +82,8 @@ class Checkpoint:
         rows = jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), (n, *a.shape)), metrics) if n else {}
         run.restore(kept, state, best, saving.decode(who, rows, content, "metrics/"))
         if self.asked > header["epochs"]:
-            run.stopped = False  # a run that a hook ended goes on if more is asked for
+            # A run that a hook ended goes on if more is asked for; one out of patience would not have gone on.
+            run.stopped = run.is_out_of_patience(options["patience"])
         else:
             self._saved = self._mark(run)
         if not run.is_done(self.asked):

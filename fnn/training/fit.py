@@ -91,11 +91,11 @@ def fit(
     `checkpoint=folder` saves the run there after every epoch, every n epochs (`save_every=n`) or steps
     (`save_every=(n, "steps")`), and at the end. The same call goes on from the folder, after `kill -9` too, and ends with the
     same bits as a run that was left alone: state, history and validation. `state` is then still the one from which the run
-    began. A finished run returns at once; with more `epochs`, or where a hook had ended it, asked for more, it goes on. One
+    began. A finished run returns at once; with more `epochs` it goes on, unless it is out of patience. One
     file, `checkpoint.npz`, is written by a thread of its own and replaced whole: a save that is due while the last is still
     being written is left out. Another net, loss, optimiser, dtype, key, batch size, patience or other data are refused, the
     difference named (two programs are compared only under the same versions of JAX, Optax and Flax); a folder that holds
-    something else is refused too, and nothing is deleted. `fnn.load(folder, state)` reads the state alone. Hooks are called
+    something else is refused too (a log too), and nothing is deleted. `fnn.load(folder, state)` reads the state alone. Hooks are called
     again for what came after the last save. Of batches from outside, an iterator with `get_state` and `set_state` (Grain's) is
     set to where it was; others are read again from the first epoch on, without training, and checked by the last batch. Of
     several processes the first writes, and all must see the folder.
@@ -147,6 +147,8 @@ def fit(
     if checkpoint is None and save_every is not None:
         raise TypeError(f"fit: save_every needs a folder to save in, got {save_every!r} alone; pass checkpoint=folder")
     keeper = None if checkpoint is None else Checkpoint(checkpoint, 1 if save_every is None else save_every, epochs)
+    if checkpoint is not None:
+        loggers.check_outside(checkpoint)
     given, (train, held) = state, prepare(step, state, train, key, batch_size, validation)
     if shard is not None and mesh is None:
         raise ValueError(

@@ -240,6 +240,17 @@ class Loggers:
         self.loggers, self.every = loggers if loggers and jax.process_index() == 0 else (), every
         self._logged, self._time = 0, 0.0
 
+    def check_outside(self, folder: str | os.PathLike[str]) -> None:
+        """Refuse files in a checkpoint's folder: a run that is killed before its first save would find them there alone."""
+        for logger in self.loggers:
+            if isinstance(logger, Csv | Parquet | TensorBoard):
+                path = logger.path if isinstance(logger, Csv) else logger.folder
+                if path.resolve().is_relative_to(Path(folder).resolve()):
+                    raise ValueError(
+                        f"fit: a checkpoint's folder must hold nothing else, got {folder} with the log {path} in it; put one "
+                        "beside the other: run/state and run/log.csv"
+                    )
+
     def begin(self, step: int, within: bool = False) -> None:
         """Say from which step a run starts or goes on; within an epoch its last step may have to be validated again."""
         self._logged = max(0, step - within)

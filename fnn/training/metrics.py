@@ -93,7 +93,10 @@ def functions(who: str, own: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
                 f"{name!r}"
             )
         if not isinstance(name, str) or name in METRICS or name.startswith(("loss/", "accuracy/")):
-            raise ValueError(f"{who}: a metric needs a name that no other has, got {name!r}; choose another")
+            instead = (
+                "give it to the loss, losses.Loss(name, loss, correct=f)" if name == "accuracy" else "choose another"
+            )
+            raise ValueError(f"{who}: a metric needs a name that no other has, got {name!r}; {instead}")
     return tuple(own.items())
 
 
