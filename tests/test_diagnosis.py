@@ -217,6 +217,8 @@ def test_refusals():
     ):
         with pytest.raises((ValueError, TypeError), match=sentence):
             fnn.diagnose(net, loss, optimizer, TRAIN, TEST, **options)
+    with pytest.raises(ValueError, match="validation must hold arrays like those of train"):
+        fnn.diagnose(build, fnn.losses.mse, sgd, TRAIN, (TEST.x[:, :5], TEST.y), **more)
     with pytest.raises(ValueError, match="share their leading axis"):
         loss_case_of(lambda p, b: 0.0, {"w": jnp.ones(2)}, [(np.ones((3, 2)), np.ones(4))], sgd(), None, None,
                      steps=1, seeds=1, shuffle=False)  # fmt: skip

@@ -184,6 +184,12 @@ def case_of(
         first = second = _some(data, MOST)
     else:
         held = _some(_host(in_memory("diagnose: validation", validation)), 2 * MOST)
+        theirs, ours = (jax.tree.map(lambda a: (a.shape[1:], a.dtype.kind), tuple(part)) for part in (held, data))
+        if theirs != ours:
+            raise ValueError(
+                f"diagnose: validation must hold arrays like those of train, except for the number of examples, got "
+                f"{check.describe(held)} and {check.describe(data)}; prepare both alike"
+            )
         if held.size < 4:
             raise ValueError(f"diagnose: validation must hold at least 4 examples, got {held.size}; hold out more")
         order = generator("diagnose", jax.random.key(0)).permutation(held.size)
