@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-import fnn
 from bench.report import Section
 from fnn.diagnosis.causes import STAGE
 from tests import ward
@@ -48,17 +47,7 @@ def _group(person: Any) -> str:
 def diagnosed(person: Any) -> tuple[tuple[str, ...], dict[str, bool]]:
     """Diagnose one; return its row, and what holds of it by name of the tally."""
     case, started = person.make(0), time.perf_counter()
-    found = fnn.diagnose(
-        case.build,
-        case.loss,
-        case.optimizer,
-        case.train,
-        case.validation,
-        batch_size=case.batch_size,
-        steps=case.steps,
-        shuffle=case.shuffle,
-        budget=getattr(person, "budget", 60.0),
-    )
+    found = case.diagnose(budget=getattr(person, "budget", 60.0))
     seconds = time.perf_counter() - started
     names = [cause.name for cause in found.causes]
     top = (

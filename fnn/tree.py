@@ -118,7 +118,7 @@ def contents(tree: Any, blocks: int | None = None) -> str:
 def dot(a: Any, b: Any) -> jax.Array:
     """Sum a_i b_i over all leaves: float[]. A product that leaves float32's range is 0 or inf."""
     products = jax.tree.map(lambda u, v: jnp.sum(_wide(u) * _wide(v)), a, b)
-    return sum(jax.tree.leaves(products), start=jnp.zeros(()))
+    return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.float32))
 
 
 def norm(tree: Any) -> jax.Array:
@@ -168,7 +168,7 @@ def _lengths(leaves: list[jax.Array], axes: Any) -> list[jax.Array]:
 
     def plain(leaves):
         squares = [jnp.sum(jnp.square(a), axis=i) for a, i in _with_axes(leaves, axes)]
-        squares = squares if axes is not None else [sum(squares, start=jnp.zeros(()))]
+        squares = squares if axes is not None else [sum(squares, start=jnp.zeros((), jnp.float32))]
         return [safe_sqrt(s) for s in squares], [safe(s) for s in squares]
 
     if not lowering.conditionals():

@@ -7,9 +7,13 @@ compile. On an accelerator programs are compiled as users compile them.
 """
 
 import atexit
+import functools
 import importlib.metadata
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -145,3 +149,12 @@ def by_layer(rows):
             found.append((parent, {}))
         found[-1][1][name] = leaf
     return [arrays for _, arrays in found]
+
+
+@functools.cache
+def failures_of(table, sections):
+    """Run a table of cases in a process of its own, which has several devices; {"section/case": error} of those that failed."""
+    run = subprocess.run([sys.executable, str(table)], capture_output=True, text=True, env=os.environ)
+    if run.returncode:
+        return {f"{section}/crash": run.stderr[-3000:] for section in sections}
+    return json.loads(run.stdout.splitlines()[-1])

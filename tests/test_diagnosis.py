@@ -70,7 +70,7 @@ def probability_loss(outputs, y):
     [(fnn.losses.binary_cross_entropy, 0.0), (probability_loss, 0.5), (lambda o, y: (o.reshape(-1) - y) ** 2, 0.5)],
 )
 def test_the_threshold_of_a_binary_task_is_where_both_labels_cost_the_same(loss, want):
-    task = task_of(None, loss, None, np.array([0, 1, 1, 0]), (4, 1))
+    task = task_of(loss, np.array([0, 1, 1, 0]), (4, 1))
     assert task.kind == "binary" and abs(task.threshold - want) < 0.02
     outputs = jnp.asarray([[want - 1], [want + 1], [want - 1], [want - 1]], jnp.float32)
     assert task(outputs, jnp.array([0, 1, 1, 0])) == 0.75
@@ -84,9 +84,9 @@ def test_tasks_are_told_by_their_targets():
         "exact": (np.zeros((6, 5), np.int32), (6, 5, 7), fnn.losses.sequence_cross_entropy),
     }
     for kind, (y, shape, loss) in kinds.items():
-        assert task_of(None, loss, None, y, shape).kind == kind
+        assert task_of(loss, y, shape).kind == kind
     with pytest.raises(ValueError, match="diagnose: targets must be labels, one-hot rows or numbers"):
-        task_of(None, lambda o, y: o, None, np.zeros((6, 2)), (6, 3))
+        task_of(lambda o, y: o, np.zeros((6, 2)), (6, 3))
 
 
 # Data.
@@ -219,6 +219,10 @@ def test_refusals():
             fnn.diagnose(net, loss, optimizer, TRAIN, TEST, **options)
     with pytest.raises(ValueError, match="validation must hold arrays like those of train"):
         fnn.diagnose(build, fnn.losses.mse, sgd, TRAIN, (TEST.x[:, :5], TEST.y), **more)
+    two = fnn.parallel({"a": fnn.dense(10), "b": fnn.dense(10)})
+    for net, data in ((two, TRAIN), (build, (TRAIN.x, TRAIN.y, jnp.ones(TRAIN.size)))):
+        with pytest.raises(ValueError, match="outputs and targets must be one array each, without weights"):
+            fnn.diagnose(net, fnn.losses.cross_entropy, sgd, data, None, **more)
     with pytest.raises(ValueError, match="share their leading axis"):
         loss_case_of(lambda p, b: 0.0, {"w": jnp.ones(2)}, [(np.ones((3, 2)), np.ones(4))], sgd(), None, None,
                      steps=1, seeds=1, shuffle=False)  # fmt: skip
@@ -260,3 +264,45 @@ def test_a_change_that_the_net_refuses_is_listed_as_not_tried():
         fixed, fnn.losses.cross_entropy, sgd, TRAIN, TEST, batch_size=64, steps=20, seeds=1, budget=600.0
     )
     assert found.not_tried["width × 4"] == "refused: fixed: width must be 16"
+
+
+def test_updates_lost_to_rounding_are_found_and_mended():
+    def low(depth=2, width=16):
+        net = fnn.models.mlp(depth, width, 10)
+
+        def init(key, spec):
+            params, state = net.init(key, spec)
+            return jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), state
+
+        return fnn.Layer(init, net.apply)
+
+    found = fnn.diagnose(
+        low,
+        fnn.losses.cross_entropy,
+        lambda rate=3e-4: optax.adam(rate),
+        TRAIN,
+        TEST,
+        batch_size=64,
+        steps=300,
+        seeds=2,
+        budget=600.0,
+    )
+    assert "numerics" in {e.cause for e in found.evidence}, found
+    mended = {t.change: t.mean for t in found.trials}["parameters in float32"]
+    assert mended > np.mean(found.base.scores) + 0.03
+
+
+def test_settings_of_this_thread_hold_in_the_others():
+    with jax.enable_x64(True):
+        found = fnn.diagnose(
+            fnn.models.mlp(1, 8, 10),
+            fnn.losses.cross_entropy,
+            sgd,
+            TRAIN,
+            TEST,
+            batch_size=64,
+            steps=5,
+            seeds=1,
+            budget=600.0,
+        )
+    assert len(found.trials) > 10 and "activation tanh" in {t.change for t in found.trials}, found

@@ -1,7 +1,5 @@
 """A run on several devices is the run on one: on four in a process of its own (the table is `placed`), and in two processes."""
 
-import functools
-import json
 import os
 import re
 import socket
@@ -10,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import failures_of
 
 HERE = Path(__file__).parent
 TABLE = HERE / "placed.py"
@@ -17,17 +16,9 @@ SECTIONS = ("fit", "ways", "programs", "watched", "refusals")
 pytestmark = pytest.mark.xdist_group("placement")
 
 
-@functools.cache
-def failures():
-    run = subprocess.run([sys.executable, str(TABLE)], capture_output=True, text=True, env=os.environ)
-    if run.returncode:
-        return {f"{section}/crash": run.stderr[-3000:] for section in SECTIONS}
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("section", SECTIONS)
 def test_four_devices_equal_one(section):
-    assert not {row: error for row, error in failures().items() if row.startswith(f"{section}/")}
+    assert not {row: error for row, error in failures_of(TABLE, SECTIONS).items() if row.startswith(f"{section}/")}
 
 
 def free_port():

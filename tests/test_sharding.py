@@ -1,10 +1,5 @@
 """One device equals four: under `shard_map` with either setting, and under `jit` of sharded arrays. The table is `sharded`."""
 
-import functools
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -12,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import failures_of
 
 import fnn
 
@@ -31,17 +27,9 @@ SECTIONS = (
 pytestmark = pytest.mark.xdist_group("sharding")
 
 
-@functools.cache
-def failures():
-    run = subprocess.run([sys.executable, str(TABLE)], capture_output=True, text=True, env=os.environ)
-    if run.returncode:
-        return {f"{section}/crash": run.stderr[-3000:] for section in SECTIONS}
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("section", SECTIONS)
 def test_one_device_equals_four(section):
-    assert not {row: error for row, error in failures().items() if row.startswith(f"{section}/")}
+    assert not {row: error for row, error in failures_of(TABLE, SECTIONS).items() if row.startswith(f"{section}/")}
 
 
 def test_a_mapped_axis_keeps_every_metric():

@@ -303,3 +303,19 @@ def test_a_skipped_step_keeps_the_nets_state(optimizer, skips, mapped):
             np.testing.assert_array_equal(a, b)
     for part in (with_bad.params, with_bad.net_state):
         assert skips == all(np.all(np.isfinite(a)) for a in jax.tree.leaves(part))
+
+
+@pytest.mark.parametrize("options", [{}, {"per_example": "norms"}, {"per_example": "clip", "max_norm": 1.0}])
+@pytest.mark.parametrize("kind", ["by_global_norm", "by_value", "by_block_norm"])
+def test_a_float32_net_trains_in_float32_under_x64(kind, options, x64):
+    net = fnn.serial(fnn.dense(4), fnn.repeat(fnn.serial(fnn.dense(4), fnn.activation("tanh")), 3), fnn.dense(3))
+    tx = optax.chain(getattr(fnn.clip, kind)(0.5), optax.adam(1e-2))
+    x, y = jnp.ones((4, 5), jnp.float32), jnp.array([0, 1, 2, 0])
+    state = fnn.TrainState.create(net, tx, jax.random.key(0), x)
+    before = [a.dtype for a in jax.tree.leaves((state.params, state.opt_state))]
+    step = fnn.train_step(net, fnn.losses.cross_entropy, tx, **options)
+    state, metrics = jax.lax.scan(step.pure, state, jax.tree.map(lambda a: jnp.stack([a, a]), (x, y)))
+    assert [a.dtype for a in jax.tree.leaves((state.params, state.opt_state))] == before
+    assert {metrics[name].dtype for name in ("loss", "grad_norm", "clip_fraction", "update_ratio")} == {
+        jnp.dtype("float32")
+    }

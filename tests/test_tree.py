@@ -241,3 +241,12 @@ def test_the_mark_survives_transformations():
     for got, leaf in zip(jax.tree.leaves(gradient), LEAVES, strict=True):
         np.testing.assert_allclose(got, 2 * leaf, rtol=1e-6)
     assert tree.paths(gradient) == PATHS
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
+def test_norms_have_the_statistics_dtype_of_their_arrays_under_x64_too(dtype, x64):
+    arrays = {"a": jnp.arange(1.0, 4, dtype=dtype), "b": jnp.ones((2, 2), dtype)}
+    for function in (tree.norm, jax.jit(tree.norm), lambda a: tree.dot(a, a) ** 0.5):
+        found = function(arrays)
+        assert found.dtype == tree.statistics_dtype(dtype)
+        np.testing.assert_allclose(found, np.sqrt(18.0), rtol=1e-6)

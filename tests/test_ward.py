@@ -91,17 +91,5 @@ def test_batches_cover_an_epoch_once():
 
 @pytest.mark.parametrize("name", ["labels_permuted", "test_not_scaled"])
 def test_diagnosis_names_the_cause(name):
-    case = NAMES[name].make(0)
-    found = fnn.diagnose(
-        case.build,
-        case.loss,
-        case.optimizer,
-        case.train,
-        case.validation,
-        batch_size=case.batch_size,
-        steps=case.steps,
-        shuffle=case.shuffle,
-        seeds=2,
-        budget=600.0,
-    )
+    found = NAMES[name].make(0).diagnose(seeds=2, budget=600.0)
     assert found.causes[0].name in NAMES[name].causes, found

@@ -7,36 +7,22 @@ import shlex
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from fnn.cli.recipes import Model
+from fnn.cli.recipes import M, Model, Training
 from fnn.cli.terminal import printable
 
-M = TypeVar("M", bound=Model)
 HEALTHY, CAUSE, NONE = 0, 1, 3
 """Exit codes; bad input is 2."""
 
 
 @dataclass(frozen=True)
-class Diagnose(Generic[M]):
+class Diagnose(Training[M]):
     """Find out why a network does not train: change one thing, train again, and see what cures it.
 
     Exit code 0: healthy, 1: a cause was found, 3: none was found.
     """
 
-    model: M
-    data: str = "digits"
-    """digits, clusters, spirals, adding, number_words, a folder of IDX files (the format of MNIST), or a .npz file"""
-    epochs: int = 30
-    """passes over the training data"""
-    batch_size: int = 64
-    """examples in a training step"""
-    learning_rate: float = 3e-3
-    """Adam's highest learning rate; it falls to zero along a cosine"""
-    clip: float = 1.0
-    """clip the gradient to this global norm; 0: no clipping"""
-    seed: int = 0
-    """seed of the split"""
     seeds: int = 3
     """train each change with this many seeds"""
     budget: float = 60.0
@@ -75,6 +61,9 @@ def run(options: Diagnose[Model]) -> int:
 
     check.positive("diagnose", epochs=options.epochs, batch_size=options.batch_size, seeds=options.seeds)
     check.above_zero("diagnose", learning_rate=options.learning_rate, budget=options.budget)
+    if options.clip < 0:
+        raise ValueError(f"diagnose: clip must be at least 0, got {options.clip}; 0 switches clipping off")
+    _check_page(options.html)
     train, test = jax.device_get(recipes.load(options.data, options.model, key=jax.random.key(options.seed)))
     loss = recipes.recipe(options.model, train, test).loss
     steps = options.epochs * max(1, train.size // options.batch_size)
@@ -117,6 +106,7 @@ def run_script(options: Script) -> int:
     """Do `fnn diagnose script.py:make`."""
     from fnn.diagnosis.diagnose import diagnose, diagnose_loss
 
+    _check_page(options.html)
     given = _made(options.script)
     args, more = (given[:-1], given[-1]) if isinstance(given[-1], dict) else (given, {})
     function = diagnose if args and callable(args[1] if len(args) > 1 else more.get("loss")) else diagnose_loss
@@ -172,6 +162,14 @@ def command(model: Any, options: Any) -> str:
             if (holder is model or f.name in shared) and value != f.default:
                 words.append(f"--{f.name.replace('_', '-')} {shlex.quote(str(value))}")
     return " ".join(words)
+
+
+def _check_page(html: str) -> None:
+    """Refuse a page that could not be written, before the search ends in it."""
+    if html and (Path(html).is_dir() or not Path(html).parent.is_dir()):
+        raise FileNotFoundError(
+            f"diagnose: --html must name a file in a folder that exists, got {html!r}; choose another"
+        )
 
 
 def _told(found: Any, html: str) -> int:

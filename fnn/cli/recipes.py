@@ -1,7 +1,7 @@
 """What `fnn train` trains: data in the shape that a model takes, the model, and the loss that fits the targets."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +160,28 @@ class Transformer(Model):
 
 
 MODELS = {kind.__name__.lower(): kind for kind in (Mlp, Convnet, Resnet, Rnn, Transformer)}
+
+
+M = TypeVar("M", bound=Model)
+
+
+@dataclass(frozen=True)
+class Training(Generic[M]):
+    """What `fnn train` and `fnn diagnose` both take."""
+
+    model: M
+    data: str = "digits"
+    """digits, clusters, spirals, adding, number_words, a folder of IDX files (the format of MNIST), or a .npz file"""
+    epochs: int = 30
+    """passes over the training data"""
+    batch_size: int = 64
+    """examples in a training step"""
+    learning_rate: float = 3e-3
+    """Adam's highest learning rate; it falls to zero along a cosine"""
+    clip: float = 1.0
+    """clip the gradient to this global norm; 0: no clipping"""
+    seed: int = 0
+    """seed of the split, the weights and the shuffling; the same seed gives the same result"""
 
 
 class Recipe(NamedTuple):

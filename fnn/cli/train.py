@@ -4,32 +4,17 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from fnn import lowering
 from fnn.cli.diagnose import command
-from fnn.cli.recipes import Model
-
-M = TypeVar("M", bound=Model)
+from fnn.cli.recipes import M, Model, Training
 
 
 @dataclass(frozen=True)
-class Train(Generic[M]):
+class Train(Training[M]):
     """Train a network, by default on scikit-learn's handwritten digits, and print its test accuracy."""
 
-    model: M
-    data: str = "digits"
-    """digits, clusters, spirals, adding, number_words, a folder of IDX files (the format of MNIST), or a .npz file"""
-    epochs: int = 30
-    """passes over the training data"""
-    batch_size: int = 64
-    """examples in a training step"""
-    learning_rate: float = 3e-3
-    """Adam's highest learning rate; it falls to zero along a cosine"""
-    clip: float = 1.0
-    """clip the gradient to this global norm; 0: no clipping"""
-    seed: int = 0
-    """seed of the split, the weights and the shuffling; the same seed gives the same result"""
     seeds: int = 1
     """train with this many seeds, one after the other, and print the mean"""
     flow: bool = False

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from fnn import admission, check, measures, tree
-from fnn.core import Layer, output_shape
+from fnn.core import Layer, output_spec
 from fnn.datasets.dataset import Dataset, generator, in_memory
 from fnn.diagnosis.task import Task, task_of
 from fnn.gradients.operations import Unreadable
@@ -42,7 +42,8 @@ class Plan:
     shuffle: bool | None = None
     batch_size: int | None = None
     steps: int | None = None
-    precision: Any = None
+    wide: bool = False
+    """Whether parameters of less than 32 bits are trained in float32."""
     swap: tuple[tuple[str, str], ...] = ()
     """Of a net without knobs: which activations of its program are replaced, ("hidden" or "last", by what)."""
 
@@ -60,8 +61,6 @@ class Model:
     """(params, state, (x, y), key) -> (mean loss, new state), as in training."""
     outputs: Callable[[Any, Any, Any], Any] | None = None
     """(params, state, x) -> outputs, as in use; None for a loss of which nothing else is known."""
-    mean_loss: Callable[[Any, Any], Any] | None = None
-    """(outputs, y) -> float[]"""
     score: Callable[[Any, Any], Any] | None = None
     """(params, (x, y)) -> a score of the user's, where there are no outputs."""
 
@@ -88,6 +87,8 @@ class Case:
     task: Task = field(default_factory=lambda: Task("regression"))
     seen: Mapping[str, Any] = field(default_factory=dict)
     """What was found in the program of a net without knobs: its `activation`, its `head`, whether gradients `stop`."""
+    narrow: bool = False
+    """Whether there are parameters of less than 32 bits."""
 
     @property
     def x(self) -> np.ndarray | None:
@@ -116,9 +117,6 @@ class Case:
         def draw(seed):
             return net.init(jax.random.key(1000 + seed), jax.tree.map(lambda a: a[: self.batch_size], self.train.x))
 
-        def mean_loss(outputs, y):
-            return measures.shares("diagnose", loss, outputs, y)["loss"]
-
         def trained(params, state, x, key):
             return net.apply(params, state, x, key=key, train=True)
 
@@ -130,9 +128,9 @@ class Case:
 
         def objective(params, state, batch, key):
             outputs, new = trained(params, state, batch[0], key)
-            return mean_loss(outputs, batch[1]), new
+            return measures.shares("diagnose", loss, outputs, batch[1])["loss"], new
 
-        return Model(draw, objective, outputs, mean_loss)
+        return Model(draw, objective, outputs)
 
     def scored(self, values: np.ndarray) -> np.ndarray:
         """Turn what a program measured into scores: they are scores already."""
@@ -198,13 +196,23 @@ def case_of(
     base = build()
     admission.net("diagnose", base)
     params, state = jax.eval_shape(base.init, jax.random.key(0), spec)
-    shape = output_shape(base, params, state, spec)
-    task = task_of(base, loss, data.x, np.asarray(data.y), shape)
+    outputs = output_spec(base, params, state, spec)
+    if not (hasattr(outputs, "shape") and hasattr(data.y, "dtype")):
+        raise ValueError(
+            f"diagnose: outputs and targets must be one array each, without weights, got {check.describe(outputs)} and "
+            f"{check.describe(data.y)}; diagnose_loss takes a loss of any outputs"
+        )
+    task = task_of(loss, np.asarray(data.y), outputs.shape)
     seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
     return Case(
         build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
-        int(seeds), bool(shuffle), task, seen,
+        int(seeds), bool(shuffle), task, seen, is_narrow(params),
     )  # fmt: skip
+
+
+def is_narrow(params: Any) -> bool:
+    """Whether there are parameters of less than 32 bits."""
+    return any(a.dtype.itemsize < 4 for a in jax.tree.leaves(params))
 
 
 def found_in(function: Callable[..., Any], *args: Any) -> dict[str, Any]:

@@ -164,7 +164,10 @@ def _of_weights(case: Case) -> list[Change]:
     gain = case.gain(Plan())
     name = "he_normal" if gain > 1.3 else "scaled(1.0)"
     code = f'init="{name}", bias_init="zeros"  # N(0, {"2" if gain > 1.3 else "1"}/fan_in)'
-    return [Change("redraw weights", causes, _with(gain=gain), code)]
+    wide = Change(
+        "parameters in float32", ("numerics",), _with(wide=True), "params in float32, compute_dtype=jnp.bfloat16", True
+    )
+    return [Change("redraw weights", causes, _with(gain=gain), code), *([wide] if case.narrow else [])]
 
 
 def _of_rate(case: Case) -> list[Change]:

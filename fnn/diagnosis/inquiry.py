@@ -1,5 +1,6 @@
 """A diagnosis in progress: what was measured, which changes were trained, and how much time is left."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -128,7 +129,8 @@ class Inquiry:
                 continue
             for later in ahead[:2]:  # compiled by the other thread, while this one trains
                 if self.spent + 2 * self.costs(later, plans[later.name]) < self.budget:
-                    self.runner.prepare(plans[later.name])
+                    with contextlib.suppress(ValueError, TypeError):  # it is told when its turn comes
+                        self.runner.prepare(plans[later.name])
             ahead = [later for later in ahead if later is not change]
             self.attempt(change, plans[change.name])
         for change in changes(self.case):

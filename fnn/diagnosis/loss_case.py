@@ -10,7 +10,7 @@ import numpy as np
 
 from fnn import arrays, check, tree
 from fnn.datasets.dataset import Dataset, generator
-from fnn.diagnosis.case import MOST, Case, Model, Plan, _optimizing, found_in, is_kernel
+from fnn.diagnosis.case import MOST, Case, Model, Plan, _optimizing, found_in, is_kernel, is_narrow
 from fnn.diagnosis.task import Task
 from fnn.gradients.swap import swapped
 from fnn.gradients.watch import watch
@@ -40,7 +40,7 @@ class LossCase(Case):
         score = None if of_user is None else lambda params, batch: jnp.asarray(of_user(params, self.join(*batch)))
 
         def draw(seed):
-            if seed % self.seeds == 0 and seed < self.seeds:
+            if seed == 0:
                 return self.params, ()
             return _redrawn_alike(self.params, 1000 + seed), ()
 
@@ -133,7 +133,7 @@ def loss_case_of(
     forward = [path for _, path in flow.labels.starts if path in kernels]
     case = replace(case, final=names.index(forward[-1]) if forward else None)
     seen = found_in(lambda params, batch: loss(params, join(*batch)), params, batch)
-    return _referred(replace(case, seen=seen))
+    return _referred(replace(case, seen=seen, narrow=is_narrow(params)))
 
 
 def _batches(name: str, given: Any) -> list[Any]:

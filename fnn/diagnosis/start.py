@@ -31,6 +31,8 @@ class Start:
     """Whether the order along the first axis behind the batch changes nothing."""
     gradient: dict[str, float]
     """log10 of each parameter's gradient."""
+    rounding: float
+    """Of the narrowest dtype of the parameters: the distance from 1 to the next number."""
 
 
 def start(runner: Runner, plan: Plan) -> Start:
@@ -57,7 +59,8 @@ def start(runner: Runner, plan: Plan) -> Start:
     every = [(path.removesuffix("/value"), g) for path, g in gains(params)]
     hidden = [pair for pair in every if pair[0] != last] if last in dict(every) else every[:-1]
     alike = _alike(params, last)
-    return Start(columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, gradient)
+    rounding = max(float(jax.numpy.finfo(a.dtype).eps) for a in jax.tree.leaves(params))
+    return Start(columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, gradient, rounding)
 
 
 def _instruments(model: Model, size: int) -> tuple[Any, Any]:

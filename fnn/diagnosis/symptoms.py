@@ -250,6 +250,13 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
             Evidence("too_little_data", f"{case.train.size} examples: score {np.mean(outcome.train):.2f} on them, "
                      f"{np.mean(outcome.chooses):.2f} on held-out ones")
         )  # fmt: skip
+    if found.rounding > 1e-6 and (typical := float(np.median(ratios))) < found.rounding:
+        evidence.append(
+            Evidence(
+                "numerics",
+                f"a step is {typical:.1e} of the weights, less than their dtype's rounding, {found.rounding:.1e}: it is lost",
+            )
+        )
     dropped = case.value(plan, "dropout")
     if isinstance(dropped, int | float) and dropped > 0.6:
         evidence.append(

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import losses
-from fnn.core import Layer
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def one_hot_cross_entropy(outputs: Any, y: Any) -> jax.Array:
     return -jnp.sum(y * jax.nn.log_softmax(outputs), axis=-1)
 
 
-def task_of(net: Layer, loss: Callable[[Any, Any], Any], x: Any, y: np.ndarray, shape: tuple[int, ...]) -> Task:
+def task_of(loss: Callable[[Any, Any], Any], y: np.ndarray, shape: tuple[int, ...]) -> Task:
     """Find out what the targets ask for; `shape` is that of the outputs, batch axis first."""
     units = int(np.prod(shape[1:], dtype=int))
     column = y.size == len(y)

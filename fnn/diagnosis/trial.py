@@ -28,24 +28,15 @@ class Outcome:
     """Score on the other half."""
     train: np.ndarray
     """Score on training examples."""
-    held_loss: np.ndarray
-    """Mean loss on the half that chooses."""
     losses: np.ndarray
     """float[seeds, steps]; `norms` are the gradient's norms, `ratios` |update| / |params|."""
     norms: np.ndarray
     ratios: np.ndarray
     moved: np.ndarray
     """float[seeds, arrays]: norm of the change of each parameter array over its first norm; NaN for one that began as 0."""
-    gradients: np.ndarray
-    """float[seeds, arrays]: largest norm of each array's gradient over the first steps."""
     shrunk: np.ndarray
     """float[seeds]: norm of all parameters at the end over that at the start."""
     seconds: float
-    compiling: float
-
-    @property
-    def diverged(self) -> bool:
-        return not np.isfinite(self.losses[:, -1]).all()
 
 
 class Runner:
@@ -69,14 +60,17 @@ class Runner:
         """Begin to compile the program of a plan, unless that is done or under way."""
         key = self.key(plan)
         if key not in self._programs:
-            self._programs[key] = self.thread.submit(self._compile, plan, range(self.case.seeds))
+            started = time.perf_counter()
+            function = jax.vmap(functools.partial(self._one, plan), in_axes=(0, 0, 0, 0, None, None, None, None))
+            # Traced here, since settings of JAX such as x64 may hold for this thread alone.
+            lowered = jax.jit(function).lower(*self._arguments(plan, range(self.case.seeds)))
+            self._programs[key] = self.thread.submit(self._compile, lowered, time.perf_counter() - started)
         return self._programs[key]
 
-    def _compile(self, plan: Plan, seeds: Any) -> Any:
+    def _compile(self, lowered: Any, seconds: float) -> Any:
         started = time.perf_counter()
-        function = jax.vmap(functools.partial(self._one, plan), in_axes=(0, 0, 0, 0, None, None, None, None))
-        program = jax.jit(function).lower(*self._arguments(plan, seeds)).compile()
-        self.compiled.append(time.perf_counter() - started)
+        program = lowered.compile()
+        self.compiled.append(seconds + time.perf_counter() - started)
         return program
 
     def instruments(self, plan: Plan, make: Any) -> Any:
@@ -88,12 +82,12 @@ class Runner:
 
     def draw(self, plan: Plan, seed: int) -> tuple[Any, Any]:
         """Draw the weights and the state of one seed."""
-        key = (plan.knobs, plan.swap, seed)
+        key = (plan.knobs, seed)
         if key not in self._drawn:
             self._drawn[key] = self.case.model(plan).draw(seed)
         params, state = self._drawn[key]
-        if plan.precision is not None:
-            params = jax.tree.map(lambda a: a.astype(plan.precision), params)
+        if plan.wide:
+            params = jax.tree.map(lambda a: a.astype(tree.statistics_dtype(a.dtype)), params)
         if plan.gain is not None:
             params = redrawn(params, plan.gain, 1000 + seed, self.case.last(params))
         return params, state
@@ -115,12 +109,11 @@ class Runner:
     def run(self, plan: Plan, seeds: Any) -> Outcome:
         """Train with these seeds."""
         args = self._arguments(plan, seeds)
-        start = time.perf_counter()
         program = self.prepare(plan).result()
-        compiling = time.perf_counter() - start
+        start = time.perf_counter()
         chooses, checks, train, *rest = jax.device_get(program(*args))
         scores = [self.changed(plan).scored(values) for values in (chooses, checks, train)]
-        measured: list[Any] = [*scores, *rest, time.perf_counter() - start - compiling, compiling]
+        measured: list[Any] = [*scores, *rest, time.perf_counter() - start]
         return Outcome(*measured)
 
     def _arguments(self, plan: Plan, seeds: Any) -> tuple[Any, ...]:
@@ -142,9 +135,7 @@ class Runner:
     def key(self, plan: Plan) -> Any:
         """What a program depends on; what is left out are numbers that it takes as arguments."""
         task = self.changed(plan).task
-        dtype = str(plan.precision)
-        plan = replace(plan, rate=1.0, clip=1.0, gain=None, data=(), learn="train", shuffle=None, precision=None)
-        return plan, task, dtype
+        return replace(plan, rate=1.0, clip=1.0, gain=None, data=(), learn="train", shuffle=None), task
 
     def _batch(self, plan: Plan) -> int:
         return plan.batch_size or self.case.batch_size
@@ -164,7 +155,7 @@ class Runner:
             return jax.tree.map(lambda a: jnp.asarray(a)[index], tuple(pool))
 
         def step(carry, t):
-            params, state, opt_state, most = carry
+            params, state, opt_state = carry
             batch = rows(order[t])
 
             def objective(params):
@@ -172,43 +163,30 @@ class Runner:
 
             (value, new), grads = jax.value_and_grad(objective, has_aux=True)(params)
             norm = tree.norm(grads)
-            # Largest numbers, not squares: what is asked is whether they are zero.
-            most = jnp.where(t < 20, jnp.maximum(most, largest(grads)), most)
             factor = jnp.where(norm > clip, clip / norm, 1.0)
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
             extra = offered(value, grads, lambda p: objective(p)[0], lambda p: jax.grad(objective, has_aux=True)(p)[0])
             updates, opt_state = admission.update("diagnose", tx, grads, opt_state, params, **extra)
             updates = jax.tree.map(lambda u: u * rate.astype(u.dtype), updates)
             trained = optax.apply_updates(params, updates)
-            moved = size(jax.tree.map(jnp.subtract, trained, params)) / size(params)
-            return (trained, new, opt_state, most), (value, norm, moved)
+            moved = tree.norm(jax.tree.map(jnp.subtract, trained, params)) / tree.norm(params)
+            return (trained, new, opt_state), (value, norm, moved)
 
-        start = params, state, tx.init(params), jnp.zeros(len(jax.tree.leaves(params)))
-        (params, state, _, most), (values, norms, ratios) = jax.lax.scan(step, start, jnp.arange(order.shape[0]))
+        start = params, state, tx.init(params)
+        (params, state, _), (values, norms, ratios) = jax.lax.scan(step, start, jnp.arange(order.shape[0]))
         n, held = case.train.size, case.chooses.size
         some = np.unique(np.linspace(0, n - 1, min(n, 512)).astype(int))
         parts = rows(np.arange(n, n + held)), jax.tree.map(jnp.asarray, tuple(last)), rows(some)
         if model.outputs is None:
             score = model.score or (lambda params, batch: model.objective(params, state, batch, key)[0])
             chooses, checks, train = (score(params, part) for part in parts)
-            held_loss = model.objective(params, state, parts[0], key)[0]
         else:
             outputs = model.outputs(params, state, jax.tree.map(lambda *a: jnp.concatenate(a), *(x for x, _ in parts)))
             ends = np.cumsum([held, len(last.y)])
             split = jax.tree.map(lambda a: jnp.split(a, ends), outputs)
             chooses, checks, train = (case.task(o, y) for o, (_, y) in zip(split, parts, strict=True))
-            assert model.mean_loss is not None
-            held_loss = model.mean_loss(split[0], parts[0][1])
-        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(first), strict=True)
-        changes = jnp.stack([jnp.where(size(b) > 1e-12, size(a - b) / size(b), jnp.nan) for a, b in pairs])
-        return chooses, checks, train, held_loss, values, norms, ratios, changes, most, size(params) / size(first)
-
-
-def size(params: Any) -> jax.Array:
-    """Evaluate the norm of parameters, or of a step of them: their squares stay in range, or the run is lost."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(a.astype(jnp.float32))) for a in jax.tree.leaves(params)) + 1e-30)
-
-
-def largest(grads: Any) -> jax.Array:
-    """List the largest absolute number of each array."""
-    return jnp.stack([jnp.max(jnp.abs(g)).astype(jnp.float32) for g in jax.tree.leaves(grads)])
+        whole, began = (tree.norms(a) for a in (jax.tree.map(jnp.subtract, params, first), first))
+        pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(began), strict=True)
+        changes = [jnp.ravel(jnp.where(b > 0, a / jnp.where(b > 0, b, 1), jnp.nan)) for a, b in pairs]
+        shrunk = tree.norm(params) / tree.norm(first)
+        return chooses, checks, train, values, norms, ratios, jnp.concatenate(changes), shrunk

@@ -258,7 +258,9 @@ class PerExampleGradients:
         """Take all <g_i, g_j>/(scale_i scale_j)/share², and the scales, which bound the numbers of g_i/share."""
         bounds = [leaf.bounds().reshape(-1, self.batch) for leaf in self.leaves]
         scale = tree.divisor(jnp.max(jnp.concatenate([jnp.zeros((1, self.batch)), *bounds]), axis=0))
-        return sum((leaf.gram(scale) for leaf in self.leaves), start=jnp.zeros((self.batch, self.batch))), scale
+        return sum(
+            (leaf.gram(scale) for leaf in self.leaves), start=jnp.zeros((self.batch, self.batch), jnp.float32)
+        ), scale
 
     def _sum(self, weights: list[Any], how: str = "weighted") -> Any:
         """Take the weighted sum of each leaf; weights of one: None, float[batch], or float[depth..., batch]."""
@@ -308,7 +310,9 @@ def total(found: Estimates) -> Estimates:
     unit = _unit(jnp.max(jnp.stack([jnp.zeros(()), *sizes])))
     moments = [Estimates(*part).moments(unit) for part in parts]
     traces, signals = ([jnp.sum(moment[i]) for moment in moments] for i in range(2))
-    return Estimates(sum(traces, start=jnp.zeros(())), sum(signals, start=jnp.zeros(())), unit)
+    return Estimates(
+        sum(traces, start=jnp.zeros((), jnp.float32)), sum(signals, start=jnp.zeros((), jnp.float32)), unit
+    )
 
 
 def _unit(norm: jax.Array) -> jax.Array:

@@ -113,9 +113,10 @@ def price(
     net, *arguments = _admitted(net, state, batch, loss, key, compute_dtype)
 
     def gradient(params, net_state, x, y, key):
-        return jax.value_and_grad(lambda p: jnp.mean(loss(net.apply(p, net_state, x, key=key, train=train)[0], y)))(
-            params
-        )
+        def mean(params):
+            return measures.mean(loss, net.apply(params, net_state, x, key=key, train=train)[0], y)
+
+        return jax.value_and_grad(mean)(params)
 
     functions = {"plain gradient": gradient, "gradient_flow": functools.partial(_measure, net, loss, train)}
     return priced("gradient_flow.price", functions, (*arguments, key), rounds)

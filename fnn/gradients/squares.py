@@ -48,7 +48,7 @@ def norm(terms: Sequence[Term], arrays: Sequence[tuple[Any, Any]], examples: Exa
     if not lookup and _made(*factors):
         if not examples.loop:
             parts, peak = in_units(terms, arrays, examples.count)
-            return peak * safe_sqrt(sum((square(part, 0) for part in parts), start=jnp.zeros(())))
+            return peak * safe_sqrt(sum((square(part, 0) for part in parts), start=jnp.zeros((), jnp.float32)))
         return length(jnp.stack([norm_of_whole(part, examples) for part in outer(*factors, examples.count)]))
     if not lookup and not examples.loop and _single(factors[0]):
         lengths = [jax.vmap(length)(x.reshape(x.shape[0], -1)) for x in factors]

@@ -55,8 +55,14 @@ def activations(program: Program, parameters: int) -> list[Activation]:
     products = {place.product for place in places.find(program, parameters).places}
     walk = _Walk(products)
     # In a thread of its own nothing is being traced, whatever the caller does: operations run on points, and give numbers.
+    wide = bool(jax.config.read("jax_enable_x64"))  # it may hold for this thread alone
+
+    def walked():
+        with jax.enable_x64(wide):
+            walk.forward(program, set())
+
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(walk.forward, program, set()).result()
+        thread.submit(walked).result()
     walk.backward(program, set())
     found = []
     for output, (name, root) in walk.names.items():

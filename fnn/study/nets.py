@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import check, losses, tree
+from fnn import check, losses, measures, tree
 from fnn.core import Layer, as_spec, output_spec
 from fnn.gradients import flow, labels, measured, wide
 from fnn.gradients.labels import Options
@@ -64,7 +64,7 @@ class OfLayer:
 
     def value(self, params: Any, state: Any, batch: Any, key: Any) -> jax.Array:
         outputs, _ = self.net.apply(params, state, batch[0], key=key, train=True)
-        return jnp.mean(self.loss(outputs, batch[1]))
+        return measures.mean(self.loss, outputs, batch[1])
 
     def metrics(self, params: Any, batch: Any) -> list[str]:
         return ["loss", *(["accuracy"] if losses.correct(self.loss) else [])]

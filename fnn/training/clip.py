@@ -172,7 +172,7 @@ def _elementwise(function: Callable[[jax.Array], jax.Array]) -> optax.GradientTr
     def clip(updates, params):
         clipped = jax.tree.map(lambda g: function(g).astype(g.dtype), updates)  # a traced limit may be wider than g
         changed = jax.tree.map(lambda a, b: jnp.sum((a > b) | (a < b), dtype=jnp.float32), updates, clipped)
-        fraction = sum(jax.tree.leaves(changed), start=jnp.zeros(())) / jnp.maximum(1, tree.count(updates))
+        fraction = sum(jax.tree.leaves(changed), start=jnp.zeros((), jnp.float32)) / jnp.maximum(1, tree.count(updates))
         return clipped, ClipState(fraction, tree.norm(updates), tree.norm(clipped))
 
     return _transformation(clip)
@@ -187,7 +187,7 @@ def _scaling(factor: Callable[..., jax.Array], needs_params: str | None = None) 
         factors = tree.map_depth(factor, updates, updates if params is None else params)
         clipped = jax.tree.map(lambda g, f: (g * f).astype(g.dtype), updates, factors)
         counts = [jnp.sum(f < 1, dtype=jnp.float32) for f in jax.tree.leaves(factors)]
-        fraction = sum(counts, start=jnp.zeros(())) / jnp.maximum(1, tree.count(factors))
+        fraction = sum(counts, start=jnp.zeros((), jnp.float32)) / jnp.maximum(1, tree.count(factors))
         return clipped, ClipState(fraction, tree.norm(updates), tree.norm(clipped))
 
     return _transformation(clip)

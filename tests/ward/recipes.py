@@ -36,6 +36,11 @@ class Case:
     steps: int
     shuffle: bool
 
+    def diagnose(self, **options: Any) -> fnn.Diagnosis:
+        """Ask `fnn.diagnose` about it; the options are seeds, budget, ..."""
+        given = {"batch_size": self.batch_size, "steps": self.steps, "shuffle": self.shuffle, **options}
+        return fnn.diagnose(self.build, self.loss, self.optimizer, self.train, self.validation, **given)
+
 
 @dataclass(frozen=True)
 class Recipe:
