@@ -24,7 +24,7 @@ ABOUT = """\
 Milliseconds per training step of a multilayer perceptron with batch norm after every hidden layer and ReLU: mean cross
 entropy, clipping by the global norm at 1, Adam, running statistics updated; float32, or where the row says `bf16` with
 products in bfloat16 and the rest in float32. A row is width x depth, the number of hidden layers. All peers start from the same weights, and their losses on the first and the third step
-agreed with a float64 reference before anything was timed; all return the loss alone, but for `fnn-fit-metrics`. Rounds are interleaved, in a random order each; `ms/step` is the median round. `first call` is tracing and
+agreed with a float64 reference before anything was timed; all return the loss alone, except `fnn-fit-metrics`. Rounds are interleaved, in a random order each; `ms/step` is the median round. `first call` is tracing and
 compiling, without the steps that ran in it. `x best` is the median of the ratios within each round; `~` marks peers
 whose difference from the best the spread swallows (1 lies between the quartiles). `of floor` is the least time that the
 step needs, as a share of the step: its matrix products at the measured rate, or its optimiser's bytes at the measured

@@ -1,6 +1,6 @@
 """The causes that a diagnosis can name, in the order in which a training meets them, and what it finds out about each."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 CAUSES = {
     "input_empty": "the inputs hold nothing that differs between examples",
@@ -77,8 +77,6 @@ class Cause:
     """Code to paste."""
     confidence: float
     """Share of fresh seeds that the repair lifted over the sick ones."""
-    also: tuple[str, ...] = field(default=())
-    """Other causes that the same repair would remove."""
 
     @property
     def meaning(self) -> str:

@@ -10,8 +10,6 @@ SHARE = 0.7
 """The share of the best rise that a repair must reach."""
 WEAK = {"optimizer", "capacity", "steps", "memory", "batch_size", "too_little_data"}
 """Suspected of almost every net; not repaired together with others."""
-
-
 FAR = 0.15
 """More steps alone must raise the score by so much to be a cause of their own; less is "not finished"."""
 
@@ -31,7 +29,7 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
                 break
         if len(found) == 3:
             break
-    if pair := both(inquiry, found):
+    if pair := both(inquiry):
         return pair
     if not found:  # a repair that works, though nothing abnormal was measured
         for tried in sorted(working, key=lambda t: min(STAGE[c] for c in t.change.causes)):
@@ -75,18 +73,14 @@ def proof(inquiry: Inquiry, cause: str, tried: Tried) -> Cause | None:
     if inquiry.shows(cause, tried.plan, cured):
         return None
     trial = Trial(tried.change.name, cause, tried.scores, tuple(map(float, cured.checks)), tried.outcome.seconds)
-    return Cause(cause, _of(inquiry, cause), trial, tried.change.code, lifted, _also(tried.change, cause))
+    return Cause(cause, _of(inquiry, cause), trial, tried.change.code, lifted)
 
 
 def _of(inquiry: Inquiry, cause: str) -> tuple[Evidence, ...]:
     return tuple(e for e in inquiry.evidence if e.cause == cause)
 
 
-def _also(change: Change, cause: str) -> tuple[str, ...]:
-    return tuple(c for c in change.causes if c != cause)
-
-
-def both(inquiry: Inquiry, single: list[Cause]) -> list[Cause]:
+def both(inquiry: Inquiry) -> list[Cause]:
     """Repair all suspects together; if that is better than each alone, put one back at a time, and name those needed."""
     base, top = inquiry.base, inquiry.best()
     if top > inquiry.case.task.chance + 0.95 * (1 - inquiry.case.task.chance):
