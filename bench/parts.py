@@ -73,7 +73,7 @@ def tests(options: Namespace, emit: Any) -> None:
     recorder = Recorder(emit)
     arguments = ["-m", "accelerator", "-q", "--tb=short", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
-        arguments += ["-n", "2" if options.quick else str(min(8, os.cpu_count() or 1))]
+        arguments += ["-n", "2" if options.quick else str(min(14, os.cpu_count() or 1))]
     if options.quick:
         arguments += ["-k", "test_norm or test_lowering"]
     status = pytest.main(arguments, plugins=[recorder])
@@ -219,7 +219,7 @@ PARTS = {
     "facts": Part("device, versions, fnn's choices, what the compiler made", 60, facts),
     "rates": Part("matrix products in bf16, TF32 and float32, bandwidth", 40, rates),
     "steps": Part("training steps of all rows against all peers", 190, steps, "default", shared=True),
-    "tests": Part("pytest -m accelerator", 150, tests, None, shared=True, cached=True),
+    "tests": Part("pytest -m accelerator", 180, tests, None, shared=True, cached=True),
     "seeds": Part("64 seeds in one program against one by one", 60, seeds),
     "depth": Part("a step of 10,000 layers", 60, deep),
     "per_example": Part("norms and clipped means of single examples' gradients", 75, examples),
