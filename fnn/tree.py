@@ -326,6 +326,11 @@ def safe_sqrt(a: jax.Array) -> jax.Array:
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, a)))
 
 
+def clip_factor(norm: jax.Array, limit: Any) -> jax.Array:
+    """Compute min(1, limit/norm): NaN for NaN, and exactly 1 up to the limit, where limit/limit on a GPU may be below 1."""
+    return jnp.where(norm <= limit, jnp.ones_like(norm), limit / jnp.maximum(norm, limit))
+
+
 def divisor(peak: jax.Array) -> jax.Array:
     """Bound the largest number of an array, so that a division by it is safe: no 0/0 and no inf/inf.
 

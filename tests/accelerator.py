@@ -27,7 +27,7 @@ TESTS = {
     "attention": words("""attention_equals_flax grouped_heads rotary padding_changes_nothing generate_with embed_equals
         half_precision"""),
     "attention_masks": ["what_is_seen"],
-    "clip": words("equals_numpy stacked_equals norms_whose infinity_is reports_by_hand traced dtypes"),
+    "clip": words("equals_numpy stacked_equals norms_whose infinity_is reports_by_hand traced dtypes what_is_not"),
     "clip_reports": ["a_zero_gradient", "an_infinite_gradient"],
     "conv": words("""conv_equals_flax implementations conv_transpose_equals pools conv_and_transpose
         global_average"""),
@@ -35,7 +35,13 @@ TESTS = {
     "cross_attention": words("cross_attention_equals_flax padding_never"),
     "fit": words("an_error_in_the_second a_fraction_is_split"),
     "flax": ["mlp_with_batch_norm"],
-    "flow": words("a_signal_that_leaves a_signal_of_normal what_leaves_float64 residual_nets_transformers"),
+    "diagnosis": words("r2_at weights_are_redrawn"),
+    "exact": words("layers_of_one_array other_floats"),
+    "exact_edges": words("a_sum_whose rows_of_an_array factors_that"),
+    "flow": [
+        *words("a_signal_that_leaves a_signal_of_normal what_leaves_float64"),
+        *of("residual_nets_transformers_and_recurrences_have_float64s_log_norms_at_every_tap", "conv lstm"),
+    ],
     "gaussian": of("moments_agree_with_adaptive_quadrature", "tanh relu"),
     "initializers": [
         *of("mean_variance_and_kurtosis", "he-normal-dense lecun-truncated_normal-dense glorot-uniform-dense"),
@@ -61,10 +67,10 @@ TESTS = {
     "lowering": words("the_platform a_program_for who_computes programs_run_on where_jax_has_no_cpu"),
     "meanfield": words("""lengths_of_residual_sums_are_those_of_a_net batch_norm_rate_against_a_wide_net
         prediction_of_he_relu_over_seeds inside_a_trace"""),
-    "models": words("convnet_equals resnet_equals"),
+    "models": ["convnet_equals", *of("resnet_equals_flax", "basic")],
     "noise": words("noise_scale jackknife"),
     "norm": words("batch_norm_in batch_norm_at derivative statistics_of norms_equal batch_norm_of_a_masked"),
-    "optax_table": of("every_optimiser_of_optax_trains_nets_as_by_hand", "optax.lbfgs optax.contrib.sam"),
+    "optax_table": of("every_optimiser_of_optax_trains_nets_as_by_hand", "optax.lbfgs"),
     "optimizers": of("depth_as_a_loop_trains_as_depth_written_out", "adam muon adafactor block_norms"),
     "overflow": ["a_run_that_overflows"],
     "packed": ["packed_changes_no_number"],
@@ -87,12 +93,14 @@ TESTS = {
     "recurrent": words("""values_and_gradients padding_changes pieces_equal tap_over_time bfloat16_keeps
         the_written_derivative"""),
     "study": words("every_number a_run_that_diverges neither_neighbours"),
+    "swap": words("the_last_activation an_lstm"),
     "taps": words("""forward_statistics error_signal gradient_flow_equals gradient_flow_through
         a_deep_sigmoid_net_is_finite_in_low_precision_with_the_predicted_slope[bfloat16-400]"""),
     "train": words("""a_step_equals the_update_ratio buffers bfloat16_keeps fit_equals gradients_average digits_reach
-        a_skipped_step_keeps_the_nets_state[apply_if_finite-axis_name]"""),
+        a_bad_batch_stays_out_of_the_nets_state[apply_if_finite-axis_name]"""),
     "tree": words("""size_norm sums_are float64 norms_are_right exploded a_norm_may zero_infinite log_norm_over
         norm_under_vmap"""),
+    "watch": words("a_scan_has_a_row statistics_at_any attention_by_head"),
 }
 """Tests by module, each without `test_` and by the start of its name."""
 

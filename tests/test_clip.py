@@ -298,6 +298,14 @@ def test_traced_thresholds_under_jit_and_vmap_equal_constants():
             np.testing.assert_allclose([r[i] for r in report[:3]], other_report[:3], rtol=1 / 256)
 
 
+def test_what_is_not_clipped_keeps_every_bit():
+    """Norms up to the limit, equal to it too: no number changes and nothing counts as clipped, on any device."""
+    norms = jnp.asarray(np.random.default_rng(0).uniform(0.1, 10, 1000), jnp.float32)
+    factors = jax.jit(jax.vmap(tree.clip_factor))(norms, norms)
+    np.testing.assert_array_equal(factors, 1)
+    np.testing.assert_array_equal(jax.jit(tree.clip_factor)(jnp.array([jnp.nan, jnp.inf, 0.0]), 2.0), [np.nan, 0, 1])
+
+
 def test_thresholds_may_be_hyperparameters_and_schedules():
     schedule = optax.piecewise_constant_schedule(1.0, {1: 0.5})
     transformation = optax.inject_hyperparams(clip.by_global_norm)(max_norm=schedule)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import ON_CPU
 
 import fnn
 from fnn import losses, models
@@ -114,7 +115,8 @@ def test_training_evaluation_and_measurements_do_the_same_computation():
     assert history.validation["loss"][0] == pytest.approx(narrow["loss"], rel=1e-6)
     of_example = fnn.example_loss(net, state, loss=loss, compute_dtype=BF16)
     norms = fnn.per_example(of_example)(state.params, (x, y)).norms()
-    np.testing.assert_allclose(norms, metrics["per_example_norms"], rtol=1e-6)
+    # On an accelerator XLA leaves out roundings to bfloat16 between operations that it fuses, in each program others.
+    np.testing.assert_allclose(norms, metrics["per_example_norms"], rtol=1e-6 if ON_CPU else 1e-2)
     flow = fnn.gradient_flow(net, state, (x, y), loss=loss, compute_dtype=BF16)
     assert flow.loss == pytest.approx(float(metrics["loss"]), rel=1e-6)
     logs = {row.path: row.value for row in flow.rows if row.quantity in ("log_kernel", "log_embedding")}

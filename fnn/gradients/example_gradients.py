@@ -142,7 +142,7 @@ class PerExampleGradients:
         each = self._norms()
         whole = self._total(each)
         norms = each if per_layer else [whole]
-        factors = [max_norm / jnp.maximum(norm, max_norm) for norm in norms]
+        factors = [tree.clip_factor(norm, max_norm) for norm in norms]
         # A factor of zero or below the range would make zeros of an exploded gradient.
         factors = [jnp.where(f >= jnp.finfo(f.dtype).tiny, f, jnp.nan) for f in factors]
         finite = jnp.isfinite(whole) & functools.reduce(jnp.logical_and, [_every(jnp.isfinite(f)) for f in factors])

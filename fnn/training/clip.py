@@ -58,7 +58,7 @@ def by_global_norm(max_norm: Any) -> optax.GradientTransformation:
 
     def clip(updates, params):
         before = tree.norm(updates)
-        scale = max_norm / jnp.maximum(before, max_norm)
+        scale = tree.clip_factor(before, max_norm)
         updates = jax.tree.map(lambda g: (g * scale).astype(g.dtype), updates)
         # inf·0 is NaN: of an infinite gradient nothing finite is left.
         after = jnp.where(before < jnp.inf, jnp.minimum(before, max_norm), jnp.nan)
@@ -75,8 +75,7 @@ def by_block_norm(max_norm: Any) -> optax.GradientTransformation:
     check.above_zero("clip.by_block_norm", max_norm=max_norm)
 
     def factor(k, g, _):
-        norm = tree.length(g, tuple(range(k, g.ndim)), keepdims=True)
-        return max_norm / jnp.maximum(norm, max_norm)
+        return tree.clip_factor(tree.length(g, tuple(range(k, g.ndim)), keepdims=True), max_norm)
 
     return _scaling(factor)
 
@@ -93,7 +92,7 @@ def adaptive(clipping: Any, eps: float = 1e-3) -> optax.GradientTransformation:
     def factor(k, g, w):
         axes = tuple(range(k, g.ndim - 1)) if g.ndim - k >= 2 else tuple(range(k, g.ndim))
         limit = clipping * jnp.maximum(tree.length(w, axes, keepdims=True), eps)
-        return limit / jnp.maximum(tree.length(g, axes, keepdims=True), limit)
+        return tree.clip_factor(tree.length(g, axes, keepdims=True), limit)
 
     return _scaling(factor, needs_params="clip.adaptive")
 

@@ -180,9 +180,8 @@ def train_step(
     equal on all devices, except `per_example_norms` (and by layer), which are each device's own.
     Plain `jit` of a sharded batch needs no `axis_name`, on a mesh with automatic or explicit axes (`jax.make_mesh`).
 
-    A batch that is not finite stays out of the running statistics if the optimiser skips the step: the net's state is
-    kept where the gradient's norm is not finite and all updates are (`optax.apply_if_finite`, `zero_nans`). Where NaN
-    reaches the parameters, it reaches the state too.
+    A batch whose gradient has no finite norm stays out of the running statistics: the net's state is kept, whether the
+    optimiser skips the step (`optax.apply_if_finite`, `zero_nans`) or not.
 
     Guarantees: traced once for each batch shape; the same state and batch give the same result, on one CPU bit for bit.
     On a GPU XLA adds up embeddings' gradients in any order and chooses kernels by timing them, so that last bits differ
@@ -260,8 +259,8 @@ def train_step(
         extra = offered(objective_value, grads, value_fn, grad_fn, clipped=per_example == "clip")
         updates, opt_state = admission.update("train_step", optimizer, grads, before, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
-        size, grad_norm = tree.norm(updates), tree.norm(grads)
-        values |= {"grad_norm": grad_norm, "update_ratio": size / tree.norm(state.params)}
+        grad_norm = tree.norm(grads)
+        values |= {"grad_norm": grad_norm, "update_ratio": tree.norm(updates) / tree.norm(state.params)}
         values |= clipped(opt_state, grads)
         kept = {name: v for name, v in values.items() if name not in METRICS or name == "loss" or name in names}
         values = {name: v.astype(tree.statistics_dtype(v.dtype)) for name, v in kept.items()}
@@ -269,10 +268,8 @@ def train_step(
         if per_layer:
             values |= {"grad_norms": tree.norms(grads)} | ({"taps": (new, news)} if tapped else {})
         if jax.tree.leaves(new):
-            # Updates that nothing else reads are not kept for this: XLA adds them to the parameters as it computes them.
-            reached = size if "update_ratio" in names else tree.norm(params)
-            skipped = ~jnp.isfinite(grad_norm) & jnp.isfinite(reached)
-            new = jax.tree.map(lambda a, b: jnp.where(skipped, a, b), state.net_state, new)
+            finite = jnp.isfinite(grad_norm)
+            new = jax.tree.map(lambda a, b: jnp.where(finite, b, a), state.net_state, new)
         return TrainState(params, new, opt_state, state.key, state.step + 1), values
 
     made = TrainStep(mapped.auto(step, keep=True), net, measured, optimizer)
