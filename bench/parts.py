@@ -222,8 +222,8 @@ PARTS = {
     "tests": Part("pytest -m accelerator", 180, tests, None, shared=True, cached=True),
     "seeds": Part("64 seeds in one program against one by one", 60, seeds),
     "depth": Part("a step of 10,000 layers", 60, deep),
-    "per_example": Part("norms and clipped means of single examples' gradients", 75, examples),
+    "per_example": Part("norms and clipped means of single examples' gradients", 150, examples),
     "memory": Part("temporary and peak memory", 25, memory),
     "study": Part("one cell of a study, cold and warm", 40, study, None),
-    "watch": Part("fnn.watch against a plain gradient", 20, watch),
+    "watch": Part("fnn.watch against a plain gradient", 75, watch),
 }

@@ -40,7 +40,7 @@ OTHERS = {
 NAMES = WORK | OTHERS
 PLAIN, EXACT, SET, BETWEEN = "plain gradient", "exact gradient alone", "default", "a step in between"
 FIRST = (PLAIN, SET, EXACT, BETWEEN)
-"""What `bench/accelerator.py` measures in its 20 seconds."""
+"""What `bench/accelerator.py` measures, in its limit of time."""
 BARS = {SET: (1.15, 1.1), EXACT: (2, None), BETWEEN: (None, 1)}
 
 
