@@ -31,6 +31,17 @@ def describe(x: Any) -> str:
     return text.replace("'", "")
 
 
+def contents(tree: Any, blocks: int | None = None) -> str:
+    """Say how many numbers a tree holds, in how many arrays of which dtypes: `4,160 numbers in 2 arrays float32`.
+
+    With `blocks`, those of one of so many blocks. What is no array counts as one, by its type.
+    """
+    leaves = jax.tree.leaves(tree)
+    kinds = dict.fromkeys(str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves)
+    n = sum(math.prod(getattr(leaf, "shape", ())) for leaf in leaves) // (blocks or 1)
+    return f"{n:,} numbers in {len(leaves)} arrays {', '.join(kinds)}" if leaves else "nothing"
+
+
 def positive(who: str, **values: Any) -> None:
     """Refuse what is not an integer of at least 1."""
     _each(who, values, numbers.Integral, lambda v: v >= 1, "be a positive integer")

@@ -4,7 +4,6 @@ All sums are taken in at least float32.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import lowering, mapped
-from fnn.check import describe
+from fnn.check import contents, describe
 
 DEPTH = jax.tree_util.GetAttrKey("[:]")
 """The key of a depth axis."""
@@ -102,17 +101,6 @@ def map_depth(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 def size(tree: Any) -> int:
     """Count the numbers in a tree."""
     return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))
-
-
-def contents(tree: Any, blocks: int | None = None) -> str:
-    """Say how many numbers a tree holds, in how many arrays of which dtypes: `4,160 numbers in 2 arrays float32`.
-
-    With `blocks`, those of one of so many blocks. What is no array counts as one, by its type.
-    """
-    leaves = jax.tree.leaves(tree)
-    kinds = dict.fromkeys(str(getattr(leaf, "dtype", type(leaf).__name__)) for leaf in leaves)
-    n = sum(math.prod(getattr(leaf, "shape", ())) for leaf in leaves) // (blocks or 1)
-    return f"{n:,} numbers in {len(leaves)} arrays {', '.join(kinds)}" if leaves else "nothing"
 
 
 def dot(a: Any, b: Any) -> jax.Array:

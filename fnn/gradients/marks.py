@@ -37,7 +37,8 @@ def statistics(options: Options, subject: Subject, dtypes: dict[int, Any], speci
             (place.input, place.units[0], place.bounds),
             (place.output, place.units[1], (None, None)),
         ):
-            for name, function in _wanted(options, units, bounds) if variable is not None else ():
+            held = variable == place.input  # what a product takes is in memory
+            for name, function in _wanted(options, units, bounds, held) if variable is not None else ():
                 take(f"{name}.{variable}", function, variable)
     for place in subject.every:
         for variable in (place.input, place.output):
@@ -50,9 +51,9 @@ def statistics(options: Options, subject: Subject, dtypes: dict[int, Any], speci
     return hooks
 
 
-def _wanted(options: Options, units: Any, bounds: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
+def _wanted(options: Options, units: Any, bounds: Any, held: bool) -> Iterator[tuple[str, Callable[..., Any]]]:
     if "activation" in options.groups:
-        yield "moments", lambda x, axis_name: reductions.moments(x, units, axis_name)
+        yield "moments", lambda x, axis_name: reductions.moments(x, units, axis_name, held)
     if "kurtosis" in options.groups:
         yield "central", reductions.central
     if "rank" in options.groups and units is not None:

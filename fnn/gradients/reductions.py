@@ -5,7 +5,7 @@ norm of a gradient at any depth. Forward values are averaged over `axis_name`, i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import mapped
+from fnn import lowering, mapped, tree
 from fnn.gradients import powers
 from fnn.tree import statistics_dtype
 
@@ -33,24 +33,48 @@ class Sums:
     count: int
 
 
-def sums(x: jax.Array) -> Sums:
-    """Sum an array and its squares, at any scale.
+def sums(x: jax.Array, held: bool) -> Sums:
+    """Sum an array and its squares, at any scale; `held` says that the array is in memory anyway.
 
-    All sums come from one reduction over the first axis, several results at a time: on a CPU that takes as long as two sums
-    alone, and each pass counts.
+    All sums come from one reduction over the first axis, several results at a time: on a CPU each pass counts. A
+    condition needs the array in memory, where a reduction alone is fused with what makes it.
     """
     wide = x.astype(statistics_dtype(x.dtype))
-    size, power = jnp.abs(wide), _power(wide.dtype)
-    peaks, first, scaled, *three = _reduced((size, wide, wide / power, *_squares(wide)), 0, peaks=True)
-    over = ~jnp.isfinite(first)
-    mean = jnp.where(over, scaled, first), jnp.where(over, int(math.log2(power)), 0)
-    return Sums(mean, _in_range(*three), peaks, wide.size)
+
+    def plain(wide):
+        peaks, first, second = _reduced((jnp.abs(wide), wide, wide * wide), 0, peaks=True)
+        return ((first, _exponent(0)), (second, _exponent(0)), peaks), tree.safe(second)
+
+    def everywhere(wide):
+        power = _power(wide.dtype)
+        parts = jnp.abs(wide), wide, wide / power, *_squares(wide)
+        peaks, first, scaled, *three = _reduced(parts, 0, peaks=True)
+        over = ~jnp.isfinite(first)
+        mean = jnp.where(over, scaled, first), jnp.where(over, _exponent(math.log2(power)), 0)
+        return mean, _in_range(*three), peaks
+
+    return Sums(*(_guarded(plain, everywhere, wide) if held else everywhere(wide)), wide.size)
 
 
 def square(x: jax.Array, axes: int = 0) -> Pair:
-    """Sum the squares of an array over all axes behind the first `axes`, at any scale, in one pass."""
+    """Sum the squares of an array over all axes behind the first `axes`, at any scale."""
     wide = x.astype(statistics_dtype(x.dtype))
-    return _in_range(*_reduced(_squares(wide if wide.ndim > axes else wide[..., None]), axes))
+    wide = wide if wide.ndim > axes else wide[..., None]
+
+    def plain(wide):
+        (m,) = _reduced((wide * wide,), axes)
+        return (m, jnp.broadcast_to(_exponent(0), m.shape)), tree.safe(m)
+
+    return _guarded(plain, lambda wide: _in_range(*_reduced(_squares(wide), axes)), wide)
+
+
+def _guarded(plain: Callable[..., Any], everywhere: Callable[..., Any], wide: jax.Array) -> Any:
+    """Take plain sums where they hold, if the array is large enough for that to be worth a condition."""
+    return everywhere(wide) if wide.size <= lowering.SMALL else tree.guarded(plain, everywhere, wide)
+
+
+def _exponent(e: float) -> jax.Array:
+    return jnp.asarray(int(e), jnp.int32)
 
 
 def _squares(wide: jax.Array) -> tuple[jax.Array, ...]:
@@ -67,7 +91,7 @@ def _in_range(medium: jax.Array, large: jax.Array, small: jax.Array) -> Pair:
     # Where the medium sum is not above this bound, it may have lost numbers that count; NaN stays NaN.
     low, high = medium <= info.tiny / info.eps**2, medium > info.max
     m = jnp.where(low, small, jnp.where(high, large, medium))
-    return m, jnp.where(low, -order, jnp.where(high, order, 0))
+    return m, jnp.where(low, -order, jnp.where(high, order, 0)).astype(jnp.int32)
 
 
 def _power(dtype: Any) -> float:
@@ -82,11 +106,14 @@ def _reduced(parts: tuple[jax.Array, ...], axes: int, peaks: bool = False) -> tu
     return (*top, *(jnp.sum(part, axis=range(axes, part.ndim)) for part in parts[len(top) :]))
 
 
-def moments(x: jax.Array, units: Sequence[int] | None, axis_name: Any) -> dict[str, Any]:
-    """Take E[x] and E[x²] of an array, and which units are zero at every example and position: float32[units]."""
+def moments(x: jax.Array, units: Sequence[int] | None, axis_name: Any, held: bool = False) -> dict[str, Any]:
+    """Take E[x] and E[x²] of an array, and which units are zero at every example and position: float32[units].
+
+    `held` is that of `sums`.
+    """
     if not x.ndim:
         x = x[None]
-    found = sums(x)
+    found = sums(x, held)
     one = jnp.float32(1 / found.count)
     first, second = (joined_over((m * one, e), axis_name) for m, e in (found.first, found.second))
     taken: dict[str, Any] = {"mean": first, "second_moment": second}

@@ -13,9 +13,9 @@ def of_state(state: Any) -> str:
     kinds = ", ".join(dict.fromkeys(_kinds(state.opt_state))) or "no state"
     parts = {
         "step": _number(state.step),
-        "params": tree.contents(state.params),
-        "net_state": tree.contents(state.net_state),
-        "opt_state": f"{kinds:.150}, {tree.contents(state.opt_state)}",
+        "params": check.contents(state.params),
+        "net_state": check.contents(state.net_state),
+        "opt_state": f"{kinds:.150}, {check.contents(state.opt_state)}",
         "key": check.describe(state.key),
     }
     return f"TrainState({'; '.join(f'{name} {text}' for name, text in parts.items())})"
