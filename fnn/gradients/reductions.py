@@ -53,7 +53,8 @@ def sums(x: jax.Array, held: bool) -> Sums:
         mean = jnp.where(over, scaled, first), jnp.where(over, _exponent(math.log2(power)), 0)
         return mean, _in_range(*three), peaks
 
-    return Sums(*(_guarded(plain, everywhere, wide) if held else everywhere(wide)), wide.size)
+    mean, second, peaks = _guarded(plain, everywhere, wide) if held else everywhere(wide)
+    return Sums(mean, second, peaks, wide.size)
 
 
 def square(x: jax.Array, axes: int = 0) -> Pair:
