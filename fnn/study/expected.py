@@ -1,0 +1,119 @@
+"""What theory expects of a cell's error signals at initialisation, beside which the table puts what was measured.
+
+Nets like those of the cell are drawn from its own inputs and targets, at its own width (`theory/drawn`). Where that would
+take long, as for very wide nets, the expansion to order 1/width stands in (`meanfield.predict`).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from fnn import lowering, measures
+from fnn.layers.activations import TABLE
+from fnn.study import program
+from fnn.theory import drawn, meanfield
+
+DRAWS = 32
+"""Nets that are drawn for up to eight seeds; four for each further one."""
+MOST_WORK = 6e8
+"""Normal numbers and multiplications of them, up to which nets are drawn: about ten seconds of one core."""
+GAINS = {"he_normal": math.sqrt(2), "lecun_normal": 1.0}
+"""Initialisers, besides "scaled", that draw true normal weights from N(0, gain²/fan_in)."""
+
+
+def curves(
+    setup: program.Setup, static: Mapping[str, Any], sigma_w: float, sigma_b: float, seeds: int, q0: float | None
+) -> dict[str, np.ndarray] | None:
+    """Expect log |dL/dh_l| less that of the last hidden layer, l = 1..depth, by the role of the tap: float64[3, depth].
+
+    "preactivation" is the error signal before each activation, "sum" that at each residual sum (nan at layer 1, which has
+    none). The three are the typical curve, and the ends of the band in which one more seed lies with probability 0.95.
+    `q0` is the measured variance of h_1, for the expansion. None where theory does not reach.
+    """
+    phi, init = TABLE.get(static["activation"]), static["init"]
+    if phi is None or not phi.elementwise or static["norm"] not in drawn.EPS:
+        return None
+    if init != "scaled" and init not in GAINS:
+        return None
+    residual = 1.0 if static["residual"] else None
+    setting = drawn.Setting(phi, GAINS.get(init, sigma_w), sigma_b, static["norm"], residual)
+    size, depth, width = int(static["batch_size"]), int(static["depth"]), int(static["width"])
+    x, y = (np.asarray(a[:size]) for a in (setup.train.x, setup.train.y))
+    found = _drawn(setting, depth, width, x, y, setup.loss, program.classes(setup.train), seeds)
+    return _expanded(setting, depth, width, x, q0) if found is None else found
+
+
+def _drawn(
+    setting: drawn.Setting,
+    depth: int,
+    width: int,
+    x: np.ndarray,
+    y: np.ndarray,
+    loss: Callable[[Any, Any], Any],
+    classes: int,
+    seeds: int,
+) -> dict[str, np.ndarray] | None:
+    """Draw nets with the measured batch; None if that would take long, or gives no numbers. Arguments as in `curves`."""
+    draws = max(DRAWS, 4 * seeds)
+    work = depth * width * min(width, 4 * len(x))
+    draws = min(draws, int(MOST_WORK / work))
+    if draws < DRAWS // 2 or (setting.norm == "batch_norm" and len(x) < 2):
+        return None
+    x = x.reshape(len(x), -1).astype(np.float64)
+    covariance = setting.sigma_w**2 * (x @ x.T) / x.shape[1] + setting.sigma_b**2
+    options = {"outputs": classes, "draws": draws}
+    logs = drawn.draw(setting, depth, width, covariance, _errors(loss, y), **options)
+    by_role = {"preactivation": logs.error, "sum": logs.trunk}
+    found = {role: np.stack(drawn.interval(a - a[:, -1:])) for role, a in by_role.items()}
+    found["sum"][:, 0] = math.nan
+    return found if np.all(np.isfinite(found["preactivation"])) else None
+
+
+def _errors(loss: Callable[[Any, Any], Any], y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Make a function of the outputs of several nets: the gradient of each example's loss by its outputs."""
+    each = jax.jit(jax.vmap(jax.grad(lambda z: len(y) * measures.mean(loss, z, y))))
+
+    def errors(outputs):
+        with jax.ensure_compile_time_eval(), jax.default_device(lowering.host()):
+            return np.asarray(each(outputs))
+
+    return errors
+
+
+def _expanded(
+    setting: drawn.Setting, depth: int, width: int, x: np.ndarray, q0: float | None
+) -> dict[str, np.ndarray] | None:
+    """Expand to order 1/width; None where there is no theory, as for a batch below 4."""
+    given: dict[str, Any] = {"q0": q0, "residual": setting.residual}
+    if setting.norm == "batch_norm":
+        given |= {"norm": setting.norm, "batch": len(x), "q0": first_variance(x, setting.sigma_w)}
+    elif setting.norm != "none":
+        return None
+    given |= {"activation": setting.phi, "sigma_w": setting.sigma_w, "sigma_b": setting.sigma_b}
+    try:
+        theory = meanfield.predict(depth, width=width, **given)
+    except (ValueError, ArithmeticError):
+        return None  # an integral that does not converge
+    typical = np.where(np.isnan(theory.mean_log_error), theory.log_error, theory.mean_log_error)
+    return {"preactivation": np.stack([typical, theory.low, theory.high])}
+
+
+def first_variance(inputs: np.ndarray, sigma_w: float) -> float | None:
+    """Find what batch norm divides the first layer's error signal by: 1/E[1/v], v a unit's variance over the batch.
+
+    v is a quadratic form of the unit's weights, sum_i lambda_i z_i² with z ~ N(0, 1) and lambda the eigenvalues of
+    sigma_w²/d times the inputs' covariance; E[1/v] is the integral of E[exp(-t v)] = prod_i (1 + 2 t lambda_i)^(-1/2)
+    over t > 0. Inputs vary in few directions (the digits in about ten), so that this is well below E[v].
+    """
+    x = np.asarray(inputs, np.float64).reshape(len(inputs), -1)
+    x = x - x.mean(0)
+    values = np.linalg.eigvalsh(x @ x.T / len(x)) * sigma_w**2 / x.shape[1]
+    values = values[values > 1e-12 * values.max()]
+    if len(values) < 3:
+        return None  # the mean of 1/v is infinite
+    # In log t the trapezium rule converges faster than any power of its step.
+    s = np.arange(-40, 80, 0.05) - np.log(values.sum())
+    return float(1 / (0.05 * np.sum(np.exp(s - 0.5 * np.sum(np.log1p(2 * np.exp(s)[:, None] * values), axis=1)))))
