@@ -38,34 +38,32 @@ def curves(
         return None
     if init != "scaled" and init not in GAINS:
         return None
-    residual = 1.0 if static["residual"] else None
-    setting = drawn.Setting(phi, GAINS.get(init, sigma_w), sigma_b, static["norm"], residual)
-    size, depth, width = int(static["batch_size"]), int(static["depth"]), int(static["width"])
+    net = drawn.Net(
+        phi,
+        int(static["depth"]),
+        int(static["width"]),
+        outputs=program.classes(setup.train),
+        sigma_w=GAINS.get(init, sigma_w),
+        sigma_b=sigma_b,
+        norm=static["norm"],
+        residual=1.0 if static["residual"] else None,
+    )
+    size = int(static["batch_size"])
     x, y = (np.asarray(a[:size]) for a in (setup.train.x, setup.train.y))
-    found = _drawn(setting, depth, width, x, y, setup.loss, program.classes(setup.train), seeds)
-    return _expanded(setting, depth, width, x, q0) if found is None else found
+    found = _drawn(net, x, y, setup.loss, max(DRAWS, 4 * seeds))
+    return _expanded(net, x, q0) if found is None else found
 
 
 def _drawn(
-    setting: drawn.Setting,
-    depth: int,
-    width: int,
-    x: np.ndarray,
-    y: np.ndarray,
-    loss: Callable[[Any, Any], Any],
-    classes: int,
-    seeds: int,
+    net: drawn.Net, x: np.ndarray, y: np.ndarray, loss: Callable[[Any, Any], Any], draws: int
 ) -> dict[str, np.ndarray] | None:
-    """Draw nets with the measured batch; None if that would take long, or gives no numbers. Arguments as in `curves`."""
-    draws = max(DRAWS, 4 * seeds)
-    work = depth * width * min(width, 4 * len(x))
-    draws = min(draws, int(MOST_WORK / work))
-    if draws < DRAWS // 2 or (setting.norm == "batch_norm" and len(x) < 2):
+    """Draw nets with the measured batch; None if that would take long, or gives no numbers."""
+    draws = min(draws, int(MOST_WORK / (net.depth * net.width * min(net.width, 4 * len(x)))))
+    if draws < DRAWS // 2 or (net.norm == "batch_norm" and len(x) < 2):
         return None
     x = x.reshape(len(x), -1).astype(np.float64)
-    covariance = setting.sigma_w**2 * (x @ x.T) / x.shape[1] + setting.sigma_b**2
-    options = {"outputs": classes, "draws": draws}
-    logs = drawn.draw(setting, depth, width, covariance, _errors(loss, y), **options)
+    covariance = net.sigma_w**2 * (x @ x.T) / x.shape[1] + net.sigma_b**2
+    logs = drawn.draw(net, covariance, _errors(loss, y), draws=draws)
     by_role = {"preactivation": logs.error, "sum": logs.trunk}
     found = {role: np.stack(drawn.interval(a - a[:, -1:])) for role, a in by_role.items()}
     found["sum"][:, 0] = math.nan
@@ -83,18 +81,16 @@ def _errors(loss: Callable[[Any, Any], Any], y: np.ndarray) -> Callable[[np.ndar
     return errors
 
 
-def _expanded(
-    setting: drawn.Setting, depth: int, width: int, x: np.ndarray, q0: float | None
-) -> dict[str, np.ndarray] | None:
+def _expanded(net: drawn.Net, x: np.ndarray, q0: float | None) -> dict[str, np.ndarray] | None:
     """Expand to order 1/width; None where there is no theory, as for a batch below 4."""
-    given: dict[str, Any] = {"q0": q0, "residual": setting.residual}
-    if setting.norm == "batch_norm":
-        given |= {"norm": setting.norm, "batch": len(x), "q0": first_variance(x, setting.sigma_w)}
-    elif setting.norm != "none":
+    given: dict[str, Any] = {"q0": q0, "residual": net.residual}
+    if net.norm == "batch_norm":
+        given |= {"norm": net.norm, "batch": len(x), "q0": first_variance(x, net.sigma_w)}
+    elif net.norm != "none":
         return None
-    given |= {"activation": setting.phi, "sigma_w": setting.sigma_w, "sigma_b": setting.sigma_b}
+    given |= {"activation": net.activation, "sigma_w": net.sigma_w, "sigma_b": net.sigma_b}
     try:
-        theory = meanfield.predict(depth, width=width, **given)
+        theory = meanfield.predict(net.depth, width=net.width, **given)
     except (ValueError, ArithmeticError):
         return None  # an integral that does not converge
     typical = np.where(np.isnan(theory.mean_log_error), theory.log_error, theory.mean_log_error)

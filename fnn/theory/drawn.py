@@ -8,13 +8,14 @@ case of ReLU). A layer of width n costs n·B normal numbers for B examples, inst
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from fnn import check, lowering
+from fnn.layers import activations
 from fnn.layers.activations import Activation
 from fnn.theory import gaussian, maps
 
@@ -26,17 +27,32 @@ Norm = Literal["none", "batch_norm", "layer_norm", "rms_norm"]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What the layers of a net have in common; `residual=a` makes layers 2..depth `x + a phi(norm(W x + b))`."""
+class Net:
+    """A net of `depth` hidden layers and an output layer; with `residual=a` layers 2..depth are `x + a phi(norm(W x + b))`.
 
-    phi: Activation
-    sigma_w: float
+    Errors: ValueError for an activation without Gaussian integrals and an unknown norm.
+    """
+
+    activation: str | Callable[..., jax.Array]
+    depth: int
+    width: int
+    _: KW_ONLY
+    outputs: int = 1
+    sigma_w: float = 1.0
     sigma_b: float = 0.0
     norm: Norm = "none"
     residual: float | None = None
 
     def __post_init__(self):
-        check.choice("drawn", EPS, norm=self.norm)
+        check.positive("meanfield.Net", depth=self.depth, width=self.width, outputs=self.outputs)
+        check.at_least_zero("meanfield.Net", sigma_w=self.sigma_w, sigma_b=self.sigma_b)
+        check.choice("meanfield.Net", EPS, norm=self.norm)
+        object.__setattr__(self, "activation", gaussian.elementwise("meanfield.Net", self.activation))
+
+    @property
+    def phi(self) -> Activation:
+        """The activation itself."""
+        return activations.get(self.activation)
 
 
 class Drawn(NamedTuple):
@@ -49,17 +65,14 @@ class Drawn(NamedTuple):
 
 
 def draw(
-    setting: Setting,
-    depth: int,
-    width: int,
+    net: Net,
     covariance: np.ndarray,
     error: Callable[[np.ndarray], np.ndarray] | None = None,
     *,
-    outputs: int = 1,
     draws: int = 64,
     seed: int = 0,
 ) -> Drawn:
-    """Draw `draws` random nets of `depth` hidden layers, and return the logs of their error signals.
+    """Draw `draws` random nets and return the logs of their error signals.
 
     `covariance`: float[B, B] is that of the examples' h_1, over its units: sigma_w² x·x'/d + sigma_b². `error` maps the
     output layer's values, float[draws, B, outputs], to the gradient of each example's own loss by them; by default the
@@ -67,23 +80,26 @@ def draw(
 
     Guarantees: exact in distribution for true normal weights, at any width, depth and number of examples, with the norms'
     own eps. In float32 where the forward pass stays far inside its range, otherwise in float64; a net that leaves that
-    too has NaN or infinite logs. Errors: ValueError for an unknown norm, and batch norm of one example.
+    too has NaN or infinite logs. Errors: ValueError for batch norm of one example.
     """
-    check.positive("drawn", depth=depth, width=width, outputs=outputs, draws=draws)
-    examples = len(covariance)
-    if setting.norm == "batch_norm" and examples < 2:
-        raise ValueError(f"drawn: batch norm needs at least two examples, got {examples}")
-    values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
+    check.positive("meanfield.draw", draws=draws)
+    covariance = np.asarray(covariance, np.float64)
+    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+        raise ValueError(f"meanfield.draw: covariance must be float[B, B], got {check.describe(covariance)}")
+    examples, depth, width = len(covariance), net.depth, net.width
+    if net.norm == "batch_norm" and examples < 2:
+        raise ValueError("meanfield.draw: batch norm needs at least two examples, got one; pass their joint covariance")
+    values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(np.maximum(values, 0.0))  # covariance = root root^T
     rank = min(examples, width)
     kept = depth * width * (3 * examples + (width if _whole(examples, width) else rank))
     size = min(draws, max(1, MOST_NUMBERS[0] // (examples * width)), max(1, MOST_NUMBERS[1] // kept))
-    dtype, rng, parts = _dtype(setting, depth, covariance), np.random.Generator(np.random.SFC64(seed)), []
+    dtype, rng, parts = _dtype(net, covariance), np.random.Generator(np.random.SFC64(seed)), []
     with np.errstate(all="ignore"):
         for _ in range(-(-draws // size)):  # the last chunk is whole too: phi compiles once for each shape
             first = _normal(rng, (size, width, examples), dtype) @ root.T.astype(dtype)
             h, tape = np.ascontiguousarray(first.swapaxes(1, 2)), []
-            parts.append(_backward(setting, *_forward(setting, depth, rng, h, tape, outputs), tape, error))
+            parts.append(_backward(net, *_forward(net, rng, h, tape), tape, error))
     return Drawn(*(np.concatenate(logs)[:draws] for logs in zip(*parts, strict=True)))
 
 
@@ -154,36 +170,36 @@ def _orthonormal(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _forward(
-    setting: Setting, depth: int, rng: np.random.Generator, h: np.ndarray, tape: list[Any], outputs: int
+    net: Net, rng: np.random.Generator, h: np.ndarray, tape: list[Any]
 ) -> tuple[np.ndarray, _Weights, np.random.Generator]:
     """Run the layers from h_1 on, note them on the tape, and return the outputs and their weights."""
-    sides = gaussian.one_sided_slopes(setting.phi)
-    free = sides is not None and setting.norm == "none" and not setting.sigma_b  # then the scale of x does not matter
+    sides = gaussian.one_sided_slopes(net.phi)
+    free = sides is not None and net.norm == "none" and not net.sigma_b  # then the scale of x does not matter
     x: Any = None
     size: Any = 1.0
-    for layer in range(depth):
+    for layer in range(net.depth):
         weights = None
         if layer:
-            h, weights = _weights(rng, x, h.shape[2], setting.sigma_w)
-            if setting.sigma_b:
-                h = h + setting.sigma_b * _normal(rng, (len(h), 1, h.shape[2]), h.dtype)
-        z, divisor = _normed(setting.norm, h)
-        value, slope = _evaluate(setting.phi, z)
-        if layer and setting.residual is not None:
-            value, slope = x + setting.residual * value, setting.residual * slope
+            h, weights = _weights(rng, x, h.shape[2], net.sigma_w)
+            if net.sigma_b:
+                h = h + net.sigma_b * _normal(rng, (len(h), 1, h.shape[2]), h.dtype)
+        z, divisor = _normed(net.norm, h)
+        value, slope = _evaluate(net.phi, z)
+        if layer and net.residual is not None:
+            value, slope = x + net.residual * value, net.residual * slope
         x = value
         if free:
             scale = np.sqrt(np.mean(x**2, axis=(1, 2), keepdims=True))
             x, size = x / np.where(scale > 0, scale, 1), size * scale
         tape.append((weights, slope, None if divisor is None else z, divisor))
-    out, weights = _weights(rng, x, outputs, setting.sigma_w)
-    if setting.sigma_b:
-        out = out + setting.sigma_b * _normal(rng, (len(out), 1, outputs), out.dtype)
+    out, weights = _weights(rng, x, net.outputs, net.sigma_w)
+    if net.sigma_b:
+        out = out + net.sigma_b * _normal(rng, (len(out), 1, net.outputs), out.dtype)
     return out * size, weights, rng
 
 
 def _backward(
-    setting: Setting,
+    net: Net,
     out: np.ndarray,
     weights: _Weights,
     rng: np.random.Generator,
@@ -201,14 +217,14 @@ def _backward(
 
     for layer in reversed(range(depth)):
         above, (weights_below, slope, z, divisor) = weights.back(delta, rng), tape[layer]
-        back = above + (back if setting.residual is not None else 0.0)
+        back = above + (back if net.residual is not None else 0.0)
         size = rms(back)
         total += np.log(size)
         trunk[:, layer] = total
         back = back / np.where(size > 0, size, 1).astype(back.dtype)[:, None, None]
         delta = slope * back
         if z is not None:
-            delta = _normed_back(setting.norm, delta, z, divisor)
+            delta = _normed_back(net.norm, delta, z, divisor)
         logs[:, layer] = total + np.log(rms(delta))
         weights = weights_below
     return logs, trunk
@@ -236,12 +252,12 @@ def _normed_back(norm: str, g: np.ndarray, z: np.ndarray, divisor: np.ndarray) -
     return g / divisor
 
 
-def _dtype(setting: Setting, depth: int, covariance: np.ndarray) -> Any:
+def _dtype(net: Net, covariance: np.ndarray) -> Any:
     """Choose float32 where all variances, here and at infinite width, keep well inside of its range."""
     q = np.diag(covariance)
-    if setting.norm == "none" and gaussian.one_sided_slopes(setting.phi) is None:
+    if net.norm == "none" and gaussian.one_sided_slopes(net.phi) is None:
         start = float(np.mean(q))
-        q = np.append(q, maps.trajectory(setting.phi, setting.sigma_w, setting.sigma_b, depth, start, setting.residual))
+        q = np.append(q, maps.trajectory(net.phi, net.sigma_w, net.sigma_b, net.depth, start, net.residual))
     return np.float32 if np.all((q > 1e-20) & (q < 1e20)) else np.float64
 
 
