@@ -122,7 +122,7 @@ class Check(NamedTuple):
 def mlp(
     width: int = 64,
     depth: int = 4,
-    activation: str = "relu",
+    activation: str = "tanh",
     norm: str = "none",
     residual: bool = False,
     parametrization: str | Parametrization = "standard",
@@ -141,7 +141,7 @@ def coordinates(
     parametrization: Sequence[str | Parametrization] = ("standard", "mup"),
     build: Callable[..., Any] = mlp,
     options: Mapping[str, Any] | None = None,
-    steps: int = 10,
+    steps: int = 3,
     seeds: int = 4,
     optimizer: str = "adam",
     learning_rate: float = 1e-2,
