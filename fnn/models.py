@@ -1,11 +1,13 @@
 """The nets that studies and benchmarks use."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from fnn import check, core
+from fnn import check, core, parametrizations
 from fnn.core import Layer
 from fnn.layers import activations, conv, initializers, inputs, recurrent, tokens
 from fnn.layers import dense as layers
+from fnn.parametrizations import Parametrization
 from fnn.parts import Named, activated, dropped, normed, repeated, tapped
 from fnn.transformers import Block as Block
 from fnn.transformers import decoder as decoder
@@ -24,6 +26,7 @@ def mlp(
     bias_init: Named = "zeros",
     residual: bool = False,
     residual_scale: float = 1.0,
+    parametrization: str | Parametrization = "standard",
     dropout: float = 0.0,
     head: Named = "identity",
     taps: bool = False,
@@ -38,6 +41,10 @@ def mlp(
     "rms_norm", a layer, or None ("none"). `head` is an activation behind the output layer; losses that take logits need
     none.
 
+    `parametrization` is "standard", "mup" or "completep", or a `parametrizations.Parametrization` with base sizes of your
+    own; it sets the output layer's std and multiplies `residual_scale`. "completep" is about residual nets alone. The
+    optimiser that goes with it is `optimizers.parametrized`.
+
     `taps=True` puts a tap after every kernel ("preactivation", where dL/dh is measured), every activation
     ("activation") and every residual sum ("sum"), for `gradient_flow` and per-layer metrics. Each option is a keyword of
     its own, since each may be an axis of a study; so it is in all models.
@@ -48,8 +55,11 @@ def mlp(
     check.positive("mlp", depth=depth, width=width, classes=classes)
     check.fraction("mlp", dropout=dropout)
     phi, kernel_init, bias_init = activations.get(activation), initializers.get(init), initializers.get(bias_init)
+    chosen = parametrizations.get(parametrization)
+    if chosen.name == "completep" and not residual:
+        raise ValueError("mlp: completep is about residual nets, got residual=False; pass residual=True, or 'mup'")
 
-    def dense(n: int) -> list[Layer]:
+    def dense(n: int, kernel_init: Any = kernel_init) -> list[Layer]:
         return [layers.dense(n, kernel_init=kernel_init, bias_init=bias_init), *tapped(taps, "preactivation")]
 
     def hidden() -> list[Layer]:
@@ -57,11 +67,11 @@ def mlp(
 
     block = core.serial(*hidden())
     if residual:
-        block = core.serial(core.residual(block, scale=residual_scale), *tapped(taps, "sum"))
+        block = core.serial(core.residual(block, scale=residual_scale * chosen.branch(depth)), *tapped(taps, "sum"))
     trunk = [core.named("trunk", part) for part in repeated(block, depth - 1, unroll, checkpoint)]
     last = activations.get(head)
     end = [] if last is activations.identity else activated(last, taps)
-    return core.serial(layers.flatten(), *hidden(), *trunk, *dense(classes), *end)
+    return core.serial(layers.flatten(), *hidden(), *trunk, *dense(classes, chosen.output(kernel_init)), *end)
 
 
 def convnet(

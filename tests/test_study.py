@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fnn
-from fnn.study import cell, study
+from fnn.study import cell, expected, study
 from fnn.study import table as table_of
 
 pl = pytest.importorskip("polars")
@@ -161,7 +161,7 @@ def test_neither_neighbours_nor_chunks_change_a_number_and_padding_stays_out_of_
     whole = described.cells()[0]
     alone = whole._replace(runs=tuple(run for run in whole.runs if run["learning_rate"] < 1), chunk=2)
     result = cell.run_cell(described._setup(), alone)
-    rows = table_of.build(0, alone, result, axes=dict(described.describe()["types"]), quantities=None, inputs=None)
+    rows = table_of.build(0, alone, result, axes=dict(described.describe()["types"]), quantities=None, theory=None)
     with_others = table.filter((pl.col("cell") == 0) & (pl.col("learning_rate") < 1))
     assert rows["path"].to_list() == with_others["path"].to_list()
     np.testing.assert_allclose(rows["value"], with_others["value"], rtol=1e-4, atol=1e-4)
@@ -271,5 +271,5 @@ def test_the_variance_that_batch_norm_divides_the_first_layer_by():
     # 400,000 draws of 1/v, whose fourth moment is infinite at rank 5: within 2 % (three standard errors are 0.9 %).
     w = 1.3 / np.sqrt(5) * rng.normal(size=(5, 400_000))
     drawn = 1 / np.mean(1 / np.var(x @ w, axis=0))
-    assert table_of._first_variance(x, 1.3) == pytest.approx(drawn, rel=0.02)
-    assert table_of._first_variance(x[:, :2], 1.0) is None
+    assert expected.first_variance(x, 1.3) == pytest.approx(drawn, rel=0.02)
+    assert expected.first_variance(x[:, :2], 1.0) is None

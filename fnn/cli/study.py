@@ -83,7 +83,7 @@ def run(options: Study) -> int:
     """Do `fnn study`."""
 
     from fnn import files, lowering
-    from fnn.study import figures, study
+    from fnn.study import expected, figures, study
     from fnn.study.summary import summarize
     from fnn.study.workers import Interrupted
 
@@ -128,7 +128,7 @@ def run(options: Study) -> int:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
             print(error, file=sys.stderr)  # the folder is read-only, so the study was finished before: go on
-    for sentence in filter(None, (study.widened(table), study.left_range(table))):
+    for sentence in filter(None, (study.widened(table), study.left_range(table), expected.outside(table))):
         print(sentence, file=sys.stderr, flush=True)
     seconds = time.perf_counter() - started
     print(

@@ -61,8 +61,11 @@ class Side:
     layers: Callable[[Any], list[LayerOf]]
 
 
-def side(who: str, loss: Callable[..., Any], params: Any, rest: Any) -> Side:
-    """Trace a loss; `run(params, rest)` gives its numbers, and `layers(numbers)` the layers of them."""
+def side(who: str, loss: Callable[..., Any], params: Any, rest: Any, *, backward: bool = True) -> Side:
+    """Trace a loss; `run(params, rest)` gives its numbers, and `layers(numbers)` the layers of them.
+
+    Without `backward` gradients are not taken, and those of the layers are zeros.
+    """
 
     def call(params, *rest):
         with check.foreign("diff"):
@@ -72,7 +75,7 @@ def side(who: str, loss: Callable[..., Any], params: Any, rest: Any) -> Side:
     forward = program.read(program.trace(call, params, *rest)[0], forward=True)
     found = [place for place in places.find(forward, len(names)).places if _kernel(forward, place) is not None]
     used = {place.parameter for place in found}
-    run = _run(forward, found, params, rest)
+    run = _run(forward, found, params, rest) if backward else _seen(forward, found)
     alone = [name for i, name in enumerate(names) if i not in used]
     return Side(names, alone, run, functools.partial(_layers, forward, found, names))
 
@@ -105,12 +108,29 @@ def _mark(name: str, x: jax.Array) -> jax.Array:
 _mark.defvjp(lambda name, x: (x, None), lambda name, _, d: (checkpoint_name(d, name),))
 
 
+def _hooks(forward: Program, found: Sequence[Place]) -> Hooks:
+    """Note the values of inputs, outputs and weights."""
+    values = {v for place in found for v in (place.input, place.output, _kernel(forward, place)) if v is not None}
+    return {v: functools.partial(_see, f"value.{v}") for v in values}
+
+
+def _seen(forward: Program, found: Sequence[Place]) -> Callable[..., Any]:
+    """Make the function that gives the loss and the values of all layers."""
+    hooks = _hooks(forward, found)
+
+    def run(params, rest):
+        seen: dict[str, Any] = {}
+        (value,) = operations.execute(forward, jax.tree.leaves((params, rest)), hooks, seen)
+        return value, seen
+
+    return run
+
+
 def _run(forward: Program, found: Sequence[Place], params: Any, rest: Any) -> Callable[..., Any]:
     """Make the function that gives the loss, the values of all layers, and the gradient of each use of a weight."""
     for i, place in enumerate(found):
         place.op.call = _marking(f"{MARK}{i}", place.op, _kernel(forward, place))
-    values = {v for place in found for v in (place.input, place.output, _kernel(forward, place)) if v is not None}
-    hooks: Hooks = {v: functools.partial(_see, f"value.{v}") for v in values}
+    hooks = _hooks(forward, found)
 
     def marked(params, rest):
         seen: dict[str, Any] = {}

@@ -20,7 +20,7 @@ NORMS = {ERROR: "|dL/dh|", ERROR10: "|dL/dh|", "log_kernel": "|dL/dW|"}
 def gradient(s: Summary, series: str = ERROR, step: int = 0) -> Any:
     """Draw log10 of a norm against the layer: a panel for each combination of the other axes, a line for each depth.
 
-    Dashed is mean-field theory. Of nets without taps, which have no such series, what `watch` measures is drawn instead.
+    Dashed is theory, at the width of the net; dotted are the ends of the band that holds 19 seeds in 20. Of nets without taps, which have no such series, what `watch` measures is drawn instead.
     """
     import polars as pl
 
@@ -33,7 +33,10 @@ def gradient(s: Summary, series: str = ERROR, step: int = 0) -> Any:
         part = part.filter(pl.col("layer") < pl.col("layer").max().over("network"))
     if part.is_empty():
         return None
-    names, unit = ("low", "middle", "high", "predicted"), 1 if series.startswith("log10_") else math.log(10)
+    names, unit = (
+        ("low", "middle", "high", "predicted", "predicted_low", "predicted_high"),
+        1 if series.startswith("log10_") else math.log(10),
+    )
     part = part.with_columns(pl.col(name).cast(pl.Float64) / unit for name in names)
     norm = NORMS.get(series, "|dL/dW|" if series.startswith("log10_gradient at ") else series)
     labels = "layer (1 is next to the input)", rf"$\log_{{10}}$ {norm}"
@@ -163,6 +166,8 @@ def _line(axis: Any, rows: Any, x: str, i: int, name: str) -> None:
     axis.plot(at, rows["middle"].to_numpy(), markersize=3.5, linewidth=1.2, label=words(name), **style)
     if "predicted" in rows.columns and np.isfinite(theory := rows["predicted"].to_numpy()).any():
         axis.plot(at, theory, "k--", linewidth=0.9)
+        ends = [rows[f"predicted_{end}"].to_numpy() for end in ("low", "high")]
+        axis.fill_between(at, *ends, facecolor="none", edgecolor="0.4", linewidth=0.6, linestyle=":")
 
 
 def _legend(axis: Any, title: str) -> None:

@@ -74,7 +74,7 @@ class Setup(NamedTuple):
 
 def network(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> nets.Net:
     """Build the net of a cell; the values of `run` may be traced."""
-    values = {"classes": _classes(setup.train), **static, **run}
+    values = {"classes": classes(setup.train), **static, **run}
     built = setup.build(**{name: values[name] for name in axes.parameters(setup.build) if name in values})
     return nets.made(built, setup.loss, setup.quantities)
 
@@ -188,7 +188,7 @@ def aligned(per_array: Any, a: Any) -> Any:
     return per_array.reshape(per_array.shape + (1,) * (a.ndim - per_array.ndim))
 
 
-def _classes(data: Dataset) -> int:
+def classes(data: Dataset) -> int:
     y = np.asarray(data.y)
     return int(y.max()) + 1 if np.issubdtype(y.dtype, np.integer) else int(np.prod(y.shape[1:]))
 

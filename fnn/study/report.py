@@ -12,7 +12,7 @@ import numpy as np
 
 from fnn import files
 from fnn.plot import COLOURS
-from fnn.study import figures, results, summary, table
+from fnn.study import expected, figures, results, summary, table
 from fnn.study.summary import ERROR, ERROR10, Summary
 
 MOST_LAYERS = 160  # points of a curve on the page; deeper nets are thinned evenly
@@ -65,7 +65,8 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
         drawn = {folder / name: figure for name, draw in draws.items() if (figure := draw(s)) is not None}
         for path, figure in drawn.items():
             files.save_figure(figure, path, 110, "report")
-        told = [f"{part.removeprefix('study: ')}." for part in (table.widened(rows), table.left_range(rows)) if part]
+        parts = table.widened(rows), table.left_range(rows), expected.outside(rows)
+        told = [f"{part.removeprefix('study: ')}." for part in parts if part]
         text = page(s, [*facts(study, s), *told], _name(folder))
     except (*WRONG, pl.exceptions.PolarsError) as error:
         first = str(error).partition("\n")[0]

@@ -1,5 +1,6 @@
 """Depth studies: measure gradients, activations and training of a grid of networks, with theory beside them in one table."""
 
+import functools
 import inspect
 import os
 import warnings
@@ -10,11 +11,10 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from fnn import check, losses
 from fnn.progress import Progress
-from fnn.study import axes, cell, results, table
+from fnn.study import axes, cell, expected, results, table
 from fnn.study.cell import Cell
 from fnn.study.grid import Grid, product
 from fnn.study.identity import identify
@@ -332,8 +332,8 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
             f"study: cell {task.number} must fit into the device's memory, got {task.cell.chunk} runs at once; use a "
             "smaller chunk or batch size"
         ) from None
-    inputs = np.asarray(setup.train.x[: task.cell.static["batch_size"]]) if study.build is cell.mlp else None
-    options = {"axes": task.axes, "quantities": study.quantities, "inputs": inputs}
+    theory = functools.partial(expected.curves, setup) if study.build is cell.mlp else None
+    options = {"axes": task.axes, "quantities": study.quantities, "theory": theory}
     frame = table.build(task.number, task.cell, measured, **options)
     note = {"study": task.identity, "cell": task.number, "seconds": measured.seconds}
     return results.pack(frame, note), measured.seconds

@@ -16,7 +16,7 @@ ERROR10 = "log10_error"
 """The error signal of nets without taps, as `watch` measures it: log10."""
 OWN = (
     *("network", "series", "low", "middle", "high", "predicted", "seeds", "outside", "diverged", "accuracy"),
-    *("first", "last", "rate", "rate_low", "rate_high", "rate_predicted"),
+    *("first", "last", "rate", "rate_low", "rate_high", "rate_predicted", "predicted_low", "predicted_high"),
 )
 """Columns that a summary adds."""
 QUANTILES = {"low": 0.1, "middle": 0.5, "high": 0.9}
@@ -32,7 +32,8 @@ class Summary(NamedTuple):
     """A row each: network, axes, seeds, outside, diverged, first, last, rate, rate_low, rate_high, rate_predicted,
     accuracy"""
     layers: Any
-    """network, step, series, layer, low, middle, high, predicted"""
+    """network, step, series, layer, low, middle, high; predicted, predicted_low, predicted_high: theory, and its band for
+    one seed"""
     runs: Any
     """network, step, series, low, middle, high, of quantities of a whole run"""
     finals: Any
@@ -70,9 +71,13 @@ def summarize(table: Any) -> Summary:
     inner = table.filter(pl.col("layer") > 0).unique(
         [*run, "step", "series", "layer"], keep="first", maintain_order=True
     )
+    inner = inner.rename({"low": "theory_low", "high": "theory_high"})
     spread = [pl.col("value").drop_nans().quantile(q, "linear").alias(name) for name, q in QUANTILES.items()]
     layers = inner.group_by("network", "step", "series", "layer", maintain_order=True).agg(
-        *spread, predicted=pl.col("predicted").median()
+        *spread,
+        predicted=pl.col("predicted").median(),
+        predicted_low=pl.col("theory_low").median(),
+        predicted_high=pl.col("theory_high").median(),
     )
     whole = table.filter((pl.col("layer") == 0) & (pl.col("quantity") != "diverged"))
     runs = whole.group_by("network", "step", "series").agg(*spread).sort("network", "series", "step")

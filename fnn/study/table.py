@@ -1,6 +1,6 @@
 """Turn what a cell measured into rows of the study's table, with theory beside it; `results` lists the columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,16 +8,15 @@ import numpy as np
 
 from fnn import tree
 from fnn.gradients import flow
-from fnn.layers.activations import TABLE
 from fnn.layers.taps import PREACTIVATION, STATISTICS
 from fnn.study import cell, nets
 from fnn.study.axes import FLOATS
-from fnn.theory import meanfield
 
 TRACED = ("seed", *FLOATS)
 """Axes that do not change a program."""
 _TRACES = {"loss": "train_loss", "accuracy": "train_accuracy"}
 MOST_TRACED = 256
+Theory = Callable[..., dict[str, np.ndarray] | None]
 PLACE = ("layer", "path", "role", "quantity")
 NUMBERS = ("value", "predicted", "low", "high")
 OF_PAIRS = (
@@ -49,11 +48,11 @@ def build(
     *,
     axes: Mapping[str, str],
     quantities: Sequence[str] | None,
-    inputs: np.ndarray | None,
+    theory: Theory | None,
 ) -> Any:
     """Make the table of one cell: polars, columns as in `schema`, runs in order, then steps, then the net's order.
 
-    `inputs` are those of the measured batch; None for nets that theory does not cover.
+    `theory` is `expected.curves` of the study; None for nets that it does not cover.
     """
     import polars as pl
 
@@ -72,8 +71,8 @@ def build(
     labels, names, values = [labels[i] for i in keep], [names[i] for i in keep], values[..., keep]
     finite = np.isfinite(measured.probe)
     predicted = (
-        _predictions(task, labels, values, inputs, finite[:, 0], finite[:, 0] | measured.wide)
-        if inputs is not None
+        _predictions(task, labels, values, theory, finite[:, 0], finite[:, 0] | measured.wide)
+        if theory is not None
         else np.full((3, *values.shape), np.nan)
     )
     predicted[:, :, 1:] = np.nan  # theory speaks of the initialisation
@@ -210,7 +209,7 @@ def _extra_labels(extra: dict[str, Any], layers: dict[str, int]) -> list[tuple[f
 
 
 def _predictions(
-    task: cell.Cell, labels: Sequence[flow.Label], values: np.ndarray, inputs: np.ndarray, good: Any, known: Any
+    task: cell.Cell, labels: Sequence[flow.Label], values: np.ndarray, theory: Theory, good: Any, known: Any
 ) -> np.ndarray:
     """Predict log_error of the hidden layers of every run: float64[3, runs, records, labels], nan where not known.
 
@@ -219,75 +218,26 @@ def _predictions(
     `good`, if there are any among those that are `known`.
     """
     hidden = int(task.static["depth"])
-    found = {
-        (label.quantity, label.layer): i
-        for i, label in enumerate(labels)
-        if label.role == PREACTIVATION and 1 <= label.layer <= hidden
-    }
+    places = [(label.quantity, label.role, label.layer) for label in labels]
+    found = {place: i for i, place in enumerate(places) if 1 <= place[2] <= hidden}
     result = np.full((3, *values.shape), np.nan)
-    if any(("log_error", layer) not in found for layer in range(1, hidden + 1)):
-        return result
-    index = [found["log_error", layer] for layer in range(1, hidden + 1)]
     groups: dict[tuple[float, float], list[int]] = {}
     for r, run in enumerate(task.runs):
         groups.setdefault((run.get("sigma_w", 1.0), run.get("sigma_b", 0.0)), []).append(r)
     for sigmas, members in groups.items():
         members = [r for r in members if known[r]]
-        moment = found.get(("second_moment", 1))
+        moment = found.get(("second_moment", PREACTIVATION, 1))
         sayers = [r for r in members if good[r]] or members
         squares = np.ones(len(sayers)) if moment is None else values[sayers, 0, moment]
         squares = squares[np.isfinite(squares)]
         if not squares.size:
             continue
         q0 = None if moment is None else float(np.median(squares))
-        curves = _curves(task.static, hidden, *sigmas, q0, inputs)
-        if curves is not None:
-            anchors = values[members, 0, index[-1]]
+        for role, curves in (theory(task.static, *sigmas, len(members), q0) or {}).items():
+            layers = [n for n in range(1, hidden + 1) if ("log_error", role, n) in found]
+            if hidden not in layers:
+                continue
+            index = [found["log_error", role, n] for n in layers]
+            anchors, curves = values[members, 0, index[-1]], curves[:, [n - 1 for n in layers]]
             result[np.ix_(range(3), members, [0], index)] = (anchors[:, None] + curves[:, None])[:, :, None]
     return result
-
-
-def _curves(
-    static: Mapping[str, Any], hidden: int, sigma_w: float, sigma_b: float, q0: float | None, inputs: np.ndarray
-) -> Any:
-    """Give log |delta_l| less that of the last hidden layer, l = 1..hidden, and its band: float64[3, hidden], or None."""
-    activation, norm = TABLE.get(static["activation"]), static["norm"]
-    gains = {"scaled": sigma_w, "he_normal": np.sqrt(2), "lecun_normal": 1.0}
-    if activation is None or not activation.elementwise or norm not in ("none", "batch_norm"):
-        return None
-    if static["init"] not in gains:
-        return None
-    settings: dict[str, Any] = {"q0": q0, "residual": 1.0 if static["residual"] else None}
-    if norm == "batch_norm":
-        settings |= {"norm": norm, "batch": len(inputs), "q0": _first_variance(inputs, gains[static["init"]])}
-    try:
-        theory = meanfield.predict(
-            hidden,
-            activation=activation,
-            sigma_w=gains[static["init"]],
-            sigma_b=sigma_b,
-            width=int(static["width"]),
-            **settings,
-        )
-    except (ValueError, ArithmeticError):
-        return None  # no theory for this setting: a batch below 4, an integral that does not converge
-    typical = np.where(np.isnan(theory.mean_log_error), theory.log_error, theory.mean_log_error)
-    return np.stack([typical, theory.low, theory.high])
-
-
-def _first_variance(inputs: np.ndarray, sigma_w: float) -> float | None:
-    """Find what batch norm divides the first layer's error signal by: 1/E[1/v], v a unit's variance over the batch.
-
-    v is a quadratic form of the unit's weights, sum_i lambda_i z_i² with z ~ N(0, 1) and lambda the eigenvalues of
-    sigma_w²/d times the inputs' covariance; E[1/v] is the integral of E[exp(-t v)] = prod_i (1 + 2 t lambda_i)^(-1/2)
-    over t > 0. Inputs vary in few directions (the digits in about ten), so that this is well below E[v].
-    """
-    x = np.asarray(inputs, np.float64).reshape(len(inputs), -1)
-    x = x - x.mean(0)
-    values = np.linalg.eigvalsh(x @ x.T / len(x)) * sigma_w**2 / x.shape[1]
-    values = values[values > 1e-12 * values.max()]
-    if len(values) < 3:
-        return None  # the mean of 1/v is infinite
-    # In log t the trapezium rule converges faster than any power of its step.
-    s = np.arange(-40, 80, 0.05) - np.log(values.sum())
-    return float(1 / (0.05 * np.sum(np.exp(s - 0.5 * np.sum(np.log1p(2 * np.exp(s)[:, None] * values), axis=1)))))

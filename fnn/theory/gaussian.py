@@ -180,8 +180,9 @@ def legendre(edges: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(phi: Activation) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda h: jnp.stack([phi(h), phi.derivative(h)]))
+def compiled(phi: Activation) -> Callable[[jax.Array | np.ndarray], tuple[jax.Array, jax.Array]]:
+    """Compile phi and phi', evaluated together."""
+    return jax.jit(lambda h: (phi(h), phi.derivative(h)))
 
 
 def evaluate(phi: Activation, h: np.ndarray) -> np.ndarray:
@@ -192,5 +193,5 @@ def evaluate(phi: Activation, h: np.ndarray) -> np.ndarray:
     padded = np.zeros(-(-h.size // _CHUNK) * _CHUNK)
     padded[: h.size] = h.reshape(-1)
     with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(lowering.host()):
-        parts = [np.asarray(_compiled(phi)(jnp.asarray(part))) for part in padded.reshape(-1, _CHUNK)]
+        parts = [np.stack(compiled(phi)(jnp.asarray(part))) for part in padded.reshape(-1, _CHUNK)]
     return np.concatenate(parts, axis=-1)[:, : h.size].reshape(2, *h.shape)

@@ -19,22 +19,27 @@ import numpy as np
 from fnn import check
 from fnn.layers import activations
 from fnn.theory import finite_width, gaussian, maps, rates
+from fnn.theory.drawn import Drawn, Net, draw, interval
 from fnn.theory.finite_width import he_relu_log_moments, he_relu_log_variance, tail
 from fnn.theory.gaussian import Moments
 from fnn.theory.rates import batch_norm_rate, residual_rate
 
 __all__ = [
     "DepthScales",
+    "Drawn",
     "FixedPoint",
     "Moments",
+    "Net",
     "Prediction",
     "batch_norm_rate",
     "correlation_map",
     "critical",
     "depth_scales",
+    "draw",
     "fixed_point",
     "he_relu_log_moments",
     "he_relu_log_variance",
+    "interval",
     "length_map",
     "moments",
     "predict",

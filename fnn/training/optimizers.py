@@ -10,3 +10,4 @@ from fnn.training.depth import stacked as stacked
 from fnn.training.loss_scale import loss_scaled as loss_scaled
 from fnn.training.loss_scale import scale_of as scale_of
 from fnn.training.packing import packed as packed
+from fnn.training.parametrized import parametrized as parametrized

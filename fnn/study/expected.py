@@ -1,0 +1,145 @@
+"""What theory expects of a cell's error signals at initialisation, beside which the table puts what was measured.
+
+Nets like those of the cell are drawn from its own inputs and targets, at its own width (`theory/drawn`). Where that would
+take long, as for very wide nets, the expansion to order 1/width stands in (`meanfield.predict`).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from fnn import lowering, measures
+from fnn.layers.activations import TABLE
+from fnn.study import program
+from fnn.theory import drawn, meanfield
+
+DRAWS = 32
+"""Nets that are drawn for up to eight seeds; four for each further one."""
+MOST_WORK = 6e8
+"""Normal numbers and multiplications of them, up to which nets are drawn: about ten seconds of one core."""
+ONE_IN = 0.05
+"""Share of the numbers outside of the band that theory expects."""
+MOST_NAMED = 12
+"""Cells that a sentence names."""
+GAINS = {"he_normal": math.sqrt(2), "lecun_normal": 1.0}
+"""Initialisers, besides "scaled", that draw true normal weights from N(0, gain²/fan_in)."""
+
+
+def curves(
+    setup: program.Setup, static: Mapping[str, Any], sigma_w: float, sigma_b: float, seeds: int, q0: float | None
+) -> dict[str, np.ndarray] | None:
+    """Expect log |dL/dh_l| less that of the last hidden layer, l = 1..depth, by the role of the tap: float64[3, depth].
+
+    "preactivation" is the error signal before each activation, "sum" that at each residual sum (nan at layer 1, which has
+    none). The three are the typical curve, and the ends of the band in which one more seed lies with probability 0.95.
+    `q0` is the measured variance of h_1, for the expansion. None where theory does not reach.
+    """
+    phi, init = TABLE.get(static["activation"]), static["init"]
+    if phi is None or not phi.elementwise or static["norm"] not in drawn.EPS:
+        return None
+    if init != "scaled" and init not in GAINS:
+        return None
+    net = drawn.Net(
+        phi,
+        int(static["depth"]),
+        int(static["width"]),
+        outputs=program.classes(setup.train),
+        sigma_w=GAINS.get(init, sigma_w),
+        sigma_b=sigma_b,
+        norm=static["norm"],
+        residual=1.0 if static["residual"] else None,
+    )
+    size = int(static["batch_size"])
+    x, y = (np.asarray(a[:size]) for a in (setup.train.x, setup.train.y))
+    found = _drawn(net, x, y, setup.loss, max(DRAWS, 4 * seeds))
+    return _expanded(net, x, q0) if found is None else found
+
+
+def outside(frame: Any) -> str | None:
+    """Say which cells of a study's table lie outside of theory's band more often than 1 number in 20; None if none does.
+
+    The number at the last hidden layer, through which theory is drawn, does not count. A seed's numbers lie outside
+    together, so that some cells are expected among these: how many, if all numbers of a seed did so, is said too.
+    """
+    import polars as pl
+    from scipy.special import bdtr
+
+    known = frame.filter(pl.col("outside").is_not_null() & (pl.col("low") < pl.col("high")))
+    seeds = pl.struct([n for n in frame.columns[: frame.columns.index("step")] if n != "cell"]).n_unique()
+    cells = known.group_by("cell").agg(share=pl.col("outside").mean(), runs=seeds).sort("cell")
+    found = cells.filter(pl.col("share") > ONE_IN)
+    if found.is_empty():
+        return None
+    # P(more than `most` of the runs lie outside), binomial; with `most` the whole runs that are no more than 1 in 20.
+    chances = [1 - bdtr(math.floor(ONE_IN * runs), runs, ONE_IN) for runs in cells["runs"]]
+    named = [f"{cell} ({share:.0%})" for cell, share in found.select("cell", "share").rows()]
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    return (
+        f"study: {known['outside'].mean():.1%} of {known.height:,} numbers lie outside of theory's band, where 1 in 20 is "
+        f"expected; more often than that in cell{'s' * (len(named) > 1)} {', '.join(named[:MOST_NAMED])}{more}, "
+        f"{len(named)} of {cells.height} (up to {round(sum(chances))} by chance)"
+    )
+
+
+def _drawn(
+    net: drawn.Net, x: np.ndarray, y: np.ndarray, loss: Callable[[Any, Any], Any], draws: int
+) -> dict[str, np.ndarray] | None:
+    """Draw nets with the measured batch; None if that would take long, or gives no numbers."""
+    draws = min(draws, int(MOST_WORK / (net.depth * net.width * min(net.width, 4 * len(x)))))
+    if draws < DRAWS // 2 or (net.norm == "batch_norm" and len(x) < 2):
+        return None
+    x = x.reshape(len(x), -1).astype(np.float64)
+    covariance = net.sigma_w**2 * (x @ x.T) / x.shape[1] + net.sigma_b**2
+    logs = drawn.draw(net, covariance, _errors(loss, y), draws=draws)
+    by_role = {"preactivation": logs.error, "sum": logs.trunk}
+    found = {role: np.stack(drawn.interval(a - a[:, -1:])) for role, a in by_role.items()}
+    found["sum"][:, 0] = math.nan
+    return found if np.all(np.isfinite(found["preactivation"])) else None
+
+
+def _errors(loss: Callable[[Any, Any], Any], y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Make a function of the outputs of several nets: the gradient of each example's loss by its outputs."""
+    each = jax.jit(jax.vmap(jax.grad(lambda z: len(y) * measures.mean(loss, z, y))))
+
+    def errors(outputs):
+        with jax.ensure_compile_time_eval(), jax.default_device(lowering.host()):
+            return np.asarray(each(outputs))
+
+    return errors
+
+
+def _expanded(net: drawn.Net, x: np.ndarray, q0: float | None) -> dict[str, np.ndarray] | None:
+    """Expand to order 1/width; None where there is no theory, as for a batch below 4."""
+    given: dict[str, Any] = {"q0": q0, "residual": net.residual}
+    if net.norm == "batch_norm":
+        given |= {"norm": net.norm, "batch": len(x), "q0": first_variance(x, net.sigma_w)}
+    elif net.norm != "none":
+        return None
+    given |= {"activation": net.activation, "sigma_w": net.sigma_w, "sigma_b": net.sigma_b}
+    try:
+        theory = meanfield.predict(net.depth, width=net.width, **given)
+    except (ValueError, ArithmeticError):
+        return None  # an integral that does not converge
+    typical = np.where(np.isnan(theory.mean_log_error), theory.log_error, theory.mean_log_error)
+    return {"preactivation": np.stack([typical, theory.low, theory.high])}
+
+
+def first_variance(inputs: np.ndarray, sigma_w: float) -> float | None:
+    """Find what batch norm divides the first layer's error signal by: 1/E[1/v], v a unit's variance over the batch.
+
+    v is a quadratic form of the unit's weights, sum_i lambda_i z_i² with z ~ N(0, 1) and lambda the eigenvalues of
+    sigma_w²/d times the inputs' covariance; E[1/v] is the integral of E[exp(-t v)] = prod_i (1 + 2 t lambda_i)^(-1/2)
+    over t > 0. Inputs vary in few directions (the digits in about ten), so that this is well below E[v].
+    """
+    x = np.asarray(inputs, np.float64).reshape(len(inputs), -1)
+    x = x - x.mean(0)
+    values = np.linalg.eigvalsh(x @ x.T / len(x)) * sigma_w**2 / x.shape[1]
+    values = values[values > 1e-12 * values.max()]
+    if len(values) < 3:
+        return None  # the mean of 1/v is infinite
+    # In log t the trapezium rule converges faster than any power of its step.
+    s = np.arange(-40, 80, 0.05) - np.log(values.sum())
+    return float(1 / (0.05 * np.sum(np.exp(s - 0.5 * np.sum(np.log1p(2 * np.exp(s)[:, None] * values), axis=1)))))

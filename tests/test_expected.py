@@ -1,0 +1,86 @@
+"""What theory says beside a study: the sentence on the band, against nets that follow theory, and other norms."""
+
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+
+import fnn
+from fnn.study import expected
+
+
+def frame(outside, cells=1, seeds=8, layers=10):
+    """A table in which outside[cell][seed][layer] says which numbers lie outside of the band."""
+    rows = [
+        {"cell": c, "depth": layers, "seed": s, "step": 0, "layer": n + 1, "value": 0.0, "low": -1.0, "high": 1.0}
+        | {"outside": bool(outside[c, s, n])}
+        for c in range(cells)
+        for s in range(seeds)
+        for n in range(layers)
+    ]
+    last = {"cell": 0, "depth": layers, "seed": 0, "step": 0, "layer": layers, "value": 0.0, "low": 0.0, "high": 0.0}
+    nothing = last | {"low": None, "high": None, "outside": None}
+    return pl.DataFrame([*rows, last | {"outside": False}, nothing])
+
+
+def test_the_sentence_names_the_cells_and_their_shares():
+    outside = np.zeros((3, 8, 10), bool)
+    assert expected.outside(frame(outside, 3)) is None
+    outside[1, 0], outside[2, 0, :4] = True, True
+    # Cell 1: 10 of 80; cell 2: 4 of 80, which is 1 in 20 and not more. P(at least 1 of 8) = 1 - 0.95^8 = 0.34 a cell.
+    assert expected.outside(frame(outside, 3)) == (
+        "study: 5.8% of 240 numbers lie outside of theory's band, where 1 in 20 is expected; more often than that in cell 1 "
+        "(12%), 1 of 3 (up to 1 by chance)"
+    )
+    many = expected.outside(frame(np.ones((20, 8, 10), bool), 20))
+    assert many is not None and "cells 0 (100%), 1 (100%)" in many
+    assert many.endswith("11 (100%) and 8 more, 20 of 20 (up to 7 by chance)")
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"norm": ["batch_norm", "layer_norm", "rms_norm"], "activation": "tanh", "residual": True},
+        {"norm": ["none", "batch_norm"], "activation": "relu", "sigma_w": 1.4, "sigma_b": 0.2},
+    ],
+)
+def test_a_study_follows_its_theory(axes):
+    """Width 32, batch 16, depth 12, 12 seeds: the mean over seeds of log |dL/dh_1|/|dL/dh_12| within 4.5 standard errors.
+
+    Theory's own mean comes from 48 draws: its error is half of that of 12 seeds. The band is about that of the seeds.
+    """
+    rng = np.random.default_rng(0)
+    data = (rng.normal(size=(16, 8)).astype(np.float32) + 0.5, rng.integers(0, 3, 16))
+    grid = fnn.grid.product(depth=12, width=32, batch_size=16, **axes)
+    table = fnn.Study(grid, seeds=12, steps=0, data=(data, data), quantities=("log_error",)).run().table()
+    known = table.filter(pl.col("predicted").is_not_null())
+    roles = {"preactivation", "sum"} if "residual" in axes else {"preactivation"}
+    assert set(known["role"]) == roles
+    for (_, role, residual), rows in known.group_by("cell", "role", "residual"):
+        assert role == "preactivation" or residual
+        assert set(rows["layer"]) == set(range(1 if role == "preactivation" else 2, 13))
+        first = rows.filter(pl.col("layer") == pl.col("layer").min())
+        error = (first["value"] - first["predicted"]).to_numpy()
+        spread = ((first["high"] - first["low"]) / (2 * 2.03)).to_numpy()[0]
+        assert abs(error.mean()) < 4.5 * spread * math.sqrt(1 / 12 + 1 / 48), (role, residual)
+        assert 0.4 < error.std(ddof=1) / spread < 2.0
+    cells = known.filter(pl.col("low") < pl.col("high"))
+    assert cells["outside"].mean() < 0.15
+
+
+def test_a_very_wide_net_has_the_expansion(monkeypatch):
+    """Beyond the work that is worth while, the curve is that of `meanfield.predict`."""
+    rng = np.random.default_rng(0)
+    data = (rng.normal(size=(8, 6)).astype(np.float32), rng.integers(0, 3, 8))
+    grid = fnn.grid.product(depth=4, width=16, batch_size=8, activation="tanh", norm="none")
+    monkeypatch.setattr(expected, "MOST_WORK", 1.0)
+    table = fnn.Study(grid, seeds=2, steps=0, data=(data, data)).run().table()
+    known = table.filter(pl.col("predicted").is_not_null() & (pl.col("seed") == 0)).sort("layer")
+    q0 = table.filter(
+        (pl.col("quantity") == "second_moment") & (pl.col("layer") == 1) & (pl.col("role") == "preactivation")
+    )
+    curve = fnn.meanfield.predict(
+        4, activation="tanh", sigma_w=1.0, sigma_b=0.0, width=16, q0=float(q0["value"].median())
+    )
+    np.testing.assert_allclose(known["predicted"] - known["predicted"][-1], curve.mean_log_error, rtol=1e-9, atol=1e-12)
