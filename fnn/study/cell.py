@@ -133,7 +133,8 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
         index = np.minimum(np.arange(start, start + size), len(cell.runs) - 1)
         runs = {name: np.stack([number(cell.runs[i][name]) for i in index]) for name in cell.runs[0]}
         drawn = call("draw", draw_chunk, runs)
-        numbers, *rest = jax.device_get(call("run", run_chunk, runs, drawn, orders[index], data))
+        records, traces = jax.device_get(call("run", run_chunk, runs, drawn, orders[index], data))
+        numbers, *rest = *records.tree(), traces
         read, again = nets.read(numbers, params, **kind), np.zeros(size, bool)
         if read.left[:, 0].any() and not is_x64():
             wide = _in_float64(functools.partial(call, "float64", wide_chunk), runs, drawn, data, params, kind)

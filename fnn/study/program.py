@@ -5,7 +5,9 @@ are compiled once, however many steps are recorded.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +74,36 @@ class Setup(NamedTuple):
     quantities: Sequence[str] | None = None
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["vectors"], meta_fields=["structure", "kinds"])
+@dataclass(frozen=True)
+class Packed:
+    """A tree of arrays as one vector for each of their types: a loop that stacks it stacks a few arrays, not a hundred."""
+
+    vectors: tuple[Any, ...]
+    structure: Any
+    kinds: tuple[tuple[tuple[int, ...], str], ...]
+    """Shape and type of each array."""
+
+    @classmethod
+    def of(cls, values: Any) -> "Packed":
+        """Join the arrays of a tree."""
+        leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, values))
+        kinds = tuple((a.shape, str(a.dtype)) for a in leaves)
+        types = dict.fromkeys(kind for _, kind in kinds)
+        return cls(tuple(jnp.concatenate([a.ravel() for a in leaves if a.dtype == t]) for t in types), structure, kinds)
+
+    def tree(self) -> Any:
+        """Take the arrays apart again, on the host; the vectors may have leading axes."""
+        types = dict.fromkeys(kind for _, kind in self.kinds)
+        rest = dict(zip(types, map(np.asarray, self.vectors), strict=True))
+        leaves = []
+        for shape, kind in self.kinds:
+            size, vector = math.prod(shape), rest[kind]
+            leaves.append(vector[..., :size].reshape(*vector.shape[:-1], *shape))
+            rest[kind] = vector[..., size:]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
 def network(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> nets.Net:
     """Build the net of a cell; the values of `run` may be traced."""
     values = {"classes": _classes(setup.train), **static, **run}
@@ -104,8 +136,9 @@ def draw(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> tup
 
 
 def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: Any) -> Any:
-    """Measure a run at every recorded step and train in between; leaves of the result have a leading axis of records.
+    """Measure a run at every recorded step and train in between; return the records, `Packed`, and the traces of training.
 
+    The records are what the net measured, its numbers on held-out examples, and the user's own measurements.
     `drawn` are its parameters and state, `order` int[steps, batch] the examples of each step, `data` train and test.
     """
     (x, y, test_x, test_y), (params, state), (static, _, steps, _) = data, drawn, cell
@@ -141,12 +174,12 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
             )
         extra = {name: function(at.params, at.net_state, probe) for name, function in setup.measure.items()}
         extra = jax.tree.map(jnp.asarray, extra)
-        return (results, net.heldout(at.params, at.net_state, test_x, test_y), extra), gradient
+        return Packed.of((results, net.heldout(at.params, at.net_state, test_x, test_y), extra)), gradient
 
     at = stepping.TrainState(params, state, tx.init(params), key, jnp.zeros((), jnp.int32))
     if not trains:
         record, _ = observe(at, None)
-        return (*jax.tree.map(lambda a: a[None], record), {})
+        return jax.tree.map(lambda a: a[None], record), {}
     traces = {name: jnp.zeros(steps[-1]) for name in names}
 
     def turn(carry, bounds):
@@ -160,7 +193,7 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
     bounds = jnp.stack([jnp.array((0, *steps[:-1])), jnp.array(steps)], axis=1)
     carry = at, jax.tree.map(jnp.zeros_like, params), traces
     (_, _, traces), records = jax.lax.scan(turn, carry, bounds)
-    return (*records, traces)
+    return records, traces
 
 
 def measured_net(setup: Setup, cell: Cell, run: Any, x: Any, y: Any) -> tuple[nets.Net, Any, Any]:
