@@ -19,6 +19,7 @@ from fnn import check, tree
 from fnn.core import as_spec
 from fnn.datasets.data import Dataset
 from fnn.gradients import powers, reductions
+from fnn.layers import activations
 from fnn.study import axes, nets
 from fnn.training import clip
 from fnn.training import step as stepping
@@ -72,6 +73,8 @@ class Setup(NamedTuple):
     train: Dataset
     test: Dataset
     quantities: Sequence[str] | None = None
+    activations: tuple[str, ...] = ()
+    """If not empty, cells that differ in nothing but their activation, one of these, share a program: it takes a number."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["vectors"], meta_fields=["structure", "kinds"])
@@ -105,8 +108,11 @@ class Packed:
 
 
 def network(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> nets.Net:
-    """Build the net of a cell; the values of `run` may be traced."""
+    """Build the net of a cell; the values of `run` may be traced, and may hold the number of its activation."""
     values = {"classes": _classes(setup.train), **static, **run}
+    if setup.activations:
+        some = [activations.TABLE[name] for name in setup.activations]
+        values["activation"] = activations.chosen(some, run.get("activation", 0))
     built = setup.build(**{name: values[name] for name in axes.parameters(setup.build) if name in values})
     return nets.made(built, setup.loss, setup.quantities)
 
@@ -139,9 +145,10 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
     """Measure a run at every recorded step and train in between; return the records, `Packed`, and the traces of training.
 
     The records are what the net measured, its numbers on held-out examples, and the user's own measurements.
-    `drawn` are its parameters and state, `order` int[steps, batch] the examples of each step, `data` train and test.
+    `drawn` are its parameters and state, `order` int[steps, batch] the examples of each step, `data` those of `shared_data`.
     """
-    (x, y, test_x, test_y), (params, state), (static, _, steps, _) = data, drawn, cell
+    (x, y, test_x, test_y, more), (params, state), (static, _, steps, _) = data, drawn, cell
+    run = run | more
     net, probe, key = measured_net(setup, cell, run, x, y)
     trains = len(steps) > 1
     tx = optimizer(static, run) if trains else optax.identity()
@@ -196,6 +203,25 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
     return records, traces
 
 
+def shared_data(setup: Setup, cell: Cell) -> tuple[Any, ...]:
+    """Give what all lanes of a cell's program take: training and held-out examples, and numbers of what it chooses."""
+    of_cell = {}
+    if setup.activations:
+        of_cell["activation"] = np.int32(setup.activations.index(cell.static["activation"]))
+    return (*setup.train, *setup.test, of_cell)
+
+
+def program_key(setup: Setup, cell: Cell) -> tuple[Any, ...] | None:
+    """Name a cell's program by all that it depends on but JAX's settings and devices; None where no other cell shares it."""
+    if not setup.activations:
+        return None
+    static = tuple((name, value) for name, value in cell.static.items() if name != "activation")
+    run = tuple((name, str(number(value).dtype)) for name, value in cell.runs[0].items())
+    data = tuple((a.shape, str(a.dtype)) for a in (*setup.train, *setup.test))
+    functions = setup.build, repr(setup.loss), setup.quantities, setup.activations  # the loss is one of fnn's own
+    return static, run, cell.steps, cell.chunk, data, _classes(setup.train), functions
+
+
 def measured_net(setup: Setup, cell: Cell, run: Any, x: Any, y: Any) -> tuple[nets.Net, Any, Any]:
     """Return a run's net, the batch on which it is measured, and the key of its noise."""
     size = int(cell.static["batch_size"])
@@ -207,7 +233,8 @@ def in_float64(setup: Setup, cell: Cell, run: Any, drawn: Any, data: Any) -> Any
 
     Returns what `measure` does, and whether this platform has float64's range.
     """
-    net, probe, key = measured_net(setup, cell, run, data[0], data[1])
+    x, y, *_, more = data
+    net, probe, key = measured_net(setup, cell, run | more, x, y)
     params, state = drawn
     return net.wide(params, state, probe, key)
 

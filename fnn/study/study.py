@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from fnn import check, losses
+from fnn.layers.activations import TABLE
 from fnn.progress import Progress
-from fnn.study import axes, cell, results, table
+from fnn.study import axes, cell, nets, program, results, table
 from fnn.study.cell import Cell
 from fnn.study.grid import Grid, product
 from fnn.study.identity import identify
@@ -47,10 +48,14 @@ class Task(NamedTuple):
     """For executors without its grid, and with the name of a file in place of its arrays."""
     number: int
     cell: Cell
+    activations: tuple[str, ...]
+    """Those that share this cell's program; see `program.Setup`."""
     axes: dict[str, str]
     identity: str
     settings: dict[str, Any]
     """JAX's, as the study's description holds them."""
+    kind: Any = None
+    """Tasks of one kind share a program; None for a task that shares it with none."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +253,12 @@ class Study:
                 if finished:
                     bar.say(f"{len(finished)} of {bar.total} cells are there already")
                 cells = {number: _cell(found.description["cells"][number]) for number in left}
-                tasks = [Task(sent, number, cells[number], types, identity, config) for number in left]
+                every = [c["static"] for c in found.description["cells"]]
+                setup, tasks = self._setup(), []
+                for number, c in cells.items():
+                    together = self._together(every, c.static)
+                    kind = program.program_key(setup._replace(activations=together), c)
+                    tasks.append(Task(sent, number, c, together, types, identity, config, kind))
                 try:
                     drive(tasks, work, done, used, bar.set_running, lambda task: task._replace(study=self))
                 except (Exception, Interrupted) as stop:
@@ -302,11 +312,23 @@ class Study:
 
     def _with_chunks(self, description: dict[str, Any]) -> dict[str, Any]:
         """Choose the chunks that are yet to be chosen."""
-        setup, cells = self._setup(), []
+        setup, chunks, every = self._setup(), {}, [c["static"] for c in description["cells"]]
+        cells = []
         for c in description["cells"]:
-            chunk = c["chunk"] or cell.chunk_size(setup, _cell(c))
-            cells.append({**c, "chunk": chunk})
+            shared = setup._replace(activations=self._together(every, c["static"]))
+            key = program.program_key(shared, _cell(c)) or len(cells)
+            if not c["chunk"] and (key, len(c["runs"])) not in chunks:
+                chunks[key, len(c["runs"])] = cell.chunk_size(shared, _cell(c))
+            cells.append({**c, "chunk": c["chunk"] or chunks[key, len(c["runs"])]})
         return {**description, "cells": cells}
+
+    def _together(self, every: Sequence[Mapping[str, Any]], static: Mapping[str, Any]) -> tuple[str, ...]:
+        """List the activations whose cells may share a program with this cell: of fnn's own net, where there are several."""
+        own = any(self.loss is loss for loss in vars(losses).values()) and not self.measure and not nets.watched(self.quantities)
+        if self.build is not cell.mlp or not own:
+            return ()
+        names = sorted({c["activation"] for c in every if TABLE[c["activation"]].elementwise})
+        return tuple(names) if len(names) > 1 and static["activation"] in names else ()
 
     def _setup(self) -> cell.Setup:
         parts = map(cell.widened, arrays(self.data))
@@ -323,7 +345,7 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
     study = task.study
     try:
         with configured(task.settings):
-            setup = study._setup()
+            setup = study._setup()._replace(activations=task.activations)
             measured = cell.run_cell(setup, task.cell)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
