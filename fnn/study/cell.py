@@ -117,7 +117,7 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
         data = jax.device_put(data, NamedSharding(mesh, same))
     else:
         data = jax.device_put(data, devices[0])
-    seconds = {"draw": 0.0, "compile": 0.0, "run": 0.0, "read": 0.0}
+    seconds = {"draw": 0.0, "compile": 0.0, "run": 0.0, "tables": 0.0}
     compiled = _compiled(setup, cell, lanes, devices)
 
     def call(name, function, *args):
@@ -147,7 +147,7 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
     numbers, heldout, extra, traces = whole
     read = functools.partial(_read, setup, cell, specs(setup, cell)[0])
     found, again = read(numbers), np.zeros(n, bool)
-    seconds["read"] = time.perf_counter() - begun
+    seconds["tables"] = time.perf_counter() - begun
     for start in range(0, n, size) if not is_x64() else ():
         rows = slice(start, min(start + size, n))
         if found.left[rows, 0].any():

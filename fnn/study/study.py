@@ -1,7 +1,9 @@
 """Depth studies: measure gradients, activations and training of a grid of networks, with theory beside them in one table."""
 
+import collections
 import inspect
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -37,6 +39,14 @@ TRAINING = {
 MOST_EXAMPLES = 2**28
 """Examples that a run may train on: their order is drawn beforehand, in 4 bytes each."""
 DEFAULT = product(activation=["sigmoid", "tanh", "relu"], norm=["none", "batch_norm"], depth=[4, 16, 64, 128, 256])
+
+PARTS = {
+    "draw": "drawing weights",
+    "compile": "compiling",
+    "run": "training and measuring",
+    "tables": "making tables",
+}
+"""What a cell's seconds go to."""
 
 __all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range", "widened"]
 
@@ -239,8 +249,11 @@ class Study:
             finished = set(found.finished)
             left = [number for number in range(len(found.description["cells"])) if number not in finished]
 
+            spent: collections.Counter[str] = collections.Counter()
+
             def done(task: Task, result: tuple[bytes, dict[str, float]]) -> None:
                 found.store(task.number, result[0])
+                spent.update(result[1])
                 took = "compiled in {compile:.1f} s, ran {run:.1f} s".format(**result[1])
                 bar.finish(f"{_name(found.description, task.number)}; {took}")
 
@@ -264,6 +277,8 @@ class Study:
                 except (Exception, Interrupted) as stop:
                     stop.results = found  # pyright: ignore[reportAttributeAccessIssue]
                     raise
+                if spent:
+                    bar.say(f"time in all: {', '.join(f'{PARTS[name]} {spent[name]:.1f} s' for name in PARTS)}")
             return found
 
     @contextmanager
@@ -324,7 +339,11 @@ class Study:
 
     def _together(self, every: Sequence[Mapping[str, Any]], static: Mapping[str, Any]) -> tuple[str, ...]:
         """List the activations whose cells may share a program with this cell: of fnn's own net, where there are several."""
-        own = any(self.loss is loss for loss in vars(losses).values()) and not self.measure and not nets.watched(self.quantities)
+        own = (
+            any(self.loss is loss for loss in vars(losses).values())
+            and not self.measure
+            and not nets.watched(self.quantities)
+        )
         if self.build is not cell.mlp or not own:
             return ()
         names = sorted({c["activation"] for c in every if TABLE[c["activation"]].elementwise})
@@ -356,9 +375,11 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
         ) from None
     inputs = np.asarray(setup.train.x[: task.cell.static["batch_size"]]) if study.build is cell.mlp else None
     options = {"axes": task.axes, "quantities": study.quantities, "inputs": inputs}
+    begun = time.perf_counter()
     frame = table.build(task.number, task.cell, measured, **options)
-    note = {"study": task.identity, "cell": task.number, "seconds": measured.seconds}
-    return results.pack(frame, note), measured.seconds
+    seconds = measured.seconds | {"tables": measured.seconds["tables"] + time.perf_counter() - begun}
+    note = {"study": task.identity, "cell": task.number, "seconds": seconds}
+    return results.pack(frame, note), seconds
 
 
 def _name(description: dict[str, Any], number: int) -> str:

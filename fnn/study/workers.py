@@ -103,11 +103,10 @@ def compilation_cache(folder: str | os.PathLike[str] | None) -> Iterator[None]:
 class Pool(Executor):
     """Worker processes, each of which goes on with tasks of the `kind` that it began: what it compiled serves them all."""
 
-    def __init__(self, workers: int, start: Callable[[], Executor]):
-        self._max_workers, self._start = workers, start
-        self._processes: list[Any] = [None] * workers
-        self._kinds: list[Any] = [None] * workers
-        self._futures: list[Any] = [None] * workers
+    def __init__(self, executors: Sequence[Any]):
+        self._executors, self._max_workers = executors, len(executors)
+        self._kinds: list[Any] = [None] * len(executors)
+        self._futures: list[Any] = [None] * len(executors)
 
     def choose(self, tasks: Sequence[Any]) -> int:
         """Choose the task that a free worker takes next: one of its kind, else of a kind that no other has begun."""
@@ -121,19 +120,18 @@ class Pool(Executor):
         worker = self._free()
         self._kinds[worker] = getattr(args[0], "kind", None) if args else None
         with _sigint_blocked():  # a worker may be started here; it inherits the blocked signals
-            self._processes[worker] = self._processes[worker] or self._start()
-            self._futures[worker] = self._processes[worker].submit(fn, *args, **kwargs)
+            self._futures[worker] = self._executors[worker].submit(fn, *args, **kwargs)
         return self._futures[worker]
 
     def terminate(self) -> None:
         """End the processes, whatever they are doing."""
-        for executor in filter(None, self._processes):
+        for executor in self._executors:
             for process in list((executor._processes or {}).values()):
                 process.terminate()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Let the processes end."""
-        for executor in filter(None, self._processes):
+        for executor in self._executors:
             executor.shutdown(wait=wait, cancel_futures=cancel_futures)
 
     def _free(self) -> int:
@@ -153,9 +151,8 @@ def pool(workers: int) -> Iterator[Pool]:
     more, device = lowering.worker_settings()
     settings = {name: getattr(jax.config, name) for name in CONFIG} | more
     context = multiprocessing.get_context("spawn")
-    executor = Pool(
-        workers, lambda: ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(settings, device))
-    )
+    options: Any = {"mp_context": context, "initializer": _start, "initargs": (settings, device)}
+    executor = Pool([ProcessPoolExecutor(1, **options) for _ in range(workers)])
     try:
         yield executor
     except BaseException:  # without this, the process could not end before the tasks in flight
