@@ -131,11 +131,7 @@ class Results:
         return pl.concat(frames)
 
     def times(self) -> Any:
-        """List the seconds that each finished cell took: polars, columns cell, compile, run, draw, tables.
-
-        `run` is training and measuring, and `tables` all that follows on the host. Where a program was there already, from
-        another cell of the process, `compile` is 0.
-        """
+        """List the seconds that each finished cell took: polars, columns cell, compile, run (training and measuring), draw, tables."""
         import polars as pl
 
         rows = [{"cell": number, **self._whole(number)[1]["seconds"]} for number in self.finished]

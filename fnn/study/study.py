@@ -3,28 +3,24 @@
 import collections
 import inspect
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, NamedTuple
-
-import jax
-import numpy as np
+from typing import Any
 
 from fnn import check, losses
-from fnn.layers.activations import TABLE
 from fnn.progress import Progress
-from fnn.study import axes, cell, nets, program, results, table
+from fnn.study import axes, cell, results
 from fnn.study.cell import Cell
 from fnn.study.grid import Grid, product
 from fnn.study.identity import identify
 from fnn.study.options import arrays, check_cell, check_functions, check_options, one_line
-from fnn.study.provenance import configured, hash_arrays, session, settings
+from fnn.study.provenance import hash_arrays, session, settings
 from fnn.study.spawning import check_spawning
 from fnn.study.table import TRACED, left_range, widened
+from fnn.study.task import PARTS, Task, chunked, listed, named, work
 from fnn.study.workers import Interrupted, check_executor, compilation_cache, drive, pool, shared
 
 TRAINING = {
@@ -40,32 +36,7 @@ MOST_EXAMPLES = 2**28
 """Examples that a run may train on: their order is drawn beforehand, in 4 bytes each."""
 DEFAULT = product(activation=["sigmoid", "tanh", "relu"], norm=["none", "batch_norm"], depth=[4, 16, 64, 128, 256])
 
-PARTS = {
-    "draw": "drawing weights",
-    "compile": "compiling",
-    "run": "training and measuring",
-    "tables": "making tables",
-}
-"""What a cell's seconds go to."""
-
 __all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range", "widened"]
-
-
-class Task(NamedTuple):
-    """What a worker needs to measure a cell; it can be pickled and sent to another machine."""
-
-    study: "Study"
-    """For executors without its grid, and with the name of a file in place of its arrays."""
-    number: int
-    cell: Cell
-    activations: tuple[str, ...]
-    """Those that share this cell's program; see `program.Setup`."""
-    axes: dict[str, str]
-    identity: str
-    settings: dict[str, Any]
-    """JAX's, as the study's description holds them."""
-    kind: Any = None
-    """Tasks of one kind share a program; None for a task that shares it with none."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +215,6 @@ class Study:
             compilation_cache(cache),
             results.opened(folder, described, self._with_chunks, session(kind), self.chunk is not None) as found,
         ):
-            identity, types = results.key(found.description), found.description["types"]
             config = {name: found.description[name] for name in settings()}
             finished = set(found.finished)
             left = [number for number in range(len(found.description["cells"])) if number not in finished]
@@ -255,7 +225,7 @@ class Study:
                 found.store(task.number, result[0])
                 spent.update(result[1])
                 took = "compiled in {compile:.1f} s, ran {run:.1f} s".format(**result[1])
-                bar.finish(f"{_name(found.description, task.number)}; {took}")
+                bar.finish(f"{named(found.description, task.number)}; {took}")
 
             own = executor is None and workers is not None and workers > 1 and len(left) > 1
             with (
@@ -265,13 +235,7 @@ class Study:
             ):
                 if finished:
                     bar.say(f"{len(finished)} of {bar.total} cells are there already")
-                cells = {number: _cell(found.description["cells"][number]) for number in left}
-                every = [c["static"] for c in found.description["cells"]]
-                setup, tasks = self._setup(), []
-                for number, c in cells.items():
-                    together = self._together(every, c.static)
-                    kind = program.program_key(setup._replace(activations=together), c)
-                    tasks.append(Task(sent, number, c, together, types, identity, config, kind))
+                tasks = listed(self._setup(), sent, found.description, left, config)
                 try:
                     drive(tasks, work, done, used, bar.set_running, lambda task: task._replace(study=self))
                 except (Exception, Interrupted) as stop:
@@ -326,66 +290,8 @@ class Study:
         return tuple(steps)
 
     def _with_chunks(self, description: dict[str, Any]) -> dict[str, Any]:
-        """Choose the chunks that are yet to be chosen."""
-        setup, chunks, every = self._setup(), {}, [c["static"] for c in description["cells"]]
-        cells = []
-        for c in description["cells"]:
-            shared = setup._replace(activations=self._together(every, c["static"]))
-            key = program.program_key(shared, _cell(c)) or len(cells)
-            if not c["chunk"] and (key, len(c["runs"])) not in chunks:
-                chunks[key, len(c["runs"])] = cell.chunk_size(shared, _cell(c))
-            cells.append({**c, "chunk": c["chunk"] or chunks[key, len(c["runs"])]})
-        return {**description, "cells": cells}
-
-    def _together(self, every: Sequence[Mapping[str, Any]], static: Mapping[str, Any]) -> tuple[str, ...]:
-        """List the activations whose cells may share a program with this cell: of fnn's own net, where there are several."""
-        own = (
-            any(self.loss is loss for loss in vars(losses).values())
-            and not self.measure
-            and not nets.watched(self.quantities)
-        )
-        if self.build is not cell.mlp or not own:
-            return ()
-        names = sorted({c["activation"] for c in every if TABLE[c["activation"]].elementwise})
-        return tuple(names) if len(names) > 1 and static["activation"] in names else ()
+        return chunked(self._setup(), description)
 
     def _setup(self) -> cell.Setup:
         parts = map(cell.widened, arrays(self.data))
         return cell.Setup(self.build, self.loss, dict(self.measure), *parts, quantities=self.quantities)
-
-
-def _cell(described: Mapping[str, Any]) -> Cell:
-    """Read a cell of a description."""
-    return Cell(described["static"], tuple(described["runs"]), tuple(described["steps"]), described["chunk"])
-
-
-def work(task: Task) -> tuple[bytes, dict[str, float]]:
-    """Measure a cell in whatever process this is; return the bytes of its Parquet file, and the seconds that it took."""
-    study = task.study
-    try:
-        with configured(task.settings):
-            setup = study._setup()._replace(activations=task.activations)
-            measured = cell.run_cell(setup, task.cell)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise OSError(
-            f"study: cell {task.number} must fit into the device's memory, got {task.cell.chunk} runs at once; use a "
-            "smaller chunk or batch size"
-        ) from None
-    inputs = np.asarray(setup.train.x[: task.cell.static["batch_size"]]) if study.build is cell.mlp else None
-    options = {"axes": task.axes, "quantities": study.quantities, "inputs": inputs}
-    begun = time.perf_counter()
-    frame = table.build(task.number, task.cell, measured, **options)
-    seconds = measured.seconds | {"tables": measured.seconds["tables"] + time.perf_counter() - begun}
-    note = {"study": task.identity, "cell": task.number, "seconds": seconds}
-    return results.pack(frame, note), seconds
-
-
-def _name(description: dict[str, Any], number: int) -> str:
-    """Name a cell by the axes that vary."""
-    cells = description["cells"]
-    static = cells[number]["static"]
-    varying = [name for name in static if len({str(c["static"][name]) for c in cells}) > 1] or list(static)[:3]
-    words = (static[n] if isinstance(static[n], str) else f"{n.replace('_', ' ')} {static[n]}" for n in varying)
-    return ", ".join(words)
