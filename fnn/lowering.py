@@ -43,6 +43,9 @@ HELD = 2**28
 LANES = 12 << 20
 """Bytes that the lanes of one `vmap` of a study may touch: about a core's cache. At depth 256 one lane after the other was
 twice as fast as eight at once, at depth 4 half as fast. CPU; elsewhere half of the device's memory."""
+ONE_BY_ONE = 4 << 30
+"""Bytes that all runs of a study's cell may touch in all their steps, up to which they run one after the other: a program over
+lanes takes 2 to 4 seconds longer to compile. CPU; elsewhere lanes always share a program."""
 TILE = 64
 """Attention over whole tiles of so many positions is left to cuDNN, where it can compute it. Not measured: shorter sequences
 are small products anyway, and cuDNN has not all lengths."""
@@ -160,6 +163,11 @@ def lanes_budget(device: Any) -> int:
     if device.platform == "cpu":
         return LANES
     return ((device.memory_stats() or {}).get("bytes_limit", 8 << 30)) // 2
+
+
+def one_by_one(device: Any, touched: int) -> bool:
+    """Whether runs that touch so many bytes in all run one after the other; see `ONE_BY_ONE`."""
+    return device.platform == "cpu" and touched < ONE_BY_ONE
 
 
 def one_process(cells: int) -> bool:

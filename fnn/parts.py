@@ -4,6 +4,8 @@ from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
+import jax
+
 from fnn import check, core, lowering
 from fnn.core import Layer
 from fnn.layers import activations, norm
@@ -36,7 +38,7 @@ def tapped(taps: bool, name: str) -> list[Layer]:
 
 def activated(phi: activations.Activation, taps: bool) -> list[Layer]:
     """List the activation and its tap, which counts saturated units where phi is bounded."""
-    bounds = phi.bounds if all(map(isfinite, phi.bounds)) else None
+    bounds = phi.bounds if all(isinstance(end, jax.Array) or isfinite(end) for end in phi.bounds) else None
     return [
         layers.activation(phi),
         *([core.named("activation", tap(bounds=bounds, role="activation"))] if taps else []),

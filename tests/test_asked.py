@@ -213,14 +213,16 @@ def test_axes_stand_apart_from_the_columns_of_every_other_table():
     found = summarize(plain)
     made = [fnn.compare(plain, plain), found.networks, found.layers, found.runs, found.finals]
     names = sorted({name for table in made for name in table.columns} - own - set(axes.RESERVED))
-    assert {"a", "rate", "seeds", "middle", "first"} <= set(names)
+    assert {"a", "log10_growth", "seeds", "middle", "log10_first"} <= set(names)
     assert set(plain.columns[plain.columns.index("step") :]) | {"cell"} <= set(axes.RESERVED)
     for name in names:
         table = plain.rename({"sigma_w": name})
         assert fnn.compare(table, table)["difference"].abs().max() == 0, name
         other = summarize(table)
         assert other.networks.height == 2 and other.networks["seeds"].to_list() == [2, 2], name
-        assert other.networks["rate"].equals(found.networks["rate"]) and other.layers.equals(found.layers), name
+        assert other.networks["log10_growth"].equals(found.networks["log10_growth"]) and other.layers.equals(
+            found.layers
+        ), name
 
 
 def test_arguments_that_are_no_plain_values_keep_their_defaults():

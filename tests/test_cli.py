@@ -25,7 +25,7 @@ def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, c
     assert main.main([*command.split(), "--workers", "1"]) == 0
     shown = capsys.readouterr()
     assert "6 runs, recorded at step 0, 44" in shown.err and "cell 1/1: depth 3" in shown.err
-    assert "compiled in" in shown.err and "all done" in shown.err and "slope" in shown.out
+    assert "compiled in" in shown.err and "all done" in shown.err and "growth" in shown.out
     folder = (tmp_path / "studies" / "latest").resolve()
     assert folder.parent == tmp_path / "studies" and list((tmp_path / "cache" / "fnn" / "xla").iterdir())
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
@@ -38,7 +38,7 @@ def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, c
     assert hidden["predicted"].is_finite().all()
     # At init, width 32, a few layers, medians of measured and predicted rates of the square agree within 0.3.
     networks = summarize(table).networks
-    np.testing.assert_allclose(networks["rate"], networks["rate_predicted"], atol=0.3)
+    np.testing.assert_allclose(networks["log10_growth"], networks["log10_growth_predicted"], atol=0.065)
     accuracy = table.filter((pl.col("quantity") == "accuracy") & (pl.col("step") == 44))["value"]
     assert accuracy.len() == 6 and accuracy.median() > 0.5  # an epoch of Adam; ten classes
     assert main.main(command.split()) == 0

@@ -82,8 +82,11 @@ def test_relu_at_depth_256_has_its_line():
     assert moments[255] < 2.0**-230
     # 0.1505 = log10(2)/2 in an infinitely wide net; at width 64 the typical net is a little steeper, and theory says so.
     network = summarize(table).networks.row(0, named=True)
-    assert network["rate"] / 2 / np.log(10) == pytest.approx(-0.1505, abs=0.02)
-    assert network["rate"] == pytest.approx(network["rate_predicted"], abs=0.05) and network["outside"] < 0.3
+    assert network["log10_growth"] == pytest.approx(-0.1505, abs=0.02)
+    assert (
+        network["log10_growth"] == pytest.approx(network["log10_growth_predicted"], abs=0.01)
+        and network["outside"] < 0.3
+    )
     assert study.left_range(table).startswith(
         "study: 2 runs of cell 0 left the range of float32 at step 1, first at layer"
     )

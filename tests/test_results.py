@@ -90,7 +90,7 @@ def test_the_folder_holds_what_was_asked_and_who_worked_on_it(undisturbed):
     assert session["versions"]["jax"] == __import__("jax").__version__ and session["devices"] == ["cpu cpu"]
     assert {"started", "commit", "executor"} <= session.keys()
     times = found.times()
-    assert times.columns == ["cell", "compile", "run"] and (times["compile"] > 0).all()
+    assert times.columns == ["cell", "compile", "run", "draw", "tables"] and (times["run"] > 0).all()
     if importlib.util.find_spec("pandas") and importlib.util.find_spec("pyarrow"):
         assert found.table().to_pandas().shape == found.table().shape
     assert not list(undisturbed.rglob("*.part"))

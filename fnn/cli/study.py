@@ -191,24 +191,22 @@ def _print_summary(summary: Any) -> None:
     from rich.table import Table
 
     table = Table(
-        title="log |dL/dh| at initialisation, medians over runs",
-        caption="slope: change of log |dL/dh| per layer towards the input (natural log); outside: share of the values "
-        "outside the band in which theory expects 19 of 20 seeds",
+        title="log10 |dL/dh| at initialisation, medians over seeds",
+        caption="growth: change of log10 |dL/dh| per layer towards the input; outside: share of the values outside the band "
+        "in which theory expects 19 of 20 seeds",
     )
     names = summary.shown()
-    for name in (*names, "at layer 1", "at the last hidden", "slope [10 %, 90 %]", "predicted", "outside"):
+    for name in (*names, "layer 1", "last", "growth", "10 %", "90 %", "theory", "outside"):
         table.add_column(name, justify="left" if name in ("activation", "norm") else "right")
     rows = summary.networks.head(MOST_ROWS).iter_rows(named=True)
+    growths = [f"log10_growth{end}" for end in ("", "_low", "_high", "_predicted")]
     for row in (summary.fixed | row for row in rows):
-        predicted, outside = row["rate_predicted"], row["outside"]
-        # Without a rate the signal itself has vanished from float32.
-        slopes = None if row["rate"] is None else [row[name] / 2 for name in ("rate", "rate_low", "rate_high")]
+        known = row["log10_growth"] is not None  # without, the signal itself has vanished from float32
         table.add_row(
             *(escape(str(row[name])) for name in names),
-            *("" if row[name] is None else f"{row[name]:.2f}" for name in ("first", "last")),
-            "" if slopes is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*slopes),
-            "" if predicted is None or slopes is None else f"{predicted / 2:+.3f}",
-            "" if outside is None else f"{outside:.0%}",
+            *("" if row[name] is None else f"{row[name]:.2f}" for name in ("log10_first", "log10_last")),
+            *(f"{row[name]:+.4f}" if known and row[name] is not None else "" for name in growths),
+            "" if row["outside"] is None else f"{row['outside']:.0%}",
         )
     console().print(table)
     if (more := summary.networks.height - MOST_ROWS) > 0:

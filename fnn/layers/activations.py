@@ -6,7 +6,7 @@ Values and derivatives are finite at |x| = 1e4 in float32 and bfloat16.
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -167,6 +167,35 @@ silu = Activation("silu", jax.nn.silu)
 softplus = Activation("softplus", jax.nn.softplus, jax.nn.sigmoid, (0.0, math.inf))
 erf = Activation("erf", _f_erf, None, (-1.0, 1.0))
 softmax = Activation("softmax", _f_softmax, _d_softmax, (0.0, 1.0), elementwise=False)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _switched(functions: tuple[Callable[[Any], Any], ...], index: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.lax.switch(index, functions, x)
+
+
+@_switched.defjvp
+def _switched_jvp(functions, primals, tangents):
+    # The slope too is chosen on the way forward: what comes back is only multiplied by it.
+    def both(function):
+        return lambda x: jax.jvp(function, (x,), (jnp.ones_like(x),))
+
+    y, slope = jax.lax.switch(primals[0], [both(function) for function in functions], primals[1])
+    return y, slope * tangents[1]
+
+
+def chosen(some: Sequence[Activation], index: jax.Array) -> Activation:
+    """Make the activation `some[index]` for an index int[] that is traced, so that all of them share one program.
+
+    Elementwise functions only. Bounds are those of some[index] where any of them has two, and else as if there were none.
+    """
+    functions = tuple(some)
+    low, high = (jnp.stack([jnp.float32(phi.bounds[end]) for phi in some])[index] for end in (0, 1))
+    name = " or ".join(phi.name for phi in some)
+    bounded = any(all(map(math.isfinite, phi.bounds)) for phi in some)
+    bounds: Any = (low, high) if bounded else (-math.inf, math.inf)
+    return Activation(name, lambda x: _switched(functions, index, jnp.asarray(x)), None, bounds)
+
 
 TABLE = {phi.name: phi for phi in list(globals().values()) if isinstance(phi, Activation)}
 """All activations by name."""

@@ -4,9 +4,10 @@ A cell is one value of every static axis. Its runs differ only in traced axes (s
 are lanes of one `vmap`.
 """
 
+import collections
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,8 +32,11 @@ from fnn.study.program import (
     number,
     one_run,
     optimizer,
+    program_key,
+    shared_data,
     specs,
 )
+from fnn.study.provenance import settings
 from fnn.theory import gaussian
 
 
@@ -91,7 +95,8 @@ def mlp(
 def run_cell(setup: Setup, cell: Cell) -> Measured:
     """Run a cell: compile its program once, run it on chunk after chunk, and bring the numbers to the host.
 
-    Its runs are spread over all devices of this host; with `jax_default_device` they run on that one.
+    A program that another cell of this process has compiled is used again. Runs are spread over all devices of this host;
+    with `jax_default_device` they run on that one.
     """
     devices, cell = lowering.devices(), cell.settled()
     chunk = min(cell.chunk, len(cell.runs))
@@ -100,7 +105,7 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
     size = lanes * len(devices)
     draw_chunk, run_chunk, wide_chunk = _program(setup, cell, lanes)
     orders = _orders(setup, cell)
-    data = (*setup.train, *setup.test)
+    data = shared_data(setup, cell)
     if len(devices) > 1:
         mesh = Mesh(np.array(devices), ("runs",))
         split, same = PartitionSpec("runs"), PartitionSpec()
@@ -112,8 +117,8 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
         data = jax.device_put(data, NamedSharding(mesh, same))
     else:
         data = jax.device_put(data, devices[0])
-    seconds = {"compile": 0.0, "run": 0.0}
-    compiled: dict[str, Any] = {}
+    seconds = {"draw": 0.0, "compile": 0.0, "run": 0.0, "tables": 0.0}
+    compiled = _compiled(setup, cell, lanes, devices)
 
     def call(name, function, *args):
         start = time.perf_counter()
@@ -123,36 +128,73 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
             start = time.perf_counter()
         result = compiled[name](*args)
         jax.block_until_ready(result)
-        seconds["run"] += time.perf_counter() - start
+        seconds["draw" if name == "draw" else "run"] += time.perf_counter() - start
         return result
 
-    kind, params = _range(setup, cell.static), specs(setup, cell)[0]
-    chunks: list[Any] = []
-    for start in range(0, len(cell.runs), size):
+    def drawn(start):
         # The last chunk repeats its last run until it is full: one program, one shape.
         index = np.minimum(np.arange(start, start + size), len(cell.runs) - 1)
         runs = {name: np.stack([number(cell.runs[i][name]) for i in index]) for name in cell.runs[0]}
-        drawn = call("draw", draw_chunk, runs)
-        numbers, *rest = jax.device_get(call("run", run_chunk, runs, drawn, orders[index], data))
-        read, again = nets.read(numbers, params, **kind), np.zeros(size, bool)
-        if read.left[:, 0].any() and not is_x64():
-            wide = _in_float64(functools.partial(call, "float64", wide_chunk), runs, drawn, data, params, kind)
+        return index, runs, call("draw", draw_chunk, runs)
+
+    n, parts = len(cell.runs), []
+    for start in range(0, n, size):
+        index, runs, nets_drawn = drawn(start)
+        records, traces = jax.device_get(call("run", run_chunk, runs, nets_drawn, orders[index], data))
+        parts.append((*records.tree(), traces))
+    begun = time.perf_counter()
+    whole: Any = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:n], *parts)
+    numbers, heldout, extra, traces = whole
+    read = functools.partial(_read, setup, cell, specs(setup, cell)[0])
+    found, again = read(numbers), np.zeros(n, bool)
+    seconds["tables"] = time.perf_counter() - begun
+    for start in range(0, n, size) if not is_x64() else ():
+        rows = slice(start, min(start + size, n))
+        if found.left[rows, 0].any():
+            _, runs, nets_drawn = drawn(start)
+            wide = _in_float64(functools.partial(call, "float64", wide_chunk), runs, nets_drawn, data, read)
             if wide is not None:
-                again = read.left[:, 0] & wide[1]
-                read.values[again, 0] = wide[0].values[again, 0]
-        more = {name: numbers[name] for name in ("update_ratio", "cosine") if name in numbers}
-        chunks.append((read.values, read.lost, again, nets.loss_of(numbers), more, *rest))
-    n = len(cell.runs)
-    whole: Any = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *chunks)
-    values, lost, again, loss, more, heldout, extra, traces = whole
+                which = np.flatnonzero(found.left[rows, 0] & wide[1][: rows.stop - start])
+                again[start + which] = True
+                found.values[start + which, 0] = wide[0].values[which, 0]
+    more = {name: numbers[name] for name in ("update_ratio", "cosine") if name in numbers}
     if "cosine" in more:  # of two directions
-        lost = lost | np.roll(lost, 1, axis=1)
+        lost = found.lost | np.roll(found.lost, 1, axis=1)
         more["cosine"] = jax.tree.map(lambda a: np.where(aligned(lost, a), np.nan, a), more["cosine"])
-    return Measured(read.labels, values, again, heldout, more | extra, traces, loss, seconds)
+    return Measured(found.labels, found.values, again, heldout, more | extra, traces, nets.loss_of(numbers), seconds)
+
+
+_PROGRAMS: collections.OrderedDict[Any, dict[str, Any]] = collections.OrderedDict()
+MEASURED = 4
+"""How many steps of training take as long as one measurement."""
+MOST_PROGRAMS = 8
+"""Cells whose programs a process keeps."""
+
+
+def _compiled(setup: Setup, cell: Cell, lanes: int, devices: Sequence[Any]) -> dict[str, Any]:
+    """Give what is compiled of a cell's program so far, by name."""
+    key = program_key(setup, cell)
+    if key is None:
+        return {}
+    key = key, lanes, tuple(map(str, devices)), tuple(sorted(settings().items()))
+    found = _PROGRAMS.setdefault(key, {})
+    _PROGRAMS.move_to_end(key)
+    while len(_PROGRAMS) > MOST_PROGRAMS:
+        _PROGRAMS.popitem(last=False)
+    return found
+
+
+def _read(setup: Setup, cell: Cell, params: Any, numbers: Any) -> nets.Read:
+    """Label a chunk's numbers, without those that only the activations have with which this one shares its program."""
+    found = nets.read(numbers, params, **_range(setup, cell.static))
+    if not setup.activations or all(map(np.isfinite, activations.TABLE[cell.static["activation"]].bounds)):
+        return found
+    keep = [i for i, label in enumerate(found.labels) if label.quantity != "saturated"]
+    return found._replace(labels=[found.labels[i] for i in keep], values=found.values[..., keep])
 
 
 def _in_float64(
-    measure: Callable[..., Any], runs: Any, drawn: Any, data: Any, params: Any, kind: Mapping[str, bool]
+    measure: Callable[..., Any], runs: Any, drawn: Any, data: Any, read: Callable[[Any], nets.Read]
 ) -> tuple[nets.Read, np.ndarray] | None:
     """Measure a chunk at initialisation in float64: what was read, and of which runs it holds. None if the net cannot be."""
     try:
@@ -161,7 +203,7 @@ def _in_float64(
     except (Unreadable, TypeError, ValueError, NotImplementedError):
         return None  # a net that asks for float32 by itself
     found = jax.tree.map(lambda a: a[:, None], found)  # one record
-    return nets.read(found, params, **kind), holds & np.isfinite(nets.loss_of(found)[:, 0])
+    return read(found), holds & np.isfinite(nets.loss_of(found)[:, 0])
 
 
 def _range(setup: Setup, static: Mapping[str, Any]) -> dict[str, bool]:
@@ -209,7 +251,7 @@ def chunk_size(setup: Setup, cell: Cell) -> int:
 
     A run touches its parameters, their gradients (this one, and that of the recorded step before), the optimiser's
     state, and what the forward pass keeps for the backward one. On a CPU the bound is the cache, elsewhere half of the
-    memory. The chunks are made equal.
+    memory. The chunks are made equal. On a CPU, short runs of small nets have a chunk of one a device.
     """
     cell = cell.settled()
     params, state, run = specs(setup, cell)
@@ -223,6 +265,8 @@ def chunk_size(setup: Setup, cell: Cell) -> int:
     training = 2 if len(cell.steps) > 1 else 1
     touched = (1 + training) * _bytes(params) + _bytes(residuals) + (_bytes(moments) if training == 2 else 0)
     devices = lowering.devices()
+    if lowering.one_by_one(devices[0], touched * (cell.steps[-1] + MEASURED * len(cell.steps)) * len(cell.runs)):
+        return min(len(devices), len(cell.runs))
     most = max(1, lowering.lanes_budget(devices[0]) // max(1, touched)) * len(devices)
     return -(-len(cell.runs) // -(-len(cell.runs) // most))
 

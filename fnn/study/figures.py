@@ -54,7 +54,7 @@ def training(s: Summary, series: str = "train_loss") -> Any:
 
 
 def heat(s: Summary) -> Any:
-    """Draw the gradient's rate over depth and sigma_w, with the critical line of mean-field theory dashed.
+    """Draw the growth of log10 |dL/dh| per layer over depth and sigma_w, with the critical line of mean-field theory dashed.
 
     Purple grows towards the input (explodes), orange shrinks (vanishes).
     """
@@ -63,13 +63,13 @@ def heat(s: Summary) -> Any:
     rest = [name for name in s.axes if name not in ("depth", "sigma_w")]
     critical = summary.critical_lines(s)
     groups = s.networks.partition_by(rest, as_dict=True, maintain_order=True) if rest else {(): s.networks}
-    finite = s.networks["rate"].drop_nulls().to_numpy()
-    reach = max(0.01, float(np.quantile(np.abs(finite), 0.95))) if len(finite) else 1.0
+    finite = s.networks["log10_growth"].drop_nulls().to_numpy()
+    reach = max(0.002, float(np.quantile(np.abs(finite), 0.95))) if len(finite) else 1.0
     figure, axes = _grid(len(groups))
     image = None
     for axis, (key, group) in zip(axes, groups.items(), strict=False):
         depths, sigmas = (sorted(group[name].unique().to_list()) for name in ("depth", "sigma_w"))
-        values = {(r["depth"], r["sigma_w"]): r["rate"] for r in group.iter_rows(named=True)}
+        values = {(r["depth"], r["sigma_w"]): r["log10_growth"] for r in group.iter_rows(named=True)}
         z = np.array([[values.get((depth, sigma)) for sigma in sigmas] for depth in depths], float)
         edges = _edges(np.array(sigmas, float))
         image = axis.pcolormesh(edges, np.arange(len(depths) + 1), z, cmap="PuOr", vmin=-reach, vmax=reach)
@@ -80,7 +80,9 @@ def heat(s: Summary) -> Any:
             axis.axvline(line, color="k", linestyle="--", linewidth=1.2)
         axis.set_title(words(summary.label(dict(zip(rest, key, strict=True)))), fontsize=9)
     _labels(figure, r"$\sigma_w$", "depth")
-    figure.colorbar(image, ax=axes.tolist(), label="log factor of |dL/dh|² per layer", shrink=0.9)
+    figure.colorbar(
+        image, ax=axes.tolist(), label=r"growth of $\log_{10}$ |dL/dh| per layer towards the input", shrink=0.9
+    )
     return figure
 
 

@@ -18,6 +18,7 @@ from fnn import check, losses, measures, tree
 from fnn.core import Layer, as_spec, output_spec
 from fnn.gradients import flow, labels, measured, wide
 from fnn.gradients.labels import Options
+from fnn.layers import taps
 from fnn.training import clip
 from fnn.training import step as stepping
 from fnn.training.metrics import Measured, means
@@ -70,7 +71,15 @@ class OfLayer:
         return ["loss", *(["accuracy"] if losses.correct(self.loss) else [])]
 
     def step(self, tx: Any, metrics: Sequence[str]) -> Callable[..., Any]:
-        return stepping.train_step(self.net, self.loss, tx, metrics=metrics).pure
+        whole = stepping.train_step(self.net, self.loss, tx, metrics=metrics).pure
+
+        def step(at: stepping.TrainState, batch: Any) -> tuple[stepping.TrainState, dict[str, Any]]:
+            new, found = whole(at, batch)
+            # What taps see in training nobody reads. Carried along, it would be half of the work of a step.
+            before = [tap for _, tap in taps.listed(at.net_state)]
+            return new.replace(net_state=taps.put(new.net_state, before)), found
+
+        return step
 
     def measure(self, params: Any, state: Any, batch: Any, key: Any) -> tuple[dict[str, Any], Any]:
         x, y = batch
@@ -174,7 +183,7 @@ Net = OfLayer | OfPair
 def made(built: Any, loss: Callable[[Any, Any], Any], quantities: Sequence[str] | None) -> Net:
     """Say what `build` returned. Errors: TypeError for something else, ValueError for a pair and a `loss` besides."""
     if isinstance(built, Layer):
-        return OfLayer(built, loss, _groups(quantities or ()))
+        return OfLayer(built, loss, watched(quantities))
     if not (isinstance(built, tuple) and len(built) == 2 and all(map(callable, built))):
         raise TypeError(
             f"study: build must return a Layer, or a pair of functions (init, loss), got {type(built).__name__}; return "
@@ -184,7 +193,7 @@ def made(built: Any, loss: Callable[[Any, Any], Any], quantities: Sequence[str] 
         raise ValueError(
             f"study: loss must be left out where build returns a pair (init, loss), got {loss!r}; the pair's own is used"
         )
-    return OfPair(Pair(*built), labels.DEFAULT if quantities is None else _groups(quantities))
+    return OfPair(Pair(*built), labels.DEFAULT if quantities is None else watched(quantities))
 
 
 def read(found: Mapping[str, Any], params: Any, **kind: bool) -> Read:
@@ -218,5 +227,7 @@ def _options(groups: tuple[str, ...], has_aux: bool) -> Options:
     return Options(has_aux, None, "*", groups, weighted=False)
 
 
-def _groups(quantities: Sequence[str]) -> tuple[str, ...]:
+def watched(quantities: Sequence[str] | None) -> tuple[str, ...]:
+    """List the groups of `watch` that hold some of the quantities."""
+    quantities = quantities or ()
     return tuple(group for group, names in GROUPS.items() if set(names) & set(quantities))

@@ -5,7 +5,9 @@ are compiled once, however many steps are recorded.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +19,7 @@ from fnn import check, tree
 from fnn.core import as_spec
 from fnn.datasets.data import Dataset
 from fnn.gradients import powers, reductions
+from fnn.layers import activations
 from fnn.study import axes, nets
 from fnn.training import clip
 from fnn.training import step as stepping
@@ -70,11 +73,46 @@ class Setup(NamedTuple):
     train: Dataset
     test: Dataset
     quantities: Sequence[str] | None = None
+    activations: tuple[str, ...] = ()
+    """If not empty, cells that differ in nothing but their activation, one of these, share a program: it takes a number."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["vectors"], meta_fields=["structure", "kinds"])
+@dataclass(frozen=True)
+class Packed:
+    """A tree of arrays as one vector for each of their types: a loop that stacks it stacks a few arrays, not a hundred."""
+
+    vectors: tuple[Any, ...]
+    structure: Any
+    kinds: tuple[tuple[tuple[int, ...], str], ...]
+    """Shape and type of each array."""
+
+    @classmethod
+    def of(cls, values: Any) -> "Packed":
+        """Join the arrays of a tree."""
+        leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, values))
+        kinds = tuple((a.shape, str(a.dtype)) for a in leaves)
+        types = dict.fromkeys(kind for _, kind in kinds)
+        return cls(tuple(jnp.concatenate([a.ravel() for a in leaves if a.dtype == t]) for t in types), structure, kinds)
+
+    def tree(self) -> Any:
+        """Take the arrays apart again, on the host; the vectors may have leading axes."""
+        types = dict.fromkeys(kind for _, kind in self.kinds)
+        rest = dict(zip(types, map(np.asarray, self.vectors), strict=True))
+        leaves = []
+        for shape, kind in self.kinds:
+            size, vector = math.prod(shape), rest[kind]
+            leaves.append(vector[..., :size].reshape(*vector.shape[:-1], *shape))
+            rest[kind] = vector[..., size:]
+        return jax.tree.unflatten(self.structure, leaves)
 
 
 def network(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> nets.Net:
-    """Build the net of a cell; the values of `run` may be traced."""
+    """Build the net of a cell; the values of `run` may be traced, and may hold the number of its activation."""
     values = {"classes": classes(setup.train), **static, **run}
+    if setup.activations:
+        some = [activations.TABLE[name] for name in setup.activations]
+        values["activation"] = activations.chosen(some, run.get("activation", 0))
     built = setup.build(**{name: values[name] for name in axes.parameters(setup.build) if name in values})
     return nets.made(built, setup.loss, setup.quantities)
 
@@ -104,11 +142,13 @@ def draw(setup: Setup, static: Mapping[str, Any], run: Mapping[str, Any]) -> tup
 
 
 def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: Any) -> Any:
-    """Measure a run at every recorded step and train in between; leaves of the result have a leading axis of records.
+    """Measure a run at every recorded step and train in between; return the records, `Packed`, and the traces of training.
 
-    `drawn` are its parameters and state, `order` int[steps, batch] the examples of each step, `data` train and test.
+    The records are what the net measured, its numbers on held-out examples, and the user's own measurements.
+    `drawn` are its parameters and state, `order` int[steps, batch] the examples of each step, `data` those of `shared_data`.
     """
-    (x, y, test_x, test_y), (params, state), (static, _, steps, _) = data, drawn, cell
+    (x, y, test_x, test_y, more), (params, state), (static, _, steps, _) = data, drawn, cell
+    run = run | more
     net, probe, key = measured_net(setup, cell, run, x, y)
     trains = len(steps) > 1
     tx = optimizer(static, run) if trains else optax.identity()
@@ -141,12 +181,12 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
             )
         extra = {name: function(at.params, at.net_state, probe) for name, function in setup.measure.items()}
         extra = jax.tree.map(jnp.asarray, extra)
-        return (results, net.heldout(at.params, at.net_state, test_x, test_y), extra), gradient
+        return Packed.of((results, net.heldout(at.params, at.net_state, test_x, test_y), extra)), gradient
 
     at = stepping.TrainState(params, state, tx.init(params), key, jnp.zeros((), jnp.int32))
     if not trains:
         record, _ = observe(at, None)
-        return (*jax.tree.map(lambda a: a[None], record), {})
+        return jax.tree.map(lambda a: a[None], record), {}
     traces = {name: jnp.zeros(steps[-1]) for name in names}
 
     def turn(carry, bounds):
@@ -160,7 +200,26 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
     bounds = jnp.stack([jnp.array((0, *steps[:-1])), jnp.array(steps)], axis=1)
     carry = at, jax.tree.map(jnp.zeros_like, params), traces
     (_, _, traces), records = jax.lax.scan(turn, carry, bounds)
-    return (*records, traces)
+    return records, traces
+
+
+def shared_data(setup: Setup, cell: Cell) -> tuple[Any, ...]:
+    """Give what all lanes of a cell's program take: training and held-out examples, and numbers of what it chooses."""
+    of_cell = {}
+    if setup.activations:
+        of_cell["activation"] = np.int32(setup.activations.index(cell.static["activation"]))
+    return (*setup.train, *setup.test, of_cell)
+
+
+def program_key(setup: Setup, cell: Cell) -> tuple[Any, ...] | None:
+    """Name a cell's program by all that it depends on but JAX's settings and devices; None where no other cell shares it."""
+    if not setup.activations:
+        return None
+    static = tuple((name, value) for name, value in cell.static.items() if name != "activation")
+    run = tuple((name, str(number(value).dtype)) for name, value in cell.runs[0].items())
+    data = tuple((a.shape, str(a.dtype)) for a in (*setup.train, *setup.test))
+    functions = setup.build, repr(setup.loss), setup.quantities, setup.activations  # the loss is one of fnn's own
+    return static, run, cell.steps, cell.chunk, data, classes(setup.train), functions
 
 
 def measured_net(setup: Setup, cell: Cell, run: Any, x: Any, y: Any) -> tuple[nets.Net, Any, Any]:
@@ -174,7 +233,8 @@ def in_float64(setup: Setup, cell: Cell, run: Any, drawn: Any, data: Any) -> Any
 
     Returns what `measure` does, and whether this platform has float64's range.
     """
-    net, probe, key = measured_net(setup, cell, run, data[0], data[1])
+    x, y, *_, more = data
+    net, probe, key = measured_net(setup, cell, run | more, x, y)
     params, state = drawn
     return net.wide(params, state, probe, key)
 

@@ -131,11 +131,13 @@ class Results:
         return pl.concat(frames)
 
     def times(self) -> Any:
-        """List the seconds that each finished cell took: polars, columns cell, compile, run."""
+        """List the seconds that each finished cell took: polars, columns cell, compile, run (training and measuring), draw, tables."""
         import polars as pl
 
         rows = [{"cell": number, **self._whole(number)[1]["seconds"]} for number in self.finished]
-        return pl.DataFrame(rows, schema={"cell": pl.Int32, "compile": pl.Float64, "run": pl.Float64})
+        return pl.DataFrame(
+            rows, schema={"cell": pl.Int32, **dict.fromkeys(("compile", "run", "draw", "tables"), pl.Float64)}
+        )
 
     def store(self, number: int, parquet: bytes) -> None:
         """Keep a finished cell: in the folder whole or not at all."""

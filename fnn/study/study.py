@@ -1,6 +1,6 @@
 """Depth studies: measure gradients, activations and training of a grid of networks, with theory beside them in one table."""
 
-import functools
+import collections
 import inspect
 import os
 import warnings
@@ -8,20 +8,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, NamedTuple
-
-import jax
+from typing import Any
 
 from fnn import check, losses
 from fnn.progress import Progress
-from fnn.study import axes, cell, expected, results, table
+from fnn.study import axes, cell, results
 from fnn.study.cell import Cell
 from fnn.study.grid import Grid, product
 from fnn.study.identity import identify
 from fnn.study.options import arrays, check_cell, check_functions, check_options, one_line
-from fnn.study.provenance import configured, hash_arrays, session, settings
+from fnn.study.provenance import hash_arrays, session, settings
 from fnn.study.spawning import check_spawning
 from fnn.study.table import TRACED, left_range, widened
+from fnn.study.task import PARTS, Task, chunked, listed, named, work
 from fnn.study.workers import Interrupted, check_executor, compilation_cache, drive, pool, shared
 
 TRAINING = {
@@ -38,19 +37,6 @@ MOST_EXAMPLES = 2**28
 DEFAULT = product(activation=["sigmoid", "tanh", "relu"], norm=["none", "batch_norm"], depth=[4, 16, 64, 128, 256])
 
 __all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range", "widened"]
-
-
-class Task(NamedTuple):
-    """What a worker needs to measure a cell; it can be pickled and sent to another machine."""
-
-    study: "Study"
-    """For executors without its grid, and with the name of a file in place of its arrays."""
-    number: int
-    cell: Cell
-    axes: dict[str, str]
-    identity: str
-    settings: dict[str, Any]
-    """JAX's, as the study's description holds them."""
 
 
 @dataclass(frozen=True)
@@ -229,15 +215,17 @@ class Study:
             compilation_cache(cache),
             results.opened(folder, described, self._with_chunks, session(kind), self.chunk is not None) as found,
         ):
-            identity, types = results.key(found.description), found.description["types"]
             config = {name: found.description[name] for name in settings()}
             finished = set(found.finished)
             left = [number for number in range(len(found.description["cells"])) if number not in finished]
 
+            spent: collections.Counter[str] = collections.Counter()
+
             def done(task: Task, result: tuple[bytes, dict[str, float]]) -> None:
                 found.store(task.number, result[0])
+                spent.update(result[1])
                 took = "compiled in {compile:.1f} s, ran {run:.1f} s".format(**result[1])
-                bar.finish(f"{_name(found.description, task.number)}; {took}")
+                bar.finish(f"{named(found.description, task.number)}; {took}")
 
             own = executor is None and workers is not None and workers > 1 and len(left) > 1
             with (
@@ -247,13 +235,14 @@ class Study:
             ):
                 if finished:
                     bar.say(f"{len(finished)} of {bar.total} cells are there already")
-                cells = {number: _cell(found.description["cells"][number]) for number in left}
-                tasks = [Task(sent, number, cells[number], types, identity, config) for number in left]
+                tasks = listed(self._setup(), sent, found.description, left, config)
                 try:
                     drive(tasks, work, done, used, bar.set_running, lambda task: task._replace(study=self))
                 except (Exception, Interrupted) as stop:
                     stop.results = found  # pyright: ignore[reportAttributeAccessIssue]
                     raise
+                if spent:
+                    bar.say(f"time in all: {', '.join(f'{PARTS[name]} {spent[name]:.1f} s' for name in PARTS)}")
             return found
 
     @contextmanager
@@ -301,48 +290,8 @@ class Study:
         return tuple(steps)
 
     def _with_chunks(self, description: dict[str, Any]) -> dict[str, Any]:
-        """Choose the chunks that are yet to be chosen."""
-        setup, cells = self._setup(), []
-        for c in description["cells"]:
-            chunk = c["chunk"] or cell.chunk_size(setup, _cell(c))
-            cells.append({**c, "chunk": chunk})
-        return {**description, "cells": cells}
+        return chunked(self._setup(), description)
 
     def _setup(self) -> cell.Setup:
         parts = map(cell.widened, arrays(self.data))
         return cell.Setup(self.build, self.loss, dict(self.measure), *parts, quantities=self.quantities)
-
-
-def _cell(described: Mapping[str, Any]) -> Cell:
-    """Read a cell of a description."""
-    return Cell(described["static"], tuple(described["runs"]), tuple(described["steps"]), described["chunk"])
-
-
-def work(task: Task) -> tuple[bytes, dict[str, float]]:
-    """Measure a cell in whatever process this is; return the bytes of its Parquet file, and the seconds that it took."""
-    study = task.study
-    try:
-        with configured(task.settings):
-            setup = study._setup()
-            measured = cell.run_cell(setup, task.cell)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise OSError(
-            f"study: cell {task.number} must fit into the device's memory, got {task.cell.chunk} runs at once; use a "
-            "smaller chunk or batch size"
-        ) from None
-    theory = functools.partial(expected.curves, setup) if study.build is cell.mlp else None
-    options = {"axes": task.axes, "quantities": study.quantities, "theory": theory}
-    frame = table.build(task.number, task.cell, measured, **options)
-    note = {"study": task.identity, "cell": task.number, "seconds": measured.seconds}
-    return results.pack(frame, note), measured.seconds
-
-
-def _name(description: dict[str, Any], number: int) -> str:
-    """Name a cell by the axes that vary."""
-    cells = description["cells"]
-    static = cells[number]["static"]
-    varying = [name for name in static if len({str(c["static"][name]) for c in cells}) > 1] or list(static)[:3]
-    words = (static[n] if isinstance(static[n], str) else f"{n.replace('_', ' ')} {static[n]}" for n in varying)
-    return ", ".join(words)

@@ -16,7 +16,8 @@ ERROR10 = "log10_error"
 """The error signal of nets without taps, as `watch` measures it: log10."""
 OWN = (
     *("network", "series", "low", "middle", "high", "predicted", "seeds", "outside", "diverged", "accuracy"),
-    *("first", "last", "rate", "rate_low", "rate_high", "rate_predicted", "predicted_low", "predicted_high"),
+    *("log10_first", "log10_last", "log10_growth", "log10_growth_low", "log10_growth_high", "log10_growth_predicted"),
+    *("predicted_low", "predicted_high"),
 )
 """Columns that a summary adds."""
 QUANTILES = {"low": 0.1, "middle": 0.5, "high": 0.9}
@@ -29,8 +30,8 @@ class Summary(NamedTuple):
     """Axes but the seed that have more than one value; the others are in `fixed`."""
     fixed: dict[str, Any]
     networks: Any
-    """A row each: network, axes, seeds, outside, diverged, first, last, rate, rate_low, rate_high, rate_predicted,
-    accuracy"""
+    """A row each: network, axes, seeds, outside, diverged, log10_first, log10_last, log10_growth, log10_growth_low,
+    log10_growth_high, log10_growth_predicted, accuracy"""
     layers: Any
     """network, step, series, layer, low, middle, high; predicted, predicted_low, predicted_high: theory, and its band for
     one seed"""
@@ -47,10 +48,11 @@ class Summary(NamedTuple):
 def summarize(table: Any) -> Summary:
     """Take medians, 10th and 90th percentiles over seeds.
 
-    `rate` is log |dL/dh_1|² - log |dL/dh_L|² over L - 1 at initialisation, for L hidden layers: the log of the factor of
-    the squared error signal for one layer towards the input; `first` and `last` are log |dL/dh| at layers 1 and L.
+    Quantiles are over seeds alone: every other axis that varies tells networks apart. `log10_growth` is log10 |dL/dh_1| -
+    log10 |dL/dh_L| over L - 1 at initialisation, for L hidden layers: the growth of the error signal for one layer towards
+    the input; `log10_first` and `log10_last` are log10 |dL/dh| at layers 1 and L.
     `outside` is the share of predicted numbers whose seed lies outside theory's band, where 1 in 20 is expected; null
-    where there is no theory. An axis with the name of a column of these tables is there as `rate (axis)`.
+    where there is no theory. An axis with the name of a column of these tables is there as `seeds (axis)`.
     """
     import polars as pl
 
@@ -90,7 +92,7 @@ def summarize(table: Any) -> Summary:
     parts = (
         sizes,
         ends.agg(diverged=pl.col("value").sum().cast(pl.Int32)),
-        _rates(inner, run),
+        _growth(inner, run),
         finals.select("network", accuracy="middle"),
     )
     for part in parts:
@@ -98,30 +100,30 @@ def summarize(table: Any) -> Summary:
     return Summary(many, fixed, networks, layers, runs, finals)
 
 
-def _rates(inner: Any, run: list[str]) -> Any:
-    """Rates of the squared error signal over the hidden layers: all with a tap before their activation, except the output's."""
+def _growth(inner: Any, run: list[str]) -> Any:
+    """Growth of log10 of the error signal over the hidden layers: all with a tap before their activation, except the output's."""
     import polars as pl
 
     series = ERROR if (inner["series"] == ERROR).any() else ERROR10
     errors = inner.filter((pl.col("series") == series) & (pl.col("step") == 0)).sort("layer")
-    if series == ERROR10:
-        errors = errors.with_columns(value=pl.col("value") * math.log(10))
+    if series == ERROR:
+        errors = errors.with_columns(pl.col("value", "predicted") / math.log(10))
     hidden = errors.filter(pl.col("layer") < pl.col("layer").max().over(run))
 
-    def rate(column):
-        change = 2 * (pl.col(column).first() - pl.col(column).last()) / (pl.len() - 1)
+    def growth(column):
+        change = (pl.col(column).first() - pl.col(column).last()) / (pl.len() - 1)
         return pl.when(change.is_finite()).then(change)
 
     value = pl.col("value")
     each = hidden.group_by(run).agg(
-        rate=rate("value"), predicted=rate("predicted"), first=value.first(), last=value.last()
+        growth=growth("value"), predicted=growth("predicted"), log10_first=value.first(), log10_last=value.last()
     )
     return each.group_by("network").agg(
-        *(pl.col(name).drop_nans().median() for name in ("first", "last")),
-        rate_low=pl.col("rate").quantile(0.1, "linear"),
-        rate_high=pl.col("rate").quantile(0.9, "linear"),
-        rate=pl.col("rate").median(),
-        rate_predicted=pl.col("predicted").median(),
+        *(pl.col(name).drop_nans().median() for name in ("log10_first", "log10_last")),
+        log10_growth_low=pl.col("growth").quantile(0.1, "linear"),
+        log10_growth_high=pl.col("growth").quantile(0.9, "linear"),
+        log10_growth=pl.col("growth").median(),
+        log10_growth_predicted=pl.col("predicted").median(),
     )
 
 

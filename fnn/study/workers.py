@@ -7,7 +7,6 @@ import sys
 import tempfile
 import threading
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager
@@ -101,8 +100,47 @@ def compilation_cache(folder: str | os.PathLike[str] | None) -> Iterator[None]:
         reset_cache()
 
 
+class Pool(Executor):
+    """Worker processes, each of which goes on with tasks of the `kind` that it began: what it compiled serves them all."""
+
+    def __init__(self, executors: Sequence[Any]):
+        self._executors, self._max_workers = executors, len(executors)
+        self._kinds: list[Any] = [None] * len(executors)
+        self._futures: list[Any] = [None] * len(executors)
+
+    def choose(self, tasks: Sequence[Any]) -> int:
+        """Choose the task that a free worker takes next: one of its kind, else of a kind that no other has begun."""
+        kinds, own = [getattr(task, "kind", None) for task in tasks], self._kinds[self._free()]
+        if own is not None and own in kinds:
+            return kinds.index(own)
+        return next((i for i, kind in enumerate(kinds) if kind is None or kind not in self._kinds), 0)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Hand a task to a free worker."""
+        worker = self._free()
+        self._kinds[worker] = getattr(args[0], "kind", None) if args else None
+        with _sigint_blocked():  # a worker may be started here; it inherits the blocked signals
+            self._futures[worker] = self._executors[worker].submit(fn, *args, **kwargs)
+        return self._futures[worker]
+
+    def terminate(self) -> None:
+        """End the processes, whatever they are doing."""
+        for executor in self._executors:
+            for process in list((executor._processes or {}).values()):
+                process.terminate()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let the processes end."""
+        for executor in self._executors:
+            executor.shutdown(wait=wait, cancel_futures=cancel_futures)
+
+    def _free(self) -> int:
+        idle = (i for i, future in enumerate(self._futures) if future is None or future.done())
+        return next(idle, 0)
+
+
 @contextmanager
-def pool(workers: int) -> Iterator[Executor]:
+def pool(workers: int) -> Iterator[Pool]:
     """Start worker processes that share this process's JAX settings and default device, ignore Ctrl-C, and die with their parent.
 
     They are spawned: a fork of a process in which JAX has started threads hangs.
@@ -110,20 +148,15 @@ def pool(workers: int) -> Iterator[Executor]:
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
-    class Pool(ProcessPoolExecutor):
-        def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-            with _sigint_blocked():  # a worker may be started here; it inherits the blocked signals
-                return super().submit(*args, **kwargs)
-
     more, device = lowering.worker_settings()
     settings = {name: getattr(jax.config, name) for name in CONFIG} | more
     context = multiprocessing.get_context("spawn")
-    executor = Pool(workers, mp_context=context, initializer=_start, initargs=(settings, device))
+    options: Any = {"mp_context": context, "initializer": _start, "initargs": (settings, device)}
+    executor = Pool([ProcessPoolExecutor(1, **options) for _ in range(workers)])
     try:
         yield executor
     except BaseException:  # without this, the process could not end before the tasks in flight
-        for process in list((executor._processes or {}).values()):
-            process.terminate()
+        executor.terminate()
         raise
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
@@ -225,12 +258,13 @@ def drive(
             raise Interrupted from None
         return
     width = getattr(executor, "_max_workers", None) or len(tasks)
-    waiting, flying, failure, told = deque(tasks), {}, None, False
+    choose = executor.choose if isinstance(executor, Pool) else lambda _: 0
+    waiting, flying, failure, told = list(tasks), {}, None, False
     with _counted_sigint() as presses:
         try:
             while True:
                 while waiting and len(flying) < width and not failure and not presses:
-                    task = waiting.popleft()
+                    task = waiting.pop(choose(waiting))
                     flying[executor.submit(work, task)] = task
                 if not flying:
                     break

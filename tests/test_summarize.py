@@ -1,0 +1,75 @@
+"""What a study's table is summarized to: every axis that varies tells networks apart, and growth is log10 everywhere."""
+
+import itertools
+import re
+
+import numpy as np
+import polars as pl
+
+from fnn.cli import main
+from fnn.study import figures, report, results, table
+from fnn.study.summary import ERROR, summarize
+
+AXES = {
+    "depth": ("int", [2, 3]),
+    "activation": ("str", ["tanh", "relu"]),
+    "residual": ("bool", [False, True]),
+    "batch_size": ("int", [8]),
+    "sigma_w": ("float", [0.5, 1.5, 2.5]),
+    "learning_rate": ("float", [0.1, 0.2]),
+    "own": ("float", [None, 1.0]),
+    "seed": ("int", [0, 1, 2, 3, 4]),
+}
+
+
+def made():
+    """A table as six axes and five seeds give it, with log |dL/dh| = value(axes, seed) times the layer."""
+    rows, rng = [], np.random.default_rng(0)
+    for number, values in enumerate(itertools.product(*(values for _, values in AXES.values()))):
+        slope = rng.normal()
+        for layer in range(1, values[0] + 2):
+            row = dict(zip(AXES, values, strict=True), cell=number // 5, step=0, layer=layer, path=f"{layer}/tap")
+            row |= {"role": "preactivation", "quantity": "log_error", "value": slope * layer}
+            rows.append(row | {"predicted": 0.5 * slope * layer, "outside": number % 10 == 0})
+    return pl.DataFrame(rows, schema=table.schema({name: kind for name, (kind, _) in AXES.items()}))
+
+
+def test_every_axis_that_varies_tells_networks_apart_and_quantiles_are_over_seeds_alone():
+    frame = made()
+    found = summarize(frame)
+    varying = [name for name, (_, values) in AXES.items() if len(values) > 1 and name != "seed"]
+    assert found.axes == varying and found.fixed == {"batch_size": 8}
+    assert found.networks.height == 2 * 2 * 2 * 3 * 2 * 2 and (found.networks["seeds"] == 5).all()
+    first = found.networks.select(varying).unique().height
+    assert first == found.networks.height  # no two rows share their values
+    for row in found.networks.sample(12, seed=1).iter_rows(named=True):
+        own = frame.filter(*(pl.col(name).eq_missing(pl.lit(row[name])) for name in varying), layer=1)
+        slopes = own["value"].to_numpy()  # natural, of one layer away from the input
+        assert len(slopes) == 5
+        growth = -slopes / np.log(10)
+        np.testing.assert_allclose(row["log10_growth"], np.median(growth), rtol=1e-12)
+        np.testing.assert_allclose(row["log10_growth_low"], np.quantile(growth, 0.1), rtol=1e-12)
+        np.testing.assert_allclose(row["log10_growth_high"], np.quantile(growth, 0.9), rtol=1e-12)
+        np.testing.assert_allclose(row["log10_growth_predicted"], np.median(growth) / 2, rtol=1e-12)
+        np.testing.assert_allclose(row["log10_last"], np.median(slopes) * row["depth"] / np.log(10), rtol=1e-12)
+        curve = found.layers.filter(network=row["network"], series=ERROR, layer=1).row(0, named=True)
+        assert curve["middle"] == np.median(slopes) and curve["low"] == np.quantile(slopes, 0.1)
+
+
+def test_a_swept_sigma_is_an_axis_and_terminal_figure_and_page_show_one_number(tmp_path, capsys):
+    command = "study --depth 2,3 --width 8 --activation tanh --norm none --sigma-w 0.5:2.5:3 --seeds 3 --epochs 0 --out"
+    assert main.main([*command.split(), str(tmp_path / "study")]) == 0
+    printed = capsys.readouterr().out
+    found = summarize(results.read(tmp_path / "study").table())
+    assert found.axes == ["depth", "sigma_w"] and found.networks.height == 6
+    growth = found.networks["log10_growth"].to_list()
+    digits = [f"{value:+.4f}" for value in growth]
+    assert all(text in printed for text in digits) and len(set(digits)) == 6
+    assert all(re.search(rf"{row['sigma_w']:g}(\.0)? ", printed) for row in found.networks.iter_rows(named=True))
+    drawn = figures.heat(found)
+    (mesh,) = [part for axis in drawn.axes for part in axis.collections if np.size(part.get_array()) == 6]
+    np.testing.assert_array_equal(np.asarray(mesh.get_array()).ravel(), growth)
+    report.report(tmp_path / "study")
+    page = (tmp_path / "study" / "report.html").read_text()
+    shown = [f"{float(text):+.4f}" for text in re.findall(r'"(?:log10_)?growth":(-?[\d.e-]+)', page)]
+    assert shown == digits
