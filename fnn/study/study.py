@@ -18,7 +18,7 @@ from fnn.study import axes, cell, results, table
 from fnn.study.cell import Cell
 from fnn.study.grid import Grid, product
 from fnn.study.identity import identify
-from fnn.study.options import arrays, check_cell, check_functions, check_options, one_line
+from fnn.study.options import about_data, arrays, check_cell, check_functions, check_options, one_line
 from fnn.study.provenance import configured, hash_arrays, session, settings
 from fnn.study.spawning import check_spawning
 from fnn.study.table import TRACED, left_range, widened
@@ -227,7 +227,7 @@ class Study:
         check_spawning(executor, workers or 1 if len(described["cells"]) > 1 else 1, functions)
         with (
             compilation_cache(cache),
-            results.opened(folder, described, self._with_chunks, session(kind), self.chunk is not None) as found,
+            results.opened(folder, described, self._with_chunks, session(kind) | about_data(self.data), self.chunk is not None) as found,
         ):
             identity, types = results.key(found.description), found.description["types"]
             config = {name: found.description[name] for name in settings()}
