@@ -16,6 +16,7 @@ from fnn.study import summary, verdict, words
 from fnn.study.summary import ERROR, ERROR10, Summary
 
 MOST_PANELS = 24
+OF_TRAINING = ("optimizer", "learning_rate", "clip", "clip_threshold")
 ALIKE = 6.0
 """Panels share a scale where the longest range is at most this many times the shortest."""
 
@@ -34,10 +35,31 @@ def gradient(s: Summary, series: str = ERROR, step: int = 0) -> Any:
     part = hidden(s, s.layers.filter((pl.col("series") == series) & (pl.col("step") == step)))
     if part.is_empty():
         return None
+    if step == 0:
+        s = at_start(s)
+        part = part.filter(pl.col("network").is_in(s.networks["network"].implode()))
     told = words.quantity(series)
     part = part.with_columns(pl.col(n).cast(pl.Float64) / told.unit for n in ("low", "middle", "high", "predicted"))
     when = "at initialisation" if step == 0 else f"after {words.count(step, 'step')}"
-    return _lines(s, part, "layer", ("hidden layer (1 is next to the input)", shown(told.axis).replace("log10", r"$\log_{10}$")), when)
+    return _lines(
+        s,
+        part,
+        "layer",
+        ("hidden layer (1: next to the input)", shown(told.axis).replace("log10", r"$\log_{10}$")),
+        when,
+    )
+
+
+def at_start(s: Summary) -> Summary:
+    """Leave out axes that only training sees, and networks that are the same without them: no panel is drawn twice."""
+    rest = [name for name in s.axes if name not in OF_TRAINING]
+    if len(rest) == len(s.axes) or not rest:
+        return s
+    numbers = [name for name in ("first", "last", "rate") if name in s.networks.columns]
+    kept = s.networks.unique(rest, keep="first", maintain_order=True)
+    if s.networks.select(*rest, *numbers).unique().height > kept.height:
+        return s  # a net of one's own that takes these names for something else
+    return s._replace(axes=rest, networks=kept)
 
 
 def hidden(s: Summary, part: Any) -> Any:
@@ -70,6 +92,7 @@ def heat(s: Summary) -> Any:
     """
     if not ({"depth", "sigma_w"} <= set(s.axes) and _numeric(s, "depth") and _numeric(s, "sigma_w")):
         return None
+    s = at_start(s)
     rest = [name for name in s.axes if name not in ("depth", "sigma_w")]
     critical = summary.critical_lines(s)
     groups = s.networks.partition_by(rest, as_dict=True, maintain_order=True) if rest else {(): s.networks}
@@ -93,8 +116,8 @@ def heat(s: Summary) -> Any:
         if line is not None and row.get("norm", "none") == "none" and edges[0] <= line <= edges[-1]:
             axis.axvline(line, color="k", linestyle="--", linewidth=1.2)
             dashed = True
-        axis.set_title(_title(s, dict(zip(rest, key, strict=True))), fontsize=9)
-    _labels(figure, r"$\sigma_w$", "depth (hidden layers)")
+        axis.set_title(_title(dict(zip(rest, key, strict=True))), fontsize=9)
+    _labels(figure, axes, r"$\sigma_w$", "depth (hidden layers)")
     label = r"growth of $\log_{10}$ |dL/dh| per layer towards the input"
     bar = figure.colorbar(image, ax=axes.tolist(), label=label, shrink=0.9, extend="both" if len(finite) else "neither")
     bar.ax.axhline(0, color="k", linewidth=0.6)
@@ -114,8 +137,7 @@ def accuracy(s: Summary, chance: float | None = None) -> Any:
     order = [k for k in (dict.fromkeys(s.networks.select(rest).rows()) if rest else [()]) if k in groups]
     styles = _styles(len(order), ordered=False)
     for style, key in zip(styles, order, strict=True):
-        values = dict(zip(rest, key, strict=True))
-        _line(axes[0], groups[key], "depth", style, ", ".join(verdict.label(n, v) for n, v in values.items()), bars=True)
+        _line(axes[0], groups[key], "depth", style, _title(dict(zip(rest, key, strict=True))), bars=True)
     if chance is not None:
         axes[0].axhline(chance, color="0.3", linestyle=":", linewidth=1.1, label=f"chance ({chance:.2f})")
     if rows["depth"].min() > 0:
@@ -124,16 +146,15 @@ def accuracy(s: Summary, chance: float | None = None) -> Any:
     axes[0].set_xticks(depths, [str(n) for n in depths])
     axes[0].set_xticks([], minor=True)
     axes[0].set_ylim(0, 1.02)
-    _legend(figure, axes[0], "", 2 if len(order) > 1 else 1)
-    _labels(figure, "depth (hidden layers)", "accuracy on held-out examples")
-    steps = s.runs.filter(s.runs["series"] == "accuracy")["step"].max()
-    _note(figure, f"after {words.count(int(steps), 'step')}: median of {_seeds(s)}, bars from 10th to 90th percentile", 1)
+    if found := _one_of_each(axes):
+        _outside(figure, found, "", 2 if max(map(len, found)) < 30 else 1)
+    _labels(figure, axes, "depth (hidden layers)", "accuracy on held-out examples")
+    last = s.runs.filter(s.runs["series"] == "accuracy")["step"].max()
+    _note(figure, f"last record, step {last} or before: median of {_seeds(s)}, bars from 10th to 90th percentile", 1)
     return figure
 
 
-def _lines(
-    s: Summary, part: Any, x: str, labels: tuple[str, str], when: str = "", *, logarithmic: bool = False
-) -> Any:
+def _lines(s: Summary, part: Any, x: str, labels: tuple[str, str], when: str = "", *, logarithmic: bool = False) -> Any:
     """Draw every network of a table against its column `x`, in panels that share one legend."""
     import polars as pl
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -147,7 +168,7 @@ def _lines(
     theory = False
     for axis, (title, members) in zip(axes, panels.items(), strict=False):
         for value, network in members:
-            name = words.value(value) if by else ""
+            name = _typeset(words.value(value)) if by else ""
             theory |= _line(axis, part.filter(pl.col("network") == network).sort(x), x, styles[value], name)
         axis.set_title(title, fontsize=9)
         axis.margins(x=0.03)
@@ -167,7 +188,7 @@ def _lines(
         handles["mean-field theory"] = Line2D([], [], color="k", linestyle="--", linewidth=0.9)
     if any(handles):
         _outside(figure, handles, words.axis(by), min(len(handles), max(3, 3 * _columns(axes))))
-    _labels(figure, *labels)
+    _labels(figure, axes, *labels)
     alike = _share(axes)
     band = f"median of {_seeds(s)}, shaded from 10th to 90th percentile"
     more = "; theory goes through the last hidden layer" * theory + "; scales differ between panels" * (not alike)
@@ -181,7 +202,7 @@ def _panels(s: Summary, networks: Sequence[int]) -> tuple[str, dict[str, list[tu
     panels: dict[str, list[tuple[Any, int]]] = {}
     for row in s.networks.iter_rows(named=True):
         if row["network"] in networks:
-            title = _title(s, {name: row[name] for name in s.axes if name != by})
+            title = _title({name: row[name] for name in s.axes if name != by})
             panels.setdefault(title, []).append((row[by] if by in row else s.fixed.get(by), row["network"]))
     known = bool(s.axes) or by in s.fixed
     return by if known else "", panels
@@ -194,14 +215,18 @@ def _numeric(s: Summary, axis: str) -> bool:
     return s.networks[axis].dtype.is_numeric()
 
 
-def _title(s: Summary, values: dict[str, Any]) -> str:
+def _title(values: dict[str, Any]) -> str:
     """Name a panel, in two lines where one would run into the next panel."""
     parts = [verdict.label(name, value) for name, value in values.items()]
     lines = [""]
     for part in parts:
         joined = f"{lines[-1]}, {part}" if lines[-1] else part
         lines = [*lines[:-1], joined] if len(joined) <= 44 or not lines[-1] else [*lines[:-1], lines[-1] + ",", part]
-    return "\n".join(shown(line) for line in lines[:4])
+    return "\n".join(_typeset(line) for line in lines[:6])
+
+
+def _typeset(text: str) -> str:
+    return shown(text).replace("σ_w", r"$\sigma_w$").replace("σ_b", r"$\sigma_b$")
 
 
 def _seeds(s: Summary) -> str:
@@ -248,7 +273,7 @@ def _line(axis: Any, rows: Any, x: str, style: dict[str, Any], name: str, *, bar
     else:
         axis.fill_between(at, low, high, color=style["color"], alpha=0.2, linewidth=0)
     every = max(1, len(at) // 8)
-    axis.plot(at, middle, markersize=3.5, linewidth=1.2, markevery=every, label=shown(name), **style)
+    axis.plot(at, middle, markersize=3.5, linewidth=1.2, markevery=every, label=name, **style)
     if "predicted" in rows.columns and np.isfinite(theory := rows["predicted"].cast(float).to_numpy()).any():
         axis.plot(at, theory, "k--", linewidth=0.9)
         return True
@@ -280,12 +305,6 @@ def _one_of_each(axes: Any) -> dict[str, Any]:
     return found
 
 
-def _legend(figure: Any, axis: Any, title: str, columns: int) -> None:
-    found = _one_of_each([axis])
-    if found:  # a line without a name needs none
-        _outside(figure, found, title, columns)
-
-
 def _outside(figure: Any, handles: dict[str, Any], title: str, columns: int) -> None:
     """Put one legend below the panels, off the data."""
     figure.legend(
@@ -295,7 +314,7 @@ def _outside(figure: Any, handles: dict[str, Any], title: str, columns: int) -> 
         ncols=columns,
         frameon=False,
         fontsize=8,
-        title=shown(title),
+        title=_typeset(title),
         title_fontsize=8,
     )
 
@@ -316,6 +335,9 @@ def _edges(x: np.ndarray) -> np.ndarray:
     return np.concatenate([[2 * x[0] - middle[0]], middle, [2 * x[-1] - middle[-1]]])
 
 
-def _labels(figure: Any, x: str, y: str) -> None:
-    figure.supxlabel(x, fontsize=10)
+def _labels(figure: Any, axes: Any, x: str, y: str) -> None:
+    """Write x below the lowest panel of each column (a legend may stand below it), y once."""
+    lowest = {axis.get_subplotspec().colspan.start: axis for axis in axes}
+    for axis in lowest.values():
+        axis.set_xlabel(x, fontsize=10 if len(lowest) < 3 else 9)
     figure.supylabel(y, fontsize=10)

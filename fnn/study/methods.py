@@ -18,7 +18,14 @@ CLIPS = {
     "adaptive": "gradients clipped adaptively at {}",
     "from_above": "gradients clipped from above at {}",
 }
-NAMES = {"sgd": "SGD", "momentum": "SGD with momentum", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop", "lamb": "LAMB"}
+NAMES = {
+    "sgd": "SGD",
+    "momentum": "SGD with momentum",
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "rmsprop": "RMSprop",
+    "lamb": "LAMB",
+}
 
 
 def facts(study: results.Results, s: Summary) -> list[str]:
@@ -43,7 +50,11 @@ def sentence(study: results.Results, s: Summary) -> str:
     ours = str(study.description.get("build", "")).startswith(OWN)
     kind = "multilayer perceptrons" if ours else "networks"
     varied = words.listed([f"{words.axis(n)} ({', '.join(_values(s, n))})" for n in s.axes], 20)
-    parts = [f"We measured {s.networks.height} {kind}" + (f" that differ in {varied}" if varied else "") + f", {_seeds(s)} each."]
+    parts = [
+        f"We measured {s.networks.height} {kind}"
+        + (f" that differ in {varied}" if varied else "")
+        + f", {_seeds(s)} each."
+    ]
     whole = {name: s.fixed.get(name) for name in ("init", "sigma_w", "sigma_b", "optimizer", "clip", "clip_threshold")}
     if ours and whole["init"] == "scaled":
         width = f"σ_w = {whole['sigma_w']:g}" if whole["sigma_w"] is not None else "σ_w as said"
@@ -65,9 +76,11 @@ def sentence(study: results.Results, s: Summary) -> str:
         "90th percentile."
     )
     if s.networks["outside"].is_not_null().any():
+        norms = s.networks["norm"].to_list() if "norm" in s.axes else [s.fixed.get("norm")]
+        more = "; with batch norm Yang et al. 2019" if "batch_norm" in norms else ""
         parts.append(
-            "Predictions are those of mean-field theory (Schoenholz et al. 2017; with batch norm Yang et al. 2019), with a "
-            "band for finite width that holds 19 of 20 seeds."
+            f"Predictions are those of mean-field theory (Schoenholz et al. 2017{more}), with a band for finite width that "
+            "holds 19 of 20 seeds."
         )
     if where := _where(study):
         parts.append(f"Computed with {where}.")
@@ -139,5 +152,7 @@ def _training(s: Summary, whole: Mapping[str, Any], steps: int) -> str:
     rate = s.fixed.get("learning_rate")
     rate = f", learning rate {words.value(rate)}" if isinstance(rate, int | float) and math.isfinite(rate) else ""
     clip = CLIPS.get(whole["clip"], "") if isinstance(whole["clip"], str) else ""
-    clip = f", {clip.format(words.value(whole['clip_threshold']))}" if clip and whole["clip_threshold"] is not None else ""
+    clip = (
+        f", {clip.format(words.value(whole['clip_threshold']))}" if clip and whole["clip_threshold"] is not None else ""
+    )
     return f"They were trained for {words.count(steps, 'step')} with {name}{rate}{clip}."

@@ -15,7 +15,7 @@ const short = v => known(v) ? (Math.abs(v) >= 1e4 || (v && Math.abs(v) < 1e-3) ?
 const slot = n => { if (!slots.has(n)) slots.set(n, slots.size); return slots.get(n); };
 const colour = n => D.colours[slot(n) % D.colours.length];
 const dash = n => ["solid", "dot", "dashdot", "longdashdot"][Math.floor(slot(n) / D.colours.length) % 4];
-const MARKS = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"];
+const MARKS = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"], SIGNS = "●■▲◆▼✚✖";
 const mark = n => MARKS[(slot(n) + Math.floor(slot(n) / D.colours.length)) % MARKS.length];
 const members = here => [...shown].sort((a, b) => a - b).filter(n => here[n]);
 const seedsOf = ns => { const s = ns.map(n => D.networks[n].seeds), a = Math.min(...s), b = Math.max(...s); return a === b ? plural(a, "seed") : `${a} to ${b} seeds`; };
@@ -24,19 +24,26 @@ function layout(x, y, more = {}) {
   const ink = dark() ? "#e8e8e8" : "#1a1a1a", grid = dark() ? "#3a3d42" : "#e2e2e2";
   const axis = (text, own) => Object.assign({title: {text: plain(text)}, zeroline: false, gridcolor: grid, linecolor: grid, exponentformat: "power", automargin: true}, own);
   const low = narrow() || more.below;
-  return Object.assign({margin: {l: 60, r: 12, t: 12, b: 45}, hovermode: "closest", paper_bgcolor: light ? "#fff" : "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+  return Object.assign({margin: {l: 60, r: 12, t: 34, b: 45}, modebar: {bgcolor: "rgba(0,0,0,0)", color: dark() ? "#888" : "#999", activecolor: ink}, hovermode: "closest", paper_bgcolor: light ? "#fff" : "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: {color: ink, family: "system-ui, sans-serif", size: 13}, hoverlabel: {font: {size: 13}},
     legend: low ? {orientation: "h", x: 0, xanchor: "left", y: -0.2, yanchor: "top", font: {size: 12}} : {font: {size: 12}},
     xaxis: axis(x, more.x), yaxis: axis(y, more.y)}, more.whole);
 }
 const OPTIONS = {displaylogo: false, responsive: true, displayModeBar: "hover", modeBarButtons: [["zoomIn2d", "zoomOut2d", "pan2d", "resetScale2d"]]};
 
+// Plotly writes 0.5 as a bare 5 between its decades, so the ticks of a short log axis are chosen here.
+function decades(low, top) {
+  const at = steps => { const found = []; for (let k = Math.floor(Math.log10(low)); k <= Math.ceil(Math.log10(top)); k++) for (const s of steps) found.push(+(s * 10 ** k).toPrecision(3)); return found.filter(v => v >= 0.8 * low && v <= 1.25 * top); };
+  const few = at([1, 2, 5]), vals = few.length > 2 ? few : at([1, 1.2, 1.5, 1.8, 2.2, 2.6, 3, 3.5, 4, 5, 6, 7, 8.5]);
+  return {tickvals: vals, ticktext: vals.map(String)};
+}
+
 function put(id, data, lay, height) {
   // Room for the legend below: a line for each entry at most.
   const named = data.filter(t => t.showlegend !== false && t.name).length;
   const below = lay.legend.orientation === "h" ? 24 * Math.ceil(named / Math.max(1, Math.floor(innerWidth / 340))) : 0;
   lay.height = (height || 420) + below;
-  if (below) { lay.margin.b += below + 20; lay.legend.y = -70 / (lay.height - lay.margin.b); }
+  if (below) { lay.margin.b += below + 20; lay.legend.y = -78 / (lay.height - lay.margin.b); }
   if (light) return [data, lay];
   $(id).style.height = lay.height + "px";
   Plotly.react(id, data, lay, OPTIONS);
@@ -68,10 +75,10 @@ EVERY.layers = () => {
   let text = ns.length ? `Each line is one network's ${told.about}, ${step === 0 ? "at initialisation" : `after ${plural(step, "step")}`}: the median of ${seedsOf(ns)}, shaded from the 10th to the 90th percentile` +
     (D.thinned ? "; of deep networks every few layers are drawn" : "") + "." : "";
   if (theory.length) {
-    const far = ns.filter(n => D.networks[n].outside > 0.05);
-    text += ` The dashed curve is mean-field theory, shifted to pass through the last hidden layer; ${theory.length === ns.length ? "every network shown has one" : `${theory.length} of ${ns.length} networks shown have one`}. ` + (far.length ?
-      `Outside of its band more often than the expected 5 %: ${list(far.map(n => `${D.networks[n].name} (${Math.round(100 * D.networks[n].outside)}%)`))}.` :
-      "None of these is outside of its band more often than the expected 5 %.");
+    const far = ns.filter(n => D.networks[n].outside > 0.05), banded = ns.filter(n => known(D.networks[n].outside)).length;
+    text += ` The dashed curve is mean-field theory, shifted to pass through the last hidden layer; ${theory.length === ns.length ? "every network shown has one" : `${theory.length} of ${ns.length} networks shown have one`}${banded < theory.length ? ` (${banded} with a band)` : ""}. ` + (far.length ?
+      `Outside of its band more often than the expected 5%: ${list(far.map(n => `${D.networks[n].name} (${Math.round(100 * D.networks[n].outside)}%)`))}.` :
+      banded ? "None of them lies outside of its band more often than the expected 5%." : "");
   }
   if (gaps) text += ` Gaps are numbers that are zero or not finite (${plural(gaps, "network")}).`;
   if (missing) text += ` ${plural(missing, "chosen network")} ${missing === 1 ? "has" : "have"} no such number at this step.`;
@@ -90,10 +97,12 @@ function against(id, get, y, more) {
     const v = group.map(n => get(D.networks[n], n)), name = D.axes.map((other, i) => i === a ? "" : other.labels[D.networks[group[0]].at[i]]).filter(Boolean).join(", ");
     if (v.some(t => known(t[3]))) theory.push({x: group.map(x), y: v.map(t => t[3]), mode: "lines+markers", line: {color: dark() ? "#fff" : "#000", width: 1.3, dash: "dash"},
       marker: {symbol: "line-ew-open", size: 12}, name: "mean-field theory", showlegend: !theory.length, hovertemplate: "predicted %{y:.4g}<extra></extra>"});
-    return {x: group.map(x), y: v.map(t => t[1]), name: plain(name), showlegend: !!name, mode: "lines+markers", line: {color: dark() ? "#999" : "#777", width: 1, dash: ["solid", "dot", "dashdot", "longdashdot"][Math.floor(g / 7) % 4]},
-      marker: {size: 9, symbol: MARKS[g % 7], color: group.map(colour)}, text: group.map(n => plain(D.networks[n].name)),
+    const look = {name: plain(name), legendgroup: "g" + g}, symbol = MARKS[g % 7];
+    const points = {...look, showlegend: false, x: group.map(x), y: v.map(t => t[1]), mode: "lines+markers", line: {color: dark() ? "#999" : "#777", width: 1, dash: ["solid", "dot", "dashdot", "longdashdot"][Math.floor(g / 7) % 4]},
+      marker: {size: 9, symbol, color: group.map(colour)}, text: group.map(n => plain(D.networks[n].name)),
       error_y: {type: "data", symmetric: false, array: v.map(t => t[2] - t[1]), arrayminus: v.map(t => t[1] - t[0]), width: 3, thickness: 1, color: dark() ? "#aaa" : "#777"},
-      hovertemplate: "%{text}: %{y:.4g}<extra></extra>"}; });
+      hovertemplate: "%{text}: %{y:.4g}<extra></extra>"};
+    return [points, {...look, showlegend: !!name, x: [null], y: [null], mode: "lines+markers", line: points.line, marker: {size: 9, symbol, color: points.line.color}}]; }).flat();
   const numbers = axis && axis.numbers, log = numbers && numbers[0] > 0 && numbers[numbers.length - 1] >= 8 * numbers[0];
   const ticks = numbers ? {type: log ? "log" : "linear", tickvals: numbers, ticktext: axis.values.map(plain)} : {type: "category"};
   return [put(id, traces.concat(theory), layout(axis ? axis.word : "", y, Object.assign({x: ticks, below: true}, more))), ns, theory.length, axis];
@@ -127,31 +136,34 @@ function drawMap(title) {
   const name = D.axes.map((axis, i) => D.map.includes(i) ? "" : axis.labels[D.networks[first].at[i]]).filter(Boolean).join(", ");
   $("rate-says").textContent = `${title[0].toUpperCase()}${title.slice(1)} towards the input, medians of ${seedsOf(group)}, for ${name || "all networks"}` + (name ? ", the combination of the first chosen network" : "") +
     ": purple grows, orange shrinks. " + (inside ? `On the dashed critical line of mean-field theory, σ_w = ${line}, it does not change.` : "Mean-field theory has no critical line in this range.") +
-    (all.length && all[all.length - 1] > reach ? " The strongest 5 % have the last colour." : "");
+    (all.length && all[all.length - 1] > reach ? " The strongest 5% have the last colour." : "");
   return drawn || true;
 }
 
 EVERY.training = () => {
   const told = D.runSeries.find(s => s.id === $("run").value);
   if ($("training-part").hidden = !told) return;
-  const here = D.runs[told.id], ns = members(here), positive = ns.every(n => here[n].middle.every(v => v === null || v > 0));
-  const drawn = put("training", ns.flatMap(n => curve(n, here[n], "step %{x}: %{y:.4g}")), layout("step", told.axis, {y: told.loss && positive ? {type: "log"} : {}}));
-  const lost = ns.filter(n => D.networks[n].diverged > 0), asked = ns.some(n => known(D.networks[n].diverged)), ends = n => here[n].middle.filter(known);
+  const here = D.runs[told.id], ns = members(here), all = ns.flatMap(n => here[n].middle).filter(known), positive = all.every(v => v > 0);
+  const top = all.reduce((a, b) => Math.max(a, b), -Infinity), low = all.reduce((a, b) => Math.min(a, b), Infinity);
+  const drawn = put("training", ns.flatMap(n => curve(n, here[n], "step %{x}: %{y:.4g}")), layout("step", told.axis, {y: told.loss && positive ? {type: "log", ...(top < 300 * low ? decades(low, top) : {})} : {}}));
+  const lost = [...shown].filter(n => D.networks[n].diverged > 0), asked = [...shown].some(n => known(D.networks[n].diverged)), ends = n => here[n].middle.filter(known);
   const worse = told.id.includes("loss") ? ns.filter(n => { const m = ends(n); return m.length > 1 && m[m.length - 1] > m[0]; }) : [];
-  $("training-says").textContent = !ns.length ? "The chosen networks have no such record." :
+  const without = [...shown].filter(n => !here[n]);
+  $("training-says").textContent = (!ns.length ? "The chosen networks have no such record at two steps. " :
     `The ${told.about} against the step: the median of ${seedsOf(ns)}, shaded from the 10th to the 90th percentile. ` +
     (worse.length ? `It ends above where it began in ${list(worse.map(n => `${D.networks[n].name} (${short(ends(n)[0])} to ${short(ends(n).pop())})`))}. ` : "") +
     (lost.length ? `Ended because loss or gradient was not finite: ${list(lost.map(n => `${D.networks[n].diverged} of ${D.networks[n].seeds} runs of ${D.networks[n].name}`))}.` :
-      asked ? "Loss and gradient of every run shown stayed finite." : "");
+      asked ? "Loss and gradient of every run shown stayed finite." : "")) +
+    (ns.length && without.length ? ` Not drawn, with a record of fewer than two steps: ${list(without.map(n => D.networks[n].name))}.` : "");
   return drawn;
 };
 
 EVERY.accuracy = () => {
   if ($("accuracy-part").hidden = !Object.keys(D.finals).length) return;
   const line = known(D.chance) ? {shapes: [{type: "line", xref: "paper", x0: 0, x1: 1, y0: D.chance, y1: D.chance, line: {width: 1.5, dash: "dot", color: dark() ? "#ccc" : "#333"}}],
-    annotations: [{xref: "paper", x: 1, y: D.chance, yanchor: "bottom", xanchor: "right", text: "chance", showarrow: false}]} : {};
+    annotations: [{xref: "paper", x: 1, y: D.chance, yanchor: "middle", xanchor: "left", text: "chance", showarrow: false}], margin: {l: 60, r: 55, t: 34, b: 45}} : {};
   const [drawn, ns] = against("accuracy", (r, n) => D.finals[n], "accuracy", {y: {range: [0, 1.03]}, whole: line});
-  $("accuracy-says").textContent = ns.length ? `Accuracy on held-out examples after ${plural(D.last, "step")}: medians of ${seedsOf(ns)}, bars from the 10th to the 90th percentile` +
+  $("accuracy-says").textContent = ns.length ? `Accuracy on held-out examples at the last recorded step (step ${D.last}; of a run that ended early, before): medians of ${seedsOf(ns)}, bars from the 10th to the 90th percentile` +
     (known(D.chance) ? `; dotted, chance: always the commonest label (${short(D.chance)}). ` : ". ") + COLOURS : "No accuracy was recorded of the chosen networks.";
   return drawn;
 };
@@ -159,7 +171,7 @@ EVERY.accuracy = () => {
 function columns() {
   const fixed = (v, digits) => known(v) ? (v > 0 ? "+" : "") + v.toFixed(digits).replace("-", "−") : "", some = k => D.networks.some(r => known(r[k]) && r[k] !== 0);
   const band = r => known(r.growth) ? `${fixed(r.growth, 4)} [${fixed(r.growth_low, 4)}, ${fixed(r.growth_high, 4)}]` : "";
-  return [["gradient", "gradient", r => r.gradient || "unknown"], ["growth", "log10 |dL/dh| per layer [10 %, 90 %]", band], ["growth_predicted", "theory", r => fixed(r.growth_predicted, 4)],
+  return [["gradient", "gradient", r => r.gradient || "unknown"], ["growth", "log10 |dL/dh| per layer [10%, 90%]", band], ["growth_predicted", "theory", r => fixed(r.growth_predicted, 4)],
     ["outside", "outside of band", r => known(r.outside) ? Math.round(100 * r.outside) + "%" : ""], ["accuracy", "accuracy", r => known(r.accuracy) ? r.accuracy.toFixed(3) : ""],
     ["training", "training", r => r.training || ""], ["diverged", "not finite", r => known(r.diverged) ? `${r.diverged} of ${r.seeds}` : ""], ["seeds", "seeds", r => r.seeds]].filter(([k]) => some(k));
 }
@@ -172,7 +184,7 @@ function makeTable() {
   $("networks").tHead.replaceChildren(head);
   body.replaceChildren(...D.networks.map((r, n) => {
     const row = document.createElement("tr"), name = cell("td", r.name), swatch = document.createElement("span");
-    swatch.className = "swatch";
+    swatch.className = "swatch"; swatch.textContent = "○"; swatch.setAttribute("aria-hidden", "true");
     name.prepend(swatch);
     row.append(name, ...cols.map(([, , f]) => cell("td", f(r))));
     row.tabIndex = 0;
@@ -191,7 +203,9 @@ function choose() {
   [...$("networks").tBodies[0].rows].forEach((row, n) => {
     row.className = shown.has(n) ? "shown" : "";
     row.setAttribute("aria-selected", shown.has(n));
-    row.querySelector(".swatch").style.background = shown.has(n) ? colour(n) : "";
+    const swatch = row.querySelector(".swatch");
+    swatch.textContent = shown.has(n) ? SIGNS[MARKS.indexOf(mark(n))] : "○";
+    swatch.style.color = shown.has(n) ? colour(n) : "";
   });
 }
 function draw() { choose(); for (const each of Object.values(EVERY)) each(); }

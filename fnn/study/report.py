@@ -109,7 +109,15 @@ def story(study: results.Results, s: Summary, told: list[str], drawn: list[str])
     found, name = verdict.sentences(s, chance, last), _name(study.folder or Path("study"))
     facts = [*methods.facts(study, s), *told]
     return Story(
-        name, verdict.heading(s), found, facts, methods.sentence(study, s), methods.again(study), methods.load(study), drawn, chance
+        name,
+        verdict.heading(s),
+        found,
+        facts,
+        methods.sentence(study, s),
+        methods.again(study),
+        methods.load(study),
+        drawn,
+        chance,
     )
 
 
@@ -204,10 +212,13 @@ def _networks(s: Summary, axes: list[dict[str, Any]], chance: float | None) -> l
                 "seeds": row["seeds"],
                 "gradient": verdict.gradient(row),
                 "change": _number(verdict.change(row)),
-                **{n.replace("rate", "growth"): _number(verdict.growth(row, n)) for n in row if n.startswith("rate")},
+                **{
+                    f"growth{end}": _number(verdict.growth(row, f"rate{end}"))
+                    for end in ("", "_low", "_high", "_predicted")
+                },
                 "outside": _number(row["outside"]),
                 "accuracy": _number(row["accuracy"]),
-                "training": verdict.training(row["accuracy"], chance),
+                "training": verdict.training(row, chance),
                 "diverged": row["diverged"],
                 "critical": _number(critical.get(summary.line_of(whole))) if plain else None,
             }
@@ -231,7 +242,13 @@ def _axis(s: Summary, name: str) -> dict[str, Any]:
 
 def _told(series: str) -> dict[str, Any]:
     told = words.quantity(series)
-    return {"id": series, "axis": told.axis, "about": told.about, "log": told.log, "loss": told.axis in ("loss", "gradient norm")}
+    return {
+        "id": series,
+        "axis": told.axis,
+        "about": told.about,
+        "log": told.log,
+        "loss": told.axis in ("loss", "gradient norm"),
+    }
 
 
 def _curve(rows: Any, x: str, unit: float = 1.0) -> dict[str, Any]:

@@ -227,7 +227,9 @@ class Study:
         check_spawning(executor, workers or 1 if len(described["cells"]) > 1 else 1, functions)
         with (
             compilation_cache(cache),
-            results.opened(folder, described, self._with_chunks, session(kind) | about_data(self.data), self.chunk is not None) as found,
+            results.opened(
+                folder, described, self._with_chunks, session(kind) | about_data(self.data), self.chunk is not None
+            ) as found,
         ):
             identity, types = results.key(found.description), found.description["types"]
             config = {name: found.description[name] for name in settings()}

@@ -15,7 +15,7 @@ HEALTHY = 1.0
 EXPECTED = 0.05
 """Share of numbers outside of a band that holds 19 of 20."""
 GRADIENTS = ("vanishes", "explodes", "keeps its size")
-TRAININGS = ("trains", "learns little", "does not learn")
+TRAININGS = ("trains", "learns little", "does not learn", "diverges")
 
 
 def growth(row: Mapping[str, Any], name: str = "rate") -> float | None:
@@ -39,8 +39,15 @@ def gradient(row: Mapping[str, Any]) -> str | None:
     return GRADIENTS[2] if abs(total) <= HEALTHY else GRADIENTS[0] if total < 0 else GRADIENTS[1]
 
 
-def training(accuracy: float | None, chance: float | None) -> str | None:
-    """Judge an accuracy against chance: it trains if it comes halfway from chance to 1, and learns little below a tenth."""
+def training(row: Mapping[str, Any], chance: float | None) -> str | None:
+    """Judge a network's training: one of `TRAININGS`, or None where there is no accuracy to compare with chance.
+
+    It diverges if more than half of its runs end in what is not finite; it trains if its accuracy comes halfway from chance
+    to 1, and does not learn below a tenth of that way.
+    """
+    if 2 * (row.get("diverged") or 0) > row["seeds"]:
+        return TRAININGS[3]
+    accuracy = row.get("accuracy")
     if accuracy is None or chance is None or not 0 < chance < 1:
         return None
     way = (accuracy - chance) / (1 - chance)
@@ -50,7 +57,9 @@ def training(accuracy: float | None, chance: float | None) -> str | None:
 def heading(s: Summary) -> str:
     """Say what was asked: `Gradients by depth, activation and norm`."""
     axes = [words.axis(name) for name in s.axes]
-    return f"Gradients by {words.listed(axes, 6)}" if axes else f"Gradients of {name_of(s, s.networks.row(0, named=True))}"
+    return (
+        f"Gradients by {words.listed(axes, 9)}" if axes else f"Gradients of {name_of(s, s.networks.row(0, named=True))}"
+    )
 
 
 def sentences(s: Summary, chance: float | None, last: int) -> list[str]:
@@ -64,30 +73,27 @@ def _gradients(s: Summary, rows: Sequence[dict[str, Any]]) -> str:
     kinds = [gradient(row) for row in rows]
     if not any(kinds):
         return "The error signal |dL/dh| was not recorded, or not in two layers, so nothing is said of its growth."
-    parts = [
-        f"{kind} in {_which(s, rows, [k == kind for k in kinds])}" for kind in GRADIENTS if kind in kinds
-    ]
+    parts = _counted(s, rows, kinds, [(kind, f"{kind} in {{}}", f"{kind} in {{}}") for kind in GRADIENTS])
     unknown = kinds.count(None)
     more = f" Of {words.count(unknown, 'network')} it is not known." if unknown else ""
     return (
-        f"At initialisation the error signal |dL/dh|, from the last hidden layer to the first, {_semicolons(parts)}. "
-        f"(It vanishes or explodes where the median changes more than tenfold.){more}"
+        f"At initialisation the error signal |dL/dh|, from the last hidden layer to the first, {parts}. (It vanishes or "
+        f"explodes where its median changes more than tenfold.){more}"
     )
 
 
 def _trainings(s: Summary, rows: Sequence[dict[str, Any]], chance: float | None, last: int) -> str:
     after = f"After {words.count(last, 'step')}"
-    kinds = [training(row.get("accuracy"), chance) for row in rows]
+    kinds = [training(row, chance) for row in rows]
     said = ""
     if chance is not None and any(kinds):
-        half = (1 + chance) / 2
-        verbs = {
-            "trains": f"a median held-out accuracy of {half:.2f}, halfway from chance ({chance:.2f}) to 1, is reached by",
-            "learns little": "less, but more than a tenth of that way from chance to 1, by",
-            "does not learn": "no more than a tenth of that way by",
-        }
-        parts = [f"{verbs[k]} {_which(s, rows, [kind == k for kind in kinds])}" for k in TRAININGS if k in kinds]
-        said = f"{after} {_semicolons(parts)}."
+        verbs = [("trains", "{} train", "{} trains"), ("learns little", "{} learn little", "{} learns little")]
+        verbs += [("does not learn", "{} do not learn", "{} does not learn"), ("diverges", "{} diverge", "{} diverges")]
+        half, tenth = (chance + share * (1 - chance) for share in (0.5, 0.1))
+        said = (
+            f"{after} {_counted(s, rows, kinds, verbs)}. (It trains: its median held-out accuracy is at least {half:.2f}, "
+            f"halfway from chance, {chance:.2f}, to 1. It does not learn: less than {tenth:.2f}, a tenth of the way.)"
+        )
     return " ".join(filter(None, [said, diverged(s)]))
 
 
@@ -109,12 +115,10 @@ def outside(s: Summary) -> str:
         return ""
     off = sorted((row for row in rows if row["outside"] > EXPECTED), key=lambda row: -row["outside"])
     if not off:
-        return (
-            f"No network with a theory ({len(rows)} of {s.networks.height}) is outside of its band more often than the "
-            "expected 5 %."
-        )
+        has = "the only network" if s.networks.height == 1 else f"{len(rows)} of {s.networks.height} networks"
+        return f"Theory has a band for {has}; none lies outside of it more often than the expected 5%."
     names = words.listed([f"{name_of(s, row)} ({row['outside']:.0%})" for row in off])
-    return f"Outside of theory's band more often than the expected 5 %: {names}."
+    return f"Outside of theory's band more often than the expected 5%: {names}."
 
 
 def name_of(s: Summary, row: Mapping[str, Any], axes: Iterable[str] | None = None) -> str:
@@ -135,13 +139,32 @@ def label(name: str, value: Any) -> str:
     return f"{words.axis(name)} {words.value(value)}"
 
 
-def _which(s: Summary, rows: Sequence[dict[str, Any]], chosen: Sequence[bool]) -> str:
-    """Name some networks, those that differ in depth alone together: `2 of 8 networks (relu, no norm, depth 4 and 32)`."""
-    some = [row for row, yes in zip(rows, chosen, strict=True) if yes]
-    if len(rows) == 1:
-        return "the only network"
-    if len(some) == len(rows):
-        return f"all {len(rows)} networks"
+def _counted(
+    s: Summary, rows: Sequence[dict[str, Any]], kinds: Sequence[str | None], phrases: Sequence[tuple[str, str, str]]
+) -> str:
+    """Count networks of each kind, and name them: `vanishes in 1 of 8 networks (relu, depth 32); explodes in 2 (...)`.
+
+    `phrases` are (kind, in the plural, in the singular). The last kind is only counted if it has more than three networks.
+    """
+    there = [phrase for phrase in phrases if phrase[0] in kinds]
+    parts = []
+    for i, (kind, plural, singular) in enumerate(there):
+        some = [row for row, k in zip(rows, kinds, strict=True) if k == kind]
+        n, total = len(some), len(rows)
+        if n == total:
+            number = "the only network" if n == 1 else "both networks" if n == 2 else f"all {n} networks"
+            return (singular if n == 1 else plural).format(number)
+        number = f"{n} of {total} networks" if i == 0 else f"{n}"
+        if i == len(there) - 1 and i > 0 and None not in kinds and n > 3:
+            number, names = f"the other {n}", ""
+        else:
+            names = f" ({_names(s, some)})"
+        parts.append((singular if n == 1 else plural).format(number) + names)
+    return "; ".join(parts)
+
+
+def _names(s: Summary, some: Sequence[dict[str, Any]]) -> str:
+    """Name some networks, those that differ in depth alone together: `relu, no norm, depth 4 and 32; tanh, depth 4`."""
     groups: dict[str, list[str]] = {}
     rest = [name for name in s.axes if name != "depth"]
     for row in some:
@@ -151,11 +174,4 @@ def _which(s: Summary, rows: Sequence[dict[str, Any]], chosen: Sequence[bool]) -
         ", ".join(filter(None, [key, f"depth {words.listed(depths, 9)}" if depths else ""]))
         for key, depths in groups.items()
     ]
-    if len(names) > 5:
-        names = [*names[:4], f"{len(names) - 4} more kinds"]
-    return f"{len(some)} of {len(rows)} networks ({'; '.join(names)})"
-
-
-def _semicolons(parts: Sequence[str]) -> str:
-    return "; ".join(parts)
-
+    return "; ".join(names if len(names) <= 5 else [*names[:4], f"and {len(names) - 4} more kinds"])

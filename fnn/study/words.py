@@ -34,7 +34,7 @@ _KNOWN = {
     "second_moment": Quantity("mean square", "mean square of the units", False),
     "mean": Quantity("mean", "mean of the units", False),
     "dead": Quantity("share of units", "units that are zero for the whole batch, as a share", False),
-    "saturated": Quantity("share of values", "values within 1 % of a bound of the activation, as a share", False),
+    "saturated": Quantity("share of values", "values within 1% of a bound of the activation, as a share", False),
     "peak": Quantity("largest value", "largest absolute value", False),
     "update_ratio": Quantity("|ΔW| / |W|", "next update over the weights, |ΔW| / |W|", False),
     "cosine": Quantity("cosine", "cosine between the gradient and that of the recorded step before", False),
