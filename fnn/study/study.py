@@ -226,6 +226,7 @@ class Study:
         functions = {"build": self.build, "loss": self.loss} | {f"measure {n}": f for n, f in self.measure.items()}
         check_spawning(executor, workers or 1 if len(described["cells"]) > 1 else 1, functions)
         with (
+            Progress("cell", len(described["cells"]), progress, first="compiling") as bar,
             compilation_cache(cache),
             results.opened(
                 folder, described, self._with_chunks, session(kind) | about_data(self.data), self.chunk is not None
@@ -243,10 +244,10 @@ class Study:
 
             own = executor is None and workers is not None and workers > 1 and len(left) > 1
             with (
-                Progress("cell", len(found.description["cells"]), progress, len(finished)) as bar,
                 pool(min(workers or 1, len(left))) if own else nullcontext(executor) as used,
                 self._sent(folder, used if left else None) as sent,
             ):
+                bar.resume(len(finished))
                 if finished:
                     bar.say(f"{len(finished)} of {bar.total} cells are there already")
                 cells = {number: _cell(found.description["cells"][number]) for number in left}
