@@ -49,8 +49,7 @@ def run(options: Compare) -> int:
     table = Table(
         title=Text(printable(f"the largest differences b - a of each quantity: a is {options.a}, b is {options.b}"))
     )
-    table.add_column(Text("quantity, unit"))
-    for name in (*shown, "a [10%, 90%]", "b [10%, 90%]", "b - a"):
+    for name in ("quantity", "unit", *shown, "a [10%, 90%]", "b [10%, 90%]", "b - a"):
         table.add_column(Text(words.axis(name)))
     each = max(1, options.rows // len(ranked))
     for quantity, _, _ in ranked[: options.rows]:
@@ -60,9 +59,10 @@ def run(options: Compare) -> int:
                 "{:.4g} [{:.4g}, {:.4g}]".format(*(row[n + end] / told.unit for end in ("", "_low", "_high")))
                 for n in ("a", "b")
             ]
-            name = f"{quantity}, {told.axis}" if i == 0 else ""
-            cells = (name, *(words.value(row[n]) for n in shown), *bands, f"{row['difference'] / told.unit:+.4g}")
+            name, unit = quantity if i == 0 else "", "log10" if told.log else ""
+            cells = (name, unit, *(words.value(row[n]) for n in shown), *bands, f"{row['difference'] / told.unit:+.4g}")
             table.add_row(*(Text(printable(word)) for word in cells), end_section=i + 1 == each)
     console().print(table)
-    print("differences of one quantity are compared with each other, in its own unit")
+    if any(words.quantity(quantity).unit != 1 for quantity, _, _ in ranked):
+        print("logs are decimal here, natural in the columns of the table that begin with log_")
     return 0

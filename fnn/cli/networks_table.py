@@ -1,6 +1,6 @@
 """The table that `fnn study` prints: a row for each network, as many columns as the terminal is wide."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from fnn.cli.terminal import console, printable
@@ -18,7 +18,7 @@ class Column(NamedTuple):
     text: Callable[[dict[str, Any]], str]
 
 
-def print_networks(s: Summary, chance: float | None) -> None:
+def print_networks(s: Summary, chance: float | None, trained: bool) -> None:
     """Print one row for each network: its axes, and the growth of log10 |dL/dh| per layer towards the input.
 
     Where the terminal is too narrow, whole columns are left out and named below; no number is cut.
@@ -29,28 +29,24 @@ def print_networks(s: Summary, chance: float | None) -> None:
     rows = [s.fixed | row for row in s.networks.head(MOST_ROWS).iter_rows(named=True)]
     names = s.shown()
     left = [[words.value(row[name]) for row in rows] for name in names]
-    columns = [column for column in _columns(chance) if any(column.text(row) for row in rows)]
+    columns = [column for column in _columns(chance, trained) if any(column.text(row) for row in rows)]
     screen = console()
-    room = (
-        screen.width
-        - sum(max(map(len, [*c, *words.axis(n).split()])) + 3 for n, c in zip(names, left, strict=True))
-        - 1
-    )
+    room = screen.width - 1 - sum(_width(words.axis(n), c) for n, c in zip(names, left, strict=True))
     kept = []
     for column in sorted(columns, key=lambda c: ORDER.index(c.title)):
-        wide = max(len(text) for text in (*column.title.split(), *map(column.text, rows))) + 3
+        wide = _width(column.title, map(column.text, rows))
         if wide <= room:
             kept.append(column.title)
             room -= wide
     table = Table(title="log10 |dL/dh| at initialisation, medians over seeds", header_style="bold")
     for name, texts in zip(names, left, strict=True):
         numeric = all(text[:1] in "-0123456789" for text in texts)
-        table.add_column(Text(printable(words.axis(name))), justify="right" if numeric else "left")
+        table.add_column(Text(printable(words.axis(name)).replace(" ", "\n")), justify="right" if numeric else "left")
     shown = [column for column in columns if column.title in kept]
     for column in shown:
-        table.add_column(column.title, justify="right", no_wrap=False)
+        table.add_column(column.title.replace(" ", "\n"), justify="right", no_wrap=True)
     for i, row in enumerate(rows):
-        texts = [*(Text(printable(texts[i])) for texts in left), *(Text(c.text(row), no_wrap=True) for c in shown)]
+        texts = [*(Text(printable(texts[i])) for texts in left), *(Text(c.text(row)) for c in shown)]
         table.add_row(*texts)
     screen.print(table)
     missing = [column.title for column in columns if column.title not in kept]
@@ -62,21 +58,17 @@ def print_networks(s: Summary, chance: float | None) -> None:
 
 
 ORDER = (
-    "growth",
-    "gradient",
-    "theory",
-    "outside",
-    "training",
-    "accuracy",
-    "band",
-    "not finite",
-    "at layer 1",
-    "at last",
+    *("growth", "gradient", "theory", "outside", "training", "accuracy", "band", "not finite", "at layer 1", "at last"),
 )
 """Columns from the most to the least important."""
 
 
-def _columns(chance: float | None) -> list[Column]:
+def _width(title: str, texts: Iterable[str]) -> int:
+    """Give the width of a column whose title stands one word a line, with its border."""
+    return max(map(len, (*title.split(), *texts))) + 3
+
+
+def _columns(chance: float | None, trained: bool) -> list[Column]:
     def number(name: str, digits: int = 4) -> Callable[[dict[str, Any]], str]:
         return lambda row: _number(verdict.growth(row, name), digits)
 
@@ -95,8 +87,8 @@ def _columns(chance: float | None) -> list[Column]:
         Column("outside", lambda row: "" if row["outside"] is None else f"{row['outside']:.0%}"),
         Column("at layer 1", end("first")),
         Column("at last", end("last")),
-        Column("accuracy", lambda row: "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"),
-        Column("training", lambda row: verdict.training(row, chance) or ""),
+        Column("accuracy", lambda row: f"{row['accuracy']:.3f}" if trained and row["accuracy"] is not None else ""),
+        Column("training", lambda row: (trained and verdict.training(row, chance)) or ""),
         Column("not finite", lambda row: f"{row['diverged']} of {row['seeds']}" if row.get("diverged") else ""),
     ]
 

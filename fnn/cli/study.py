@@ -123,7 +123,11 @@ class Study:
         return "\n".join(lines)
 
 
-AXES = tuple(f.name for part in (Networks, Training) for f in fields(part))
+AXES = (
+    *("activation", "norm", "depth", "width", "residual", "init", "batch_size", "optimizer", "clip"),
+    *("sigma_w", "sigma_b", "learning_rate", "clip_threshold"),
+)
+"""In the order in which they are combined."""
 
 
 def run(options: Study) -> int:
@@ -193,7 +197,7 @@ def _drawn(folder: Path, table: Any, chance: float | None, last: int) -> str:
     drawn = figures.gradient(summary)
     if drawn is None:  # log_error is not among the quantities
         return ""
-    print_networks(summary, chance if last else None)
+    print_networks(summary, chance, last > 0)
     for sentence in verdict.sentences(summary, chance, last):
         print(printable(sentence))
     return ", figure study.png" if _kept(lambda: files.save_figure(drawn, folder / "study.png", 110, "study")) else ""

@@ -202,6 +202,7 @@ def contents(s: Summary, chance: float | None = None) -> dict[str, Any]:
 
 def _networks(s: Summary, axes: list[dict[str, Any]], chance: float | None) -> list[dict[str, Any]]:
     critical, found = summary.critical_lines(s), []
+    trained = bool((s.runs["step"].max() or 0) > 0)
     for row in s.networks.iter_rows(named=True):
         whole = s.fixed | row
         plain = whole.get("norm", "none") == "none" and not whole.get("residual")
@@ -213,12 +214,12 @@ def _networks(s: Summary, axes: list[dict[str, Any]], chance: float | None) -> l
                 "gradient": verdict.gradient(row),
                 "change": _number(verdict.change(row)),
                 **{
-                    f"growth{end}": _number(verdict.growth(row, f"rate{end}"))
+                    f"growth{end}": _number(verdict.growth(row, f"rate{end}"), digits=9)
                     for end in ("", "_low", "_high", "_predicted")
                 },
-                "outside": _number(row["outside"]),
-                "accuracy": _number(row["accuracy"]),
-                "training": verdict.training(row, chance),
+                "outside": _number(row["outside"], digits=9),
+                "accuracy": _number(row["accuracy"], digits=9),
+                "training": verdict.training(row, chance) if trained else None,
                 "diverged": row["diverged"],
                 "critical": _number(critical.get(summary.line_of(whole))) if plain else None,
             }
@@ -260,7 +261,7 @@ def _curve(rows: Any, x: str, unit: float = 1.0) -> dict[str, Any]:
     return curve
 
 
-def _number(value: Any, unit: float = 1.0) -> float | int | None:
+def _number(value: Any, unit: float = 1.0, digits: int = 4) -> float | int | None:
     if value is None or not math.isfinite(value):
         return None
-    return int(value) if isinstance(value, int | bool) else float(f"{value / unit:.4g}")
+    return int(value) if isinstance(value, int | bool) else float(f"{value / unit:.{digits}g}")
