@@ -6,9 +6,9 @@ from typing import Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from typing_extensions import Doc
 
 from fnn import check, losses, models, parts
+from fnn.cli.terminal import told
 from fnn.core import Layer
 from fnn.datasets import data, synthetic
 from fnn.datasets.dataset import Dataset, Parts
@@ -16,8 +16,8 @@ from fnn.layers import activations, memory
 
 ACTIVATIONS = ", ".join(name for name, phi in activations.TABLE.items() if phi.elementwise)
 NORMS = ", ".join(parts.NORMS)
-Activation = Annotated[str, Doc(ACTIVATIONS)]
-Norm = Annotated[str, Doc(f"none, {NORMS}")]
+Activation = Annotated[str, told(ACTIVATIONS)]
+Norm = Annotated[str, told(f"none, {NORMS}")]
 """Options whose help lists what there is."""
 
 
@@ -94,7 +94,7 @@ class Resnet(Model):
     width: int = 16
     """channels of the first stage"""
     activation: Activation = "relu"
-    norm: Annotated[str, Doc(f"{NORMS}; with none, each branch starts at zero (SkipInit)")] = "batch_norm"
+    norm: Annotated[str, told(f"{NORMS}; with none, each branch starts at zero (SkipInit)")] = "batch_norm"
     init: str = "he_normal"
     """initial weights: he_normal, glorot_uniform, "normal(0.01)", "scaled(1.5)", delta_orthogonal, ..."""
 
@@ -139,7 +139,7 @@ class Transformer(Model):
     heads: int = 4
     """attention heads of each block; they must divide the width"""
     activation: Activation = "relu"
-    norm: Annotated[str, Doc(NORMS)] = "layer_norm"
+    norm: Annotated[str, told(NORMS)] = "layer_norm"
     norm_position: str = "pre"
     """pre: norm before attention and feed-forward net; post: after their sums"""
     encoder: int = 0

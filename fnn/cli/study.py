@@ -9,12 +9,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from typing_extensions import Doc
-
 from fnn import check
 from fnn.cli.networks_table import print_networks
 from fnn.cli.recipes import Activation, Norm
-from fnn.cli.terminal import plain_warnings, printable
+from fnn.cli.terminal import plain_warnings, printable, told
 from fnn.study import program
 
 LATEST = "studies/latest"
@@ -48,10 +46,10 @@ class Training:
 
     batch_size: str = "32"
     """examples in a training step, and in the batch on which gradients are measured"""
-    optimizer: Annotated[str, Doc(", ".join(program.OPTIMIZERS))] = "adam"
+    optimizer: Annotated[str, told(", ".join(program.OPTIMIZERS))] = "adam"
     learning_rate: str = "0.001"
     """learning rate of the optimizer"""
-    clip: Annotated[str, Doc(f"how gradients are clipped: none, {', '.join(program.CLIPS)}")] = "global_norm"
+    clip: Annotated[str, told(f"how gradients are clipped: none, {', '.join(program.CLIPS)}")] = "global_norm"
     clip_threshold: str = "1.0"
     """threshold of the clipping"""
 

@@ -133,7 +133,7 @@ def page(s: Summary, told: Story) -> str:
     template, program = (resources.files("fnn.study").joinpath(f"page.{end}").read_text() for end in ("html", "js"))
 
     def safe(text: str) -> str:
-        return html.escape(text, quote=True)
+        return html.escape(text, quote=False)
 
     links = "".join(
         f"<li>{name}: " + ", ".join(f'<a href="{name}{end}">{end[1:].upper()}</a>' for end in FORMATS) + "</li>"

@@ -219,18 +219,15 @@ class Study:
             check_executor(executor)
         if workers is not None:
             check.positive("study", workers=workers)
-        kind = (
-            type(executor).__name__ if executor is not None else f"{workers} processes" if (workers or 1) > 1 else None
-        )
+        kind = f"{workers} processes" if (workers or 1) > 1 else None
+        note = session(kind if executor is None else type(executor).__name__) | about_data(self.data)
         described = self.describe()
         functions = {"build": self.build, "loss": self.loss} | {f"measure {n}": f for n, f in self.measure.items()}
         check_spawning(executor, workers or 1 if len(described["cells"]) > 1 else 1, functions)
         with (
             Progress("cell", len(described["cells"]), progress, first="compiling") as bar,
             compilation_cache(cache),
-            results.opened(
-                folder, described, self._with_chunks, session(kind) | about_data(self.data), self.chunk is not None
-            ) as found,
+            results.opened(folder, described, self._with_chunks, note, self.chunk is not None) as found,
         ):
             identity, types = results.key(found.description), found.description["types"]
             config = {name: found.description[name] for name in settings()}
