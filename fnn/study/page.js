@@ -16,7 +16,7 @@ const slot = n => { if (!slots.has(n)) slots.set(n, slots.size); return slots.ge
 const colour = n => D.colours[slot(n) % D.colours.length];
 const dash = n => ["solid", "dot", "dashdot", "longdashdot"][Math.floor(slot(n) / D.colours.length) % 4];
 const MARKS = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"], SIGNS = "●■▲◆▼✚✖";
-const mark = n => MARKS[(slot(n) + Math.floor(slot(n) / D.colours.length)) % MARKS.length];
+const mark = n => MARKS[slot(n) % MARKS.length];  // six colours, seven markers: 42 looks
 const members = here => [...shown].sort((a, b) => a - b).filter(n => here[n]);
 const seedsOf = ns => { const s = ns.map(n => D.networks[n].seeds), a = Math.min(...s), b = Math.max(...s); return a === b ? plural(a, "seed") : `${a} to ${b} seeds`; };
 

@@ -144,22 +144,22 @@ def _counted(
 ) -> str:
     """Count networks of each kind, and name them: `vanishes in 1 of 8 networks (relu, depth 32); explodes in 2 (...)`.
 
-    `phrases` are (kind, in the plural, in the singular). The last kind is only counted if it has more than three networks.
+    `phrases` are (kind, in the plural, in the singular). The largest kind has no names where all others have.
     """
     there = [phrase for phrase in phrases if phrase[0] in kinds]
+    largest = max(there, key=lambda phrase: kinds.count(phrase[0]))[0]
     parts = []
     for i, (kind, plural, singular) in enumerate(there):
         some = [row for row, k in zip(rows, kinds, strict=True) if k == kind]
         n, total = len(some), len(rows)
+        phrase = singular if n == 1 else plural
         if n == total:
-            number = "the only network" if n == 1 else "both networks" if n == 2 else f"all {n} networks"
-            return (singular if n == 1 else plural).format(number)
+            return phrase.format("the only network" if n == 1 else "both networks" if n == 2 else f"all {n} networks")
         number = f"{n} of {total} networks" if i == 0 else f"{n}"
-        if i == len(there) - 1 and i > 0 and None not in kinds and n > 3:
-            number, names = f"the other {n}", ""
-        else:
-            names = f" ({_names(s, some)})"
-        parts.append((singular if n == 1 else plural).format(number) + names)
+        unnamed = kind == largest and n > 3 and None not in kinds
+        if unnamed and i == len(there) - 1:
+            number = f"the other {n}"
+        parts.append(phrase.format(number) + ("" if unnamed else f" ({_names(s, some)})"))
     return "; ".join(parts)
 
 
