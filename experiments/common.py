@@ -266,7 +266,7 @@ def chance(axis: Any, value: float) -> None:
 
 def caption(figure: Any, text: str, share: Sequence[Any] = ()) -> None:
     """Say at the top what lines and bands are; give the panels in `share` one vertical scale."""
-    if share:
+    if len(share):
         limits = [axis.get_ylim() for axis in share]
         for axis in share:
             axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
@@ -301,6 +301,7 @@ def _theory_last(axis: Any) -> tuple[list[Any], list[str]]:
 
 def save(figure: Any, path: Path) -> None:
     """Write a PNG; ValueError if it is larger than 300 kB."""
+    figure.draw_without_rendering()  # the layout knows the widths of tick labels only once they are drawn
     figure.savefig(path, dpi=120)
     if path.stat().st_size > LIMIT:
         raise ValueError(f"figure {path.name} must be under {LIMIT // 1000} kB, got {path.stat().st_size // 1000} kB")

@@ -109,15 +109,24 @@ class Study:
         return {f.name: getattr(p, f.name) for p in parts for f in fields(p) if getattr(p, f.name) != f.default}
 
     def command(self) -> str:
-        """Write the command that measures the same again; a file of the grid is quoted below it."""
+        """Write the command that measures the same again, defaults written out; a file of the grid is quoted below it."""
+        from fnn.study import study
+
+        file, given = self.measured.file, self.given()
+        if not file:
+            axes = (
+                vars(self.networks) | vars(self.training) | {"seeds": self.measured.seeds, "data": self.measured.data}
+            )
+            recorded = {} if {"epochs", "steps"} & set(given) else {"epochs": study.Study.epochs}
+            given = axes | recorded | given
         words = [
             f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
-            for name, value in self.given().items()
+            for name, value in given.items()
             if name not in PLACES
         ]
         lines = [" ".join(["fnn study", *words])]
-        if self.measured.file:
-            lines += [f"# {self.measured.file}:", *Path(self.measured.file).read_text(errors="replace").splitlines()]
+        if file:
+            lines += [f"# {file}:", *Path(file).read_text(errors="replace").splitlines()]
         return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fnn.plot import COLOURS, MARKERS
+from fnn.plot import COLOURS, MARKERS, log_scale
 from fnn.plot import words as shown
 from fnn.study import summary, verdict, words
 from fnn.study.summary import ERROR, ERROR10, Summary
@@ -157,7 +157,7 @@ def accuracy(s: Summary, chance: float | None = None) -> Any:
 def _lines(s: Summary, part: Any, x: str, labels: tuple[str, str], when: str = "", *, logarithmic: bool = False) -> Any:
     """Draw every network of a table against its column `x`, in panels that share one legend."""
     import polars as pl
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     by, panels = _panels(s, part["network"].unique().to_list())
     rest = [name for name in s.axes if name != by]
@@ -175,12 +175,7 @@ def _lines(s: Summary, part: Any, x: str, labels: tuple[str, str], when: str = "
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=2))
         # A user's own loss may be nowhere above 0.
         if logarithmic and part.filter((pl.col("middle") > 0) & pl.col("middle").is_finite()).height:
-            axis.set_yscale("log")
-            if (low := axis.get_ylim())[1] < 30 * low[0]:  # less than a decade and a half: plain numbers
-                axis.yaxis.set_major_locator(MaxNLocator(5))
-                axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-                axis.yaxis.set_minor_locator(MaxNLocator(1))
-                axis.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+            log_scale(axis)
     handles = _one_of_each(axes)
     if theory:
         from matplotlib.lines import Line2D

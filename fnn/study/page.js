@@ -3,9 +3,9 @@ const $ = id => document.getElementById(id);
 // Plotly reads names as HTML, so they are escaped.
 const plain = text => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 const MOST = 12, shown = new Set(), picked = new Map(), chosen = [], slots = new Map(), EVERY = {};
-let D, N, most = MOST, light = false;
-const dark = () => !light && matchMedia("(prefers-color-scheme: dark)").matches && !matchMedia("print").matches;
-const narrow = () => innerWidth < 700;
+let D, N, most = MOST, light = false, paper = false;
+const dark = () => !light && !paper && matchMedia("(prefers-color-scheme: dark)").matches;
+const PAPER = 680, room = () => paper ? PAPER : innerWidth, narrow = () => room() < 700;
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 const list = (words, most = 5) => { const w = words.length > most ? [...words.slice(0, most - 1), `${words.length - most + 1} more`] : words;
   return w.length < 2 ? w.join("") : w.slice(0, -1).join(", ") + " and " + w[w.length - 1]; };
@@ -41,9 +41,10 @@ function decades(low, top) {
 function put(id, data, lay, height) {
   // Room for the legend below: a line for each entry at most.
   const named = data.filter(t => t.showlegend !== false && t.name).length;
-  const below = lay.legend.orientation === "h" ? 24 * Math.ceil(named / Math.max(1, Math.floor(innerWidth / 340))) : 0;
+  const below = lay.legend.orientation === "h" ? 24 * Math.ceil(named / Math.max(1, Math.floor(room() / 340))) : 0;
   lay.height = (height || 420) + below;
   if (below) { lay.margin.b += below + 20; lay.legend.y = -78 / (lay.height - lay.margin.b); }
+  if (paper) lay.width = PAPER;
   if (light) return [data, lay];
   $(id).style.height = lay.height + "px";
   Plotly.react(id, data, lay, OPTIONS);
@@ -264,6 +265,7 @@ function start() {
   };
   makeTable(); reset(); draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  for (const [event, printing] of [["beforeprint", true], ["afterprint", false]]) addEventListener(event, () => { paper = printing; draw(); });
   let wide = narrow();
   addEventListener("resize", () => { if (narrow() !== wide) { wide = narrow(); draw(); } });
   document.body.dataset.ready = "yes";
