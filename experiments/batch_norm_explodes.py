@@ -47,6 +47,7 @@ def run(options: common.Options) -> common.Result:
     common.measured(axes[0, 1], layers, (error - error[:, -1:]) / math.log(10), 2, "eval, sigma_w = 1")
     common.finish(axes[0, 0], "train mode", "layer (1 is next to the input)", "log10 |dL/dh|, last layer 0")
     common.finish(axes[0, 1], "relu, batch 32", "layer (1 is next to the input)", "")
+    common.caption(figure, f"{common.median_of(seeds)}; of batch 8, {4 * seeds} seeds", axes[0])
     remarks = [
         f"Factor of |dL/dh|² for one layer towards the input, from the mean log norm: width {width}, {depth} layers, "
         f"{seeds} seeds (four times as many for a batch of 8), without the first 3 layers and the last.",

@@ -28,7 +28,7 @@ CLIPS = {
 def run(options: common.Options) -> common.Result:
     depth, seeds, steps = options.pick((7, 8, 400), (7, 2, 120))
     train, test = fnn.data.digits(key=jax.random.key(0))
-    figure, axes = common.panels(2, size=(4.0, 3.0))
+    figure, axes = common.panels(2, size=(4.0, 3.5))
     checks = []
     clips = options.pick(list(CLIPS.items()), list(CLIPS.items())[:2])
     for i, (name, clip) in enumerate(clips):
@@ -36,9 +36,7 @@ def run(options: common.Options) -> common.Result:
         diverged = ~np.isfinite(loss[:, -1]) | (loss[:, -50:].mean(axis=1) > math.log(10))
         shown = np.where(np.isfinite(loss), loss, 1e4)
         smooth = np.stack([np.convolve(run, np.ones(10) / 10, "valid") for run in np.minimum(shown, 1e4)])
-        common.measured(
-            axes[0, 0], np.arange(smooth.shape[1]) + 5, smooth, i, name if i else "none (NaN, drawn as 10^4)"
-        )
+        common.measured(axes[0, 0], np.arange(smooth.shape[1]) + 5, smooth, i, name if i else "none: diverges (at 10⁴)")
         if name == "none":
             checks.append(common.close("seeds that diverge, no clipping", 1.0, float(diverged.mean()), 0.0))
             checks.append(common.at_most("best test accuracy, no clipping", 0.3, float(accuracy.max())))
@@ -47,10 +45,12 @@ def run(options: common.Options) -> common.Result:
         checks.append(common.at_least(f"worst test accuracy, {name}", options.pick(0.9, 0.6), float(accuracy.min())))
         if name == "global norm 1":
             checks.append(common.at_most("largest norm after clipping, global norm 1", 1.0 + 1e-5, float(after.max())))
-            common.measured(axes[0, 1], np.arange(steps), np.maximum(norm, 1e-6), i, "before")
-            common.measured(axes[0, 1], np.arange(steps), np.maximum(after, 1e-6), 3, "after")
-    common.finish(axes[0, 0], "loss", "step", "cross entropy / nats", log_y=True)
-    common.finish(axes[0, 1], "norm of the gradient, global norm 1", "step", "", log_y=True)
+            common.measured(axes[0, 1], np.arange(steps), np.maximum(norm, 1e-6), 5, "before")
+            common.measured(axes[0, 1], np.arange(steps), np.maximum(after, 1e-6), 6, "after")
+    common.chance(axes[0, 0], math.log(10))
+    common.finish(axes[0, 0], "loss, mean of 10 steps", "step", "cross entropy / nats", log_y=True)
+    common.finish(axes[0, 1], "clipped to a global norm of 1", "step", "norm of the gradient", log_y=True)
+    common.caption(figure, common.median_of(seeds))
     remarks = [
         f"Residual ReLU net of {depth} hidden layers of width 64, He's initialisation, gradient descent at rate {RATE}, batches "
         f"of 64 digits, {steps} steps, {seeds} seeds. Diverged: the loss is not finite at the end, or above ln 10.",

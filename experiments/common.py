@@ -234,7 +234,7 @@ def rate(log_squares: np.ndarray, skip: int = 3) -> float:
 # Figures --------------------------------------------------------------------------------------------------------------
 
 
-def panels(columns: int = 1, rows: int = 1, *, size: tuple[float, float] = (3.6, 2.8)) -> tuple[Any, np.ndarray]:
+def panels(columns: int = 1, rows: int = 1, *, size: tuple[float, float] = (3.6, 3.3)) -> tuple[Any, np.ndarray]:
     """Make a figure of rows × columns axes, without pyplot's global state; axes: object[rows, columns]."""
     from matplotlib.figure import Figure
 
@@ -253,13 +253,33 @@ def measured(axis: Any, x: Any, runs: Any, i: int, label: str) -> None:
     axis.plot(x, middle, markersize=3.5, linewidth=1.2, markevery=max(1, len(x) // 8), label=label, **style)
 
 
-def predicted(axis: Any, x: Any, y: Any, label: str | None = None) -> None:
-    """Draw a predicted curve: dashed, black."""
-    axis.plot(x, y, "k--", linewidth=0.9, label=label)
+def predicted(axis: Any, x: Any, y: Any, label: str = "predicted") -> None:
+    """Draw a predicted curve: dashed, black, and named once in each panel."""
+    named = label in axis.get_legend_handles_labels()[1]
+    axis.plot(x, y, "k--", linewidth=0.9, label=None if named else label)
+
+
+def chance(axis: Any, value: float) -> None:
+    """Draw what guessing reaches: dotted, grey."""
+    axis.axhline(value, color="0.3", linestyle=":", linewidth=1.1, label=f"chance ({value:.3g})")
+
+
+def caption(figure: Any, text: str, share: Sequence[Any] = ()) -> None:
+    """Say at the top what lines and bands are; give the panels in `share` one vertical scale."""
+    if len(share):
+        limits = [axis.get_ylim() for axis in share]
+        for axis in share:
+            axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    figure.suptitle(text, fontsize=8, color="0.25")
+
+
+def median_of(seeds: int) -> str:
+    """Name what `measured` draws."""
+    return f"median of {seeds} seeds, shaded from 10th to 90th percentile"
 
 
 def finish(axis: Any, title: str, x: str, y: str, *, log_x: bool = False, log_y: bool = False) -> None:
-    """Label an axis, set its scales, and show the legend where there is one."""
+    """Label an axis, set its scales, and show the legend, where there is one, below it: off the data."""
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
@@ -267,12 +287,21 @@ def finish(axis: Any, title: str, x: str, y: str, *, log_x: bool = False, log_y:
         axis.set_xscale("log")
     if log_y:
         axis.set_yscale("log")
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=8)
+    if labels := axis.get_legend_handles_labels()[1]:
+        columns = 1 if max(map(len, labels)) > 24 else 2
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.24), "ncols": columns}
+        axis.legend(*_theory_last(axis), frameon=False, fontsize=7.5, **below)
+
+
+def _theory_last(axis: Any) -> tuple[list[Any], list[str]]:
+    handles, labels = axis.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: getattr(handles[i], "get_linestyle", lambda: "-")() != "-")
+    return [handles[i] for i in order], [labels[i] for i in order]
 
 
 def save(figure: Any, path: Path) -> None:
     """Write a PNG; ValueError if it is larger than 300 kB."""
+    figure.draw_without_rendering()  # the layout knows the widths of tick labels only once they are drawn
     figure.savefig(path, dpi=120)
     if path.stat().st_size > LIMIT:
         raise ValueError(f"figure {path.name} must be under {LIMIT // 1000} kB, got {path.stat().st_size // 1000} kB")

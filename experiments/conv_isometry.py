@@ -46,7 +46,7 @@ def run(options: common.Options) -> common.Result:
             # Seeds and channels are few: the mean of the log scatters around half the log of the mean factor.
             rate = np.log(1 / 3) / 2
             checks.append(common.close(f"{label}, linear: change of log |dL/dh| a layer", rate, slope, 0.02))
-        common.measured(axes[0, 0], np.arange(logs.shape[1]), logs, i, label)
+        common.measured(axes[0, 0], np.arange(logs.shape[1]), logs / np.log(10), i, label)
         curves = np.array([train(network(depth, kernel_init, "tanh"), epochs, seed) for seed in range(seeds)])
         reached[label] = curves[:, -1].mean()
         common.measured(axes[0, 1], np.arange(1, epochs + 1), curves, i, label)
@@ -57,9 +57,11 @@ def run(options: common.Options) -> common.Result:
     if not options.tiny:
         ahead = first - reached["N(0, 1/fan_in)"]
         checks.append(common.at_least(f"delta-orthogonal ahead of N(0, 1/fan_in): {after}", 0.05, ahead))
-    common.finish(axes[0, 0], f"linear, {depth} layers", "layer", "log |dL/dh|, last 0")
+    common.chance(axes[0, 1], 0.1)
+    axes[0, 1].set_ylim(0, 1)
+    common.finish(axes[0, 0], f"linear, {depth} layers", "layer", "log10 |dL/dh|, last layer 0")
     common.finish(axes[0, 1], f"tanh, {depth} layers", "epoch", "test accuracy")
-    axes[0, 1].get_legend().remove()  # the same lines as on the left; here there is no room for it
+    common.caption(figure, common.median_of(seeds))
     remarks = [
         f"Digits, stratified split, {CHANNELS} channels at 4×4 positions, {seeds} seeds; Adam, one rate for all.",
     ]

@@ -20,8 +20,9 @@ VARIANCES = (1.0, 1.76095464, 2.5, 4.0)  # of the weights: ordered, critical, ch
 
 
 def run(options: common.Options) -> common.Result:
-    figure, axes = common.panels(2, size=(4.2, 3.2))
+    figure, axes = common.panels(2, size=(4.2, 3.6))
     checks = slopes(options, axes[0, 0]) + training(options, axes[0, 1])
+    common.caption(figure, f"left: {common.median_of(options.pick(10, 6))}")
     remarks = [
         "Slopes of log E|dL/dh|² over layers, towards the input: width 400, 30 layers, 10 seeds, started at q*, without "
         "the first 3 layers."
@@ -48,9 +49,10 @@ def slopes(options: common.Options, axis: object) -> list[common.Check]:
         slope = math.log(common.rate(common.log_mean_square(error)))
         checks.append(common.close(f"slope at sigma_w² = {variance:.3g}", math.log(point.chi), slope, tolerance))
         layers = np.arange(1, depth + 1)
-        common.measured(axis, layers, error - error[:, -1:], i, f"sigma_w² = {variance:.3g}")
-        common.predicted(axis, layers, (depth - layers) * math.log(point.chi) / 2, "chi" if i == 0 else None)
-    common.finish(axis, "gradient", "layer (1 is next to the input)", "log |dL/dh|, last layer 0")
+        name = rf"$\sigma_w^2$ = {variance:.3g}"
+        common.measured(axis, layers, (error - error[:, -1:]) / math.log(10), i, name)
+        common.predicted(axis, layers, (depth - layers) * math.log10(point.chi) / 2, r"$\chi$ a layer")
+    common.finish(axis, "gradient", "layer (1 is next to the input)", "log10 |dL/dh|, last layer 0")
     return checks
 
 
@@ -72,9 +74,8 @@ def training(options: common.Options, axis: object) -> list[common.Check]:
     limits = [6 * fnn.meanfield.fixed_point("tanh", math.sqrt(v), math.sqrt(BIAS)).xi_grad for v in grid]
     x = np.interp(grid, variances, np.arange(len(variances)) + 0.5)
     y = np.interp(np.log(np.minimum(limits, 2 * depths[-1])), np.log(depths), np.arange(len(depths)) + 0.5)
-    common.predicted(axis, x, np.where(np.array(limits) < depths[-1], y, np.nan), "6 xi")
-    common.finish(axis, "what trains", "sigma_w²", "depth")
-    axis.legend(fontsize=8)  # in a frame: it lies on the map
+    common.predicted(axis, x, np.where(np.array(limits) < depths[-1], y, np.nan), r"6 $\xi$")
+    common.finish(axis, "what trains, one seed", r"$\sigma_w^2$", "depth")
     critical, deep, ordered = variances.index(1.76095464), len(depths) - 1, variances.index(variances[0])
     xi = fnn.meanfield.fixed_point("tanh", math.sqrt(variances[ordered]), math.sqrt(BIAS)).xi_grad
     far = f"ordered (sigma_w² = {variances[ordered]}, 6 xi = {6 * xi:.0f})"

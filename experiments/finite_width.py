@@ -14,6 +14,8 @@ import numpy as np
 
 import fnn
 
+LN10 = math.log(10)
+
 
 def run(options: common.Options) -> common.Result:
     seeds, depth = options.pick((2000, 10), (300, 6))
@@ -37,19 +39,20 @@ def run(options: common.Options) -> common.Result:
         half = 4 * float(np.std(error[:, 0])) / math.sqrt(seeds)
         name = f"E log |dL/dh_1|, width {width}"
         checks.append(common.close(name, float(mean[0] / 2), float(np.mean(error[:, 0])), half))
-        common.measured(axes[0, 0], layers, np.var(2 * error, axis=0)[None], i, f"width {width}, dL/dh")
-        common.measured(axes[0, 1], layers, np.var(2 * kernel, axis=0)[None], i, f"width {width}, dL/dW")
-        common.predicted(axes[0, 0], layers, variance)
-        common.predicted(axes[0, 1], layers, np.full(depth, variance[0]))
+        common.measured(axes[0, 0], layers, np.var(error, axis=0)[None] / LN10**2, i, f"width {width}")
+        common.measured(axes[0, 1], layers, np.var(kernel, axis=0)[None] / LN10**2, i, f"width {width}")
+        common.predicted(axes[0, 0], layers, variance / (2 * LN10) ** 2)
+        common.predicted(axes[0, 1], layers, np.full(depth, variance[0] / (2 * LN10) ** 2))
         if width != 25:
             rough = fnn.meanfield.he_relu_log_variance([width] * depth)
             checks.append(
                 common.close(f"5 sum(1/n), width {width}", rough, float(np.var(2 * error[:, 0])), 0.25, relative=True)
             )
-    common.finish(axes[0, 0], "error signal", "layer (1 is next to the input)", "variance of log |.|² over seeds")
+    common.finish(axes[0, 0], "error signal", "layer (1 is next to the input)", "variance of log10 of the norm")
     common.finish(axes[0, 1], "weight gradient", "layer (1 is next to the input)", "")
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 1].set_ylim(bottom=0)
+    common.caption(figure, f"variance over {seeds:,} seeds", axes[0])
     remarks = [
         f"{depth} hidden layers, {seeds} seeds, true normal weights, no biases, one example. Tolerances: four standard "
         "errors (a check leaves them by chance in 6 cases of 100,000); 25 % for the rule 5 sum(1/n).",

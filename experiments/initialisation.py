@@ -38,7 +38,7 @@ def run(options: common.Options) -> common.Result:
         common.measured(axes[0, 0], layers, error / math.log(10), i, init)
         common.measured(axes[0, 1], layers[1:], kernel / math.log(10), i, init)
         curve = (depth - layers) * math.log10(chi) / 2 + np.median(error[:, -1]) / math.log(10)
-        common.predicted(axes[0, 0], layers, curve, "chi" if i == 0 else None)
+        common.predicted(axes[0, 0], layers, curve, r"$\chi$ a layer")
     for i, init in enumerate(cases):
         net = fnn.models.mlp(depth, WIDTH, 10, activation="relu", init=init, unroll=1)
         optimizer = optax.sgd(0.005, momentum=0.9)
@@ -52,10 +52,11 @@ def run(options: common.Options) -> common.Result:
             checks.append(common.at_most(f"{init}: test accuracy", 0.3, accuracy))
         losses = history.by_epoch("loss")
         common.measured(axes[0, 2], np.arange(1, epochs + 1), losses[None], i, init)
-    common.predicted(axes[0, 2], [1, epochs], [math.log(10)] * 2, "ln 10, chance")
+    common.chance(axes[0, 2], math.log(10))
     common.finish(axes[0, 0], "error signal", "layer (1 is next to the input)", "log10 |dL/dh|")
     common.finish(axes[0, 1], "weight gradient", "layer (1 is next to the input)", "log10 |dL/dW|")
     common.finish(axes[0, 2], "training", "epoch", "cross entropy / nats", log_y=True)
+    common.caption(figure, f"left and middle: {common.median_of(seeds)}; right: one seed", axes[0, :2])
     remarks = [
         f"{depth} layers of width {WIDTH}. Factors for one layer towards the input of the mean square over {seeds} seeds, "
         "16 digits, fitted without the first 3 layers (weights: without the first one).",

@@ -20,7 +20,7 @@ WIDTH, TOKENS = 128, 32
 def run(options: common.Options) -> common.Result:
     depths = np.array(options.pick((1, 2, 4, 8, 16, 32, 64), (1, 16)))
     seeds = options.pick(12, 4)
-    figure, axes = common.panels(1, size=(4.5, 3))
+    figure, axes = common.panels(1, size=(4.5, 3.5))
     checks = []
     cases = (
         ("Pre-LN with its last norm", True, True, -0.5),
@@ -32,9 +32,10 @@ def run(options: common.Options) -> common.Result:
         place = np.log(1 + depths / 2)
         slope = np.polyfit(place, logs.mean(axis=0), 1)[0]
         checks.append(common.close(f"{label}: slope of log |dL/dW_2| against log(1 + L/2)", predicted, slope, 0.1))
-        common.measured(axes[0, 0], 1 + depths / 2, np.exp(logs), i, label)
-        common.predicted(axes[0, 0], 1 + depths / 2, np.exp(logs.mean()) * np.exp(predicted * (place - place.mean())))
-    common.finish(axes[0, 0], "second weight of the last block", "1 + L/2", "|dL/dW|", log_x=True, log_y=True)
+        common.measured(axes[0, 0], 1 + depths / 2, logs / np.log(10), i, label)
+        common.predicted(axes[0, 0], 1 + depths / 2, (logs.mean() + predicted * (place - place.mean())) / np.log(10))
+    common.finish(axes[0, 0], "second weight of the last block", "1 + L/2 (L blocks)", "log10 |dL/dW|", log_x=True)
+    common.caption(figure, common.median_of(seeds))
     axes[0, 0].set_xticks(1 + depths / 2, [f"{1 + depth / 2:g}" for depth in depths])
     axes[0, 0].minorticks_off()
     remarks = [

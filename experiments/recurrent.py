@@ -53,7 +53,7 @@ def measure(options: common.Options) -> common.Result:
             )
         common.measured(axes[0, 0], back, logs / math.log(10), i, label)
         if init != "orthogonal":
-            common.predicted(axes[0, 0], back, np.median(bound, axis=0) / math.log(10))
+            common.predicted(axes[0, 0], back, np.median(bound, axis=0) / math.log(10), "bounds")
     bottom = axes[0, 0].get_ylim()[0]
     axes[0, 0].set_ylim(max(bottom, -60), 5)
     for i, bias in enumerate(options.pick((0.0, 1.0, 3.0, 5.0), (1.0, 5.0))):
@@ -66,16 +66,17 @@ def measure(options: common.Options) -> common.Result:
         )
         live = input_gradients(fnn.lstm(WIDTH, forget_bias=bias), x, ends, seeds)
         common.measured(axes[0, 1], back, (live - live[:, -1:]) / math.log(10), i, f"LSTM, bias {bias:g}")
-        common.predicted(axes[0, 1], back, rate * back / math.log(10))
+        common.predicted(axes[0, 1], back, rate * back / math.log(10), "gates at their biases")
     plain = input_gradients(fnn.rnn(WIDTH, recurrent_init="scaled(1.0)"), x, ends, seeds)
     plain = plain - plain[:, -1:]
-    common.measured(axes[0, 1], back, plain / math.log(10), 4, "tanh, U ~ N(0, 1/n)")
+    common.measured(axes[0, 1], back, plain / math.log(10), 5, "tanh, U ~ N(0, 1/n)")
     gain = np.median(live[:, 0] - live[:, -1]) - np.median(plain[:, 0])
     checks.append(
         common.at_least("LSTM with bias 5 against tanh, N(0, 1/n): log of how much more arrives at t = 1", 5.0, gain)
     )
-    common.finish(axes[0, 0], "log10 |dL/dh_t| / |dL/dh_T|", "T - t", "")
-    common.finish(axes[0, 1], "log10 |dL/dx_t| / |dL/dx_T|", "T - t", "")
+    common.finish(axes[0, 0], "recurrent nets", "T − t", "log10 |dL/dh_t| / |dL/dh_T|")
+    common.finish(axes[0, 1], "long short-term memory", "T − t", "log10 |dL/dx_t| / |dL/dx_T|")
+    common.caption(figure, common.median_of(seeds), axes[0])
     remarks = [
         f"Width {WIDTH}, {time} steps of normal inputs, {seeds} seeds, batch {BATCH}. The bound must hold always, not "
         "in the mean: it is a norm's.",

@@ -33,12 +33,14 @@ def run(options: common.Options) -> common.Result:
     ]
     figure, axes = common.panels(1)
     axes[0, 0].bar(range(4), means, yerr=runs.std(axis=0), color=common.COLOURS[0], capsize=3)
-    axes[0, 0].axhline(0.1, color="k", linestyle="--", linewidth=0.9)
+    common.chance(axes[0, 0], 0.1)
+    axes[0, 0].set_ylim(0, 1.05)
     axes[0, 0].set_xticks(
         range(4), [c.replace(" is ", "\nis ").replace(" are ", "\nare ") for c in CONDITIONS], fontsize=8
     )
     common.finish(axes[0, 0], "digits seen and heard", "", "test accuracy")
-    remarks = [f"{seeds} seeds, {epochs} epochs, stratified 80/20 split; dashed: guessing. Bars: standard deviation."]
+    common.caption(figure, f"mean of {seeds} seeds, bars of one standard deviation")
+    remarks = [f"{seeds} seeds, {epochs} epochs, stratified 80/20 split; dotted: guessing. Bars: standard deviation."]
     return common.Result(checks, figure, remarks)
 
 

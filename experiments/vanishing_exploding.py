@@ -45,9 +45,10 @@ def run(options: common.Options) -> common.Result:
             theory = fnn.meanfield.predict(
                 depth, activation=activation, sigma_w=s * math.sqrt(WIDTH), sigma_b=0.0, q0=q0
             )
-            common.predicted(axis, layers, theory.log_error / math.log(10), "mean field" if i == 0 else None)
+            common.predicted(axis, layers, theory.log_error / math.log(10), "mean-field theory")
         common.finish(axis, activation, "layer (1 is next to the input)", "")
     axes[0, 0].set_ylabel("log10 |dL/dh|, last layer 0")
+    common.caption(figure, f"{common.median_of(seeds)}; weights N(0, s²)", axes[0])
     remarks = [
         f"Factor of E|dL/dh|² for one layer towards the input, {depth} layers of width {WIDTH}, {seeds} seeds, 8 digits, "
         "fitted without the first 3 layers.",

@@ -19,15 +19,18 @@ def flow(measured: GradientFlow, *, theory: Any = None, path: str | os.PathLike[
     layer, so the curve is shifted to pass through the measured signal at the last of the n layers that has a tap.
     Errors: TypeError for any other theory, ValueError where the net has fewer than n layers, or none of the n has a tap.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, (axis,) = _figure(1)
     for i, (name, quantities) in enumerate((("error signal", ("log_error",)), ("weight gradient", measured.weights))):
         layers, values = measured.profile(*quantities)
         axis.plot(layers, values / np.log(10), color=COLOURS[i], marker=MARKERS[i], markersize=3, label=name)
     if theory is not None:
-        axis.plot(*_theory(measured, theory), "k--", linewidth=1, label="mean field")
+        axis.plot(*_theory(measured, theory), "k--", linewidth=1, label="mean-field theory")
     axis.set_xlabel("layer $l$ (1 is next to the input)")
     axis.set_ylabel(r"$\log_{10}$ norm")
-    axis.legend(frameon=False)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(figure, axis)
     return _done(figure, path)
 
 
@@ -54,6 +57,8 @@ def _theory(measured: GradientFlow, theory: Any) -> tuple[np.ndarray, np.ndarray
 
 def curves(history: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
     """Draw training and validation loss (and accuracy) by epoch, from what `fit` returns: where they part, the net overfits."""
+    from matplotlib.ticker import MaxNLocator
+
     names = [name for name in ("loss", "accuracy") if name in history.train]
     figure, axes = _figure(len(names))
     for axis, name in zip(axes, names, strict=True):
@@ -63,10 +68,12 @@ def curves(history: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
             done = history.validation[name]  # an interrupted epoch has none
             axis.plot(epochs[: len(done)], done, color=COLOURS[3], marker="s", markersize=3, label="validation")
         axis.set_xlabel("epoch")
-        axis.set_ylabel("cross entropy / nats" if name == "loss" else name)
-        if name == "loss":
-            axis.set_yscale("log")
-        axis.legend(frameon=False)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_ylabel(name)
+        drawn = np.concatenate([line.get_ydata() for line in axis.lines])
+        if name == "loss" and np.all(drawn[np.isfinite(drawn)] > 0):
+            log_scale(axis)
+    _legend(figure, axes[0])
     return _done(figure, path)
 
 
@@ -80,11 +87,30 @@ def words(text: str) -> str:
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
+def log_scale(axis: Any) -> None:
+    """Make an axis logarithmic; over less than a decade and a half its ticks are plain numbers."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    if high < 30 * low:
+        axis.yaxis.set_major_locator(MaxNLocator(5))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axis.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+        axis.minorticks_off()
+
+
 def _figure(panels: int) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.4 * panels + 0.6, 3.0), layout="constrained")
     return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _legend(figure: Any, axis: Any) -> None:
+    """Name the lines below the panels, off the data."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
 
 
 def _done(figure: Any, path: str | os.PathLike[str] | None) -> Any:

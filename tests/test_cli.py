@@ -9,9 +9,9 @@ import polars as pl
 import pytest
 
 import fnn
-from fnn.cli import main, train
+from fnn.cli import main, networks_table, terminal, train
 from fnn.study import results
-from fnn.study.summary import summarize
+from fnn.study.summary import Summary, summarize
 
 
 def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, capsys):
@@ -24,11 +24,23 @@ def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, c
     command += " --epochs 1"
     assert main.main([*command.split(), "--workers", "1"]) == 0
     shown = capsys.readouterr()
-    assert "6 runs, recorded at step 0, 44" in shown.err and "cell 1/1: depth 3" in shown.err
-    assert "compiled in" in shown.err and "all done" in shown.err and "growth" in shown.out
+    assert (
+        "1 cell, 6 runs, recorded at step 0, 44" in shown.err
+        and "cell 0/1: 1 compiling" in shown.err
+        and "cell 1/1: depth 3" in shown.err
+    )
+    assert (
+        "compiled in" in shown.err
+        and "all done" in shown.err
+        and "growth" in shown.out
+        and "table = fnn.results.read('studies/" in shown.out
+    )
     folder = (tmp_path / "studies" / "latest").resolve()
     assert folder.parent == tmp_path / "studies" and list((tmp_path / "cache" / "fnn" / "xla").iterdir())
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
+    again = shlex.split((folder / "command.txt").read_text())
+    assert main._options(main.COMMANDS["study"][0]).keys() >= {word[2:] for word in again if word.startswith("--")}
+    assert again[:4] == ["fnn", "study", "--depth", "3"] and "--workers" not in again
     table = results.read("studies/latest").table()
     errors = table.filter((pl.col("quantity") == "log_error") & (pl.col("role") == "preactivation"))
     # 2 sigmas x 3 seeds x 2 steps x (3 hidden kernels and the output's)
@@ -60,6 +72,34 @@ def test_a_study_from_a_toml_file(tmp_path, capsys):
     assert "did you mean 'seeds'?" in capsys.readouterr().err
     assert main.main(["study", "--file", str(path), "--depth", "3"]) == 2
     assert "write it there" in capsys.readouterr().err
+
+
+def test_the_printed_table_fits_and_has_the_pages_numbers(capsys, monkeypatch):
+    """At 80 columns whole columns go, the least important first, and are named; no number is cut or rounded otherwise."""
+    row = {
+        "network": 0,
+        "depth": 64,
+        "seeds": 8,
+        "diverged": 3,
+        "accuracy": 0.5,
+        "outside": 0.25,
+        "log10_growth": -0.0217,
+        "log10_first": -3.9,
+    }
+    row |= {"log10_last": 0.0, "log10_growth_low": -0.0434, "log10_growth_high": 0.0, "log10_growth_predicted": -0.01}
+    networks = pl.DataFrame([row, row | {"network": 1, "depth": 128, "log10_growth": None, "log10_growth_predicted": None}])
+    s = Summary(["depth"], {"norm": "none"}, networks, *[pl.DataFrame()] * 3)
+    for width, there, gone in (
+        (140, ["band", "3 of 8", "-0.0434 +0.0000"], []),
+        (60, ["-0.0217", "vanishes"], ["at layer 1"]),
+    ):
+        monkeypatch.setattr(terminal, "WIDTH", width)
+        networks_table.print_networks(s, 0.1, True)
+        shown = capsys.readouterr().out
+        table = [line for line in shown.splitlines() if line[:1] in "┏┃│└"]
+        assert max(map(len, table)) <= width and "…" not in shown
+        assert all(word in " ".join(shown.split()) for word in there)
+        assert all(word in shown.partition("not shown, for lack of width: ")[2] for word in gone)
 
 
 def test_train_prints_the_test_accuracy(capsys, tmp_path):
@@ -118,6 +158,7 @@ def test_train_takes_every_model(arguments, shown, capsys):
         ("study --width -4", "width must be a positive integer, got -4"),
         ("study --quantities log_eror", "unknown quantity 'log_eror'; did you mean 'log_error'?"),
         ("study --zip depth,widht", "got widht"),
+        ("study --epochs 3 --steps 0,10", "epochs or steps say what is recorded, got epochs 3 and steps [0, 10]"),
         ("study --data no/such/folder", "no/such/folder"),
         ("study --file no/such/file", "no/such/file"),
         ("compare no/such other", "must hold a study"),
@@ -156,7 +197,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
 @pytest.mark.parametrize(
     ("arguments", "shown", "absent"),
     [
-        ("--help", ["train", "study", "compare", "report", "--version"], []),
+        ("--help", ["train", "study", "compare", "report", "--version"], ["1e-4:1e-1:4:log", "Parquet"]),
         ("train --help", ["mlp", "transformer", "fnn train --depth 50"], ["--heads"]),
         (
             "train transformer --help",
@@ -164,7 +205,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
             ["--cell", "--init"],
         ),
         ("train mlp --help", ["number of hidden layers", "(default: 3)", "--plot"], ["--heads", "--model"]),
-        ("study --help", ["number of hidden layers", "gradients"], []),
+        (
+            "study --help",
+            ["networks options", "training options", "running options", "gelu_tanh", "none, batch_norm", "lamb"],
+            ["softmax"],
+        ),
         ("compare --help", ["spread over seeds"], []),
         ("report --help", ["no internet connection"], []),
     ],

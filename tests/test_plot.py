@@ -57,7 +57,7 @@ def test_theory_stands_at_its_layers_and_goes_through_the_last_measured_one(net,
     drawn = lines(fnn.plot.flow(measured, theory=predicted))
     errors = {row.layer: row.value / np.log(10) for row in reversed(measured.rows) if row.quantity == "log_error"}
     np.testing.assert_allclose(drawn["error signal"], [list(taps), [errors[layer] for layer in taps]])
-    layers, values = drawn["mean field"]
+    layers, values = drawn["mean-field theory"]
     np.testing.assert_array_equal(layers, np.arange(1, depth + 1))
     assert values[anchor - 1] == pytest.approx(errors[anchor], abs=1e-12)
     # Towards the input log10 |delta|² grows by log10 of sigma_w² E[phi'(h)²], which is predict's chi.

@@ -1,5 +1,9 @@
 """The report: what the figures are drawn from, the figures, and the page in a browser."""
 
+import base64
+import collections
+import dataclasses
+import gzip
 import html.parser
 import json
 import math
@@ -11,7 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from fnn.study import figures, report, results, summary, table
+from fnn.study import figures, methods, options, report, results, summary, table, verdict, words
 from fnn.theory import meanfield
 
 # One worker: the tests share the folders and the browser.
@@ -127,8 +131,8 @@ def test_summary(reduced):
     row = networks.filter((pl.col("depth") == 400) & (pl.col("norm") == "none") & (pl.col("sigma_w") == 2.0)).row(
         0, named=True
     )
-    expected = math.log(meanfield.fixed_point("tanh", 2.0, 0.0).chi)
-    assert row["rate"] == pytest.approx(expected, rel=1e-9) == row["rate_predicted"]
+    expected = math.log10(meanfield.fixed_point("tanh", 2.0, 0.0).chi) / 2
+    assert row["log10_growth"] == pytest.approx(expected, rel=1e-9) == row["log10_growth_predicted"]
     assert row["outside"] == pytest.approx(2 / 5) and row["diverged"] == 1
     assert row["accuracy"] == pytest.approx(0.1 + 40 / 50 - 0.02)
     curve = reduced.layers.filter(
@@ -139,27 +143,75 @@ def test_summary(reduced):
     assert set(reduced.layers["series"].unique()) == {summary.ERROR, "log_kernel"}
 
 
-def test_labels():
+def test_words():
+    """Names of code become words, and every log a decimal one; values keep what they say."""
     values = {"activation": "leaky_relu", "norm": "none", "depth": 64, "sigma_w": 1.3, "residual": False}
-    assert summary.label(values) == "leaky relu, no norm, depth 64, sigma_w 1.3, no residual"
+    values |= {"learning_rate": 1e6}
+    assert ", ".join(verdict.label(*pair) for pair in values.items()) == (
+        "leaky relu, no norm, depth 64, σ_w 1.3, not residual, learning rate 1e6"
+    )
+    assert [words.value(v) for v in (1e-5, 0.001, True, None, "a_b c", "__x__")] == [
+        *("1e-5", "0.001", "yes", "none", "a_b c", "__x__")
+    ]
+    for name, axis, unit in (
+        ("log_error at preactivation", "log10 |dL/dh|", math.log(10)),
+        ("log10_error", "log10 |dL/dh|", 1),
+        ("log_kernel", "log10 |dL/dW|", math.log(10)),
+        ("log_kernel_rms", "log10 RMS of dL/dW", math.log(10)),
+        ("log_scale", "log10 |dL/d scale|", math.log(10)),
+        ("second_moment at activation", "mean square", 1),
+        ("input_second_moment", "input second moment", 1),
+    ):
+        told = words.quantity(name)
+        assert (told.axis, told.unit, told.log) == (axis, unit, axis.startswith("log10")), name
+    assert words.quantity("second_moment at activation").about == "mean square of the units after the activation"
+    assert words.listed(["a", "b", "c"]) == "a, b and c" and words.listed(list("abcdefg")) == "a, b, c, d and 3 more"
+
+
+def test_verdicts(reduced):
+    """Vanishing and exploding are tenfold over the hidden layers; the sentences name who, and each network once."""
+    networks = list(reduced.networks.iter_rows(named=True))
+    chi = {s: meanfield.fixed_point("tanh", s, 0.0).chi for s in (0.5, 1.3, 2.0)}
+    for row in networks:
+        log = math.log10(chi[row["sigma_w"]] if row["norm"] == "none" else 1.3) / 2
+        assert verdict.growth(row) == pytest.approx(log, abs=1e-9) or (row["depth"], row["sigma_w"]) == (16, 0.5)
+        total = (row["depth"] - 1) * log
+        expected = "vanishes" if total < -1 else "explodes" if total > 1 else "keeps its size"
+        assert verdict.gradient(row) == expected
+    first, train, off = verdict.sentences(reduced, 0.1, 40)
+    assert "vanishes in 2 of 18 networks (no norm, σ_w 0.5, depth 16 and 400); explodes in 6 (" in first
+    assert train.startswith("After 40 steps all 18 networks train.")
+    assert "6 runs ended in a loss or gradient that is not finite: depth 4, no norm, σ_w 2 (1 of 5), " in train
+    assert off.startswith("Outside of theory's band more often than the expected 5%: depth 4, no norm, σ_w 0.5 (40%)")
+    row = {"accuracy": 0.54, "seeds": 5, "diverged": 2}
+    judged = [
+        verdict.training(row | more, 0.1) for more in ({}, {"accuracy": 0.55}, {"accuracy": 0.1}, {"diverged": 3})
+    ]
+    assert judged == ["learns little", "trains", "does not learn", "diverges"]
+    assert verdict.training(row, None) is None
 
 
 def test_report_writes_figures_and_a_page(folder, written):
-    names = {"gradient.png", "weights.png", "heat.png", "training.png", "accuracy.png", "report.html"}
+    drawn = ("gradient", "weights", "heat", "training", "accuracy")
+    names = {"report.html", *(name + end for name in drawn for end in report.FORMATS)}
     assert (
         set(written)
         == names
-        == {path.name for path in folder.iterdir() if path.is_file() and path.suffix in (".png", ".html")}
+        == {path.name for path in folder.iterdir() if path.is_file() and path.suffix in (*report.FORMATS, ".html")}
     )
     assert all(path.read_bytes().startswith(b"\x89PNG") for name, path in written.items() if name.endswith("png"))
+    assert written["heat.pdf"].read_bytes().startswith(b"%PDF") and "<svg" in written["heat.svg"].read_text()
     assert not [path for path in folder.iterdir() if ".part" in path.name]
     page = written["report.html"].read_text()
-    assert "<title>tanh &lt;b&gt;&amp;amp;</title>" in page and page.count("</script>") == 3
-    assert not re.search(r"<(script|link|img|iframe)[^>]*\b(src|href)=", page.split("<script>")[0])
+    assert len(page) < 3e6  # plotly alone is 4.8 MB where it is not compressed
+    assert "<title>tanh &lt;b&gt;&amp;amp;: Gradients by depth, norm and σ_w</title>" in page
+    assert page.count("</script>") == 3
+    assert not re.search(r"<(script|link|img|iframe)[^>]*\b(src|href)=", page)
+    assert '<a href="heat.pdf">PDF</a>' in page and "We measured 18 networks that differ in depth (4, 16, 400)" in page
 
 
 def test_contents_are_thinned_and_finite(reduced):
-    contents = report.contents(reduced, [], "t")
+    contents = report.contents(reduced)
     json.dumps(contents, allow_nan=False)
     curves = contents["layers"][summary.ERROR]["0"]
     lengths = [len(curve["x"]) for curve in curves.values()]
@@ -168,8 +220,15 @@ def test_contents_are_thinned_and_finite(reduced):
     assert deep["x"][0] == 1 and deep["x"][-1] == 400
     broken = [curve for curve in curves.values() if None in curve["middle"]]
     assert broken and all(curve["middle"][1] is None for curve in broken)
-    critical = {network["axes"]["norm"]: network["critical"] for network in contents["networks"]}
-    assert critical == {"none": 1.0, "batch_norm": None}
+    norms = contents["axes"][1]["values"]
+    assert norms == ["none", "batch norm"]
+    critical = {norms[network["at"][1]]: network["critical"] for network in contents["networks"]}
+    assert critical == {"none": 1.0, "batch norm": None}
+    # Four hidden layers end at layer 4, not at the output's, of every quantity; logs are decimal.
+    for series in ("log_error at preactivation", "log_kernel"):
+        assert {curve["x"][-1] for curve in contents["layers"][series]["0"].values()} == set(DEPTHS)
+    kernels = next(iter(contents["layers"]["log_kernel"]["0"].values()))
+    assert kernels["middle"][-1] == pytest.approx(1 / math.log(10), rel=1e-3)
 
 
 def test_a_study_with_little_in_it(tmp_path):
@@ -179,9 +238,8 @@ def test_a_study_with_little_in_it(tmp_path):
     for other in (folder / "cells").iterdir():
         other.unlink()
     put(folder, 0, frame)
-    assert [written.name for written in report.report(folder)] == ["weights.png", "report.html"]
+    assert [path.name for path in report.report(folder)] == ["weights.png", "weights.svg", "weights.pdf", "report.html"]
     assert "1 of 3 cells are finished" in (folder / "report.html").read_text()
-    (folder / "weights.png").unlink()
     bare = frame.filter(pl.col("step") < 0)  # nothing by layer at all, and an axis without values
     row = {"cell": 0, "depth": 4, "seed": 0, "step": 0, "layer": 0, "path": "", "quantity": "accuracy", "value": 0.5}
     bare = pl.concat([bare, pl.DataFrame([row | dict.fromkeys(set(bare.columns) - set(row))], schema=bare.schema)])
@@ -245,20 +303,15 @@ def hostile(folder):
     return folder
 
 
-class Scripts(html.parser.HTMLParser):
-    """Collects what a page's elements hold."""
+class Tags(html.parser.HTMLParser):
+    """Counts a page's elements."""
 
     def __init__(self):
         super().__init__()
-        self.found, self.at = [], None
+        self.found = collections.Counter()
 
     def handle_starttag(self, tag, attrs):
-        self.at = (tag, dict(attrs).get("id"))
-
-    def handle_data(self, data):
-        if self.at and data.strip():
-            self.found.append((*self.at, data))
-            self.at = None
+        self.found[tag] += 1
 
 
 @pytest.fixture(scope="module")
@@ -271,17 +324,18 @@ def names(tmp_path_factory):
 def test_a_name_is_only_a_name(names):
     """Nothing that a study holds ends the page's data, or is a formula to matplotlib, or another axis to a table."""
     assert set(names) >= {"gradient.png", "training.png", "accuracy.png", "report.html"}
-    parser = Scripts()
-    parser.feed(names["report.html"].read_text())
-    (data,) = (text for tag, name, text in parser.found if name == "data")
-    assert "<" not in data and data.isascii()
-    contents = json.loads(data)
+    data = re.search('id="data">([A-Za-z0-9+/=]*)<', names["report.html"].read_text())
+    contents = json.loads(gzip.decompress(base64.b64decode(data[1])))
     shown = {name: f"{name} (axis)" if name in summary.OWN else name for name in HOSTILE}
-    assert contents["title"] == "<!--<script> $\\frac$ ?" and list(contents["axes"]) == ["depth", *shown.values()]
-    for k, name in enumerate(HOSTILE):
-        assert contents["axes"][shown[name]] == [HOSTILE[(i + k) % len(HOSTILE)] for i in range(3)]
+    assert [axis["word"] for axis in contents["axes"]] == ["depth", *shown.values()]
+    for k, axis in enumerate(contents["axes"][1:]):
+        assert axis["values"] == [HOSTILE[(i + k) % len(HOSTILE)] for i in range(3)]
     assert set(HOSTILE) <= set(contents["runs"]) and all(network["seeds"] == 2 for network in contents["networks"])
     assert {network["accuracy"] for network in contents["networks"]} == {1.0}
+    parser = Tags()
+    parser.feed(names["report.html"].read_text())
+    assert parser.found["script"] == 3 and not {"img", "iframe", "object"} & set(parser.found)
+    assert parser.found["a"] == 3 * 3 and parser.found["title"] == parser.found["h1"] == 1
 
 
 def test_axes_of_other_kinds_than_ours_are_no_obstacle(tmp_path):
@@ -310,30 +364,30 @@ def test_axes_of_other_kinds_than_ours_are_no_obstacle(tmp_path):
                 for quantity in ("train_loss", "accuracy")
             ]
             put(folder, number, pl.DataFrame(rows, schema=table.schema(types)))
-        assert [p.name for p in report.report(folder)] == ["training.png", "report.html"]
+        assert [p.name for p in report.report(folder)][::3] == ["training.png", "report.html"]
 
 
 def test_a_name_is_only_a_name_in_a_browser(names, page):
     choose = """
         for (const id of ['series', 'run']) for (const o of document.getElementById(id).options) {
           o.parentElement.value = o.value; o.parentElement.dispatchEvent(new Event('change')); }
-        for (const button of document.querySelectorAll('.axis button')) button.click();
+        for (const button of document.querySelectorAll('#axes button')) button.click();
     """
     page.open(names["report.html"].as_uri())
     page.wait("document.querySelectorAll('#layers .scatterlayer .trace').length > 0")
-    axes = json.loads(page.js("JSON.stringify([...document.querySelectorAll('.axis b')].map(b => b.textContent))"))
+    axes = json.loads(page.js("JSON.stringify([...document.querySelectorAll('#axes legend')].map(b => b.textContent))"))
     assert axes == ["depth", *(f"{name} (axis)" if name in summary.OWN else name for name in HOSTILE)]
     assert page.js("document.querySelectorAll('#networks tbody tr').length") == 6
-    assert "<!--<script>" in page.js("document.querySelector('.legendtext').textContent")
+    assert "</script>" in page.js("document.querySelector('.legendtext').textContent")
     page.js(f"(() => {{ {choose} }})()")
-    assert page.js("document.querySelectorAll('.figure a, .figure b, .figure img, #facts *:not(p)').length") == 0
+    assert page.js("document.querySelectorAll('.figure a, .figure b, .figure img, .facts *:not(p)').length") == 0
     assert page.problems == []
 
 
 def test_the_gradients_figure_holds_the_numbers_of_the_table(folder, monkeypatch):
     figure = report.gradient(results.read(folder).table())
     titles = [axis.get_title() for axis in figure.axes]
-    assert len(titles) == 6 and titles[-1] == "batch norm, sigma_w 2"
+    assert len(titles) == 6 and titles[-1] == r"batch norm, $\sigma_w$ 2"
     lines = figure.axes[2].get_lines()  # no norm, sigma_w 2: for each depth the measured line and theory's
     assert [line.get_label() for line in lines[::2]] == [str(depth) for depth in DEPTHS]
     for depth, *drawn in zip(DEPTHS, lines[::2], lines[1::2], strict=True):
@@ -344,26 +398,75 @@ def test_the_gradients_figure_holds_the_numbers_of_the_table(folder, monkeypatch
             np.testing.assert_allclose(line.get_ydata(), expected, atol=1e-9)
     monkeypatch.setattr(figures, "MOST_PANELS", 2)
     figure = report.gradient(results.read(folder).table())
-    assert len(figure.axes) == 2 and figure.get_suptitle() == "the first 2 of 6 panels"
+    assert len(figure.axes) == 2 and figure.get_suptitle().endswith("the first 2 of 6 panels")
+    assert "median of 5 seeds, shaded from 10th" in figure.get_suptitle().replace("\n", " ")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["4", "16", "400", "mean-field theory"]
     assert report.gradient(results.read(folder).table().filter(quantity="log_kernel")) is None
 
 
+def test_looks_are_unique_and_scales_are_shared_or_said_to_differ(reduced):
+    for n, ordered in ((3, True), (7, False), (20, False), (30, True)):
+        looks = [(str(s["color"]), s["marker"], s.get("linestyle")) for s in figures._styles(n, ordered)]
+        assert len(set(looks)) == n
+    figure = figures.gradient(reduced)
+    assert "scales differ between panels" in figure.get_suptitle().replace("\n", " ")
+    alike = figures.accuracy(reduced, 0.1)
+    labels = [text.get_text() for text in alike.legends[0].get_texts()]
+    assert len(labels) == 7 and labels[-1] == "chance (0.10)"
+    figure = figures.training(reduced)
+    assert "differ" not in figure.get_suptitle() and len({axis.get_ylim() for axis in figure.axes}) == 1
+
+
+def test_what_training_alone_sees_makes_no_second_panel(reduced):
+    """At initialisation the learning rate changes nothing; where networks do differ, the axis is another one's and stays."""
+    doubled = reduced.networks.with_columns(learning_rate=pl.lit(0.1))
+    more = reduced.networks.with_columns(learning_rate=pl.lit(0.2), network=pl.col("network") + 18)
+    both = reduced._replace(axes=[*reduced.axes, "learning_rate"], networks=pl.concat([doubled, more]))
+    assert figures.at_start(both).networks["network"].to_list() == list(range(18))
+    other = both._replace(networks=both.networks.with_columns(log10_first=pl.col("log10_first") + pl.col("learning_rate")))
+    assert figures.at_start(other) is other
+
+
+def test_methods_and_the_command(folder, tmp_path):
+    study = results.read(folder)
+    assert methods.again(study).startswith("# Run from Python") and methods.chance(study) is None
+    study = dataclasses.replace(study, folder=tmp_path)
+    methods.remember(tmp_path, "fnn study --depth 4")
+    assert methods.again(study) == "fnn study --depth 4"
+    assert methods.load(study) == f"import fnn; table = fnn.results.read({str(tmp_path)!r}).table()"
+    noted = options.about_data(((np.zeros((4, 2)), np.array([0, 1, 1, 1])), (np.zeros((4, 2)), np.array([0, 1, 1, 0]))))
+    assert noted == {"chance": 0.5} and "chance" not in options.about_data((np.zeros((4, 2)), np.zeros(4)))
+
+
 def test_page_in_a_browser(written, page, tmp_path):
-    """It loads without network and console errors; clicks, the slider and hovering change what is drawn."""
+    """It loads without network and console errors; rows, axes, the slider and keys change what is drawn, and stay."""
     state = "JSON.stringify(document.querySelector('#layers').data.map(t => [t.name, t.y]))"
+    colours = "JSON.stringify(document.querySelector('#layers').data.filter(t => t.showlegend).map(t => [t.name, t.line.color]))"
     page.open(written["report.html"].as_uri())
-    page.wait("document.querySelectorAll('#layers .scatterlayer .trace').length > 3")
-    assert page.js("document.title") == "tanh <b>&amp;" == page.js("document.querySelector('h1').textContent")
-    assert "cpu </script>" in page.js("document.querySelector('#facts').textContent")
-    first = page.js(state)
+    page.wait("document.body.dataset.ready === 'yes'")
+    assert page.js("document.querySelector('h1').textContent") == "Gradients by depth, norm and σ_w"
+    assert page.js("document.querySelector('.verdicts p').textContent").startswith("At initialisation the error signal")
+    assert "cpu </script>" in page.js("document.querySelector('.facts').textContent")
+    first, before = page.js(state), dict(json.loads(page.js(colours)))
     says = page.js("document.querySelector('#layers-says').textContent")
-    assert "at initialisation" in says and "median over 5 runs" in says and "(40 %)" in says
-    page.click("button[data-axis=sigma_w][data-value='2']")
-    second = page.js(state)
-    assert second != first and "sigma_w 2" in second
+    assert "at initialisation" in says and "median of 5 seeds" in says and "(40%)" in says and "NaN" not in says
+    page.click("button[data-axis='2'][data-value='2']")
+    second, after = page.js(state), dict(json.loads(page.js(colours)))
+    assert second != first and "σ_w 2" in second
+    assert all(after[name] == colour for name, colour in before.items()) and len(after) > len(before)
     page.click("#networks tbody tr.shown")
     third = page.js(state)
     assert third != second and len(json.loads(third)) < len(json.loads(second))
+    page.click("button[data-axis='2'][data-value='0']")  # a row that was hidden by hand stays hidden
+    page.click("button[data-axis='2'][data-value='0']")
+    assert page.js(state) == third
+    hidden = "document.querySelector('#networks tbody tr:not(.shown)')"
+    page.js(f"{hidden}.focus()")
+    for kind in ("keyDown", "keyUp"):
+        page.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
+    assert page.js(state) != third and page.js("document.activeElement.className") == "shown"
+    page.click("#all")
+    assert page.js("document.querySelector('#hidden').textContent") == "18 of 18 networks are drawn."
     page.js(
         "(s => { s.value = 'log_kernel'; s.dispatchEvent(new Event('change')) })(document.querySelector('#series'))"
     )
@@ -372,13 +475,16 @@ def test_page_in_a_browser(written, page, tmp_path):
     assert "after 40 steps" in page.js("document.querySelector('#layers-says').textContent")
     assert page.js("document.querySelector('#stepnow').textContent") == "40" and page.js(state) != third
     assert page.js("document.querySelector('#rate').data[0].type") == "heatmap"
-    assert "sigma_w = 1, has no change" in page.js("document.querySelector('#rate-says').textContent")
-    assert "Runs that diverged: 1 of 5" in page.js("document.querySelector('#training-says').textContent")
-    assert page.js("document.querySelector('#accuracy').data.length") == 4
+    assert "σ_w = 1, it does not change" in page.js("document.querySelector('#rate-says').textContent")
+    assert "not finite: 1 of 5 runs" in page.js("document.querySelector('#training-says').textContent")
+    assert (
+        page.js("document.querySelectorAll('.modebar-btn[data-title*=loud], .modebar-btn[data-title*=hare]').length")
+        == 0
+    )
     box = page.js(
         "(e => (e.scrollIntoView(), (r => [r.x, r.y, r.width, r.height])(e.querySelector('.nsewdrag').getBoundingClientRect())))(document.querySelector('#accuracy'))"
     )
-    for share in np.linspace(0.05, 0.95, 60):
+    for share in np.linspace(0.02, 0.98, 60):
         page.move(box[0] + share * box[2], box[1] + 0.15 * box[3])
         if page.js("document.querySelectorAll('#accuracy .hovertext').length"):
             break
@@ -386,3 +492,26 @@ def test_page_in_a_browser(written, page, tmp_path):
     page.picture(tmp_path / "page.png")
     assert page.problems == [] and len(page.requests) >= 1
     assert (tmp_path / "page.png").stat().st_size > 20_000
+
+
+def test_page_on_a_phone_in_the_dark(written, page):
+    """Nothing is wider than 390 px, legends stand below, no figure is black on black; a figure is saved black on white."""
+    page.call("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
+    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    try:
+        page.open(written["report.html"].as_uri())
+        page.wait("document.body.dataset.ready === 'yes'")
+        assert page.js("document.documentElement.scrollWidth") == 390
+        layout = json.loads(page.js("JSON.stringify(document.querySelector('#layers').layout)"))
+        assert layout["legend"]["orientation"] == "h" and layout["legend"]["y"] < 0
+        assert layout["font"]["color"] == "#e8e8e8" and "#000000" not in page.js("JSON.stringify(D.colours)")
+        made = "light = true; const f = EVERY.layers(); light = false; return [f[1].font.color, f[1].paper_bgcolor]"
+        assert page.js(f"(() => {{ {made} }})()") == ["#1a1a1a", "#fff"]
+        page.js("Plotly.downloadImage = (f, o) => Plotly.toImage(f, o).then(u => window.made = u)")
+        page.click("#layers-says + .export button")
+        page.wait("window.made !== undefined")
+        assert page.js("window.made").startswith("data:image/svg+xml")
+        assert page.problems == []
+    finally:
+        page.call("Emulation.clearDeviceMetricsOverride")
+        page.call("Emulation.setEmulatedMedia", features=[])

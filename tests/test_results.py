@@ -191,7 +191,7 @@ def test_a_finished_study_on_a_read_only_mount_prints_its_table(copied, monkeypa
     monkeypatch.setattr(files, "locked", refuse)
     assert fnn.cli.main.main([*ARGUMENTS, str(copied)]) == 0
     shown = capsys.readouterr()
-    assert "at layer 1" in shown.out and "and study.png" not in shown.out
+    assert "keeps its size" in shown.out and "figure study.png" not in shown.out
     assert "study.png: Read-only file system" in shown.err.splitlines()[-1]
     (copied / "cells" / "00001.parquet").unlink()  # now there is something to measure
     assert fnn.cli.main.main([*ARGUMENTS, str(copied)]) == 2
@@ -265,7 +265,7 @@ def test_interrupts_and_kills_end_in_the_undisturbed_table(tmp_path, undisturbed
     shown, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in err, err
     assert 1 <= len(finished(out)) <= 2 and "the same command resumes" in err
-    assert "at layer 1" in shown and "tanh" in shown and (out / "study.png").exists()
+    assert "keeps its size" in shown and "tanh" in shown and (out / "study.png").exists()
     for name in finished(out)[1:]:
         (out / "cells" / name).unlink()
     process = subprocess.Popen([*command, "--cache", str(tmp_path / "xla")], **pipes)

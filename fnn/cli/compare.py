@@ -15,7 +15,7 @@ class Compare:
     b: str
     """folder of the second study"""
     rows: int = 20
-    """how many of the largest differences to list"""
+    """how many of the largest differences to list, shared among the quantities"""
 
 
 def run(options: Compare) -> int:
@@ -24,7 +24,7 @@ def run(options: Compare) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from fnn.study import results
+    from fnn.study import results, words
     from fnn.study.compare import compare, different_axes
 
     check.positive("compare", rows=options.rows)
@@ -38,18 +38,31 @@ def run(options: Compare) -> int:
         f"{beyond.height:,} of the {joined.height:,} rows that both studies have differ by more than the spread over "
         "seeds (10th to 90th percentile)"
     )
+    if not beyond.height:
+        return 0
     counts = joined.group_by("quantity").agg(pl.len(), pl.col("beyond").sum()).filter(pl.col("beyond") > 0)
-    for quantity, total, number in counts.sort("beyond", descending=True).iter_rows():
+    ranked = counts.sort(["beyond", "quantity"], descending=[True, False]).rows()
+    for quantity, total, number in ranked:
         print(printable(f"  {quantity}: {number:,} of {total:,}"))
     axes = joined.columns[: joined.columns.index("step")]
-    shown = [name for name in axes if joined[name].n_unique() > 1] + ["step", "layer", "path", "quantity"]
-    table = Table(title=Text(printable(f"the largest differences b - a: a is {options.a}, b is {options.b}")))
-    for name in (*shown, "a [10 %, 90 %]", "b [10 %, 90 %]", "b - a"):
-        table.add_column(Text(name))
-    for row in beyond.head(options.rows).iter_rows(named=True):
-        bands = [f"{row[n]:.4g} [{row[f'{n}_low']:.4g}, {row[f'{n}_high']:.4g}]" for n in ("a", "b")]
-        words = (*(str(row[name]) for name in shown), *bands, f"{row['difference']:+.4g}")
-        table.add_row(*(Text(printable(word)) for word in words))
-    if beyond.height:
-        console().print(table)
+    shown = [name for name in axes if joined[name].n_unique() > 1] + ["step", "layer", "path"]
+    table = Table(
+        title=Text(printable(f"the largest differences b - a of each quantity: a is {options.a}, b is {options.b}"))
+    )
+    for name in ("quantity", "unit", *shown, "a [10%, 90%]", "b [10%, 90%]", "b - a"):
+        table.add_column(Text(words.axis(name)))
+    each = max(1, options.rows // len(ranked))
+    for quantity, _, _ in ranked[: options.rows]:
+        told = words.quantity(quantity)
+        for i, row in enumerate(beyond.filter(quantity=quantity).head(each).iter_rows(named=True)):
+            bands = [
+                "{:.4g} [{:.4g}, {:.4g}]".format(*(row[n + end] / told.unit for end in ("", "_low", "_high")))
+                for n in ("a", "b")
+            ]
+            name, unit = quantity if i == 0 else "", "log10" if told.log else ""
+            cells = (name, unit, *(words.value(row[n]) for n in shown), *bands, f"{row['difference'] / told.unit:+.4g}")
+            table.add_row(*(Text(printable(word)) for word in cells), end_section=i + 1 == each)
+    console().print(table)
+    if any(words.quantity(quantity).unit != 1 for quantity, _, _ in ranked):
+        print("logs are decimal here, natural in the columns of the table that begin with log_")
     return 0

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import sys
-from dataclasses import Field, fields
+from dataclasses import Field, fields, is_dataclass
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from fnn import __version__, check
@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
             kinds = {name: generic[model] for name, model in recipes.MODELS.items()}
         if given and given[0] in kinds:
             _check_options(prog, kinds, given)
-        union: Any = Union[*(_subcommand(name, kind) for name, kind in kinds.items())]
+        alone = bool(given) and given[0] in kinds  # else one line of each is listed
+        union: Any = Union[*(_subcommand(name, kind, alone) for name, kind in kinds.items())]
         command = tyro.cli(union, prog=prog, args=given, description=about, config=config)
         return next(run for kind, run in COMMANDS.values() if isinstance(command, get_origin(kind) or kind))(command)
     except SENTENCES as error:
@@ -60,12 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _subcommand(name: str, kind: Any) -> Any:
-    """Describe a command by its docstring: `fnn train MODEL` by that of the model."""
+def _subcommand(name: str, kind: Any, whole: bool) -> Any:
+    """Describe a command by its docstring, or the first line of it: `fnn train MODEL` by that of the model."""
     import tyro
 
     described = next(iter(get_args(kind)), kind) if name in recipes.MODELS else get_origin(kind) or kind
-    return Annotated[kind, tyro.conf.subcommand(name, description=inspect.getdoc(described))]
+    about = inspect.getdoc(described) or ""
+    return Annotated[kind, tyro.conf.subcommand(name, description=about if whole else about.partition("\n")[0])]
 
 
 def _with_model(command: str, given: list[str]) -> list[str]:
@@ -107,4 +109,5 @@ def _options(kind: Any) -> dict[str, Field[Any]]:
     """List the options of a command by name, for `fnn train MODEL` with those of the model."""
     own = [field for field in fields(get_origin(kind) or kind) if field.name != "model"]
     model = [field for inner in get_args(kind) for field in fields(inner)]
-    return {field.name.replace("_", "-"): field for field in (*model, *own)}
+    flat = [f for field in (*model, *own) for f in (fields(field.type) if is_dataclass(field.type) else (field,))]
+    return {field.name.replace("_", "-"): field for field in flat}

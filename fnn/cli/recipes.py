@@ -1,17 +1,24 @@
 """What `fnn train` trains: data in the shape that a model takes, the model, and the loss that fits the targets."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import check, losses, models
+from fnn import check, losses, models, parts
+from fnn.cli.terminal import told
 from fnn.core import Layer
 from fnn.datasets import data, synthetic
 from fnn.datasets.dataset import Dataset, Parts
-from fnn.layers import memory
+from fnn.layers import activations, memory
+
+ACTIVATIONS = ", ".join(name for name, phi in activations.TABLE.items() if phi.elementwise)
+NORMS = ", ".join(parts.NORMS)
+Activation = Annotated[str, told(ACTIVATIONS)]
+Norm = Annotated[str, told(f"none, {NORMS}")]
+"""Options whose help lists what there is."""
 
 
 class Task(NamedTuple):
@@ -43,10 +50,8 @@ class Mlp(Model):
     """number of hidden layers"""
     width: int = 256
     """units in each hidden layer"""
-    activation: str = "relu"
-    """sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, softplus, erf, identity"""
-    norm: str = "batch_norm"
-    """none, batch_norm, layer_norm, rms_norm"""
+    activation: Activation = "relu"
+    norm: Norm = "batch_norm"
     init: str = "he_normal"
     """initial weights: he_normal, glorot_uniform, "normal(0.01)", "scaled(1.5)", orthogonal, ..."""
     residual: bool = False
@@ -67,10 +72,8 @@ class Convnet(Model):
     """convolutions in each stage"""
     width: int = 32
     """channels of the first stage"""
-    activation: str = "relu"
-    """sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, softplus, erf, identity"""
-    norm: str = "batch_norm"
-    """none, batch_norm, layer_norm, rms_norm"""
+    activation: Activation = "relu"
+    norm: Norm = "batch_norm"
     init: str = "he_normal"
     """initial weights: he_normal, glorot_uniform, "normal(0.01)", "scaled(1.5)", delta_orthogonal, ..."""
     dropout: float = 0.3
@@ -90,10 +93,8 @@ class Resnet(Model):
     """residual blocks in each stage"""
     width: int = 16
     """channels of the first stage"""
-    activation: str = "relu"
-    """sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, softplus, erf, identity"""
-    norm: str = "batch_norm"
-    """batch_norm, layer_norm, rms_norm; with none, each branch starts at zero (SkipInit)"""
+    activation: Activation = "relu"
+    norm: Annotated[str, told(f"{NORMS}; with none, each branch starts at zero (SkipInit)")] = "batch_norm"
     init: str = "he_normal"
     """initial weights: he_normal, glorot_uniform, "normal(0.01)", "scaled(1.5)", delta_orthogonal, ..."""
 
@@ -137,10 +138,8 @@ class Transformer(Model):
     """units at each position"""
     heads: int = 4
     """attention heads of each block; they must divide the width"""
-    activation: str = "relu"
-    """sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, softplus, erf, identity"""
-    norm: str = "layer_norm"
-    """batch_norm, layer_norm, rms_norm"""
+    activation: Activation = "relu"
+    norm: Annotated[str, told(NORMS)] = "layer_norm"
     norm_position: str = "pre"
     """pre: norm before attention and feed-forward net; post: after their sums"""
     encoder: int = 0

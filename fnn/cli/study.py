@@ -2,39 +2,32 @@
 
 import errno
 import os
+import shlex
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fnn import check
-from fnn.cli.terminal import console, plain_warnings, printable
+from fnn.cli.networks_table import print_networks
+from fnn.cli.recipes import Activation, Norm
+from fnn.cli.terminal import plain_warnings, printable, told
+from fnn.study import program
 
-AXES = (
-    *("activation", "norm", "depth", "width", "residual", "init", "batch_size", "optimizer", "clip"),
-    *("sigma_w", "sigma_b", "learning_rate", "clip_threshold"),
-)
 LATEST = "studies/latest"
-MOST_ROWS = 60
-"""Networks in the printed table."""
+PLACES = ("out", "workers", "cache")
+"""Options that change where and how, not what is measured."""
 
 
 @dataclass(frozen=True)
-class Study:
-    """Measure how gradients vanish or explode with depth, at initialisation and during training, next to theory.
-
-    Each axis takes one value, a list (tanh,relu), or a range: 0.5:2.5:9 is nine values at equal distances, and
-    1e-4:1e-1:4:log four at equal ratios. The study measures all combinations. It prints a table and writes one Parquet
-    file for each combination, and study.png. After an interruption, the same command goes on where it stopped.
-    """
+class Networks:
+    """Axes of the grid. Each takes one value, a list (tanh,relu), or a range (0.5:2.5:9)."""
 
     depth: str = "4,16,64,128,256"
     """number of hidden layers"""
-    activation: str = "sigmoid,tanh,relu"
-    """sigmoid, tanh, relu, leaky_relu, elu, selu, gelu, gelu_tanh, silu, softplus, erf, identity"""
-    norm: str = "none,batch_norm"
-    """none, batch_norm, layer_norm, rms_norm"""
+    activation: Activation = "sigmoid,tanh,relu"
+    norm: Norm = "none,batch_norm"
     width: str = "64"
     """units in each hidden layer"""
     residual: str = "false"
@@ -45,119 +38,216 @@ class Study:
     """with init scaled, weights are drawn from N(0, sigma_w²/fan_in)"""
     sigma_b: str = "0.0"
     """biases are drawn from N(0, sigma_b²)"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Axes of the grid, too."""
+
     batch_size: str = "32"
     """examples in a training step, and in the batch on which gradients are measured"""
-    optimizer: str = "adam"
-    """sgd, momentum, adam, adamw, rmsprop, lamb"""
+    optimizer: Annotated[str, told(", ".join(program.OPTIMIZERS))] = "adam"
     learning_rate: str = "0.001"
     """learning rate of the optimizer"""
-    clip: str = "global_norm"
-    """how gradients are clipped: none, value, from_above, global_norm, block_norm, adaptive"""
+    clip: Annotated[str, told(f"how gradients are clipped: none, {', '.join(program.CLIPS)}")] = "global_norm"
     clip_threshold: str = "1.0"
     """threshold of the clipping"""
-    zip: str = ""
-    """axes that advance together (first value with first value) instead of in all combinations: depth,width"""
-    file: str = ""
-    """read the grid from a TOML file, and any options that are not given here"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured, and how often."""
+
     seeds: int = 8
     """random initialisations of each network, trained side by side"""
-    epochs: int = 3
-    """passes over the training data; numbers are recorded after each one. 0: at initialisation only"""
+    epochs: str = ""
+    """passes over the training data; numbers are recorded after each one. 0: at initialisation only. By default 3"""
     steps: str = ""
     """record at these training steps instead of after each epoch: 0,10,100. 0: at initialisation only"""
     quantities: str = ""
     """which numbers to keep: log_error,loss,...; by default all except peak"""
     data: str = "digits"
     """digits, clusters, spirals, a folder of IDX files, or a .npz file"""
-    chunk: int = 0
-    """how many runs to compute at once; 0: as many as fit into the device's memory"""
-    workers: int = 0
-    """number of processes; 0: one per core, if there are at least four combinations"""
-    cache: str = ""
-    """folder for compiled programs, which later studies use again; by default in your cache folder"""
+    zip: str = ""
+    """axes that advance together (first value with first value) instead of in all combinations: depth,width"""
+    file: str = ""
+    """read the grid from a TOML file, and any options that are not given here"""
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where it runs, and where the results go."""
+
     out: str = ""
     """folder for the results; by default a new one in studies/, with a link to it at studies/latest"""
+    workers: int = 0
+    """number of processes; 0: one per core, if there are at least four combinations"""
+    chunk: int = 0
+    """how many runs to compute at once; 0: as many as fit into the device's memory"""
+    cache: str = ""
+    """folder for compiled programs, which later studies use again; by default in your cache folder"""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Measure how gradients vanish or explode with depth, at initialisation and during training, next to theory.
+
+    Each axis takes one value, a list (tanh,relu), or a range: 0.5:2.5:9 is nine values at equal distances, and
+    1e-4:1e-1:4:log four at equal ratios. The study measures all combinations. It prints a table and what it found, and
+    writes one Parquet file for each combination, and study.png. After an interruption, the same command goes on where it
+    stopped.
+    """
+
+    networks: Networks = field(default_factory=Networks)
+    training: Training = field(default_factory=Training)
+    measured: Measured = field(default_factory=Measured)
+    running: Running = field(default_factory=Running)
+
+    def given(self) -> dict[str, Any]:
+        """List the options that differ from their defaults."""
+        parts = (self.networks, self.training, self.measured, self.running)
+        return {f.name: getattr(p, f.name) for p in parts for f in fields(p) if getattr(p, f.name) != f.default}
+
+    def command(self) -> str:
+        """Write the command that measures the same again, defaults written out; a file of the grid is quoted below it."""
+        from fnn.study import study
+
+        file, given = self.measured.file, self.given()
+        if not file:
+            axes = (
+                vars(self.networks) | vars(self.training) | {"seeds": self.measured.seeds, "data": self.measured.data}
+            )
+            recorded = {} if {"epochs", "steps"} & set(given) else {"epochs": study.Study.epochs}
+            given = axes | recorded | given
+        words = [
+            f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+            for name, value in given.items()
+            if name not in PLACES
+        ]
+        lines = [" ".join(["fnn study", *words])]
+        if file:
+            lines += [f"# {file}:", *Path(file).read_text(errors="replace").splitlines()]
+        return "\n".join(lines)
+
+
+AXES = (
+    *("activation", "norm", "depth", "width", "residual", "init", "batch_size", "optimizer", "clip"),
+    *("sigma_w", "sigma_b", "learning_rate", "clip_threshold"),
+)
+"""In the order in which they are combined."""
 
 
 def run(options: Study) -> int:
     """Do `fnn study`."""
-
-    from fnn import files, lowering
-    from fnn.study import expected, figures, study
-    from fnn.study.summary import summarize
+    from fnn import lowering
+    from fnn.study import expected, methods, study
+    from fnn.study.words import count
     from fnn.study.workers import Interrupted
 
-    described = _described(options)
+    started = time.perf_counter()
+    described, running = _described(options), options.running
     description = described.describe()
-    folder = Path(options.out) if options.out else _folder(description)
+    folder = Path(running.out) if running.out else _folder(description)
     cells = len(description["cells"])
     runs = sum(len(cell["runs"]) for cell in description["cells"])
     steps = ", ".join(map(str, description["steps"][:6])) + (", ..." if len(description["steps"]) > 6 else "")
-    print(f"{cells} cells, {runs} runs, recorded at step {steps}; results in {folder}", file=sys.stderr, flush=True)
-    started = time.perf_counter()
+    what = f"{count(cells, 'cell')}, {count(runs, 'run')}, recorded at step {steps}"
+    _say(f"{what}; results in {folder}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with plain_warnings():
         try:
             found = described.run(
                 folder,
-                workers=options.workers or (1 if lowering.one_process(cells) else cores),
-                cache=options.cache or _cache(),
+                workers=running.workers or (1 if lowering.one_process(cells) else cores),
+                cache=running.cache or _cache(),
                 progress=True,
             )
             stopped = False
         except Interrupted as stop:
-            print(
-                f"study: stopped; finished cells are in {folder}, the same command resumes",
-                file=sys.stderr,
-                flush=True,
-            )
             found, stopped = stop.results, True
-            if stop.at_once or not found.finished:
+            there = len(found.finished)
+            _say(f"study: stopped; {count(there, 'cell')} of {cells} finished, in {folder}; the same command resumes")
+            if not there:
                 return 130
-        if not options.out:
+        if not running.out:
             _link(folder)
         table = found.table()
-    summary = summarize(table.filter(quantity="log_error", step=0))
-    figure = ""
-    if (drawn := figures.gradient(summary)) is not None:  # log_error is among the quantities
-        _print_summary(summary)
-        try:
-            files.save_figure(drawn, folder / "study.png", 110, "study")
-            figure = ", and study.png"
-        except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-                raise
-            print(error, file=sys.stderr)  # the folder is read-only, so the study was finished before: go on
+    figure = _drawn(folder, table, methods.chance(found), description["steps"][-1])
+    _kept(lambda: methods.remember(folder, options.command()), quiet=True)
     for sentence in filter(None, (study.widened(table), study.left_range(table), expected.outside(table))):
-        print(sentence, file=sys.stderr, flush=True)
+        _say(sentence)
     seconds = time.perf_counter() - started
     print(
-        printable(f"{folder}: {table.height:,} rows in cells/*.parquet{figure}; fnn report {folder} draws all figures")
+        printable(f"{table.height:,} rows in {folder}/cells{figure}; fnn report {folder} draws all figures and a page")
     )
+    print(printable(f"in Python: import fnn; table = fnn.results.read({str(folder)!r}).table()"))
     print(f"{seconds:.1f} s on {lowering.platform()}")
     return 130 if stopped else 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _drawn(folder: Path, table: Any, chance: float | None, last: int) -> str:
+    """Print the table of networks and what was found, and draw the figure; return what to say of it."""
+    import polars as pl
+
+    from fnn import files
+    from fnn.study import figures, verdict
+    from fnn.study.summary import summarize
+
+    shown = ((pl.col("quantity") == "log_error") & (pl.col("step") == 0)) | pl.col("quantity").is_in(
+        ["accuracy", "diverged"]
+    )
+    summary = summarize(table.filter(shown))
+    drawn = figures.gradient(summary)
+    if drawn is None:  # log_error is not among the quantities
+        return ""
+    print_networks(summary, chance, last > 0)
+    for sentence in verdict.sentences(summary, chance, last):
+        print(printable(sentence))
+    return ", figure study.png" if _kept(lambda: files.save_figure(drawn, folder / "study.png", 110, "study")) else ""
+
+
+def _kept(write: Any, quiet: bool = False) -> bool:
+    """Write into the study's folder, if it is not read-only: then the study was finished before."""
+    try:
+        write()
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        if not quiet:
+            _say(str(error))
+        return False
+    return True
 
 
 def _described(options: Study) -> Any:
     from fnn.study import grid, study
 
-    given = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
-    if options.file:
+    given = options.given()
+    file = options.measured.file
+    if file:
         if axes := [name for name in (*AXES, "zip") if name in given]:
-            raise ValueError(
-                f"study: with --file the grid is that of {options.file}, got --{axes[0]} too; write it there"
-            )
-        points, arguments = grid.from_toml(options.file)
+            raise ValueError(f"study: with --file the grid is that of {file}, got --{axes[0]} too; write it there")
+        points, arguments = grid.from_toml(file)
         for name in arguments:
             check.choice("study", ("seeds", "epochs", "steps", "quantities", "data", "chunk", "traced"), option=name)
     else:
-        lists = {name: grid.span(getattr(options, name)) for name in AXES}
-        points, arguments = grid.from_axes(lists, [word for word in options.zip.split(",") if word]), {}
-    arguments |= {name: given[name] for name in ("seeds", "epochs", "data", "chunk") if name in given}
-    if options.steps:
-        arguments["steps"] = grid.span(options.steps)
-    if options.quantities:
-        arguments["quantities"] = tuple(word.strip() for word in options.quantities.split(","))
+        values = vars(options.networks) | vars(options.training)
+        lists = {name: grid.span(values[name]) for name in AXES}
+        points, arguments = grid.from_axes(lists, [word for word in options.measured.zip.split(",") if word]), {}
+    arguments |= {name: given[name] for name in ("seeds", "data", "chunk") if name in given}
+    for name in ("epochs", "steps"):
+        if name in given:
+            values = grid.span(given[name])
+            arguments[name] = values[0] if len(values) == 1 else values
+    if {"epochs", "steps"} <= set(arguments):
+        got = f"epochs {arguments['epochs']} and steps {arguments['steps']}"
+        raise ValueError(f"study: epochs or steps say what is recorded, got {got}; leave one of them out")
+    if "quantities" in given:
+        arguments["quantities"] = tuple(word.strip() for word in given["quantities"].split(","))
     return study.Study(points, **arguments)
 
 
@@ -184,30 +274,3 @@ def _cache() -> str | None:
         return None
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return str(Path(root) / "fnn" / "xla")
-
-
-def _print_summary(summary: Any) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(
-        title="log10 |dL/dh| at initialisation, medians over seeds",
-        caption="growth: change of log10 |dL/dh| per layer towards the input; outside: share of the values outside the band "
-        "in which theory expects 19 of 20 seeds",
-    )
-    names = summary.shown()
-    for name in (*names, "layer 1", "last", "growth", "10 %", "90 %", "theory", "outside"):
-        table.add_column(name, justify="left" if name in ("activation", "norm") else "right")
-    rows = summary.networks.head(MOST_ROWS).iter_rows(named=True)
-    growths = [f"log10_growth{end}" for end in ("", "_low", "_high", "_predicted")]
-    for row in (summary.fixed | row for row in rows):
-        known = row["log10_growth"] is not None  # without, the signal itself has vanished from float32
-        table.add_row(
-            *(escape(str(row[name])) for name in names),
-            *("" if row[name] is None else f"{row[name]:.2f}" for name in ("log10_first", "log10_last")),
-            *(f"{row[name]:+.4f}" if known and row[name] is not None else "" for name in growths),
-            "" if row["outside"] is None else f"{row['outside']:.0%}",
-        )
-    console().print(table)
-    if (more := summary.networks.height - MOST_ROWS) > 0:
-        print(f"and {more} more networks, which fnn report shows")

@@ -12,11 +12,24 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def told(text: str) -> Any:
+    """Make what tyro shows as an option's help, in `Annotated[str, told("...")]`: for texts that tables know."""
+    try:
+        from tyro.conf import arg
+    except ImportError:  # `main` says so
+        return text
+    return arg(help=text)
+
+
+WIDTH = 140
+"""Of what is printed where the output is no terminal."""
+
+
 def console() -> Any:
-    """Open rich's console; 140 columns wide where the output is no terminal."""
+    """Open rich's console; `WIDTH` columns wide where the output is no terminal."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
 
 
 @contextmanager

@@ -138,6 +138,15 @@ def _named(name: str) -> tuple[data.Dataset, data.Dataset]:
     return arrays((tuple(first), tuple(second)))
 
 
+def about_data(source: Any) -> dict[str, Any]:
+    """Say what a session notes of its data: their name, and the share of the commonest held-out label, which is chance."""
+    y = np.asarray(arrays(source)[1].y)
+    found: dict[str, Any] = {"data": source} if isinstance(source, str) else {}
+    if np.issubdtype(y.dtype, np.integer) and y.ndim == 1 and len(y):
+        found["chance"] = float(np.unique(y, return_counts=True)[1].max() / len(y))
+    return found
+
+
 def _is_pair(part: Any) -> bool:
     """Whether something is a pair (x, y), not examples: a tuple of two, or a list of two arrays."""
     if isinstance(part, data.Dataset):

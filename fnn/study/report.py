@@ -1,46 +1,58 @@
-"""Report on a study: figures as PNG, and one HTML page with everything in it, which works offline."""
+"""Report on a study: figures as PNG, SVG and PDF, and one HTML page with everything in it, which works offline."""
 
+import base64
+import gzip
 import html
 import json
 import math
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fnn import files
 from fnn.plot import COLOURS
-from fnn.study import expected, figures, results, summary, table
+from fnn.study import expected, figures, methods, results, summary, table, verdict, words
 from fnn.study.summary import ERROR, ERROR10, Summary
 
-MOST_LAYERS = 160  # points of a curve on the page; deeper nets are thinned evenly
+MOST_LAYERS = 64  # points of a curve on the page; deeper nets are thinned evenly
+FORMATS = (".png", ".svg", ".pdf")
 WRONG = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What a table with the columns of a study and contents of another kind may raise while it is drawn."""
-ABOUT = {
-    ERROR: "error signal |dL/dh| after each kernel: root mean square over examples",
-    ERROR10: "error signal |dL/dh| at each layer's output: root mean square over examples",
-    "log_kernel": "weight gradient |dL/dW| of the mean loss: Frobenius norm",
-    "log_kernel_rms": "weight gradient: root mean square over its entries",
-    "log_bias": "bias gradient |dL/db|",
-    "second_moment at preactivation": "variance of the pre-activations, E[h²]",
-    "dead at activation": "share of units that are zero for the whole batch",
-    "saturated at activation": "share of activations within 1 % of a bound",
-    "update_ratio at kernel": "update over weight, |ΔW|/|W|",
-    "cosine at kernel": "cosine between the weight gradient and the one recorded before",
-}
+
+
+class Story(NamedTuple):
+    """The words of a page."""
+
+    name: str
+    """Of the study's folder."""
+    heading: str
+    verdicts: list[str]
+    """What came out; the first is the page's first sentence."""
+    facts: list[str]
+    methods: str
+    """A paragraph for a paper."""
+    again: str
+    """The command that measures all this again."""
+    load: str
+    """One line of Python."""
+    drawn: list[str]
+    """Figures that lie beside the page."""
+    chance: float | None
+    """Accuracy of always guessing the commonest label."""
 
 
 def report(folder: str | os.PathLike[str]) -> list[Path]:
-    """Write a study's figures and `report.html` into its folder; return the paths of what was written.
+    """Write a study's figures and `report.html` into its folder; return the paths of what was written, the page last.
 
-    The PNGs are `gradient.png` and `weights.png` (log norms against the layer, a line for each depth, theory dashed),
-    `heat.png` (the gradient's rate over depth and sigma_w, with the critical line), `training.png` and `accuracy.png`; one
-    that would have nothing to show is not written. The page holds all finished cells, with at most 160 layers of each
-    curve, and lets the reader choose networks, quantity and step. It loads nothing from the internet. Lines are medians
-    over seeds, bands reach from the 10th to the 90th percentile. Of a study that is still running, the finished cells are
-    reported.
+    The figures are `gradient` and `weights` (log10 of norms against the layer, a line for each depth, theory dashed),
+    `heat` (the gradient's growth over depth and sigma_w, with the critical line), `training` and `accuracy`, each as PNG,
+    SVG and PDF; one that would have nothing to show is not written. The page begins with what the study found, holds all
+    finished cells, with at most 64 layers of each curve, and lets the reader choose networks, quantity and step. It loads
+    nothing from the internet. Lines are medians over seeds, bands reach from the 10th to the 90th percentile. Of a study
+    that is still running, the finished cells are reported.
 
     A cell's file that is damaged, or belongs to another study, is left out and named in a warning and on the page.
 
@@ -52,27 +64,29 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
     study = results.read(folder)
     folder = Path(folder)
     rows = study.table()
+    chance = methods.chance(study)
     draws = {
-        "gradient.png": figures.gradient,
-        "weights.png": lambda s: figures.gradient(s, "log_kernel"),
-        "heat.png": figures.heat,
-        "training.png": figures.training,
-        "accuracy.png": figures.accuracy,
+        "gradient": figures.gradient,
+        "weights": lambda s: figures.gradient(s, "log_kernel"),
+        "heat": figures.heat,
+        "training": figures.training,
+        "accuracy": lambda s: figures.accuracy(s, chance),
     }
     files.sweep(folder)
     try:
         s = summary.summarize(rows)
-        drawn = {folder / name: figure for name, draw in draws.items() if (figure := draw(s)) is not None}
-        for path, figure in drawn.items():
-            files.save_figure(figure, path, 110, "report")
+        drawn = {name: figure for name, draw in draws.items() if (figure := draw(s)) is not None}
+        for name, figure in drawn.items():
+            for end in FORMATS:
+                files.save_figure(figure, folder / (name + end), 110, "report")
         parts = table.widened(rows), table.left_range(rows), expected.outside(rows)
         told = [f"{part.removeprefix('study: ')}." for part in parts if part]
-        text = page(s, [*facts(study, s), *told], _name(folder))
+        text = page(s, story(study, s, told, list(drawn)))
     except (*WRONG, pl.exceptions.PolarsError) as error:
         first = str(error).partition("\n")[0]
         raise ValueError(f"report: {folder} must hold a study that can be drawn, got {first:.200}") from error
     files.write(folder / "report.html", text.encode(), "report")
-    return [*drawn, folder / "report.html"]
+    return [*(folder / (name + end) for name in drawn for end in FORMATS), folder / "report.html"]
 
 
 def gradient(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
@@ -90,66 +104,77 @@ def gradient(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
     return figure
 
 
+def story(study: results.Results, s: Summary, told: list[str], drawn: list[str]) -> Story:
+    """Put a study into words; `told` are more facts about its numbers."""
+    chance, last = methods.chance(study), int(study.description["steps"][-1])
+    found, name = verdict.sentences(s, chance, last), _name(study.folder or Path("study"))
+    facts = [*methods.facts(study, s), *told]
+    return Story(
+        name,
+        verdict.heading(s),
+        found,
+        facts,
+        methods.sentence(study, s),
+        methods.again(study),
+        methods.load(study),
+        drawn,
+        chance,
+    )
+
+
 def _name(folder: Path) -> str:
     """Name a folder in letters that a page can hold, whatever bytes its name has."""
     return folder.resolve().name.encode(errors="replace").decode()
 
 
-def facts(study: results.Results, s: Summary) -> list[str]:
-    """Say in a few sentences what was measured, how much of it is finished, and where."""
-    cells = len(study.description["cells"])
-    seeds = s.networks["seeds"]
-    count = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
-    done = "All" if len(study.finished) == cells else f"{len(study.finished)} of"
-    sentences = [f"{s.networks.height} networks, {count} runs each. {done} {cells} cells are finished."]
-    sentences += [f"Left out: {why.removeprefix('study: ')}." for why in study.left_out.values()]
-    if s.fixed:
-        sentences.append("The same for all: " + ", ".join(f"{k} {_plain(v)}" for k, v in s.fixed.items()) + ".")
-    if study.sessions:
-        last = study.sessions[-1]
-        versions, devices = last.get("versions"), last.get("devices")  # a file that anybody may have written
-        versions = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else versions
-        devices = ", ".join(map(str, devices)) if isinstance(devices, list) else devices
-        where = "; ".join(str(part) for part in (devices, versions, last.get("commit")) if part)
-        sentences.append(f"Measured on {where}." if where else "")
-    return [sentence for sentence in sentences if sentence]
-
-
-def page(s: Summary, sentences: list[str], title: str) -> str:
+def page(s: Summary, told: Story) -> str:
     """Fill the page: one string of HTML with data, plotly and program inside."""
     from plotly.offline import get_plotlyjs
 
-    template = resources.files("fnn.study").joinpath("page.html").read_text()
-    data = json.dumps(contents(s, sentences, title), separators=(",", ":"), allow_nan=False)
-    # `</script>` inside a string would end the data, and `<!--<script>` hide its end: no string may hold a tag at all.
-    parts = {"TITLE": html.escape(title, quote=False), "DATA": data.replace("<", "\\u003c"), "PLOTLY": get_plotlyjs()}
+    template, program = (resources.files("fnn.study").joinpath(f"page.{end}").read_text() for end in ("html", "js"))
+
+    def safe(text: str) -> str:
+        return html.escape(text, quote=False)
+
+    links = "".join(
+        f"<li>{name}: " + ", ".join(f'<a href="{name}{end}">{end[1:].upper()}</a>' for end in FORMATS) + "</li>"
+        for name in told.drawn
+    )
+    parts = {
+        "TITLE": safe(f"{told.name}: {told.heading}"),
+        "HEADING": safe(told.heading),
+        "VERDICTS": "".join(f"<p>{safe(text)}</p>" for text in told.verdicts),
+        "FACTS": "".join(f"<p>{safe(text)}</p>" for text in told.facts),
+        "METHODS": safe(told.methods),
+        "AGAIN": safe(told.again),
+        "LOAD": safe(told.load),
+        "LINKS": links or "<li>none: there was nothing to draw</li>",
+        "PROGRAM": program,
+        "DATA": _packed(json.dumps(contents(s, told.chance), separators=(",", ":"), allow_nan=False)),
+        "PLOTLY": _packed(get_plotlyjs()),
+    }
     head, *rest = template.split("{{")
     return head + "".join(parts[name] + text for name, text in (piece.split("}}", 1) for piece in rest))
 
 
-def contents(s: Summary, sentences: list[str], title: str) -> dict[str, Any]:
-    """Collect what the page draws, as JSON holds it: numbers to 5 digits, null for what is not finite."""
+def _packed(text: str) -> str:
+    """Compress a text into letters that mean nothing to HTML; the browser unpacks it."""
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
+def contents(s: Summary, chance: float | None = None) -> dict[str, Any]:
+    """Collect what the page draws, as JSON holds it: numbers to 4 digits, null for what is not finite; logs are decimal."""
     import polars as pl
 
-    critical = summary.critical_lines(s)
-    networks = []
-    for row in s.networks.iter_rows(named=True):
-        whole = s.fixed | row
-        plain = whole.get("norm", "none") == "none" and not whole.get("residual")
-        pair = summary.line_of(whole)
-        numbers = {k: _number(row[k]) for k in summary.OWN if k in row and k != "network"}
-        axes = {k: _plain(row[k]) for k in s.axes}
-        name = summary.label({k: row[k] for k in s.axes}) or "the network"
-        networks.append(
-            {"name": name, "axes": axes, "critical": _number(critical.get(pair)) if plain else None} | numbers
-        )
+    axes = [_axis(s, name) for name in s.axes]
     layers: dict[str, Any] = {}
-    for (series, step, network), rows in s.layers.group_by("series", "step", "network", maintain_order=True):
+    for (series, step, network), rows in figures.hidden(s, s.layers).group_by(
+        "series", "step", "network", maintain_order=True
+    ):
         rows = rows.sort("layer")
-        if series in (ERROR, ERROR10):
-            rows = rows.filter(pl.col("layer") < pl.col("layer").max())
         chosen = np.unique(np.linspace(0, rows.height - 1, min(MOST_LAYERS, rows.height)).round().astype(int))
-        layers.setdefault(series, {}).setdefault(str(step), {})[str(network)] = _curve(rows[chosen.tolist()], "layer")
+        curve = _curve(rows[chosen.tolist()], "layer", words.quantity(series).unit)
+        layers.setdefault(series, {}).setdefault(str(step), {})[str(network)] = curve
     runs: dict[str, Any] = {}
     moving = s.runs.filter(pl.col("step").n_unique().over("series", "network") > 1)
     for (series, network), rows in moving.group_by("series", "network", maintain_order=True):
@@ -158,35 +183,86 @@ def contents(s: Summary, sentences: list[str], title: str) -> dict[str, Any]:
         str(r["network"]): [_number(r[k]) for k in ("low", "middle", "high")] for r in s.finals.iter_rows(named=True)
     }
     first = [name for name in (ERROR, ERROR10, "log_kernel") if name in layers]
+    order = [*first, *sorted(set(layers) - set(first), key=lambda n: words.quantity(n).about)]
     return {
-        "title": title,
-        "facts": sentences,
-        "axes": {name: [_plain(v) for v in s.networks[name].unique(maintain_order=True).to_list()] for name in s.axes},
-        "networks": networks,
+        "axes": [{"word": words.axis(name), **axis} for name, axis in zip(s.axes, axes, strict=True)],
+        "networks": _networks(s, axes, chance),
         "steps": sorted({int(step) for steps in layers.values() for step in steps}) or [0],
-        "series": [{"id": n, "about": ABOUT.get(n, n)} for n in [*first, *sorted(set(layers) - set(first))]],
+        "series": [_told(name) for name in order],
         "layers": layers,
-        "runs": {n: runs[n] for n in sorted(runs, key=lambda n: (n != "train_loss", n))},
+        "runs": runs,
+        "runSeries": [_told(name) for name in sorted(runs, key=lambda n: (n != "train_loss", words.quantity(n).about))],
         "finals": finals,
-        "colours": COLOURS,
+        "last": int(s.runs.filter(pl.col("series") == "accuracy")["step"].max() or 0) if finals else 0,
+        "chance": _number(chance),
+        "map": [s.axes.index(n) for n in ("depth", "sigma_w") if n in s.axes and s.networks[n].dtype.is_numeric()],
+        "thinned": int(s.layers["layer"].max() or 0) > MOST_LAYERS,
+        "colours": COLOURS[:6],  # the seventh is black, which a dark page hides
     }
 
 
-def _curve(rows: Any, x: str) -> dict[str, Any]:
+def _networks(s: Summary, axes: list[dict[str, Any]], chance: float | None) -> list[dict[str, Any]]:
+    critical, found = summary.critical_lines(s), []
+    trained = bool((s.runs["step"].max() or 0) > 0)
+    for row in s.networks.iter_rows(named=True):
+        whole = s.fixed | row
+        plain = whole.get("norm", "none") == "none" and not whole.get("residual")
+        found.append(
+            {
+                "name": verdict.name_of(s, row),
+                "at": [axis["raw"].index(row[name]) for name, axis in zip(s.axes, axes, strict=True)],
+                "seeds": row["seeds"],
+                "gradient": verdict.gradient(row),
+                "change": _number(verdict.change(row)),
+                **{
+                    f"growth{end}": _number(row[f"log10_growth{end}"], digits=9)
+                    for end in ("", "_low", "_high", "_predicted")
+                },
+                "outside": _number(row["outside"], digits=9),
+                "accuracy": _number(row["accuracy"], digits=9),
+                "training": verdict.training(row, chance) if trained else None,
+                "diverged": row["diverged"],
+                "critical": _number(critical.get(summary.line_of(whole))) if plain else None,
+            }
+        )
+    for axis in axes:
+        del axis["raw"]
+    return found
+
+
+def _axis(s: Summary, name: str) -> dict[str, Any]:
+    """List an axis's values, in order if they are numbers, as texts that differ from each other."""
+    raw = s.networks[name].unique(maintain_order=True).to_list()
+    numeric = s.networks[name].dtype.is_numeric() and None not in raw
+    raw = sorted(raw) if numeric else raw
+    texts = [words.value(value) for value in raw]
+    texts = texts if len(set(texts)) == len(texts) else list(map(repr, raw))
+    labels = [verdict.label(name, value) for value in raw]
+    labels = labels if len(set(labels)) == len(labels) else [f"{words.axis(name)} {text}" for text in texts]
+    return {"values": texts, "labels": labels, "numbers": raw if numeric else None, "raw": raw}
+
+
+def _told(series: str) -> dict[str, Any]:
+    told = words.quantity(series)
+    return {
+        "id": series,
+        "axis": told.axis,
+        "about": told.about,
+        "log": told.log,
+        "loss": told.axis in ("loss", "gradient norm"),
+    }
+
+
+def _curve(rows: Any, x: str, unit: float = 1.0) -> dict[str, Any]:
     columns = [name for name in ("low", "middle", "high", "predicted") if name in rows.columns]
-    curve = {"x": rows[x].to_list()} | {name: [_number(v) for v in rows[name].to_list()] for name in columns}
+    curve = {"x": rows[x].to_list()}
+    curve |= {name: [_number(v, unit) for v in rows[name].to_list()] for name in columns}
     if all(v is None for v in curve.get("predicted", [])):
         curve.pop("predicted", None)
     return curve
 
 
-def _number(value: Any) -> float | int | None:
+def _number(value: Any, unit: float = 1.0, digits: int = 4) -> float | int | None:
     if value is None or not math.isfinite(value):
         return None
-    return int(value) if isinstance(value, int | bool) else float(f"{value:.5g}")
-
-
-def _plain(value: Any) -> Any:
-    if value is None:
-        return "none"
-    return value if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else f"{value:g}"
+    return int(value) if isinstance(value, int | bool) else float(f"{value / unit:.{digits}g}")

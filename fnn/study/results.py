@@ -2,7 +2,8 @@
 
     FOLDER/study.json            what was asked: axes, cells with their runs, recorded steps, data, chunk sizes
     FOLDER/sessions.json         who worked on it: a list of {started, versions, devices, device_kind, x64, ..., xla_flags,
-                                 commit, executor}
+                                 commit, executor, data (its name), chance (share of the commonest held-out label)}
+    FOLDER/command.txt           the command line that measures the same again, if one made it
     FOLDER/cells/00000.parquet   one file per finished cell, numbered as in study.json; written under a temporary name
                                  and renamed, so that a file that is there is whole
 

@@ -16,7 +16,7 @@ from fnn.study import axes, cell, results
 from fnn.study.cell import Cell
 from fnn.study.grid import Grid, product
 from fnn.study.identity import identify
-from fnn.study.options import arrays, check_cell, check_functions, check_options, one_line
+from fnn.study.options import about_data, arrays, check_cell, check_functions, check_options, one_line
 from fnn.study.provenance import hash_arrays, session, settings
 from fnn.study.spawning import check_spawning
 from fnn.study.table import TRACED, left_range, widened
@@ -205,15 +205,15 @@ class Study:
             check_executor(executor)
         if workers is not None:
             check.positive("study", workers=workers)
-        kind = (
-            type(executor).__name__ if executor is not None else f"{workers} processes" if (workers or 1) > 1 else None
-        )
+        kind = f"{workers} processes" if (workers or 1) > 1 else None
+        note = session(kind if executor is None else type(executor).__name__) | about_data(self.data)
         described = self.describe()
         functions = {"build": self.build, "loss": self.loss} | {f"measure {n}": f for n, f in self.measure.items()}
         check_spawning(executor, workers or 1 if len(described["cells"]) > 1 else 1, functions)
         with (
+            Progress("cell", len(described["cells"]), progress, first="compiling") as bar,
             compilation_cache(cache),
-            results.opened(folder, described, self._with_chunks, session(kind), self.chunk is not None) as found,
+            results.opened(folder, described, self._with_chunks, note, self.chunk is not None) as found,
         ):
             config = {name: found.description[name] for name in settings()}
             finished = set(found.finished)
@@ -229,10 +229,10 @@ class Study:
 
             own = executor is None and workers is not None and workers > 1 and len(left) > 1
             with (
-                Progress("cell", len(found.description["cells"]), progress, len(finished)) as bar,
                 pool(min(workers or 1, len(left))) if own else nullcontext(executor) as used,
                 self._sent(folder, used if left else None) as sent,
             ):
+                bar.resume(len(finished))
                 if finished:
                     bar.say(f"{len(finished)} of {bar.total} cells are there already")
                 tasks = listed(self._setup(), sent, found.description, left, config)

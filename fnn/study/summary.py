@@ -150,18 +150,3 @@ def line_of(row: dict[str, Any]) -> tuple[Any, float]:
     """Name the critical line of a network: its activation and sigma_b. A user's own net may use these names for anything."""
     sigma_b = row.get("sigma_b") or 0.0
     return row.get("activation"), float(sigma_b) if isinstance(sigma_b, int | float) else math.nan
-
-
-def label(values: dict[str, Any]) -> str:
-    """Name a network by its axes: `tanh, batch norm, depth 64, sigma_w 1.3`."""
-
-    def word(name: str, value: Any) -> str:
-        if value is None or value is False or (name, value) == ("norm", "none"):
-            return f"no {name}"
-        if value is True:
-            return name
-        if isinstance(value, str):
-            return f"{name} none" if value == "none" else value.replace("_", " ")
-        return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-
-    return ", ".join(word(name, value) for name, value in values.items())
