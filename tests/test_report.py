@@ -139,7 +139,7 @@ def test_summary(reduced):
         (pl.col("network") == row["network"]) & (pl.col("series") == summary.ERROR) & (pl.col("step") == 0)
     ).sort("layer")
     np.testing.assert_allclose(curve["high"] - curve["middle"], 0.016, rtol=1e-6)  # 90 % of -2, -1, 0, 1, 2 hundredths
-    np.testing.assert_allclose(curve["middle"], (400 - np.arange(1, 402)) * expected / 2, atol=1e-9)
+    np.testing.assert_allclose(curve["middle"], (400 - np.arange(1, 402)) * expected * math.log(10), atol=1e-9)
     assert set(reduced.layers["series"].unique()) == {summary.ERROR, "log_kernel"}
 
 
@@ -174,7 +174,7 @@ def test_verdicts(reduced):
     chi = {s: meanfield.fixed_point("tanh", s, 0.0).chi for s in (0.5, 1.3, 2.0)}
     for row in networks:
         log = math.log10(chi[row["sigma_w"]] if row["norm"] == "none" else 1.3) / 2
-        assert verdict.growth(row) == pytest.approx(log, abs=1e-9) or (row["depth"], row["sigma_w"]) == (16, 0.5)
+        assert row["log10_growth"] == pytest.approx(log, abs=1e-9) or (row["depth"], row["sigma_w"]) == (16, 0.5)
         total = (row["depth"] - 1) * log
         expected = "vanishes" if total < -1 else "explodes" if total > 1 else "keeps its size"
         assert verdict.gradient(row) == expected
