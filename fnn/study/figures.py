@@ -1,6 +1,6 @@
 """Figures of a study, by matplotlib: each draws one `Summary` and returns the figure, or None if there is nothing to show.
 
-Lines are medians over seeds, shaded from the 10th to the 90th percentile; mean-field theory is dashed.
+Lines are medians over seeds, shaded from the 10th to the 90th percentile; theory is dashed, its band for one seed dotted.
 """
 
 import math
