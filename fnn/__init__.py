@@ -1,6 +1,6 @@
 """Pure-functional neural networks on JAX, made to see how gradients flow."""
 
-from fnn import losses, models, plot, tree
+from fnn import losses, models, parametrizations, plot, tree
 from fnn.core import Layer, named, repeat, residual, serial, stateless
 from fnn.datasets import data
 from fnn.diagnosis.diagnose import diagnose, diagnose_loss
@@ -38,6 +38,7 @@ from fnn.layers.taps import tap
 from fnn.layers.tokens import embed, tied
 from fnn.study import grid, report, results
 from fnn.study.compare import compare
+from fnn.study.coordinates import coordinate_check
 from fnn.study.study import Study
 from fnn.theory import meanfield
 from fnn.training import clip, log, optimizers, weights
@@ -77,6 +78,7 @@ __all__ = [
     "concatenate",
     "conv",
     "conv_transpose",
+    "coordinate_check",
     "cross_attention",
     "data",
     "dense",
@@ -110,6 +112,7 @@ __all__ = [
     "noise",
     "optimizers",
     "parallel",
+    "parametrizations",
     "per_example",
     "plot",
     "positions",

@@ -31,11 +31,11 @@ def test_the_sentence_names_the_cells_and_their_shares():
     # Cell 1: 10 of 80; cell 2: 4 of 80, which is 1 in 20 and not more. P(at least 1 of 8) = 1 - 0.95^8 = 0.34 a cell.
     assert expected.outside(frame(outside, 3)) == (
         "study: 5.8% of 240 numbers lie outside of theory's band, where 1 in 20 is expected; more often than that in cell 1 "
-        "(12%), 1 of 3 (up to 1 by chance)"
+        "(12.5%), 1 of 3 (up to 1 by chance)"
     )
     many = expected.outside(frame(np.ones((20, 8, 10), bool), 20))
-    assert many is not None and "cells 0 (100%), 1 (100%)" in many
-    assert many.endswith("11 (100%) and 8 more, 20 of 20 (up to 7 by chance)")
+    assert many is not None and "cells 0 (100.0%), 1 (100.0%)" in many
+    assert many.endswith("11 (100.0%) and 8 more, 20 of 20 (up to 7 by chance)")
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,8 @@ def test_residual_prediction(name, sigma_w, sigma_b):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"norm": "batch_norm", "batch": 8, "residual": 1.0}, "no theory for batch norm in residual nets"),
+        ({"norm": "layer_norm", "batch": 8}, "norm='batch_norm' and batch go together"),
+        ({"norm": "batch_norm"}, "norm='batch_norm' and batch go together"),
         ({"residual": 0.0}, "residual must be a finite number above 0"),
         ({"residual": math.inf}, "residual must be a finite number above 0"),
         ({"q0": -1.0}, "q0 must be at least 0"),

@@ -197,8 +197,9 @@ def test_depth_is_the_number_of_hidden_layers_where_theory_stands_beside_measure
         )
         setting = {"activation": "tanh", "sigma_w": 1.5, "sigma_b": 0.0, "width": 512, "q0": first["value"].median()}
         curve = fnn.meanfield.predict(depth, **setting).mean_log_error
+        # Theory draws 32 nets with this batch: the mean of one example to 0.02 a layer.
         np.testing.assert_allclose(
-            predicted[:, :depth] - predicted[:, depth - 1 : depth], np.tile(curve, (6, 1)), atol=1e-9
+            predicted[:, :depth] - predicted[:, depth - 1 : depth], np.tile(curve, (6, 1)), atol=0.03
         )
         # Six seeds at width 512: a layer adds a spread of about 1/sqrt(6 · 512) = 0.02; it adds 0.1 and more to the curve.
         np.testing.assert_allclose((measured - predicted)[:, :depth].mean(axis=0), 0, atol=0.05)

@@ -7,7 +7,7 @@ from dataclasses import Field, fields, is_dataclass
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from fnn import __version__, check
-from fnn.cli import compare, diagnose, recipes, report, study, train
+from fnn.cli import compare, coordinates, diagnose, recipes, report, study, train
 
 SENTENCES = (ValueError, TypeError, OSError, ImportError, ArithmeticError)
 COMMANDS = {
@@ -42,6 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
         if given[:1] == ["diagnose"] and ".py:" in "".join(given[1:2]):
             command = tyro.cli(diagnose.Script, prog="fnn diagnose", args=given[1:], config=config)
             return diagnose.run_script(command)
+        if given[:1] == ["study"] and any(word.partition("=")[0] == "--check" for word in given):
+            _check_options("fnn", {"study": coordinates.Check}, given)
+            command = tyro.cli(coordinates.Check, prog="fnn study", args=given[1:], config=config[1:])
+            return coordinates.run(command)
         if given and given[0] in WITH_MODEL:
             generic, first = WITH_MODEL[given[0]]
             prog, about, given = f"fnn {given[0]}", first + MODEL.format(given[0]), _with_model(given[0], given[1:])

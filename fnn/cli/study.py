@@ -95,7 +95,7 @@ class Study:
     Each axis takes one value, a list (tanh,relu), or a range: 0.5:2.5:9 is nine values at equal distances, and
     1e-4:1e-1:4:log four at equal ratios. The study measures all combinations. It prints a table and what it found, and
     writes one Parquet file for each combination, and study.png. After an interruption, the same command goes on where it
-    stopped.
+    stopped. fnn study --check width 64:1024 does a coordinate check instead; fnn study --check --help lists its options.
     """
 
     networks: Networks = field(default_factory=Networks)

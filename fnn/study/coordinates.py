@@ -128,13 +128,16 @@ def mlp(
     parametrization: str | Parametrization = "standard",
     classes: int = 10,
 ) -> Layer:
-    """Build the net that is checked by default: weights from N(0, 2/fan_in) for ReLU, 1/fan_in in residual nets."""
+    """Build the net that is checked by default: weights from N(0, 2/fan_in) for ReLU, 1/fan_in in residual nets.
+
+    Its arguments are those of `models.mlp`.
+    """
     init = "he_normal" if activation == "relu" and not residual else initializers.scaled(1.0)
     options = {"activation": activation, "norm": norm, "init": init, "unroll": 1}
     return models.mlp(depth, width, classes, residual=residual, parametrization=parametrization, **options)
 
 
-def coordinates(
+def coordinate_check(
     axis: str,
     values: Sequence[int],
     *,
@@ -162,15 +165,21 @@ def coordinates(
     """
     import polars as pl
 
-    check.choice("check", AXES, axis=axis)
-    check.choice("check", OPTIMIZERS, optimizer=optimizer)
-    check.positive("check", steps=steps, seeds=seeds, batch_size=batch_size, **{f"{axis}_{v}": v for v in values})
-    check.above_zero("check", learning_rate=learning_rate)
+    check.choice("coordinate_check", AXES, axis=axis)
+    check.choice("coordinate_check", OPTIMIZERS, optimizer=optimizer)
+    check.positive(
+        "coordinate_check", steps=steps, seeds=seeds, batch_size=batch_size, **{f"{axis}_{v}": v for v in values}
+    )
+    check.above_zero("coordinate_check", learning_rate=learning_rate)
     if len(set(values)) < 2:
-        raise ValueError(f"check: {axis} must have at least two values, got {list(values)}; a slope needs them")
+        raise ValueError(
+            f"coordinate_check: {axis} must have at least two values, got {list(values)}; a slope needs them"
+        )
     arguments = inspect.signature(build).parameters
     if missing := [name for name in (axis, *(options or {})) if name not in arguments]:
-        raise ValueError(f"check: build must have the argument {missing[0]}, got {', '.join(arguments)}; add it")
+        raise ValueError(
+            f"coordinate_check: build must have the argument {missing[0]}, got {', '.join(arguments)}; add it"
+        )
     train = arrays(data)[0]
     x, y = np.asarray(train.x), np.asarray(train.y)
     made = _Made(build, loss, optimizer, learning_rate)

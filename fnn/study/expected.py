@@ -75,7 +75,7 @@ def outside(frame: Any) -> str | None:
         return None
     # P(more than `most` of the runs lie outside), binomial; with `most` the whole runs that are no more than 1 in 20.
     chances = [1 - bdtr(math.floor(ONE_IN * runs), runs, ONE_IN) for runs in cells["runs"]]
-    named = [f"{cell} ({share:.0%})" for cell, share in found.select("cell", "share").rows()]
+    named = [f"{cell} ({share:.1%})" for cell, share in found.select("cell", "share").rows()]
     more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
     return (
         f"study: {known['outside'].mean():.1%} of {known.height:,} numbers lie outside of theory's band, where 1 in 20 is "

@@ -1,7 +1,7 @@
 """Figures of a study, by matplotlib: each draws one `Summary` and returns the figure, or None if there is nothing to show.
 
-Lines are medians over seeds, shaded from the 10th to the 90th percentile; mean-field theory is dashed; logs are decimal.
-Every figure says so, and how many seeds there are, in the line at its top.
+Lines are medians over seeds, shaded from the 10th to the 90th percentile; theory is dashed, its band for one seed dotted;
+logs are decimal. Every figure says so, and how many seeds there are, in the line at its top.
 """
 
 import math

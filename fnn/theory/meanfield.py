@@ -226,7 +226,7 @@ def predict(
     sigma_w: float,
     sigma_b: float,
     width: int | Sequence[int] | None = None,
-    norm: Literal["batch_norm"] | None = None,
+    norm: Literal["batch_norm", "layer_norm", "rms_norm"] | None = None,
     batch: float | None = None,
     residual: float | None = None,
     q0: float | None = None,
@@ -234,31 +234,31 @@ def predict(
     """Predict the error signal of a net with `depth` layers: `|delta_l|²/|delta_{l+1}|² = sigma_w² E[phi'(h_l)²]`.
 
     The variance q_l of h_l follows the length map from q_1 = `q0`, the variance of the first layer's pre-activations
-    (default: q*, or 1 where q* is 0 or infinite). With `norm="batch_norm"`, q is 1 and the rate is
-    `batch_norm_rate(activation, batch)` in all layers; there `q0` is the variance over the batch by which the first
-    layer's norm divides (default: that of the other layers). With `residual=a` layers 2..depth are `x + a phi(W x + b)`,
-    and the error signal is the one inside the branch: `|dL/dx_l|² = (1 + a² sigma_w² E[phi'²]) |dL/dx_{l+1}|²` (Yang
-    and Schoenholz 2017, eq. 3-5).
+    (default: q*, or 1 where q* is 0 or infinite). With `residual=a` layers 2..depth are `x + a phi(norm(W x + b))`, and the
+    error signal is the one inside the branch: `|dL/dx_l|² = (1 + a² chi_l) |dL/dx_{l+1}|²` (Yang and Schoenholz 2017,
+    eq. 3-5). With a norm, q is 1 in all layers, and chi is divided by the variance v_l of h_l, in residual nets that of a
+    sum that grows with l. `"layer_norm"` and `"rms_norm"`: `chi_l = sigma_w² E[phi'²]/v_l`, without biases and sums
+    `E[phi'²]/E[phi²]` under N(0, 1). `"batch_norm"`: `batch_norm_rate(activation, batch)` times the variance over the batch
+    of phi over that of x. The default of `q0`, the variance by which the first layer's norm divides, is that of the second.
 
     `width` (one, or one per layer) adds the curves over seeds, to order 1/width: for every activation (see
     `finite_width.plain`; exact for ReLU, for others while depth is below width²), and under batch norm of 6 examples or
     more (`finite_width.batch_normed`; the order 1/width of its mean is unknown, so `low` and `high` allow 4/width a layer
-    in log |delta|²). For residual nets they are nan. The output layer must be initialised like the others.
+    in log |delta|²). For residual nets and other norms they are nan: `draw` has these. The output layer must be initialised like the others.
 
     It takes nine arguments because each one is a column of a study's table.
-    Errors: ValueError for a depth or width below 1, and for norm without batch, batch without norm, or norm with residual.
+    Errors: ValueError for a depth or width below 1, batch norm without batch, and batch without batch norm.
     """
     check.positive("predict", depth=depth)
     if norm is not None:
-        check.choice("predict", ["batch_norm"], norm=norm)
+        check.choice("predict", ["batch_norm", "layer_norm", "rms_norm"], norm=norm)
     phi = gaussian.elementwise("predict", activation)
     sw, sb = check.number("predict", sigma_w=sigma_w), check.number("predict", sigma_b=sigma_b)
-    if (norm is None) != (batch is None):
+    if (norm == "batch_norm") != (batch is not None):
         raise ValueError(f"predict: norm='batch_norm' and batch go together, got norm={norm!r}, batch={batch!r}")
-    if norm is not None and residual is not None:
-        raise ValueError(
-            f"predict: no theory for batch norm in residual nets, got residual={residual!r}; leave one out"
-        )
+    a = None if residual is None else float(residual)
+    if a is not None:
+        check.above_zero("predict", residual=a)
     widths = [] if width is None else list(np.atleast_1d(width))
     widths = widths * depth if len(widths) == 1 else widths
     for n in widths:
@@ -268,25 +268,20 @@ def predict(
     start = None if q0 is None else check.number("predict", q0=q0)
 
     spread, drift = None, 0.0
-    if batch is not None:
-        q, chi = np.ones(depth), np.full(depth, batch_norm_rate(phi, batch))
-        if start is not None and sw > 0:
-            chi[0] *= sw**2 * (1 - 1 / batch) * rates.batch_normed(phi, batch)[1] / start if start else math.inf
-        if widths:
+    if norm is not None:
+        q, chi = np.ones(depth), _normed(phi, sw, sb, depth, batch, a, start)
+        if batch is not None and widths and a is None:
             spread, drift = finite_width.batch_normed(phi, batch, widths), 4.0
     else:
-        a = None if residual is None else float(residual)
-        if a is not None:
-            check.above_zero("predict", residual=a)
         q = maps.trajectory(phi, sw, sb, depth, start, a)
         chi = sw**2 * np.array([gaussian.moments(phi, float(v)).derivative for v in q])
         if widths and a is None:
             spread = finite_width.plain(phi, sw, sb, q, widths)
-        if a is not None:
-            branch = np.append(1.0, np.full(depth - 1, a**2))  # the first layer is not a sum
-            # |delta_l|² = a² E[phi'²] |dL/dx_l|², and each sum after l multiplies by 1 + a² chi.
-            chi = chi[:-1] * branch[:-1] / (chi[1:] * branch[1:]) * (1 + a**2 * chi[1:]) if depth > 1 else chi[:0]
-            chi = np.append(chi, math.nan)
+    if a is not None:
+        branch = np.append(1.0, np.full(depth - 1, a**2))  # the first layer is not a sum
+        # |delta_l|² = a² chi_l/sigma_w² |dL/dx_l|², and each sum after l multiplies by 1 + a² chi.
+        chi = chi[:-1] * branch[:-1] / (chi[1:] * branch[1:]) * (1 + a**2 * chi[1:]) if depth > 1 else chi[:0]
+        chi = np.append(chi, math.nan)
     with np.errstate(divide="ignore"):
         log_error = _below(np.log(chi) / 2)
     mean = band = low = high = np.full(depth, math.nan)
@@ -296,6 +291,31 @@ def predict(
         bias = _below(np.full(depth, drift / 2) / np.array(widths))
         low, high = np.minimum(mean, log_error) - reach - bias, np.maximum(mean, log_error) + reach + bias
     return Prediction(np.arange(1, depth + 1), q, chi, log_error, mean, band, low, high)
+
+
+def _normed(
+    phi: gaussian.Activation,
+    sw: float,
+    sb: float,
+    depth: int,
+    batch: float | None,
+    a: float | None,
+    start: float | None,
+) -> np.ndarray:
+    """Give chi of each layer under a norm, batch norm if there is a `batch`. The seven arguments are those of `predict`."""
+    m = gaussian.moments(phi, 1.0)
+    own, mean, gain = m.second, m.mean, sw**2 * m.derivative
+    if batch is not None:  # of what varies over the batch; biases and means over it do not
+        own, mean, sb = rates.batch_normed(phi, batch)[1], 0.0, 0.0
+        gain = sw**2 * batch_norm_rate(phi, batch) * own
+    layer = np.arange(depth - 1)  # before the second layer, the third, ...
+    a = a or 0.0  # without sums the length stays
+    lengths = own + a**2 * own * layer + mean**2 * (2 * a * layer + a**2 * layer * (layer - 1))
+    variance = sw**2 * np.append(own, lengths) + sb**2
+    if start is not None:
+        variance[0] = start if batch is None else start / (1 - 1 / batch)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(variance > 0, gain / variance, math.inf if start == 0 else math.nan)
 
 
 def _below(x: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import optax
 from fnn import parametrizations, tree
 from fnn.parametrizations import Parametrization
 from fnn.training.chosen import where
+from fnn.training.depth import per_depth, stacked
 
 
 def parametrized(
@@ -18,7 +19,7 @@ def parametrized(
     depth: int = 1,
     input: str | None = None,
     output: str | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs | optax.GradientTransformation:
     """Multiply the updates of each array by `Parametrization.rate` of its layer: the optimiser that belongs to the net.
 
     `fnn.models.mlp(..., parametrization="mup")` goes with `optimizers.parametrized(optax.adam(1e-2), "mup")`. `adaptive`
@@ -43,7 +44,8 @@ def parametrized(
 
         return jax.tree.map(one, updates, depths, roles)
 
-    return optax.chain(transformation, optax.stateless(rescaled))
+    # Blocks of a stack have one rate, so that the multiplication sees stacks as they are, and compiles once.
+    return stacked(optax.chain(per_depth(transformation), optax.stateless(rescaled)))
 
 
 def _roles(updates: Any, depths: Any, first: str | None, last: str | None) -> Any:
