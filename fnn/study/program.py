@@ -20,6 +20,7 @@ from fnn.core import as_spec
 from fnn.datasets.data import Dataset
 from fnn.gradients import powers, reductions
 from fnn.layers import activations
+from fnn.rows import Rows
 from fnn.study import axes, nets
 from fnn.training import clip
 from fnn.training import step as stepping
@@ -150,7 +151,7 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
     (x, y, test_x, test_y, more), (params, state), (static, _, steps, _) = data, drawn, cell
     run = run | more
     net, probe, key = measured_net(setup, cell, run, x, y)
-    trains = len(steps) > 1
+    trains, rows = len(steps) > 1, Rows.of(params)
     tx = optimizer(static, run) if trains else optax.identity()
     names = [*net.metrics(params, probe), "grad_norm"]
     names += ["clip_fraction", "clip_removed"] if static["clip"] != "none" else []
@@ -168,17 +169,18 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
         if trains:
             true = jax.tree.map(reductions.rounded, gradient, is_leaf=lambda node: isinstance(node, powers.Scaled))
             updates, _ = tx.update(true, at.opt_state, at.params)
-            results["update_ratio"] = jax.tree.map(
-                lambda u, w: u / jnp.where(w > 0, w, jnp.nan), tree.norms(updates), tree.norms(at.params)
+            u, w = ([tree.length(m, 1) for m in rows.join(part)] for part in (updates, at.params))
+            results["update_ratio"] = rows.numbers(
+                [a / jnp.where(b > 0, b, jnp.nan) for a, b in zip(u, w, strict=True)]
             )
             if "flow" in results:  # directions of single arrays: their exponents drop out
-                gradient = jax.tree.map(lambda log, g: _direction(g.value, log), results["flow"]["logs"], gradient)
+                gradient = jax.tree.map(lambda _, g: g.value, at.params, gradient)
+                sizes = [jnp.exp(log) for log in rows.join_numbers(results["flow"]["logs"])]
             else:
-                size = jax.tree.map(lambda n: jnp.where(n > LEAST, n, jnp.nan), tree.norms(gradient))
-                gradient = jax.tree.map(lambda n, g: _direction(g, jnp.log(n)), size, gradient)
-            results["cosine"] = tree.map_depth(
-                lambda k, a, b: jnp.sum(a * b, axis=tuple(range(k, a.ndim))), gradient, before
-            )
+                sizes = [tree.length(m, 1) for m in rows.join(gradient)]
+                sizes = [jnp.where(n > LEAST, n, jnp.nan) for n in sizes]
+            gradient = [m / n[:, None] for m, n in zip(rows.join(gradient), sizes, strict=True)]
+            results["cosine"] = rows.numbers([jnp.sum(a * b, axis=1) for a, b in zip(gradient, before, strict=True)])
         extra = {name: function(at.params, at.net_state, probe) for name, function in setup.measure.items()}
         extra = jax.tree.map(jnp.asarray, extra)
         return Packed.of((results, net.heldout(at.params, at.net_state, test_x, test_y), extra)), gradient
@@ -198,7 +200,7 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
         return (at, gradient, traces), record
 
     bounds = jnp.stack([jnp.array((0, *steps[:-1])), jnp.array(steps)], axis=1)
-    carry = at, jax.tree.map(jnp.zeros_like, params), traces
+    carry = at, [jnp.zeros_like(m) for m in rows.join(params)], traces
     (_, _, traces), records = jax.lax.scan(turn, carry, bounds)
     return records, traces
 
@@ -237,10 +239,6 @@ def in_float64(setup: Setup, cell: Cell, run: Any, drawn: Any, data: Any) -> Any
     net, probe, key = measured_net(setup, cell, run | more, x, y)
     params, state = drawn
     return net.wide(params, state, probe, key)
-
-
-def _direction(a: jax.Array, log: jax.Array) -> jax.Array:
-    return a * aligned(jnp.exp(-log), a).astype(a.dtype)
 
 
 def aligned(per_array: Any, a: Any) -> Any:

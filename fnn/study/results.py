@@ -12,8 +12,8 @@ SHA-256 of all its bytes (see `checksum`). So a file that is damaged, or belongs
 any of it is parsed; it is named in a warning and left out of the table. Running the study again moves it aside
 (00000.parquet.aside) and measures the cell again.
 
-`study.json` is an object: `format` (5), `axes` ({"static": [...], "traced": [...]}, names in column order), `types`
-(of the axes), `cells` (a list of {"static": {axis: value}, "runs": [{"seed": 0, "sigma_w": 1.0, ...}, ...], "steps":
+`study.json` is an object: `format` (5), `program` (the version of what is compiled), `axes` ({"static": [...],
+"traced": [...]}, names in column order), `types` (of the axes), `cells` (a list of {"static": {axis: value}, "runs": [{"seed": 0, "sigma_w": 1.0, ...}, ...], "steps":
 recorded, 0 first, "chunk": runs at once}), `steps` (those of all cells), `data` (shapes and a SHA-256), `loss`, `build`,
 `measure` (functions, by name and a SHA-256 of their content), `unpromised` (what the functions reach that has no readable
 content, such as an open file; a study with any is not resumed), `quantities`, and JAX's settings that change numbers:

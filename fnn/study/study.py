@@ -45,7 +45,7 @@ class Study:
 
     The axes of the grid (made with `fnn.grid`: product, zip, chain) are the arguments of `build` and those of `TRAINING`.
     Each combination of static axes (depth, width, activation, norm, residual, init, batch_size, optimizer, clip) is a
-    cell: one compiled program. Traced axes (seed, sigma_w, sigma_b, learning_rate, clip_threshold, and those that `traced`
+    cell: one compiled program, which cells of fnn's own net that differ in their activation share. Traced axes (seed, sigma_w, sigma_b, learning_rate, clip_threshold, and those that `traced`
     names) vary inside the program.
 
     Networks are measured in train mode on the first `batch_size` training examples, before the first step and at the
@@ -86,8 +86,8 @@ class Study:
     """Of single examples; a pair has its own."""
     measure: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     """Your own measurements by name: functions (params, state, batch) -> any tree of numbers, compiled into the
-    program. The state is that from before the measured forward pass: what its taps see there is not in it yet. That of a
-    pair is ()."""
+    program. The state is that from before the measured forward pass, and taps in it are as they were at the start: what
+    they see is among the study's own quantities. That of a pair is ()."""
     quantities: Sequence[str] | None = None
     """Which quantities to keep; by default all except `peak`. `fnn.results` lists them. Those of `watch` are measured for
     Layers too if they are named here."""
@@ -160,6 +160,7 @@ class Study:
         doubts = {**named, **{f"measure {name}": found for name, found in measured.items()}}
         return {
             "format": results.FORMAT,
+            "program": cell.VERSION,
             "axes": {"static": list(cells[0].static), "traced": list(cells[0].runs[0])},
             "types": types,
             "steps": sorted({step for c in cells for step in c.steps}),
