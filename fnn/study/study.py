@@ -246,7 +246,9 @@ class Study:
             ):
                 bar.resume(len(finished))
                 if finished:
-                    bar.say(f"{len(finished)} of {bar.total} cells are there already")
+                    bar.say(
+                        f"{len(finished)} of {bar.total} {'cell is' if bar.total == 1 else 'cells are'} there already"
+                    )
                 cells = {number: _cell(found.description["cells"][number]) for number in left}
                 tasks = [Task(sent, number, cells[number], types, identity, config) for number in left]
                 try:
