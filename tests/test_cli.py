@@ -53,8 +53,8 @@ def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, c
     np.testing.assert_allclose(networks["log10_growth"], networks["log10_growth_predicted"], atol=0.065)
     accuracy = table.filter((pl.col("quantity") == "accuracy") & (pl.col("step") == 44))["value"]
     assert accuracy.len() == 6 and accuracy.median() > 0.5  # an epoch of Adam; ten classes
-    assert main.main(command.split()) == 0
-    assert "1 of 1 " in capsys.readouterr().err
+    assert main.main(again[1:]) == 0  # the remembered command, defaults written out, asks for the same study
+    assert "1 of 1 cell is there already" in capsys.readouterr().err
 
 
 def test_a_study_from_a_toml_file(tmp_path, capsys):

@@ -371,7 +371,7 @@ def test_a_name_is_only_a_name_in_a_browser(names, page):
     choose = """
         for (const id of ['series', 'run']) for (const o of document.getElementById(id).options) {
           o.parentElement.value = o.value; o.parentElement.dispatchEvent(new Event('change')); }
-        for (const button of document.querySelectorAll('#axes button')) button.click();
+        for (const button of [...document.querySelectorAll('#axes button')].slice(0, 8)) button.click();
     """
     page.open(names["report.html"].as_uri())
     page.wait("document.querySelectorAll('#layers .scatterlayer .trace').length > 0")

@@ -235,7 +235,9 @@ class Study:
             ):
                 bar.resume(len(finished))
                 if finished:
-                    bar.say(f"{len(finished)} of {bar.total} cells are there already")
+                    bar.say(
+                        f"{len(finished)} of {bar.total} {'cell is' if bar.total == 1 else 'cells are'} there already"
+                    )
                 tasks = listed(self._setup(), sent, found.description, left, config)
                 try:
                     drive(tasks, work, done, used, bar.set_running, lambda task: task._replace(study=self))
