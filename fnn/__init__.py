@@ -36,6 +36,7 @@ from fnn.layers.recurrent import bidirectional, gru, lstm, rnn
 from fnn.layers.shared import shared
 from fnn.layers.taps import tap
 from fnn.layers.tokens import embed, tied
+from fnn.spectra.curvature import Curvature, curvature
 from fnn.study import grid, report, results
 from fnn.study.compare import compare
 from fnn.study.study import Study
@@ -51,6 +52,7 @@ from fnn.training.summary import Summary, summary
 __version__ = "0.1.0"
 
 __all__ = [
+    "Curvature",
     "Diagnosis",
     "Flow",
     "GradientFlow",
@@ -78,6 +80,7 @@ __all__ = [
     "conv",
     "conv_transpose",
     "cross_attention",
+    "curvature",
     "data",
     "dense",
     "diagnose",
