@@ -177,39 +177,48 @@ class Operator:
         return density(self.who, probe, _key(self.who, key), (error, max_probes, width))
 
     def _run(self, function: Callable[..., Any], options: tuple[Any, ...], values: Any) -> Any:
-        statics = (self._multiply, self._statics, self._part, options)
-        given = (self._arrays, self._params, jnp.asarray(self._blocks), self._scale, values)
-        return compiled.call(function, statics, *given)
+        given = (self._arrays, self._params, jnp.asarray(self._blocks), self._scale)
+        matrix = _Matrix(self._multiply, self._statics, self._part)
+        return compiled.call(function, (matrix, *options), given, values)
 
 
-def _matvec(multiply: Any, statics: Any, part: Part, arrays: Any, params: Any, blocks: Any, scale: Any) -> Any:
-    times = multiply(*statics, arrays)
-    flat = None if scale is None else part.flatten(blocks, scale)
+class _Matrix(NamedTuple):
+    """What of an operator is static; its arrays are (those of the loss, params, block numbers, scale)."""
 
-    def run(v):
-        v = v if flat is None else v * flat
-        v = part.flatten(blocks, times(part.unflatten(blocks, v, params)))
-        return v if flat is None else v * flat
+    multiply: Callable[..., Any]
+    statics: tuple[Any, ...]
+    part: Part
 
-    return run
+    def matvec(self, given: Any) -> Callable[[jax.Array], jax.Array]:
+        """Make `float[n] -> float[n]`; the loss is linearised here, once."""
+        arrays, params, blocks, scale = given
+        times, part = self.multiply(*self.statics, arrays), self.part
+        diagonal = None if scale is None else part.flatten(blocks, scale)
+
+        def run(v):
+            v = v if diagonal is None else v * diagonal
+            v = part.flatten(blocks, times(part.unflatten(blocks, v, params)))
+            return v if diagonal is None else v * diagonal
+
+        return run
+
+    def kind(self, given: Any) -> tuple[int, Any]:
+        """Size and dtype of its vectors."""
+        return self.part.size(given[1]), self.part.dtype(given[1])
 
 
-def _product(multiply, statics, part, options, arrays, params, blocks, scale, v):
-    matvec = _matvec(multiply, statics, part, arrays, params, blocks, scale)
-    return part.unflatten(blocks, matvec(part.flatten(blocks, v)), params)
+def _product(matrix: _Matrix, given: Any, v: Any) -> Any:
+    flat = matrix.part.flatten(given[2], v)
+    return matrix.part.unflatten(given[2], matrix.matvec(given)(flat), given[1])
 
 
-def _eigenpairs(multiply, statics, part, options, arrays, params, blocks, scale, values):
-    matvec = _matvec(multiply, statics, part, arrays, params, blocks, scale)
-    k, search = options
+def _eigenpairs(matrix: _Matrix, k: int, search: tuple[int, float, int], given: Any, values: Any) -> Pairs:
     start, key = values
-    return krylov.eigenpairs(matvec, start, key, k, search)
+    return krylov.eigenpairs(matrix.matvec(given), start, key, k, search)
 
 
-def _traces(multiply, statics, part, options, arrays, params, blocks, scale, key):
-    matvec = _matvec(multiply, statics, part, arrays, params, blocks, scale)
-    count, exact = options
-    n, dtype = part.size(params), part.dtype(params)
+def _traces(matrix: _Matrix, count: int, exact: bool, given: Any, key: Any) -> list[Any]:
+    matvec, (n, dtype) = matrix.matvec(given), matrix.kind(given)
 
     def one(i):
         if exact:
@@ -225,10 +234,8 @@ def _traces(multiply, statics, part, options, arrays, params, blocks, scale, key
     return [(jnp.mean(a), jnp.std(a, ddof=1) / math.sqrt(count)) for a in found]
 
 
-def _quadratures(multiply, statics, part, options, arrays, params, blocks, scale, keys):
-    matvec = _matvec(multiply, statics, part, arrays, params, blocks, scale)
-    n, dtype = part.size(params), part.dtype(params)
-    (steps,) = options
+def _quadratures(matrix: _Matrix, steps: int, given: Any, keys: Any) -> tuple[jax.Array, jax.Array]:
+    matvec, (n, dtype) = matrix.matvec(given), matrix.kind(given)
     return jax.lax.map(lambda key: quadrature(matvec, jax.random.rademacher(key, (n,), dtype), steps), keys)
 
 
