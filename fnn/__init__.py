@@ -37,6 +37,7 @@ from fnn.layers.shared import shared
 from fnn.layers.taps import tap
 from fnn.layers.tokens import embed, tied
 from fnn.spectra.curvature import Curvature, curvature
+from fnn.spectra.jacobian import Jacobian, jacobian
 from fnn.study import grid, report, results
 from fnn.study.compare import compare
 from fnn.study.study import Study
@@ -57,6 +58,7 @@ __all__ = [
     "Flow",
     "GradientFlow",
     "History",
+    "Jacobian",
     "Layer",
     "Masked",
     "PerExampleGradients",
@@ -100,6 +102,7 @@ __all__ = [
     "group_norm",
     "gru",
     "initializers",
+    "jacobian",
     "layer_norm",
     "load",
     "log",

@@ -209,7 +209,8 @@ def _at(statics: Any, given: Any, params: Any) -> Curvature:
     return Curvature(statics, given, params, parts.chosen(parts.rows(params), params))
 
 
-def _apply(net: Any, train: bool, params: Any, net_state: Any, x: Any, y: Any, key: Any) -> Any:
+def _apply(net: Any, train: bool, params: Any, *rest: Any) -> Any:
+    net_state, x, _, key = rest
     return net.apply(params, net_state, x, key=key, train=train)[0]
 
 
