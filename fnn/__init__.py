@@ -38,6 +38,7 @@ from fnn.layers.taps import tap
 from fnn.layers.tokens import embed, tied
 from fnn.spectra.curvature import Curvature, curvature
 from fnn.spectra.jacobian import Jacobian, jacobian
+from fnn.spectra.kernel import Kernel, kernel
 from fnn.study import grid, report, results
 from fnn.study.compare import compare
 from fnn.study.study import Study
@@ -59,6 +60,7 @@ __all__ = [
     "GradientFlow",
     "History",
     "Jacobian",
+    "Kernel",
     "Layer",
     "Masked",
     "PerExampleGradients",
@@ -103,6 +105,7 @@ __all__ = [
     "gru",
     "initializers",
     "jacobian",
+    "kernel",
     "layer_norm",
     "load",
     "log",

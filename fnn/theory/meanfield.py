@@ -18,7 +18,7 @@ import numpy as np
 
 from fnn import check
 from fnn.layers import activations
-from fnn.theory import finite_width, gaussian, maps, rates
+from fnn.theory import finite_width, gaussian, kernels, maps, rates
 from fnn.theory.finite_width import he_relu_log_moments, he_relu_log_variance, tail
 from fnn.theory.gaussian import Moments
 from fnn.theory.rates import batch_norm_rate, residual_rate
@@ -35,6 +35,7 @@ __all__ = [
     "fixed_point",
     "he_relu_log_moments",
     "he_relu_log_variance",
+    "kernels",
     "length_map",
     "moments",
     "predict",
