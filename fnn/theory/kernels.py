@@ -14,9 +14,9 @@ from fnn import check
 from fnn.layers.activations import Activation
 from fnn.theory import gaussian
 
-TERMS = 300
+TERMS = 1000
 """Hermite polynomials in the expansion of a smooth phi."""
-TOLERANCE = 1e-5
+TOLERANCE = 1e-6
 """What the terms left out may contribute, relative to E[phi²]: known exactly, from E[phi²] minus the squares of all terms."""
 
 
@@ -58,7 +58,7 @@ def dense(sigma_w: float = 1.0, sigma_b: float = 0.0, *, fan_in: int | None = No
 def activation(phi: str | Callable[..., jax.Array]) -> Map:
     """Take phi of each unit: K' = E[phi(u)phi(v)], Θ' = Θ·E[phi'(u)phi'(v)], (u, v) ~ N(0, K).
 
-    Exact where phi is linear on either side of 0 (ReLU, leaky ReLU, abs), to 1e-5 where it is smooth.
+    Exact where phi is linear on either side of 0 (ReLU, leaky ReLU, abs), to 1e-6 where it is smooth.
     Errors: ValueError for softmax; ArithmeticError for other kinks, and variances at which phi is almost a step.
     """
     function = gaussian.elementwise("kernels.activation", phi)
