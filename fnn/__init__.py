@@ -36,6 +36,9 @@ from fnn.layers.recurrent import bidirectional, gru, lstm, rnn
 from fnn.layers.shared import shared
 from fnn.layers.taps import tap
 from fnn.layers.tokens import embed, tied
+from fnn.spectra.curvature import Curvature, curvature
+from fnn.spectra.jacobian import Jacobian, jacobian
+from fnn.spectra.kernel import Kernel, kernel
 from fnn.study import grid, report, results
 from fnn.study.compare import compare
 from fnn.study.coordinates import coordinate_check
@@ -52,10 +55,13 @@ from fnn.training.summary import Summary, summary
 __version__ = "0.1.0"
 
 __all__ = [
+    "Curvature",
     "Diagnosis",
     "Flow",
     "GradientFlow",
     "History",
+    "Jacobian",
+    "Kernel",
     "Layer",
     "Masked",
     "PerExampleGradients",
@@ -80,6 +86,7 @@ __all__ = [
     "conv_transpose",
     "coordinate_check",
     "cross_attention",
+    "curvature",
     "data",
     "dense",
     "diagnose",
@@ -99,6 +106,8 @@ __all__ = [
     "group_norm",
     "gru",
     "initializers",
+    "jacobian",
+    "kernel",
     "layer_norm",
     "load",
     "log",

@@ -110,7 +110,7 @@ class Run:
 
     def undone(self, op: Op, inputs: Sequence[Any]) -> list[Any]:
         """An operation that is not linear, or not known: on the numbers themselves, NaN where they leave the range."""
-        place = op.name, "/".join(filter(None, (self.around, op.where))) + _line(op)
+        place = op.name, "/".join(filter(None, (self.around, op.where))) + line_of(op)
         if op.name not in NONLINEAR and place not in self.undone_at:
             warnings.warn(
                 f"exact gradients: the operation {op.name} ({place[1]}) is not known to be linear, so that its inputs lose "
@@ -187,7 +187,7 @@ def _at(place: tuple[str, str]) -> str:
     return f"{place[0]} in {place[1]}"
 
 
-def _line(op: Op) -> str:
+def line_of(op: Op) -> str:
     """The innermost line of the traceback that is neither JAX's nor fnn's: " at net.py:12"."""
     inner = tuple(os.path.dirname(module.__file__ or "") for module in (jax, sys.modules["fnn"]))
     for frame in getattr(op.line, "frames", ()):

@@ -18,7 +18,7 @@ import numpy as np
 
 from fnn import check
 from fnn.layers import activations
-from fnn.theory import finite_width, gaussian, maps, rates
+from fnn.theory import finite_width, gaussian, kernels, maps, rates
 from fnn.theory.drawn import Drawn, Net, draw, interval
 from fnn.theory.finite_width import he_relu_log_moments, he_relu_log_variance, tail
 from fnn.theory.gaussian import Moments
@@ -40,6 +40,7 @@ __all__ = [
     "he_relu_log_moments",
     "he_relu_log_variance",
     "interval",
+    "kernels",
     "length_map",
     "moments",
     "predict",

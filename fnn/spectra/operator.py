@@ -1,0 +1,246 @@
+"""A symmetric matrix that is known by its products with vectors: extreme eigenvalues, trace, spectral density."""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn import check, compiled
+from fnn.spectra import krylov, parts
+from fnn.spectra.density import Density, density, quadrature
+from fnn.spectra.krylov import Pairs
+from fnn.spectra.parts import Part
+
+
+class Estimate(NamedTuple):
+    """A mean over random probes."""
+
+    value: jax.Array
+    error: jax.Array
+    """Its standard error; 0 where it was computed exactly."""
+
+
+class Traces(NamedTuple):
+    """What `Operator.trace` returns."""
+
+    trace: Estimate
+    square: Estimate
+    """The trace of the matrix squared: the sum of the squared eigenvalues."""
+    products: int
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A symmetric matrix A over (some of) the parameters, made by `curvature`; its vectors are trees like params.
+
+    Programs are compiled once for each shape and shared by equal losses. All methods work under `jit` and `vmap`, and with
+    a sharded batch. Numbers are in the dtype of the parameters, at least float32. A product takes about as long as a
+    gradient or two, and the memory of its intermediate values; eigenvalues keep `max_products` + k vectors besides.
+    """
+
+    who: str
+    _multiply: Callable[..., Any]
+    """`(*statics, arrays) -> (tree -> tree)`"""
+    _statics: tuple[Any, ...]
+    _arrays: Any
+    _params: Any
+    _part: Part
+    _blocks: Any
+    _scale: Any = None
+    """With s, the matrix is diag(s) A diag(s): a tree like params."""
+
+    @property
+    def size(self) -> int:
+        """How many rows the matrix has."""
+        return self._part.size(self._params)
+
+    def at(self, pattern: str) -> "Operator":
+        """Take the block of the matrix that belongs to some parameters: paths as in `fnmatch`, "1/*/kernel", "1/[3]/*".
+
+        A block of `repeat` is written as `[3]` or `3`; `[:]` is every block. Errors: ValueError where none matches.
+        """
+        part, blocks = parts.choose(self.who, self._params, pattern)
+        return replace(self, _part=part, _blocks=blocks)
+
+    def layers(self) -> dict[str, "Operator"]:
+        """Take the diagonal block of each layer, every block of `repeat` on its own: {"1/3/0": Operator, ...}.
+
+        Blocks of one stack share a compiled program.
+        """
+        found = {name: parts.chosen(rows, self._params) for name, rows in parts.layers(self._params).items()}
+        return {name: replace(self, _part=part, _blocks=blocks) for name, (part, blocks) in found.items()}
+
+    def product(self, v: Any) -> Any:
+        """Multiply: A v, for a tree v like params; entries outside the chosen parameters are taken as zero."""
+        if jax.tree.structure(v) != jax.tree.structure(self._params):
+            raise ValueError(f"{self.who}: a vector must be a tree like params, got {check.describe(v)}")
+        return self._run(_product, (), v)
+
+    def eigenvalues(
+        self,
+        k: int = 1,
+        *,
+        end: str = "top",
+        tolerance: float = 0.01,
+        max_products: int | None = None,
+        start: Pairs | None = None,
+        key: Any = None,
+    ) -> Pairs:
+        """Find k eigenvalues at the "top" (largest first) or "bottom" (smallest first) of the spectrum, with residuals.
+
+        Block Lanczos with full reorthogonalisation grows until each residual |A v - λ v| is within `tolerance` of |λ|, for at
+        most `max_products` products (default 40 + 10k); it warns where that was not enough, and says `converged=False`.
+        An eigenvalue lies within the residual of each value, surely. That it is the largest is as sure as with any Krylov
+        method: one whose eigenvector is orthogonal to the start is not seen. Eigenvalues are seen up to k times each.
+
+        `start`, the result of a similar matrix (of the last step), starts from its vectors: a few products then suffice.
+        `key` draws the first vectors (default `jax.random.key(0)`). `eigenvector(pairs, i)` is a tree like params.
+        Source: Golub and Underwood 1977; Parlett 1980, theorem 4.5.1 for the residual.
+        Its six options are all about one search. Errors: ValueError for k beyond the matrix.
+
+            found = fnn.curvature(loss)(params, batch).hessian.eigenvalues(3)
+        """
+        check.choice(self.who, ("top", "bottom"), end=end)
+        check.positive(self.who, k=k)
+        if k > self.size:
+            raise ValueError(f"{self.who}: k must be at most the {self.size} parameters, got {k}")
+        most = 40 + 10 * k if max_products is None else max_products
+        check.positive(self.who, max_products=most)
+        tolerance = check.number(self.who, tolerance=tolerance)
+        dtype = self._part.dtype(self._params)
+        draw, go = jax.random.split(_key(self.who, key))
+        if start is None:
+            vectors = jax.random.normal(draw, (k, self.size), dtype)
+        elif start.vectors.shape[-1] != self.size:
+            raise ValueError(
+                f"{self.who}: start must be pairs of a matrix of this size, got vectors of {start.vectors.shape[-1]} numbers "
+                f"for {self.size}"
+            )
+        else:
+            vectors = jnp.asarray(start.vectors, dtype)
+        found = self._run(_eigenpairs, (k, (most, tolerance, 1 if end == "top" else -1)), (vectors, go))
+        if not compiled.traced(found) and not np.all(found.converged):
+            what = "the matrix has NaN" if np.any(np.isnan(found.values)) else f"{int(found.products)} products"
+            warnings.warn(
+                f"{self.who}: the eigenvalues are not known to {tolerance:g}, after {what}; see their residuals, or allow more: "
+                "max_products=",
+                stacklevel=2,
+            )
+        return found
+
+    def eigenvector(self, pairs: Pairs, i: int = 0) -> Any:
+        """Write the i-th eigenvector as a tree like params."""
+        return self._part.unflatten(jnp.asarray(self._blocks), pairs.vectors[i], self._params)
+
+    def trace(self, probes: int = 32, *, key: Any = None) -> Traces:
+        """Estimate trace A = E vᵀA v and trace A² = E |A v|², v of random signs, with standard errors.
+
+        With at least as many probes as the matrix has rows it is exact, from unit vectors. The probes run one after the
+        other: the memory is that of one product. Source: Hutchinson 1989. Errors: ValueError for fewer than two probes.
+        """
+        check.positive(self.who, probes=probes)
+        exact = probes >= self.size
+        if probes < 2 and not exact:
+            raise ValueError(f"{self.who}: a standard error needs at least two probes, got {probes}")
+        count = self.size if exact else probes
+        found = self._run(_traces, (count, exact), _key(self.who, key))
+        return Traces(Estimate(*found[0]), Estimate(*found[1]), count)
+
+    def density(
+        self,
+        *,
+        error: float = 0.05,
+        steps: int = 60,
+        max_probes: int = 64,
+        width: float | None = None,
+        key: Any = None,
+    ) -> Density:
+        """Estimate the density of eigenvalues by stochastic Lanczos quadrature, smoothed by Gaussians of one width.
+
+        Each probe gives `steps` nodes and weights. The number of probes is the one after which the standard error is
+        at most `error` of the density, both as RMS over the grid, as the spread of the first four says; at least four, at
+        most `max_probes`. `width` is the Gaussian's standard deviation, by default 1/50 of the spectrum's extent. Needs
+        `pip install 'fnn[spectra]'`. For the host. Source: Ghorbani et al. 2019, Lin et al. 2016.
+        """
+        check.positive(self.who, steps=steps, max_probes=max_probes)
+        check.above_zero(self.who, error=error)
+        steps = min(steps, self.size)
+
+        def probe(keys):
+            return jax.device_get(self._run(_quadratures, (steps,), keys))
+
+        return density(self.who, probe, _key(self.who, key), (error, max_probes, width))
+
+    def _run(self, function: Callable[..., Any], options: tuple[Any, ...], values: Any) -> Any:
+        given = (self._arrays, self._params, jnp.asarray(self._blocks), self._scale)
+        matrix = _Matrix(self._multiply, self._statics, self._part)
+        return compiled.call(function, (matrix, *options), given, values)
+
+
+class _Matrix(NamedTuple):
+    """What of an operator is static; its arrays are (those of the loss, params, block numbers, scale)."""
+
+    multiply: Callable[..., Any]
+    statics: tuple[Any, ...]
+    part: Part
+
+    def matvec(self, given: Any) -> Callable[[jax.Array], jax.Array]:
+        """Make `float[n] -> float[n]`; the loss is linearised here, once."""
+        arrays, params, blocks, scale = given
+        times, part = self.multiply(*self.statics, arrays), self.part
+        diagonal = None if scale is None else part.flatten(blocks, scale)
+
+        def run(v):
+            v = v if diagonal is None else v * diagonal
+            v = part.flatten(blocks, times(part.unflatten(blocks, v, params)))
+            return v if diagonal is None else v * diagonal
+
+        return run
+
+    def kind(self, given: Any) -> tuple[int, Any]:
+        """Size and dtype of its vectors."""
+        return self.part.size(given[1]), self.part.dtype(given[1])
+
+
+def _product(matrix: _Matrix, given: Any, v: Any) -> Any:
+    flat = matrix.part.flatten(given[2], v)
+    return matrix.part.unflatten(given[2], matrix.matvec(given)(flat), given[1])
+
+
+def _eigenpairs(matrix: _Matrix, k: int, search: tuple[int, float, int], given: Any, values: Any) -> Pairs:
+    start, key = values
+    return krylov.eigenpairs(matrix.matvec(given), start, key, k, search)
+
+
+def _traces(matrix: _Matrix, count: int, exact: bool, given: Any, key: Any) -> list[Any]:
+    matvec, (n, dtype) = matrix.matvec(given), matrix.kind(given)
+
+    def one(i):
+        if exact:
+            v = (jnp.arange(n) == i).astype(dtype)
+        else:
+            v = jax.random.rademacher(jax.random.fold_in(key, i), (n,), dtype)
+        w = matvec(v)
+        return jnp.sum(v * w), jnp.sum(jnp.square(w))
+
+    found = jax.lax.map(one, jnp.arange(count))
+    if exact:
+        return [(jnp.sum(a), jnp.zeros((), dtype)) for a in found]
+    return [(jnp.mean(a), jnp.std(a, ddof=1) / math.sqrt(count)) for a in found]
+
+
+def _quadratures(matrix: _Matrix, steps: int, given: Any, keys: Any) -> tuple[jax.Array, jax.Array]:
+    matvec, (n, dtype) = matrix.matvec(given), matrix.kind(given)
+    return jax.lax.map(lambda key: quadrature(matvec, jax.random.rademacher(key, (n,), dtype), steps), keys)
+
+
+def _key(who: str, key: Any) -> Any:
+    if key is None:
+        return jax.random.key(0)
+    check.prng_key(who, key)
+    return key

@@ -1,0 +1,116 @@
+"""Products of Hessians, Gauss-Newton matrices and Jacobians with vectors, for any JAX function.
+
+H v is forward over reverse: the gradient's program is linearised once, and each product then runs its linear part alone.
+Functions with a derivative rule for the backward pass only (`jax.custom_vjp`) have no forward mode: there J v is the
+transpose of u -> Jᵀ u, and H v that of the gradient, which is symmetric.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnn import arrays
+from fnn.gradients import program as jaxprs
+from fnn.gradients.execution import line_of
+from fnn.gradients.operations import Loop, Op, Program, Remat, Unreadable
+
+Linear = Callable[[Any], Any]
+REFUSED = (TypeError, ValueError, NotImplementedError)
+"""What JAX raises where it has no derivative."""
+
+
+def jacobian(who: str, function: Callable[[Any], Any], at: Any) -> tuple[Any, Linear, Linear]:
+    """Linearise `function(at)`: (value, v -> J v, u -> Jᵀ u), from one pass. Errors: ValueError as in `hessian`."""
+    if not _has_forward_mode(function, at):
+        return _backward(who, "J v", function, at)
+    try:
+        value, push = jax.linearize(function, at)
+        transpose = jax.linear_transpose(push, at)
+        return value, push, lambda u: transpose(u)[0]
+    except REFUSED:
+        return _backward(who, "J v", function, at)
+
+
+def hessian(who: str, loss: Callable[[Any], Any], at: Any) -> tuple[Any, Linear]:
+    """Linearise the gradient of `loss(at) -> float[]`: (gradient, v -> H v).
+
+    Errors: ValueError where JAX cannot differentiate twice; it names the operation and its line.
+    """
+    gradient = jax.grad(loss)
+    if _has_forward_mode(gradient, at):
+        try:
+            return jax.linearize(gradient, at)
+        except REFUSED:
+            pass
+    value, _, pull = _backward(who, "H v", gradient, at)  # symmetric: Hᵀ = H
+    return value, pull
+
+
+def gauss_newton(who: str, outputs: Callable[[Any], Any], loss: Callable[[Any], Any], at: Any) -> tuple[Any, Linear]:
+    """Linearise outputs and loss: (gradient, v -> Jᵀ H_L J v) with J = d outputs/d params, H_L the Hessian over outputs."""
+    value, push, pull = jacobian(who, outputs, at)
+    gradient, curve = hessian(who, loss, value)
+    return pull(gradient), lambda v: pull(curve(push(v)))
+
+
+def _backward(who: str, product: str, function: Callable[[Any], Any], at: Any) -> tuple[Any, Linear, Linear]:
+    """Do `jacobian` without forward mode: J v is the derivative of u -> Jᵀ u, transposed."""
+    try:
+        value, pull = jax.vjp(function, at)
+        zeros = jax.tree.map(jnp.zeros_like, value)
+        jax.eval_shape(pull, zeros)
+        if product == "H v":
+            return value, pull, lambda u: pull(u)[0]
+        _, transpose = jax.vjp(pull, zeros)
+        jax.eval_shape(transpose, (at,))
+        return value, lambda v: transpose((v,))[0], lambda u: pull(u)[0]
+    except REFUSED as error:
+        raise ValueError(
+            f"{who}: {product} needs a function whose derivative JAX can differentiate again, got one where it cannot"
+            f"{_place(function, at)} ({arrays.first_line(error)}); compute that part in plain JAX"
+        ) from error
+
+
+def _has_forward_mode(function: Callable[[Any], Any], at: Any) -> bool:
+    """Whether a function has no rule for its backward pass alone. An error of the function itself is raised here."""
+    return not any(name.startswith("custom_vjp") for name, _ in jaxprs.equations(jaxprs.trace(function, at)[0]))
+
+
+def _place(function: Callable[[Any], Any], at: Any) -> str:
+    """Name the first operation of a program that has no derivative: ", custom_call in 1/trunk at net.py:12"."""
+    try:
+        for op, specs in _operations(jaxprs.read(jaxprs.trace(function, at)[0])):
+            if not _differentiable(op.call, specs):
+                return f", {op.name}{f' in {op.where}' if op.where else ''}{line_of(op)}"
+    except (Unreadable, *REFUSED):
+        pass
+    return ""
+
+
+def _operations(program: Program) -> Iterator[tuple[Op, list[Any]]]:
+    """Go through the operations, those inside loops too, each with the specs of its inputs."""
+    for op in program.ops:
+        yield from _operations(op.body) if isinstance(op, Loop | Remat) else [(op, [*map(program.spec, op.inputs)])]
+
+
+def _differentiable(call: Callable[..., Any], specs: list[Any]) -> bool:
+    floating = [i for i, spec in enumerate(specs) if jnp.issubdtype(spec.dtype, jnp.floating)]
+
+    def run(*values):
+        given = [jnp.zeros(spec.shape, spec.dtype) if i not in floating else None for i, spec in enumerate(specs)]
+        for i, value in zip(floating, values, strict=True):
+            given[i] = value
+        return [out for out in call(*given) if jnp.issubdtype(out.dtype, jnp.floating)]
+
+    def derivative(*values):
+        outs, pull = jax.vjp(run, *values)
+        return pull(outs)
+
+    if floating:
+        try:
+            jax.eval_shape(derivative, *(specs[i] for i in floating))
+        except REFUSED:
+            return False
+    return True

@@ -1,0 +1,171 @@
+"""Up to which sharpness an optimiser's steps are stable, read from what the optimiser does.
+
+For a loss ½ xᵀHx, an optimiser with one moment m is a linear map of (x, m): U = Q g + P m + d x, m' = C g + β m, with
+diagonal Q, P, C. It oscillates, and grows, where an eigenvalue passes -1, which is at
+lambda_max(E½ H E½) = (2 + d)(1 + β), E = P C - (1 + β) Q. The numbers are the derivatives of `optimizer.update`, taken
+with the second moment held as it stands; so rates, schedules, decays and epsilons are those that the optimiser has.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fnn import admission, check, compiled
+
+PLAIN = {"EmptyState", "ScaleByScheduleState", "InjectHyperparamsState", "InjectStatefulHyperparamsState"}
+FIRST = {"ScaleByAdamState": "mu", "TraceState": "trace"}
+"""States that hold a first moment, and its name."""
+SECOND = {"ScaleByAdamState", "ScaleByRmsState", "ScaleByRmsWithCountState"}
+"""States that hold a second moment, `nu`."""
+LARGE = 1e12
+"""A second moment beside which epsilon does not count."""
+
+
+class Response(NamedTuple):
+    """How an optimiser's next update depends on gradient, first moment and parameters."""
+
+    effective: Any
+    """E, like params, as it stands."""
+    inverse: Any
+    """P⁻¹, like params: E = rate · P⁻¹, and ones for SGD and momentum."""
+    threshold: float
+    """The sharpness of P⁻¹H above which steps are unstable: 2/η, (2 + 2β)/η, (2 + 2β)/((1 - β)η)."""
+    momentum: float
+    rate: float
+    """η for SGD, momentum and RMSProp, (1 - β)η for Adam."""
+
+
+def respond(who: str, optimizer: Any, state: Any, params: Any) -> Response:
+    """Read an optimiser's response. Errors: TypeError, ValueError for optimisers whose stability is not known here."""
+    admission.optimizer(who, optimizer)
+    if compiled.traced((state, params)):
+        raise TypeError(f"{who}: the optimiser is read on the host, got traced arrays; call it outside of jit")
+    first, second = _moments(who, state, params)
+    if second and not any(np.any(np.asarray(a)) for a in jax.tree.leaves(optax.tree_utils.tree_get(state, "nu"))):
+        raise ValueError(f"{who}: the optimiser must have taken a step, got second moments of zero; call it after one")
+    numbers = jax.device_get(compiled.call(_probe, (optimizer, first, second), state, params))
+    flat = {name: np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)]) for name, tree in numbers.items()}
+    beta, decay = flat["moment of moment"], flat["update of params"]
+    effective = flat["effective"]
+    same = np.allclose(flat["update of signs"], flat["update of gradient"] * flat["signs"], rtol=1e-3, atol=0)
+    coupled = flat["update of moment"] * flat["moment of gradient"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = coupled / flat["update of gradient"]
+    if (
+        not (np.all(np.isfinite(effective)) and np.all(effective > 0) and same)
+        or np.ptp(beta) > 1e-3
+        or np.ptp(decay) > 0.01
+        or np.ptp(ratio) > 1e-3 * (1 + np.max(np.abs(ratio)))
+    ):
+        raise ValueError(
+            f"{who}: the optimiser must scale each gradient by a number of its own, in one way for all parameters, got one "
+            "that does not (signs, normalised updates, several groups); its stability has no known threshold here"
+        )
+    momentum = float(np.mean(beta))
+    rate = float(np.mean(flat["rate"]))
+    inverse = jax.tree.map(lambda e: e / rate, numbers["effective"])
+    return Response(numbers["effective"], inverse, (2 + float(np.mean(decay))) * (1 + momentum) / rate, momentum, rate)
+
+
+def _moments(who: str, state: Any, params: Any) -> tuple[str, bool]:
+    """Find out which moments a state holds: (name of the first or "", whether there is a second)."""
+    names = sorted(set(_classes(state)))
+    unknown = [name for name in names if name not in PLAIN | set(FIRST) | SECOND]
+    firsts = [name for name in _classes(state) if name in FIRST]
+    seconds = [name for name in _classes(state) if name in SECOND]
+    if unknown or len(firsts) > 1 or len(seconds) > 1:
+        got = ", ".join(unknown or names)
+        raise ValueError(
+            f"{who}: stability is known for SGD, momentum, Adam and RMSProp of optax, got {got}; use hessian.eigenvalues(), "
+            "which needs no optimiser"
+        )
+    found = [optax.tree_utils.tree_get(state, "nu")] if seconds else []
+    found += [optax.tree_utils.tree_get(state, FIRST[firsts[0]])] if firsts else []
+    for moment in found:
+        if jax.tree.structure(moment) != jax.tree.structure(params):
+            raise ValueError(
+                f"{who}: the moments must be trees like params, got {check.describe(moment)}; pass the optimiser as optax "
+                "made it, without packing, masks or groups"
+            )
+    return FIRST[firsts[0]] if firsts else "", bool(seconds)
+
+
+def _classes(state: Any) -> list[str]:
+    if hasattr(state, "_fields"):
+        name = type(state).__name__
+        inner = () if name in FIRST or name in SECOND else tuple(state)
+        return [name, *(found for part in inner for found in _classes(part))]
+    return [found for part in state for found in _classes(part)] if isinstance(state, tuple | list) else []
+
+
+def _probe(optimizer: Any, first: str, second: bool, state: Any, params: Any) -> dict[str, Any]:
+    """Differentiate an update at gradient, first moment and parameters of zero, with the second moment as it stands."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    ones = jax.tree.map(jnp.ones_like, params)
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    signs = treedef.unflatten(jax.random.rademacher(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True))
+
+    def moment(state, name):
+        return optax.tree_utils.tree_get(state, name)
+
+    def put(state, **values):
+        return optax.tree_utils.tree_set(state, **values)
+
+    def decayed():
+        new = optimizer.update(zeros, put(state, nu=ones), params)[1]
+        return jnp.ravel(jax.tree.leaves(moment(new, "nu"))[0])[0]
+
+    def derivatives(nu, signs):
+        ready = state if nu is None else _set_back(put(state, nu=nu))
+
+        def update(g, m, x):
+            given = put(ready, **{first: m}) if first else ready
+            updates, new = optimizer.update(g, given, x)
+            return updates, moment(new, first) if first else zeros
+
+        def along(*tangents):
+            return jax.jvp(update, (zeros, zeros, zeros), tangents)[1]
+
+        (q, c), (p, beta), (d, _) = along(ones, zeros, zeros), along(zeros, ones, zeros), along(zeros, zeros, ones)
+        beta, p, c = (beta, p, c) if first else (zeros, zeros, zeros)
+        effective = jax.tree.map(lambda q, p, c, b: p * c - (1 + b) * q, q, p, c, beta)
+        found = {"update of gradient": q, "moment of gradient": c, "update of moment": p, "moment of moment": beta}
+        found |= {"update of params": d, "effective": effective, "signs": signs}
+        return found | {"update of signs": along(signs, zeros, zeros)[0]}
+
+    if not second:
+        found = derivatives(None, signs)
+        return found | {"rate": found["effective"]}
+    decay = decayed()
+    # The update multiplies the second moment by its decay before it uses it. Zeros have no derivative of a root.
+    nu = jax.tree.map(lambda a: jnp.maximum(a, 1e-30) / decay, moment(state, "nu"))
+    found = derivatives(nu, signs)
+    large = derivatives(jax.tree.map(lambda a: jnp.full_like(a, LARGE) / decay, nu), signs)["effective"]
+    counts = _count(state)
+    correction = 1.0 if counts is None else 1 - decay**counts
+    momentum = found["moment of moment"]
+    early = jax.tree.map(lambda b: 1.0 if counts is None else 1 - b**counts, momentum)
+    rate = jax.tree.map(lambda e, b: e * jnp.sqrt(LARGE / correction) * b, large, early)
+    return found | {"rate": rate}
+
+
+def _is_second(node: Any) -> bool:
+    return type(node).__name__ in SECOND
+
+
+def _set_back(state: Any) -> Any:
+    """Set the count of the second moment one back, so that the next update corrects its bias as the last one did."""
+
+    def back(node):
+        return node._replace(count=jnp.maximum(node.count - 1, 0)) if "count" in node._fields else node
+
+    return jax.tree.map(lambda node: back(node) if _is_second(node) else node, state, is_leaf=_is_second)
+
+
+def _count(state: Any) -> Any:
+    nodes = [node for node in jax.tree.leaves(state, is_leaf=_is_second) if _is_second(node)]
+    return nodes[0].count if "count" in nodes[0]._fields else None
