@@ -33,6 +33,8 @@ class Plan:
     unclipped: bool = False
     rate: float = 1.0
     """Factor."""
+    warm: float = 0.0
+    """The share of the steps over which the rate rises linearly from 0."""
     clip: float = float("inf")
     gain: float | None = None
     """Redraw: kernels from N(0, gain²/fan_in), the last one from N(0, 1/fan_in), biases 0."""

@@ -1,7 +1,7 @@
 """What a diagnosis found, as an object and as text."""
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,8 @@ class Diagnosis:
     profiles: dict[str, Profile]
     seconds: float
     target: float | None = None
+    adds: dict[str, float] = field(default_factory=dict)
+    """By how much another change that works raises the score once the cause is repaired, for those that were tried so."""
 
     @property
     def remedies(self) -> tuple[str, ...]:
@@ -136,7 +138,12 @@ class Diagnosis:
         works = sorted((t for t in singles if t.change in self.working), key=lambda t: -t.mean)
         lines = []
         if works and first:
-            lines += _wrapped("ALSO REPAIRS, but treats the symptom: ", [f"{t.change} {t.mean:.2f}" for t in works])
+            said = [
+                f"{t.change} {t.mean:.2f}"
+                + (f" ({self.adds[t.change]:+.2f} on top of the remedy)" if t.change in self.adds else "")
+                for t in works
+            ]
+            lines += _wrapped("ALSO REPAIRS, but treats the symptom: ", said)
         if out := [t.change for t in singles if t.change not in self.working]:
             lines += _wrapped("RULED OUT  " if not self.healthy else "TRIED, no better  ", out)
         if self.not_tried:
@@ -154,10 +161,19 @@ def _wrapped(head: str, items: list[str], indent: str = "  ") -> list[str]:
     return textwrap.wrap(head + " · ".join(items), WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
-def diagnosis_of(
-    inquiry: Inquiry, causes: list[Cause], working: list[Tried], ill: bool, target: float | None
-) -> Diagnosis:
+@dataclass(frozen=True)
+class Verdict:
+    """What was made of an inquiry."""
+
+    causes: list[Cause]
+    working: list[Tried]
+    adds: dict[str, float]
+    ill: bool
+
+
+def diagnosis_of(inquiry: Inquiry, verdict: Verdict, target: float | None) -> Diagnosis:
     """Put together what an inquiry found."""
+    causes, working = verdict.causes, verdict.working
 
     def trial(tried: Tried) -> Trial:
         proved = {c.repair.change: c.repair.checked for c in causes if c.repair}
@@ -175,9 +191,9 @@ def diagnosis_of(
     task = inquiry.case.task
     everything = [trial(t) for t in inquiry.tried.values() if t.change is not NOTHING]
     return Diagnosis(
-        tuple(causes), not ill and not causes and decided(inquiry), task.score, task.chance, inquiry.case.held_out, trial(inquiry.base),
+        tuple(causes), not verdict.ill and not causes and decided(inquiry), task.score, task.chance, inquiry.case.held_out, trial(inquiry.base),
         tuple(everything), tuple(t.change.name for t in working), tuple(inquiry.evidence), inquiry.learnable,
-        dict(inquiry.skipped), bool(steps), two, curves, profiles, inquiry.spent, target,
+        dict(inquiry.skipped), bool(steps), two, curves, profiles, inquiry.spent, target, verdict.adds,
     )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ SHARE = 0.7
 """The share of the best rise that a repair must reach."""
 WEAK = {"optimizer", "capacity", "steps", "memory", "batch_size", "too_little_data"}
 """Suspected of almost every net; not repaired together with others."""
+MOST = 4
+"""So many changes are tried on top of a repair."""
 FAR = 0.15
 """More steps alone must raise the score by so much to be a cause of their own; less is "not finished"."""
 
@@ -29,7 +31,7 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
                 break
         if len(found) == 3:
             break
-    if pair := both(inquiry):
+    if pair := both(inquiry) or second(inquiry):
         return pair
     if not found:  # a repair that works, though nothing abnormal was measured
         for tried in sorted(working, key=lambda t: min(STAGE[c] for c in t.change.causes)):
@@ -105,13 +107,70 @@ def both(inquiry: Inquiry) -> list[Cause]:
     if len(needed) < 2:
         return []
     last = inquiry.together(parts[cause] for cause in needed) or whole
-    sick, cured = inquiry.again(base.plan), inquiry.again(last.plan)
+    return _proved(inquiry, last, {cause: parts[cause] for cause in needed})
+
+
+def second(inquiry: Inquiry) -> list[Cause]:
+    """Repair the first suspect for good, and try the repairs of all the others on top, where nothing alone is nearly enough.
+
+    It is for a first fault that hides the second one: with inputs that are too small no width helps.
+    """
+    base, task = inquiry.base, inquiry.case.task
+    if inquiry.best() > task.chance + 0.7 * (1 - task.chance):
+        return []
+    every = suspects(inquiry)
+    singles = [t for t in inquiry.tried.values() if t.change is not NOTHING and " + " not in t.change.name]
+    for cause in [c for c in every if c not in WEAK][:2]:
+        able = [t for t in singles if cause in t.change.causes]
+        able = [t for t in able if not inquiry.shows(cause, t.plan, t.outcome)]
+        if not able:
+            continue
+        first = max(able, key=lambda t: t.mean)
+        pairs = []
+        for other in singles:
+            if set(other.change.causes) & set(every) and not set(other.change.causes) & set(first.change.causes):
+                whole = inquiry.together((first.change, other.change))
+                pairs += [(whole, other)] if whole is not None else []
+        whole, other = max(pairs, key=lambda pair: pair[0].mean, default=(None, None))
+        least = margin(base.scores) if whole is None else max(margin(base.scores), margin(whole.scores))
+        if whole is None or other is None or whole.mean < max(first.mean, other.mean, base.mean) + least:
+            continue
+        named = min(set(other.change.causes) & set(every), key=lambda c: STAGE[c])
+        if found := _proved(inquiry, whole, {cause: first.change, named: other.change}):
+            return found
+    return []
+
+
+def _proved(inquiry: Inquiry, whole: Tried, parts: dict[str, Change]) -> list[Cause]:
+    """Check a repair of several causes with fresh seeds; nothing if it does not hold."""
+    sick, cured = inquiry.again(inquiry.base.plan), inquiry.again(whole.plan)
     least = margin(tuple(map(float, sick.checks)))
     if float(np.mean(cured.checks)) - float(np.mean(sick.checks)) <= least:
         return []
     lifted = float(np.mean(cured.checks > np.mean(sick.checks) + least))
-    trial = Trial(last.change.name, needed[0], last.scores, tuple(map(float, cured.checks)), last.outcome.seconds)
-    return [Cause(cause, _of(inquiry, cause), trial, parts[cause].code, lifted) for cause in needed]
+    trial = Trial(
+        whole.change.name, next(iter(parts)), whole.scores, tuple(map(float, cured.checks)), whole.outcome.seconds
+    )
+    return [Cause(cause, _of(inquiry, cause), trial, part.code, lifted) for cause, part in parts.items()]
+
+
+def adds(inquiry: Inquiry, found: list[Cause], working: list[Tried]) -> dict[str, float]:
+    """Measure what the other changes that work add to the score once the cause is repaired; those without a new program."""
+    if not found or found[0].repair is None:
+        return {}
+    cured, gained = inquiry.tried[found[0].repair.change], {}
+    for tried in sorted(working, key=lambda t: -t.mean):
+        plan = tried.change.apply(cured.plan)
+        new = not set(tried.change.causes) & set(cured.change.causes) and inquiry.runner.known(plan)
+        if new and len(gained) < MOST and inquiry.spent + tried.outcome.seconds < inquiry.budget:
+            more = inquiry.together((*_parts(inquiry, cured), tried.change))
+            if more is not None:
+                gained[tried.change.name] = more.mean - cured.mean
+    return gained
+
+
+def _parts(inquiry: Inquiry, tried: Tried) -> list[Change]:
+    return [inquiry.tried[name].change for name in tried.change.name.split(" + ")]
 
 
 def sick(inquiry: Inquiry, target: float | None) -> bool:
