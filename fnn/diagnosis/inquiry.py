@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import jax
 import numpy as np
 
 from fnn.arrays import first_line
@@ -84,6 +85,12 @@ class Inquiry:
             self.tell(e.text)
         outcome = self.train(NOTHING, plan).outcome
         self.evidence += found + symptoms.run_symptoms(case, plan, begun, outcome)
+        middle = jax.tree.map(lambda a: a[0], outcome.middle)
+        if all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(middle[0])):
+            later = symptoms.middle_symptoms(begun, start.measured(self.runner, plan, *middle))
+            for e in later:
+                self.tell(e.text)
+            self.evidence += later
         self.evidence.sort(key=lambda e: STAGE[e.cause])
 
     def attempt(self, change: Change, plan: Plan) -> Tried | None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import admission, tree
+from fnn import admission, lowering, tree
 from fnn.datasets.dataset import Dataset
 from fnn.diagnosis.case import Case, Plan, redrawn
 from fnn.training.depth import per_depth
@@ -43,6 +43,8 @@ class Outcome:
 
 MEMORY = 2**30
 """Bytes that the lanes of a program may take for their parameters and what goes with them."""
+SHORT = 0.3
+"""If a training takes less than this share of the time that its program took to compile, others are compiled in haste."""
 COPIES = 7
 """Of the parameters: they themselves, their first values, gradients, updates, two moments, those of the middle."""
 
@@ -54,6 +56,8 @@ class Runner:
         self.case, self.thread = case, thread
         self.compiled: list[float] = []
         """Seconds that each program took to compile."""
+        self.running = float("inf")
+        """Seconds that the training as it is took to run."""
         self._programs: dict[Any, Future[Any]] = {}
         self._drawn: dict[Any, Any] = {}
         self._cases: dict[Any, Case] = {}
@@ -77,7 +81,8 @@ class Runner:
 
     def _compile(self, lowered: Any, seconds: float) -> Any:
         started = time.perf_counter()
-        program = lowered.compile()
+        short = bool(self.compiled) and self.running < SHORT * self.compiled[0]
+        program = lowered.compile(compiler_options=lowering.hasty() if short else None)
         self.compiled.append(seconds + time.perf_counter() - started)
         return program
 
@@ -129,6 +134,7 @@ class Runner:
         numbers = [np.concatenate(parts) for parts in zip(*(numbers for numbers, _ in found), strict=True)]
         scores = [self.changed(plan).scored(values) for values in numbers[:3]]
         measured: list[Any] = [*scores, *numbers[3:], seconds, found[0][1]]
+        self.running = min(self.running, seconds)
         return Outcome(*measured)
 
     def lanes(self, plan: Plan) -> int:
@@ -141,7 +147,7 @@ class Runner:
         """Collect what a program takes, seeds first."""
         case = self.changed(plan)
         drawn = [self.draw(plan, seed) for seed in seeds]
-        params, states = jax.tree.map(lambda *parts: jnp.stack(parts), *drawn)
+        params, states = jax.tree.map(lambda *parts: np.stack(parts), *drawn)
         orders = np.stack([self.order(plan, seed) for seed in seeds])
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
         pool = Dataset(*jax.tree.map(lambda a, b: np.concatenate([a, b]), tuple(case.train), tuple(case.chooses)))
