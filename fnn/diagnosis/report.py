@@ -99,7 +99,12 @@ class Diagnosis:
         if self.learnable:
             lines.append(self.learnable)
         if self.two_faults:
-            lines.append("Two faults: neither repair is enough alone.")
+            alone = (
+                "one was measured, and could not be tested"
+                if self.causes[1].repair is None
+                else "neither repair is enough alone"
+            )
+            lines.append(f"Two faults: {alone}.")
         first = self.causes[:2] if self.two_faults else self.causes[:1]
         for number, cause in enumerate(first, 1):
             lines += self._cause(number, cause)
@@ -130,6 +135,8 @@ class Diagnosis:
             lines.append(
                 f"  checked      {len(repair.checked)} fresh seeds, {data}: {' '.join(f'{s:.2f}' for s in repair.checked)}"
             )
+        else:
+            lines.append("  not tested   the repair of the first cause learns held-out data, and so hides this one")
         return lines + [f"  {'remedy' * (not i):<12} {line}" for i, line in enumerate(cause.remedy.splitlines())]
 
     def _rest(self, first: tuple[Cause, ...]) -> list[str]:
@@ -181,7 +188,7 @@ def diagnosis_of(inquiry: Inquiry, verdict: Verdict, target: float | None) -> Di
         return Trial(tried.change.name, cause, tried.scores, proved.get(tried.change.name, ()), tried.outcome.seconds)
 
     profiles, curves = {"as it is": _profile(inquiry, Plan(), inquiry.begun)}, {"as it is": inquiry.base.outcome.losses}
-    two = len(causes) > 1 and causes[0].repair is not None and " + " in causes[0].repair.change
+    two = len(causes) > 1 and (causes[1].repair is None or " + " in causes[1].repair.change)
     if causes and causes[0].repair is not None:
         best = inquiry.tried[causes[0].repair.change]
         curves["repaired"] = best.outcome.losses

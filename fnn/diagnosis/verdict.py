@@ -4,7 +4,7 @@ import numpy as np
 
 from fnn.diagnosis.causes import STAGE, Cause, Evidence, Trial
 from fnn.diagnosis.changes import Change
-from fnn.diagnosis.inquiry import NOTHING, Inquiry, Tried, margin
+from fnn.diagnosis.inquiry import LEAST, NOTHING, Inquiry, Tried, margin
 
 SHARE = 0.7
 """The share of the best rise that a repair must reach."""
@@ -31,6 +31,8 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
                 break
         if len(found) == 3:
             break
+    if found and found[0].repair is not None and inquiry.tried[found[0].repair.change].plan.learn == "held out":
+        found[1:1] = _hidden(inquiry)
     if pair := both(inquiry) or second(inquiry):
         return pair
     if not found:  # a repair that works, though nothing abnormal was measured
@@ -39,6 +41,13 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
             if (proved := proof(inquiry, cause, tried)) is not None:
                 return [proved]
     return found
+
+
+def _hidden(inquiry: Inquiry) -> list[Cause]:
+    """Name held-out data that differ from the training data, which a repair that learns held-out data cannot test."""
+    evidence = _of(inquiry, "split_mismatch")
+    code = next((t.change.code for t in inquiry.tried.values() if "split_mismatch" in t.change.causes), "")
+    return [Cause("split_mismatch", evidence, None, code, 0.0)] if evidence else []
 
 
 def suspects(inquiry: Inquiry) -> list[str]:
@@ -83,7 +92,7 @@ def _of(inquiry: Inquiry, cause: str) -> tuple[Evidence, ...]:
 
 
 def both(inquiry: Inquiry) -> list[Cause]:
-    """Repair all suspects together; if that is better than each alone, put one back at a time, and name those needed."""
+    """Repair all suspects together; if that is better than each alone, put back one after the other, and name those needed."""
     base, top = inquiry.base, inquiry.best()
     if top > inquiry.case.task.chance + 0.95 * (1 - inquiry.case.task.chance):
         return []
@@ -93,21 +102,26 @@ def both(inquiry: Inquiry) -> list[Cause]:
         able = [t for t in inquiry.tried.values() if cause in t.change.causes and " + " not in t.change.name]
         if able and not any(p.name == max(able, key=lambda t: t.mean).change.name for p in parts.values()):
             parts[cause] = max(able, key=lambda t: t.mean).change
+    rates = [t for t in inquiry.tried.values() if t.change.name.startswith("rate")]
+    if {"lr_high", "lr_low"} <= parts.keys():  # they undo each other
+        up, down = (max(t.mean for t in rates if cause in t.change.causes) for cause in ("lr_low", "lr_high"))
+        for cause, other in (("lr_low", up - down), ("lr_high", down - up)):
+            if other < LEAST:
+                del parts[cause]
     if len(parts) < 2:
         return []
     whole = inquiry.together(parts.values())
-    if whole is None or whole.mean < max(top, base.mean) + margin(base.scores):
+    least = max(top, base.mean) + margin(base.scores)
+    if whole is None or whole.mean < least:
         return []
-    needed = []
-    for cause in parts:
-        rest = [part for other, part in parts.items() if other != cause]
-        less = inquiry.together(rest)
-        if less is None or less.mean < whole.mean - margin(whole.scores):
-            needed.append(cause)
-    if len(needed) < 2:
-        return []
-    last = inquiry.together(parts[cause] for cause in needed) or whole
-    return _proved(inquiry, last, {cause: parts[cause] for cause in needed})
+    for cause in reversed(
+        list(parts)
+    ):  # what comes late in training is put back first, and stays so if nothing is lost
+        rest = {other: part for other, part in parts.items() if other != cause}
+        less = inquiry.together(rest.values()) if len(rest) > 1 else None
+        if less is not None and less.mean >= max(least, whole.mean - margin(whole.scores)):
+            whole, parts = less, rest
+    return _proved(inquiry, whole, parts)
 
 
 def second(inquiry: Inquiry) -> list[Cause]:
