@@ -245,6 +245,7 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
     head, tail = losses[:, : max(1, steps // 20)].mean(1), losses[:, -max(1, steps // 5) :]
     ratios = outcome.ratios
     early = float(np.median(ratios[:, : max(1, steps // 10)]))
+    moved = float(np.median(np.where(np.isfinite(outcome.moved), outcome.moved, 0).max(1)))
     if not np.isfinite(losses).all():
         first = int(np.argmax(~np.isfinite(losses).all(0)))
         evidence.append(Evidence("lr_high", f"the loss is not finite from step {first} on"))
@@ -257,7 +258,9 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
                     "lr_high", f"a step moves the weights by {early:.2g} of their size at first (healthy up to 0.05)"
                 )
             )
-        if (tail.mean(1) > 0.98 * head).any() or (tail.std(1) > 0.5 * np.abs(tail.mean(1))).any():
+        # Noise of the loss, with weights that hardly move, is no sign of the rate.
+        unsettled = (tail.mean(1) > 0.98 * head) | (tail.std(1) > 0.5 * np.abs(tail.mean(1)))
+        if moved > 0.01 and unsettled.any():
             evidence.append(
                 Evidence(
                     "lr_high",
@@ -265,7 +268,6 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
                     "at the end",
                 )
             )
-    moved = float(np.median(np.where(np.isfinite(outcome.moved), outcome.moved, 0).max(1)))
     half = losses[:, steps // 2 : steps // 2 + max(1, steps // 5)].mean(1)
     falling = float(np.median((half - tail.mean(1)) / np.maximum(np.abs(half), 1e-30)))
     if np.isfinite(losses).all() and moved < 0.15:

@@ -10,6 +10,8 @@ SHARE = 0.7
 """The share of the best rise that a repair must reach."""
 WEAK = {"optimizer", "capacity", "steps", "memory", "batch_size", "too_little_data"}
 """Suspected of almost every net; not repaired together with others."""
+FIRST = 3
+"""So many suspects are repaired for good, to try all others on top."""
 MOST = 4
 """So many changes are tried on top of a repair."""
 FAR = 0.15
@@ -134,13 +136,13 @@ def second(inquiry: Inquiry) -> list[Cause]:
         return []
     every = suspects(inquiry)
     singles = [t for t in inquiry.tried.values() if t.change is not NOTHING and " + " not in t.change.name]
-    for cause in [c for c in every if c not in WEAK][:2]:
+    begun = 0
+    for cause in [c for c in every if c not in WEAK]:
         able = [t for t in singles if cause in t.change.causes]
         able = [t for t in able if not inquiry.shows(cause, t.plan, t.outcome)]
-        if not able:
+        if not able or begun == FIRST:
             continue
-        first = max(able, key=lambda t: t.mean)
-        pairs = []
+        first, pairs, begun = max(able, key=lambda t: t.mean), [], begun + 1
         for other in singles:
             if set(other.change.causes) & set(every) and not set(other.change.causes) & set(first.change.causes):
                 whole = inquiry.together((first.change, other.change))
@@ -150,7 +152,8 @@ def second(inquiry: Inquiry) -> list[Cause]:
         if whole is None or other is None or whole.mean < max(first.mean, other.mean, base.mean) + least:
             continue
         named = min(set(other.change.causes) & set(every), key=lambda c: STAGE[c])
-        if found := _proved(inquiry, whole, {cause: first.change, named: other.change}):
+        parts = {cause: first.change, named: other.change}
+        if found := _proved(inquiry, whole, dict(sorted(parts.items(), key=lambda part: STAGE[part[0]]))):
             return found
     return []
 

@@ -16,14 +16,13 @@ import fnn
 
 from . import CONTROLS, PATIENTS
 
-REACHED = {
-    p.name: p
-    for p in (*PATIENTS, *CONTROLS)
-    if p.name
-    in """sgd_rate_10 sgd_rate_1e-4 clip_1e-4 init_0.01_deep_tanh init_scaled_8_tanh init_zeros bias_minus_20 sigmoid_8
-    relu_head_regression pixels_255 one_feature_1e4 targets_5e5 labels_permuted sorted_no_shuffle test_not_scaled inputs_1e-4
-    steps_8 momentum_batch_1 digits_adam digits_sgd raw_pixels""".split()
-}
+NAMES = (
+    "sgd_rate_10", "sgd_rate_1e-4", "clip_1e-4", "init_0.01_deep_tanh", "init_scaled_8_tanh", "init_zeros", "bias_minus_20",
+    "sigmoid_8", "relu_head_regression", "pixels_255", "one_feature_1e4", "targets_5e5", "labels_permuted",
+    "sorted_no_shuffle", "test_not_scaled", "inputs_1e-4", "steps_8", "momentum_batch_1",
+    "digits_adam", "digits_sgd", "raw_pixels",
+)  # fmt: skip
+REACHED = {p.name: p for p in (*PATIENTS, *CONTROLS) if p.name in NAMES}
 FUNCTIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid, "identity": lambda x: x}
 
 
