@@ -9,6 +9,9 @@ import optax
 
 from fnn.diagnosis.case import Case, Plan
 
+KNOBS = ("activation", "norm", "residual", "depth", "width", "head")
+"""Arguments of `build` that are varied. `dropout`, `cell` and `positions` are, where there are any."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -81,6 +84,22 @@ def changes(case: Case) -> list[Change]:
     return sorted(found, key=lambda change: (change.own_program, change.costs))
 
 
+def unreached(case: Case) -> dict[str, str]:
+    """List what cannot be varied of a case, and why."""
+    found = {}
+    if case.task.name:
+        found["width, depth, norm, dropout, another loss"] = "inside the loss"
+    elif not case.knobs:
+        found["width, depth, norm, dropout"] = "the net is given as it is"
+    elif missing := [knob for knob in KNOBS if knob not in case.knobs]:
+        found[", ".join(missing)] = "build does not take it" if len(missing) == 1 else "build does not take them"
+    if not case.knobs and "activation" not in case.seen:
+        found["activation"] = "none was found in the program"
+    if case.clip is None and case.fixed:
+        found["no clipping"] = "the optimizer is no function of clip"
+    return found
+
+
 def _data(change: Any) -> Callable[[Plan], Plan]:
     return lambda plan: replace(plan, data=(*plan.data, change))
 
@@ -136,8 +155,8 @@ def _of_data(case: Case) -> list[Change]:
             )
     if case.held_out:
         found.append(
-            Change("learn half of the held-out data", ("labels", "label_encoding"), _with(learn="held out"),
-                   "# look at single examples: the labels of the training data are wrong, or belong to other inputs")
+            Change("learn half of the held-out data", ("labels", "label_encoding", "split_mismatch"), _with(learn="held out"),
+                   "# look at single examples: training labels are wrong, or the two parts were not prepared alike")
         )  # fmt: skip
         found.append(
             Change(

@@ -12,7 +12,7 @@ from fnn.arrays import first_line
 from fnn.diagnosis import data_symptoms, start, symptoms
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import STAGE, Evidence
-from fnn.diagnosis.changes import Change, changes
+from fnn.diagnosis.changes import Change, changes, unreached
 from fnn.diagnosis.trial import Outcome, Runner
 
 LEAST = 0.03
@@ -147,6 +147,7 @@ class Inquiry:
                 self.skipped[change.name] = "something else helps"
             elif self.affords(change, change.apply(Plan())):
                 self.attempt(change, change.apply(Plan()))
+        self.skipped |= unreached(self.case)
 
     def best(self) -> float:
         """Give the best mean score of all changes of the same length."""
@@ -188,6 +189,8 @@ class Inquiry:
     def shows(self, cause: str, plan: Plan, outcome: Outcome) -> bool:
         """Whether a plan shows the abnormality of a cause."""
         case = self.runner.changed(plan)
+        if plan.learn == "held out" and cause in ("label_encoding", "split_mismatch"):
+            return False  # one part alone is left
         if cause in ("input_scale", "input_empty", "target_scale", "label_encoding", "split_mismatch"):
             return any(e.cause == cause for e in data_symptoms.symptoms(case))
         if cause in STARTS:

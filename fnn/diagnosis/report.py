@@ -112,7 +112,7 @@ class Diagnosis:
         if self.healthy and self.unfinished:
             lines.append("NOT FINISHED  more steps alone raise the score")
         if not self.healthy and not self.causes:
-            short = " in this budget" if self.not_tried else ""
+            short = " in this budget" if any(why.startswith("about ") for why in self.not_tried.values()) else ""
             lines.append(f"NO CAUSE FOUND{short}" + (": suspected, but no repair worked:" if self.evidence else ""))
             for e in self.evidence:
                 lines += _wrapped(f"  {e.cause:<16} {e.text}", [], " " * 19)

@@ -33,7 +33,12 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
                 break
         if len(found) == 3:
             break
-    if found and found[0].repair is not None and inquiry.tried[found[0].repair.change].plan.learn == "held out":
+    if (
+        found
+        and found[0].name == "labels"
+        and found[0].repair is not None
+        and inquiry.tried[found[0].repair.change].plan.learn == "held out"
+    ):
         found[1:1] = _hidden(inquiry)
     if pair := both(inquiry) or second(inquiry):
         return pair
@@ -48,7 +53,9 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
 def _hidden(inquiry: Inquiry) -> list[Cause]:
     """Name held-out data that differ from the training data, which a repair that learns held-out data cannot test."""
     evidence = _of(inquiry, "split_mismatch")
-    code = next((t.change.code for t in inquiry.tried.values() if "split_mismatch" in t.change.causes), "")
+    code = next(
+        (t.change.code for t in inquiry.tried.values() if t.plan.data and "split_mismatch" in t.change.causes), ""
+    )
     return [Cause("split_mismatch", evidence, None, code, 0.0)] if evidence else []
 
 
