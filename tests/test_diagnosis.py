@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 
 import fnn
 from fnn.datasets.dataset import Dataset
-from fnn.diagnosis import changes, data_symptoms
+from fnn.diagnosis import changes, data_symptoms, start, symptoms, trial
 from fnn.diagnosis.case import Plan, case_of, gains, redrawn
 from fnn.diagnosis.loss_case import loss_case_of
 from fnn.diagnosis.task import Task, task_of
@@ -107,6 +108,7 @@ def scaled(part, a=1.0, b=0.0):
         (scaled(TRAIN, 0, 1), scaled(TEST, 0, 1), {"input_empty"}),
         (Dataset(TRAIN.x, RNG.permutation(np.asarray(TRAIN.y))), TEST, {"labels"}),
         (TRAIN, Dataset(TEST.x, (np.asarray(TEST.y) + 1) % 10), {"label_encoding"}),
+        (TRAIN, Dataset(np.asarray(TEST.x)[:, ::-1], TEST.y), {"split_mismatch"}),
         (scaled(TRAIN, 255), scaled(TEST, 30), {"input_scale", "split_mismatch"}),
     ],
 )
@@ -231,12 +233,8 @@ def test_refusals():
 
 
 def test_a_plan_is_compiled_once_for_all_numbers():
-    from concurrent.futures import ThreadPoolExecutor
-
-    from fnn.diagnosis.trial import Runner
-
     with ThreadPoolExecutor(1) as thread:
-        runner = Runner(case(steps=3), thread)
+        runner = trial.Runner(case(steps=3), thread)
         plain, changed = Plan(), dataclasses.replace(Plan(), rate=0.5, gain=1.0, data=(changes.standardized,), clip=1.0)
         assert runner.key(plain) == runner.key(changed) != runner.key(Plan(steps=4))
         first = runner.run(plain, [0, 1])
@@ -244,6 +242,93 @@ def test_a_plan_is_compiled_once_for_all_numbers():
         other = runner.run(dataclasses.replace(plain, rate=0.5), [0, 1])
     np.testing.assert_array_equal(first.losses, again.losses)
     assert first.losses[0, 0] == other.losses[0, 0] and (first.losses[:, 2] != other.losses[:, 2]).all()
+
+
+def test_lanes_are_no_more_than_memory_holds(monkeypatch):
+    """One seed at a time gives what all give at once, and its program takes far less memory."""
+    found = []
+    for memory in (trial.MEMORY, 1):
+        monkeypatch.setattr(trial, "MEMORY", memory)
+        with ThreadPoolExecutor(1) as thread:
+            runner = trial.Runner(case(steps=3, seeds=3, net=lambda: fnn.models.mlp(2, 256, 10)), thread)
+            run = runner.run(Plan(), range(3))
+            memories = runner.prepare(Plan()).result().memory_analysis()
+            found.append((runner.lanes(Plan()), run, memories.temp_size_in_bytes))
+    (many, whole, large), (one, parts, small) = found
+    assert (many, one) == (3, 1) and small < 0.6 * large
+    np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-5)
+    np.testing.assert_allclose(parts.checks, whole.checks, atol=0.02)
+
+
+def test_the_middle_of_a_run_is_that_of_half_of_the_steps():
+    """The parameters after 3 of 6 steps by hand; warm-up takes the rates 1/5, 2/5, ... of the first five."""
+    made = dataclasses.replace(case(steps=6, seeds=1), optimizer=lambda clip=None: optax.sgd(0.1))
+    with ThreadPoolExecutor(1) as thread:
+        runner = trial.Runner(made, thread)
+        run, warm = runner.run(Plan(), range(1)), runner.run(Plan(warm=5 / 6), range(1))
+        params, state = runner.draw(Plan(), 0)
+        rows = runner.order(Plan(), 0)
+    net, first = build(), params
+    for step in range(3):
+        batch = np.asarray(TRAIN.x)[rows[step]], np.asarray(TRAIN.y)[rows[step]]
+
+        def loss(p, batch=batch):
+            return fnn.losses.cross_entropy(net.apply(p, state, batch[0])[0], batch[1]).mean()
+
+        grads = jax.grad(loss)(params)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+        if step == 0:
+            moved = fnn.tree.norm(jax.tree.map(lambda g: 0.02 * g, grads)) / fnn.tree.norm(first)
+    for got, want in zip(jax.tree.leaves(run.middle[0]), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(got[0], want, atol=1e-5)
+    np.testing.assert_allclose(warm.ratios[0, 0], moved, rtol=1e-4)
+    assert warm.middle is None
+
+
+def test_units_that_die_in_the_run_and_attention_that_sees_one_key():
+    quiet = start.Start({"input_dead": np.array([0.0, 0.1, 0.2])}, ["a", "b", "c"], [], [], np.zeros(0), 1.0, False, False,
+                        {"a": -1.0}, 1e-7, (3.0, 1.7))  # fmt: skip
+    dead = dataclasses.replace(quiet, layers={"input_dead": np.array([0.9, 0.1, 0.95])})
+    assert not symptoms.middle_symptoms(quiet, quiet) and not symptoms.middle_symptoms(dead, dead)
+    (said,) = symptoms.middle_symptoms(quiet, dead)
+    assert said.cause == "lr_high" and "95% of the inputs" in said.text
+    assert not symptoms.middle_symptoms(
+        quiet, dataclasses.replace(dead, layers={"input_dead": np.array([0.9, 0.1, 0.2])})
+    )
+    sharp = dataclasses.replace(quiet, attention=(400.0, 0.01))
+    assert "attention logits reach 400" in symptoms.middle_symptoms(quiet, sharp)[0].text
+    gone = dataclasses.replace(quiet, gradient={"a": -np.inf})
+    assert "the gradient of a is exactly zero" in symptoms.middle_symptoms(quiet, gone)[0].text
+
+
+@pytest.mark.parametrize("gain, want", [(1.0, set()), (30.0, {"init_large"})])
+def test_attention_logits_before_the_first_step(gain, want):
+    """The largest logit is that of q·k/sqrt(width of a head), by hand."""
+    x = RNG.normal(size=(40, 5, 8)).astype(np.float32)
+    data = Dataset(x, RNG.integers(0, 2, 40))
+
+    def net():
+        block = fnn.attention(2, kernel_init=f"scaled({gain})")
+        mean = fnn.stateless(lambda key, spec: (), lambda params, x: jnp.mean(x, axis=1))
+        return fnn.serial(block, mean, fnn.dense(2))
+
+    made = case(data, data, net=net, batch_size=20)
+    with ThreadPoolExecutor(1) as thread:
+        runner = trial.Runner(made, thread)
+        begun = start.start(runner, Plan())
+        params = runner.draw(Plan(), 0)[0]
+        batch = x[runner.order(Plan(), 0)[0]]
+    kernels = {
+        path.rpartition("/")[0].rpartition("/")[2]: a for path, a in fnn.tree.rows(params) if path.endswith("kernel")
+    }
+    q, k = (np.tensordot(batch, np.asarray(kernels[name]), 1) for name in ("query", "key"))
+    q, k = (a.reshape(20, 5, 2, 4) for a in (q, k))
+    logits = np.einsum("bqhd,bkhd->bhqk", q, k) / 2
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    entropy = np.min(-(p * np.log(np.maximum(p, 1e-30))).sum(-1).mean((0, 2)))
+    np.testing.assert_allclose(begun.attention, (logits.max(), entropy), rtol=1e-3)
+    assert {e.cause for e in symptoms.start_symptoms(made, Plan(), begun) if "attention" in e.text} == want
 
 
 def test_a_budget_too_short_for_a_verdict_is_not_called_healthy():

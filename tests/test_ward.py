@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, r2_score
-from ward import CONTROLS, PATIENTS, check, controls, patients
+from ward import CONTROLS, PATIENTS, autotrainer, check, controls, frameworks, patients
 
 import fnn
 
@@ -93,3 +93,39 @@ def test_batches_cover_an_epoch_once():
 def test_diagnosis_names_the_cause(name):
     found = NAMES[name].make(0).diagnose(seeds=2, budget=600.0)
     assert found.causes[0].name in NAMES[name].causes, found
+
+
+def course(**changes):
+    quiet = {"loss": [1.0] * 9, "train": [0.5, 0.8, 0.9] * 3, "test": [0.5, 0.8, 0.9] * 3}
+    quiet |= {"ratio": [1.0] * 9, "first": [1.0] * 9, "zeros": [0.1] * 9}
+    return autotrainer.Course(**quiet | changes)
+
+
+@pytest.mark.parametrize(
+    "changes, want",
+    [
+        ({"train": [0.9] * 9, "test": [0.9] * 9}, "slow convergence"),
+        ({"loss": [float("nan")]}, "exploding gradient"),
+        ({"train": [0.1] * 9, "test": [0.1] * 9, "zeros": [0.7] * 9}, "dying ReLU"),
+        ({"train": [0.1] * 9, "test": [0.1] * 9, "ratio": [71.0] * 9}, "exploding gradient"),
+        ({"train": [0.1] * 9, "test": [0.1] * 9, "ratio": [9e-4] * 9, "first": [9e-5] * 9}, "vanishing gradient"),
+        ({"train": [0.1] * 9, "test": [0.1] * 9, "ratio": [9e-4] * 9}, "slow convergence"),
+        ({}, "oscillating loss"),
+        ({"train": [0.1 * i for i in range(1, 10)]}, None),
+    ],
+)
+def test_rules_of_autotrainer(changes, want):
+    assert autotrainer.problem(course(**changes), 9) == want
+
+
+@pytest.mark.parametrize("framework", frameworks.NETS)
+@pytest.mark.parametrize("name", ["relu_head_regression", "sigmoid_8"])
+def test_a_patient_in_another_framework_has_the_same_loss(name, framework):
+    pytest.importorskip("equinox")
+    person = frameworks.REACHED[name]
+    found, case = frameworks.written(person, framework), person.make(0)
+    net, batch = case.build(), found.batches[0]
+    params, state = net.init(jax.random.key(1000), case.train[0][: case.batch_size])
+    want = jnp.mean(case.loss(net.apply(params, state, batch[0])[0], batch[1]))
+    np.testing.assert_allclose(found.loss(found.params, batch), want, rtol=1e-5)
+    assert set(frameworks.NAMES) == set(frameworks.REACHED)

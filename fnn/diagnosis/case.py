@@ -33,6 +33,8 @@ class Plan:
     unclipped: bool = False
     rate: float = 1.0
     """Factor."""
+    warm: float = 0.0
+    """The share of the steps over which the rate rises linearly from 0."""
     clip: float = float("inf")
     gain: float | None = None
     """Redraw: kernels from N(0, gain²/fan_in), the last one from N(0, 1/fan_in), biases 0."""
@@ -89,6 +91,8 @@ class Case:
     """What was found in the program of a net without knobs: its `activation`, its `head`, whether gradients `stop`."""
     narrow: bool = False
     """Whether there are parameters of less than 32 bits."""
+    fixed: bool = False
+    """Whether the optimiser is a transformation, whose settings cannot be varied."""
 
     @property
     def x(self) -> np.ndarray | None:
@@ -206,7 +210,7 @@ def case_of(
     seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
     return Case(
         build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
-        int(seeds), bool(shuffle), task, seen, is_narrow(params),
+        int(seeds), bool(shuffle), task, seen, is_narrow(params), isinstance(optimizer, optax.GradientTransformation),
     )  # fmt: skip
 
 

@@ -72,7 +72,8 @@ class Cause:
     name: str
     evidence: tuple[Evidence, ...]
     repair: Trial | None
-    """The training that was repaired by removing this cause alone (of two causes: together with the other)."""
+    """The training that was repaired by removing this cause alone (of two causes: together with the other); None for a second
+    cause that was measured, but that the repair of the first one hides."""
     remedy: str
     """Code to paste."""
     confidence: float

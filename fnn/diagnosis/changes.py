@@ -9,6 +9,9 @@ import optax
 
 from fnn.diagnosis.case import Case, Plan
 
+KNOBS = ("activation", "norm", "residual", "depth", "width", "head")
+"""Arguments of `build` that are varied. `dropout`, `cell` and `positions` are, where there are any."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -81,6 +84,22 @@ def changes(case: Case) -> list[Change]:
     return sorted(found, key=lambda change: (change.own_program, change.costs))
 
 
+def unreached(case: Case) -> dict[str, str]:
+    """List what cannot be varied of a case, and why."""
+    found = {}
+    if case.task.name:
+        found["width, depth, norm, dropout, another loss"] = "inside the loss"
+    elif not case.knobs:
+        found["width, depth, norm, dropout"] = "the net is given as it is"
+    elif missing := [knob for knob in KNOBS if knob not in case.knobs]:
+        found[", ".join(missing)] = "build does not take it" if len(missing) == 1 else "build does not take them"
+    if not case.knobs and "activation" not in case.seen:
+        found["activation"] = "none was found in the program"
+    if case.clip is None and case.fixed:
+        found["no clipping"] = "the optimizer is no function of clip"
+    return found
+
+
 def _data(change: Any) -> Callable[[Plan], Plan]:
     return lambda plan: replace(plan, data=(*plan.data, change))
 
@@ -136,8 +155,8 @@ def _of_data(case: Case) -> list[Change]:
             )
     if case.held_out:
         found.append(
-            Change("learn half of the held-out data", ("labels", "label_encoding"), _with(learn="held out"),
-                   "# look at single examples: the labels of the training data are wrong, or belong to other inputs")
+            Change("learn half of the held-out data", ("labels", "label_encoding", "split_mismatch"), _with(learn="held out"),
+                   "# look at single examples: training labels are wrong, or the two parts were not prepared alike")
         )  # fmt: skip
         found.append(
             Change(
@@ -183,6 +202,14 @@ def _of_rate(case: Case) -> list[Change]:
     found.append(
         Change("clip at norm 1", ("lr_high",), _with(clip=1.0), "optax.chain(fnn.clip.by_global_norm(1.0), optimizer)")
     )
+    found.append(
+        Change(
+            "warm-up over a fifth of the steps",
+            ("lr_high",),
+            _with(warm=0.2),
+            f"optax.warmup_constant_schedule(0.0, {'rate' if case.rate is None else f'{case.rate:.3g}'}, {case.steps // 5})",
+        )
+    )
     if case.clip is not None:
         found.append(Change("no clipping", ("clip",), _with(unclipped=True), "clip=None", own_program=True))
     adam = Change(
@@ -211,7 +238,7 @@ def _of_net(case: Case) -> list[Change]:
     if isinstance(knobs.get("activation"), str) or callable(knobs.get("activation")):
         for name in ("tanh", "relu"):
             if knobs["activation"] != name:
-                add(f"activation {name}", ("activation",), f'activation="{name}"', activation=name)
+                add(f"activation {name}", ("activation", "blocked_gradient"), f'activation="{name}"', activation=name)
     if isinstance(knobs.get("dropout"), int | float) and knobs["dropout"] > 0:
         add("no dropout", ("regularization",), "dropout=0.0", dropout=0.0)
     if "norm" in knobs:
@@ -235,11 +262,11 @@ def _of_net(case: Case) -> list[Change]:
         add("positions", ("positions",), f"positions={value!r}", positions=value)
     head = knobs.get("head")
     if head is not None and head != "identity":
-        add("no head", ("head",), 'head="identity"', head="identity")
+        add("no head", ("head", "blocked_gradient"), 'head="identity"', head="identity")
         if (loss := case.task.loss) is not None and loss is not case.loss:
             name = getattr(loss, "name", "cross_entropy")
             found.append(
-                Change(f"no head, and {name} on its logits", ("head",), lambda plan: replace(plan.knob(head="identity"), loss=loss),
+                Change(f"no head, and {name} on its logits", ("head", "blocked_gradient"), lambda plan: replace(plan.knob(head="identity"), loss=loss),
                        f'head="identity", loss=fnn.losses.{name}', True)
             )  # fmt: skip
     return found
@@ -280,12 +307,12 @@ def _of_loss(case: Case) -> list[Change]:
         if hasattr(loss, "name")
         else "loss = lambda outputs, y: -(y * jax.nn.log_softmax(outputs)).sum(-1)"
     )
-    return [Change(f"loss {name}", ("loss", "numerics"), _with(loss=loss), code, True)]
+    return [Change(f"loss {name}", ("loss", "numerics", "blocked_gradient"), _with(loss=loss), code, True)]
 
 
 def _of_budget(case: Case) -> list[Change]:
     found = []
-    if case.batch_size < 32 and not case.task.name:
+    if case.batch_size < 32:
         found.append(
             Change(
                 "batch × 8",

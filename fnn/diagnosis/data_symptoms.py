@@ -109,13 +109,7 @@ def agreement(
     For labels the share of neighbours with the same label; for numbers R² of the neighbours' mean.
     """
     rng = np.random.default_rng(0)
-    mean, std = others.mean(0), others.std(0)
-    std = np.where(std > 0, std, 1)
-    a, b = (np.nan_to_num((part - mean) / std) for part in (x, others))
-    far = (a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1)[None]
-    if same:
-        np.fill_diagonal(far, np.inf)
-    near = np.argpartition(far, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
+    near = _near(x, others, same)
     labels = np.issubdtype(y.dtype, np.integer)
 
     def agree(of_others):
@@ -127,13 +121,45 @@ def agreement(
     return agree(of_others), float(np.mean(by_chance)), float(np.std(by_chance))
 
 
+def _near(x: np.ndarray, others: np.ndarray, same: bool = False) -> np.ndarray:
+    """Find the nearest neighbours of each x among others: int[n, NEIGHBOURS]."""
+    mean, std = others.mean(0), others.std(0)
+    std = np.where(std > 0, std, 1)
+    a, b = (np.nan_to_num((part - mean) / std) for part in (x, others))
+    far = (a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1)[None]
+    if same:
+        np.fill_diagonal(far, np.inf)
+    return np.argpartition(far, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
+
+
+def renamed(x: np.ndarray, y: np.ndarray, others: np.ndarray, of_others: np.ndarray) -> float:
+    """Give the highest share of neighbours that agree once each of their labels may stand for another one."""
+    said, truth = of_others[_near(x, others)].ravel(), np.repeat(y, NEIGHBOURS)
+    return float(
+        sum(np.unique(truth[said == label], return_counts=True)[1].max() for label in np.unique(said)) / len(said)
+    )
+
+
 def information(case: Case) -> dict[str, tuple[float, float, float]]:
     """Give `agreement` within the training data, within the held-out ones, and of the held-out ones with the training data.
 
     Empty where neighbours cannot be found: inputs that are no floats, few examples.
     """
-    if case.x is None or case.task.kind == "exact" or not case.held_out:
+    parts = _compared(case)
+    if not parts:
         return {}
+    x, y, held, of_held = parts
+    return {
+        "train": agreement(x, y, x, y, True),
+        "held out": agreement(held, of_held, held, of_held, True),
+        "across": agreement(held, of_held, x, y, False),
+    }
+
+
+def _compared(case: Case) -> tuple[np.ndarray, ...]:
+    """Take some training and held-out inputs and targets; nothing where neighbours cannot be found."""
+    if case.x is None or case.task.kind == "exact" or not case.held_out:
+        return ()
     rng = np.random.default_rng(0)
     x, y = _flat(case.x), _targets(case, case.y)
     held = _flat(np.concatenate([case.chooses.x, case.checks.x]))
@@ -141,12 +167,8 @@ def information(case: Case) -> dict[str, tuple[float, float, float]]:
     some, some_held = (rng.permutation(n)[:MOST] for n in (len(x), len(held)))
     x, y, held, of_held = x[some], y[some], held[some_held], of_held[some_held]
     if min(len(x), len(held)) < 4 * NEIGHBOURS or not (np.isfinite(x).all() and np.isfinite(held).all()):
-        return {}
-    return {
-        "train": agreement(x, y, x, y, True),
-        "held out": agreement(held, of_held, held, of_held, True),
-        "across": agreement(held, of_held, x, y, False),
-    }
+        return ()
+    return x, y, held, of_held
 
 
 def _targets(case: Case, y: np.ndarray) -> np.ndarray:
@@ -168,8 +190,11 @@ def label_symptoms(case: Case) -> list[Evidence]:
     if train - chance < 0.35 * power:
         text = f"{NEIGHBOURS} nearest neighbours agree on {train:.2f} of the training labels and {held:.2f} of the held-out ones"
         return [Evidence("labels", f"{text} (chance {chance:.2f})")]
-    if across - chance < 0.35 * power and not split_symptoms(case):
+    if across - chance < 0.5 * min(power, train - chance) and not split_symptoms(case):
         text = f"training neighbours agree on {across:.2f} of the held-out labels, held-out ones on {held:.2f}"
+        x, y, others, of_others = _compared(case)
+        if np.issubdtype(y.dtype, np.integer) and renamed(others, of_others, x, y) < 0.75 * held:
+            return [Evidence("split_mismatch", f"{text}, whatever the classes are called: the inputs differ")]
         return [Evidence("label_encoding", f"{text}: the two parts do not name their classes alike")]
     return []
 

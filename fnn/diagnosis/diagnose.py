@@ -9,7 +9,7 @@ from fnn.diagnosis import verdict
 from fnn.diagnosis.case import Case, case_of
 from fnn.diagnosis.inquiry import Inquiry
 from fnn.diagnosis.loss_case import loss_case_of
-from fnn.diagnosis.report import Diagnosis, diagnosis_of
+from fnn.diagnosis.report import Diagnosis, Verdict, diagnosis_of
 from fnn.diagnosis.trial import Runner
 from fnn.progress import Progress
 
@@ -105,8 +105,10 @@ def _found(case: Case, budget: float, target: float | None, progress: bool | Non
             inquiry.evidence = [e for e in inquiry.evidence if e.cause in verdict.suspects(inquiry)]
             ill = verdict.sick(inquiry, target)
             found = [] if target is not None and not ill else verdict.causes(inquiry, ill)
+            working = verdict.works(inquiry)
+            adds = verdict.adds(inquiry, found, working)
             if found and found[0].repair is not None:
                 inquiry.begin(inquiry.tried[found[0].repair.change].plan)  # for the report
         finally:
             thread.shutdown(wait=True, cancel_futures=True)
-    return diagnosis_of(inquiry, found, verdict.works(inquiry), ill, target)
+    return diagnosis_of(inquiry, Verdict(found, working, adds, ill), target)

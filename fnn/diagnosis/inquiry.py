@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import jax
 import numpy as np
 
 from fnn.arrays import first_line
 from fnn.diagnosis import data_symptoms, start, symptoms
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import STAGE, Evidence
-from fnn.diagnosis.changes import Change, changes
+from fnn.diagnosis.changes import Change, changes, unreached
 from fnn.diagnosis.trial import Outcome, Runner
 
 LEAST = 0.03
@@ -84,6 +85,12 @@ class Inquiry:
             self.tell(e.text)
         outcome = self.train(NOTHING, plan).outcome
         self.evidence += found + symptoms.run_symptoms(case, plan, begun, outcome)
+        middle = jax.tree.map(lambda a: a[0], outcome.middle)
+        if all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(middle[0])):
+            later = symptoms.middle_symptoms(begun, start.measured(self.runner, plan, *middle))
+            for e in later:
+                self.tell(e.text)
+            self.evidence += later
         self.evidence.sort(key=lambda e: STAGE[e.cause])
 
     def attempt(self, change: Change, plan: Plan) -> Tried | None:
@@ -140,6 +147,7 @@ class Inquiry:
                 self.skipped[change.name] = "something else helps"
             elif self.affords(change, change.apply(Plan())):
                 self.attempt(change, change.apply(Plan()))
+        self.skipped |= unreached(self.case)
 
     def best(self) -> float:
         """Give the best mean score of all changes of the same length."""
@@ -181,6 +189,8 @@ class Inquiry:
     def shows(self, cause: str, plan: Plan, outcome: Outcome) -> bool:
         """Whether a plan shows the abnormality of a cause."""
         case = self.runner.changed(plan)
+        if plan.learn == "held out" and cause in ("label_encoding", "split_mismatch"):
+            return False  # one part alone is left
         if cause in ("input_scale", "input_empty", "target_scale", "label_encoding", "split_mismatch"):
             return any(e.cause == cause for e in data_symptoms.symptoms(case))
         if cause in STARTS:

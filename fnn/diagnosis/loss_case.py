@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from fnn import arrays, check, tree
 from fnn.datasets.dataset import Dataset, generator
@@ -133,7 +134,8 @@ def loss_case_of(
     forward = [path for _, path in flow.labels.starts if path in kernels]
     case = replace(case, final=names.index(forward[-1]) if forward else None)
     seen = found_in(lambda params, batch: loss(params, join(*batch)), params, batch)
-    return _referred(replace(case, seen=seen, narrow=is_narrow(params)))
+    fixed = isinstance(optimizer, optax.GradientTransformation)
+    return _referred(replace(case, seen=seen, narrow=is_narrow(params), fixed=fixed))
 
 
 def _batches(name: str, given: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """What a diagnosis found, as an object and as text."""
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,8 @@ class Diagnosis:
     profiles: dict[str, Profile]
     seconds: float
     target: float | None = None
+    adds: dict[str, float] = field(default_factory=dict)
+    """By how much another change that works raises the score once the cause is repaired, for those that were tried so."""
 
     @property
     def remedies(self) -> tuple[str, ...]:
@@ -97,7 +99,12 @@ class Diagnosis:
         if self.learnable:
             lines.append(self.learnable)
         if self.two_faults:
-            lines.append("Two faults: neither repair is enough alone.")
+            alone = (
+                "one was measured, and could not be tested"
+                if self.causes[1].repair is None
+                else "neither repair is enough alone"
+            )
+            lines.append(f"Two faults: {alone}.")
         first = self.causes[:2] if self.two_faults else self.causes[:1]
         for number, cause in enumerate(first, 1):
             lines += self._cause(number, cause)
@@ -105,7 +112,7 @@ class Diagnosis:
         if self.healthy and self.unfinished:
             lines.append("NOT FINISHED  more steps alone raise the score")
         if not self.healthy and not self.causes:
-            short = " in this budget" if self.not_tried else ""
+            short = " in this budget" if any(why.startswith("about ") for why in self.not_tried.values()) else ""
             lines.append(f"NO CAUSE FOUND{short}" + (": suspected, but no repair worked:" if self.evidence else ""))
             for e in self.evidence:
                 lines += _wrapped(f"  {e.cause:<16} {e.text}", [], " " * 19)
@@ -128,6 +135,8 @@ class Diagnosis:
             lines.append(
                 f"  checked      {len(repair.checked)} fresh seeds, {data}: {' '.join(f'{s:.2f}' for s in repair.checked)}"
             )
+        else:
+            lines.append("  not tested   the repair of the first cause learns held-out data, and so hides this one")
         return lines + [f"  {'remedy' * (not i):<12} {line}" for i, line in enumerate(cause.remedy.splitlines())]
 
     def _rest(self, first: tuple[Cause, ...]) -> list[str]:
@@ -136,7 +145,12 @@ class Diagnosis:
         works = sorted((t for t in singles if t.change in self.working), key=lambda t: -t.mean)
         lines = []
         if works and first:
-            lines += _wrapped("ALSO REPAIRS, but treats the symptom: ", [f"{t.change} {t.mean:.2f}" for t in works])
+            said = [
+                f"{t.change} {t.mean:.2f}"
+                + (f" ({self.adds[t.change]:+.2f} on top of the remedy)" if t.change in self.adds else "")
+                for t in works
+            ]
+            lines += _wrapped("ALSO REPAIRS, but treats the symptom: ", said)
         if out := [t.change for t in singles if t.change not in self.working]:
             lines += _wrapped("RULED OUT  " if not self.healthy else "TRIED, no better  ", out)
         if self.not_tried:
@@ -154,10 +168,19 @@ def _wrapped(head: str, items: list[str], indent: str = "  ") -> list[str]:
     return textwrap.wrap(head + " · ".join(items), WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
-def diagnosis_of(
-    inquiry: Inquiry, causes: list[Cause], working: list[Tried], ill: bool, target: float | None
-) -> Diagnosis:
+@dataclass(frozen=True)
+class Verdict:
+    """What was made of an inquiry."""
+
+    causes: list[Cause]
+    working: list[Tried]
+    adds: dict[str, float]
+    ill: bool
+
+
+def diagnosis_of(inquiry: Inquiry, verdict: Verdict, target: float | None) -> Diagnosis:
     """Put together what an inquiry found."""
+    causes, working = verdict.causes, verdict.working
 
     def trial(tried: Tried) -> Trial:
         proved = {c.repair.change: c.repair.checked for c in causes if c.repair}
@@ -165,7 +188,7 @@ def diagnosis_of(
         return Trial(tried.change.name, cause, tried.scores, proved.get(tried.change.name, ()), tried.outcome.seconds)
 
     profiles, curves = {"as it is": _profile(inquiry, Plan(), inquiry.begun)}, {"as it is": inquiry.base.outcome.losses}
-    two = len(causes) > 1 and causes[0].repair is not None and " + " in causes[0].repair.change
+    two = len(causes) > 1 and (causes[1].repair is None or " + " in causes[1].repair.change)
     if causes and causes[0].repair is not None:
         best = inquiry.tried[causes[0].repair.change]
         curves["repaired"] = best.outcome.losses
@@ -175,9 +198,9 @@ def diagnosis_of(
     task = inquiry.case.task
     everything = [trial(t) for t in inquiry.tried.values() if t.change is not NOTHING]
     return Diagnosis(
-        tuple(causes), not ill and not causes and decided(inquiry), task.score, task.chance, inquiry.case.held_out, trial(inquiry.base),
+        tuple(causes), not verdict.ill and not causes and decided(inquiry), task.score, task.chance, inquiry.case.held_out, trial(inquiry.base),
         tuple(everything), tuple(t.change.name for t in working), tuple(inquiry.evidence), inquiry.learnable,
-        dict(inquiry.skipped), bool(steps), two, curves, profiles, inquiry.spent, target,
+        dict(inquiry.skipped), bool(steps), two, curves, profiles, inquiry.spent, target, verdict.adds,
     )  # fmt: skip
 
 

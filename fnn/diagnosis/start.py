@@ -1,4 +1,4 @@
-"""What is measured of a plan before its first step: the net layer by layer, its weights, its outputs."""
+"""What is measured of a plan before its first step, and in the middle: the net layer by layer, its weights, its outputs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from fnn.gradients.watch import watch
 
 @dataclass(frozen=True)
 class Start:
-    """What was measured before the first step of a plan."""
+    """What was measured before the first step of a plan, or with the parameters of another moment."""
 
     layers: dict[str, np.ndarray]
     """By quantity of `watch`, in forward order of the layers; NaN where a layer has no such number."""
@@ -33,19 +33,28 @@ class Start:
     """log10 of each parameter's gradient."""
     rounding: float
     """Of the narrowest dtype of the parameters: the distance from 1 to the next number."""
+    attention: tuple[float, float] | None
+    """Largest logit of all heads, and lowest mean entropy of a head in nats; None without attention."""
 
 
 def start(runner: Runner, plan: Plan) -> Start:
     """Measure a plan at its first seed before the first step."""
+    return measured(runner, plan, *runner.draw(plan, 0))
+
+
+def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
+    """Measure a plan with some parameters and state, on its first batch."""
     case = runner.changed(plan)
-    params, state = runner.draw(plan, 0)
     index = runner.order(plan, 0)[0]
     pool = jax.tree.map(lambda a, b: np.concatenate([a, b]), tuple(case.train), tuple(case.chooses))
     x, y = jax.tree.map(lambda a: a[index], pool)
     watched, outputs = runner.instruments(plan, lambda: _instruments(case.model(plan), len(index)))
     flow = watched(params, (x, y), state)
     paths, columns = _layers(flow)
-    gradient = {row.path: row.value for row in _rows(flow) if row.quantity == "log10_gradient"}
+    rows = _rows(flow)
+    gradient = {row.path: row.value for row in rows if row.quantity == "log10_gradient"}
+    logits, entropies = ([r.value for r in rows if r.quantity == q] for q in ("largest_logit", "attention_entropy"))
+    attention = (max(logits), min(entropies)) if logits else None
     plain, linear, blind = np.zeros(0), False, False
     if outputs is not None:
 
@@ -60,7 +69,7 @@ def start(runner: Runner, plan: Plan) -> Start:
     hidden = [pair for pair in every if pair[0] != last] if last in dict(every) else every[:-1]
     alike = _alike(params, last)
     rounding = max(float(jax.numpy.finfo(a.dtype).eps) for a in jax.tree.leaves(params))
-    return Start(columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, gradient, rounding)
+    return Start(columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, gradient, rounding, attention)
 
 
 def _instruments(model: Model, size: int) -> tuple[Any, Any]:
@@ -71,7 +80,7 @@ def _instruments(model: Model, size: int) -> tuple[Any, Any]:
         return model.objective(params, state, batch, key)[0]
 
     outputs = jax.jit(model.outputs) if model.outputs is not None else None
-    return watch(loss, groups=(*DEFAULT, "saturated"), batch_size=size), outputs
+    return watch(loss, groups=(*DEFAULT, "saturated", "attention"), batch_size=size), outputs
 
 
 def _rows(flow: Any) -> list["_Row"]:

@@ -13,6 +13,10 @@ DECADES = 1.0
 """How many powers of ten a signal may lose or gain between the first and the last hidden layer."""
 
 
+LOGITS = 50.0
+"""Attention logits beyond it: each query sees one key alone, and hardly any gradient gets through the softmax."""
+
+
 def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     """List what is abnormal before the first step."""
     evidence = [*_unit_symptoms(case, plan, found), *_scale_symptoms(case, plan, found)]
@@ -22,6 +26,8 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         evidence.append(Evidence("activation", "the net is linear in its inputs, however many layers it has"))
     if found.blind:
         evidence.append(Evidence("positions", "outputs are the same when the inputs are read backwards"))
+    if found.attention is not None and found.attention[0] > LOGITS:
+        evidence.append(Evidence("init_large", _attention(found)))
     if not np.isfinite(found.loss):
         evidence.append(Evidence("numerics", f"the loss is {found.loss} before the first step"))
     dead = [path for path, value in found.gradient.items() if value == -np.inf]
@@ -202,6 +208,36 @@ def _on_outputs(case: Case, plan: Plan) -> bool:
     return case.value(plan, "head") in (None, "identity")
 
 
+def _attention(found: Start) -> str:
+    largest, entropy = found.attention or (0.0, 0.0)
+    return (
+        f"attention logits reach {largest:.3g} (healthy up to {LOGITS:g}); the lowest mean entropy of a head is "
+        f"{entropy:.2g} nats"
+    )
+
+
+def middle_symptoms(begun: Start, found: Start) -> list[Evidence]:
+    """List what half of the steps made abnormal; what was so before the first step is not said again."""
+
+    def highest(name: str, of: Start) -> float:
+        return float(np.nanmax(np.append(of.layers.get(name, np.zeros(0))[1:], 0)))
+
+    evidence = []
+    for name, word, most in (("input_dead", "0 for every example", 0.6), ("input_saturated", "saturated", 0.8)):
+        before, now = highest(name, begun), highest(name, found)
+        if before <= most < now:
+            text = f"after half of the steps {now:.0%} of the inputs of a layer are {word}, at first {before:.0%}"
+            evidence.append(Evidence("lr_high", f"{text} (healthy up to {most:.0%})"))
+    if found.attention is not None and found.attention[0] > 2 * LOGITS >= LOGITS >= (begun.attention or (0.0,))[0]:
+        evidence.append(Evidence("lr_high", f"after half of the steps {_attention(found)}"))
+    alive = [path for path, value in begun.gradient.items() if value > -np.inf]
+    gone = [path for path in alive if found.gradient.get(path) == -np.inf]
+    if gone and not evidence:
+        text = f"after half of the steps the gradient of {', '.join(gone[:3])} is exactly zero, at first it was not"
+        evidence.append(Evidence("lr_high", text))
+    return evidence
+
+
 def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list[Evidence]:
     """List what is abnormal in the course of a training."""
     evidence = []
@@ -209,6 +245,7 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
     head, tail = losses[:, : max(1, steps // 20)].mean(1), losses[:, -max(1, steps // 5) :]
     ratios = outcome.ratios
     early = float(np.median(ratios[:, : max(1, steps // 10)]))
+    moved = float(np.median(np.where(np.isfinite(outcome.moved), outcome.moved, 0).max(1)))
     if not np.isfinite(losses).all():
         first = int(np.argmax(~np.isfinite(losses).all(0)))
         evidence.append(Evidence("lr_high", f"the loss is not finite from step {first} on"))
@@ -221,7 +258,9 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
                     "lr_high", f"a step moves the weights by {early:.2g} of their size at first (healthy up to 0.05)"
                 )
             )
-        if (tail.mean(1) > 0.98 * head).any() or (tail.std(1) > 0.5 * np.abs(tail.mean(1))).any():
+        # Noise of the loss, with weights that hardly move, is no sign of the rate.
+        unsettled = (tail.mean(1) > 0.98 * head) | (tail.std(1) > 0.5 * np.abs(tail.mean(1)))
+        if moved > 0.01 and unsettled.any():
             evidence.append(
                 Evidence(
                     "lr_high",
@@ -229,7 +268,6 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
                     "at the end",
                 )
             )
-    moved = float(np.median(np.where(np.isfinite(outcome.moved), outcome.moved, 0).max(1)))
     half = losses[:, steps // 2 : steps // 2 + max(1, steps // 5)].mean(1)
     falling = float(np.median((half - tail.mean(1)) / np.maximum(np.abs(half), 1e-30)))
     if np.isfinite(losses).all() and moved < 0.15:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import admission, tree
+from fnn import admission, lowering, tree
 from fnn.datasets.dataset import Dataset
 from fnn.diagnosis.case import Case, Plan, redrawn
 from fnn.training.depth import per_depth
@@ -37,6 +37,16 @@ class Outcome:
     shrunk: np.ndarray
     """float[seeds]: norm of all parameters at the end over that at the start."""
     seconds: float
+    middle: Any = None
+    """(params, state) after half of the steps, with a leading axis of seeds; of the training as it is alone."""
+
+
+MEMORY = 2**30
+"""Bytes that the lanes of a program may take for their parameters and what goes with them."""
+SHORT = 0.3
+"""If a training takes less than this share of the time that its program took to compile, others are compiled in haste."""
+COPIES = 7
+"""Of the parameters: they themselves, their first values, gradients, updates, two moments, those of the middle."""
 
 
 class Runner:
@@ -46,6 +56,8 @@ class Runner:
         self.case, self.thread = case, thread
         self.compiled: list[float] = []
         """Seconds that each program took to compile."""
+        self.running = float("inf")
+        """Seconds that the training as it is took to run."""
         self._programs: dict[Any, Future[Any]] = {}
         self._drawn: dict[Any, Any] = {}
         self._cases: dict[Any, Case] = {}
@@ -63,13 +75,14 @@ class Runner:
             started = time.perf_counter()
             function = jax.vmap(functools.partial(self._one, plan), in_axes=(0, 0, 0, 0, None, None, None, None))
             # Traced here, since settings of JAX such as x64 may hold for this thread alone.
-            lowered = jax.jit(function).lower(*self._arguments(plan, range(self.case.seeds)))
+            lowered = jax.jit(function).lower(*self._arguments(plan, range(self.lanes(plan))))
             self._programs[key] = self.thread.submit(self._compile, lowered, time.perf_counter() - started)
         return self._programs[key]
 
     def _compile(self, lowered: Any, seconds: float) -> Any:
         started = time.perf_counter()
-        program = lowered.compile()
+        short = bool(self.compiled) and self.running < SHORT * self.compiled[0]
+        program = lowered.compile(compiler_options=lowering.hasty() if short else None)
         self.compiled.append(seconds + time.perf_counter() - started)
         return program
 
@@ -108,23 +121,39 @@ class Runner:
 
     def run(self, plan: Plan, seeds: Any) -> Outcome:
         """Train with these seeds."""
-        args = self._arguments(plan, seeds)
-        program = self.prepare(plan).result()
-        start = time.perf_counter()
-        chooses, checks, train, *rest = jax.device_get(program(*args))
-        scores = [self.changed(plan).scored(values) for values in (chooses, checks, train)]
-        measured: list[Any] = [*scores, *rest, time.perf_counter() - start]
+        seeds, lanes = list(seeds), self.lanes(plan)
+        program, found, seconds = self.prepare(plan).result(), [], 0.0
+        for first in range(0, len(seeds), lanes):
+            chunk = seeds[first : first + lanes]
+            args = self._arguments(plan, chunk + chunk[-1:] * (lanes - len(chunk)))
+            start = time.perf_counter()
+            *numbers, middle = program(*args)
+            numbers = [a[: len(chunk)] for a in jax.device_get(numbers)]
+            seconds += time.perf_counter() - start
+            found.append((numbers, jax.device_get(middle) if plan == Plan() else None))
+        numbers = [np.concatenate(parts) for parts in zip(*(numbers for numbers, _ in found), strict=True)]
+        scores = [self.changed(plan).scored(values) for values in numbers[:3]]
+        measured: list[Any] = [*scores, *numbers[3:], seconds, found[0][1]]
+        self.running = min(self.running, seconds)
         return Outcome(*measured)
+
+    def lanes(self, plan: Plan) -> int:
+        """Say how many seeds run at once: all, or as many as `MEMORY` holds the parameters and what goes with them of."""
+        params, _ = self.draw(replace(plan, gain=None), 0)
+        size = COPIES * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(params))
+        return max(1, min(self.case.seeds, MEMORY // max(1, size)))
 
     def _arguments(self, plan: Plan, seeds: Any) -> tuple[Any, ...]:
         """Collect what a program takes, seeds first."""
         case = self.changed(plan)
         drawn = [self.draw(plan, seed) for seed in seeds]
-        params, states = jax.tree.map(lambda *parts: jnp.stack(parts), *drawn)
+        params, states = jax.tree.map(lambda *parts: np.stack(parts), *drawn)
         orders = np.stack([self.order(plan, seed) for seed in seeds])
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
         pool = Dataset(*jax.tree.map(lambda a, b: np.concatenate([a, b]), tuple(case.train), tuple(case.chooses)))
-        return params, states, keys, orders, jnp.float32(plan.rate), jnp.float32(plan.clip), pool, case.checks
+        steps = 1 + np.arange(self._steps(plan))
+        rates = np.float32(plan.rate * np.minimum(1.0, steps / max(1.0, plan.warm * len(steps))))
+        return params, states, keys, orders, rates, jnp.float32(plan.clip), pool, case.checks
 
     def changed(self, plan: Plan) -> Case:
         """Give the case with the plan's changes of the data."""
@@ -135,7 +164,7 @@ class Runner:
     def key(self, plan: Plan) -> Any:
         """What a program depends on; what is left out are numbers that it takes as arguments."""
         task = self.changed(plan).task
-        return replace(plan, rate=1.0, clip=1.0, gain=None, data=(), learn="train", shuffle=None), task
+        return replace(plan, rate=1.0, warm=0.0, clip=1.0, gain=None, data=(), learn="train", shuffle=None), task
 
     def _batch(self, plan: Plan) -> int:
         return plan.batch_size or self.case.batch_size
@@ -144,7 +173,7 @@ class Runner:
         return plan.steps or self.case.steps
 
     def _one(
-        self, plan: Plan, params: Any, state: Any, key: Any, order: Any, rate: Any, clip: Any, pool: Any, last: Any
+        self, plan: Plan, params: Any, state: Any, key: Any, order: Any, rates: Any, clip: Any, pool: Any, last: Any
     ) -> Any:
         """Train one seed; what `Outcome` lists. The arguments are those of a program, hence nine."""
         case = self.changed(plan)
@@ -155,7 +184,8 @@ class Runner:
             return jax.tree.map(lambda a: jnp.asarray(a)[index], tuple(pool))
 
         def step(carry, t):
-            params, state, opt_state = carry
+            params, state, opt_state, middle = carry
+            middle = jax.tree.map(lambda a, b: jnp.where(t == len(order) // 2, a, b), (params, state), middle)
             batch = rows(order[t])
 
             def objective(params):
@@ -167,13 +197,13 @@ class Runner:
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
             extra = offered(value, grads, lambda p: objective(p)[0], lambda p: jax.grad(objective, has_aux=True)(p)[0])
             updates, opt_state = admission.update("diagnose", tx, grads, opt_state, params, **extra)
-            updates = jax.tree.map(lambda u: u * rate.astype(u.dtype), updates)
+            updates = jax.tree.map(lambda u: u * rates[t].astype(u.dtype), updates)
             trained = optax.apply_updates(params, updates)
             moved = tree.norm(jax.tree.map(jnp.subtract, trained, params)) / tree.norm(params)
-            return (trained, new, opt_state), (value, norm, moved)
+            return (trained, new, opt_state, middle), (value, norm, moved)
 
-        start = params, state, tx.init(params)
-        (params, state, _), (values, norms, ratios) = jax.lax.scan(step, start, jnp.arange(order.shape[0]))
+        start = params, state, tx.init(params), (params, state)
+        (params, state, _, middle), (values, norms, ratios) = jax.lax.scan(step, start, jnp.arange(order.shape[0]))
         n, held = case.train.size, case.chooses.size
         some = np.unique(np.linspace(0, n - 1, min(n, 512)).astype(int))
         parts = rows(np.arange(n, n + held)), jax.tree.map(jnp.asarray, tuple(last)), rows(some)
@@ -189,4 +219,4 @@ class Runner:
         pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(began), strict=True)
         changes = [jnp.ravel(jnp.where(b > 0, a / jnp.where(b > 0, b, 1), jnp.nan)) for a, b in pairs]
         shrunk = tree.norm(params) / tree.norm(first)
-        return chooses, checks, train, values, norms, ratios, jnp.concatenate(changes), shrunk
+        return chooses, checks, train, values, norms, ratios, jnp.concatenate(changes), shrunk, middle

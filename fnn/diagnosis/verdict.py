@@ -4,12 +4,16 @@ import numpy as np
 
 from fnn.diagnosis.causes import STAGE, Cause, Evidence, Trial
 from fnn.diagnosis.changes import Change
-from fnn.diagnosis.inquiry import NOTHING, Inquiry, Tried, margin
+from fnn.diagnosis.inquiry import LEAST, NOTHING, Inquiry, Tried, margin
 
 SHARE = 0.7
 """The share of the best rise that a repair must reach."""
 WEAK = {"optimizer", "capacity", "steps", "memory", "batch_size", "too_little_data"}
 """Suspected of almost every net; not repaired together with others."""
+FIRST = 3
+"""So many suspects are repaired for good, to try all others on top."""
+MOST = 4
+"""So many changes are tried on top of a repair."""
 FAR = 0.15
 """More steps alone must raise the score by so much to be a cause of their own; less is "not finished"."""
 
@@ -29,7 +33,14 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
                 break
         if len(found) == 3:
             break
-    if pair := both(inquiry):
+    if (
+        found
+        and found[0].name == "labels"
+        and found[0].repair is not None
+        and inquiry.tried[found[0].repair.change].plan.learn == "held out"
+    ):
+        found[1:1] = _hidden(inquiry)
+    if pair := both(inquiry) or second(inquiry):
         return pair
     if not found:  # a repair that works, though nothing abnormal was measured
         for tried in sorted(working, key=lambda t: min(STAGE[c] for c in t.change.causes)):
@@ -37,6 +48,15 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
             if (proved := proof(inquiry, cause, tried)) is not None:
                 return [proved]
     return found
+
+
+def _hidden(inquiry: Inquiry) -> list[Cause]:
+    """Name held-out data that differ from the training data, which a repair that learns held-out data cannot test."""
+    evidence = _of(inquiry, "split_mismatch")
+    code = next(
+        (t.change.code for t in inquiry.tried.values() if t.plan.data and "split_mismatch" in t.change.causes), ""
+    )
+    return [Cause("split_mismatch", evidence, None, code, 0.0)] if evidence else []
 
 
 def suspects(inquiry: Inquiry) -> list[str]:
@@ -81,7 +101,7 @@ def _of(inquiry: Inquiry, cause: str) -> tuple[Evidence, ...]:
 
 
 def both(inquiry: Inquiry) -> list[Cause]:
-    """Repair all suspects together; if that is better than each alone, put one back at a time, and name those needed."""
+    """Repair all suspects together; if that is better than each alone, put back one after the other, and name those needed."""
     base, top = inquiry.base, inquiry.best()
     if top > inquiry.case.task.chance + 0.95 * (1 - inquiry.case.task.chance):
         return []
@@ -91,27 +111,90 @@ def both(inquiry: Inquiry) -> list[Cause]:
         able = [t for t in inquiry.tried.values() if cause in t.change.causes and " + " not in t.change.name]
         if able and not any(p.name == max(able, key=lambda t: t.mean).change.name for p in parts.values()):
             parts[cause] = max(able, key=lambda t: t.mean).change
+    rates = [t for t in inquiry.tried.values() if t.change.name.startswith("rate")]
+    if {"lr_high", "lr_low"} <= parts.keys():  # they undo each other
+        up, down = (max(t.mean for t in rates if cause in t.change.causes) for cause in ("lr_low", "lr_high"))
+        for cause, other in (("lr_low", up - down), ("lr_high", down - up)):
+            if other < LEAST:
+                del parts[cause]
     if len(parts) < 2:
         return []
     whole = inquiry.together(parts.values())
-    if whole is None or whole.mean < max(top, base.mean) + margin(base.scores):
+    least = max(top, base.mean) + margin(base.scores)
+    if whole is None or whole.mean < least:
         return []
-    needed = []
-    for cause in parts:
-        rest = [part for other, part in parts.items() if other != cause]
-        less = inquiry.together(rest)
-        if less is None or less.mean < whole.mean - margin(whole.scores):
-            needed.append(cause)
-    if len(needed) < 2:
+    for cause in reversed(
+        list(parts)
+    ):  # what comes late in training is put back first, and stays so if nothing is lost
+        rest = {other: part for other, part in parts.items() if other != cause}
+        less = inquiry.together(rest.values()) if len(rest) > 1 else None
+        if less is not None and less.mean >= max(least, whole.mean - margin(whole.scores)):
+            whole, parts = less, rest
+    return _proved(inquiry, whole, parts)
+
+
+def second(inquiry: Inquiry) -> list[Cause]:
+    """Repair the first suspect for good, and try the repairs of all the others on top, where nothing alone is nearly enough.
+
+    It is for a first fault that hides the second one: with inputs that are too small no width helps.
+    """
+    base, task = inquiry.base, inquiry.case.task
+    if inquiry.best() > task.chance + 0.7 * (1 - task.chance):
         return []
-    last = inquiry.together(parts[cause] for cause in needed) or whole
-    sick, cured = inquiry.again(base.plan), inquiry.again(last.plan)
+    every = suspects(inquiry)
+    singles = [t for t in inquiry.tried.values() if t.change is not NOTHING and " + " not in t.change.name]
+    begun = 0
+    for cause in [c for c in every if c not in WEAK]:
+        able = [t for t in singles if cause in t.change.causes]
+        able = [t for t in able if not inquiry.shows(cause, t.plan, t.outcome)]
+        if not able or begun == FIRST:
+            continue
+        first, pairs, begun = max(able, key=lambda t: t.mean), [], begun + 1
+        for other in singles:
+            if set(other.change.causes) & set(every) and not set(other.change.causes) & set(first.change.causes):
+                whole = inquiry.together((first.change, other.change))
+                pairs += [(whole, other)] if whole is not None else []
+        whole, other = max(pairs, key=lambda pair: pair[0].mean, default=(None, None))
+        least = margin(base.scores) if whole is None else max(margin(base.scores), margin(whole.scores))
+        if whole is None or other is None or whole.mean < max(first.mean, other.mean, base.mean) + least:
+            continue
+        named = min(set(other.change.causes) & set(every), key=lambda c: STAGE[c])
+        parts = {cause: first.change, named: other.change}
+        if found := _proved(inquiry, whole, dict(sorted(parts.items(), key=lambda part: STAGE[part[0]]))):
+            return found
+    return []
+
+
+def _proved(inquiry: Inquiry, whole: Tried, parts: dict[str, Change]) -> list[Cause]:
+    """Check a repair of several causes with fresh seeds; nothing if it does not hold."""
+    sick, cured = inquiry.again(inquiry.base.plan), inquiry.again(whole.plan)
     least = margin(tuple(map(float, sick.checks)))
     if float(np.mean(cured.checks)) - float(np.mean(sick.checks)) <= least:
         return []
     lifted = float(np.mean(cured.checks > np.mean(sick.checks) + least))
-    trial = Trial(last.change.name, needed[0], last.scores, tuple(map(float, cured.checks)), last.outcome.seconds)
-    return [Cause(cause, _of(inquiry, cause), trial, parts[cause].code, lifted) for cause in needed]
+    trial = Trial(
+        whole.change.name, next(iter(parts)), whole.scores, tuple(map(float, cured.checks)), whole.outcome.seconds
+    )
+    return [Cause(cause, _of(inquiry, cause), trial, part.code, lifted) for cause, part in parts.items()]
+
+
+def adds(inquiry: Inquiry, found: list[Cause], working: list[Tried]) -> dict[str, float]:
+    """Measure what the other changes that work add to the score once the cause is repaired; those without a new program."""
+    if not found or found[0].repair is None:
+        return {}
+    cured, gained = inquiry.tried[found[0].repair.change], {}
+    for tried in sorted(working, key=lambda t: -t.mean):
+        plan = tried.change.apply(cured.plan)
+        new = not set(tried.change.causes) & set(cured.change.causes) and inquiry.runner.known(plan)
+        if new and len(gained) < MOST and inquiry.spent + tried.outcome.seconds < inquiry.budget:
+            more = inquiry.together((*_parts(inquiry, cured), tried.change))
+            if more is not None:
+                gained[tried.change.name] = more.mean - cured.mean
+    return gained
+
+
+def _parts(inquiry: Inquiry, tried: Tried) -> list[Change]:
+    return [inquiry.tried[name].change for name in tried.change.name.split(" + ")]
 
 
 def sick(inquiry: Inquiry, target: float | None) -> bool:
