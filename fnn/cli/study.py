@@ -196,7 +196,7 @@ def _print_summary(summary: Any) -> None:
         "in which theory expects 19 of 20 seeds",
     )
     names = summary.shown()
-    for name in (*names, "layer 1", "last", "growth", "10 %", "90 %", "theory", "outside"):
+    for name in (*names, "at layer 1", "last", "growth", "10 %", "90 %", "theory", "outside"):
         table.add_column(name, justify="left" if name in ("activation", "norm") else "right")
     rows = summary.networks.head(MOST_ROWS).iter_rows(named=True)
     growths = [f"log10_growth{end}" for end in ("", "_low", "_high", "_predicted")]
