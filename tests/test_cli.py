@@ -87,7 +87,9 @@ def test_the_printed_table_fits_and_has_the_pages_numbers(capsys, monkeypatch):
         "log10_first": -3.9,
     }
     row |= {"log10_last": 0.0, "log10_growth_low": -0.0434, "log10_growth_high": 0.0, "log10_growth_predicted": -0.01}
-    networks = pl.DataFrame([row, row | {"network": 1, "depth": 128, "log10_growth": None, "log10_growth_predicted": None}])
+    networks = pl.DataFrame(
+        [row, row | {"network": 1, "depth": 128, "log10_growth": None, "log10_growth_predicted": None}]
+    )
     s = Summary(["depth"], {"norm": "none"}, networks, *[pl.DataFrame()] * 3)
     for width, there, gone in (
         (140, ["band", "3 of 8", "-0.0434 +0.0000"], []),

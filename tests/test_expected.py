@@ -10,34 +10,6 @@ import fnn
 from fnn.study import expected
 
 
-def frame(outside, cells=1, seeds=8, layers=10):
-    """A table in which outside[cell][seed][layer] says which numbers lie outside of the band."""
-    rows = [
-        {"cell": c, "depth": layers, "seed": s, "step": 0, "layer": n + 1, "value": 0.0, "low": -1.0, "high": 1.0}
-        | {"outside": bool(outside[c, s, n])}
-        for c in range(cells)
-        for s in range(seeds)
-        for n in range(layers)
-    ]
-    last = {"cell": 0, "depth": layers, "seed": 0, "step": 0, "layer": layers, "value": 0.0, "low": 0.0, "high": 0.0}
-    nothing = last | {"low": None, "high": None, "outside": None}
-    return pl.DataFrame([*rows, last | {"outside": False}, nothing])
-
-
-def test_the_sentence_names_the_cells_and_their_shares():
-    outside = np.zeros((3, 8, 10), bool)
-    assert expected.outside(frame(outside, 3)) is None
-    outside[1, 0], outside[2, 0, :4] = True, True
-    # Cell 1: 10 of 80; cell 2: 4 of 80, which is 1 in 20 and not more. P(at least 1 of 8) = 1 - 0.95^8 = 0.34 a cell.
-    assert expected.outside(frame(outside, 3)) == (
-        "study: 5.8% of 240 numbers lie outside of theory's band, where 1 in 20 is expected; more often than that in cell 1 "
-        "(12.5%), 1 of 3 (up to 1 by chance)"
-    )
-    many = expected.outside(frame(np.ones((20, 8, 10), bool), 20))
-    assert many is not None and "cells 0 (100.0%), 1 (100.0%)" in many
-    assert many.endswith("11 (100.0%) and 8 more, 20 of 20 (up to 7 by chance)")
-
-
 @pytest.mark.parametrize(
     "axes",
     [

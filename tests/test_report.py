@@ -423,7 +423,9 @@ def test_what_training_alone_sees_makes_no_second_panel(reduced):
     more = reduced.networks.with_columns(learning_rate=pl.lit(0.2), network=pl.col("network") + 18)
     both = reduced._replace(axes=[*reduced.axes, "learning_rate"], networks=pl.concat([doubled, more]))
     assert figures.at_start(both).networks["network"].to_list() == list(range(18))
-    other = both._replace(networks=both.networks.with_columns(log10_first=pl.col("log10_first") + pl.col("learning_rate")))
+    other = both._replace(
+        networks=both.networks.with_columns(log10_first=pl.col("log10_first") + pl.col("learning_rate"))
+    )
     assert figures.at_start(other) is other
 
 

@@ -140,7 +140,7 @@ AXES = (
 def run(options: Study) -> int:
     """Do `fnn study`."""
     from fnn import lowering
-    from fnn.study import expected, methods, study
+    from fnn.study import methods, study
     from fnn.study.words import count
     from fnn.study.workers import Interrupted
 
@@ -174,7 +174,7 @@ def run(options: Study) -> int:
         table = found.table()
     figure = _drawn(folder, table, methods.chance(found), description["steps"][-1])
     _kept(lambda: methods.remember(folder, options.command()), quiet=True)
-    for sentence in filter(None, (study.widened(table), study.left_range(table), expected.outside(table))):
+    for sentence in filter(None, (study.widened(table), study.left_range(table))):
         _say(sentence)
     seconds = time.perf_counter() - started
     print(

@@ -268,7 +268,7 @@ def chunk_size(setup: Setup, cell: Cell) -> int:
     training = 2 if len(cell.steps) > 1 else 1
     touched = (1 + training) * _bytes(params) + _bytes(residuals) + (_bytes(moments) if training == 2 else 0)
     devices = lowering.devices()
-    if lowering.one_by_one(devices[0], touched * (cell.steps[-1] + MEASURED * len(cell.steps)) * len(cell.runs)):
+    if lowering.one_by_one(devices[0], touched * (max(cell.steps) + MEASURED * len(cell.steps)) * len(cell.runs)):
         return min(len(devices), len(cell.runs))
     most = max(1, lowering.lanes_budget(devices[0]) // max(1, touched)) * len(devices)
     return -(-len(cell.runs) // -(-len(cell.runs) // most))

@@ -20,10 +20,6 @@ DRAWS = 32
 """Nets that are drawn for up to eight seeds; four for each further one."""
 MOST_WORK = 6e8
 """Normal numbers and multiplications of them, up to which nets are drawn: about ten seconds of one core."""
-ONE_IN = 0.05
-"""Share of the numbers outside of the band that theory expects."""
-MOST_NAMED = 12
-"""Cells that a sentence names."""
 GAINS = {"he_normal": math.sqrt(2), "lecun_normal": 1.0}
 """Initialisers, besides "scaled", that draw true normal weights from N(0, gain²/fan_in)."""
 
@@ -56,32 +52,6 @@ def curves(
     x, y = (np.asarray(a[:size]) for a in (setup.train.x, setup.train.y))
     found = _drawn(net, x, y, setup.loss, max(DRAWS, 4 * seeds))
     return _expanded(net, x, q0) if found is None else found
-
-
-def outside(frame: Any) -> str | None:
-    """Say which cells of a study's table lie outside of theory's band more often than 1 number in 20; None if none does.
-
-    The number at the last hidden layer, through which theory is drawn, does not count. A seed's numbers lie outside
-    together, so that some cells are expected among these: how many, if all numbers of a seed did so, is said too.
-    """
-    import polars as pl
-    from scipy.special import bdtr
-
-    known = frame.filter(pl.col("outside").is_not_null() & (pl.col("low") < pl.col("high")))
-    seeds = pl.struct([n for n in frame.columns[: frame.columns.index("step")] if n != "cell"]).n_unique()
-    cells = known.group_by("cell").agg(share=pl.col("outside").mean(), runs=seeds).sort("cell")
-    found = cells.filter(pl.col("share") > ONE_IN)
-    if found.is_empty():
-        return None
-    # P(more than `most` of the runs lie outside), binomial; with `most` the whole runs that are no more than 1 in 20.
-    chances = [1 - bdtr(math.floor(ONE_IN * runs), runs, ONE_IN) for runs in cells["runs"]]
-    named = [f"{cell} ({share:.1%})" for cell, share in found.select("cell", "share").rows()]
-    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-    return (
-        f"study: {known['outside'].mean():.1%} of {known.height:,} numbers lie outside of theory's band, where 1 in 20 is "
-        f"expected; more often than that in cell{'s' * (len(named) > 1)} {', '.join(named[:MOST_NAMED])}{more}, "
-        f"{len(named)} of {cells.height} (up to {round(sum(chances))} by chance)"
-    )
 
 
 def _drawn(

@@ -14,7 +14,7 @@ import numpy as np
 
 from fnn import files
 from fnn.plot import COLOURS
-from fnn.study import expected, figures, methods, results, summary, table, verdict, words
+from fnn.study import figures, methods, results, summary, table, verdict, words
 from fnn.study.summary import ERROR, ERROR10, Summary
 
 MOST_LAYERS = 64  # points of a curve on the page; deeper nets are thinned evenly
@@ -79,7 +79,7 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
         for name, figure in drawn.items():
             for end in FORMATS:
                 files.save_figure(figure, folder / (name + end), 110, "report")
-        parts = table.widened(rows), table.left_range(rows), expected.outside(rows)
+        parts = table.widened(rows), table.left_range(rows)
         told = [f"{part.removeprefix('study: ')}." for part in parts if part]
         text = page(s, story(study, s, told, list(drawn)))
     except (*WRONG, pl.exceptions.PolarsError) as error:

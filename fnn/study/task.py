@@ -1,6 +1,7 @@
 """The tasks of a study, one a cell: what a worker needs, which of them share a program, and what it does with one."""
 
 import functools
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ class Task(NamedTuple):
     identity: str
     settings: dict[str, Any]
     """JAX's, as the study's description holds them."""
-    kind: Any = None
+    kind: str | None = None
     """Tasks of one kind share a program; None for a task that shares it with none."""
 
 
@@ -47,7 +48,8 @@ def listed(
     for number in numbers:
         one = cell_of(description["cells"][number])
         sharing = together(setup, description, one.static)
-        kind = program.program_key(setup._replace(activations=sharing), one)
+        key = program.program_key(setup._replace(activations=sharing), one)
+        kind = None if key is None else hashlib.sha256(repr(key).encode()).hexdigest()[:12]
         tasks.append(Task(study, number, one, sharing, types, identity, settings, kind))
     return tasks
 

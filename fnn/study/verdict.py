@@ -104,7 +104,13 @@ def diverged(s: Summary) -> str:
 
 
 def outside(s: Summary) -> str:
-    """Say whose numbers lie outside of theory's band more often than 1 in 20; nothing where there is no theory."""
+    """Say whose numbers lie outside of theory's band more often than 1 in 20; nothing where there is no theory.
+
+    A seed's numbers lie outside together, so that some networks are among these by chance: how many, if all numbers of a
+    seed did so, is said too.
+    """
+    from scipy.special import bdtr
+
     rows = [row for row in s.networks.iter_rows(named=True) if row.get("outside") is not None]
     if not rows:
         return ""
@@ -113,7 +119,12 @@ def outside(s: Summary) -> str:
         has = "the only network" if s.networks.height == 1 else f"{len(rows)} of {s.networks.height} networks"
         return f"Theory has a band for {has}; none lies outside of it more often than the expected 5%."
     names = words.listed([f"{name_of(s, row)} ({row['outside']:.0%})" for row in off])
-    return f"Outside of theory's band more often than the expected 5%: {names}."
+    # P(more than floor(seeds/20) of the seeds lie outside), which is what it takes.
+    chance = sum(1 - bdtr(math.floor(EXPECTED * row["seeds"]), row["seeds"], EXPECTED) for row in rows)
+    return (
+        f"Outside of theory's band more often than the expected 5%: {names}; {len(off)} of {len(rows)}, of which up to "
+        f"{round(chance)} may be there by chance."
+    )
 
 
 def name_of(s: Summary, row: Mapping[str, Any], axes: Iterable[str] | None = None) -> str:
