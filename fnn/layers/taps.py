@@ -80,8 +80,8 @@ def tap(*, bounds: tuple[float, float] | None = None, role: str = "") -> Layer:
     `role` says what the tap looks at. Rows and tables carry it; the nets of `models` use `PREACTIVATION`, `ACTIVATION`
     and `SUM`, and mean-field theory is compared with the error signals at `PREACTIVATION`.
     """
-    known = bounds is not None and not any(isinstance(end, jax.Array) for end in bounds)  # not `activations.chosen`
-    if known and not (np.all(np.isfinite(bounds)) and bounds[0] < bounds[1]):
+    traced = any(isinstance(end, jax.Array) for end in bounds or ())  # those of `activations.chosen`
+    if bounds is not None and not traced and not (np.all(np.isfinite(bounds)) and bounds[0] < bounds[1]):
         raise ValueError(f"tap: bounds must be finite and (low, high), got {bounds}; leave them out for open functions")
 
     def init(key, spec):

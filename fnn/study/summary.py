@@ -51,9 +51,9 @@ def summarize(table: Any) -> Summary:
     Quantiles are over seeds alone: every other axis that varies tells networks apart. `log10_growth` is log10 |dL/dh_1| -
     log10 |dL/dh_L| over L - 1 at initialisation, for L hidden layers: the growth of the error signal for one layer towards
     the input; `log10_first` and `log10_last` are log10 |dL/dh| at layers 1 and L.
-    `outside` is the share of predicted numbers whose seed lies outside theory's band, where 1 in 20 is expected (the number at the
-    last hidden layer, through which theory is drawn, does not count); null
-    where there is no theory. An axis with the name of a column of these tables is there as `seeds (axis)`.
+    `outside` is the share of predicted numbers whose seed lies outside theory's band, where 1 in 20 is expected; the
+    number at the last hidden layer, through which theory is drawn, does not count; null where there is no theory.
+    An axis with the name of a column of these tables is there as `seeds (axis)`.
     """
     import polars as pl
 
