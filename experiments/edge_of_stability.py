@@ -31,12 +31,18 @@ def run(options: common.Options) -> common.Result:
         ratio = sharpness / threshold
         late = ratio[len(ratio) // 2 :]
         checks += [
-            common.close(f"{name}: sharpness/threshold, median of the second half", 1.015, float(np.median(late)), within),
+            common.close(
+                f"{name}: sharpness/threshold, median of the second half", 1.015, float(np.median(late)), within
+            ),
             common.at_least(f"{name}: its rise before", 1.5, float(np.median(late) / ratio[0])),
             common.at_most(f"{name}: loss at the end over loss at the start", 0.5, float(losses[-1] / losses[0])),
-            common.at_most(f"{name}: residual of the eigenvalue, largest", 0.0101, float(np.max(residuals / sharpness))),
+            common.at_most(
+                f"{name}: residual of the eigenvalue, largest", 0.0101, float(np.max(residuals / sharpness))
+            ),
         ]
-        counts.append(f"{name}: {np.median(products):.0f} Hessian products a measurement (median), at most {products.max()}")
+        counts.append(
+            f"{name}: {np.median(products):.0f} Hessian products a measurement (median), at most {products.max()}"
+        )
         at = EVERY * np.arange(len(ratio))
         axes[0, 0].plot(at, ratio, color=common.COLOURS[i], linewidth=0.9, label=name)
         axes[0, 1].semilogy(at, losses, color=common.COLOURS[i], linewidth=0.9, label=name)
