@@ -75,7 +75,7 @@ class Curvature:
         `step` is a tree like params, by default the gradient; with an optimiser it is minus the update over the rate. On a
         quadratic loss λ_c = stepᵀ H step/gᵀ step. By forward passes alone: five on a quadratic, at most 24, and few where
         `near` is within a factor of 100 of η_c. Rates grow from `near` until the loss rises: of several crossings below the
-        first rate tried it may find a later one. NaN where the step does not lower the loss. Source: Kalra and Barkeshli 2024.
+        first rate tried it may find a later one. NaN where the step does not lower the loss. Source: arXiv 2601.16979.
         """
         check.above_zero("curvature.critical", near=near, tolerance=tolerance)
         step = self.gradient() if step is None else step
