@@ -105,7 +105,7 @@ def course(**changes):
     "changes, want",
     [
         ({"train": [0.9] * 9, "test": [0.9] * 9}, "slow convergence"),
-        ({"loss": [float("nan")]}, "exploding gradient"),
+        ({"loss": [float("nan")] * 9}, "exploding gradient"),
         ({"train": [0.1] * 9, "test": [0.1] * 9, "zeros": [0.7] * 9}, "dying ReLU"),
         ({"train": [0.1] * 9, "test": [0.1] * 9, "ratio": [71.0] * 9}, "exploding gradient"),
         ({"train": [0.1] * 9, "test": [0.1] * 9, "ratio": [9e-4] * 9, "first": [9e-5] * 9}, "vanishing gradient"),
