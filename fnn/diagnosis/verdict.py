@@ -39,7 +39,7 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
         and found[0].repair is not None
         and inquiry.tried[found[0].repair.change].plan.learn == "held out"
     ):
-        found[1:1] = _hidden(inquiry)
+        found[1:] = [*_hidden(inquiry), *(c for c in found[1:] if c.name != "split_mismatch")]
     if pair := both(inquiry) or second(inquiry):
         return pair
     if not found:  # a repair that works, though nothing abnormal was measured
