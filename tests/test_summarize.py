@@ -69,7 +69,5 @@ def test_a_swept_sigma_is_an_axis_and_terminal_figure_and_page_show_one_number(t
     drawn = figures.heat(found)
     (mesh,) = [part for axis in drawn.axes for part in axis.collections if np.size(part.get_array()) == 6]
     np.testing.assert_array_equal(np.asarray(mesh.get_array()).ravel(), growth)
-    report.report(tmp_path / "study")
-    page = (tmp_path / "study" / "report.html").read_text()
-    shown = [f"{float(text):+.4f}" for text in re.findall(r'"(?:log10_)?growth":(-?[\d.e-]+)', page)]
+    shown = [f"{row['growth']:+.4f}" for row in report.contents(found)["networks"]]
     assert shown == digits

@@ -1,4 +1,4 @@
-"""The rules of AUTOTRAINER, for comparison: written anew, with the thresholds of the paper.
+"""The rules of AUTOTRAINER, for comparison: written anew, with the thresholds that its authors published with their code.
 
 Zhang, Zhai, Ma, Shen: AUTOTRAINER: An Automatic DNN Training Problem Detection and Repair System, ICSE 2021. Every third epoch
 the gradients of a batch and the course of the scores are looked at; the first problem that is found is the answer.
@@ -36,7 +36,7 @@ FITS = {
     "oscillating loss": {"lr_high", "batch_size", "optimizer"},
     "slow convergence": {"lr_low", "optimizer", "init_small"},
 }
-"""Causes that a problem fits, generously: those that the paper's repairs of it remove."""
+"""Causes that a problem fits, generously: those that its repairs remove."""
 
 
 @dataclass
