@@ -359,7 +359,7 @@ def test_a_study_marks_what_left_float32_and_keeps_what_is_right():
     known = ~np.isnan(kernels)
     assert 0 < known.sum() < len(known)
     np.testing.assert_allclose(kernels[known], expected[known], atol=1e-3)
-    assert summarize(table).networks["first"].is_finite().all()
+    assert summarize(table).networks["log10_first"].is_finite().all()
 
 
 def meeting(gain):

@@ -203,9 +203,9 @@ def test_depth_is_the_number_of_hidden_layers_where_theory_stands_beside_measure
         )
         # Six seeds at width 512: a layer adds a spread of about 1/sqrt(6 · 512) = 0.02; it adds 0.1 and more to the curve.
         np.testing.assert_allclose((measured - predicted)[:, :depth].mean(axis=0), 0, atol=0.05)
-    # One hidden layer has no rate: neither measured nor predicted.
+    # One hidden layer has no growth: neither measured nor predicted.
     network = summary.summarize(table).networks.row(0, named=True)
-    assert network["depth"] == 1 and network["rate"] is None and network["rate_predicted"] is None
+    assert network["depth"] == 1 and network["log10_growth"] is None and network["log10_growth_predicted"] is None
 
 
 def test_a_head_is_an_activation_behind_the_output_layer():

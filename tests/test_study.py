@@ -273,3 +273,26 @@ def test_the_variance_that_batch_norm_divides_the_first_layer_by():
     drawn = 1 / np.mean(1 / np.var(x @ w, axis=0))
     assert expected.first_variance(x, 1.3) == pytest.approx(drawn, rel=0.02)
     assert expected.first_variance(x[:, :2], 1.0) is None
+
+
+def test_cells_that_share_a_program_have_the_numbers_of_their_own():
+    """Alone, an activation has a program of its own; beside others, one that chooses among them by number.
+
+    By SGD: Adam makes whole steps of the gradients of biases before batch norm, which are rounding errors.
+    """
+    rng = np.random.default_rng(0)
+    data = (rng.normal(size=(32, 8)).astype(np.float32), rng.integers(0, 3, 32))
+    axes = {"depth": 3, "width": 8, "norm": ["none", "batch_norm"], "batch_size": 8, "optimizer": "sgd"}
+
+    def measured(activations):
+        grid = fnn.grid.product(activation=activations, **axes)
+        return fnn.Study(grid, seeds=2, steps=4, data=(data, data)).run().table()
+
+    together = measured(["tanh", "relu", "sigmoid", "gelu"])
+    keys = ["activation", "norm", "seed", "step", "layer", "path", "quantity"]
+    for name in ("tanh", "relu", "gelu"):
+        alone, beside = measured([name]), together.filter(activation=name)
+        assert alone.height == beside.height and set(alone["quantity"]) == set(beside["quantity"])
+        pairs = beside.join(alone, on=keys, suffix=" alone").filter(~pl.col("path").str.ends_with("bias"))
+        close = pairs.filter(pl.col("quantity") != "cosine")
+        np.testing.assert_allclose(close["value"], close["value alone"], rtol=2e-4, atol=2e-5, equal_nan=True)
