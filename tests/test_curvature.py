@@ -8,6 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import fnn
+from fnn.spectra import krylov
 
 ENTROPY = fnn.losses.cross_entropy
 
@@ -396,3 +397,16 @@ def test_bad_arguments_are_refused():
     ):
         with pytest.raises((TypeError, ValueError), match=words):
             call()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_eigenvalues_at_any_scale(scale):
+    """A matrix of tiny or huge numbers, whose squares leave float32, has the digits of the same matrix near 1."""
+    lam = np.concatenate([[10, 7, -5], np.linspace(0, 1, 30)])
+    q = np.linalg.qr(np.random.default_rng(0).normal(size=(33, 33)))[0]
+    a = jnp.asarray((q * lam) @ q.T * scale, jnp.float32)
+    start = jax.random.normal(jax.random.key(1), (2, 33))
+    for sign, wanted in ((1, [10, 7]), (-1, [-5, 0])):
+        found = krylov.eigenpairs(lambda v: a @ v, start, jax.random.key(0), 2, (40, 0.01, sign))
+        assert np.all(np.abs(found.values[:1] / scale - wanted[0]) <= found.residuals[:1] / scale + 1e-4)
+        assert found.converged and found.residuals[0] <= 0.01 * abs(found.values[0])

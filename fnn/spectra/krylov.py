@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fnn import compiled, mapped
+from fnn import compiled, mapped, tree
 
 Matvec = Callable[[jax.Array], jax.Array]
 
@@ -68,7 +68,7 @@ def eigenpairs(matvec: Matvec, start: jax.Array, key: Any, k: int, options: tupl
         w = w - _dot(basis.T, first)
         second = _dot(basis, w)
         w = w - _dot(basis.T, second)
-        length = jnp.sqrt(jnp.sum(jnp.square(w)))
+        length = tree.length(w)
         key, draw = jax.random.split(key)
 
         def replaced():
@@ -87,7 +87,7 @@ def eigenpairs(matvec: Matvec, start: jax.Array, key: Any, k: int, options: tupl
     def begin(i, carry):
         basis, key = carry
         w = start[i]
-        _, unit, _, key = fresh(basis, w, key, jnp.sqrt(jnp.sum(jnp.square(w))))
+        _, unit, _, key = fresh(basis, w, key, tree.length(w))
         return basis.at[i].set(unit), key
 
     basis = mapped.varying(jnp.zeros((most + p, n), dtype), like=start)
@@ -95,13 +95,15 @@ def eigenpairs(matvec: Matvec, start: jax.Array, key: Any, k: int, options: tupl
 
     def wanted(space):
         used = jnp.arange(most) < space.count
-        square = sign * 0.5 * (space.matrix[:most] + space.matrix[:most].T)
-        square = jnp.where(used[:, None] & used, square, 0)
+        # In units of the largest number: a matrix of any scale has its own digits, beside the rows that are not used.
+        peak = tree.divisor(jnp.max(jnp.abs(space.matrix)))
+        matrix = space.matrix / peak
+        square = jnp.where(used[:, None] & used, sign * 0.5 * (matrix[:most] + matrix[:most].T), 0)
         far = 4 * jnp.sum(jnp.abs(square)) + 1
         values, coefficients = jnp.linalg.eigh(square - jnp.diag(jnp.where(used, 0, far)), symmetrize_input=False)
-        values, coefficients = values[::-1], coefficients[:, ::-1]
+        values, coefficients = values[::-1] * peak, coefficients[:, ::-1]
         beyond = jnp.arange(most + p)[:, None] >= space.count
-        residuals = jnp.sqrt(jnp.sum(jnp.square(_dot(jnp.where(beyond, space.matrix, 0), coefficients)), axis=0))
+        residuals = peak * tree.length(_dot(jnp.where(beyond, matrix, 0), coefficients), 0)
         rounding = 4 * eps * jnp.max(jnp.where(used, jnp.abs(values), 0))
         residuals = jnp.maximum(residuals[:k], rounding)
         good = residuals <= jnp.maximum(tolerance * jnp.abs(values[:k]), rounding)
@@ -111,7 +113,7 @@ def eigenpairs(matvec: Matvec, start: jax.Array, key: Any, k: int, options: tupl
     def grow(space):
         j = space.count
         w = matvec(space.basis[j])
-        scale = jnp.maximum(jnp.max(jnp.abs(space.matrix)), jnp.sqrt(jnp.sum(jnp.square(w))))
+        scale = jnp.maximum(jnp.max(jnp.abs(space.matrix)), tree.length(w))
         coefficients, unit, length, key = fresh(space.basis, w, space.key, scale)
         matrix = space.matrix.at[:, j].set(coefficients.at[j + p].set(length))
         return wanted(space._replace(count=j + 1, basis=space.basis.at[j + p].set(unit), matrix=matrix, key=key))

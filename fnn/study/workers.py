@@ -109,7 +109,7 @@ class Pool(Executor):
         self._futures: list[Any] = [None] * len(executors)
 
     def choose(self, tasks: Sequence[Any]) -> int:
-        """Choose the task that a free worker takes next: one of its kind, else of a kind that no other has begun."""
+        """Choose the next task for a free worker: of the kind it has compiled, else of a kind that no worker has begun."""
         kinds, own = [getattr(task, "kind", None) for task in tasks], self._kinds[self._free()]
         if own is not None and own in kinds:
             return kinds.index(own)

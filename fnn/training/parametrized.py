@@ -23,8 +23,8 @@ def parametrized(
     """Multiply the updates of each array by `Parametrization.rate` of its layer: the optimiser that belongs to the net.
 
     `fnn.models.mlp(..., parametrization="mup")` goes with `optimizers.parametrized(optax.adam(1e-2), "mup")`. `adaptive`
-    is whether the transformation divides by the size of gradients: True for Adam and its kin, False for plain or momentum
-    SGD. `depth`, the number of hidden layers, is needed for completep without `adaptive`. `input` and `output` are
+    is whether the transformation divides by the size of gradients: True for Adam, RMSProp and the like, False for SGD with
+    or without momentum. `depth`, the number of hidden layers, is needed for completep without `adaptive`. `input` and `output` are
     patterns of `optimizers.where` for the arrays of the first and the last layer; by default these are the first and the
     last kernel in the order of the tree, and the arrays beside them. Arrays with one axis are biases or scales.
 
