@@ -410,3 +410,13 @@ def test_eigenvalues_at_any_scale(scale):
         found = krylov.eigenpairs(lambda v: a @ v, start, jax.random.key(0), 2, (40, 0.01, sign))
         assert np.all(np.abs(found.values[:1] / scale - wanted[0]) <= found.residuals[:1] / scale + 1e-4)
         assert found.converged and found.residuals[0] <= 0.01 * abs(found.values[0])
+
+
+@pytest.mark.parametrize("scale", [1e-28, 1e25])
+def test_densities_at_any_scale(scale):
+    a = jnp.diag(jnp.linspace(1.0, 10.0, 40))
+    plain, scaled = (
+        fnn.curvature(lambda p, b, s=s: 0.5 * s * b * p @ (a @ p))(jnp.ones(40), 1.0).hessian.density()
+        for s in (1.0, scale)
+    )
+    np.testing.assert_allclose(scaled.grid / scale, plain.grid, rtol=1e-3, atol=1e-3)

@@ -121,3 +121,14 @@ def test_bad_arguments_are_refused():
     ):
         with pytest.raises((TypeError, ValueError), match=words):
             call()
+
+
+@pytest.mark.parametrize("scale", [1e-28, 1e28])
+@pytest.mark.parametrize("probes", [4, 64])
+def test_isometry_and_extremes_at_any_scale(scale, probes):
+    """A Jacobian of tiny or huge numbers, whose squares leave float32, is as isometric as the same one near 1."""
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(40, 40)), jnp.float32)
+    plain, scaled = (fnn.jacobian(lambda x, s=s: (a @ x) * s)(jnp.ones(40)) for s in (1.0, scale))
+    np.testing.assert_allclose(scaled.isometry(probes=probes), plain.isometry(probes=probes), rtol=1e-4)
+    for one, other in zip(scaled.extremes(), plain.extremes(), strict=True):
+        np.testing.assert_allclose(one / scale, other, rtol=1e-3, atol=1e-4)

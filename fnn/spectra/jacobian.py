@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fnn import admission, arrays, check, compiled, mapped
+from fnn import admission, arrays, check, compiled, mapped, tree
 from fnn.core import Layer, as_arrays
 from fnn.spectra import products
 from fnn.spectra.density import matfree
@@ -99,15 +99,25 @@ class Jacobian:
         """Estimate tr (JJᵀ)^k for k = 1 ... count, with standard errors: float[count] each.
 
         Exact, from all singular values, where J has no more than `probes` rows or columns; else from random signs v:
-        E vᵀ(JJᵀ)^k v. Errors: ValueError for fewer than two probes.
+        E vᵀ(JJᵀ)^k v. One that leaves the dtype's range is 0 or inf; `isometry` holds at any scale.
+        Errors: ValueError for fewer than two probes.
         """
+        relative, unit = self._relative(count, probes, key)
+        powers = unit ** (2 * jnp.arange(1, count + 1))
+        return Estimate(relative.value * powers, relative.error * powers)
+
+    def _relative(self, count: int, probes: int, key: Any) -> tuple[Estimate, jax.Array]:
+        """Take the moments of J/unit, whose singular values are about 1, and the unit."""
         check.positive("jacobian.moments", count=count, probes=probes)
         if min(self.shape) <= probes:
-            squares = jnp.square(self.singular_values())
-            return Estimate(jnp.stack([jnp.sum(squares**k) for k in range(1, count + 1)]), jnp.zeros(count))
+            values = self.singular_values()
+            unit = tree.divisor(jnp.max(values))
+            squares = jnp.square(values / unit)
+            return Estimate(jnp.stack([jnp.sum(squares**k) for k in range(1, count + 1)]), jnp.zeros(count)), unit
         if probes < 2:
             raise ValueError(f"jacobian.moments: a standard error needs at least two probes, got {probes}")
-        return Estimate(*self._run(_moments, (count, probes), _key(key)))
+        value, error, unit = self._run(_moments, (count, probes), _key(key))
+        return Estimate(value, error), unit
 
     def isometry(self, *, probes: int = 32, key: Any = None) -> jax.Array:
         """Measure dynamical isometry: (tr JJᵀ/n)²/(tr (JJᵀ)²/n), n = min(outputs, inputs): float[].
@@ -115,7 +125,7 @@ class Jacobian:
         1 if all singular values are equal, near 0 if few carry everything. Wide Gaussian linear nets of L layers have
         1/(L + 1). Exact as `moments`. Source: Pennington et al. 2017 (its σ² of the spectrum is 1/isometry - 1).
         """
-        first, second = self.moments(2, probes=probes, key=key).value
+        first, second = self._relative(2, probes, key)[0].value
         return jnp.square(first) / second / min(self.shape)
 
     def _run(self, function: Callable[..., Any], options: tuple[Any, ...], *more: Any) -> Any:
@@ -260,16 +270,22 @@ def _singular(function: Any, options: Any, rest: Any, x: Any) -> Any:
 def _moments(function: Any, options: Any, rest: Any, x: Any, key: Any) -> Any:
     count, probes = options
     value, push, pull = _flat(function, rest, x)
+    unit = _size(pull, value.size, value.dtype)
 
     def one(key):
         v, found = jax.random.rademacher(key, (value.size,), value.dtype), []
         for i in range(count):  # vᵀ(JJᵀ)^k v is the square of the k-th of Jᵀv, JJᵀv, JᵀJJᵀv, ...
-            v = push(v) if i % 2 else pull(v)
+            v = (push(v) if i % 2 else pull(v)) / unit
             found.append(jnp.sum(jnp.square(v)))
         return jnp.stack(found)
 
     each = jax.lax.map(one, jax.random.split(key, probes))
-    return jnp.mean(each, axis=0), jnp.std(each, axis=0, ddof=1) / math.sqrt(probes)
+    return jnp.mean(each, axis=0), jnp.std(each, axis=0, ddof=1) / math.sqrt(probes), unit
+
+
+def _size(times: Callable[[jax.Array], jax.Array], n: int, dtype: Any) -> jax.Array:
+    """Give the RMS of the singular values, about, from one product: in units of it squares stay in range."""
+    return tree.divisor(tree.length(times(jax.random.rademacher(jax.random.key(1), (n,), dtype))) / math.sqrt(n))
 
 
 def _extremes(function: Any, options: Any, rest: Any, x: Any, key: Any) -> Extremes:
@@ -279,14 +295,15 @@ def _extremes(function: Any, options: Any, rest: Any, x: Any, key: Any) -> Extre
     times, size = (push, x.size) if x.size <= value.size else (pull, value.size)
     dtype = jnp.zeros(()).dtype  # matfree keeps its numbers in JAX's default dtype
     bidiag = matfree("jacobian", "decomp").bidiag(steps, materialize=False, reortho="full")
-    found = bidiag(lambda v: times(v).astype(dtype), jax.random.normal(key, (size,), dtype))
+    unit = _size(times, size, x.dtype).astype(dtype)
+    found = bidiag(lambda v: (times(v) / unit).astype(dtype), jax.random.normal(key, (size,), dtype))
     diagonal, beside = found.J_small
     # After an exactly invariant space matfree divides 0 by 0; what comes then is cut off.
     good = jnp.cumprod(jnp.isfinite(diagonal)).astype(bool)
     diagonal, beside = jnp.where(good, diagonal, 0), jnp.where(good[1:], beside, 0)
     left, values, _ = jnp.linalg.svd(jnp.diag(diagonal) + jnp.diag(beside, 1))
     length = jnp.sqrt(jnp.sum(jnp.square(jnp.where(jnp.isfinite(found.residual), found.residual, 0))))
-    residuals = length * jnp.abs(left[-1])
+    values, residuals = values * unit, unit * length * jnp.abs(left[-1])
     return Extremes(values[:k], values[::-1][:k], residuals[:k], residuals[::-1][:k])
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import check, compiled
+from fnn import check, compiled, tree
 from fnn.spectra import krylov, parts
 from fnn.spectra.density import Density, density, quadrature
 from fnn.spectra.krylov import Pairs
@@ -30,7 +30,7 @@ class Traces(NamedTuple):
 
     trace: Estimate
     square: Estimate
-    """The trace of the matrix squared: the sum of the squared eigenvalues."""
+    """The trace of the matrix squared: the sum of the squared eigenvalues; 0 or inf where these leave the dtype's range."""
     products: int
 
 
@@ -236,7 +236,15 @@ def _traces(matrix: _Matrix, count: int, exact: bool, given: Any, key: Any) -> l
 
 def _quadratures(matrix: _Matrix, steps: int, given: Any, keys: Any) -> tuple[jax.Array, jax.Array]:
     matvec, (n, dtype) = matrix.matvec(given), matrix.kind(given)
-    return jax.lax.map(lambda key: quadrature(matvec, jax.random.rademacher(key, (n,), dtype), steps), keys)
+
+    def one(key):
+        probe = jax.random.rademacher(key, (n,), dtype)
+        # In units of the matrix's own size, or squares of its products would leave the range.
+        unit = tree.divisor(tree.length(matvec(probe)) / math.sqrt(n))
+        nodes, weights = quadrature(lambda v: matvec(v) / unit, probe, steps)
+        return nodes * unit, weights
+
+    return jax.lax.map(one, keys)
 
 
 def _key(who: str, key: Any) -> Any:
