@@ -138,15 +138,16 @@ def joined_over(pair: Pair, axis_name: Any) -> Pair:
 
 
 def _folded(parts: tuple[jax.Array, ...], axis: int, peaks: bool) -> tuple[jax.Array, ...]:
-    """Sum eight entries of an axis at a time, of several arrays; with `peaks` take the maximum of the first.
+    """Sum some entries of an axis at a time, of several arrays; with `peaks` take the maximum of the first.
 
-    Measured on a CPU: all in the time of two sums, where a reduction of the whole axis takes as long as ten.
+    Measured on a CPU: eight at a time take no longer than two sums would, where a reduction of the whole axis takes as long
+    as ten. Sixteen of up to three arrays are as fast and leave half as much; of six arrays they are slower.
     """
     shape = parts[0].shape
     n = shape[axis]
     if n < 16:
         return parts
-    fold = next((k for k in (8, 7, 6, 5, 4) if n % k == 0), 0)
+    fold = next((k for k in (16, 8, 7, 6, 5, 4)[len(parts) > 3 :] if n % k == 0), 0)
     if not fold:
         fold = 8
         edges = [(0, -n % fold if i == axis else 0, 0) for i in range(len(shape))]
