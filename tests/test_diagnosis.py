@@ -275,7 +275,7 @@ def test_the_middle_of_a_run_is_that_of_half_of_the_steps():
         def loss(p, batch=batch):
             return fnn.losses.cross_entropy(net.apply(p, state, batch[0])[0], batch[1]).mean()
 
-        grads = jax.grad(loss)(params)
+        grads = jax.jit(jax.grad(loss))(params)
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
         if step == 0:
             moved = fnn.tree.norm(jax.tree.map(lambda g: 0.02 * g, grads)) / fnn.tree.norm(first)

@@ -545,7 +545,7 @@ def test_a_model_passed_whole_is_refused_and_its_arrays_are_taken():
     with pytest.raises(TypeError, match=rule):
         fnn.per_example(loss)(WHOLE, X)
     norms = fnn.per_example(lambda p, x: loss(Whole(p, jnp.square), x))(WHOLE.kernel, X).norms()
-    plain = jax.vmap(jax.grad(lambda p, x: loss(Whole(p, jnp.square), x)), (None, 0))(WHOLE.kernel, X)
+    plain = jax.jit(jax.vmap(jax.grad(lambda p, x: loss(Whole(p, jnp.square), x)), (None, 0)))(WHOLE.kernel, X)
     np.testing.assert_allclose(norms, np.linalg.norm(plain.reshape(48, -1), axis=1), rtol=1e-5)
 
 

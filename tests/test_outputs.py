@@ -145,13 +145,13 @@ def test_a_loss_over_a_tree_that_is_a_plain_function_works_everywhere():
         def whole(params, batch, loss=loss, layer=layer, state=state):
             return losses.mean(loss, layer.apply(params, state.net_state, batch[0], train=True)[0], batch[1])
 
-        value, grads = jax.value_and_grad(whole)(state.params, (X, Y))
+        value, grads = jax.jit(jax.value_and_grad(whole))(state.params, (X, Y))
         trained, metrics = fnn.train_step(layer, loss, SGD)(copy(state), (X, Y))
         close(trained.params, jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads))
         one = fnn.example_loss(layer, state, loss=loss)
         every = fnn.per_example(one)(state.params, (X, Y))
         close(every.mean(), grads, atol=1e-5)
-        close(every.materialize(), jax.vmap(jax.grad(one), (None, 0))(state.params, (X, Y)), atol=1e-5)
+        close(every.materialize(), jax.jit(jax.vmap(jax.grad(one), (None, 0)))(state.params, (X, Y)), atol=1e-5)
         flow = fnn.watch(whole)(state.params, (X, Y))
         found = {name: 10 ** flow.flat()[f"{name}/log10_gradient"] for name in fnn.tree.paths(grads)}
         close(list(found.values()), [np.linalg.norm(g) for g in jax.tree.leaves(grads)], rtol=1e-4)
@@ -260,7 +260,7 @@ def test_the_mean_over_tokens_counts_every_token_once(x64):
             right = jnp.argmax(logits, -1) == TARGETS[real]
             return jnp.average(each, weights=counts), jnp.average(right, weights=counts)
 
-        (value, accuracy), grads = jax.value_and_grad(flat, has_aux=True)(params)
+        (value, accuracy), grads = jax.jit(jax.value_and_grad(flat, has_aux=True))(params)
         for loss in (losses.token_cross_entropy, mine):
             state = fnn.TrainState(params, net_state, SGD.init(params), KEY, jnp.int32(0))
             new, metrics = fnn.train_step(TOKENS, loss, SGD)(copy(state), data)
@@ -270,7 +270,7 @@ def test_the_mean_over_tokens_counts_every_token_once(x64):
                 np.testing.assert_allclose(found["loss"], value, rtol=1e-12)
                 assert loss is mine or found["accuracy"] == pytest.approx(float(accuracy), rel=1e-6)
     filled = np.where(real[..., None], np.zeros((8, 6, 5)), np.nan)
-    gradient = jax.grad(lambda o: losses.mean(losses.token_cross_entropy, o, TARGETS))(filled)
+    gradient = jax.jit(jax.grad(lambda o: losses.mean(losses.token_cross_entropy, o, TARGETS)))(filled)
     assert np.isfinite(losses.mean(losses.token_cross_entropy, filled, TARGETS)) and not gradient[~real].any()
 
 
@@ -298,7 +298,7 @@ def test_per_example_gradients_are_those_of_shares():
             return w * one["digit"] / means[0] + 0.5 * w * n * one["angle"] / means[1]
 
         weights = data[2] if len(data) > 2 else np.ones(N, np.float32)
-        grads = jax.vmap(jax.grad(share), (None, 0, 0, 0))(STATE.params, data[0], data[1], weights)
+        grads = jax.jit(jax.vmap(jax.grad(share), (None, 0, 0, 0)))(STATE.params, data[0], data[1], weights)
         norms = np.sqrt(sum(np.sum(np.square(g.reshape(N, -1)), 1) for g in jax.tree.leaves(grads)))
         close(found[1]["per_example_norms"], norms, rtol=1e-4)
         bound = float(np.median(norms))
@@ -398,7 +398,7 @@ def test_losses_that_are_made(name, x64):
         return formula(e, e[np.arange(5), labels])
 
     np.testing.assert_allclose(loss(LOGITS, labels), value(LOGITS), rtol=1e-12)
-    gradient = jax.grad(lambda o: jnp.sum(loss(o, labels)))(LOGITS)
+    gradient = jax.jit(jax.grad(lambda o: jnp.sum(loss(o, labels))))(LOGITS)
     for i in range(4):
         h = 1e-6 * np.eye(4)[i]
         np.testing.assert_allclose(gradient[:, i], (value(LOGITS + h) - value(LOGITS - h)) / 2e-6, rtol=1e-6, atol=1e-8)
@@ -417,7 +417,7 @@ def test_huber_and_a_loss_of_ones_own(x64):
     loss = losses.huber(1.5)
     value = np.where(abs(e) <= 1.5, e**2 / 2, 1.5 * abs(e) - 1.125).mean(-1)
     np.testing.assert_allclose(loss(outputs, targets), value, rtol=1e-12)
-    gradient = jax.grad(lambda o: jnp.sum(loss(o, targets)))(outputs)
+    gradient = jax.jit(jax.grad(lambda o: jnp.sum(loss(o, targets))))(outputs)
     np.testing.assert_allclose(gradient, np.clip(e, -1.5, 1.5) / 3, rtol=1e-12)
     mae = losses.Loss("mae", lambda o, y: abs(o - y).mean(-1), lambda o, y: (abs(o - y) < 1).all(-1))
     net = fnn.dense(2)
