@@ -30,8 +30,8 @@ def computed(x):
         size = jnp.sum(jnp.sin(net.apply(params, state, images)[0]))
         return size + jnp.sum(jnp.cos(attend.apply(weights, started, words)[0]))
 
-    grads = jax.grad(loss, (0, 1))(params, weights)
-    return loss(params, weights), grads, tree.norm(grads), tree.norms(grads)
+    value, grads = jax.value_and_grad(loss, (0, 1))(params, weights)
+    return value, grads, tree.norm(grads), tree.norms(grads)
 
 
 @pytest.fixture(scope="module")
