@@ -12,7 +12,7 @@ from fnn import admission, optimizers
 from fnn.training.extra import offered
 from fnn.tree import Stacked
 
-DEPTH, STEPS = 2, 4
+DEPTH, STEPS = 3, 4
 NAMES = sorted(optax_table.candidates().keys() - optax_table.LEFT_OUT.keys())
 EXTRA = {"optax.lbfgs": ["value", "grad", "value_fn"], "optax.contrib.sam": ["grad_fn"]}
 EXTRA |= dict.fromkeys(
