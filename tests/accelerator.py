@@ -24,7 +24,7 @@ def of(test: str, cases: list[str] | str) -> list[str]:
 
 TESTS = {
     "activations": words("value_and_derivative low_precision nan_passes softmax"),
-    "attention": words("""attention_equals_flax grouped_heads rotary padding_changes_nothing generate_with embed_equals
+    "attention": words("""attention_equals_flax grouped_heads rotary padding_changes_nothing generate_with
         half_precision"""),
     "attention_masks": ["what_is_seen"],
     "clip": words("equals_numpy stacked_equals norms_whose infinity_is reports_by_hand traced dtypes what_is_not"),
@@ -65,8 +65,8 @@ TESTS = {
     "losses": words("""cross_entropy binary_cross_entropy mse_is bfloat16_outputs the_integer_dtype_of_labels
         labels_out_of_range accuracy"""),
     "lowering": words("the_platform a_program_for who_computes programs_run_on where_jax_has_no_cpu"),
-    "meanfield": words("""lengths_of_residual_sums_are_those_of_a_net batch_norm_rate_against_a_wide_net
-        prediction_of_he_relu_over_seeds inside_a_trace"""),
+    "meanfield": ["lengths_of_residual_sums_are_those_of_a_net"],
+    "meanfield_nets": words("batch_norm_rate_against_a_wide_net prediction_of_he_relu_over_seeds inside_a_trace"),
     "models": ["convnet_equals", *of("resnet_equals_flax", "basic")],
     "noise": words("noise_scale jackknife"),
     "norm": words("batch_norm_in batch_norm_at derivative statistics_of norms_equal batch_norm_of_a_masked"),
@@ -96,6 +96,7 @@ TESTS = {
     "swap": words("the_last_activation an_lstm"),
     "taps": words("""forward_statistics error_signal gradient_flow_equals gradient_flow_through
         a_deep_sigmoid_net_is_finite_in_low_precision_with_the_predicted_slope[bfloat16-400]"""),
+    "tokens": ["embed_equals"],
     "train": words("""a_step_equals the_update_ratio buffers bfloat16_keeps fit_equals gradients_average digits_reach
         a_bad_batch_stays_out_of_the_nets_state[apply_if_finite-axis_name]"""),
     "tree": words("""size_norm sums_are float64 norms_are_right exploded a_norm_may zero_infinite log_norm_over

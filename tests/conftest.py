@@ -119,6 +119,14 @@ def key():
     return jax.random.key(0)
 
 
+@pytest.fixture(scope="session")
+def page(tmp_path_factory):
+    if chromium.find() is None:
+        pytest.skip("no Chromium is installed")
+    with chromium.Page(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
 def randomized(tree, seed=0):
     """Move every floating leaf off its initial value, so that zeros and ones hide nothing."""
     rng = np.random.default_rng(seed)

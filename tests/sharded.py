@@ -133,7 +133,7 @@ def layers():
 
 @section
 def per_example():
-    names = ("bidirectional", "attention_masked", "batch_norm_masked", "repeat", "block_with_dropout", "tied")
+    names = ("rnn", "attention_masked", "batch_norm_masked", "repeat", "block_with_dropout", "tied")
     options = {"per_example": "clip", "max_norm": 3.0, "per_layer": True}
     for setting, found in ((True, names), (False, names[2:5:2])):
         net, state, batch = together(lambda case, found=found: case.name in found)
@@ -200,12 +200,12 @@ def outputs():
         "penalty": lambda params: fnn.tree.norm(params) ** 2,
     }
     clip = {"per_example": "clip", "max_norm": 0.5}
-    for name, batch, more in (
-        ("plain", (x, y), {}),
-        ("weighted", (x, y, weights), {}),
-        ("clip", (x, y, weights), clip),
+    for name, batch, more, settings in (
+        ("plain", (x, y), {}, (True,)),
+        ("weighted", (x, y, weights), {}, (True, False)),
+        ("clip", (x, y, weights), clip, (False,)),
     ):
-        yield name, functools.partial(compare, net, loss, SGD, state, batch, **options, **more)
+        yield name, functools.partial(compare, net, loss, SGD, state, batch, settings, **options, **more)
     yield "jit", functools.partial(by_jit, net, loss, state, (x, y, weights), options)
 
 
@@ -250,7 +250,8 @@ def losses_taken_again():
     for name, optimizer in found.items():
         norm = "layer_norm" if name == "sophia" else "batch_norm"  # it enlarges rounding where a gradient is zero
         net, state, batch = small(optimizer, norm=norm, unroll=True)
-        yield name, functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch)
+        settings = {"line_search": (True,), "sam": (False,), "sophia": (True,)}.get(name, (True, False))
+        yield name, functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch, settings)
 
 
 @section

@@ -55,7 +55,7 @@ def test_lookahead_is_that_of_optax(reset):
 
     @jax.jit
     def by_hand(both, state):
-        grads = jax.grad(lambda p: jnp.mean(LOSS(NET.apply(p, start.net_state, X)[0], Y)))(both.fast)
+        grads = jax.jit(jax.grad(lambda p: jnp.mean(LOSS(NET.apply(p, start.net_state, X)[0], Y))))(both.fast)
         updates, state = tx.update(grads, state, both)
         return optax.apply_updates(both, updates), state
 

@@ -51,9 +51,12 @@ def dense(net, state, batch, train=True):
     def loss(z):
         return jnp.mean(ENTROPY(z, batch[1]))
 
-    J, H_L = jax.jacrev(outputs)(vector), jax.hessian(loss)(outputs(vector))
-    J, H_L = J.reshape(-1, vector.size), H_L.reshape(len(J) * J.shape[1], -1)
-    return np.asarray(jax.hessian(lambda p: loss(outputs(p)))(vector)), np.asarray(J.T @ H_L @ J), vector, unravel
+    def matrices(p):
+        J, H_L = jax.jacrev(outputs)(p), jax.hessian(loss)(outputs(p))
+        J, H_L = J.reshape(-1, p.size), H_L.reshape(len(J) * J.shape[1], -1)
+        return jax.hessian(lambda p: loss(outputs(p)))(p), J.T @ H_L @ J
+
+    return *map(np.asarray, jax.jit(matrices)(vector)), vector, unravel
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -275,7 +275,7 @@ def test_the_middle_of_a_run_is_that_of_half_of_the_steps():
         def loss(p, batch=batch):
             return fnn.losses.cross_entropy(net.apply(p, state, batch[0])[0], batch[1]).mean()
 
-        grads = jax.grad(loss)(params)
+        grads = jax.jit(jax.grad(loss))(params)
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
         if step == 0:
             moved = fnn.tree.norm(jax.tree.map(lambda g: 0.02 * g, grads)) / fnn.tree.norm(first)
@@ -378,16 +378,9 @@ def test_updates_lost_to_rounding_are_found_and_mended():
 
 
 def test_settings_of_this_thread_hold_in_the_others():
-    with jax.enable_x64(True):
-        found = fnn.diagnose(
-            fnn.models.mlp(1, 8, 10),
-            fnn.losses.cross_entropy,
-            sgd,
-            TRAIN,
-            TEST,
-            batch_size=64,
-            steps=5,
-            seeds=1,
-            budget=600.0,
-        )
-    assert len(found.trials) > 10 and "activation tanh" in {t.change for t in found.trials}, found
+    def wide(outputs, y):
+        return fnn.losses.cross_entropy(outputs.astype(float), y)  # float32, unless x64 is on
+
+    with jax.enable_x64(True), ThreadPoolExecutor(1) as thread:
+        run = trial.Runner(case(loss=wide, steps=3, seeds=1), thread).run(Plan(), range(1))
+    assert run.losses.dtype == np.float64

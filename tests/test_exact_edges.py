@@ -151,7 +151,7 @@ def test_aux_and_lanes():
         return jnp.mean(y**2), y
 
     (value, aux), found = exact.gradient(loss, has_aux=True)(W, X)
-    (want, want_aux), plain = jax.value_and_grad(loss, has_aux=True)(W, X)
+    (want, want_aux), plain = jax.jit(jax.value_and_grad(loss, has_aux=True))(W, X)
     np.testing.assert_allclose(value, want, rtol=1e-6)
     np.testing.assert_allclose(aux, want_aux, rtol=1e-6)
     np.testing.assert_allclose(values(found), plain, rtol=1e-5)

@@ -8,6 +8,8 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+SLOW = {"edge_of_stability", "initialisation", "conv_isometry", "edge_of_chaos", "recurrent"}
+"""Those that take longest. What they measure has its tests: curvature, initializers, expected, exact_models."""
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_main_prints_writes_and_tells_by_its_exit_code(common, tmp_path, capsys)
     assert "choose another --out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in NAMES])
 def test_tiny_version_holds(name, common, tmp_path, capsys):
     """Each with fixed seeds: the same numbers on the same machine."""
     module = importlib.import_module(name)

@@ -318,7 +318,7 @@ def test_the_weights_gradient_of_a_net_with_other_names_is_there():
     def objective(params):
         return jnp.mean(fnn.losses.cross_entropy(net.apply(params, state, x)[0], y))
 
-    grads = jax.grad(objective)(params)
+    grads = jax.jit(jax.grad(objective))(params)
     expected = [np.log(np.linalg.norm(grads[0]["w"])), np.log(np.linalg.norm(grads[2]["matrix"]))]
     np.testing.assert_allclose(measured.kernel, expected, atol=1e-5)
     assert measured.weights == ("log_w", "log_matrix") and "log_kernel" in str(measured)

@@ -138,7 +138,7 @@ def test_readme_code_runs_and_its_flows_hold_the_gradients_of_jax(tmp_path, monk
             loop = "logged" in block  # it trains: its first entry is that of the parameters before
             params, batch = before if loop else space["params"], space["batch"]
             aux = "has_aux" in block
-            grads = jax.grad(space["loss"], has_aux=aux)(params, batch)
+            grads = jax.jit(jax.grad(space["loss"], has_aux=aux))(params, batch)
             names = [name.removesuffix("/value") for name in fnn.tree.paths(params)]
             expected = [np.log10(np.linalg.norm(g)) for g in jax.tree.leaves(grads[0] if aux else grads)]
             found = space["logged"][0] if loop else space["flow"].flat()

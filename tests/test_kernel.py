@@ -13,7 +13,7 @@ RNG = np.random.default_rng(0)
 
 def stored(net, state, x):
     """J Jᵀ from Jacobians stored in full: float64[batch, outputs, batch, outputs]."""
-    J = jax.jacrev(lambda p: net.apply(p, state[1], x)[0])(state[0])
+    J = jax.jit(jax.jacrev(lambda p: net.apply(p, state[1], x)[0]))(state[0])
     J = np.concatenate([np.asarray(a).reshape(*a.shape[:2], -1) for a in jax.tree.leaves(J)], axis=2)
     return np.einsum("iap,jbp->iajb", J, J)
 

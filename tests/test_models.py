@@ -130,10 +130,10 @@ def test_normless_resnet_trains_at_depth_64():
 def test_models_report_gradient_flow():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 9, (4, 6)))
     x, y = image(jnp.float32), jnp.array([0, 1, 2, 3])
-    deep = fnn.models.convnet([4], 4, convs=3, taps=True)
+    deep = fnn.models.convnet([2], 4, convs=3, taps=True)
     cases = [
         (deep, x, 4),
-        (fnn.models.resnet([2, 1], 4, width=2, taps=True), x, 3),
+        (fnn.models.resnet([1, 1], 4, width=2, taps=True), x, 2),
         (fnn.models.encoder(9, 1, 8, fnn.models.Block(heads=2, taps=True), outputs=4), tokens, 2),
         (fnn.models.rnn(1, 4, 4, vocabulary=9, taps=True), tokens, 1),
     ]

@@ -92,14 +92,14 @@ def test_relu_at_depth_256_has_its_line():
     )
 
 
-def narrow(depth=64, classes=3):
+def narrow(depth=20, classes=3):
     """A net that computes in float32 whatever it is given."""
     down = fnn.activation(lambda x: (x * 1e-3).astype(jnp.float32))
     return fnn.serial(fnn.dense(8), fnn.repeat(fnn.serial(down, fnn.tap()), depth, unroll=True), fnn.dense(classes))
 
 
 def test_a_net_that_cannot_be_measured_in_float64_stays_nan():
-    points = fnn.grid.product(depth=64, batch_size=8, clip="none")
+    points = fnn.grid.product(depth=20, batch_size=8, clip="none")
     table = study.Study(points, seeds=1, steps=0, data="clusters", build=narrow).run().table()
     logs = table.filter(pl.col("quantity") == "log_error")["value"]
     assert logs.is_nan().all() and not table["float64"].any() and "left the range" in (study.left_range(table) or "")

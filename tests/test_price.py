@@ -68,7 +68,7 @@ def test_gradients_of_single_examples_have_a_price_too():
     names = ["plain gradient", "norms", "mean and norms", "clipped mean", "variance", "gram"]
     assert [row.name for row in found.rows] == names
     mean = every(PARAMS, X, key=key).mean()
-    plain = jax.grad(every._mean)(PARAMS, X, key)  # what stands beside it is the gradient of the same mean
+    plain = jax.jit(jax.grad(every._mean))(PARAMS, X, key)  # what stands beside it is the gradient of the same mean
     np.testing.assert_allclose(mean["a"], plain["a"], rtol=1e-5)
     with pytest.raises(TypeError, match=r"per_example.price: it times programs"):
         jax.jit(lambda p: every.price(p, X, key=key).rounds)(PARAMS)

@@ -49,7 +49,7 @@ def test_values_and_gradients_are_those_of_a_net_written_by_hand():
         return layer.apply(params, state, x, train=True)[0]
 
     np.testing.assert_allclose(apply(params, X), by_hand(params, X), rtol=1e-5, atol=1e-6)
-    found, expected = (jax.grad(loss_of(f))(params) for f in (apply, by_hand))
+    found, expected = (jax.jit(jax.grad(loss_of(f)))(params) for f in (apply, by_hand))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
 
 
@@ -59,8 +59,8 @@ def test_a_gradient_is_the_sum_over_uses():
     three = fnn.serial(fnn.dense(8), fnn.activation("tanh"), fnn.dense(8), fnn.dense(3))
     params, state = one.init(KEY, X)
     own, last = params["shared"], params["rest"][3]
-    found = jax.grad(loss_of(lambda p, x: one.apply(p, state, x)[0]))(params)
-    apart = jax.grad(loss_of(lambda p, x: three.apply(p, ((),) * 4, x)[0]))((own, (), own, last))
+    found = jax.jit(jax.grad(loss_of(lambda p, x: one.apply(p, state, x)[0])))(params)
+    apart = jax.jit(jax.grad(loss_of(lambda p, x: three.apply(p, ((),) * 4, x)[0])))((own, (), own, last))
     total = jax.tree.map(jnp.add, apart[0], apart[2])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found["shared"], total)
     jax.tree.map(np.testing.assert_array_equal, found["rest"][3], apart[3])
@@ -111,11 +111,11 @@ def test_single_examples_flow_and_packed_optimizers():
     params, state = layer.init(KEY, X)
     example_loss = fnn.example_loss(layer, (params, state))
     norms = fnn.per_example(example_loss)(params, (X, Y)).norms()
-    grads = jax.vmap(jax.grad(example_loss), (None, 0))(params, (X, Y))
+    grads = jax.jit(jax.vmap(jax.grad(example_loss), (None, 0)))(params, (X, Y))
     squares = sum(np.square(g).reshape(16, -1).sum(1) for g in jax.tree.leaves(grads))
     np.testing.assert_allclose(norms, np.sqrt(squares), rtol=1e-5)
     flow = fnn.gradient_flow(layer, (params, state), (X, Y))
-    grads = jax.grad(loss_of(lambda p, x: layer.apply(p, state, x, train=True)[0]))(params)
+    grads = jax.jit(jax.grad(loss_of(lambda p, x: layer.apply(p, state, x, train=True)[0])))(params)
     (row,) = (row for row in flow.rows if row.path == "shared/kernel" and row.quantity == "log_kernel")
     assert row.value == pytest.approx(np.log(np.linalg.norm(grads["shared"]["kernel"])), abs=1e-5)
 

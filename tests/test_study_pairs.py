@@ -236,9 +236,9 @@ def test_quantities_choose_what_watch_measures_of_layers_too():
     params, state = cell.draw(setup, task.static, task.runs[0])
     net, (x, y) = cell.network(setup, task.static, task.runs[0]).net, setup.train
     kernel = params[1]["kernel"]
-    g = jax.grad(lambda p: jnp.mean(fnn.losses.cross_entropy(net.apply(p, state, x[:16])[0], y[:16])))(params)[1][
-        "kernel"
-    ]
+    g = jax.jit(jax.grad(lambda p: jnp.mean(fnn.losses.cross_entropy(net.apply(p, state, x[:16])[0], y[:16]))))(params)[
+        1
+    ]["kernel"]
     cosine = table.filter(pl.col("path") == "1/kernel", pl.col("quantity") == "cosine_to_weight")["value"]
     np.testing.assert_allclose(cosine, [np.sum(g * kernel) / np.linalg.norm(g) / np.linalg.norm(kernel)], atol=1e-5)
     assert of(plain, quantities=["input_kurtosis"]).table()["quantity"].unique().to_list() == ["input_kurtosis"]

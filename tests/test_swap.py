@@ -58,7 +58,9 @@ def test_linen_under_vmap_and_grad(name):
     params = Net(jnp.tanh).init(jax.random.key(0), X)
     several = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), params)
     new = swap.swapped(linen_loss(getattr(jax.nn, name)), {"hidden": "tanh"})
-    got, want = (jax.vmap(jax.grad(f), in_axes=(0, None))(several, (X, Y)) for f in (new, linen_loss(jnp.tanh)))
+    got, want = (
+        jax.jit(jax.vmap(jax.grad(f), in_axes=(0, None)))(several, (X, Y)) for f in (new, linen_loss(jnp.tanh))
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), got, want)
 
 

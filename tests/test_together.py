@@ -205,7 +205,7 @@ def test_a_shared_layer_trains_on_weighted_examples_as_by_hand():
 
     params = state.params
     for _ in range(3):
-        value, grads = jax.value_and_grad(objective)(params)
+        value, grads = jax.jit(jax.value_and_grad(objective))(params)
         params = jax.tree.map(lambda a, g: a - 0.5 * g, params, grads)
         state, metrics = step(state, (X, Y, W))
         np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)

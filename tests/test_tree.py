@@ -204,7 +204,7 @@ def test_the_empty_tree():
 
 
 def test_safe_sqrt():
-    value, slope = jax.vmap(jax.value_and_grad(tree.safe_sqrt))(jnp.array([0.0, 4.0, 2.25]))
+    value, slope = jax.jit(jax.vmap(jax.value_and_grad(tree.safe_sqrt)))(jnp.array([0.0, 4.0, 2.25]))
     np.testing.assert_array_equal(value, [0, 2, 1.5])
     np.testing.assert_allclose(slope, [0, 0.25, 1 / 3], rtol=1e-6)
 

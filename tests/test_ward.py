@@ -89,6 +89,7 @@ def test_batches_cover_an_epoch_once():
     assert np.array_equal(check.batches(35, case, 0, shuffle=False)[3:6], np.arange(30).reshape(3, 10))
 
 
+@pytest.mark.slow  # test_diagnosis diagnoses another fault as a whole, and sees these two in the data
 @pytest.mark.parametrize("name", ["labels_permuted", "test_not_scaled"])
 def test_diagnosis_names_the_cause(name):
     found = NAMES[name].make(0).diagnose(seeds=2, budget=600.0)

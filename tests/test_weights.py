@@ -199,7 +199,7 @@ def test_the_recipes_for_equinox_and_haiku():
     namespace = {"jax": jax, "equinox": eqx, "model": model}
     exec(recipe("Equinox"), namespace)
     params, state, _ = fnn.weights.from_torch(namespace["state_dict"], net, x)
-    close(net.apply(params, state, x)[0], jax.vmap(one)(x))
+    close(net.apply(params, state, x)[0], jax.jit(jax.vmap(one))(x))
 
     def forward(x):
         h = hk.Conv1D(5, 2, padding="VALID")(x)
