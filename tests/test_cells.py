@@ -33,7 +33,7 @@ def made(folder, seeds=2, cells=3):
     for number, part in enumerate(static):
         rows = [
             {"cell": number, **part, **run, "step": 0, "layer": layer, "path": f"{layer}/preactivation"}
-            | {"role": "preactivation", "quantity": "log_error", "value": number + 0.1 * layer + 0.01 * run["seed"]}
+            | {"role": "preactivation", "quantity": "log10_error", "value": number + 0.1 * layer + 0.01 * run["seed"]}
             for run in runs
             for layer in (1, 2, 3)
         ]

@@ -335,7 +335,7 @@ def test_under_x64_a_study_measures_the_same_net_in_float64():
     )
     assert single.filter(first & (pl.col("step") == 0)).equals(double.filter(first & (pl.col("step") == 0)))
     np.testing.assert_allclose(single["value"], double["value"], rtol=1e-3, atol=1e-3)
-    for quantity in ("loss", "log_error", "log_kernel", "train_loss", "grad_norm", "second_moment"):
+    for quantity in ("loss", "log10_error", "log10_kernel", "train_loss", "grad_norm", "second_moment"):
         values = double.filter(pl.col("quantity") == quantity)["value"].to_numpy()
         assert (values != values.astype(np.float32)).mean() > 0.9, quantity
 
