@@ -250,7 +250,7 @@ def write(name, text):
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        *((write("study.json", text), "study.json") for text in ("3", "null", '"x"', "[]", "{}", "", '{"format": 5}')),
+        *((write("study.json", text), "study.json") for text in ("3", "null", '"x"', "[]", "{}", "", '{"format": 6}')),
         *((write("study.json", text), "study.json") for text in ('{"format": {"a": 1}}', "[" * 10**5, "NaN", "1" * 5000)),
         *((write("sessions.json", text), "sessions.json") for text in ("3", "{}", "[1]", "[[]]", "[" * 10**5, "[null")),
         *((change("cells", value), "study.json") for value in (3, {}, [3], [{}], [{"static": {}, "runs": [3], "chunk": 1}])),

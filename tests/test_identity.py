@@ -307,7 +307,7 @@ def test_float64_and_float32_never_share_a_folder(tmp_path):
     assert session["device_kind"] == "cpu" and isinstance(session["xla_flags"], str)
     old = json.loads((tmp_path / "study.json").read_text()) | {"format": 2}
     (tmp_path / "study.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="must have format 5, got 2; choose another folder"):
+    with pytest.raises(ValueError, match="must have format 6, got 2; choose another folder"):
         tiny().run(tmp_path)
 
 

@@ -140,8 +140,8 @@ def damage(path, content=b"PAR1 garbage"):
     [
         (lambda f: damage(f / "study.json", b'{"format": 2, "cells": ['), "study.json is damaged"),
         (lambda f: damage(f / "study.json", b"[]"), "study.json is damaged"),
-        (lambda f: damage(f / "study.json", b'{"format": 1}'), "must have format 5, got 1"),
-        (lambda f: damage(f / "study.json", b'{"format": 5}'), "study.json is damaged (it must have 'axes')"),
+        (lambda f: damage(f / "study.json", b'{"format": 1}'), "must have format 6, got 1"),
+        (lambda f: damage(f / "study.json", b'{"format": 6}'), "study.json is damaged (it must have 'axes')"),
         (
             lambda f: damage(f / "study.json", b'{"format": ' + b"[" * 99_999),
             "study.json is damaged (nested too deeply)",
