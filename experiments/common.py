@@ -179,7 +179,8 @@ def signals(
 ) -> list[dict[str, np.ndarray]]:
     """Measure the gradient flow of a net at initialisation, its parameters multiplied by each of the scales.
 
-    One dict for each scale; each quantity is float64[seeds, layers], logs natural, named as in `fnn.GradientFlow`.
+    One dict for each scale: `log_error` and `log_kernel`, natural logs as theory has them, and `second_moment`, each
+    float64[seeds, layers].
     Layers are those with a kernel, of which the tap next behind it is reported. All seeds run in one program, `chunk`
     of them at once, all scales on the same draws.
     """
@@ -200,12 +201,16 @@ def signals(
     every = run(jax.random.split(jax.random.key(1), seeds), np.asarray(scales, np.float32))
     labels, values = labelled(net, batch[0], every)
     results = {}
-    for name in ("log_error", "log_kernel", "second_moment"):
+    for quantity, name, unit in (
+        ("log10_error", "log_error", math.log(10)),
+        ("log10_kernel", "log_kernel", math.log(10)),
+        ("second_moment", "second_moment", 1.0),
+    ):
         first: dict[int, int] = {}
-        for place, (layer, _, quantity) in enumerate(labels):
-            if quantity == name:
+        for place, (layer, _, found) in enumerate(labels):
+            if found == quantity:
                 first.setdefault(layer, place)
-        results[name] = values[..., [first[layer] for layer in sorted(first)]]
+        results[name] = values[..., [first[layer] for layer in sorted(first)]] * unit
     return [{name: array[:, j] for name, array in results.items()} for j in range(len(scales))]
 
 

@@ -78,10 +78,10 @@ def network(depth: int, kernel_init, activation: str) -> fnn.Layer:
 
 
 def error_signals(net: fnn.Layer, seed: int) -> np.ndarray:
-    """log |dL/dh_l| - log |dL/dh_L|, float64[depth]."""
+    """Natural log of |dL/dh_l| / |dL/dh_L|, float64[depth]."""
     data, _ = fnn.data.digits(key=jax.random.key(seed), image=True)
     state = net.init(jax.random.key(seed), data.x[:32])
-    errors = fnn.gradient_flow(net, state, (data.x[:32], data.y[:32])).error
+    errors = np.log(10) * fnn.gradient_flow(net, state, (data.x[:32], data.y[:32])).log10_error
     return errors - errors[-1]
 
 

@@ -73,9 +73,10 @@ def measure(depth: int, a: float, seeds: int) -> tuple[np.ndarray, np.ndarray]:
 
     labels, values = common.labelled(net, x, run(jax.random.split(jax.random.key(1), seeds)))
     back, forward = (
-        values[:, [i for i, label in enumerate(labels) if label[2] == name]] for name in ("log_error", "second_moment")
+        values[:, [i for i, label in enumerate(labels) if label[2] == name]]
+        for name in ("log10_error", "second_moment")
     )
-    back, forward = 2 * back, np.log(forward)
+    back, forward = 2 * math.log(10) * back, np.log(forward)
     return back - back[:, -1:], forward - forward[:, :1]
 
 

@@ -70,7 +70,7 @@ def measure(block: fnn.Layer, depth: int, seeds: int) -> np.ndarray:
         return jax.lax.map(one, keys)
 
     labels, values = common.labelled(net, x, run(jax.random.split(jax.random.key(1), seeds)))
-    logs = 2 * values[:, [quantity == "log_error" for *_, quantity in labels]]
+    logs = 2 * math.log(10) * values[:, [quantity == "log10_error" for *_, quantity in labels]]
     return logs - logs[:, -1:]
 
 

@@ -22,9 +22,9 @@ def flow(measured: GradientFlow, *, theory: Any = None, path: str | os.PathLike[
     from matplotlib.ticker import MaxNLocator
 
     figure, (axis,) = _figure(1)
-    for i, (name, quantities) in enumerate((("error signal", ("log_error",)), ("weight gradient", measured.weights))):
+    for i, (name, quantities) in enumerate((("error signal", ("log10_error",)), ("weight gradient", measured.weights))):
         layers, values = measured.profile(*quantities)
-        axis.plot(layers, values / np.log(10), color=COLOURS[i], marker=MARKERS[i], markersize=3, label=name)
+        axis.plot(layers, values, color=COLOURS[i], marker=MARKERS[i], markersize=3, label=name)
     if theory is not None:
         axis.plot(*_theory(measured, theory), "k--", linewidth=1, label="mean-field theory")
     axis.set_xlabel("layer $l$ (1 is next to the input)")
@@ -44,7 +44,7 @@ def _theory(measured: GradientFlow, theory: Any) -> tuple[np.ndarray, np.ndarray
             f"plot.flow: theory must speak of layers that the net has, got {n} of theory for a net of {depth}; call "
             f"meanfield.predict({depth}, ...) or less"
         )
-    layers, values = measured.profile("log_error")
+    layers, values = measured.profile("log10_error")
     usable = (layers <= n) & np.isfinite(values) & np.isin(layers, theory.layer[np.isfinite(theory.log_error)])
     if not usable.any():
         raise ValueError(
@@ -52,7 +52,7 @@ def _theory(measured: GradientFlow, theory: Any) -> tuple[np.ndarray, np.ndarray
             f"{layers.tolist()} measured; put a tap after the weights of one of them"
         )
     last, value = layers[usable][-1], values[usable][-1]
-    return theory.layer, (value + theory.log_error - theory.log_error[last - 1]) / np.log(10)
+    return theory.layer, value + (theory.log_error - theory.log_error[last - 1]) / np.log(10)
 
 
 def curves(history: Any, *, path: str | os.PathLike[str] | None = None) -> Any:

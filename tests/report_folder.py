@@ -13,7 +13,7 @@ DEPTHS, SEEDS = (4, 16, 400), 5
 
 
 def made(folder, sigmas=(0.5, 1.3, 2.0), norms=("none", "batch_norm"), steps=(0, 40), hole=None):
-    """Write a study's folder as a run would: log_error falls by ½ log chi a layer, seed s lies s - 2 hundredths off."""
+    """Write a study's folder as a run would: log10_error falls by ½ log10 chi a layer, seed s lies s - 2 hundredths off."""
     (folder / "cells").mkdir(parents=True)
     cells, frames = [], []
     for norm in norms:
@@ -42,7 +42,7 @@ def made(folder, sigmas=(0.5, 1.3, 2.0), norms=("none", "batch_norm"), steps=(0,
                     for step in steps:
                         for layer in range(1, depth + 2):
                             path = "2/preactivation" if layer == 1 else f"5/trunk/[{layer - 2}]/1/preactivation"
-                            mean = (depth - layer) * math.log(chi) / 2
+                            mean = (depth - layer) * math.log10(chi) / 2
                             value = mean + (seed - 2) / 100 + step / 10
                             if hole == (depth, sigma) and layer == 2:
                                 value = -math.inf
@@ -51,14 +51,14 @@ def made(folder, sigmas=(0.5, 1.3, 2.0), norms=("none", "batch_norm"), steps=(0,
                             rows.append(
                                 run
                                 | {"step": step, "layer": layer, "path": path, "role": "preactivation"}
-                                | {"quantity": "log_error", "value": value}
+                                | {"quantity": "log10_error", "value": value}
                                 | band
                                 | ({"outside": abs(seed - 2) > 1} if known else {})
                             )
                             kernel = {
                                 "path": f"{layer}/kernel",
                                 "role": "",
-                                "quantity": "log_kernel",
+                                "quantity": "log10_kernel",
                                 "value": value + 1,
                             }
                             rows.append(run | {"step": step, "layer": layer} | kernel)

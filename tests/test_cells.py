@@ -33,7 +33,7 @@ def made(folder, seeds=2, cells=3):
     for number, part in enumerate(static):
         rows = [
             {"cell": number, **part, **run, "step": 0, "layer": layer, "path": f"{layer}/preactivation"}
-            | {"role": "preactivation", "quantity": "log_error", "value": number + 0.1 * layer + 0.01 * run["seed"]}
+            | {"role": "preactivation", "quantity": "log10_error", "value": number + 0.1 * layer + 0.01 * run["seed"]}
             for run in runs
             for layer in (1, 2, 3)
         ]
@@ -250,7 +250,7 @@ def write(name, text):
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        *((write("study.json", text), "study.json") for text in ("3", "null", '"x"', "[]", "{}", "", '{"format": 5}')),
+        *((write("study.json", text), "study.json") for text in ("3", "null", '"x"', "[]", "{}", "", '{"format": 6}')),
         *((write("study.json", text), "study.json") for text in ('{"format": {"a": 1}}', "[" * 10**5, "NaN", "1" * 5000)),
         *((write("sessions.json", text), "sessions.json") for text in ("3", "{}", "[1]", "[[]]", "[" * 10**5, "[null")),
         *((change("cells", value), "study.json") for value in (3, {}, [3], [{}], [{"static": {}, "runs": [3], "chunk": 1}])),

@@ -42,7 +42,7 @@ def test_study_measures_trains_writes_draws_and_resumes(tmp_path, monkeypatch, c
     assert main._options(main.COMMANDS["study"][0]).keys() >= {word[2:] for word in again if word.startswith("--")}
     assert again[:4] == ["fnn", "study", "--depth", "3"] and "--workers" not in again
     table = results.read("studies/latest").table()
-    errors = table.filter((pl.col("quantity") == "log_error") & (pl.col("role") == "preactivation"))
+    errors = table.filter((pl.col("quantity") == "log10_error") & (pl.col("role") == "preactivation"))
     # 2 sigmas x 3 seeds x 2 steps x (3 hidden kernels and the output's)
     assert errors.height == 2 * 3 * 2 * 4
     assert errors["value"].is_finite().all()
@@ -61,12 +61,12 @@ def test_a_study_from_a_toml_file(tmp_path, capsys):
     path = tmp_path / "study.toml"
     path.write_text('seeds = 2\nsteps = 0\ndata = "clusters"\n[[grid]]\ndepth = "1:2:2"\nwidth = 8\nbatch_size = 8\n')
     assert (
-        main.main(["study", "--file", str(path), "--seeds", "3", "--quantities", "log_error", "--out", str(tmp_path)])
+        main.main(["study", "--file", str(path), "--seeds", "3", "--quantities", "log10_error", "--out", str(tmp_path)])
         == 0
     )
     said = capsys.readouterr().err
     assert "2 cells, 6 runs, recorded at step 0;" in said and "cell 2/2: depth 2" in said
-    assert results.read(tmp_path).table()["quantity"].unique().to_list() == ["log_error"]
+    assert results.read(tmp_path).table()["quantity"].unique().to_list() == ["log10_error"]
     path.write_text("sedes = 2\n[[grid]]\ndepth = 1\n")
     assert main.main(["study", "--file", str(path)]) == 2
     assert "did you mean 'seeds'?" in capsys.readouterr().err
@@ -125,7 +125,7 @@ def test_train_prints_the_test_accuracy(capsys, tmp_path):
     accuracy = float(re.search(r"mean of 2 seeds: test accuracy ([0-9.]+)", out).group(1))
     # Centres 4 apart, spread 1: the best possible error of neighbours is Q(2) = 2.3 % a side.
     assert accuracy > 0.9
-    assert "of the steps were clipped" in out and "log_error" in out and plot.stat().st_size > 5000
+    assert "of the steps were clipped" in out and "log10_error" in out and plot.stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_train_takes_every_model(arguments, shown, capsys):
         ("study --norm batchnorm", "did you mean 'batch_norm'?"),
         ("study --depth ,", "depth must name at least one value"),
         ("study --width -4", "width must be a positive integer, got -4"),
-        ("study --quantities log_eror", "unknown quantity 'log_eror'; did you mean 'log_error'?"),
+        ("study --quantities log10_eror", "unknown quantity 'log10_eror'; did you mean 'log10_error'?"),
         ("study --zip depth,widht", "got widht"),
         ("study --epochs 3 --steps 0,10", "epochs or steps say what is recorded, got epochs 3 and steps [0, 10]"),
         ("study --data no/such/folder", "no/such/folder"),

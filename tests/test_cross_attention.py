@@ -281,11 +281,11 @@ def test_gradient_flow_of_an_encoder_decoder_equals_float64():
             return jnp.mean(loss(outputs, y)), new
 
         (grads, news), new = jax.jit(jax.grad(total, (0, 1), has_aux=True))(*wide)
-        errors = {row.path: row.value for row in fnn.taps.read(new, news) if row.quantity == "log_error"}
-        logs = {path: np.log(np.linalg.norm(leaf)) for path, leaf in fnn.tree.rows(grads)}
-    got = {row.path: row.value for row in flow.rows if row.quantity == "log_error"}
+        errors = {row.path: row.value for row in fnn.taps.read(new, news) if row.quantity == "log10_error"}
+        logs = {path: np.log10(np.linalg.norm(leaf)) for path, leaf in fnn.tree.rows(grads)}
+    got = {row.path: row.value for row in flow.rows if row.quantity == "log10_error"}
     assert len(got) == 2 + 3 + 1 and got == pytest.approx(errors, abs=1e-4)
-    by_path = {row.path: row.value for row in flow.rows if row.quantity in ("log_kernel", "log_embedding")}
+    by_path = {row.path: row.value for row in flow.rows if row.quantity in ("log10_kernel", "log10_embedding")}
     assert len(by_path) == 6 + 10 + 1
     for path, value in by_path.items():
         assert value == pytest.approx(logs[path], abs=1e-4), path

@@ -25,7 +25,7 @@ def test_a_study_follows_its_theory(axes):
     rng = np.random.default_rng(0)
     data = (rng.normal(size=(16, 8)).astype(np.float32) + 0.5, rng.integers(0, 3, 16))
     grid = fnn.grid.product(depth=12, width=32, batch_size=16, **axes)
-    table = fnn.Study(grid, seeds=12, steps=0, data=(data, data), quantities=("log_error",)).run().table()
+    table = fnn.Study(grid, seeds=12, steps=0, data=(data, data), quantities=("log10_error",)).run().table()
     known = table.filter(pl.col("predicted").is_not_null())
     roles = {"preactivation", "sum"} if "residual" in axes else {"preactivation"}
     assert set(known["role"]) == roles
@@ -55,4 +55,6 @@ def test_a_very_wide_net_has_the_expansion(monkeypatch):
     curve = fnn.meanfield.predict(
         4, activation="tanh", sigma_w=1.0, sigma_b=0.0, width=16, q0=float(q0["value"].median())
     )
-    np.testing.assert_allclose(known["predicted"] - known["predicted"][-1], curve.mean_log_error, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        known["predicted"] - known["predicted"][-1], curve.mean_log_error / math.log(10), rtol=1e-9, atol=1e-12
+    )

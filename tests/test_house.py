@@ -153,4 +153,4 @@ def test_readme_code_runs_and_its_flows_hold_the_gradients_of_jax(tmp_path, monk
         all(any(line.startswith(text.splitlines()[0][:10]) for line in printed) for text in shown) and len(shown) == 2
     )
     assert watched == 6
-    assert space["flow"].error.shape[0] >= 50
+    assert space["flow"].log10_error.shape[0] >= 50

@@ -307,7 +307,7 @@ def test_float64_and_float32_never_share_a_folder(tmp_path):
     assert session["device_kind"] == "cpu" and isinstance(session["xla_flags"], str)
     old = json.loads((tmp_path / "study.json").read_text()) | {"format": 2}
     (tmp_path / "study.json").write_text(json.dumps(old))
-    with pytest.raises(ValueError, match="must have format 5, got 2; choose another folder"):
+    with pytest.raises(ValueError, match="must have format 6, got 2; choose another folder"):
         tiny().run(tmp_path)
 
 
@@ -335,7 +335,7 @@ def test_under_x64_a_study_measures_the_same_net_in_float64():
     )
     assert single.filter(first & (pl.col("step") == 0)).equals(double.filter(first & (pl.col("step") == 0)))
     np.testing.assert_allclose(single["value"], double["value"], rtol=1e-3, atol=1e-3)
-    for quantity in ("loss", "log_error", "log_kernel", "train_loss", "grad_norm", "second_moment"):
+    for quantity in ("loss", "log10_error", "log10_kernel", "train_loss", "grad_norm", "second_moment"):
         values = double.filter(pl.col("quantity") == quantity)["value"].to_numpy()
         assert (values != values.astype(np.float32)).mean() > 0.9, quantity
 

@@ -92,7 +92,7 @@ def test_trees_of_inputs_train_evaluate_and_report():
     by_hand, _ = step(jax.tree.map(jnp.copy, state), (x, y))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), single.params, by_hand.params)
     flow = fnn.gradient_flow(net, trained, (x, y))
-    errors = {row.path: row.layer for row in flow.rows if row.quantity == "log_error"}
+    errors = {row.path: row.layer for row in flow.rows if row.quantity == "log10_error"}
     # Layers are counted by kernels in the order of the sorted names: audio, image, then the last.
     assert errors == {"0/audio/1/heard": 1, "0/image/1/seen": 2, "3/logits": 3}
 

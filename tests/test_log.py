@@ -88,7 +88,7 @@ def test_every_logger_gets_the_same_rows_as_the_history(tmp_path):
     for step in (5, 10, 15, 20):
         assert rows[step]["loss"] == history.train["loss"][step - 1]
         assert rows[step]["grad_norms/3/[1]/kernel"] == history.train["grad_norms"][3].blocks["kernel"][step - 1, 1]
-        assert rows[step]["taps/1/second_moment"] > 0 and "taps/1/log_error" in rows[step]
+        assert rows[step]["taps/1/second_moment"] > 0 and "taps/1/log10_error" in rows[step]
     for epoch, step in enumerate((12, 24)):
         assert rows[step] == {f"validation/{name}": v[epoch] for name, v in history.validation.items()}
     expected = {(step, name): value for step, row in run.rows for name, value in row.items()}

@@ -177,8 +177,8 @@ def test_the_flow_of_a_net_with_two_outputs_is_measured_in_float64_where_it_must
             return losses.mean(TASKS, outputs, losses.Weighted(Y, wide[2]))
 
         first = np.asarray(jax.jit(jax.grad(whole))(wide[0])[0]["kernel"])
-    found = next(row.value for row in flow.rows if row.quantity == "log_kernel")
-    np.testing.assert_allclose(found, np.log(np.linalg.norm(first / 1e-50)) + np.log(1e-50), rtol=1e-6)
+    found = next(row.value for row in flow.rows if row.quantity == "log10_kernel")
+    np.testing.assert_allclose(found, np.log10(np.linalg.norm(first / 1e-50)) - 50, rtol=1e-6)
 
 
 def test_fit_takes_trees_weights_and_metrics():

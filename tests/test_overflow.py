@@ -74,9 +74,9 @@ def test_relu_at_depth_256_has_its_line():
         d = (d @ w.T) * (before > 0)
         errors.append(np.sqrt(np.mean(np.sum(d**2, axis=1))))
     rows = table.filter((pl.col("seed") == 0) & (pl.col("role") == "preactivation") & (pl.col("layer") <= 256))
-    mine, later = (rows.filter((pl.col("quantity") == "log_error") & (pl.col("step") == step)) for step in (0, 1))
+    mine, later = (rows.filter((pl.col("quantity") == "log10_error") & (pl.col("step") == step)) for step in (0, 1))
     assert mine["float64"].all() and later["value"].is_nan().all() and not later["float64"].any()
-    np.testing.assert_allclose(mine["value"], np.log(errors[::-1]), atol=1e-6)
+    np.testing.assert_allclose(mine["value"], np.log10(errors[::-1]), atol=1e-6)
     moments = rows.filter((pl.col("quantity") == "second_moment") & (pl.col("step") == 0))["value"]
     np.testing.assert_allclose(moments, [np.mean(a**2) for a in h], rtol=1e-6)
     assert moments[255] < 2.0**-230
@@ -101,7 +101,7 @@ def narrow(depth=20, classes=3):
 def test_a_net_that_cannot_be_measured_in_float64_stays_nan():
     points = fnn.grid.product(depth=20, batch_size=8, clip="none")
     table = study.Study(points, seeds=1, steps=0, data="clusters", build=narrow).run().table()
-    logs = table.filter(pl.col("quantity") == "log_error")["value"]
+    logs = table.filter(pl.col("quantity") == "log10_error")["value"]
     assert logs.is_nan().all() and not table["float64"].any() and "left the range" in (study.left_range(table) or "")
 
 
@@ -123,8 +123,8 @@ def test_its_neighbours_in_one_vmap_are_the_same_bits_whatever_it_does():
 @pytest.mark.parametrize(
     "options",
     [
-        {"sigma_w": [1e12], "quantities": ["log_error"]},  # all overflow, and leave no row at all
-        {"quantities": ["log_error"]},  # some runs leave no row
+        {"sigma_w": [1e12], "quantities": ["log10_error"]},  # all overflow, and leave no row at all
+        {"quantities": ["log10_error"]},  # some runs leave no row
         {"quantities": ["loss", "diverged"]},
         {"sigma_w": [1e12], "measure": {"one": lambda params, state, batch: 1}},
     ],

@@ -55,14 +55,14 @@ def lines(figure):
 def test_theory_stands_at_its_layers_and_goes_through_the_last_measured_one(net, taps, depth, anchor):
     measured, predicted = measure(net), theory(depth)
     drawn = lines(fnn.plot.flow(measured, theory=predicted))
-    errors = {row.layer: row.value / np.log(10) for row in reversed(measured.rows) if row.quantity == "log_error"}
+    errors = {row.layer: row.value for row in reversed(measured.rows) if row.quantity == "log10_error"}
     np.testing.assert_allclose(drawn["error signal"], [list(taps), [errors[layer] for layer in taps]])
     layers, values = drawn["mean-field theory"]
     np.testing.assert_array_equal(layers, np.arange(1, depth + 1))
     assert values[anchor - 1] == pytest.approx(errors[anchor], abs=1e-12)
     # Towards the input log10 |delta|² grows by log10 of sigma_w² E[phi'(h)²], which is predict's chi.
     np.testing.assert_allclose(-2 * np.diff(values), np.log10(predicted.chi[:-1]), atol=1e-12)
-    kernels = [row.value / np.log(10) for row in measured.rows if row.quantity == "log_kernel"]
+    kernels = [row.value for row in measured.rows if row.quantity == "log10_kernel"]
     np.testing.assert_allclose(drawn["weight gradient"], [np.arange(1, len(kernels) + 1), kernels])
 
 

@@ -162,14 +162,14 @@ def test_tap_over_time_measures_the_error_signal_of_every_step():
         return jnp.mean(jnp.sum(jnp.square(y[:, -1]), axis=1)), new
 
     gradient, new = jax.jit(jax.grad(loss, has_aux=True))(state)
-    rows = [row for row in fnn.taps.read(new, gradient) if row.quantity == "log_error"]
+    rows = [row for row in fnn.taps.read(new, gradient) if row.quantity == "log10_error"]
     assert [row.path for row in rows] == [f"tap/[{t}]" for t in range(TIME)]
     # By hand: backwards through h_t = tanh(a_t), dL/dh_{t-1} = (dL/dh_t (1 - h_t²)) Uᵀ.
     y, _ = layer.apply(params, state, x)
     y, u = np.asarray(y, np.float64), np.asarray(params["recurrent_kernel"], np.float64)
     error, expected = 2 * y[:, -1], []
     for t in reversed(range(TIME)):
-        expected.append(0.5 * np.log(np.mean(np.sum(error**2, axis=1))))
+        expected.append(0.5 * np.log10(np.mean(np.sum(error**2, axis=1))))
         error = (error * (1 - y[:, t] ** 2)) @ u.T
     np.testing.assert_allclose([row.value for row in rows], expected[::-1], atol=1e-5)
     plain = fnn.rnn(WIDTH)

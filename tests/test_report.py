@@ -47,12 +47,12 @@ def test_summary(reduced):
         (pl.col("network") == row["network"]) & (pl.col("series") == summary.ERROR) & (pl.col("step") == 0)
     ).sort("layer")
     np.testing.assert_allclose(curve["high"] - curve["middle"], 0.016, rtol=1e-6)  # 90 % of -2, -1, 0, 1, 2 hundredths
-    np.testing.assert_allclose(curve["middle"], (400 - np.arange(1, 402)) * expected * math.log(10), atol=1e-9)
-    assert set(reduced.layers["series"].unique()) == {summary.ERROR, "log_kernel"}
+    np.testing.assert_allclose(curve["middle"], (400 - np.arange(1, 402)) * expected, atol=1e-9)
+    assert set(reduced.layers["series"].unique()) == {summary.ERROR, "log10_kernel"}
 
 
 def test_words():
-    """Names of code become words, and every log a decimal one; values keep what they say."""
+    """Names of code become words; values keep what they say."""
     values = {"activation": "leaky_relu", "norm": "none", "depth": 64, "sigma_w": 1.3, "residual": False}
     values |= {"learning_rate": 1e6}
     assert ", ".join(verdict.label(*pair) for pair in values.items()) == (
@@ -61,17 +61,17 @@ def test_words():
     assert [words.value(v) for v in (1e-5, 0.001, True, None, "a_b c", "__x__")] == [
         *("1e-5", "0.001", "yes", "none", "a_b c", "__x__")
     ]
-    for name, axis, unit in (
-        ("log_error at preactivation", "log10 |dL/dh|", math.log(10)),
-        ("log10_error", "log10 |dL/dh|", 1),
-        ("log_kernel", "log10 |dL/dW|", math.log(10)),
-        ("log_kernel_rms", "log10 RMS of dL/dW", math.log(10)),
-        ("log_scale", "log10 |dL/d scale|", math.log(10)),
-        ("second_moment at activation", "mean square", 1),
-        ("input_second_moment", "input second moment", 1),
+    for name, axis in (
+        ("log10_error at preactivation", "log10 |dL/dh|"),
+        ("log10_error", "log10 |dL/dh|"),
+        ("log10_kernel", "log10 |dL/dW|"),
+        ("log10_kernel_rms", "log10 RMS of dL/dW"),
+        ("log10_scale", "log10 |dL/d scale|"),
+        ("second_moment at activation", "mean square"),
+        ("input_second_moment", "input second moment"),
     ):
         told = words.quantity(name)
-        assert (told.axis, told.unit, told.log) == (axis, unit, axis.startswith("log10")), name
+        assert (told.axis, told.log) == (axis, axis.startswith("log10")), name
     assert words.quantity("second_moment at activation").about == "mean square of the units after the activation"
     assert words.listed(["a", "b", "c"]) == "a, b and c" and words.listed(list("abcdefg")) == "a, b, c, d and 3 more"
 
@@ -132,17 +132,17 @@ def test_contents_are_thinned_and_finite(reduced):
     assert norms == ["none", "batch norm"]
     critical = {norms[network["at"][1]]: network["critical"] for network in contents["networks"]}
     assert critical == {"none": 1.0, "batch norm": None}
-    # Four hidden layers end at layer 4, not at the output's, of every quantity; logs are decimal.
-    for series in ("log_error at preactivation", "log_kernel"):
+    # Four hidden layers end at layer 4, not at the output's, of every quantity.
+    for series in ("log10_error at preactivation", "log10_kernel"):
         assert {curve["x"][-1] for curve in contents["layers"][series]["0"].values()} == set(DEPTHS)
-    kernels = next(iter(contents["layers"]["log_kernel"]["0"].values()))
-    assert kernels["middle"][-1] == pytest.approx(1 / math.log(10), rel=1e-3)
+    kernels = next(iter(contents["layers"]["log10_kernel"]["0"].values()))
+    assert kernels["middle"][-1] == pytest.approx(1, rel=1e-3)
 
 
 def test_a_study_with_little_in_it(tmp_path):
     """One network, no training, no error signal: what can be drawn is drawn, nothing else is left lying about."""
     folder = made(tmp_path / "s", sigmas=(1.0,), norms=("none",), steps=(0,))
-    frame = results.read(folder).table().filter((pl.col("cell") == 0) & (pl.col("quantity") == "log_kernel"))
+    frame = results.read(folder).table().filter((pl.col("cell") == 0) & (pl.col("quantity") == "log10_kernel"))
     for other in (folder / "cells").iterdir():
         other.unlink()
     put(folder, 0, frame)
@@ -186,8 +186,8 @@ def test_the_gradients_figure_holds_the_numbers_of_the_table(folder, monkeypatch
     figure = report.gradient(results.read(folder).table())
     assert len(figure.axes) == 2 and figure.get_suptitle().endswith("the first 2 of 6 panels")
     assert "median of 5 seeds, shaded from 10th" in figure.get_suptitle().replace("\n", " ")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["4", "16", "400", "mean-field theory"]
-    assert report.gradient(results.read(folder).table().filter(quantity="log_kernel")) is None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["4", "16", "400", "theory at this width"]
+    assert report.gradient(results.read(folder).table().filter(quantity="log10_kernel")) is None
 
 
 def test_looks_are_unique_and_scales_are_shared_or_said_to_differ(reduced):
@@ -256,7 +256,7 @@ def test_page_in_a_browser(written, page, tmp_path):
     page.click("#all")
     assert page.js("document.querySelector('#hidden').textContent") == "18 of 18 networks are drawn."
     page.js(
-        "(s => { s.value = 'log_kernel'; s.dispatchEvent(new Event('change')) })(document.querySelector('#series'))"
+        "(s => { s.value = 'log10_kernel'; s.dispatchEvent(new Event('change')) })(document.querySelector('#series'))"
     )
     assert "weight gradient" in page.js("document.querySelector('#layers-says').textContent")
     page.js("(s => { s.value = 1; s.dispatchEvent(new Event('input')) })(document.querySelector('#step'))")

@@ -41,13 +41,13 @@ def hostile(folder):
     session = {"versions": dict.fromkeys(HOSTILE, HOSTILE[0]), "devices": HOSTILE, "commit": HOSTILE[0]}
     (folder / "sessions.json").write_text(json.dumps([session]))
     places = [(layer, name, f"{layer}/{name}") for layer in (1, 2, 3) for name in HOSTILE]
-    places += [(layer, "log_error", f"{layer}/preactivation") for layer in (1, 2, 3, 4)]
+    places += [(layer, "log10_error", f"{layer}/preactivation") for layer in (1, 2, 3, 4)]
     places += [(0, name, "") for name in ("train_loss", "accuracy", "diverged", *HOSTILE)]
     for number, part in enumerate(static):
         rows = [
             {"cell": number, **part, **run, "step": step, "layer": layer, "quantity": quantity, "path": path}
             | {
-                "role": "preactivation" if quantity == "log_error" and path else "",
+                "role": "preactivation" if quantity == "log10_error" and path else "",
                 "value": 0.0 if quantity == "diverged" else 0.5 + layer + run["seed"],
             }
             for run in runs

@@ -140,8 +140,8 @@ def damage(path, content=b"PAR1 garbage"):
     [
         (lambda f: damage(f / "study.json", b'{"format": 2, "cells": ['), "study.json is damaged"),
         (lambda f: damage(f / "study.json", b"[]"), "study.json is damaged"),
-        (lambda f: damage(f / "study.json", b'{"format": 1}'), "must have format 5, got 1"),
-        (lambda f: damage(f / "study.json", b'{"format": 5}'), "study.json is damaged (it must have 'axes')"),
+        (lambda f: damage(f / "study.json", b'{"format": 1}'), "must have format 6, got 1"),
+        (lambda f: damage(f / "study.json", b'{"format": 6}'), "study.json is damaged (it must have 'axes')"),
         (
             lambda f: damage(f / "study.json", b'{"format": ' + b"[" * 99_999),
             "study.json is damaged (nested too deeply)",
@@ -347,14 +347,17 @@ def test_compare_finds_what_differs_beyond_the_seeds(undisturbed, tmp_path, caps
     # A study that differs in one axis: that axis is what is compared.
     moved = table.with_columns(
         pl.lit(2.0).alias("sigma_w"),
-        pl.when(pl.col("quantity") == "log_error").then(pl.col("value") + 9).otherwise(pl.col("value")).alias("value"),
+        pl.when(pl.col("quantity") == "log10_error")
+        .then(pl.col("value") + 9)
+        .otherwise(pl.col("value"))
+        .alias("value"),
     )
     joined = fnn.compare(table, moved)
-    assert set(joined.filter("beyond")["quantity"]) == {"log_error"} and joined["beyond"][0]
+    assert set(joined.filter("beyond")["quantity"]) == {"log10_error"} and joined["beyond"][0]
     np.testing.assert_allclose(joined.filter("beyond")["difference"], 9)
     row = joined.filter(pl.col("beyond")).row(0, named=True)
     values = table.filter(
-        (pl.col("activation") == row["activation"]) & (pl.col("path") == row["path"]) & (pl.col("quantity") == "log_error")
+        (pl.col("activation") == row["activation"]) & (pl.col("path") == row["path"]) & (pl.col("quantity") == "log10_error")
     )["value"].to_numpy()  # fmt: skip
     np.testing.assert_allclose([row["a"], row["a_low"], row["a_high"]], np.quantile(values, [0.5, 0.1, 0.9]))
     with pytest.raises(ValueError, match="must share a row"):

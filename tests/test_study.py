@@ -95,7 +95,7 @@ def test_every_number_is_that_of_a_plain_loop(measured, number):
         values = {(r["quantity"], r["layer"], r["path"]): r["value"] for r in at.iter_rows(named=True)}
         # Relative to the largest of its kind: under batch norm a bias has a gradient of rounding errors.
         for row in flow.rows:
-            if (row.quantity.startswith("log_bias") and number == 1 and row.layer < 4) or row.quantity == "peak":
+            if (row.quantity.startswith("log10_bias") and number == 1 and row.layer < 4) or row.quantity == "peak":
                 continue
             assert values[row.quantity, row.layer, row.path] == pytest.approx(row.value, rel=1e-3, abs=2e-3), (
                 row,
@@ -149,7 +149,7 @@ def test_the_table_is_tidy_and_predictions_stand_at_initialisation(measured):
     assert table.select(keys).is_unique().all()
     assert table.schema["seed"] == pl.Int32 and table.schema["learning_rate"] == pl.Float64
     predicted = table.filter(pl.col("predicted").is_not_null())
-    assert set(predicted["quantity"]) == {"log_error"} and set(predicted["step"]) == {0}
+    assert set(predicted["quantity"]) == {"log10_error"} and set(predicted["step"]) == {0}
     assert set(predicted["layer"]) == {1, 2, 3}
     last = predicted.filter(pl.col("layer") == 3)
     np.testing.assert_allclose(last["predicted"], last["value"], rtol=1e-12)
@@ -186,12 +186,12 @@ def test_any_net_any_data_any_loss():
     y = (x[:, :1] - x[:, 1:2]).astype(np.float32)
     described = study.Study(
         fnn.grid.product(scale=1.5, slope=[0.5, 1.0], batch_size=8, optimizer="sgd", clip="none"),
-        seeds=[3, 7], epochs=2, data=(x, y), build=sine, loss=fnn.losses.mse, traced=["slope"], quantities=["log_error", "loss"],
+        seeds=[3, 7], epochs=2, data=(x, y), build=sine, loss=fnn.losses.mse, traced=["slope"], quantities=["log10_error", "loss"],
     )  # fmt: skip
     (only,) = described.cells()
     assert only.static["scale"] == 1.5 and len(only.runs) == 4 and only.steps == (0, 5, 10)
     table = described.table()
-    assert set(table["quantity"]) == {"log_error", "loss"} and table["predicted"].null_count() == table.height
+    assert set(table["quantity"]) == {"log10_error", "loss"} and table["predicted"].null_count() == table.height
     assert set(table["seed"]) == {3, 7} and table.schema["slope"] == pl.Float64
     losses = (
         table.filter(pl.col("quantity") == "loss").group_by("step").agg(pl.col("value").mean()).sort("step")["value"]
@@ -204,7 +204,7 @@ def test_any_net_any_data_any_loss():
     mine = table.filter(
         (pl.col("seed") == 3) & (pl.col("slope") == 0.5) & (pl.col("step") == 0) & (pl.col("layer") > 0)
     )
-    np.testing.assert_allclose(mine["value"], flow.error, atol=1e-4)
+    np.testing.assert_allclose(mine["value"], flow.log10_error, atol=1e-4)
 
 
 SHARDED = """
@@ -248,7 +248,7 @@ def test_runs_sharded_over_devices_agree_with_one(measured, tmp_path):
         ({"grid": {"batch_size": [5000]}}, ValueError, "at most the 1438 training examples"),
         ({"grid": {"seed": [-1]}}, ValueError, "seed must be an integer of at least 0"),
         ({"grid": 3}, TypeError, "must be a Grid"),
-        ({"quantities": ["loggerror"]}, ValueError, "unknown quantity 'loggerror'; did you mean 'log_error'"),
+        ({"quantities": ["loggerror"]}, ValueError, "unknown quantity 'loggerror'; did you mean 'log10_error'"),
         ({"seeds": 0}, ValueError, "seeds must be a positive integer"),
         ({"steps": [-1]}, ValueError, "steps must be an integer of at least 0"),
         ({"chunk": 0}, ValueError, "chunk must be a positive integer"),

@@ -222,16 +222,18 @@ def test_a_report_draws_pairs_and_says_what_was_measured_in_float64(tmp_path):
 
 def test_quantities_choose_what_watch_measures_of_layers_too():
     axes = {"depth": 2, "width": 8, "activation": "tanh", "norm": "none"}
-    names = ["log_error", "log10_error", "input_rank", "cosine_to_weight"]
+    names = ["log10_kernel", "log10_gradient", "input_rank", "cosine_to_weight"]
     options = {"seeds": 1, "steps": 0, "data": "clusters", "quantities": names}
     described = study.Study(fnn.grid.product(batch_size=16, **axes), **options)
     table = described.table()
     assert set(table["quantity"]) == set(names)
-    error = [
-        table.filter((pl.col("quantity") == name) & (pl.col("role").is_in(["", "preactivation"])))["value"]
-        for name in names[:2]
-    ]
-    np.testing.assert_allclose(error[0] / np.log(10), error[1], atol=1e-5)
+    tapped, watched = (table.filter(pl.col("quantity") == name).sort("path") for name in names[:2])
+    watched = watched.filter(pl.col("path").str.ends_with("kernel"))
+    assert tapped["path"].equals(watched["path"])
+    np.testing.assert_allclose(tapped["value"], watched["value"], atol=1e-5)
+    # Taps measure the error signal: asking for it takes no second measurement, and gives no second row.
+    error = study.Study(fnn.grid.product(batch_size=16, **axes), **(options | {"quantities": ["log10_error"]})).table()
+    assert set(error["role"]) == {"preactivation", "activation"}
     setup, (task,) = described._setup(), described.cells()
     params, state = cell.draw(setup, task.static, task.runs[0])
     net, (x, y) = cell.network(setup, task.static, task.runs[0]).net, setup.train
@@ -269,7 +271,7 @@ def broken(loss, init=lambda key, x: {"w": jnp.zeros((2, 2))}):
     [
         ({"build": lambda width=1: (1, 2)}, TypeError, "must return a Layer, or a pair of functions"),
         ({"loss": fnn.losses.mse}, ValueError, "loss must be left out where build returns a pair"),
-        ({"quantities": ["log_error"]}, ValueError, "unknown quantity 'log_error'; did you mean 'log10_error'"),
+        ({"quantities": ["log10_kernel"]}, ValueError, "unknown quantity 'log10_kernel'"),
         (broken(lambda p, batch: batch[0] @ p["w"]), ValueError, "must be one float, got float32"),
         (broken(lambda p, batch: (jnp.zeros(()), {"accuracy": batch[1]})), ValueError, "accuracy must be one number"),
         (broken(lambda p, batch: 0.0, lambda key, x: {"n": 3}), TypeError, "params must be real floating arrays"),

@@ -23,13 +23,13 @@ AXES = {
 
 
 def made():
-    """A table as six axes and five seeds give it, with log |dL/dh| = value(axes, seed) times the layer."""
+    """A table as six axes and five seeds give it, with log10 |dL/dh| = value(axes, seed) times the layer."""
     rows, rng = [], np.random.default_rng(0)
     for number, values in enumerate(itertools.product(*(values for _, values in AXES.values()))):
         slope = rng.normal()
         for layer in range(1, values[0] + 2):
             row = dict(zip(AXES, values, strict=True), cell=number // 5, step=0, layer=layer, path=f"{layer}/tap")
-            row |= {"role": "preactivation", "quantity": "log_error", "value": slope * layer}
+            row |= {"role": "preactivation", "quantity": "log10_error", "value": slope * layer}
             rows.append(row | {"predicted": 0.5 * slope * layer, "outside": number % 10 == 0})
     return pl.DataFrame(rows, schema=table.schema({name: kind for name, (kind, _) in AXES.items()}))
 
@@ -44,14 +44,14 @@ def test_every_axis_that_varies_tells_networks_apart_and_quantiles_are_over_seed
     assert first == found.networks.height  # no two rows share their values
     for row in found.networks.sample(12, seed=1).iter_rows(named=True):
         own = frame.filter(*(pl.col(name).eq_missing(pl.lit(row[name])) for name in varying), layer=1)
-        slopes = own["value"].to_numpy()  # natural, of one layer away from the input
+        slopes = own["value"].to_numpy()  # of one layer away from the input
         assert len(slopes) == 5
-        growth = -slopes / np.log(10)
+        growth = -slopes
         np.testing.assert_allclose(row["log10_growth"], np.median(growth), rtol=1e-12)
         np.testing.assert_allclose(row["log10_growth_low"], np.quantile(growth, 0.1), rtol=1e-12)
         np.testing.assert_allclose(row["log10_growth_high"], np.quantile(growth, 0.9), rtol=1e-12)
         np.testing.assert_allclose(row["log10_growth_predicted"], np.median(growth) / 2, rtol=1e-12)
-        np.testing.assert_allclose(row["log10_last"], np.median(slopes) * row["depth"] / np.log(10), rtol=1e-12)
+        np.testing.assert_allclose(row["log10_last"], np.median(slopes) * row["depth"], rtol=1e-12)
         curve = found.layers.filter(network=row["network"], series=ERROR, layer=1).row(0, named=True)
         assert curve["middle"] == np.median(slopes) and curve["low"] == np.quantile(slopes, 0.1)
 

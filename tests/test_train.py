@@ -63,7 +63,7 @@ def test_a_step_equals_gradient_clip_and_update_by_hand_and_traces_once():
     for a, b in zip(jax.tree.leaves(metrics["grad_norms"]), jax.tree.leaves(grads), strict=True):
         assert float(a) == pytest.approx(float(np.linalg.norm(b)), rel=1e-4, abs=1e-6)
     rows = fnn.taps.read(*metrics["taps"])
-    assert [row.path for row in rows if row.quantity == "log_error"][:2] == ["2/preactivation", "5/activation"]
+    assert [row.path for row in rows if row.quantity == "log10_error"][:2] == ["2/preactivation", "5/activation"]
     assert int(new.step) == 1
     once = len(traces)
     new, _ = step(new, batch)

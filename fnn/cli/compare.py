@@ -56,13 +56,10 @@ def run(options: Compare) -> int:
         told = words.quantity(quantity)
         for i, row in enumerate(beyond.filter(quantity=quantity).head(each).iter_rows(named=True)):
             bands = [
-                "{:.4g} [{:.4g}, {:.4g}]".format(*(row[n + end] / told.unit for end in ("", "_low", "_high")))
-                for n in ("a", "b")
+                "{:.4g} [{:.4g}, {:.4g}]".format(*(row[n + end] for end in ("", "_low", "_high"))) for n in ("a", "b")
             ]
             name, unit = quantity if i == 0 else "", "log10" if told.log else ""
-            cells = (name, unit, *(words.value(row[n]) for n in shown), *bands, f"{row['difference'] / told.unit:+.4g}")
+            cells = (name, unit, *(words.value(row[n]) for n in shown), *bands, f"{row['difference']:+.4g}")
             table.add_row(*(Text(printable(word)) for word in cells), end_section=i + 1 == each)
     console().print(table)
-    if any(words.quantity(quantity).unit != 1 for quantity, _, _ in ranked):
-        print("logs are decimal here, natural in the columns of the table that begin with log_")
     return 0

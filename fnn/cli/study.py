@@ -65,7 +65,7 @@ class Measured:
     steps: str = ""
     """record at these training steps instead of after each epoch: 0,10,100. 0: at initialisation only"""
     quantities: str = ""
-    """which numbers to keep: log_error,loss,...; by default all except peak"""
+    """which numbers to keep: log10_error,loss,...; by default all except peak"""
     data: str = "digits"
     """digits, clusters, spirals, a folder of IDX files, or a .npz file"""
     zip: str = ""
@@ -197,12 +197,12 @@ def _drawn(folder: Path, table: Any, chance: float | None, last: int) -> str:
     from fnn.study import figures, verdict
     from fnn.study.summary import summarize
 
-    shown = ((pl.col("quantity") == "log_error") & (pl.col("step") == 0)) | pl.col("quantity").is_in(
+    shown = ((pl.col("quantity") == "log10_error") & (pl.col("step") == 0)) | pl.col("quantity").is_in(
         ["accuracy", "diverged"]
     )
     summary = summarize(table.filter(shown))
     drawn = figures.gradient(summary)
-    if drawn is None:  # log_error is not among the quantities
+    if drawn is None:  # log10_error is not among the quantities
         return ""
     print_networks(summary, chance, last > 0)
     for sentence in verdict.sentences(summary, chance, last):

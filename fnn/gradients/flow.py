@@ -1,4 +1,4 @@
-"""`gradient_flow`: true log norms of error signals and gradients, layer by layer, finite at any depth."""
+"""`gradient_flow`: true log10 norms of error signals and gradients, layer by layer, finite at any depth."""
 
 import functools
 import warnings
@@ -31,14 +31,14 @@ class GradientFlow:
     holds a weight, an array of two axes or more that is not called bias or scale: a dense or convolutional layer, an
     embedding, a recurrent cell with its two kernels. Norms and gains belong to the layer before them.
 
-    Quantities, logs being natural: `log_error` at every tap, of the root mean over examples of |d l_i/dh|; `log_kernel`,
-    `log_bias`, ..., of the Frobenius norm of the mean loss's gradient, and `log_kernel_rms`, ..., of its root mean square;
-    `mean`, `second_moment`, `peak`, `dead`, `saturated` of the values that pass a tap on the way forward.
+    Quantities: `log10_error` at every tap, log10 of the root mean square over examples of |d l_i/dh|; `log10_kernel`,
+    `log10_bias`, ..., of the Frobenius norm of the mean loss's gradient, and `log10_kernel_rms`, ..., of its root mean
+    square; `mean`, `second_moment`, `peak`, `dead`, `saturated` of the values that pass a tap on the way forward.
     """
 
     rows: list[Row]
     loss: float
-    weights: tuple[str, ...] = ("log_kernel",)
+    weights: tuple[str, ...] = ("log10_kernel",)
     """The quantities that belong to the layers' weights."""
     precision: str = "float32"
     """The float type of the measurement: float64 where the net's own would have been left."""
@@ -58,23 +58,23 @@ class GradientFlow:
         return np.array(sorted(first), int), np.array([first[layer] for layer in sorted(first)])
 
     @property
-    def error(self) -> np.ndarray:
-        """log_error by layer, at the first tap after each layer's weights."""
-        return self.profile("log_error")[1]
+    def log10_error(self) -> np.ndarray:
+        """Of the error signal by layer, at the first tap after each layer's weights."""
+        return self.profile("log10_error")[1]
 
     @property
-    def kernel(self) -> np.ndarray:
-        """Log norm of the gradient of each layer's weights, log_kernel in fnn's layers."""
+    def log10_kernel(self) -> np.ndarray:
+        """Of the gradient of each layer's weights, which other nets may call by another name than kernel."""
         return self.profile(*self.weights)[1]
 
     @property
-    def bias(self) -> np.ndarray:
-        """log_bias by layer (the first bias of the layer: that of the kernel)."""
-        return self.profile("log_bias")[1]
+    def log10_bias(self) -> np.ndarray:
+        """Of the gradient of each layer's bias: the first, which is that of the kernel."""
+        return self.profile("log10_bias")[1]
 
     def __str__(self) -> str:
-        names = ("log_error", "log_kernel", "log_bias", "second_moment", "dead", "saturated")
-        profiles = {name: self.profile(*(self.weights if name == "log_kernel" else [name])) for name in names}
+        names = ("log10_error", "log10_kernel", "log10_bias", "second_moment", "dead", "saturated")
+        profiles = {name: self.profile(*(self.weights if name == "log10_kernel" else [name])) for name in names}
         columns = {name: dict(zip(*profile, strict=True)) for name, profile in profiles.items()}
         columns = {name: column for name, column in columns.items() if column}
         layers: list[int | None] = [*sorted({row.layer for row in self.rows})]
@@ -133,7 +133,7 @@ def gradient_flow(
     key: Any = None,
     compute_dtype: Any = None,
 ) -> GradientFlow:
-    """Measure log |dL/dh| at every tap and log |dL/dW| of every parameter, L being the mean loss of a batch.
+    """Measure log10 |dL/dh| at every tap and log10 |dL/dW| of every parameter, L being the mean loss of a batch.
 
     Its seven arguments are those of `evaluate`, and two more for a net in training mode.
 

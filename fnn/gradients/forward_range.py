@@ -57,15 +57,18 @@ def lost(orders: Mapping[int, jax.Array], dtypes: Mapping[int, Any], loss: jax.A
     lower end of the range: others are dead units. NaN says so itself, and may stand where a mask hides it; but where the
     loss is not finite, everything that depends on it is lost: the derivative of a ReLU at NaN is 0.
     """
-    limits = {variable: Limits.of(dtypes[variable]) for variable in orders}
-    some = [jnp.any((o < limits[v].low / 2) & (o > -jnp.inf)) for v, o in orders.items()]
-    small = jnp.any(jnp.stack(some)) if some else jnp.zeros((), bool)
-    found = {
-        v: jnp.isposinf(o) | ((o < limits[v].least) & (o > -jnp.inf)) | (jnp.isneginf(o) & small)
-        for v, o in orders.items()
-    }
-    every = [~jnp.isfinite(loss), *(jnp.any(flags) for flags in found.values())]
-    return {f"lost.{v}": flags for v, flags in found.items()} | {"lost": jnp.any(jnp.stack(every))}
+    if not orders:
+        return {"lost": ~jnp.isfinite(loss)}
+    limits = [(Limits.of(dtypes[v]), o.size) for v, o in orders.items()]
+    low, least = (np.repeat(*zip(*((getattr(one, n), k) for one, k in limits), strict=True)) for n in ("low", "least"))
+    # Joined, and not opened again: XLA would repeat for each value what all of them depend on.
+    every = jax.lax.optimization_barrier(jnp.concatenate([jnp.ravel(o) for o in orders.values()]))
+    small = jnp.any((every < np.float32(low / 2)) & (every > -jnp.inf))
+    gone = jnp.isposinf(every) | ((every < np.float32(least)) & (every > -jnp.inf)) | (jnp.isneginf(every) & small)
+    gone = jax.lax.optimization_barrier(gone)
+    parts = jnp.split(gone, np.cumsum([size for _, size in limits])[:-1])
+    found = {f"lost.{v}": part.reshape(o.shape) for (v, o), part in zip(orders.items(), parts, strict=True)}
+    return found | {"lost": ~jnp.isfinite(loss) | jnp.any(gone)}
 
 
 @dataclass(frozen=True)

@@ -66,34 +66,37 @@ class Subject:
 
 
 class _Numbers:
-    """Numbers and their labels, one after the other; NaN where they depend on activations that are `lost`."""
+    """Numbers and their labels, one after the other; NaN where they depend on activations that are `lost`.
+
+    They are joined before anything is done to them: XLA would repeat for each number what all of them depend on.
+    """
 
     def __init__(self, lost: jax.Array) -> None:
-        self.lost = lost
+        self.all_lost = lost
         self.series: list[Series] = []
         self.mantissas: list[jax.Array] = []
         self.exponents: list[jax.Array] = []
+        self.lost: list[jax.Array] = []
 
     def add(self, label: Series, value: Any, lost: jax.Array | None = None) -> None:
-        m, e = value if isinstance(value, tuple) else (value, jnp.zeros(jnp.shape(value), jnp.int32))
-        size = label.size
-        if jnp.result_type(m) == jnp.float64 and isinstance(value, tuple):  # float32 may not hold it
-            m, more = jnp.frexp(m)
-            e = e + more
-        m = jnp.where(self.lost if lost is None else lost, jnp.nan, m)
+        m, e = value if isinstance(value, tuple) else (value, jnp.zeros((), jnp.int32))
+        shape, lost = jnp.shape(m), self.all_lost if lost is None else lost
         self.series.append(label)
-        self.mantissas.append(jnp.broadcast_to(m, jnp.shape(m)).astype(jnp.float32).reshape(size))
-        self.exponents.append(jnp.broadcast_to(e, jnp.shape(m)).astype(jnp.int32).reshape(size))
+        for part, kept in ((m, self.mantissas), (e, self.exponents), (lost, self.lost)):
+            kept.append(jnp.broadcast_to(part, shape).reshape(label.size))
 
     def mark(self, label: Series) -> None:
         """Say where a layer stands, whatever is measured of it."""
         self.series.append(label)
 
     def flow(self, loss: jax.Array, notes: Sequence[str], exact: bool) -> Flow:
-        empty = jnp.zeros(0)
-        m = jnp.concatenate([empty, *self.mantissas]).astype(jnp.float32)
-        e = jnp.concatenate([empty.astype(jnp.int32), *self.exponents])
-        return Flow(loss, m, e, Labels(tuple(self.series), tuple(notes), exact))
+        m = jnp.concatenate([jnp.zeros(0), *self.mantissas])
+        e = jnp.concatenate([jnp.zeros(0, jnp.int32), *self.exponents])
+        m = jnp.where(jnp.concatenate([jnp.zeros(0, bool), *self.lost]), jnp.nan, m)
+        if m.dtype == jnp.float64:  # float32 may not hold it
+            m, more = jnp.frexp(m)
+            e = e + more
+        return Flow(loss, m.astype(jnp.float32), e, Labels(tuple(self.series), tuple(notes), exact))
 
 
 def assembled(

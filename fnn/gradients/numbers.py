@@ -41,7 +41,7 @@ class Numbers(NamedTuple):
     backward: np.ndarray
     """Which are logs of gradients and error signals: bool[n]."""
     weights: tuple[str, ...]
-    """The quantities that belong to a layer's weights: `log_kernel`, ..."""
+    """The quantities that belong to a layer's weights: `log10_kernel`, ..."""
 
 
 class Verdict(NamedTuple):
@@ -72,17 +72,17 @@ class _Column(NamedTuple):
 
 
 def resolve(measured: dict[str, Any], params: Any) -> Numbers:
-    """Join logs and exponents in float64; `measured` may carry leading axes, `params` (or their specs) must not."""
+    """Join logs and exponents to log10, in float64; `measured` may carry leading axes, `params` (or their specs) must not."""
     lead, columns = np.ndim(measured["loss"]), []
-    sizes = tree.map_depth(lambda k, a: 0.5 * np.log(max(1, np.prod(a.shape[k:]))), params)
+    sizes = tree.map_depth(lambda k, a: 0.5 * np.log10(max(1, np.prod(a.shape[k:]))), params)
     logs = jax.tree.map(_joined, measured["logs"], measured["exponents"])
     for where, log, rms in _entries(lead, logs, jax.tree.map(np.subtract, logs, sizes)):
-        columns += [_Column(where, f"log_{where.name}", log), _Column(where, f"log_{where.name}_rms", rms)]
+        columns += [_Column(where, f"log10_{where.name}", log), _Column(where, f"log10_{where.name}_rms", rms)]
     for (keys, tap), error in zip(taps.listed(measured["state"]), measured["errors"], strict=True):
         for where, log, forward in _blocks(lead, keys, _joined(*error), tap.forward):
             with np.errstate(divide="ignore"):
                 peak = np.log(np.asarray(forward["peak"], np.float64))
-            columns.append(_Column(where, "log_error", log, role=tap.role))
+            columns.append(_Column(where, "log10_error", log, role=tap.role))
             columns += [_Column(where, name, value, peak, tap.role) for name, value in forward.items()]
     columns.sort(key=lambda column: column.where.place)
     layers, weights = _layers(params)
@@ -130,7 +130,7 @@ def settle(
     bad = large | near | (zero & small[..., None])
     lost = ~np.isfinite(loss) | some(large) | (small & (not smooth))
     behind = np.logical_or.accumulate(bad, axis=-1) & lost[..., None] & ~backward
-    errors, nothing = those(lambda label: label.quantity == "log_error"), backward & (values == -np.inf)
+    errors, nothing = those(lambda label: label.quantity == "log10_error"), backward & (values == -np.inf)
     first = nothing[..., np.flatnonzero(errors)[0]] if some(errors) else np.zeros_like(lost)
     gone = first & ~some(zero) & (info.bits < 64)  # float64 reaches further than the blocks between two taps
     last = np.maximum.accumulate(np.where(backward, 0, np.arange(len(labels))))  # the tap in front of an array
@@ -160,7 +160,7 @@ def _layers(params: Any) -> tuple[list[Order], tuple[str, ...]]:
     """
     axes = tree.map_depth(lambda k, a: np.full(a.shape[:k], len(a.shape) - k), params)
     weights = [where for where, n in _entries(0, axes) if n >= 2 and where.name not in ("bias", "scale")]
-    return sorted({_group(where.place) for where in weights}), tuple({f"log_{w.name}": None for w in weights})
+    return sorted({_group(where.place) for where in weights}), tuple({f"log10_{w.name}": None for w in weights})
 
 
 def _group(place: Order) -> Order:
@@ -193,4 +193,5 @@ def _where(keys: Any, index: tuple[int, ...]) -> _Where:
 
 
 def _joined(log: Any, exponent: Any) -> np.ndarray:
-    return np.asarray(log, np.float64) + np.log(2) * np.asarray(exponent, np.float64)
+    """log10 of exp(log) * 2^exponent."""
+    return (np.asarray(log, np.float64) + np.log(2) * np.asarray(exponent, np.float64)) / np.log(10)

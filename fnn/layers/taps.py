@@ -230,14 +230,14 @@ def read(state: Any, state_gradients: Any) -> list[Row]:
     """Turn a new state, and the gradient of the loss with respect to the old one, into labelled rows.
 
     Rows come in forward order: the forward statistics of every tap (`mean`, `second_moment`, `peak`, ...), then
-    `log_error`, the natural log of the root mean over examples of |d l_i/dh|, as it arrived at the tap. `layer`
+    `log10_error`, log10 of the root mean square over examples of |d l_i/dh|, as it arrived at the tap. `layer`
     counts taps here. A tap used k times reports the root of the summed squares; one that the loss does not reach reports
     -inf.
     """
     rows = []
     news = zip(find(jax.device_get(state)), find(jax.device_get(state_gradients)), strict=True)
     for number, ((path, new), (_, old)) in enumerate(news, 1):
-        values = new.forward | {"log_error": log_error(old.backward)}
+        values = new.forward | {"log10_error": log10_error(old.backward)}
         rows += [Row(number, path, name, float(value), new.role) for name, value in values.items()]
     return rows
 
@@ -248,9 +248,9 @@ def find(state: Any) -> list[tuple[str, TapState]]:
     return [(path, node) for path, node in every if isinstance(node, TapState)]
 
 
-def log_error(backward: Backward) -> np.ndarray:
-    """Read the log norm that arrived at a tap, or at many, in float64: float64[...]. Of several uses, the root of the sum."""
+def log10_error(backward: Backward) -> np.ndarray:
+    """Read log10 of the norm that arrived at a tap, or at many, in float64: float64[...]. Of several uses, the root of the sum."""
     small, large, log = (np.asarray(a, np.float64) for a in (backward.small, backward.large, backward.log))
     with np.errstate(divide="ignore"):  # log 0 = -inf is the right answer
-        logs = [0.5 * np.log(small) - 60 * np.log(2), 0.5 * np.log(large) + 60 * np.log(2)]
-    return np.where(np.asarray(backward.uses) == 1, log, np.where(small < 2.0**120, *logs))
+        logs = [0.5 * np.log10(small) - 60 * np.log10(2), 0.5 * np.log10(large) + 60 * np.log10(2)]
+    return np.where(np.asarray(backward.uses) == 1, log / np.log(10), np.where(small < 2.0**120, *logs))

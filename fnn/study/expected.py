@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fnn import lowering, measures
+from fnn import compiled, lowering, measures
 from fnn.layers.activations import TABLE
 from fnn.study import program
 from fnn.theory import drawn, meanfield
@@ -72,13 +72,16 @@ def _drawn(
 
 def _errors(loss: Callable[[Any, Any], Any], y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Make a function of the outputs of several nets: the gradient of each example's loss by its outputs."""
-    each = jax.jit(jax.vmap(jax.grad(lambda z: len(y) * measures.mean(loss, z, y))))
 
     def errors(outputs):
         with jax.ensure_compile_time_eval(), jax.default_device(lowering.host()):
-            return np.asarray(each(outputs))
+            return np.asarray(compiled.call(_gradients, (loss,), outputs, y))  # all cells share the program
 
     return errors
+
+
+def _gradients(loss: Callable[[Any, Any], Any], outputs: Any, y: Any) -> jax.Array:
+    return jax.vmap(jax.grad(lambda z: len(y) * measures.mean(loss, z, y)))(outputs)
 
 
 def _expanded(net: drawn.Net, x: np.ndarray, q0: float | None) -> dict[str, np.ndarray] | None:

@@ -13,7 +13,7 @@ import numpy as np
 from fnn.plot import COLOURS, MARKERS, log_scale
 from fnn.plot import words as shown
 from fnn.study import summary, verdict, words
-from fnn.study.summary import ERROR, ERROR10, Summary
+from fnn.study.summary import ERROR, WATCHED_ERROR, Summary
 
 MOST_PANELS = 24
 COLUMNS = ("low", "middle", "high", "predicted", "predicted_low", "predicted_high")
@@ -32,7 +32,7 @@ def gradient(s: Summary, series: str = ERROR, step: int = 0) -> Any:
     found = s.layers["series"]
     if series not in found:
         others = found.filter(found.str.starts_with("log10_gradient at ")).value_counts(sort=True)["series"]
-        series = ERROR10 if series == ERROR else next(iter(others), series)
+        series = WATCHED_ERROR if series == ERROR else next(iter(others), series)
     part = hidden(s, s.layers.filter((pl.col("series") == series) & (pl.col("step") == step)))
     if part.is_empty():
         return None
@@ -40,7 +40,7 @@ def gradient(s: Summary, series: str = ERROR, step: int = 0) -> Any:
         s = at_start(s)
         part = part.filter(pl.col("network").is_in(s.networks["network"].implode()))
     told = words.quantity(series)
-    part = part.with_columns(pl.col(n).cast(pl.Float64) / told.unit for n in COLUMNS)
+    part = part.with_columns(pl.col(n).cast(pl.Float64) for n in COLUMNS)
     when = "at initialisation" if step == 0 else f"after {words.count(step, 'step')}"
     return _lines(
         s,
@@ -73,7 +73,7 @@ def hidden(s: Summary, part: Any) -> Any:
         depths = s.networks.select("network", _depth="depth")
         return part.join(depths, on="network", maintain_order="left").filter(pl.col("layer") <= pl.col("_depth"))
     last = pl.col("layer").max().over("network")
-    return part.filter(~pl.col("series").is_in([ERROR, ERROR10]) | (pl.col("layer") < last))
+    return part.filter(~pl.col("series").is_in([ERROR, WATCHED_ERROR]) | (pl.col("layer") < last))
 
 
 def training(s: Summary, series: str = "train_loss") -> Any:
@@ -181,7 +181,7 @@ def _lines(s: Summary, part: Any, x: str, labels: tuple[str, str], when: str = "
     if theory:
         from matplotlib.lines import Line2D
 
-        handles["mean-field theory"] = Line2D([], [], color="k", linestyle="--", linewidth=0.9)
+        handles["theory at this width"] = Line2D([], [], color="k", linestyle="--", linewidth=0.9)
     if any(handles):
         _outside(figure, handles, words.axis(by), min(len(handles), max(3, 3 * _columns(axes))))
     _labels(figure, axes, *labels)

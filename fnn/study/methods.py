@@ -79,8 +79,9 @@ def sentence(study: results.Results, s: Summary) -> str:
         norms = s.networks["norm"].to_list() if "norm" in s.axes else [s.fixed.get("norm")]
         more = "; with batch norm Yang et al. 2019" if "batch_norm" in norms else ""
         parts.append(
-            f"Predictions are those of mean-field theory (Schoenholz et al. 2017{more}), with a band for finite width that "
-            "holds 19 of 20 seeds."
+            "Predictions hold at the width of each network: random networks are drawn for the same inputs and targets without "
+            "their weight matrices (of very wide ones: expanded to order 1/width); for infinite width they are those of "
+            f"mean-field theory (Schoenholz et al. 2017{more}). The band holds 19 of 20 seeds."
         )
     if where := _where(study):
         parts.append(f"Computed with {where}.")

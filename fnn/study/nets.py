@@ -85,9 +85,9 @@ class OfLayer:
         x, y = batch
         numbers, gradient = flow.differentiate(self.net, self.loss, True, params, state, x, y, key)
         found: dict[str, Any] = {"flow": numbers}
-        if self.groups:
+        if groups := self._asked(state):
             loss, size = self._watched(state, key), len(batch[1])
-            found["watch"], _ = measured.measured(loss, _options(self.groups, False), False, size, params, batch)
+            found["watch"], _ = measured.measured(loss, _options(groups, False), False, size, params, batch)
         return found, gradient
 
     def wide(self, params: Any, state: Any, batch: Any, key: Any) -> tuple[dict[str, Any], jax.Array]:
@@ -97,13 +97,17 @@ class OfLayer:
             raise TypeError("study: the net casts to another type itself")
         numbers, _ = flow.differentiate(self.net, self.loss, True, *given, x, y, key)
         found: dict[str, Any] = {"flow": numbers}
-        if self.groups:
+        if groups := self._asked(state):
             loss, size = self._watched(state, key), len(batch[1])
-            found["watch"] = measured.in_float64(loss, _options(self.groups, False), size, False, params, batch)[0]
+            found["watch"] = measured.in_float64(loss, _options(groups, False), size, False, params, batch)[0]
         return found, wide.holds(numbers["loss"])
 
     def heldout(self, params: Any, state: Any, x: Any, y: Any) -> dict[str, jax.Array]:
         return means(self.net, Measured(self.loss), min(EVALUATED, x.shape[0]), params, state, x, y)
+
+    def _asked(self, state: Any) -> tuple[str, ...]:
+        """List the groups of `watch` that are needed: taps say the error signal already."""
+        return beside_taps(self.groups) if taps.listed(state) else self.groups
 
     def _watched(self, state: Any, key: Any) -> Callable[..., Any]:
         return lambda params, x, y: self.value(params, state, (x, y), key)
@@ -231,3 +235,8 @@ def watched(quantities: Sequence[str] | None) -> tuple[str, ...]:
     """List the groups of `watch` that hold some of the quantities."""
     quantities = quantities or ()
     return tuple(group for group, names in GROUPS.items() if set(names) & set(quantities))
+
+
+def beside_taps(groups: tuple[str, ...]) -> tuple[str, ...]:
+    """Leave out what taps measure."""
+    return tuple(group for group in groups if group != "error")

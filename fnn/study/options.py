@@ -79,10 +79,10 @@ def check_functions(study: Any, setup: program.Setup, first: program.Cell) -> No
     for name, function in setup.measure.items():
         jax.eval_shape(lambda *args, n=name, f=function: _numbers(n, f(*args)), params, state, probe)
     known = {*(table.OF_PAIRS if pair else table.QUANTITIES), *nets.WATCHED, *study.measure}
-    if not (set(study.quantities or ()) - known) and not any(name.startswith("log_") for name in study.measure):
+    if not (set(study.quantities or ()) - known) and not any(name.startswith("log10_") for name in study.measure):
         return
     names = set() if pair else cell.parameter_names(setup, first)  # the net may have parameters of other names
-    logs = {pattern.format(name) for name in names for pattern in ("log_{}", "log_{}_rms")}
+    logs = {pattern.format(name) for name in names for pattern in ("log10_{}", "log10_{}_rms")}
     if taken := logs.intersection(study.measure):
         raise ValueError(f"study: a measurement needs a name that no quantity has, got {min(taken)!r}; choose another")
     for quantity in study.quantities or ():

@@ -66,7 +66,7 @@ EVERY.layers = () => {
   const here = (D.layers[told.id] || {})[step] || {}, ns = members(here), theory = [];
   const traces = ns.flatMap(n => curve(n, here[n], `layer %{x}: ${told.log ? "10^" : ""}%{y:.4g}`));
   for (const n of ns) if (here[n].predicted)
-    theory.push({x: here[n].x, y: here[n].predicted, mode: "lines", line: {color: dark() ? "#fff" : "#000", width: 1.3, dash: "dash"}, name: "mean-field theory",
+    theory.push({x: here[n].x, y: here[n].predicted, mode: "lines", line: {color: dark() ? "#fff" : "#000", width: 1.3, dash: "dash"}, name: "theory at this width",
       showlegend: !theory.length, legendgroup: "theory", hovertemplate: "layer %{x}: predicted 10^%{y:.4g}<extra></extra>"});
   $("stepnow").textContent = step;
   const deepest = Math.max(1, ...ns.map(n => here[n].x[here[n].x.length - 1]));
@@ -77,7 +77,7 @@ EVERY.layers = () => {
     (D.thinned ? "; of deep networks every few layers are drawn" : "") + "." : "";
   if (theory.length) {
     const far = ns.filter(n => D.networks[n].outside > 0.05), banded = ns.filter(n => known(D.networks[n].outside)).length;
-    text += ` The dashed curve is mean-field theory, shifted to pass through the last hidden layer; ${theory.length === ns.length ? "every network shown has one" : `${theory.length} of ${ns.length} networks shown have one`}${banded < theory.length ? ` (${banded} with a band)` : ""}. ` + (far.length ?
+    text += ` The dashed curve is theory at this width, shifted to pass through the last hidden layer; ${theory.length === ns.length ? "every network shown has one" : `${theory.length} of ${ns.length} networks shown have one`}${banded < theory.length ? ` (${banded} with a band)` : ""}. ` + (far.length ?
       `Outside of its band more often than the expected 5%: ${list(far.map(n => `${D.networks[n].name} (${Math.round(100 * D.networks[n].outside)}%)`))}.` :
       banded ? "None of them lies outside of its band more often than the expected 5%." : "");
   }
@@ -97,7 +97,7 @@ function against(id, get, y, more) {
     group.sort((i, j) => axis ? D.networks[i].at[a] - D.networks[j].at[a] : 0);
     const v = group.map(n => get(D.networks[n], n)), name = D.axes.map((other, i) => i === a ? "" : other.labels[D.networks[group[0]].at[i]]).filter(Boolean).join(", ");
     if (v.some(t => known(t[3]))) theory.push({x: group.map(x), y: v.map(t => t[3]), mode: "lines+markers", line: {color: dark() ? "#fff" : "#000", width: 1.3, dash: "dash"},
-      marker: {symbol: "line-ew-open", size: 12}, name: "mean-field theory", showlegend: !theory.length, hovertemplate: "predicted %{y:.4g}<extra></extra>"});
+      marker: {symbol: "line-ew-open", size: 12}, name: "theory at this width", showlegend: !theory.length, hovertemplate: "predicted %{y:.4g}<extra></extra>"});
     const look = {name: plain(name), legendgroup: "g" + g}, symbol = MARKS[g % 7];
     const points = {...look, showlegend: false, x: group.map(x), y: v.map(t => t[1]), mode: "lines+markers", line: {color: dark() ? "#999" : "#777", width: 1, dash: ["solid", "dot", "dashdot", "longdashdot"][Math.floor(g / 7) % 4]},
       marker: {size: 9, symbol, color: group.map(colour)}, text: group.map(n => plain(D.networks[n].name)),
@@ -118,7 +118,7 @@ function drawGrowth(title) {
   const zero = {shapes: [{type: "line", xref: "paper", x0: 0, x1: 1, y0: 0, y1: 0, line: {width: 1, dash: "dot", color: dark() ? "#ccc" : "#333"}}]};
   const [drawn, ns, theory] = against("rate", r => known(r.growth) && [r.growth_low, r.growth, r.growth_high, r.growth_predicted], title, {whole: zero});
   $("rate-says").textContent = ns.length ? `How log10 |dL/dh| changes for each layer towards the input: above 0 (dotted) gradients grow, below 0 they shrink. Medians of ${seedsOf(ns)}, bars from the 10th to the 90th percentile` +
-    (theory ? "; mean-field theory dashed. " : ". ") + COLOURS : "No chosen network has an error signal in two layers.";
+    (theory ? "; theory at this width dashed. " : ". ") + COLOURS : "No chosen network has an error signal in two layers.";
   return drawn;
 }
 function drawMap(title) {

@@ -15,7 +15,7 @@ import numpy as np
 from fnn import files
 from fnn.plot import COLOURS
 from fnn.study import figures, methods, results, summary, table, verdict, words
-from fnn.study.summary import ERROR, ERROR10, Summary
+from fnn.study.summary import ERROR, WATCHED_ERROR, Summary
 
 MOST_LAYERS = 64  # points of a curve on the page; deeper nets are thinned evenly
 FORMATS = (".png", ".svg", ".pdf")
@@ -67,7 +67,7 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
     chance = methods.chance(study)
     draws = {
         "gradient": figures.gradient,
-        "weights": lambda s: figures.gradient(s, "log_kernel"),
+        "weights": lambda s: figures.gradient(s, "log10_kernel"),
         "heat": figures.heat,
         "training": figures.training,
         "accuracy": lambda s: figures.accuracy(s, chance),
@@ -93,11 +93,11 @@ def gradient(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
     """Draw a study's error signal at initialisation against the layer, from its table; save the figure if given a path.
 
     A panel for each combination of the other axes, a line for each depth: medians over seeds, shaded from the 10th to the
-    90th percentile, mean-field theory dashed. Returns the figure, or None where the table has no error signal.
+    90th percentile, theory at the width of the nets dashed. Returns the figure, or None where the table has no error signal.
     """
     import polars as pl
 
-    errors = table.filter(pl.col("quantity").is_in(["log_error", ERROR10]) & (pl.col("step") == 0))
+    errors = table.filter((pl.col("quantity") == "log10_error") & (pl.col("step") == 0))
     figure = figures.gradient(summary.summarize(errors))
     if figure is not None and path is not None:
         files.save_figure(figure, path, 110, "report")
@@ -163,7 +163,7 @@ def _packed(text: str) -> str:
 
 
 def contents(s: Summary, chance: float | None = None) -> dict[str, Any]:
-    """Collect what the page draws, as JSON holds it: numbers to 4 digits, null for what is not finite; logs are decimal."""
+    """Collect what the page draws, as JSON holds it: numbers to 4 digits, null for what is not finite."""
     import polars as pl
 
     axes = [_axis(s, name) for name in s.axes]
@@ -173,7 +173,7 @@ def contents(s: Summary, chance: float | None = None) -> dict[str, Any]:
     ):
         rows = rows.sort("layer")
         chosen = np.unique(np.linspace(0, rows.height - 1, min(MOST_LAYERS, rows.height)).round().astype(int))
-        curve = _curve(rows[chosen.tolist()], "layer", words.quantity(series).unit)
+        curve = _curve(rows[chosen.tolist()], "layer")
         layers.setdefault(series, {}).setdefault(str(step), {})[str(network)] = curve
     runs: dict[str, Any] = {}
     moving = s.runs.filter(pl.col("step").n_unique().over("series", "network") > 1)
@@ -182,7 +182,7 @@ def contents(s: Summary, chance: float | None = None) -> dict[str, Any]:
     finals = {
         str(r["network"]): [_number(r[k]) for k in ("low", "middle", "high")] for r in s.finals.iter_rows(named=True)
     }
-    first = [name for name in (ERROR, ERROR10, "log_kernel") if name in layers]
+    first = [name for name in (ERROR, WATCHED_ERROR, "log10_kernel") if name in layers]
     order = [*first, *sorted(set(layers) - set(first), key=lambda n: words.quantity(n).about)]
     return {
         "axes": [{"word": words.axis(name), **axis} for name, axis in zip(s.axes, axes, strict=True)],
@@ -253,16 +253,16 @@ def _told(series: str) -> dict[str, Any]:
     }
 
 
-def _curve(rows: Any, x: str, unit: float = 1.0) -> dict[str, Any]:
+def _curve(rows: Any, x: str) -> dict[str, Any]:
     columns = [name for name in ("low", "middle", "high", "predicted") if name in rows.columns]
     curve = {"x": rows[x].to_list()}
-    curve |= {name: [_number(v, unit) for v in rows[name].to_list()] for name in columns}
+    curve |= {name: [_number(v) for v in rows[name].to_list()] for name in columns}
     if all(v is None for v in curve.get("predicted", [])):
         curve.pop("predicted", None)
     return curve
 
 
-def _number(value: Any, unit: float = 1.0, digits: int = 4) -> float | int | None:
+def _number(value: Any, digits: int = 4) -> float | int | None:
     if value is None or not math.isfinite(value):
         return None
-    return int(value) if isinstance(value, int | bool) else float(f"{value / unit:.{digits}g}")
+    return int(value) if isinstance(value, int | bool) else float(f"{value:.{digits}g}")

@@ -12,7 +12,7 @@ SHA-256 of all its bytes (see `checksum`). So a file that is damaged, or belongs
 any of it is parsed; it is named in a warning and left out of the table. Running the study again moves it aside
 (00000.parquet.aside) and measures the cell again.
 
-`study.json` is an object: `format` (5), `program` (the version of what is compiled), `axes` ({"static": [...],
+`study.json` is an object: `format` (6), `program` (the version of what is compiled), `axes` ({"static": [...],
 "traced": [...]}, names in column order), `types` (of the axes), `cells` (a list of {"static": {axis: value}, "runs": [{"seed": 0, "sigma_w": 1.0, ...}, ...], "steps":
 recorded, 0 first, "chunk": runs at once}), `steps` (those of all cells), `data` (shapes and a SHA-256), `loss`, `build`,
 `measure` (functions, by name and a SHA-256 of their content), `unpromised` (what the functions reach that has no readable
@@ -31,14 +31,14 @@ The table is long: one row for each (cell, run, step, layer, path, quantity); no
 | path | String | of the parameter or tap, as `watch` writes it for its quantities; "" for quantities of the whole run |
 | role | String | of the tap: "preactivation", "activation" or "sum" in the nets of fnn; "" for everything else |
 | quantity | String | see below |
-| value | Float64 | the measured number; logs are natural, those of quantities that begin with log10_ decimal; -inf is the log of zero; NaN where the signal left the range of the float type |
+| value | Float64 | the measured number; of quantities that begin with log10_ its decimal log; -inf is the log of zero; NaN where the signal left the range of the float type |
 | predicted low high | Float64 | theory for that layer, and the band that holds 19 of 20 seeds; null where there is no theory |
 | outside | Boolean | whether value lies outside low..high; null where there is no band |
 | float64 | Boolean | whether it was measured in float64: everything under x64; without, at step 0, all layers of a run whose signal leaves the range of float32 on its way forward or back, such as ReLU at depth 256 |
 
-Quantities of a layer: `log_error`, the log of the root mean square over examples of |d l_i/dh|, at every tap (theory
-predicts those with the role "preactivation", up to the last hidden layer, at step 0); `log_kernel`, `log_bias` (and
-so on for other parameters), the log Frobenius norm of the mean loss's gradient, and `log_kernel_rms`, its root mean square
+Quantities of a layer: `log10_error`, log10 of the root mean square over examples of |d l_i/dh|, at every tap (theory
+predicts those with the role "preactivation", up to the last hidden layer, at step 0); `log10_kernel`, `log10_bias` (and
+so on for other parameters), log10 of the Frobenius norm of the mean loss's gradient, and `log10_kernel_rms`, its root mean square
 per entry; `mean`, `second_moment`, `dead`, `saturated` (and `peak`, if asked for) at every tap; `update_ratio`,
 |update|/|weights| of the optimiser's next update, and `cosine`, between the gradient and the one at the recorded step
 before, both for every parameter.
@@ -72,7 +72,7 @@ from fnn.study import checksum, table
 from fnn.study.checksum import pack as pack
 from fnn.study.identity import canonical
 
-FORMAT = 5
+FORMAT = 6
 """Formats up to 3 counted depth without the first hidden layer, and had no column `role`; up to 4 no column `float64`."""
 _VALUE = (int, float, bool, str, type(None))
 _SHAPE = {

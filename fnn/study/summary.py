@@ -11,9 +11,9 @@ from fnn.layers.taps import PREACTIVATION
 from fnn.study import nets
 from fnn.study.axes import apart
 
-ERROR = f"log_error at {PREACTIVATION}"
-ERROR10 = "log10_error"
-"""The error signal of nets without taps, as `watch` measures it: log10."""
+ERROR = f"log10_error at {PREACTIVATION}"
+WATCHED_ERROR = "log10_error"
+"""The error signal of nets without taps, as `watch` measures it."""
 OWN = (
     *("network", "series", "low", "middle", "high", "predicted", "seeds", "outside", "diverged", "accuracy"),
     *("log10_first", "log10_last", "log10_growth", "log10_growth_low", "log10_growth_high", "log10_growth_predicted"),
@@ -65,10 +65,10 @@ def summarize(table: Any) -> Summary:
     networks = table.select(keys).unique(maintain_order=True).with_row_index("network")
     table = table.join(networks, on=keys, how="left", maintain_order="left", nulls_equal=True)
     tail = pl.when(pl.col("role") != "").then("role").otherwise(pl.col("path").str.split("/").list.last())
-    plain = pl.col("quantity").str.replace("_rms$", "").str.replace("^log_", "") == tail
+    plain = pl.col("quantity").str.replace("_rms$", "").str.replace("^log10_", "") == tail
     # Of a layer `watch` measures most quantities once: they need no place.
     once = [name for name in nets.WATCHED if name not in (*nets.GROUPS["gradient"], *nets.GROUPS["cosine"])]
-    plain |= (pl.col("layer") == 0) | pl.col("quantity").is_in(once)
+    plain |= (pl.col("layer") == 0) | (pl.col("quantity").is_in(once) & (pl.col("role") == ""))
     table = table.with_columns(series=pl.when(plain).then("quantity").otherwise(pl.col("quantity") + " at " + tail))
     run = ["network", "cell", *(["seed"] if "seed" in table.columns else [])]
     inner = table.filter(pl.col("layer") > 0).unique(
@@ -106,10 +106,8 @@ def _growth(inner: Any, run: list[str]) -> Any:
     """Growth of log10 of the error signal over the hidden layers: all with a tap before their activation, except the output's."""
     import polars as pl
 
-    series = ERROR if (inner["series"] == ERROR).any() else ERROR10
+    series = ERROR if (inner["series"] == ERROR).any() else WATCHED_ERROR
     errors = inner.filter((pl.col("series") == series) & (pl.col("step") == 0)).sort("layer")
-    if series == ERROR:
-        errors = errors.with_columns(pl.col("value", "predicted") / math.log(10))
     hidden = errors.filter(pl.col("layer") < pl.col("layer").max().over(run))
 
     def growth(column):

@@ -25,7 +25,15 @@ OF_PAIRS = (
 )
 """Quantities that nets of any framework have, besides those of `watch`."""
 QUANTITIES = (
-    *("log_error", "log_kernel", "log_kernel_rms", "log_bias", "log_bias_rms", "log_scale", "log_scale_rms"),
+    *(
+        "log10_error",
+        "log10_kernel",
+        "log10_kernel_rms",
+        "log10_bias",
+        "log10_bias_rms",
+        "log10_scale",
+        "log10_scale_rms",
+    ),
     *(*STATISTICS, *OF_PAIRS),
 )
 
@@ -120,7 +128,7 @@ def left_range(frame: Any) -> str | None:
     import polars as pl
 
     forward = pl.col("quantity").is_in([*STATISTICS, *nets.GROUPS["activation"]])
-    backward = pl.col("quantity").str.contains("^log_|^log10_") & (pl.col("quantity") != "log10_gradient_to_weight")
+    backward = pl.col("quantity").str.starts_with("log10_") & (pl.col("quantity") != "log10_gradient_to_weight")
     rows = frame.filter((forward | backward) & pl.col("value").is_nan())
     if rows.is_empty():
         return None
@@ -211,7 +219,7 @@ def _extra_labels(extra: dict[str, Any], layers: dict[str, int]) -> list[tuple[f
 def _predictions(
     task: cell.Cell, labels: Sequence[flow.Label], values: np.ndarray, theory: Theory, good: Any, known: Any
 ) -> np.ndarray:
-    """Predict log_error of the hidden layers of every run: float64[3, runs, records, labels], nan where not known.
+    """Predict log10_error of the hidden layers of every run: float64[3, runs, records, labels], nan where not known.
 
     The three are the typical curve and the band of 19 seeds in 20, each through the run's own measured error signal at
     the last hidden layer: theory says how it changes from layer to layer. What it starts from is said by the runs that are
@@ -234,10 +242,10 @@ def _predictions(
             continue
         q0 = None if moment is None else float(np.median(squares))
         for role, curves in (theory(task.static, *sigmas, len(members), q0) or {}).items():
-            layers = [n for n in range(1, hidden + 1) if ("log_error", role, n) in found]
+            layers = [n for n in range(1, hidden + 1) if ("log10_error", role, n) in found]
             if hidden not in layers:
                 continue
-            index = [found["log_error", role, n] for n in layers]
-            anchors, curves = values[members, 0, index[-1]], curves[:, [n - 1 for n in layers]]
+            index = [found["log10_error", role, n] for n in layers]
+            anchors, curves = values[members, 0, index[-1]], curves[:, [n - 1 for n in layers]] / np.log(10)
             result[np.ix_(range(3), members, [0], index)] = (anchors[:, None] + curves[:, None])[:, :, None]
     return result

@@ -74,7 +74,7 @@ def together(setup: Setup, description: Mapping[str, Any], static: Mapping[str, 
     All of the study count, so that a cell has the same program whichever others are left to measure.
     """
     own = any(setup.loss is loss for loss in vars(losses).values())
-    if setup.build is not cell.mlp or not own or setup.measure or nets.watched(setup.quantities):
+    if setup.build is not cell.mlp or not own or setup.measure or nets.beside_taps(nets.watched(setup.quantities)):
         return ()
     there = {described["static"]["activation"] for described in description["cells"]}
     names = sorted(name for name in there if TABLE[name].elementwise)

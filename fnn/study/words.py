@@ -1,10 +1,8 @@
 """What the quantities and axes of a study are called where people read them, and the unit of each: log10 throughout."""
 
-import math
 import re
 from typing import Any, NamedTuple
 
-LN10 = math.log(10)
 SYMBOLS = {"sigma_w": "σ_w", "sigma_b": "σ_b", "lr": "learning rate"}
 PLACES = {"preactivation": "before the activation", "activation": "after the activation", "sum": "of the residual sum"}
 
@@ -18,18 +16,15 @@ class Quantity(NamedTuple):
     """What it is, as part of a sentence."""
     log: bool
     """Whether the numbers shown are decimal logs."""
-    unit: float = 1.0
-    """Numbers of the table are divided by this before they are shown."""
 
 
 _NORM = "Frobenius norm of the mean loss's gradient"
 _SIGNAL = Quantity("log10 |dL/dh|", "error signal |dL/dh| (root mean square over examples)", True)
 _KNOWN = {
-    "log_error": _SIGNAL._replace(unit=LN10),
     "log10_error": _SIGNAL,
     "log10_error_norm": Quantity("log10 norm of dL/dh", "error signal of the whole batch, norm", True),
-    "log_kernel": Quantity("log10 |dL/dW|", f"weight gradient |dL/dW| ({_NORM})", True, LN10),
-    "log_bias": Quantity("log10 |dL/db|", f"bias gradient |dL/db| ({_NORM})", True, LN10),
+    "log10_kernel": Quantity("log10 |dL/dW|", f"weight gradient |dL/dW| ({_NORM})", True),
+    "log10_bias": Quantity("log10 |dL/db|", f"bias gradient |dL/db| ({_NORM})", True),
     "log10_gradient": Quantity("log10 |dL/dW|", f"gradient |dL/dW| ({_NORM})", True),
     "second_moment": Quantity("mean square", "mean square of the units", False),
     "mean": Quantity("mean", "mean of the units", False),
@@ -49,9 +44,9 @@ _KNOWN = {
 
 
 def quantity(series: str) -> Quantity:
-    """Say what a series of a summary is, `log_kernel` or `second_moment at activation`; an unknown name is its own words."""
+    """Say what a series of a summary is, `log10_kernel` or `second_moment at activation`; an unknown name is its own words."""
     name, _, place = series.partition(" at ")
-    where = f" {PLACES.get(place, f'at {place}')}" if place and place != "kernel" and name not in _SIGNALS else ""
+    where = f" {PLACES.get(place, f'at {place}')}" if place and place != "kernel" and name != "log10_error" else ""
     plain = name.removesuffix("_rms")
     if name in _KNOWN:
         found = _KNOWN[name]
@@ -59,16 +54,13 @@ def quantity(series: str) -> Quantity:
         found = _KNOWN[plain]
         about = found.about.replace("Frobenius norm", "root mean square over entries")
         found = found._replace(axis=found.axis.replace("|dL/", "RMS of dL/").removesuffix("|"), about=about)
+    elif plain == "log10_scale":  # of norms; other names may be anything
+        found = Quantity("log10 |dL/d scale|", f"gradient of scale ({_NORM})", True)
     elif name.startswith("log10_"):
         found = Quantity(f"log10 {_spaced(name[6:])}", _spaced(name[6:]), True)
-    elif re.fullmatch("log_.+", name):
-        found = Quantity(f"log10 |dL/d {_spaced(name[4:])}|", f"gradient of {_spaced(name[4:])} ({_NORM})", True, LN10)
     else:
         found = Quantity(_spaced(name), _spaced(name), False)
     return found._replace(about=found.about + where)
-
-
-_SIGNALS = ("log_error", "log10_error")
 
 
 def axis(name: str) -> str:
