@@ -91,6 +91,7 @@ def price(setup: Setup, cell: Cell, rounds: int) -> Price:
     def only(name, run, params, state, x, y):
         net, probe, key = measured_net(setup, cell, run, x, y)
         tx = optimizer(cell.static, run)
+        opt_state: Any
         updates, opt_state = tx.update(plain(run, params, state, x, y), tx.init(params), params)
         at = TrainState(params, state, opt_state, key, np.zeros((), np.int32))
         step = spectral.Step(updates, run["learning_rate"], unclipped(cell.static, run), opt_state[-1])
