@@ -47,8 +47,8 @@ def run(options: common.Options) -> common.Result:
         ]
         shown = np.arange(min(steps, 24) + 1)
         style = {"color": common.COLOURS[i], "marker": common.MARKERS[i], "markersize": 3, "linewidth": 1}
-        axes[0, 0].semilogy(shown, np.maximum(losses[shown], 1e-12), label=f"{rate}", **style)
-        axes[0, 1].plot(shown, rate * kernels[shown], label=f"{rate}", **style)
+        axes[0, 0].semilogy(shown, np.maximum(losses[shown], 1e-12), label=f"eta·lambda = {rate}", **style)
+        axes[0, 1].plot(shown, rate * kernels[shown], label=f"eta·lambda = {rate}", **style)
         common.predicted(axes[0, 0], shown, np.maximum(f[shown] ** 2 / 2, 1e-12), "recurrence")
         common.predicted(axes[0, 1], shown, rate * lam[shown], "recurrence")
     losses, _ = train(DIVERGES / KERNEL, steps)
@@ -59,7 +59,7 @@ def run(options: common.Options) -> common.Result:
     common.finish(axes[0, 1], "eta·lambda (dotted: 2)", "step", "")
     remarks = [
         f"Width {WIDTH}, f = {START:g} and lambda = {KERNEL:g} at the start, {steps} steps; lambda is measured by fnn.kernel after each "
-        "step. Legend: eta·lambda at the start. Tolerance 1 % of the recurrence.",
+        "step. Legend: at the start. Tolerance 1 % of the recurrence.",
     ]
     return common.Result(checks, figure, remarks)
 

@@ -27,7 +27,7 @@ CASES = {
 
 
 def run(options: common.Options) -> common.Result:
-    width, seeds, depths, bound = options.pick((400, 12, (2, 4, 8, 16), 0.04), (60, 12, (6,), 0.2))
+    width, seeds, depths, bound = options.pick((300, 12, (2, 4, 8, 16), 0.05), (60, 12, (6,), 0.2))
     cases = options.pick(list(CASES), ["linear, normal", "tanh, normal", "tanh, orthogonal"])
     figure, axes = common.panels(3)
     checks, densities = [], {}
@@ -66,7 +66,8 @@ def run(options: common.Options) -> common.Result:
     axes[0, 0].set_yscale("log")
     common.finish(axes[0, 0], "mean of s⁴ over (mean of s²)²", "layers L", "")
     common.finish(axes[0, 1], f"normal weights, L = {depths[-1]}", "log10 s", "density")
-    common.finish(axes[0, 2], f"orthogonal weights, L = {depths[-1]}", "log10 s", "")
+    axes[0, 2].set_ylim(0, 2)  # a linear net has all of them at 1
+    common.finish(axes[0, 2], f"orthogonal weights, L = {depths[-1]} (linear: all at 0)", "log10 s", "")
     remarks = [
         f"Width {width}, {seeds} seeds; tanh at the critical sigma_w for sigma_b = 0.05. Tolerance: four standard errors, for the "
         f"mean of s⁴ and {100 * bound:.0f} % for finite width. Values of s below 10^-3 (zeros of ReLU) are not drawn.",

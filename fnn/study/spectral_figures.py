@@ -82,7 +82,7 @@ def singular(s: Summary) -> Any:
     handles = canvas.one_of_each(axes)
     if theory:
         handles["wide nets: root mean square"] = Line2D([], [], color="k", linestyle="--", linewidth=0.9)
-        handles["fourth root of the mean of $s^4$"] = Line2D([], [], color="k", linestyle=":", linewidth=0.9)
+        handles["wide nets: fourth root of mean $s^4$"] = Line2D([], [], color="k", linestyle=":", linewidth=0.9)
     canvas.legend(figure, handles, "singular value", min(3, len(handles)))
     canvas.labels(figure, axes, "depth (hidden layers)", r"$\log_{10}$ singular value of $dy/dx$")
     alike = canvas.share(axes)
