@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 from report_folder import DEPTHS, SEEDS, made, put
 
-from fnn.study import figures, methods, options, report, results, summary, verdict, words
+from fnn.study import canvas, figures, methods, options, report, results, summary, verdict, words
 from fnn.theory import meanfield
 
 # One worker: the tests share the folders and the browser.
@@ -182,7 +182,7 @@ def test_the_gradients_figure_holds_the_numbers_of_the_table(folder, monkeypatch
         for line in drawn:  # the median seed lies on the prediction
             np.testing.assert_array_equal(line.get_xdata(), layers)
             np.testing.assert_allclose(line.get_ydata(), expected, atol=1e-9)
-    monkeypatch.setattr(figures, "MOST_PANELS", 2)
+    monkeypatch.setattr(canvas, "MOST_PANELS", 2)
     figure = report.gradient(results.read(folder).table())
     assert len(figure.axes) == 2 and figure.get_suptitle().endswith("the first 2 of 6 panels")
     assert "median of 5 seeds, shaded from 10th" in figure.get_suptitle().replace("\n", " ")
@@ -192,7 +192,7 @@ def test_the_gradients_figure_holds_the_numbers_of_the_table(folder, monkeypatch
 
 def test_looks_are_unique_and_scales_are_shared_or_said_to_differ(reduced):
     for n, ordered in ((3, True), (7, False), (20, False), (30, True)):
-        looks = [(str(s["color"]), s["marker"], s.get("linestyle")) for s in figures._styles(n, ordered)]
+        looks = [(str(s["color"]), s["marker"], s.get("linestyle")) for s in canvas.styles(n, ordered)]
         assert len(set(looks)) == n
     figure = figures.gradient(reduced)
     assert "scales differ between panels" in figure.get_suptitle().replace("\n", " ")

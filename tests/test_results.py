@@ -110,7 +110,7 @@ def test_a_missing_cell_is_measured_again_to_the_last_bit(copied):
 
 
 def test_chunks_of_the_folder_are_reused_and_others_refused(copied, monkeypatch):
-    monkeypatch.setattr(fnn.study.cell, "chunk_size", None)  # would be called for a new study
+    monkeypatch.setattr(fnn.study.budget, "chunk_size", None)  # would be called for a new study
     tiny().run(copied)
     with pytest.raises(ValueError, match="chunk is 1 there, 2 here"):
         tiny(chunk=2).run(copied)

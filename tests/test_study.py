@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fnn
-from fnn.study import cell, expected, study
+from fnn.study import budget, cell, expected, study
 from fnn.study import table as table_of
 
 pl = pytest.importorskip("polars")
@@ -169,7 +169,7 @@ def test_neither_neighbours_nor_chunks_change_a_number_and_padding_stays_out_of_
 
 def test_chunk_size_follows_the_bytes_that_a_run_touches():
     described = study.Study(fnn.grid.product(depth=[2, 64], width=64, norm="none"), seeds=8, epochs=60)
-    shallow, deep = (cell.chunk_size(described._setup(), c) for c in described.cells())
+    shallow, deep = (budget.chunk_size(described._setup(), c) for c in described.cells())
     assert (shallow, deep) == (8, 1)
 
 

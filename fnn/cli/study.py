@@ -65,7 +65,8 @@ class Measured:
     steps: str = ""
     """record at these training steps instead of after each epoch: 0,10,100. 0: at initialisation only"""
     quantities: str = ""
-    """which numbers to keep: log10_error,loss,...; by default all except peak"""
+    """which numbers to keep: log10_error,loss,...; by default all except peak, and without spectra, which are measured only if
+    named: sharpness, preconditioned_sharpness, lambda_c, hessian_trace, log10_singular, ntk_condition"""
     data: str = "digits"
     """digits, clusters, spirals, a folder of IDX files, or a .npz file"""
     zip: str = ""

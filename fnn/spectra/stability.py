@@ -70,6 +70,18 @@ def respond(who: str, optimizer: Any, state: Any, params: Any) -> Response:
     return Response(numbers["effective"], inverse, (2 + float(np.mean(decay))) * (1 + momentum) / rate, momentum, rate)
 
 
+def preconditioner(who: str, optimizer: Any, state: Any, params: Any) -> Any:
+    """Take P⁻¹ of `respond`, like params, also of traced arrays: its numbers are not checked, and NaN before the first step."""
+    first, second = _moments(who, state, params)
+    found = _probe(optimizer, first, second, state, params)
+    known = jnp.array(True)
+    if second:
+        known = jnp.any(jnp.stack([jnp.any(a != 0) for a in jax.tree.leaves(optax.tree_utils.tree_get(state, "nu"))]))
+    rates = jnp.concatenate([jnp.ravel(a) for a in jax.tree.leaves(found["rate"])])
+    rate = jnp.where(known, jnp.mean(rates), jnp.nan)
+    return jax.tree.map(lambda e: e / rate, found["effective"])
+
+
 def _moments(who: str, state: Any, params: Any) -> tuple[str, bool]:
     """Find out which moments a state holds: (name of the first or "", whether there is a second)."""
     names = sorted(set(_classes(state)))

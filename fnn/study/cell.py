@@ -31,7 +31,6 @@ from fnn.study.program import (
     network,
     number,
     one_run,
-    optimizer,
     program_key,
     shared_data,
     specs,
@@ -55,7 +54,7 @@ class Measured(NamedTuple):
     losses: dict[str, np.ndarray]
     """loss and accuracy on held-out examples."""
     extra: dict[str, Any]
-    """`update_ratio`, `cosine`, and the user's own measurements."""
+    """`update_ratio`, `cosine`, those of `spectral`, and the user's own measurements."""
     traces: dict[str, np.ndarray]
     """By step of training: float32[runs, steps]."""
     probe: np.ndarray
@@ -164,12 +163,11 @@ def run_cell(setup: Setup, cell: Cell) -> Measured:
     if "cosine" in more:  # of two directions
         lost = found.lost | np.roll(found.lost, 1, axis=1)
         more["cosine"] = jax.tree.map(lambda a: np.where(aligned(lost, a), np.nan, a), more["cosine"])
+    more |= numbers.get("spectra", {})
     return Measured(found.labels, found.values, again, heldout, more | extra, traces, nets.loss_of(numbers), seconds)
 
 
 _PROGRAMS: collections.OrderedDict[Any, dict[str, Any]] = collections.OrderedDict()
-MEASURED = 4
-"""How many steps of training take as long as one measurement."""
 MOST_PROGRAMS = 8
 """Cells whose programs a process keeps."""
 
@@ -226,7 +224,7 @@ def traced(setup: Setup, cell: Cell) -> tuple[Any, Any, Any, Any]:
     A pair (init, loss) has no outputs but the loss.
     """
     cell = cell.settled()
-    (params, state, runs), probe = specs(setup, cell), _probe(setup, cell)
+    (params, state, runs), probe = specs(setup, cell), probe_spec(setup, cell)
 
     def outputs(params, state, batch, run):
         net = network(setup, cell.static, run)
@@ -249,31 +247,6 @@ def parameter_names(setup: Setup, cell: Cell) -> set[str]:
     return {path.rpartition("/")[2] for path in tree.paths(specs(setup, cell.settled())[0])}
 
 
-def chunk_size(setup: Setup, cell: Cell) -> int:
-    """Choose how many runs are lanes of one `vmap`, from the device's memory and the bytes that one run touches.
-
-    A run touches its parameters, their gradients (this one, and that of the recorded step before), the optimiser's
-    state, and what the forward pass keeps for the backward one. On a CPU the bound is the cache, elsewhere half of the
-    memory. The chunks are made equal. On a CPU, short runs of small nets have a chunk of one a device.
-    """
-    cell = cell.settled()
-    params, state, run = specs(setup, cell)
-
-    def kept(params, state, batch, run):
-        net = network(setup, cell.static, run)
-        return jax.vjp(lambda p: net.value(p, state, batch, jax.random.key(0)), params)[1]
-
-    residuals = jax.eval_shape(kept, params, state, _probe(setup, cell), run)
-    moments = jax.eval_shape(lambda p, run: optimizer(cell.static, run).init(p), params, run)
-    training = 2 if len(cell.steps) > 1 else 1
-    touched = (1 + training) * _bytes(params) + _bytes(residuals) + (_bytes(moments) if training == 2 else 0)
-    devices = lowering.devices()
-    if lowering.one_by_one(devices[0], touched * (max(cell.steps) + MEASURED * len(cell.steps)) * len(cell.runs)):
-        return min(len(devices), len(cell.runs))
-    most = max(1, lowering.lanes_budget(devices[0]) // max(1, touched)) * len(devices)
-    return -(-len(cell.runs) // -(-len(cell.runs) // most))
-
-
 def _program(setup: Setup, cell: Cell, lanes: int) -> tuple[Callable[..., Any], ...]:
     """Return `draw(runs)`, `run(runs, drawn, orders, data)`, and `in_float64(runs, drawn, data)`, over some lanes."""
     draw_one = functools.partial(draw, setup, cell.static)
@@ -294,7 +267,7 @@ def _program(setup: Setup, cell: Cell, lanes: int) -> tuple[Callable[..., Any], 
     return alone(draw_one, 1), alone(one, 3), alone(wide, 2)
 
 
-def _probe(setup: Setup, cell: Cell) -> tuple[Any, ...]:
+def probe_spec(setup: Setup, cell: Cell) -> tuple[Any, ...]:
     """Give the specs of the batch that is measured."""
     size = int(cell.static["batch_size"])
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), tuple(setup.train))
@@ -314,7 +287,3 @@ def _orders(setup: Setup, cell: Cell) -> np.ndarray:
 
     by_seed = {seed: order(seed) for seed in {run["seed"] for run in cell.runs}}
     return np.stack([by_seed[run["seed"]] for run in cell.runs])
-
-
-def _bytes(values: Any) -> int:
-    return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(values) if hasattr(a, "dtype"))

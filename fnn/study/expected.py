@@ -4,9 +4,10 @@ Nets like those of the cell are drawn from its own inputs and targets, at its ow
 take long, as for very wide nets, the expansion to order 1/width stands in (`meanfield.predict`).
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +23,38 @@ MOST_WORK = 6e8
 """Normal numbers and multiplications of them, up to which nets are drawn: about ten seconds of one core."""
 GAINS = {"he_normal": math.sqrt(2), "lecun_normal": 1.0}
 """Initialisers, besides "scaled", that draw true normal weights from N(0, gain²/fan_in)."""
+
+
+class Theory(NamedTuple):
+    """What theory says of a study's nets; both are functions of a cell's static axes, sigma_w and sigma_b."""
+
+    curves: Callable[..., dict[str, np.ndarray] | None]
+    singular: Callable[..., meanfield.SingularMoments | None]
+
+
+def of(setup: program.Setup) -> Theory:
+    """Bind `curves` and `singular` to a study's data and loss."""
+    return Theory(functools.partial(curves, setup), functools.partial(singular, setup))
+
+
+def singular(
+    setup: program.Setup, static: Mapping[str, Any], sigma_w: float, sigma_b: float
+) -> meanfield.SingularMoments | None:
+    """Expect the moments of the singular values of d outputs/d inputs at the first example, in the limit of wide nets.
+
+    None where theory does not reach: norms, residual sums, and initialisers that are neither normal nor orthogonal.
+    """
+    phi, init = TABLE.get(static["activation"]), static["init"]
+    gains = {"scaled": sigma_w, "orthogonal": 1.0, **GAINS}
+    if phi is None or not phi.elementwise or static["norm"] != "none" or static["residual"] or init not in gains:
+        return None
+    x = np.asarray(setup.train.x[0], np.float64).ravel()
+    sizes = (x.size, *[int(static["width"])] * int(static["depth"]), program.classes(setup.train))
+    given = {"sigma_w": gains[init], "sigma_b": sigma_b, "q": float(np.mean(x**2)), "orthogonal": init == "orthogonal"}
+    try:
+        return meanfield.singular_moments(phi, sizes, **given)
+    except (ValueError, ArithmeticError):
+        return None  # an input of zeros, or an integral that does not converge
 
 
 def curves(

@@ -14,7 +14,7 @@ from fnn import admission, check, losses, measures
 from fnn.datasets import data
 from fnn.datasets.dataset import as_pair
 from fnn.description import name_of
-from fnn.study import axes, cell, grid, nets, program, table
+from fnn.study import axes, cell, grid, nets, program, spectral, table
 from fnn.study.workers import Shared
 
 
@@ -55,15 +55,16 @@ def check_options(study: Any) -> None:
     for name, function in study.measure.items():
         if not isinstance(name, str) or not name:
             raise TypeError(f"study: a measurement's name must be a string, got {name!r}")
-        if name in (*table.QUANTITIES, *nets.WATCHED):
+        if name in (*table.QUANTITIES, *nets.WATCHED, *spectral.QUANTITIES):
             raise ValueError(f"study: a measurement needs a name that no quantity has, got {name!r}; choose another")
         _takes(f"measure {name}", function, "params", "state", "batch")
     admission.loss("study", study.loss)
     _takes("loss", study.loss, "outputs", "targets")
 
 
-def check_functions(study: Any, setup: program.Setup, first: program.Cell) -> None:
+def check_functions(study: Any, setup: program.Setup, cells: Sequence[program.Cell]) -> None:
     """Trace loss and measurements in the first cell; check what they return, the labels, and the names of quantities."""
+    first = cells[0]
     net = program.network(setup, first.static, first.runs[0])
     pair = isinstance(net, nets.OfPair)
     if isinstance(net, nets.OfPair):
@@ -78,7 +79,9 @@ def check_functions(study: Any, setup: program.Setup, first: program.Cell) -> No
         jax.eval_shape(lambda a, b: measures.shares("study", setup.loss, a, b), outputs, probe[1])
     for name, function in setup.measure.items():
         jax.eval_shape(lambda *args, n=name, f=function: _numbers(n, f(*args)), params, state, probe)
-    known = {*(table.OF_PAIRS if pair else table.QUANTITIES), *nets.WATCHED, *study.measure}
+    optimizers = list(dict.fromkeys(one.static["optimizer"] for one in cells))
+    spectral.check_quantities(study.quantities, pair, optimizers, probe[0], outputs)
+    known = {*(table.OF_PAIRS if pair else table.QUANTITIES), *nets.WATCHED, *spectral.QUANTITIES, *study.measure}
     if not (set(study.quantities or ()) - known) and not any(name.startswith("log10_") for name in study.measure):
         return
     names = set() if pair else cell.parameter_names(setup, first)  # the net may have parameters of other names

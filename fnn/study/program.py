@@ -21,7 +21,7 @@ from fnn.datasets.data import Dataset
 from fnn.gradients import powers, reductions
 from fnn.layers import activations
 from fnn.rows import Rows
-from fnn.study import axes, nets
+from fnn.study import axes, nets, spectral
 from fnn.training import clip
 from fnn.training import step as stepping
 from fnn.training.optimizers import per_depth
@@ -127,6 +127,11 @@ def optimizer(static: Mapping[str, Any], run: Mapping[str, Any]) -> optax.Gradie
     return per_depth(optax.chain(*clips, OPTIMIZERS[name](run["learning_rate"])))
 
 
+def unclipped(static: Mapping[str, Any], run: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Build a cell's optimiser without its clip."""
+    return per_depth(OPTIMIZERS[static["optimizer"]](run["learning_rate"]))
+
+
 def is_x64() -> bool:
     """Whether JAX's default float is float64, here and now."""
     return jax.dtypes.canonicalize_dtype(np.float64) == np.float64
@@ -152,7 +157,8 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
     run = run | more
     net, probe, key = measured_net(setup, cell, run, x, y)
     trains, rows = len(steps) > 1, Rows.of(params)
-    tx = optimizer(static, run) if trains else optax.identity()
+    watched = spectral.asked(setup.quantities)
+    tx = optimizer(static, run) if trains or watched else optax.identity()
     names = [*net.metrics(params, probe), "grad_norm"]
     names += ["clip_fraction", "clip_removed"] if static["clip"] != "none" else []
     step = net.step(tx, names)
@@ -166,9 +172,13 @@ def one_run(setup: Setup, cell: Cell, run: Any, drawn: Any, order: Any, data: An
 
     def observe(at, before):
         results, gradient = net.measure(at.params, at.net_state, probe, key)
-        if trains:
+        if trains or watched:
             true = jax.tree.map(reductions.rounded, gradient, is_leaf=lambda node: isinstance(node, powers.Scaled))
             updates, _ = tx.update(true, at.opt_state, at.params)
+        if watched:
+            step = spectral.Step(updates, run["learning_rate"], unclipped(static, run), at.opt_state[-1])
+            results["spectra"] = spectral.measure(watched, net, at, probe, key, step)
+        if trains:
             u, w = ([tree.length(m, 1) for m in rows.join(part)] for part in (updates, at.params))
             results["update_ratio"] = rows.numbers(
                 [a / jnp.where(b > 0, b, jnp.nan) for a, b in zip(u, w, strict=True)]

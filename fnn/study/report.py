@@ -14,7 +14,7 @@ import numpy as np
 
 from fnn import files
 from fnn.plot import COLOURS
-from fnn.study import figures, methods, results, summary, table, verdict, words
+from fnn.study import figures, methods, results, spectral_figures, summary, table, verdict, words
 from fnn.study.summary import ERROR, WATCHED_ERROR, Summary
 
 MOST_LAYERS = 64  # points of a curve on the page; deeper nets are thinned evenly
@@ -48,8 +48,8 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
     """Write a study's figures and `report.html` into its folder; return the paths of what was written, the page last.
 
     The figures are `gradient` and `weights` (log10 of norms against the layer, a line for each depth, theory dashed),
-    `heat` (the gradient's growth over depth and sigma_w, with the critical line), `training` and `accuracy`, each as PNG,
-    SVG and PDF; one that would have nothing to show is not written. The page begins with what the study found, holds all
+    `heat` (the gradient's growth over depth and sigma_w, with the critical line), `training`, `accuracy`, and, where spectra
+    were measured, those of `spectral_figures`, each as PNG, SVG and PDF; one that would have nothing to show is not written. The page begins with what the study found, holds all
     finished cells, with at most 64 layers of each curve, and lets the reader choose networks, quantity and step. It loads
     nothing from the internet. Lines are medians over seeds, bands reach from the 10th to the 90th percentile. Of a study
     that is still running, the finished cells are reported.
@@ -71,6 +71,7 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
         "heat": figures.heat,
         "training": figures.training,
         "accuracy": lambda s: figures.accuracy(s, chance),
+        **spectral_figures.DRAWN,
     }
     files.sweep(folder)
     try:

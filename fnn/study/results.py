@@ -45,8 +45,8 @@ before, both for every parameter.
 Where `build` returns a pair (init, loss), layers and their quantities are those of `fnn.watch`, listed at `fnn.Flow`:
 `log10_gradient`, `log10_error`, `input_mean`, `input_second_moment`, `input_dead`, ..., and others if `quantities` names them;
 besides `update_ratio` and `cosine`. `cosine_to_weight` is what `watch` calls cosine. Of a Layer they are there if named.
-Quantities of a run: at recorded steps `loss`, `accuracy` on the held-out examples; at every step of training (thinned
-evenly to 256) `train_loss`, `train_accuracy`, `grad_norm`, `clip_fraction`, `clip_removed` on that step's batch; and
+Spectra, if named, have layer 0: `sharpness`, `lambda_c`, `hessian_trace`, ..., listed in `fnn/study/spectral.py`.
+Quantities of a run: at recorded steps `loss`, `accuracy` (held-out); at every step of training (thinned evenly to 256) `train_loss`, `train_accuracy`, `grad_norm`, `clip_fraction`, `clip_removed` on that step's batch; and
 one row `diverged` for each run: 0 at its last step, or 1 at the step whose loss or gradient was not finite. The record
 of a run ends where it diverges; that step's layers are included if its loss was still finite. Your own
 measurements have their own names, and layer 0 unless their path is that of a parameter.

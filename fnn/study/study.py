@@ -11,8 +11,9 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from fnn import check, losses
+from fnn.gradients.price import Price
 from fnn.progress import Progress
-from fnn.study import axes, cell, results
+from fnn.study import axes, budget, cell, results, spectral
 from fnn.study.cell import Cell
 from fnn.study.grid import Grid, product
 from fnn.study.identity import identify
@@ -90,7 +91,8 @@ class Study:
     they see is among the study's own quantities. That of a pair is ()."""
     quantities: Sequence[str] | None = None
     """Which quantities to keep; by default all except `peak`. `fnn.results` lists them. Those of `watch` are measured for
-    Layers too if they are named here."""
+    Layers too if they are named here. Spectra (sharpness, lambda_c, hessian_trace, log10_singular, ntk_condition, ...) are
+    measured only if they are named; `cost` says what they take."""
     traced: Sequence[str] = ()
     """More axes of `build` that do not change the program, only numbers in it."""
     chunk: int | None = None
@@ -148,7 +150,7 @@ class Study:
         for static, runs in found.values():
             check_cell(self, static, runs, loaded)
             cells.append(Cell(static, tuple(runs), self._steps(static, loaded[0].size)))
-        check_functions(self, self._setup(), cells[0])
+        check_functions(self, self._setup(), cells)
         return cells, {name: types[name] for name in (*cells[0].static, *cells[0].runs[0])}
 
     def describe(self) -> dict[str, Any]:
@@ -175,6 +177,18 @@ class Study:
                 for c in cells
             ],
         }
+
+    def cost(self) -> str | None:
+        """Say about how many gradients the spectral quantities take, counted, not measured; None where none is asked for."""
+        setup = self._setup()
+        return spectral.sentence([(budget.cost(setup, c), len(c.runs) * len(c.steps)) for c in self.cells()])
+
+    def price(self, rounds: int = 5) -> Price:
+        """Measure here what each spectral quantity costs beside a gradient of the measured batch, in the first cell's first run.
+
+        See `Price`. Each quantity is compiled on its own, which takes seconds. Errors: ValueError where none is asked for.
+        """
+        return budget.price(self._setup(), self.cells()[0], rounds)
 
     def run(
         self,
@@ -220,6 +234,8 @@ class Study:
             finished = set(found.finished)
             left = [number for number in range(len(found.description["cells"])) if number not in finished]
 
+            if left and (told := self.cost()):
+                bar.say(told)
             spent: collections.Counter[str] = collections.Counter()
 
             def done(task: Task, result: tuple[bytes, dict[str, float]]) -> None:

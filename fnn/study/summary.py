@@ -37,6 +37,8 @@ class Summary(NamedTuple):
     one seed"""
     runs: Any
     """network, step, series, low, middle, high, of quantities of a whole run"""
+    singular: Any
+    """network, step, quantity, value, predicted: log10 of every singular value and of their moments, seeds not summarized"""
     finals: Any
     """network, low, middle, high, of the last recorded accuracy of each run; empty where none was recorded"""
 
@@ -82,7 +84,11 @@ def summarize(table: Any) -> Summary:
         predicted_low=pl.col("theory_low").median(),
         predicted_high=pl.col("theory_high").median(),
     )
-    whole = table.filter((pl.col("layer") == 0) & (pl.col("quantity") != "diverged"))
+    singular = table.filter(pl.col("quantity").str.starts_with("log10_singular")).select(
+        "network", "step", "quantity", "value", "predicted"
+    )
+    # Of all singular values of a net the table has a row each.
+    whole = table.filter((pl.col("layer") == 0) & ~pl.col("quantity").is_in(["diverged", "log10_singular"]))
     runs = whole.group_by("network", "step", "series").agg(*spread).sort("network", "series", "step")
     accuracy = whole.filter(pl.col("quantity") == "accuracy").sort("step").group_by(run, maintain_order=True).last()
     finals = accuracy.group_by("network").agg(*spread).sort("network")
@@ -99,7 +105,7 @@ def summarize(table: Any) -> Summary:
     )
     for part in parts:
         networks = networks.join(part, on="network", how="left", maintain_order="left")
-    return Summary(many, fixed, networks, layers, runs, finals)
+    return Summary(many, fixed, networks, layers, runs, singular, finals)
 
 
 def _growth(inner: Any, run: list[str]) -> Any:

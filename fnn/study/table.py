@@ -1,6 +1,6 @@
 """Turn what a cell measured into rows of the study's table, with theory beside it; `results` lists the columns."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,14 +9,13 @@ import numpy as np
 from fnn import tree
 from fnn.gradients import flow
 from fnn.layers.taps import PREACTIVATION, STATISTICS
-from fnn.study import cell, nets
+from fnn.study import cell, expected, nets, spectral
 from fnn.study.axes import FLOATS
 
 TRACED = ("seed", *FLOATS)
 """Axes that do not change a program."""
 _TRACES = {"loss": "train_loss", "accuracy": "train_accuracy"}
 MOST_TRACED = 256
-Theory = Callable[..., dict[str, np.ndarray] | None]
 PLACE = ("layer", "path", "role", "quantity")
 NUMBERS = ("value", "predicted", "low", "high")
 OF_PAIRS = (
@@ -56,11 +55,11 @@ def build(
     *,
     axes: Mapping[str, str],
     quantities: Sequence[str] | None,
-    theory: Theory | None,
+    theory: expected.Theory | None,
 ) -> Any:
     """Make the table of one cell: polars, columns as in `schema`, runs in order, then steps, then the net's order.
 
-    `theory` is `expected.curves` of the study; None for nets that it does not cover.
+    `theory` is `expected.of` the study; None for nets that it does not cover.
     """
     import polars as pl
 
@@ -91,7 +90,10 @@ def build(
     shown = within & (finite[..., None] | wide)
     # The first record has no gradient before it, and a zero weight no ratio: no row, rather than a NaN.
     cosine, ratio = np.isin(names, ["cosine"]), np.isin(names, ["update_ratio"])
-    missing = (ratio | cosine) & np.isnan(values) | (cosine & (np.arange(len(steps)) == 0)[:, None])
+    first = (np.arange(len(steps)) == 0)[:, None]
+    # Adam and RMSProp precondition nothing before their first step.
+    unmade = np.isin(names, ["preconditioned_sharpness"]) & first & np.isnan(values)
+    missing = (ratio | cosine) & np.isnan(values) | (cosine & first) | unmade
     places = pl.DataFrame(
         {name: [getattr(label, name) for label in labels] for name in PLACE},
         schema={name: columns[name] for name in PLACE},
@@ -199,7 +201,7 @@ def _label(layer: int, path: str, quantity: str) -> flow.Label:
 
 def _extra_labels(extra: dict[str, Any], layers: dict[str, int]) -> list[tuple[flow.Label, np.ndarray]]:
     """Label measurements beside those of `flow`: the layer is that of the parameter or tap of the same path, else 0."""
-    parents = {path.rpartition("/")[0]: layer for path, layer in layers.items()}
+    parents = {path.rpartition("/")[0]: layer for path, layer in layers.items() if "/" in path}
     found = []
     for name, measurement in extra.items():
         leaves, treedef = jax.tree.flatten(measurement)
@@ -217,23 +219,29 @@ def _extra_labels(extra: dict[str, Any], layers: dict[str, int]) -> list[tuple[f
 
 
 def _predictions(
-    task: cell.Cell, labels: Sequence[flow.Label], values: np.ndarray, theory: Theory, good: Any, known: Any
+    task: cell.Cell, labels: Sequence[flow.Label], values: np.ndarray, theory: expected.Theory, good: Any, known: Any
 ) -> np.ndarray:
-    """Predict log10_error of the hidden layers of every run: float64[3, runs, records, labels], nan where not known.
+    """Predict log10_error of the hidden layers and the singular values' moments of every run, nan where not known.
 
-    The three are the typical curve and the band of 19 seeds in 20, each through the run's own measured error signal at
-    the last hidden layer: theory says how it changes from layer to layer. What it starts from is said by the runs that are
-    `good`, if there are any among those that are `known`.
+    float64[3, runs, records, labels]. The three are the typical curve and the band of 19 seeds in 20, each through the run's
+    own measured error signal at the last hidden layer: theory says how it changes from layer to layer. What it starts from
+    is said by the runs that are `good`, if there are any among those that are `known`.
     """
     hidden = int(task.static["depth"])
     places = [(label.quantity, label.role, label.layer) for label in labels]
-    found = {place: i for i, place in enumerate(places) if 1 <= place[2] <= hidden}
+    found = {place: i for i, place in enumerate(places) if place[2] <= hidden}
     result = np.full((3, *values.shape), np.nan)
     groups: dict[tuple[float, float], list[int]] = {}
     for r, run in enumerate(task.runs):
         groups.setdefault((run.get("sigma_w", 1.0), run.get("sigma_b", 0.0)), []).append(r)
     for sigmas, members in groups.items():
+        for quantity, (which, root) in spectral.MOMENTS.items():
+            index = found.get((quantity, "", 0))
+            if index is not None and (moments := theory.singular(task.static, *sigmas)) is not None:
+                result[0, members, 0, index] = np.log10(max(moments[which], 1e-300)) / root
         members = [r for r in members if known[r]]
+        if not any(quantity == "log10_error" for quantity, *_ in found):
+            continue
         moment = found.get(("second_moment", PREACTIVATION, 1))
         sayers = [r for r in members if good[r]] or members
         squares = np.ones(len(sayers)) if moment is None else values[sayers, 0, moment]
@@ -241,7 +249,7 @@ def _predictions(
         if not squares.size:
             continue
         q0 = None if moment is None else float(np.median(squares))
-        for role, curves in (theory(task.static, *sigmas, len(members), q0) or {}).items():
+        for role, curves in (theory.curves(task.static, *sigmas, len(members), q0) or {}).items():
             layers = [n for n in range(1, hidden + 1) if ("log10_error", role, n) in found]
             if hidden not in layers:
                 continue

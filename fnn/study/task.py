@@ -1,6 +1,5 @@
 """The tasks of a study, one a cell: what a worker needs, which of them share a program, and what it does with one."""
 
-import functools
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ import jax
 
 from fnn import losses
 from fnn.layers.activations import TABLE
-from fnn.study import cell, expected, nets, program, results, table
+from fnn.study import budget, cell, expected, nets, program, results, table
 from fnn.study.cell import Cell, Setup
 from fnn.study.provenance import configured
 
@@ -63,7 +62,7 @@ def chunked(setup: Setup, description: dict[str, Any]) -> dict[str, Any]:
         shared = setup._replace(activations=together(setup, description, one.static))
         key = program.program_key(shared, one) or len(cells), len(one.runs)
         if not one.chunk and key not in chunks:
-            chunks[key] = cell.chunk_size(shared, one)
+            chunks[key] = budget.chunk_size(shared, one)
         cells.append({**described, "chunk": one.chunk or chunks[key]})
     return {**description, "cells": cells}
 
@@ -100,7 +99,7 @@ def work(task: Task) -> tuple[bytes, dict[str, float]]:
             f"study: cell {task.number} must fit into the device's memory, got {task.cell.chunk} runs at once; use a "
             "smaller chunk or batch size"
         ) from None
-    theory = functools.partial(expected.curves, setup) if study.build is cell.mlp else None
+    theory = expected.of(setup) if study.build is cell.mlp else None
     options = {"axes": task.axes, "quantities": study.quantities, "theory": theory}
     begun = time.perf_counter()
     frame = table.build(task.number, task.cell, measured, **options)

@@ -39,6 +39,20 @@ _KNOWN = {
     "train_accuracy": Quantity("accuracy", "accuracy on the step's batch", False),
     "grad_norm": Quantity("gradient norm", "norm of the whole gradient, before clipping", False),
     "clip_fraction": Quantity("share of steps", "steps whose gradient was clipped, as a share", False),
+    "sharpness": Quantity("sharpness", "sharpness (largest eigenvalue of the Hessian)", False),
+    "preconditioned_sharpness": Quantity("sharpness", "preconditioned sharpness (largest eigenvalue of P⁻¹H)", False),
+    "lambda_c": Quantity(
+        "λ_c", "critical sharpness λ_c (2 over the rate at which the next step stops lowering the loss)", False
+    ),
+    "hessian_trace": Quantity("tr H", "trace of the Hessian", False),
+    "hessian_trace_error": Quantity("tr H", "trace of the Hessian, standard error of the estimate", False),
+    "log10_singular_max": Quantity("log10 s", "largest singular value of d outputs/d inputs", True),
+    "log10_singular_min": Quantity("log10 s", "smallest singular value of d outputs/d inputs", True),
+    "log10_singular_rms": Quantity("log10 s", "singular values of d outputs/d inputs, root mean square", True),
+    "log10_singular_fourth": Quantity(
+        "log10 s", "singular values of d outputs/d inputs, fourth root of the mean of s⁴", True
+    ),
+    "ntk_condition": Quantity("condition number", "condition number of the tangent kernel on the batch", False),
     "clip_removed": Quantity("share of the norm", "what clipping removed of the gradient, as a share", False),
 }
 

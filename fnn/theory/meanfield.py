@@ -22,6 +22,7 @@ from fnn.theory import finite_width, gaussian, kernels, maps, rates
 from fnn.theory.drawn import Drawn, Net, draw, interval
 from fnn.theory.finite_width import he_relu_log_moments, he_relu_log_variance, tail
 from fnn.theory.gaussian import Moments
+from fnn.theory.isometry import SingularMoments, singular_moments
 from fnn.theory.rates import batch_norm_rate, residual_rate
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Moments",
     "Net",
     "Prediction",
+    "SingularMoments",
     "batch_norm_rate",
     "correlation_map",
     "critical",
@@ -45,6 +47,7 @@ __all__ = [
     "moments",
     "predict",
     "residual_rate",
+    "singular_moments",
 ]
 
 
