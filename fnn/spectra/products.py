@@ -2,7 +2,8 @@
 
 H v is forward over reverse: the gradient's program is linearised once, and each product then runs its linear part alone.
 Functions with a derivative rule for the backward pass only (`jax.custom_vjp`) have no forward mode: there J v is the
-transpose of u -> Jᵀ u, and H v that of the gradient, which is symmetric.
+transpose of u -> Jᵀ u, and H v that of the gradient, which is symmetric. A function that is NaN has products of NaN, though
+JAX's derivatives of it may be finite.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,6 +24,12 @@ REFUSED = (TypeError, ValueError, NotImplementedError)
 
 def jacobian(who: str, function: Callable[[Any], Any], at: Any) -> tuple[Any, Linear, Linear]:
     """Linearise `function(at)`: (value, v -> J v, u -> Jᵀ u), from one pass. Errors: ValueError as in `hessian`."""
+    value, push, pull = _jacobian(who, function, at)
+    wrong = jnp.any(jnp.stack([jnp.any(jnp.isnan(a)) for a in jax.tree.leaves(value)]))
+    return value, _nan_where(wrong, push), _nan_where(wrong, pull)
+
+
+def _jacobian(who: str, function: Callable[[Any], Any], at: Any) -> tuple[Any, Linear, Linear]:
     if not _has_forward_mode(function, at):
         return _backward(who, "J v", function, at)
     try:
@@ -38,14 +45,31 @@ def hessian(who: str, loss: Callable[[Any], Any], at: Any) -> tuple[Any, Linear]
 
     Errors: ValueError where JAX cannot differentiate twice; it names the operation and its line.
     """
-    gradient = jax.grad(loss)
+
+    def gradient(at):
+        value, found = jax.value_and_grad(loss)(at)
+        return found, ~jnp.isfinite(value)
+
     if _has_forward_mode(gradient, at):
         try:
-            return jax.linearize(gradient, at)
+            value, push, wrong = jax.linearize(gradient, at, has_aux=True)
+            return value, _nan_where(wrong, push)
         except REFUSED:
             pass
-    value, _, pull = _backward(who, "H v", gradient, at)  # symmetric: Hᵀ = H
-    return value, pull
+    (value, wrong), _, pull = _backward(who, "H v", gradient, at)  # symmetric: Hᵀ = H
+    return value, _nan_where(wrong, pull)
+
+
+def rounding(times: Linear, like: Any) -> float:
+    """Say with which precision a linear function computes: the eps of the coarsest dtype that it casts to, or reads."""
+    closed = jaxprs.trace(times, like)[0]
+    casts = [params["new_dtype"] for name, params in jaxprs.equations(closed) if name == "convert_element_type"]
+    found = [*casts, *(leaf.dtype for leaf in jax.tree.leaves(like))]
+    return max(float(jnp.finfo(dtype).eps) for dtype in found if jnp.issubdtype(dtype, jnp.floating))
+
+
+def _nan_where(wrong: Any, times: Linear) -> Linear:
+    return lambda v: jax.tree.map(lambda a: jnp.where(wrong, jnp.full_like(a, jnp.nan), a), times(v))
 
 
 def gauss_newton(who: str, outputs: Callable[[Any], Any], loss: Callable[[Any], Any], at: Any) -> tuple[Any, Linear]:
@@ -58,11 +82,13 @@ def gauss_newton(who: str, outputs: Callable[[Any], Any], loss: Callable[[Any], 
 def _backward(who: str, product: str, function: Callable[[Any], Any], at: Any) -> tuple[Any, Linear, Linear]:
     """Do `jacobian` without forward mode: J v is the derivative of u -> Jᵀ u, transposed."""
     try:
+        if product == "H v":
+            value, pull, wrong = jax.vjp(function, at, has_aux=True)
+            jax.eval_shape(pull, jax.tree.map(jnp.zeros_like, value))
+            return (value, wrong), pull, lambda u: pull(u)[0]
         value, pull = jax.vjp(function, at)
         zeros = jax.tree.map(jnp.zeros_like, value)
         jax.eval_shape(pull, zeros)
-        if product == "H v":
-            return value, pull, lambda u: pull(u)[0]
         _, transpose = jax.vjp(pull, zeros)
         jax.eval_shape(transpose, (at,))
         return value, lambda v: transpose((v,))[0], lambda u: pull(u)[0]
