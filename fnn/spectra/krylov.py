@@ -142,7 +142,9 @@ def eigenpairs(
         other = (k + known.turn % KEPT) % len(old)
         follow = jnp.where(good, jax.lax.dynamic_index_in_dim(old, other, keepdims=False), follow)
         follow = jnp.where(space.count < p, start[jnp.minimum(space.count, p - 1)], follow)
-        done = (good & (space.count >= least)) | (space.count >= n)
+        # The whole space leaves rounding alone, if the matrix is symmetric.
+        complete = (space.count >= n) & jnp.all(residuals <= jnp.maximum(bounds, 30 * rounding))
+        done = (good & (space.count >= least)) | complete
         return space._replace(pairs=(values, coefficients, residuals), next=follow, done=done)
 
     def grow(space):

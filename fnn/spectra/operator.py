@@ -30,7 +30,9 @@ class Traces(NamedTuple):
 
     trace: Estimate
     square: Estimate
-    """The trace of the matrix squared: the sum of the squared eigenvalues; 0 or inf where these leave the dtype's range."""
+    """The trace of the matrix squared: the sum of the squared eigenvalues; 0 or inf where it leaves the dtype's range."""
+    norm: Estimate
+    """Its root, the Frobenius norm, in range wherever the matrix is; the error is that of first order."""
     products: int
 
 
@@ -152,7 +154,7 @@ class Operator:
             raise ValueError(f"{self.who}: a standard error needs at least two probes, got {probes}")
         count = self.size if exact else probes
         found = self._run(_traces, (count, exact), _key(self.who, key))
-        return Traces(Estimate(*found[0]), Estimate(*found[1]), count)
+        return Traces(*(Estimate(*part) for part in found), count)
 
     def density(
         self,
@@ -172,6 +174,8 @@ class Operator:
         """
         check.positive(self.who, steps=steps, max_probes=max_probes)
         check.above_zero(self.who, error=error)
+        if self.size == 0:
+            raise ValueError(f"{self.who}: a density needs at least one parameter, got none; choose others by at()")
         steps = min(steps, self.size)
 
         def probe(keys):
@@ -229,12 +233,21 @@ def _traces(matrix: _Matrix, count: int, exact: bool, given: Any, key: Any) -> l
         else:
             v = jax.random.rademacher(jax.random.fold_in(key, i), (n,), dtype)
         w = matvec(v)
-        return jnp.sum(v * w), jnp.sum(jnp.square(w))
+        return jnp.sum(v * w), tree.length(w)
 
-    found = jax.lax.map(one, jnp.arange(count))
-    if exact:
-        return [(jnp.sum(a), jnp.zeros((), dtype)) for a in found]
-    return [(jnp.mean(a), jnp.std(a, ddof=1) / math.sqrt(count)) for a in found]
+    traces, lengths = jax.lax.map(one, jnp.arange(count))
+    # In units of the largest, or squares would leave the range.
+    unit = tree.divisor(jnp.maximum(jnp.max(lengths, initial=0), jnp.max(jnp.abs(traces), initial=0)))
+
+    def estimate(a):
+        if exact:
+            return jnp.sum(a), jnp.zeros((), dtype)
+        return jnp.mean(a), jnp.std(a, ddof=1) / math.sqrt(count)
+
+    trace, square = estimate(traces / unit), estimate(jnp.square(lengths / unit))
+    root = jnp.sqrt(square[0])
+    norm = root, jnp.where(root > 0, square[1] / jnp.where(root > 0, 2 * root, 1), 0)
+    return [tuple(a * unit for a in trace), tuple(a * unit * unit for a in square), tuple(a * unit for a in norm)]
 
 
 def _quadratures(matrix: _Matrix, steps: int, given: Any, keys: Any) -> tuple[jax.Array, jax.Array]:

@@ -29,6 +29,16 @@ def jacobian(who: str, function: Callable[[Any], Any], at: Any) -> tuple[Any, Li
     return value, _nan_where(wrong, push), _nan_where(wrong, pull)
 
 
+def vectors(function: Any, rest: Any, x: jax.Array) -> tuple[Any, Any, Any]:
+    """Linearise `function(rest, x)` in x: (value, v -> J v, u -> Jᵀ u) on vectors float[n]."""
+    value, push, pull = jacobian("jacobian", lambda x: function(rest, x), x)
+    return (
+        value,
+        lambda v: jnp.ravel(push(v.reshape(x.shape).astype(x.dtype))),
+        lambda u: jnp.ravel(pull(u.reshape(value.shape).astype(value.dtype))),
+    )
+
+
 def _jacobian(who: str, function: Callable[[Any], Any], at: Any) -> tuple[Any, Linear, Linear]:
     if not _has_forward_mode(function, at):
         return _backward(who, "J v", function, at)
