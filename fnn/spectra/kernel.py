@@ -131,14 +131,20 @@ def _kernel(function: Any, kept: Any, params: Any, batch: Any) -> Kernel:
     check.parameters("kernel", params)
     batch = arrays.arrays("kernel", "the batch", batch)
     admission.examples("kernel", (batch, None))
-    example = jax.tree.map(lambda a: a[0], batch)
+    like, example = _spec((kept, params)), _spec(batch, 1)  # without the arrays' shardings
     with check.foreign("kernel"):
-        spec = jax.eval_shape(lambda p, e: function(*kept[0], p, e, **kept[1]), params, example)
+        spec = jax.eval_shape(lambda kept, p, e: function(*kept[0], p, e, **kept[1]), *like, example)
     if not hasattr(spec, "dtype") or not jnp.issubdtype(spec.dtype, jnp.floating):
         raise ValueError(f"kernel: the outputs must be one floating array, got {check.describe(spec)}; choose one")
     arguments = kept, params, batch
     relative, unit = compiled.call(_each, (function, spec.size), *arguments)
     return Kernel(relative, unit, lambda: compiled.call(_full, (function, spec.size), *arguments, unit))
+
+
+def _spec(values: Any, drop: int = 0) -> Any:
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape[drop:], a.dtype) if hasattr(a, "dtype") else a, values
+    )
 
 
 def _apply(net: Any, net_state: Any, params: Any, example: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn import arrays
+from fnn import arrays, mapped
 from fnn.gradients import program as jaxprs
 from fnn.gradients.execution import line_of
 from fnn.gradients.operations import Loop, Op, Program, Remat, Unreadable
@@ -20,6 +20,8 @@ from fnn.gradients.operations import Loop, Op, Program, Remat, Unreadable
 Linear = Callable[[Any], Any]
 REFUSED = (TypeError, ValueError, NotImplementedError)
 """What JAX raises where it has no derivative."""
+COLLECTIVES = ("psum", "pmean", "all_gather", "reduce_scatter", "all_to_all", "ppermute")
+"""How the names of operations begin that pass numbers between mapped lanes or devices, and gradients back."""
 
 
 def jacobian(who: str, function: Callable[[Any], Any], at: Any) -> tuple[Any, Linear, Linear]:
@@ -58,7 +60,16 @@ def hessian(who: str, loss: Callable[[Any], Any], at: Any) -> tuple[Any, Linear]
 
     def gradient(at):
         value, found = jax.value_and_grad(loss)(at)
+        if axes := mapped.over(value) - mapped.over(at):
+            names = ", ".join(map(repr, sorted(map(str, axes))))
+            raise ValueError(
+                f"{who}: inside shard_map the loss must be the same on all devices, got one of each device's own examples; "
+                f"average it with jax.lax.pmean(loss, {names}), or call {who} outside of shard_map, with a sharded batch"
+            )
         return found, ~jnp.isfinite(value)
+
+    if not mapped.checked():
+        _without_collectives(who, loss, at)
 
     if _has_forward_mode(gradient, at):
         try:
@@ -68,6 +79,16 @@ def hessian(who: str, loss: Callable[[Any], Any], at: Any) -> tuple[Any, Linear]
             pass
     (value, wrong), _, pull = _backward(who, "H v", gradient, at)  # symmetric: Hᵀ = H
     return value, _nan_where(wrong, pull)
+
+
+def _without_collectives(who: str, loss: Callable[[Any], Any], at: Any) -> None:
+    """Refuse collectives where types do not say what varies: their transposes would sum over devices, or not at all."""
+    names = {name for name, _ in jaxprs.equations(jaxprs.trace(loss, at)[0])}
+    if found := sorted(name for name in names if name.startswith(COLLECTIVES)):
+        raise ValueError(
+            f"{who}: a loss that averages over a mapped axis needs shard_map with check_vma=True, got {found[0]} without it; "
+            f"drop check_vma=False, or call {who} outside of the mapped function, with the whole batch"
+        )
 
 
 def rounding(times: Linear, like: Any) -> float:
