@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from bench import accelerator, compile, depth, models, per_example, report, saving, scale, step, sweep, ward, watch
+from bench import accelerator, compile, depth, models, per_example, report, saving, scale, spectra, step, sweep, ward, watch
 from bench.problem import ROWS, Row
 
 SUITES = {
@@ -27,6 +27,7 @@ SUITES = {
     "per_example": per_example,
     "watch": watch,
     "ward": ward,
+    "spectra": spectra,
 }
 
 

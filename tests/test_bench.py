@@ -172,6 +172,21 @@ def test_saving_suite_ends_all_ways_with_the_same_losses(tmp_path, capsys):
     assert "warning" not in next(tmp_path.glob("*.md")).read_text()
 
 
+def test_spectra_suite_agrees_with_stored_jacobians_and_writes(tmp_path, capsys):
+    precision = jax.config.jax_default_matmul_precision
+    try:
+        options = ["--rows", "8x2/16", "--quick", "--rounds", "1", "--peers", "fnn,stacked", "--out", str(tmp_path)]
+        command.main(["--suite", "spectra", *options])
+    finally:
+        jax.config.update("jax_default_matmul_precision", precision)
+    curvature, kernel = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
+    assert set(curvature["ms"]) == {"gradient", "one product", "of ten", "cold", "warm"}
+    assert int(curvature["products"]["warm"]) <= int(curvature["products"]["cold"])
+    assert kernel["MB"]["fnn"] < kernel["MB"]["stacked"]
+    text = next(tmp_path.glob("*.md")).read_text()
+    assert "warning" not in text and "of the largest number" in text
+
+
 def test_linen_measures_what_fnn_measures():
     work = problem.make(Row(8, 3, 16), 3)
     ours, theirs = (step.PEERS[name].build(work) for name in ("fnn-loop-metrics", "linen-metrics"))

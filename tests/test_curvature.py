@@ -409,8 +409,9 @@ def test_eigenvalues_at_any_scale(scale):
     q = np.linalg.qr(np.random.default_rng(0).normal(size=(33, 33)))[0]
     a = jnp.asarray((q * lam) @ q.T * scale, jnp.float32)
     start = jax.random.normal(jax.random.key(1), (2, 33))
+    known = krylov.unknown(2, 33, jnp.float32)
     for sign, wanted in ((1, [10, 7]), (-1, [-5, 0])):
-        found = krylov.eigenpairs(lambda v: a @ v, start, jax.random.key(0), 2, (40, 0.01, sign))
+        found = krylov.eigenpairs(lambda v: a @ v, start, known, jax.random.key(0), 2, (40, 0.01, sign))
         assert np.all(np.abs(found.values[:1] / scale - wanted[0]) <= found.residuals[:1] / scale + 1e-4)
         assert found.converged and found.residuals[0] <= 0.01 * abs(found.values[0])
 

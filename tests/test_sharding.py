@@ -21,6 +21,7 @@ SECTIONS = (
     "clips",
     "losses_taken_again",
     "placed",
+    "spectra",
     "sequences",
     "refusals",
 )

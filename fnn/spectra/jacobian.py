@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fnn import admission, arrays, check, compiled, mapped, tree
+from fnn import admission, arrays, check, compiled, tree
 from fnn.core import Layer, as_arrays
 from fnn.spectra import products
 from fnn.spectra.density import matfree
 from fnn.spectra.operator import Estimate
+from fnn.spectra.through import Through, through
 
 DENSE = 2048
 """Up to this many rows or columns, whichever are fewer, `singular_values` stores the Jacobian."""
@@ -27,24 +28,19 @@ class Extremes(NamedTuple):
     smallest: jax.Array
     """float[k], the smallest first; an upper bound on it where the residual is large."""
     largest_residuals: jax.Array
-    """|Jᵀu - σ v| with |Jv - σ u| = 0: a singular value lies within this distance; float[k]."""
+    """|Jᵀu - σ v| with |Jv - σ u| = 0, or rounding: a singular value lies within this distance; float[k]."""
     smallest_residuals: jax.Array
 
 
-class Through(NamedTuple):
-    """Singular values of a product of many Jacobians, as logs."""
+class Moments(NamedTuple):
+    """Traces tr (JJᵀ)^k for k = 1 ... count; float[count] each."""
 
-    log10_singular: jax.Array
-    """log10 of the singular values of the whole product, the largest first: float[k]."""
-    log10_stretch: jax.Array
-    """log10 of the stretch of each direction in each layer: sums over layers give `log10_singular`; float[depth, k]."""
-    change: jax.Array
-    """By how much the last sweep changed `log10_singular`, at most; inf after a single sweep. float[]"""
-
-    @property
-    def lyapunov(self) -> jax.Array:
-        """Lyapunov exponents in log10 a layer: the mean stretch; float[k]."""
-        return jnp.mean(self.log10_stretch, axis=0)
+    value: jax.Array
+    """0 or inf where it leaves the dtype's range."""
+    error: jax.Array
+    """Standard errors; 0 where they were computed exactly."""
+    log10: jax.Array
+    """log10 of the values, at any scale."""
 
 
 @dataclass(frozen=True)
@@ -95,16 +91,16 @@ class Jacobian:
         matfree("jacobian.extremes", "decomp")
         return self._run(_extremes, (k, steps), _key(key))
 
-    def moments(self, count: int = 2, *, probes: int = 32, key: Any = None) -> Estimate:
+    def moments(self, count: int = 2, *, probes: int = 32, key: Any = None) -> Moments:
         """Estimate tr (JJᵀ)^k for k = 1 ... count, with standard errors: float[count] each.
 
         Exact, from all singular values, where J has no more than `probes` rows or columns; else from random signs v:
-        E vᵀ(JJᵀ)^k v. One that leaves the dtype's range is 0 or inf; `isometry` holds at any scale.
-        Errors: ValueError for fewer than two probes.
+        E vᵀ(JJᵀ)^k v. Errors: ValueError for fewer than two probes.
         """
         relative, unit = self._relative(count, probes, key)
-        powers = unit ** (2 * jnp.arange(1, count + 1))
-        return Estimate(relative.value * powers, relative.error * powers)
+        k = 2 * jnp.arange(1, count + 1)
+        log10 = jnp.log10(relative.value) + k * jnp.log10(unit)
+        return Moments(relative.value * unit**k, relative.error * unit**k, log10)
 
     def _relative(self, count: int, probes: int, key: Any) -> tuple[Estimate, jax.Array]:
         """Take the moments of J/unit, whose singular values are about 1, and the unit."""
@@ -184,7 +180,17 @@ class JacobianOf:
         else:
             function = functools.partial(_of_slice, function)
         slices = jax.tree.map(jnp.asarray, slices)
-        return compiled.call(_through, (function, k, sweeps), slices, x, _key(key))
+        depths = {jnp.shape(a)[:1] for a in jax.tree.leaves(slices)}
+        if len(depths) != 1 or () in depths:
+            got = check.describe(slices)
+            raise ValueError(f"jacobian.through: slices must share a leading axis of depth, got {got}; stack them")
+        after = jax.eval_shape(lambda s, h: function(jax.tree.map(lambda a: a[0], s), h), slices, x)
+        if depths != {(0,)} and (after.shape, after.dtype) != (x.shape, x.dtype):
+            raise ValueError(
+                f"jacobian.through: the function must keep the shape and dtype of h, got {check.describe(after)} for "
+                f"{check.describe(x)}; take layers of one width"
+            )
+        return compiled.call(through, (function, k, sweeps), slices, x, _key(key))
 
 
 def jacobian(function: Callable[..., Any] | Layer) -> JacobianOf:
@@ -243,23 +249,13 @@ def _one_array(y: Any) -> Any:
     return y
 
 
-def _flat(function: Any, rest: Any, x: jax.Array) -> tuple[Any, Any, Any]:
-    """Linearise: (value, v -> J v, u -> Jᵀ u) on vectors."""
-    value, push, pull = products.jacobian("jacobian", lambda x: function(rest, x), x)
-    return (
-        value,
-        lambda v: jnp.ravel(push(v.reshape(x.shape).astype(x.dtype))),
-        lambda u: jnp.ravel(pull(u.reshape(value.shape).astype(value.dtype))),
-    )
-
-
 def _push(function: Any, options: Any, rest: Any, x: Any, v: Any) -> Any:
-    value, push, _ = _flat(function, rest, x)
+    value, push, _ = products.vectors(function, rest, x)
     return push(v).reshape(value.shape)
 
 
 def _singular(function: Any, options: Any, rest: Any, x: Any) -> Any:
-    value, push, pull = _flat(function, rest, x)
+    value, push, pull = products.vectors(function, rest, x)
     if options[0]:
         matrix = jax.vmap(pull)(jnp.eye(value.size, dtype=value.dtype))
     else:
@@ -269,7 +265,7 @@ def _singular(function: Any, options: Any, rest: Any, x: Any) -> Any:
 
 def _moments(function: Any, options: Any, rest: Any, x: Any, key: Any) -> Any:
     count, probes = options
-    value, push, pull = _flat(function, rest, x)
+    value, push, pull = products.vectors(function, rest, x)
     unit = _size(pull, value.size, value.dtype)
 
     def one(key):
@@ -290,7 +286,7 @@ def _size(times: Callable[[jax.Array], jax.Array], n: int, dtype: Any) -> jax.Ar
 
 def _extremes(function: Any, options: Any, rest: Any, x: Any, key: Any) -> Extremes:
     k, steps = options
-    value, push, pull = _flat(function, rest, x)
+    value, push, pull = products.vectors(function, rest, x)
     # From the shorter side: the other has a null space, whose zeros are no singular values.
     times, size = (push, x.size) if x.size <= value.size else (pull, value.size)
     dtype = jnp.zeros(()).dtype  # matfree keeps its numbers in JAX's default dtype
@@ -303,46 +299,7 @@ def _extremes(function: Any, options: Any, rest: Any, x: Any, key: Any) -> Extre
     diagonal, beside = jnp.where(good, diagonal, 0), jnp.where(good[1:], beside, 0)
     left, values, _ = jnp.linalg.svd(jnp.diag(diagonal) + jnp.diag(beside, 1))
     length = jnp.sqrt(jnp.sum(jnp.square(jnp.where(jnp.isfinite(found.residual), found.residual, 0))))
-    values, residuals = values * unit, unit * length * jnp.abs(left[-1])
+    rounding = 4 * max(float(jnp.finfo(dtype).eps), products.rounding(times, jnp.zeros(size, x.dtype))) * values[0]
+    residuals = jnp.maximum(length * jnp.abs(left[-1]), rounding) * unit
+    values = values * unit
     return Extremes(values[:k], values[::-1][:k], residuals[:k], residuals[::-1][:k])
-
-
-def _through(function: Any, k: int, sweeps: int, slices: Any, x: Any, key: Any) -> Through:
-    def forward(h, part):
-        return function(part, h), h
-
-    _, path = jax.lax.scan(forward, x, slices)
-
-    def orthonormal(rows):
-        """QR of k vectors: (orthonormal ones, log10 of each one's length beyond those before it)."""
-        q, r = jnp.linalg.qr(rows.T)
-        return q.T, jnp.log10(jnp.abs(jnp.diagonal(r)))
-
-    def forth(rows, at):
-        part, h = at
-        _, push, _ = _flat(function, part, h)
-        return orthonormal(jax.vmap(push)(rows))
-
-    def back(rows, at):
-        part, h = at
-        _, _, pull = _flat(function, part, h)
-        return orthonormal(jax.vmap(pull)(rows))
-
-    dtype = jnp.result_type(x.dtype, jnp.float32)
-    start, _ = orthonormal(jax.random.normal(key, (k, x.size), dtype))
-
-    def sweep(carry, _):
-        rows, before, _, _ = carry
-        rows, logs = jax.lax.scan(forth, rows, (slices, path))
-        total = jnp.sum(logs, axis=0)
-        rows, _ = jax.lax.scan(back, rows, (slices, path), reverse=True)
-        return (rows, total, logs, jnp.max(jnp.abs(total - before))), None
-
-    depth = jax.tree.leaves(path)[0].shape[0]
-    nothing = jnp.full(k, jnp.inf, dtype)
-    carry = mapped.varying(
-        (start, nothing, jnp.zeros((depth, k), dtype), jnp.full((), jnp.inf, dtype)), like=(slices, x)
-    )
-    (_, total, logs, change), _ = jax.lax.scan(sweep, carry, None, sweeps)
-    order = jnp.argsort(-total)
-    return Through(total[order], logs[:, order], change)

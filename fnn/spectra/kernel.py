@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from fnn import admission, arrays, check, compiled
+from fnn import admission, arrays, check, compiled, tree
 from fnn.core import Layer, as_arrays
 from fnn.gradients.per_example import per_example
 
@@ -18,14 +18,27 @@ from fnn.gradients.per_example import per_example
 class Kernel:
     """The tangent kernel of a batch, made by `kernel(net)(state, x)`."""
 
-    each: jax.Array
-    """For each output o: <df_o(x_i)/dparams, df_o(x_j)/dparams>, float[outputs, batch, batch]."""
+    _relative: jax.Array
+    _unit: jax.Array
+    """About the size of a gradient: squares in units of it stay in range."""
     _full: Callable[[], jax.Array]
+
+    @property
+    def each(self) -> jax.Array:
+        """For each output o: <df_o(x_i)/dparams, df_o(x_j)/dparams>, float[outputs, batch, batch].
+
+        0 or inf where it leaves the dtype's range. Ratios below (condition, rank, alignment) hold at any scale.
+        """
+        return self._relative * self._unit * self._unit
 
     @property
     def matrix(self) -> jax.Array:
         """The mean over outputs: float[batch, batch]."""
-        return jnp.mean(self.each, axis=0)
+        return self._mean * self._unit * self._unit
+
+    @property
+    def _mean(self) -> jax.Array:
+        return jnp.mean(self._relative, axis=0)
 
     def full(self) -> jax.Array:
         """All pairs of examples and outputs: float[batch, outputs, batch, outputs]. It holds their factors at once."""
@@ -33,28 +46,39 @@ class Kernel:
 
     def eigenvalues(self) -> jax.Array:
         """Eigenvalues of `matrix`, the largest first: float[batch]. Those below rounding (1e-6 of the largest) are noise."""
-        return jnp.linalg.eigvalsh(self.matrix)[::-1]
+        return self._values() * self._unit * self._unit
+
+    def _values(self) -> jax.Array:
+        return jnp.linalg.eigvalsh(self._mean)[::-1]
 
     def condition(self) -> jax.Array:
-        """Divide the largest eigenvalue by the smallest: float[]; inf where rounding hides the smallest."""
-        values = self.eigenvalues()
+        """Divide the largest eigenvalue by the smallest: float[].
+
+        inf where rounding hides the smallest, NaN for a kernel of zeros.
+        """
+        values = self._values()
         floor = len(values) * jnp.finfo(values.dtype).eps * values[0]
-        return jnp.where(values[-1] > floor, values[0] / jnp.maximum(values[-1], floor), jnp.inf)
+        found = jnp.where(values[-1] > floor, values[0] / jnp.maximum(values[-1], floor), jnp.inf)
+        return jnp.where(values[0] > 0, found, jnp.nan)
 
     def effective_rank(self) -> jax.Array:
-        """exp(entropy of the eigenvalues as shares of their sum), from 1 to batch: float[]. Source: Roy and Vetterli 2007."""
-        values = jnp.maximum(self.eigenvalues(), 0)
+        """exp(entropy of the eigenvalues as shares of their sum), from 1 to batch: float[]. Source: Roy and Vetterli 2007.
+
+        NaN for a kernel of zeros.
+        """
+        values = jnp.maximum(self._values(), 0)
         share = values / jnp.sum(values)
-        return jnp.exp(-jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1)), 0)))
+        entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1)), 0))
+        return jnp.where(values[0] > 0, jnp.exp(entropy), jnp.nan)
 
     def alignment(self, targets: jax.Array, *, centered: bool = True) -> jax.Array:
         """Measure <Θ, YYᵀ>/(|Θ||YYᵀ|), from 0 to 1: how far the kernel's top directions are those of the targets; float[].
 
         targets: labels int[batch], made one-hot, or float[batch, ...]. With `centered` the mean over the batch is taken out
-        of both, so that a constant kernel scores 0. Source: Cristianini et al. 2001; Cortes et al. 2012.
+        of both, so that a constant kernel scores 0. NaN where kernel or targets are then zero. Source: Cristianini et al. 2001; Cortes et al. 2012.
         Errors: ValueError for another number of targets.
         """
-        y, theta = jnp.asarray(targets), self.matrix
+        y, theta = jnp.asarray(targets), self._mean
         if y.ndim == 0 or len(y) != len(theta):
             raise ValueError(
                 f"kernel.alignment: needs a target for each of {len(theta)} examples, got {check.describe(y)}"
@@ -62,6 +86,7 @@ class Kernel:
         if jnp.issubdtype(y.dtype, jnp.integer):
             y = jnp.unique(y, size=len(y), fill_value=-1)[None] == y[:, None]
         y = y.reshape(len(y), -1).astype(theta.dtype)
+        y = y / tree.divisor(jnp.max(jnp.abs(y), initial=0))
         if centered:
             y = y - jnp.mean(y, axis=0)
             theta = theta - jnp.mean(theta, axis=0)
@@ -105,15 +130,20 @@ def _of_function(function: Any, kept: Any, params: Any, batch: Any) -> Kernel:
 def _kernel(function: Any, kept: Any, params: Any, batch: Any) -> Kernel:
     check.parameters("kernel", params)
     batch = arrays.arrays("kernel", "the batch", batch)
-    example = jax.tree.map(lambda a: a[0], batch)
+    admission.examples("kernel", (batch, None))
+    like, example = _spec((kept, params)), _spec(batch, 1)  # without the arrays' shardings
     with check.foreign("kernel"):
-        spec = jax.eval_shape(lambda p, e: function(*kept[0], p, e, **kept[1]), params, example)
+        spec = jax.eval_shape(lambda kept, p, e: function(*kept[0], p, e, **kept[1]), *like, example)
     if not hasattr(spec, "dtype") or not jnp.issubdtype(spec.dtype, jnp.floating):
         raise ValueError(f"kernel: the outputs must be one floating array, got {check.describe(spec)}; choose one")
     arguments = kept, params, batch
-    return Kernel(
-        compiled.call(_each, (function, spec.size), *arguments),
-        lambda: compiled.call(_full, (function, spec.size), *arguments),
+    relative, unit = compiled.call(_each, (function, spec.size), *arguments)
+    return Kernel(relative, unit, lambda: compiled.call(_full, (function, spec.size), *arguments, unit))
+
+
+def _spec(values: Any, drop: int = 0) -> Any:
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape[drop:], a.dtype) if hasattr(a, "dtype") else a, values
     )
 
 
@@ -133,17 +163,21 @@ def _one_output(function: Any, kept: Any) -> Callable[[Any, Any], Any]:
 
 def _each(function: Any, outputs: int, kept: Any, params: Any, batch: Any) -> Any:
     size = jax.tree.leaves(batch)[0].shape[0]
-    gradients = per_example(_one_output(function, kept))
+    of_example = _one_output(function, kept)
+    gradients = per_example(of_example)
+    signs = jax.random.rademacher(jax.random.key(0), (outputs,), jnp.float32)
+    first = jax.tree.map(lambda a: a[0], batch)
+    unit = tree.divisor(tree.norm(jax.grad(of_example)(params, (first, signs))))
 
     def one(weights):
         return gradients(params, (batch, jnp.broadcast_to(weights, (size, outputs)))).gram()
 
-    return jax.lax.map(one, jnp.eye(outputs))
+    return jax.lax.map(one, jnp.eye(outputs) / unit), unit
 
 
-def _full(function: Any, outputs: int, kept: Any, params: Any, batch: Any) -> Any:
+def _full(function: Any, outputs: int, kept: Any, params: Any, batch: Any, unit: Any) -> Any:
     size = jax.tree.leaves(batch)[0].shape[0]
     pairs = jax.tree.map(lambda a: jnp.repeat(a, outputs, axis=0), batch)
-    weights = jnp.tile(jnp.eye(outputs), (size, 1))
+    weights = jnp.tile(jnp.eye(outputs) / unit, (size, 1))
     gram = per_example(_one_output(function, kept))(params, (pairs, weights)).gram()
-    return gram.reshape(size, outputs, size, outputs)
+    return gram.reshape(size, outputs, size, outputs) * unit * unit

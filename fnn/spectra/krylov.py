@@ -1,7 +1,9 @@
-"""Extreme eigenvalues of a symmetric matrix from products with vectors: block Lanczos with full reorthogonalisation.
+"""Extreme eigenvalues of a symmetric matrix from products with vectors: Lanczos, and Davidson's method from a last result.
 
-The space is started from given vectors, random ones or those of the last step, and grows by one product at a time until
-the wanted eigenvalues are known well enough. With p vectors at the start, an eigenvalue is seen up to p times.
+The space starts from given vectors, random ones or those of the last step, and grows by one product at a time until the
+wanted eigenvalues are known well enough: in the direction of the worst residual r. That is Lanczos. With approximate pairs
+of a similar matrix, B = V θ Vᵀ, it grows in the direction of (B - λ)⁻¹ r, which is Davidson's method. With p vectors at the
+start, an eigenvalue is seen up to p times.
 """
 
 from collections.abc import Callable
@@ -11,8 +13,24 @@ import jax
 import jax.numpy as jnp
 
 from fnn import compiled, mapped, tree
+from fnn.spectra import products
 
 Matvec = Callable[[jax.Array], jax.Array]
+KEPT = 7
+"""How many approximate pairs are kept for the next search, besides the wanted ones."""
+APART = 0.1
+"""Eigenvalues of B count as this far from λ at least, relative to it: they are those of another matrix."""
+
+
+class Known(NamedTuple):
+    """Approximate pairs of the wanted end, for the search on a similar matrix."""
+
+    values: jax.Array
+    """float[m]"""
+    vectors: jax.Array
+    """Orthonormal, or zero where there are none; float[m, n]."""
+    turn: jax.Array
+    """How many searches there have been; int32[]."""
 
 
 class Pairs(NamedTuple):
@@ -27,110 +45,174 @@ class Pairs(NamedTuple):
     products: jax.Array
     """How many products it took; int32[]."""
     converged: jax.Array
-    """Whether all residuals are within the tolerance; bool[]."""
+    """Whether all residuals are within the tolerance, or within rounding of the largest eigenvalue; bool[]."""
+    known: Known
 
     def __repr__(self) -> str:
         if compiled.traced(self):
             return "Pairs(traced)"
         found = ", ".join(f"{v:.6g} ± {e:.1g}" for v, e in zip(self.values, self.residuals, strict=True))
-        known = "" if self.converged else ", not converged"
-        return f"Pairs({found}; {int(self.products)} products{known})"
+        rest = "" if self.converged else ", not converged"
+        return f"Pairs({found}; {int(self.products)} products{rest})"
 
 
 class _Space(NamedTuple):
     count: Any
     """Products so far."""
     basis: Any
-    """Orthonormal rows; those not yet made are zero. float[most + p, n]"""
+    """Orthonormal rows; those not yet made are zero. float[most, n]"""
+    images: Any
+    """basis · A; float[most, n]"""
     matrix: Any
-    """basis · A · basisᵀ, a column for each product. float[most + p, most]"""
+    """basis · A · basisᵀ, the upper triangle. float[most, most]"""
     key: Any
     pairs: Any
     """(values, coefficients, residuals) of the wanted end."""
+    next: Any
+    """The direction in which it grows; float[n]."""
     done: Any
 
 
-def eigenpairs(matvec: Matvec, start: jax.Array, key: Any, k: int, options: tuple[int, float, int]) -> Pairs:
+def unknown(k: int, n: int, dtype: Any) -> Known:
+    """Make what is known of a matrix before the first search for k pairs."""
+    m = min(k + KEPT, n)
+    return Known(jnp.zeros(m, dtype), jnp.zeros((m, n), dtype), jnp.int32(0))
+
+
+def eigenpairs(
+    matvec: Matvec, start: jax.Array, known: Known, key: Any, k: int, options: tuple[int, float, int]
+) -> Pairs:
     """Find k eigenvalues at the top of the spectrum (sign 1) or at its bottom (-1); start: float[p, n].
 
-    `options` are (most products, tolerance relative to each value, sign). A start vector that is zero, or lies in the space
-    already, is replaced by a random one, and so is the next direction where the space is invariant.
+    `options` are (most products, tolerance relative to each value, sign); `known` may be `unknown`. Two products at least are
+    spent beyond the start: where the first is enough, the second looks at one of the known vectors in turn, whose
+    eigenvalue may have passed the wanted ones. A start vector that is zero or not finite, or lies in the space already, is
+    replaced by a random one, and so is the next direction where there is none or the space is invariant.
+    Source: Davidson 1975. Its arguments are those of one search.
     """
     most, tolerance, sign = options
     p, n = start.shape
     p = min(p, n)
     most = max(min(most, n), p, k)
-    dtype, eps = start.dtype, jnp.finfo(start.dtype).eps
+    least = min(max(k, p) + 2, most)
+    dtype = start.dtype
+    eps = max(float(jnp.finfo(dtype).eps), products.rounding(matvec, start[0]))
+    start = jnp.where(jnp.all(jnp.isfinite(start), axis=1, keepdims=True), start, 0)
+    finite = jnp.all(jnp.isfinite(known.vectors)) & jnp.all(jnp.isfinite(known.values))
+    old_values, old = (jnp.where(finite, a, 0).astype(dtype) for a in (sign * known.values, known.vectors))
 
-    def fresh(basis, w, key, scale):
-        """Make w orthogonal to the basis: (coefficients, what is left as a unit vector, its length, key)."""
-        first = _dot(basis, w)
-        w = w - _dot(basis.T, first)
-        second = _dot(basis, w)
-        w = w - _dot(basis.T, second)
-        length = tree.length(w)
+    def fresh(basis, w, key):
+        """Make w orthogonal to the basis: (what is left as a unit vector, key)."""
         key, draw = jax.random.split(key)
 
+        def orthogonal(w):
+            w = w / tree.divisor(jnp.max(jnp.abs(w)))
+            for _ in range(3):
+                w = w - _dot(basis.T, _dot(basis, w))
+                w = w / tree.divisor(tree.length(w))
+            return w, tree.length(_dot(basis, w))
+
+        first = tree.length(w)
+        unit, leak = orthogonal(w)
+        lost = ~((first > 0) & (leak < 1e-3) & (tree.length(unit) > 0.5))
+
         def replaced():
-            other = jax.random.normal(draw, (n,), dtype)
-            for _ in range(2):
-                other = other / jnp.sqrt(jnp.sum(jnp.square(other)))
-                other = other - _dot(basis.T, _dot(basis, other))
-            left = jnp.sqrt(jnp.sum(jnp.square(other)))
+            other, leak = orthogonal(jax.random.normal(draw, (n,), dtype))
             # Where the basis spans everything, only rounding is left.
-            return jnp.where(left > 100 * eps, other / left, 0), jnp.zeros((), dtype)
+            return jnp.where(leak < 1e-3, other, 0)
 
-        lost = length <= 10 * eps * scale
-        unit, length = jax.lax.cond(lost, replaced, lambda: (w / jnp.where(lost, 1, length), length))
-        return first + second, unit, length, key
-
-    def begin(i, carry):
-        basis, key = carry
-        w = start[i]
-        _, unit, _, key = fresh(basis, w, key, tree.length(w))
-        return basis.at[i].set(unit), key
-
-    basis = mapped.varying(jnp.zeros((most + p, n), dtype), like=start)
-    basis, key = jax.lax.fori_loop(0, p, begin, (basis, mapped.varying(key, like=start)))
+        return jax.lax.cond(lost, replaced, lambda: unit), key
 
     def wanted(space):
         used = jnp.arange(most) < space.count
         # In units of the largest number: a matrix of any scale has its own digits, beside the rows that are not used.
         peak = tree.divisor(jnp.max(jnp.abs(space.matrix)))
-        matrix = space.matrix / peak
-        square = jnp.where(used[:, None] & used, sign * 0.5 * (matrix[:most] + matrix[:most].T), 0)
+        square = _symmetric(sign * space.matrix / peak)
         far = 4 * jnp.sum(jnp.abs(square)) + 1
         values, coefficients = jnp.linalg.eigh(square - jnp.diag(jnp.where(used, 0, far)), symmetrize_input=False)
         values, coefficients = values[::-1] * peak, coefficients[:, ::-1]
-        beyond = jnp.arange(most + p)[:, None] >= space.count
-        residuals = peak * tree.length(_dot(jnp.where(beyond, matrix, 0), coefficients), 0)
         rounding = 4 * eps * jnp.max(jnp.where(used, jnp.abs(values), 0))
-        residuals = jnp.maximum(residuals[:k], rounding)
-        good = residuals <= jnp.maximum(tolerance * jnp.abs(values[:k]), rounding)
-        done = (jnp.all(good) & (space.count >= max(k, p))) | (space.count >= n)
-        return space._replace(pairs=(values[:k], coefficients[:, :k], residuals), done=done)
+        values, coefficients = values[:k], jnp.where(used[:, None], coefficients[:, :k], 0)
+        left = sign * _dot(coefficients.T, space.images) - values[:, None] * _dot(coefficients.T, space.basis)
+        residuals = jnp.maximum(tree.length(left, 1), rounding)
+        bounds = jnp.maximum(tolerance * jnp.abs(values), rounding)
+        good = jnp.all(residuals <= bounds) & (space.count >= max(k, p))
+        worst = jnp.argmax(jnp.where(jnp.arange(k) < space.count, residuals / bounds, 0))
+        follow = _corrected(left[worst], values[worst], old_values, old)
+        other = (k + known.turn % KEPT) % len(old)
+        follow = jnp.where(good, jax.lax.dynamic_index_in_dim(old, other, keepdims=False), follow)
+        follow = jnp.where(space.count < p, start[jnp.minimum(space.count, p - 1)], follow)
+        # The whole space leaves rounding alone, if the matrix is symmetric.
+        complete = (space.count >= n) & jnp.all(residuals <= jnp.maximum(bounds, 30 * rounding))
+        done = (good & (space.count >= least)) | complete
+        return space._replace(pairs=(values, coefficients, residuals), next=follow, done=done)
 
     def grow(space):
         j = space.count
-        w = matvec(space.basis[j])
-        scale = jnp.maximum(jnp.max(jnp.abs(space.matrix)), tree.length(w))
-        coefficients, unit, length, key = fresh(space.basis, w, space.key, scale)
-        matrix = space.matrix.at[:, j].set(coefficients.at[j + p].set(length))
-        return wanted(space._replace(count=j + 1, basis=space.basis.at[j + p].set(unit), matrix=matrix, key=key))
+        unit, key = fresh(space.basis, space.next, space.key)
+        w = matvec(unit)
+        basis, images = space.basis.at[j].set(unit), space.images.at[j].set(w)
+        matrix = space.matrix.at[:, j].set(_dot(basis, w))
+        return wanted(space._replace(count=j + 1, basis=basis, images=images, matrix=matrix, key=key))
 
     zero = mapped.varying(jnp.zeros((), dtype), like=start)
     nothing = (jnp.zeros(k, dtype) + zero, jnp.zeros((most, k), dtype) + zero, jnp.full(k, jnp.inf) + zero)
+    empty = jnp.zeros((most, n), dtype) + zero
     space = _Space(
         mapped.varying(jnp.int32(0), like=start),
-        basis,
-        jnp.zeros((most + p, most), dtype) + zero,
-        key,
+        empty,
+        empty,
+        jnp.zeros((most, most), dtype) + zero,
+        mapped.varying(key, like=start),
         nothing,
+        start[0],
         mapped.varying(jnp.array(False), like=start),
     )
     space = jax.lax.while_loop(lambda s: (s.count < most) & ~s.done & ~jnp.any(jnp.isnan(s.matrix)), grow, space)
     values, coefficients, residuals = space.pairs
-    return Pairs(sign * values, _dot(coefficients.T, space.basis[:most]), residuals, space.count, space.done)
+    found = _merged(space, sign, old_values, old, min(k + KEPT, n))
+    found = Known(sign * found[0], found[1], mapped.varying(known.turn + 1, like=start))
+    vectors = _dot(coefficients.T, space.basis)
+    return Pairs(sign * values, vectors, residuals, space.count, space.done, found)
+
+
+def _corrected(r: jax.Array, value: jax.Array, old_values: jax.Array, old: jax.Array) -> jax.Array:
+    """(B - value)⁻¹ r for B = oldᵀ diag(old_values) old; without old ones a multiple of r."""
+
+    def below(gap):
+        gap = jnp.minimum(gap, -APART * jnp.abs(value))
+        return jnp.where(gap < 0, gap, -1)
+
+    along = _dot(old, r)
+    return _dot(old.T, along / below(old_values - value)) + (r - _dot(old.T, along)) / below(-value)
+
+
+def _merged(space: _Space, sign: int, old_values: jax.Array, old: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Take approximate pairs over the space and what the old vectors have beside it, where A is as B was."""
+    rest = old - _dot(_dot(old, space.basis.T), space.basis)
+    lengths, rotation = jnp.linalg.eigh(_dot(rest, rest.T))
+    good = lengths > APART
+    rest = _dot((rotation * jnp.where(good, 1 / jnp.sqrt(jnp.where(good, lengths, 1)), 0)).T, rest)
+    among = _dot(rest, old.T)
+    among = _dot(among * old_values, among.T)
+    across = sign * _dot(rest, space.images.T)
+    whole = jnp.block([[sign * _symmetric(space.matrix), across.T], [across, among]])
+    used = jnp.concatenate([jnp.arange(len(space.basis)) < space.count, good])
+    peak = tree.divisor(jnp.max(jnp.abs(whole)))
+    whole = jnp.where(used[:, None] & used, whole / peak, 0)
+    far = 4 * jnp.sum(jnp.abs(whole)) + 1
+    values, coefficients = jnp.linalg.eigh(whole - jnp.diag(jnp.where(used, 0, far)), symmetrize_input=False)
+    values, coefficients = values[::-1][:count], coefficients[:, ::-1][:, :count]
+    vectors = _dot(jnp.where(used[:, None], coefficients, 0).T, jnp.concatenate([space.basis, rest]))
+    missing = count - len(values)
+    return (
+        jnp.pad(jnp.where(values > -far / 2, values * peak, 0), (0, missing)),
+        jnp.pad(vectors, ((0, missing), (0, 0))),
+    )
+
+
+def _symmetric(upper: jax.Array) -> jax.Array:
+    return jnp.triu(upper) + jnp.triu(upper, 1).T
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
