@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bench.report import Section, commit
+from bench.report import Section, commit, describe_error
 from fnn.diagnosis.case import Case, Plan, case_of
 from fnn.diagnosis.causes import STAGE, WEAK
 from fnn.diagnosis.changes import changes
@@ -63,6 +63,10 @@ class Record:
     holds: bool | None = None
     """Whether the printed remedy reproduces on three fresh seeds; None where there is none, or it was not tried."""
     commit: str = ""
+    report: str = ""
+    """What was said, of a wrong answer; or the error."""
+    trials: dict[str, float] = field(default_factory=dict)
+    """The mean score of each change, of a wrong answer."""
 
     @property
     def ok(self) -> bool:
@@ -89,7 +93,11 @@ def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
     for name, person, framework in people:
         if name in known or (options.seconds and time.perf_counter() - begun > options.seconds):
             continue
-        record = written(name, person, framework, options.slack) if framework else diagnosed(person, options.slack)
+        try:
+            record = written(name, person, framework, options.slack) if framework else diagnosed(person, options.slack)
+        except Exception as error:  # it counts as wrong
+            group = framework or _group(person)
+            record = Record(name, group, _right(person), [], False, False, 0.0, [], [], report=describe_error(error))
         records.append(record)
         say(f"{name}: {_top(record)} ({record.seconds:.0f} s){'' if record.ok else ', wrong'}")
         jax.clear_caches()
@@ -154,13 +162,19 @@ def written(name: str, person: Any, framework: str, slack: float = 1.0) -> Recor
 
 
 def _record(name: str, group: str, person: Any, found: Any, seconds: float) -> Record:
-    right = getattr(person, "causes", None)
-    sets = None if right is None else list(map(sorted, right if isinstance(right, tuple) else [right]))
     repair = found.causes[0].repair if found.causes else None
-    return Record(
-        name, group, sets, [cause.name for cause in found.causes], found.healthy, found.two_faults, round(seconds, 1),
+    record = Record(
+        name, group, _right(person), [cause.name for cause in found.causes], found.healthy, found.two_faults, round(seconds, 1),
         [round(s, 3) for s in found.base.scores], [round(s, 3) for s in repair.scores] if repair else [], commit=commit(),
     )  # fmt: skip
+    if not record.ok:
+        record.report, record.trials = repr(found), {trial.change: round(trial.mean, 3) for trial in found.trials}
+    return record
+
+
+def _right(person: Any) -> list[list[str]] | None:
+    right = getattr(person, "causes", None)
+    return None if right is None else list(map(sorted, right if isinstance(right, tuple) else [right]))
 
 
 def holds(case: Any, found: Any) -> bool:
