@@ -88,7 +88,7 @@ def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
         people += [(f"{n}, {f}", p, f) for n, p in frameworks.REACHED.items() for f in frameworks.NETS]
     random.Random(0).shuffle(people)
     known = {record.name: record for record in earlier(options.resume)}
-    records = [known[name] for name, *_ in people if name in known]
+    records, every = list(known.values()), len(known.keys() | {name for name, *_ in people})
     begun = time.perf_counter()
     for name, person, framework in people:
         if name in known or (options.seconds and time.perf_counter() - begun > options.seconds):
@@ -101,8 +101,8 @@ def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
         records.append(record)
         say(f"{name}: {_top(record)} ({record.seconds:.0f} s){'' if record.ok else ', wrong'}")
         jax.clear_caches()
-        yield from sections(records, len(people), False)
-    yield from sections(records, len(people), True)
+        yield from sections(records, every, False)
+    yield from sections(records, every, True)
 
 
 def earlier(path: Path | None) -> list[Record]:
@@ -147,7 +147,7 @@ def diagnosed(person: Any, slack: float = 1.0) -> Record:
     record = _record(person.name, _group(person), person, found, time.perf_counter() - started)
     if record.right is None or len(record.right) == 1:
         problem = autotrainer.answer(case)
-        record.answers = simpler(found) | {AUTOTRAINER: sorted(autotrainer.FITS.get(problem, set()))}
+        record.answers = simpler(found) | {AUTOTRAINER: sorted(autotrainer.FITS.get(problem or "", set()))}
         record.alarms = _alarms(found) | {AUTOTRAINER: problem is not None}
     if found.causes and found.causes[0].repair is not None:
         record.holds = holds(case, found)

@@ -209,6 +209,15 @@ def test_any_loss():
     assert found.causes[0].name == "input_scale" and found.score == "1 - loss / guess"
 
 
+def test_inputs_in_bfloat16_are_measured_too():
+    few = [Dataset(jnp.asarray(part.x, jnp.bfloat16) * 255, part.y) for part in (TRAIN, TEST)]
+    found = case(*few)
+    assert found.computes == "bfloat16" and not case().computes
+    assert named(data_symptoms.input_symptoms(found)) == {"input_scale"}
+    assert "compute in float32" in {change.name for change in changes.changes(found)}
+    assert not data_symptoms.input_symptoms(changes.standardized(found))
+
+
 def test_a_loss_that_bfloat16_rounds_away():
     """Of numbers near 2000, which it rounds to multiples of 16, nothing is left of differences of 1; nor of their gradient."""
     x = RNG.normal(size=(240, 4)).astype(np.float32)

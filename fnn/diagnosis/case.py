@@ -103,7 +103,7 @@ class Case:
     def x(self) -> np.ndarray | None:
         """The training inputs, if they are one array of floats, of which affine maps can be taken."""
         x = self.train.x
-        return x if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating) else None
+        return x if isinstance(x, np.ndarray) and jnp.issubdtype(x.dtype, jnp.floating) else None
 
     @property
     def y(self) -> np.ndarray:

@@ -136,7 +136,7 @@ def _alike(params: Any, last: str) -> list[str]:
 
 def _linear(output: Any, x: Any) -> bool:
     """Whether the net is affine in its inputs, as far as a batch shows."""
-    if not (isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating)):
+    if not (isinstance(x, np.ndarray) and jax.numpy.issubdtype(x.dtype, jax.numpy.floating)):
         return False
     other = np.roll(x, 1, axis=0)
     a, b, middle = (output(part) for part in (x, other, ((x + other) / 2).astype(x.dtype)))
@@ -147,7 +147,11 @@ def _linear(output: Any, x: Any) -> bool:
 
 
 def _blind(output: Any, x: Any, plain: np.ndarray) -> bool:
-    if not isinstance(x, np.ndarray) or x.ndim < 2 or (x.ndim == 2 and np.issubdtype(x.dtype, np.floating)):
+    if (
+        not isinstance(x, np.ndarray)
+        or x.ndim < 2
+        or (x.ndim == 2 and jax.numpy.issubdtype(x.dtype, jax.numpy.floating))
+    ):
         return False
     turned = output(np.ascontiguousarray(x[:, ::-1]))
     return turned.shape == plain.shape and bool(np.abs(turned - plain).max() <= 1e-4 * max(np.abs(plain).max(), 1e-30))
