@@ -59,7 +59,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few steps and rounds, and by default the two first rows")
     parser.add_argument("--rounds", type=int, help="interleaved rounds; by default 15, or 3 with --quick")
     parser.add_argument(
-        "--seconds", type=float, help="for a row of step or models: later, no peer and no round is begun; no limit"
+        "--seconds",
+        type=float,
+        help="for a row of step or models, for all of ward: later, nothing new is begun; no limit",
     )
     parser.add_argument(
         "--precision",
@@ -67,6 +69,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default="highest",
         help="of matrix products: true float32, or the accelerator's own choice (TF32 on a GPU); on a CPU the same",
     )
+    parser.add_argument("--slack", type=float, default=1.0, help="ward: budgets times this, on a machine that is busy")
+    parser.add_argument("--resume", type=Path, help="ward: a JSON file whose records are not run again")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the JSON and the Markdown")
     parser.add_argument("--trace", type=Path, help="folder for profiler traces of fnn-fit (suite step)")
     options = parser.parse_args(arguments)
@@ -92,11 +96,12 @@ def main(arguments: list[str] | None = None) -> None:
     console.print("\n".join(report.lines(machine)), markup=False)
     kind = "-quick" if options.quick else ""
     stem = f"{options.suite}-{jax.devices()[0].platform}{kind}-{time.strftime('%Y%m%dT%H%M%S')}"
-    sections: list[Any] = []
+    sections: dict[str, Any] = {}
     for section in suite.run(options, lambda text: console.print(text, markup=False)):
-        sections.append(section)
-        console.print(section.rich())
-        paths = report.write(options.out, stem, options.suite, suite.ABOUT, machine, sections)
+        sections[section.title] = section
+        if section.done:
+            console.print(section.rich())
+        paths = report.write(options.out, stem, options.suite, suite.ABOUT, machine, list(sections.values()))
     console.print("written: " + ", ".join(report.shown(path) for path in paths))
 
 

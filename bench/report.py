@@ -30,6 +30,8 @@ class Section:
     cells: list[tuple[str, ...]]
     notes: list[str]
     data: dict[str, Any] = field(default_factory=dict)
+    done: bool = True
+    """Whether it is whole; one of the same title takes its place otherwise."""
 
     def rich(self) -> RichTable:
         """Make a table for the terminal."""
@@ -58,7 +60,7 @@ def environment() -> dict[str, Any]:
         "precision": str(jax.config.jax_default_matmul_precision or "default"),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -130,7 +132,9 @@ def _cpu_model() -> str:
     return found[1].strip() if found else platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Name the commit of this code."""
+
     def git(*args):
         return subprocess.run(["git", *args], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -1,21 +1,25 @@
 """The suite `ward`: how often `fnn.diagnose` names the cause of trainings whose fault is known, and of healthy ones none."""
 
+import json
 import math
+import random
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from bench.report import Section
+from bench.report import Section, commit, describe_error
 from fnn.diagnosis.case import Case, Plan, case_of
-from fnn.diagnosis.causes import STAGE
+from fnn.diagnosis.causes import STAGE, WEAK
 from fnn.diagnosis.changes import changes
 from fnn.diagnosis.inquiry import margin
 from fnn.diagnosis.trial import Runner
-from fnn.diagnosis.verdict import WEAK
 from tests import ward
 from tests.ward import autotrainer, frameworks
 
@@ -34,79 +38,143 @@ GROUPS = {
     "frameworks": "those of them that `fnn.diagnose_loss` can reach, in plain JAX, Equinox and NNX",
 }
 NAMES = GROUPS | {p.name: "patient" for p in ward.PATIENTS} | {c.name: "healthy control" for c in ward.CONTROLS}
-OURS = "fnn"
+OURS, AUTOTRAINER = "fnn", "AUTOTRAINER's rules"
 COLUMNS = ("top-1", "top-3", "false alarms", "sick called healthy")
 
-Tally = dict[tuple[str, str, str], list[bool]]
-"""(group, rule, column) -> what held, of each."""
+
+@dataclass
+class Record:
+    """What was found of one patient or control."""
+
+    name: str
+    group: str
+    right: list[list[str]] | None
+    """Right causes, a list for each fault; None of a control."""
+    causes: list[str]
+    healthy: bool
+    two_faults: bool
+    """Whether the diagnosis says so."""
+    seconds: float
+    base: list[float]
+    repaired: list[float]
+    answers: dict[str, list[str]] = field(default_factory=dict)
+    """Of simpler rules, the first guess first."""
+    alarms: dict[str, bool] = field(default_factory=dict)
+    holds: bool | None = None
+    """Whether the printed remedy reproduces on three fresh seeds; None where there is none, or it was not tried."""
+    commit: str = ""
+    report: str = ""
+    """What was said, of a wrong answer; or the error."""
+    trials: dict[str, float] = field(default_factory=dict)
+    """The mean score of each change, of a wrong answer."""
+
+    @property
+    def ok(self) -> bool:
+        if self.right is None:
+            return self.healthy
+        if len(self.right) > 1:
+            return len(self.causes) > 1 and all(set(self.causes[:2]) & set(part) for part in self.right)
+        return bool(self.causes) and self.causes[0] in self.right[0]
 
 
 def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
-    """Diagnose every patient and control that `--peers` names: groups, or single ones."""
+    """Diagnose every patient and control that `--peers` names: groups, or single ones; in an order drawn by chance.
+
+    The tables are given anew after each. With `--resume` those of an earlier file are taken over instead of run again.
+    """
     chosen = options.peers or (["public"] if options.quick else list(GROUPS))
-    people = [p for p in (*ward.PATIENTS, *ward.CONTROLS) if p.name in chosen or _group(p) in chosen]
-    rows, tally, more = [], {}, {}
-    for person in people:
-        row = diagnosed(person, tally, more)
-        say(f"{person.name}: {row[1]} ({row[3]} s)")
-        rows.append(row)
+    people = [(p.name, p, None) for p in (*ward.PATIENTS, *ward.CONTROLS) if p.name in chosen or _group(p) in chosen]
     if "frameworks" in chosen:
-        for name, person in frameworks.REACHED.items():
-            for framework in frameworks.NETS:
-                row = written(name, person, framework, tally)
-                say(f"{row[0]}: {row[1]} ({row[3]} s)")
-                rows.append(row)
-    yield Section("each", ("patient", "top", "right", "seconds", "score as it is", "repaired"), rows, [])
-    yield Section("rules", ("group", "rule", *COLUMNS), _rules(tally), [])
-    others = [(name, *_rate(found)) for name, found in more.items()]
-    seconds = sorted(float(row[3]) for row in rows)
+        people += [(f"{n}, {f}", p, f) for n, p in frameworks.REACHED.items() for f in frameworks.NETS]
+    random.Random(0).shuffle(people)
+    known = {record.name: record for record in earlier(options.resume)}
+    records, every = list(known.values()), len(known.keys() | {name for name, *_ in people})
+    begun = time.perf_counter()
+    for name, person, framework in people:
+        if name in known or (options.seconds and time.perf_counter() - begun > options.seconds):
+            continue
+        try:
+            record = written(name, person, framework, options.slack) if framework else diagnosed(person, options.slack)
+        except Exception as error:  # it counts as wrong
+            group = framework or _group(person)
+            record = Record(name, group, _right(person), [], False, False, 0.0, [], [], report=describe_error(error))
+        records.append(record)
+        say(f"{name}: {_top(record)} ({record.seconds:.0f} s){'' if record.ok else ', wrong'}")
+        jax.clear_caches()
+        yield from sections(records, every, False)
+    yield from sections(records, every, True)
+
+
+def earlier(path: Path | None) -> list[Record]:
+    """Read the records of a file that this suite has written."""
+    if path is None:
+        return []
+    return [Record(**record) for row in json.loads(path.read_text())["rows"] for record in row.get("records", [])]
+
+
+def sections(records: list[Record], people: int, done: bool) -> Iterator[Section]:
+    """Make the tables of some records."""
+    data = {"records": [asdict(record) for record in records]}
+    said = [f"{len(records)} of {people} were run"] if len(records) < people else []
+    yield Section(
+        "each",
+        ("patient", "top", "right", "seconds", "score as it is", "repaired"),
+        list(map(_row, records)),
+        said,
+        data,
+        done,
+    )
+    yield Section("rules", ("group", "rule", *COLUMNS), _rules(records), [], {}, done)
+    others = []
+    for group in dict.fromkeys(r.group for r in records):
+        if both := [r.ok for r in records if r.group == group and r.right and len(r.right) > 1]:
+            others.append((f"{group}, two faults: both named", *_rate(both)))
+    if held := [r.holds for r in records if r.holds is not None]:
+        others.append(("remedies that hold on three fresh seeds", *_rate(held)))
+    seconds = sorted(r.seconds for r in records)
     others.append(("seconds: median, longest", f"{np.median(seconds):.0f}, {seconds[-1]:.0f}", "", ""))
-    yield Section("more", ("what", "of", "rate", "95 %"), others, [])
+    yield Section("more", ("what", "of", "rate", "95 %"), others, [], {}, done)
 
 
 def _group(person: Any) -> str:
     return "own" if person in (*ward.OWN_PATIENTS, *ward.OWN_CONTROLS) else "public"
 
 
-def diagnosed(person: Any, tally: Tally, more: dict[str, list[bool]]) -> tuple[str, ...]:
-    """Diagnose one; return its row, and count what holds of it."""
+def diagnosed(person: Any, slack: float = 1.0) -> Record:
+    """Diagnose one, with `slack` times its budget."""
     case, started = person.make(0), time.perf_counter()
-    found = case.diagnose(budget=getattr(person, "budget", 60.0))
-    seconds = time.perf_counter() - started
-    right, group, names = getattr(person, "causes", None), _group(person), [cause.name for cause in found.causes]
-    if isinstance(right, tuple):
-        both = len(names) > 1 and all(set(names[:2]) & part for part in right)
-        more.setdefault(f"{group}, two faults: both named", []).append(both)
-        tally.setdefault((group, OURS, "sick called healthy"), []).append(found.healthy)
-    else:
-        alarms = {OURS: not found.healthy, **_alarms(found)}
-        answers = {OURS: names, **simpler(found)}
+    found = case.diagnose(budget=slack * getattr(person, "budget", 60.0))
+    record = _record(person.name, _group(person), person, found, time.perf_counter() - started)
+    if record.right is None or len(record.right) == 1:
         problem = autotrainer.answer(case)
-        answers["AUTOTRAINER's rules"] = sorted(autotrainer.FITS.get(problem, set()))
-        alarms["AUTOTRAINER's rules"] = problem is not None
-        for rule, said in answers.items():
-            first = set(said) if rule.startswith(("AUTOTRAINER", "always")) else set(said[:1])
-            _count(tally, (group, rule), right, (first, set(said[:3]) | first), alarms[rule])
+        record.answers = simpler(found) | {AUTOTRAINER: sorted(autotrainer.FITS.get(problem or "", set()))}
+        record.alarms = _alarms(found) | {AUTOTRAINER: problem is not None}
     if found.causes and found.causes[0].repair is not None:
-        more.setdefault("remedies that hold on three fresh seeds", []).append(holds(case, found))
-    return _row(person.name, found, right, seconds)
+        record.holds = holds(case, found)
+    return record
 
 
-def written(name: str, person: Any, framework: str, tally: Tally) -> tuple[str, ...]:
-    """Diagnose the loss of one that is written in a framework; return its row."""
+def written(name: str, person: Any, framework: str, slack: float = 1.0) -> Record:
+    """Diagnose the loss of one that is written in a framework."""
     started = time.perf_counter()
-    found = frameworks.written(person, framework).diagnose(budget=getattr(person, "budget", 60.0))
-    right, names = getattr(person, "causes", None), [cause.name for cause in found.causes]
-    _count(tally, (framework, OURS), right, (set(names[:1]), set(names[:3])), not found.healthy)
-    return _row(f"{name}, {framework}", found, right, time.perf_counter() - started)
+    found = frameworks.written(person, framework).diagnose(budget=slack * getattr(person, "budget", 60.0))
+    return _record(name, framework, person, found, time.perf_counter() - started)
 
 
-def _count(tally: Tally, who: tuple[str, str], right: Any, said: tuple[set[str], set[str]], alarm: bool) -> None:
-    facts = {"false alarms": alarm}
-    if right is not None:
-        facts = {"top-1": bool(said[0] & right), "top-3": bool(said[1] & right), "sick called healthy": not alarm}
-    for column, holding in facts.items():
-        tally.setdefault((*who, column), []).append(holding)
+def _record(name: str, group: str, person: Any, found: Any, seconds: float) -> Record:
+    repair = found.causes[0].repair if found.causes else None
+    record = Record(
+        name, group, _right(person), [cause.name for cause in found.causes], found.healthy, found.two_faults, round(seconds, 1),
+        [round(s, 3) for s in found.base.scores], [round(s, 3) for s in repair.scores] if repair else [], commit=commit(),
+    )  # fmt: skip
+    if not record.ok:
+        record.report, record.trials = repr(found), {trial.change: round(trial.mean, 3) for trial in found.trials}
+    return record
+
+
+def _right(person: Any) -> list[list[str]] | None:
+    right = getattr(person, "causes", None)
+    return None if right is None else list(map(sorted, right if isinstance(right, tuple) else [right]))
 
 
 def holds(case: Any, found: Any) -> bool:
@@ -155,33 +223,44 @@ def _alarms(found: Any) -> dict[str, bool]:
     }
 
 
-def _row(name: str, found: Any, right: Any, seconds: float) -> tuple[str, ...]:
-    names = [cause.name for cause in found.causes]
-    top = (
-        " + ".join(names[:2])
-        if found.two_faults
-        else names[0]
-        if names
-        else "healthy"
-        if found.healthy
-        else "none found"
-    )
-    repair = found.causes[0].repair if found.causes else None
-    before, after = (
-        " ".join(f"{s:.2f}" for s in scores) for scores in (found.base.scores, repair.scores if repair else ())
-    )
-    return name, top, "healthy" if right is None else _said(right), f"{seconds:.0f}", before, after
+def _top(record: Record) -> str:
+    if record.two_faults:
+        return " + ".join(record.causes[:2])
+    return record.causes[0] if record.causes else "healthy" if record.healthy else "none found"
 
 
-def _said(right: Any) -> str:
-    return " + ".join(map(_said, right)) if isinstance(right, tuple) else ", ".join(sorted(right))
+def _row(record: Record) -> tuple[str, ...]:
+    before, after = (" ".join(f"{s:.2f}" for s in scores) for scores in (record.base, record.repaired))
+    right = "healthy" if record.right is None else " + ".join(map(", ".join, record.right))
+    return record.name, _top(record), right, f"{record.seconds:.0f}", before, after
 
 
-def _rules(tally: Tally) -> list[tuple[str, ...]]:
+def _rules(records: list[Record]) -> list[tuple[str, ...]]:
+    """Make a row for each group and rule: k of n, and Wilson's interval, in each column."""
+    tally: dict[tuple[str, str], dict[str, list[bool]]] = {}
+    for r in records:
+        if r.right is not None and len(r.right) > 1:
+            tally.setdefault((r.group, OURS), {}).setdefault("sick called healthy", []).append(r.healthy)
+            continue
+        for rule, said in {OURS: r.causes, **r.answers}.items():
+            alarm = not r.healthy if rule == OURS else r.alarms[rule]
+            first = set(said) if rule.startswith(("AUTOTRAINER", "always")) else set(said[:1])
+            facts = {"false alarms": alarm}
+            if r.right is not None:
+                three = first | set(said[:3])
+                facts = {
+                    "top-1": bool(first & set(r.right[0])),
+                    "top-3": bool(three & set(r.right[0])),
+                    "sick called healthy": not alarm,
+                }
+            if r.right is not None and rule == OURS:
+                facts["sick called healthy"] = r.healthy
+            for column, holding in facts.items():
+                tally.setdefault((r.group, rule), {}).setdefault(column, []).append(holding)
     rows = []
-    for group, rule in dict.fromkeys(key[:2] for key in tally):
-        cells = [_rate(tally[group, rule, c]) if (group, rule, c) in tally else ("", "", "") for c in COLUMNS]
-        rows.append((group, rule, *(f"{of} ({interval})" if of else "" for of, _, interval in cells)))
+    for who, columns in tally.items():
+        cells = [_rate(columns[c]) if c in columns else ("", "", "") for c in COLUMNS]
+        rows.append((*who, *(f"{of} ({interval})" if of else "" for of, _, interval in cells)))
     return rows
 
 

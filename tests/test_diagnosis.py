@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,9 @@ import pytest
 
 import fnn
 from fnn.datasets.dataset import Dataset
-from fnn.diagnosis import changes, data_symptoms, start, symptoms, trial
+from fnn.diagnosis import changes, data_symptoms, report, start, symptoms, trial, verdict
 from fnn.diagnosis.case import Plan, case_of, gains, redrawn
+from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.loss_case import loss_case_of
 from fnn.diagnosis.task import Task, task_of
 
@@ -207,6 +209,68 @@ def test_any_loss():
     assert found.causes[0].name == "input_scale" and found.score == "1 - loss / guess"
 
 
+def test_inputs_in_bfloat16_are_measured_too():
+    few = [Dataset(jnp.asarray(part.x, jnp.bfloat16) * 255, part.y) for part in (TRAIN, TEST)]
+    found = case(*few)
+    assert found.computes == "bfloat16" and not case().computes
+    assert named(data_symptoms.input_symptoms(found)) == {"input_scale"}
+    assert "compute in float32" in {change.name for change in changes.changes(found)}
+    assert not data_symptoms.input_symptoms(changes.standardized(found))
+
+
+def test_a_loss_that_bfloat16_rounds_away():
+    """Of numbers near 2000, which it rounds to multiples of 16, nothing is left of differences of 1; nor of their gradient."""
+    x = RNG.normal(size=(240, 4)).astype(np.float32)
+    y = (x @ np.array([0.5, -0.5, 0.5, 0.5], np.float32)).astype(np.float32)
+
+    def loss(w, batch, dtype=jnp.bfloat16):
+        given, wanted = ((2000 + part).astype(dtype) for part in (batch[0] @ w["kernel"][:, 0], batch[1]))
+        return jnp.mean(jnp.square(given - wanted)).astype(jnp.float32)
+
+    batches = [(x[i : i + 40], y[i : i + 40]) for i in range(0, 160, 40)]
+    params = {"kernel": jnp.asarray(RNG.normal(size=(4, 1)) / 9, jnp.float32)}
+    found = fnn.diagnose_loss(
+        loss, params, batches, lambda rate=0.05: optax.sgd(rate), (x[160:], y[160:]), steps=60, seeds=2, budget=600.0,
+        score=lambda w, batch: 1 - loss(w, batch, jnp.float32) / jnp.var(batch[1]),
+    )  # fmt: skip
+    assert found.causes[0].name == "numerics" and found.causes[0].repair.change == "compute in float32", found
+    assert "bfloat16 changes the gradient by 100% of its size" in repr(found)
+    assert min(found.causes[0].repair.checked) > 0.9
+
+
+# Verdicts.
+
+
+def tried(train, mean):
+    return SimpleNamespace(outcome=SimpleNamespace(train=np.array([train])), mean=mean)
+
+
+@pytest.mark.parametrize(
+    "by_heart, others, real, want",
+    [(0.9, 0.12, False, True), (0.9, 0.4, False, False), (0.3, 0.1, False, False), (0.9, 0.1, True, False)],
+)
+def test_inputs_that_tell_nothing_of_the_targets(by_heart, others, real, want):
+    """Only where targets are learnt by heart, nothing helps on other examples, and neighbours do not agree."""
+    apart = case(*(Dataset(RNG.permutation(np.asarray(part.x)), part.y) for part in (TRAIN, TEST)))
+    inquiry = SimpleNamespace(
+        case=case() if real else apart, tried={"a": tried(0.2, 0.1), "b": tried(by_heart, others)}
+    )
+    said = verdict.unrelated(inquiry)
+    assert (said is not None) == want and (said is None or said.cause == "labels")
+
+
+def test_equal_inputs_are_named_without_a_proof():
+    (found,) = verdict.causes(SimpleNamespace(evidence=[Evidence("input_empty", "all inputs are equal")]), True)
+    assert (found.name, found.repair) == ("input_empty", None) and found.name in report.UNTESTED
+
+
+@pytest.mark.parametrize("width, want", [(1, "width × 32"), (12, "width × 4"), (5, "width × 7")])
+def test_a_wider_net_is_wide_enough(width, want):
+    made = case(net=lambda width=width: fnn.models.mlp(2, width, 10))
+    (wider,) = [change for change in changes.changes(made) if "capacity" in change.causes]
+    assert wider.name == want and dict(wider.apply(Plan()).knobs)["width"] >= 32
+
+
 def test_refusals():
     more = {"batch_size": 64, "steps": 10}
     for net, loss, optimizer, options, sentence in (
@@ -286,19 +350,20 @@ def test_the_middle_of_a_run_is_that_of_half_of_the_steps():
 
 
 def test_units_that_die_in_the_run_and_attention_that_sees_one_key():
+    made = case()
     quiet = start.Start({"input_dead": np.array([0.0, 0.1, 0.2])}, ["a", "b", "c"], [], [], np.zeros(0), 1.0, False, False,
-                        {"a": -1.0}, 1e-7, (3.0, 1.7))  # fmt: skip
+                        {"a": -1.0}, 1e-7, 0.0, (3.0, 1.7))  # fmt: skip
     dead = dataclasses.replace(quiet, layers={"input_dead": np.array([0.9, 0.1, 0.95])})
-    assert not symptoms.middle_symptoms(quiet, quiet) and not symptoms.middle_symptoms(dead, dead)
-    (said,) = symptoms.middle_symptoms(quiet, dead)
+    assert not symptoms.middle_symptoms(made, quiet, quiet) and not symptoms.middle_symptoms(made, dead, dead)
+    (said,) = symptoms.middle_symptoms(made, quiet, dead)
     assert said.cause == "lr_high" and "95% of the inputs" in said.text
     assert not symptoms.middle_symptoms(
-        quiet, dataclasses.replace(dead, layers={"input_dead": np.array([0.9, 0.1, 0.2])})
+        made, quiet, dataclasses.replace(dead, layers={"input_dead": np.array([0.9, 0.1, 0.2])})
     )
     sharp = dataclasses.replace(quiet, attention=(400.0, 0.01))
-    assert "attention logits reach 400" in symptoms.middle_symptoms(quiet, sharp)[0].text
+    assert "attention logits reach 400" in symptoms.middle_symptoms(made, quiet, sharp)[0].text
     gone = dataclasses.replace(quiet, gradient={"a": -np.inf})
-    assert "the gradient of a is exactly zero" in symptoms.middle_symptoms(quiet, gone)[0].text
+    assert "the gradient of a is exactly zero" in symptoms.middle_symptoms(made, quiet, gone)[0].text
 
 
 @pytest.mark.parametrize("gain, want", [(1.0, set()), (30.0, {"init_large"})])

@@ -1,4 +1,4 @@
-"""Activations of a traced loss, swapped: the loss equals that of a net built with the other activation."""
+"""Traced losses, rewritten: with another activation, or in float32, they equal losses that were written so."""
 
 import flax.linen as nn
 import jax
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fnn
-from fnn.gradients import swap
+from fnn.gradients import swap, wide
 
 X = jax.random.normal(jax.random.key(0), (8, 5))
 Y = jnp.arange(8) % 3
@@ -114,3 +114,63 @@ def test_a_function_that_is_none_of_the_known_ones_is_left_alone():
         return jnp.sum(jnp.sin(x @ w) @ w)
 
     assert swap.listed(loss, jnp.eye(5), X)[0] == []
+
+
+# Float32 in the place of less.
+
+
+@jax.custom_vjp
+def rounded(x):
+    return jnp.sign(x)
+
+
+rounded.defvjp(lambda x: (jnp.sign(x), x), lambda x, g: (g * (jnp.abs(x) < 1).astype(x.dtype),))
+
+
+def looped(x, w):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), jnp.sum(h)), x, jnp.stack([w, w]))[0]
+
+
+def branched(x, w):
+    return jax.lax.cond(jnp.sum(w) > 0, lambda x: x @ w, lambda x: -x @ w, x)
+
+
+BODIES = {
+    "relu, whose rule gives 0 at 0": lambda x, w: jax.nn.relu((x @ w).at[:, 0].set(0)),
+    "a rule of its own": lambda x, w: rounded(x @ w),
+    "a scan": looped,
+    "a branch": branched,
+    "a while loop": lambda x, w: jax.lax.fori_loop(0, 2, lambda i, h: jnp.sin(h @ w), x),
+    "a checkpoint": jax.checkpoint(lambda x, w: jax.nn.silu(x @ w)),
+    "a softmax": lambda x, w: jax.nn.softmax(x @ w) * x,
+    "a draw": lambda x, w: jnp.where(jax.random.bernoulli(jax.random.key(3), 0.8, x.shape), x @ w, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", BODIES)
+def test_a_program_in_float32_is_the_one_written_in_float32(name, dtype):
+    def loss_in(dtype):
+        def loss(w, x):
+            return jnp.mean(jnp.square(BODIES[name](x.astype(dtype), w.astype(dtype))).astype(jnp.float32))
+
+        return loss
+
+    w = jax.random.normal(jax.random.key(1), (5, 5)) / 2
+    assert wide.narrowest(loss_in(dtype), w, X) == jnp.dtype(dtype).name and not wide.narrowest(
+        loss_in(jnp.float32), w, X
+    )
+    got = jax.jit(jax.value_and_grad(wide.in_float32(loss_in(dtype))))(w, X)
+    want = jax.jit(jax.value_and_grad(loss_in(jnp.float32)))(w, X)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+    several = jnp.stack([w, -w])
+    got, want = (
+        jax.vmap(jax.grad(f), (0, None))(several, X) for f in (wide.in_float32(loss_in(dtype)), loss_in(jnp.float32))
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_program_in_float32_already_stays_as_it_is():
+    loss, params = loss_of("relu")
+    got, want = (jax.value_and_grad(f)(params, (X, Y)) for f in (wide.in_float32(loss), loss))
+    jax.tree.map(np.testing.assert_array_equal, got, want)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from argparse import Namespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from sklearn.metrics import balanced_accuracy_score, r2_score
 from ward import CONTROLS, PATIENTS, autotrainer, check, controls, frameworks, patients
 
 import fnn
+from bench import report
+from bench import ward as suite
 
 NAMES = {case.name: case for case in (*PATIENTS, *CONTROLS)}
 
@@ -90,7 +93,7 @@ def test_batches_cover_an_epoch_once():
 
 
 @pytest.mark.slow  # test_diagnosis diagnoses another fault as a whole, and sees these two in the data
-@pytest.mark.parametrize("name", ["labels_permuted", "test_not_scaled"])
+@pytest.mark.parametrize("name", ["labels_permuted", "test_not_scaled", "steps_8"])
 def test_diagnosis_names_the_cause(name):
     found = NAMES[name].make(0).diagnose(seeds=2, budget=600.0)
     assert found.causes[0].name in NAMES[name].causes, found
@@ -130,3 +133,34 @@ def test_a_patient_in_another_framework_has_the_same_loss(name, framework):
     want = jnp.mean(case.loss(net.apply(params, state, batch[0])[0], batch[1]))
     np.testing.assert_allclose(found.loss(found.params, batch), want, rtol=1e-5)
     assert set(frameworks.NAMES) == set(frameworks.REACHED)
+
+
+def record(name, right, causes, **more):
+    given = {"group": "own", "healthy": not causes, "two_faults": False, "seconds": 1.0, "base": [0.1], "repaired": []}
+    return suite.Record(name, right=right, causes=causes, **given | more)
+
+
+def test_the_suite_counts_and_takes_up_where_it_stopped(tmp_path, monkeypatch):
+    """Two right of three patients, one false alarm of two controls; what a file holds is not run again."""
+    records = [
+        record("a", [["lr_high"]], ["lr_high", "clip"], holds=True),
+        record("b", [["clip", "lr_low"]], ["lr_low"], holds=False),
+        record("c", [["head"]], []),
+        record("d", None, []),
+        record("e", None, ["labels"]),
+        record("f", [["head"], ["clip", "lr_low"]], ["lr_low", "head"], two_faults=True),
+    ]
+    assert [r.ok for r in records] == [True, True, False, True, False, True]
+    each, rules, more = suite.sections(records, 9, True)
+    assert each.notes == ["6 of 9 were run"] and [row[1] for row in each.cells][-1] == "lr_low + head"
+    assert [cell[:6] for cell in rules.cells[0][2:]] == ["2 of 3", "2 of 3", "1 of 2", "1 of 4"]
+    assert {row[0]: row[1] for row in more.cells}["remedies that hold on three fresh seeds"] == "1 of 2"
+    (path, _) = report.write(tmp_path, "ward", "ward", "", {}, [each, rules, more])
+    assert suite.earlier(path) == records
+    names = {p.name for p in PATIENTS[:2]}
+    monkeypatch.setattr(suite, "earlier", lambda path: [record(PATIENTS[0].name, [["a"]], ["a"])])
+    monkeypatch.setattr(suite, "diagnosed", lambda person, slack: record(person.name, [["a"]], ["b"]))
+    options = Namespace(peers=list(names), quick=False, resume=path, seconds=None, slack=1.0)
+    said: list[str] = []
+    last = list(suite.run(options, said.append))[-3]
+    assert len(last.cells) == 2 and last.done and len(said) == 1 and said[0].endswith("wrong")

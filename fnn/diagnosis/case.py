@@ -16,6 +16,7 @@ from fnn.datasets.dataset import Dataset, generator, in_memory
 from fnn.diagnosis.task import Task, task_of
 from fnn.gradients.operations import Unreadable
 from fnn.gradients.swap import listed, swapped
+from fnn.gradients.wide import in_float32, narrowest
 
 GAINS = {"relu": 2**0.5, "leaky_relu": 2**0.5, "gelu": 1.5, "gelu_tanh": 1.5, "silu": 1.6, "elu": 1.2, "softplus": 1.2}
 """sqrt(fan_in) times the std of weights that keep signals at their size, about; 1 for all others."""
@@ -46,6 +47,8 @@ class Plan:
     steps: int | None = None
     wide: bool = False
     """Whether parameters of less than 32 bits are trained in float32."""
+    float32: bool = False
+    """Whether what is computed in less than 32 bits is computed in float32; the parameters are `wide` then."""
     swap: tuple[tuple[str, str], ...] = ()
     """Of a net without knobs: which activations of its program are replaced, ("hidden" or "last", by what)."""
 
@@ -91,6 +94,8 @@ class Case:
     """What was found in the program of a net without knobs: its `activation`, its `head`, whether gradients `stop`."""
     narrow: bool = False
     """Whether there are parameters of less than 32 bits."""
+    computes: str = ""
+    """The float type of less than 32 bits in which the net or the loss computes, if any."""
     fixed: bool = False
     """Whether the optimiser is a transformation, whose settings cannot be varied."""
 
@@ -98,7 +103,7 @@ class Case:
     def x(self) -> np.ndarray | None:
         """The training inputs, if they are one array of floats, of which affine maps can be taken."""
         x = self.train.x
-        return x if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating) else None
+        return x if isinstance(x, np.ndarray) and jnp.issubdtype(x.dtype, jnp.floating) else None
 
     @property
     def y(self) -> np.ndarray:
@@ -134,6 +139,8 @@ class Case:
             outputs, new = trained(params, state, batch[0], key)
             return measures.shares("diagnose", loss, outputs, batch[1])["loss"], new
 
+        if plan.float32:
+            return Model(draw, in_float32(objective), in_float32(outputs))
         return Model(draw, objective, outputs)
 
     def scored(self, values: np.ndarray) -> np.ndarray:
@@ -206,11 +213,12 @@ def case_of(
             f"diagnose: outputs and targets must be one array each, without weights, got {check.describe(outputs)} and "
             f"{check.describe(data.y)}; diagnose_loss takes a loss of any outputs"
         )
+    computes = _narrowest(lambda params, x, y: loss(base.apply(params, state, x)[0], y), params, spec, data.y[:2])
     task = task_of(loss, np.asarray(data.y), outputs.shape)
     seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
     return Case(
         build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
-        int(seeds), bool(shuffle), task, seen, is_narrow(params), isinstance(optimizer, optax.GradientTransformation),
+        int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, isinstance(optimizer, optax.GradientTransformation),
     )  # fmt: skip
 
 
@@ -229,6 +237,14 @@ def found_in(function: Callable[..., Any], *args: Any) -> dict[str, Any]:
     seen: dict[str, Any] = {"stop": True} if stops else {}
     seen |= {"activation": hidden.pop() if len(hidden) == 1 else "several"} if hidden else {}
     return seen | ({"head": last.pop()} if len(last) == 1 else {})
+
+
+def _narrowest(function: Callable[..., Any], *args: Any) -> str:
+    """Name the narrow float type in which a program computes; "" where it cannot be read."""
+    try:
+        return narrowest(function, *args)
+    except Unreadable:
+        return ""
 
 
 def _host(data: Dataset) -> Dataset:

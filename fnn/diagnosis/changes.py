@@ -11,6 +11,8 @@ from fnn.diagnosis.case import Case, Plan
 
 KNOBS = ("activation", "norm", "residual", "depth", "width", "head")
 """Arguments of `build` that are varied. `dropout`, `cell` and `positions` are, where there are any."""
+ENOUGH = 32
+"""A net that is tried with more units has at least so many."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,15 @@ def _of_weights(case: Case) -> list[Change]:
     wide = Change(
         "parameters in float32", ("numerics",), _with(wide=True), "params in float32, compute_dtype=jnp.bfloat16", True
     )
-    return [Change("redraw weights", causes, _with(gain=gain), code), *([wide] if case.narrow else [])]
+    all_wide = Change(
+        "compute in float32",
+        ("numerics",),
+        _with(wide=True, float32=True),
+        f"# parameters, inputs and all between them in float32, no {case.computes}",
+        True,
+    )
+    found = [Change("redraw weights", causes, _with(gain=gain), code), *([wide] if case.narrow else [])]
+    return [*found, *([all_wide] if case.computes else [])]
 
 
 def _of_rate(case: Case) -> list[Change]:
@@ -252,7 +262,9 @@ def _of_net(case: Case) -> list[Change]:
     if isinstance(depth, int) and depth >= 6:
         add("depth 2", ("depth_norm",), "depth=2", 0.4, depth=2)
     if isinstance(knobs.get("width"), int):
-        add("width × 4", ("capacity",), f"width={4 * knobs['width']}", 8.0, width=4 * knobs["width"])
+        times = max(4, -(-ENOUGH // max(1, knobs["width"])))
+        wide = times * knobs["width"]
+        add(f"width × {times}", ("capacity",), f"width={wide}", 8.0, width=wide)
     if isinstance(depth, int) and depth <= 1:
         add("depth + 2", ("capacity",), f"depth={depth + 2}", 2.0, depth=depth + 2)
     if knobs.get("cell") in ("rnn", "gru"):

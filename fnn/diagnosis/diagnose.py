@@ -84,7 +84,8 @@ def diagnose_loss(
 
     From outside these are varied: inputs and targets (standardised), order, weights (redrawn to N(0, gain²/fan_in): of an
     array named `weight` outputs come first, of all others last), rate, clipping, steps, and in the traced program the
-    activations between layers, those behind the last one, and stop_gradient. Gates and the loss itself stay as they are.
+    activations between layers, those behind the last one, stop_gradient, and float32 for what is computed in bfloat16 or
+    float16. Gates and the loss itself stay as they are.
     The first seed starts from `params`, others from the same numbers in another order, array by array.
 
     The score is `score(params, batch)`, higher is better, or 1 - loss/guess, where a guess is the loss with a last layer of

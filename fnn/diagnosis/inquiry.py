@@ -11,7 +11,7 @@ import numpy as np
 from fnn.arrays import first_line
 from fnn.diagnosis import data_symptoms, start, symptoms
 from fnn.diagnosis.case import Case, Plan
-from fnn.diagnosis.causes import STAGE, Evidence
+from fnn.diagnosis.causes import STAGE, WEAK, Evidence
 from fnn.diagnosis.changes import Change, changes, unreached
 from fnn.diagnosis.trial import Outcome, Runner
 
@@ -87,7 +87,7 @@ class Inquiry:
         self.evidence += found + symptoms.run_symptoms(case, plan, begun, outcome)
         middle = jax.tree.map(lambda a: a[0], outcome.middle)
         if all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(middle[0])):
-            later = symptoms.middle_symptoms(begun, start.measured(self.runner, plan, *middle))
+            later = symptoms.middle_symptoms(case, begun, start.measured(self.runner, plan, *middle))
             for e in later:
                 self.tell(e.text)
             self.evidence += later
@@ -140,10 +140,12 @@ class Inquiry:
                         self.runner.prepare(plans[later.name])
             ahead = [later for later in ahead if later is not change]
             self.attempt(change, plans[change.name])
+        strong = suspects - WEAK
         for change in changes(self.case):
             if "steps" not in change.causes:
                 continue
-            if self.best() > self.base.mean + margin(self.base.scores):
+            helped = max((t.mean for t in self.tried.values() if strong & set(t.change.causes)), default=-1.0)
+            if helped > self.base.mean + margin(self.base.scores):
                 self.skipped[change.name] = "something else helps"
             elif self.affords(change, change.apply(Plan())):
                 self.attempt(change, change.apply(Plan()))

@@ -11,10 +11,11 @@ import optax
 
 from fnn import arrays, check, tree
 from fnn.datasets.dataset import Dataset, generator
-from fnn.diagnosis.case import MOST, Case, Model, Plan, _optimizing, found_in, is_kernel, is_narrow
+from fnn.diagnosis.case import MOST, Case, Model, Plan, _narrowest, _optimizing, found_in, is_kernel, is_narrow
 from fnn.diagnosis.task import Task
 from fnn.gradients.swap import swapped
 from fnn.gradients.watch import watch
+from fnn.gradients.wide import in_float32
 
 INPUTS = ("x", "inputs", "input", "image", "images", "features", "data")
 TARGETS = ("y", "targets", "target", "label", "labels")
@@ -37,6 +38,7 @@ class LossCase(Case):
             return check.scalar_loss("diagnose_loss", self.loss(params, self.join(*batch)), False)
 
         loss = swapped(of_batch, dict(plan.swap)) if plan.swap else of_batch
+        loss = in_float32(loss) if plan.float32 else loss
         of_user = self.score
         score = None if of_user is None else lambda params, batch: jnp.asarray(of_user(params, self.join(*batch)))
 
@@ -134,8 +136,9 @@ def loss_case_of(
     forward = [path for _, path in flow.labels.starts if path in kernels]
     case = replace(case, final=names.index(forward[-1]) if forward else None)
     seen = found_in(lambda params, batch: loss(params, join(*batch)), params, batch)
+    computes = _narrowest(lambda params, batch: loss(params, join(*batch)), params, batch)
     fixed = isinstance(optimizer, optax.GradientTransformation)
-    return _referred(replace(case, seen=seen, narrow=is_narrow(params), fixed=fixed))
+    return _referred(replace(case, seen=seen, narrow=is_narrow(params), computes=computes, fixed=fixed))
 
 
 def _batches(name: str, given: Any) -> list[Any]:

@@ -14,6 +14,12 @@ from fnn.diagnosis.start import Start
 from fnn.theory import meanfield
 
 WIDTH = 100
+UNTESTED = {
+    "input_empty": "no change of the net or the training can tell equal examples apart",
+    "labels": "no change of the net or the training can put inputs and targets together",
+    "split_mismatch": "the repair of the first cause learns held-out data, and so hides this one",
+}
+"""Why a cause that was measured has no repair that proves it."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ class Diagnosis:
                 f"  checked      {len(repair.checked)} fresh seeds, {data}: {' '.join(f'{s:.2f}' for s in repair.checked)}"
             )
         else:
-            lines.append("  not tested   the repair of the first cause learns held-out data, and so hides this one")
+            lines += _wrapped(f"  not tested   {UNTESTED[cause.name]}", [], "               ")
         return lines + [f"  {'remedy' * (not i):<12} {line}" for i, line in enumerate(cause.remedy.splitlines())]
 
     def _rest(self, first: tuple[Cause, ...]) -> list[str]:
@@ -236,6 +242,6 @@ def _theory(case: Case, plan: Plan, begun: Start, error: np.ndarray) -> np.ndarr
     try:
         gain = float(np.exp(np.log(hidden).mean()))
         log = meanfield.predict(n, activation=name, sigma_w=gain, sigma_b=0.0, **options).log_error / np.log(10)
-    except ValueError:  # no fixed point, batches too small for theory
+    except (ValueError, ArithmeticError):  # no fixed point, or batches too small for theory
         return np.zeros(0)
     return log - log[-1] + error[n - 1]

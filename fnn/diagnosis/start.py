@@ -7,10 +7,11 @@ import jax
 import numpy as np
 
 from fnn import tree
-from fnn.diagnosis.case import Model, Plan, gains
+from fnn.diagnosis.case import Case, Plan, gains
 from fnn.diagnosis.trial import Runner
 from fnn.gradients.labels import DEFAULT
 from fnn.gradients.watch import watch
+from fnn.gradients.wide import in_float32
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Start:
     """log10 of each parameter's gradient."""
     rounding: float
     """Of the narrowest dtype of the parameters: the distance from 1 to the next number."""
+    rounded: float
+    """Norm of what rounding changes of the gradient over the gradient's in float32; 0 where all is computed in float32."""
     attention: tuple[float, float] | None
     """Largest logit of all heads, and lowest mean entropy of a head in nats; None without attention."""
 
@@ -48,7 +51,7 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
     index = runner.order(plan, 0)[0]
     pool = jax.tree.map(lambda a, b: np.concatenate([a, b]), tuple(case.train), tuple(case.chooses))
     x, y = jax.tree.map(lambda a: a[index], pool)
-    watched, outputs = runner.instruments(plan, lambda: _instruments(case.model(plan), len(index)))
+    watched, outputs, compare = runner.instruments(plan, lambda: _instruments(case, plan, len(index)))
     flow = watched(params, (x, y), state)
     paths, columns = _layers(flow)
     rows = _rows(flow)
@@ -69,18 +72,29 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
     hidden = [pair for pair in every if pair[0] != last] if last in dict(every) else every[:-1]
     alike = _alike(params, last)
     rounding = max(float(jax.numpy.finfo(a.dtype).eps) for a in jax.tree.leaves(params))
-    return Start(columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, gradient, rounding, attention)
+    rounded = float(compare(params, (x, y), state)) if compare is not None else 0.0
+    return Start(
+        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, gradient, rounding, rounded, attention
+    )  # fmt: skip
 
 
-def _instruments(model: Model, size: int) -> tuple[Any, Any]:
-    """Make what measures a net: `watch`, and its outputs."""
-    key = jax.random.key(0)
+def _instruments(case: Case, plan: Plan, size: int) -> tuple[Any, Any, Any]:
+    """Make what measures a net: `watch`, its outputs, and what rounding changes of its gradient, if it computes in less."""
+    key, model = jax.random.key(0), case.model(plan)
 
     def loss(params, batch, state):
         return model.objective(params, state, batch, key)[0]
 
     outputs = jax.jit(model.outputs) if model.outputs is not None else None
-    return watch(loss, groups=(*DEFAULT, "saturated", "attention"), batch_size=size), outputs
+
+    def compare(params, batch, state):
+        rough = jax.grad(loss)(params, batch, state)
+        wide = jax.tree.map(lambda a: a.astype(tree.statistics_dtype(a.dtype)), params)
+        exact = jax.grad(in_float32(loss))(wide, batch, state)
+        return tree.norm(jax.tree.map(lambda a, b: a.astype(b.dtype) - b, rough, exact)) / tree.norm(exact)
+
+    compared = jax.jit(compare) if case.computes and not plan.float32 else None
+    return watch(loss, groups=(*DEFAULT, "saturated", "attention"), batch_size=size), outputs, compared
 
 
 def _rows(flow: Any) -> list["_Row"]:
@@ -122,7 +136,7 @@ def _alike(params: Any, last: str) -> list[str]:
 
 def _linear(output: Any, x: Any) -> bool:
     """Whether the net is affine in its inputs, as far as a batch shows."""
-    if not (isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating)):
+    if not (isinstance(x, np.ndarray) and jax.numpy.issubdtype(x.dtype, jax.numpy.floating)):
         return False
     other = np.roll(x, 1, axis=0)
     a, b, middle = (output(part) for part in (x, other, ((x + other) / 2).astype(x.dtype)))
@@ -133,7 +147,11 @@ def _linear(output: Any, x: Any) -> bool:
 
 
 def _blind(output: Any, x: Any, plain: np.ndarray) -> bool:
-    if not isinstance(x, np.ndarray) or x.ndim < 2 or (x.ndim == 2 and np.issubdtype(x.dtype, np.floating)):
+    if (
+        not isinstance(x, np.ndarray)
+        or x.ndim < 2
+        or (x.ndim == 2 and jax.numpy.issubdtype(x.dtype, jax.numpy.floating))
+    ):
         return False
     turned = output(np.ascontiguousarray(x[:, ::-1]))
     return turned.shape == plain.shape and bool(np.abs(turned - plain).max() <= 1e-4 * max(np.abs(plain).max(), 1e-30))

@@ -17,6 +17,10 @@ LOGITS = 50.0
 """Attention logits beyond it: each query sees one key alone, and hardly any gradient gets through the softmax."""
 
 
+ROUNDED = 0.3
+"""The share of a gradient that rounding may change."""
+
+
 def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     """List what is abnormal before the first step."""
     evidence = [*_unit_symptoms(case, plan, found), *_scale_symptoms(case, plan, found)]
@@ -30,6 +34,7 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         evidence.append(Evidence("init_large", _attention(found)))
     if not np.isfinite(found.loss):
         evidence.append(Evidence("numerics", f"the loss is {found.loss} before the first step"))
+    evidence += _rounding(case, found, "before the first step")
     dead = [path for path, value in found.gradient.items() if value == -np.inf]
     if (
         dead
@@ -40,6 +45,15 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
             Evidence("blocked_gradient", f"the gradient of {', '.join(dead[:3])} is exactly zero before the first step")
         )
     return evidence
+
+
+def _rounding(case: Case, found: Start, when: str) -> list[Evidence]:
+    """What the narrow type in which a net computes makes of its gradient."""
+    if found.rounded <= ROUNDED:
+        return []
+    share = f"by {found.rounded:.0%} of its size" if np.isfinite(found.rounded) else "to what is not finite"
+    text = f"{when} {case.computes} changes the gradient {share}, against float32 (healthy up to {ROUNDED:.0%})"
+    return [Evidence("numerics", text)]
 
 
 def _unit_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
@@ -216,13 +230,13 @@ def _attention(found: Start) -> str:
     )
 
 
-def middle_symptoms(begun: Start, found: Start) -> list[Evidence]:
+def middle_symptoms(case: Case, begun: Start, found: Start) -> list[Evidence]:
     """List what half of the steps made abnormal; what was so before the first step is not said again."""
 
     def highest(name: str, of: Start) -> float:
         return float(np.nanmax(np.append(of.layers.get(name, np.zeros(0))[1:], 0)))
 
-    evidence = []
+    evidence = [] if begun.rounded > ROUNDED else _rounding(case, found, "after half of the steps")
     for name, word, most in (("input_dead", "0 for every example", 0.6), ("input_saturated", "saturated", 0.8)):
         before, now = highest(name, begun), highest(name, found)
         if before <= most < now:
@@ -314,7 +328,10 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
         evidence.append(Evidence("batch_size", f"{case.batch_size} of {case.train.size} examples in a batch"))
     if case.value(plan, "cell") is not None:
         evidence.append(Evidence("memory", f"a {case.value(plan, 'cell')} carries what it has read over all positions"))
-    if falling > 0.02:
+    seen = steps * case.batch_size / case.train.size
+    if seen < 2:
+        evidence.append(Evidence("steps", f"each training example is seen {seen:.2g} times"))
+    elif falling > 0.02:
         evidence.append(
             Evidence("steps", f"the loss still falls at the end ({falling:.0%} over the last part of the run)")
         )

@@ -2,14 +2,13 @@
 
 import numpy as np
 
-from fnn.diagnosis.causes import STAGE, Cause, Evidence, Trial
+from fnn.diagnosis import data_symptoms
+from fnn.diagnosis.causes import STAGE, WEAK, Cause, Evidence, Trial
 from fnn.diagnosis.changes import Change
 from fnn.diagnosis.inquiry import LEAST, NOTHING, Inquiry, Tried, margin
 
 SHARE = 0.7
 """The share of the best rise that a repair must reach."""
-WEAK = {"optimizer", "capacity", "steps", "memory", "batch_size", "too_little_data"}
-"""Suspected of almost every net; not repaired together with others."""
 FIRST = 3
 """So many suspects are repaired for good, to try all others on top."""
 MOST = 4
@@ -20,6 +19,8 @@ FAR = 0.15
 
 def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
     """Rank the causes that a repair proves; two faults stand side by side, each with the repair of both."""
+    if empty := _of(inquiry, "input_empty"):  # no training can tell equal examples apart, so that none is a proof
+        return [Cause("input_empty", empty, None, "# look at how x is read: it is the same for every example", 0.0)]
     working = works(inquiry)
     if not ill:
         near = inquiry.base.mean + FAR
@@ -42,12 +43,40 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
         found[1:] = [*_hidden(inquiry), *(c for c in found[1:] if c.name != "split_mismatch")]
     if pair := both(inquiry) or second(inquiry):
         return pair
+    if not found and ill and (said := unrelated(inquiry)):
+        return [
+            Cause(
+                "labels",
+                (said,),
+                None,
+                "# compare single examples with their targets: the two do not belong together",
+                0.0,
+            )
+        ]
     if not found:  # a repair that works, though nothing abnormal was measured
         for tried in sorted(working, key=lambda t: min(STAGE[c] for c in t.change.causes)):
             cause = min(tried.change.causes, key=lambda c: STAGE[c])
             if (proved := proof(inquiry, cause, tried)) is not None:
                 return [proved]
     return found
+
+
+def unrelated(inquiry: Inquiry) -> Evidence | None:
+    """Say that inputs tell nothing of the targets: what is learnt by heart is of no use for other examples, whatever is changed."""
+    chance, tried = inquiry.case.task.chance, inquiry.tried.values()
+    by_heart = max(float(np.mean(t.outcome.train)) for t in tried)
+    others = max(t.mean for t in tried)
+    near = data_symptoms.information(inquiry.case)
+    if not near or by_heart < chance + 0.5 * (1 - chance) or others > low(chance):
+        return None
+    if any(share - by_chance >= max(4 * noise, 0.1) for share, by_chance, noise in near.values()):
+        return None
+    share, by_chance, _ = near["held out"]
+    text = (
+        f"score up to {by_heart:.2f} on examples that were learnt, {others:.2f} on others, whatever is changed; "
+        f"{data_symptoms.NEIGHBOURS} nearest neighbours agree on {share:.2f} of the targets (chance {by_chance:.2f})"
+    )
+    return Evidence("labels", text)
 
 
 def _hidden(inquiry: Inquiry) -> list[Cause]:
@@ -66,6 +95,11 @@ def suspects(inquiry: Inquiry) -> list[str]:
     adam = [t.mean for t in inquiry.tried.values() if "optimizer" in t.change.causes]
     if adam and rates and max(rates) > max(adam) - 0.05:
         named.discard("optimizer")
+    longer, larger = (
+        [t.mean for t in inquiry.tried.values() if cause in t.change.causes] for cause in ("steps", "capacity")
+    )
+    if longer and larger and max(longer) > max(larger) - 0.05:  # a larger net learns faster
+        named.discard("capacity")
     return sorted(named, key=lambda cause: STAGE[cause])
 
 
@@ -197,8 +231,16 @@ def _parts(inquiry: Inquiry, tried: Tried) -> list[Change]:
     return [inquiry.tried[name].change for name in tried.change.name.split(" + ")]
 
 
+def low(chance: float) -> float:
+    """Give the highest score that is no better than chance."""
+    return chance + max(0.05, 0.1 * (1 - chance))
+
+
 def sick(inquiry: Inquiry, target: float | None) -> bool:
     """Whether the scores themselves show a fault: at chance, seeds that disagree, or below the target."""
     scores, chance = inquiry.base.scores, inquiry.case.task.chance
-    low = min(scores) <= chance + max(0.05, 0.1 * (1 - chance))
-    return low or float(np.std(scores)) > 0.1 or (target is not None and float(np.mean(scores)) < target)
+    return (
+        min(scores) <= low(chance)
+        or float(np.std(scores)) > 0.1
+        or (target is not None and float(np.mean(scores)) < target)
+    )

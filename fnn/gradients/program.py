@@ -84,6 +84,21 @@ def equations(part: Any) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield from equations(inner)
 
 
+def dtypes(part: Any) -> set[Any]:
+    """List the dtypes of all values of a program or a jaxpr, those inside loops, branches and calls too; of an operation those inside."""
+    found: set[Any] = set()
+    if isinstance(part, Program):
+        inner: list[Any] = part.ops
+        found.update(aval.dtype for aval in part.avals.values() if hasattr(aval, "dtype"))
+    elif isinstance(part, Op):
+        inner = [part.body] if isinstance(part, Loop | Remat) else _inner(part.params)
+    else:
+        eqns = _opened(part).eqns
+        inner = [jaxpr for eqn in eqns for jaxpr in _inner(eqn.params)]
+        found.update(var.aval.dtype for eqn in eqns for var in eqn.outvars if hasattr(var.aval, "dtype"))
+    return found.union(*map(dtypes, inner))
+
+
 def flops(part: Any, at: str = "", times: float = 1) -> Iterator[tuple[str, float]]:
     """Count what the products of a traced function cost, two for each multiply-add: (name stack, number) of each product.
 

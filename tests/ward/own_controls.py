@@ -44,6 +44,11 @@ def smoothed(outputs: Any, y: Any) -> jax.Array:
     return -jnp.sum(jax.nn.log_softmax(outputs) * (0.8 * jax.nn.one_hot(y, 10) + 0.02), axis=-1)
 
 
+def rounded_entropy(outputs, y):
+    """Evaluate the cross-entropy of outputs in bfloat16."""
+    return fnn.losses.cross_entropy(outputs.astype(jnp.bfloat16), y).astype(float)
+
+
 def hundredfold(outputs: Any, y: Any) -> jax.Array:
     return 100 * fnn.losses.cross_entropy(outputs, y)
 
@@ -179,6 +184,7 @@ OWN = (
     ),
     Control("short_memory", sequences.RECALL.but(data=sequences.recall(6), cell="rnn", rate=3e-3), 0.9, "memory"),
     Control("any_order", ANY_ORDER, 0.9, "positions"),
+    Control("entropy_in_bfloat16", DEFAULT.but(loss=rounded_entropy), 0.9, "numerics loss"),
     Control("half_precision", DEFAULT.but(init=half_precision, rate=3e-3), 0.9, "numerics"),
     # loss and optimiser
     Control("mse_one_hot", ONE_HOT, 0.9, "loss label_encoding"),

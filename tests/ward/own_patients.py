@@ -62,6 +62,18 @@ def cold_by_hand(outputs: Any, y: Any) -> jax.Array:
     return jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) - jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0]
 
 
+def entropy_by_hand(outputs: Any, y: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """Evaluate log sum exp(z) - z_y of outputs that may reach 20; float16 ends at e^11."""
+    z = 2 * outputs.astype(dtype)
+    return (jnp.log(jnp.sum(jnp.exp(z), axis=-1)) - jnp.take_along_axis(z, y[:, None], axis=-1)[:, 0]).astype(float)
+
+
+def in_kelvin(outputs: Any, y: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """Evaluate (2000 + output - (2000 + y))² of numbers that bfloat16 rounds to multiples of 16."""
+    given, wanted = ((2000 + a.reshape(-1)).astype(dtype) for a in (outputs, y))
+    return jnp.square(given - wanted).astype(float)
+
+
 def with_entropy(outputs: Any, y: Any, by_hand: bool = False) -> jax.Array:
     """Add 0.01 sum p log p over the classes and one that is masked, whose probability is 0."""
     masked = jnp.concatenate([outputs, jnp.full((len(outputs), 1), -jnp.inf)], axis=-1)
@@ -194,6 +206,20 @@ PATIENTS = (
         DEFAULT.but(loss=with_entropy),
         0.85,
         loss=functools.partial(with_entropy, by_hand=True),
+    ),
+    patient(
+        "entropy_in_float16",
+        "numerics loss",
+        DEFAULT.but(loss=entropy_by_hand),
+        0.85,
+        loss=functools.partial(entropy_by_hand, dtype=jnp.float16),
+    ),
+    patient(
+        "kelvin_in_bfloat16",
+        "numerics loss",
+        TEACHER.but(loss=in_kelvin),
+        0.7,
+        loss=functools.partial(in_kelvin, dtype=jnp.bfloat16),
     ),
     patient("updates_lost", "numerics", SLOW, 0.85, init=half_precision),
     patient("adam_rate_1", "lr_high", DEFAULT, 0.85, rate=1.0),
