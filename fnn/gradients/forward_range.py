@@ -59,14 +59,14 @@ def lost(orders: Mapping[int, jax.Array], dtypes: Mapping[int, Any], loss: jax.A
     """
     if not orders:
         return {"lost": ~jnp.isfinite(loss)}
-    limits = [(Limits.of(dtypes[v]), o.size) for v, o in orders.items()]
-    low, least = (np.repeat(*zip(*((getattr(one, n), k) for one, k in limits), strict=True)) for n in ("low", "least"))
+    limits, sizes = [Limits.of(dtypes[v]) for v in orders], [o.size for o in orders.values()]
+    low, least = (np.repeat([getattr(one, name) for one in limits], sizes) for name in ("low", "least"))
     # Joined, and not opened again: XLA would repeat for each value what all of them depend on.
     every = jax.lax.optimization_barrier(jnp.concatenate([jnp.ravel(o) for o in orders.values()]))
     small = jnp.any((every < np.float32(low / 2)) & (every > -jnp.inf))
     gone = jnp.isposinf(every) | ((every < np.float32(least)) & (every > -jnp.inf)) | (jnp.isneginf(every) & small)
     gone = jax.lax.optimization_barrier(gone)
-    parts = jnp.split(gone, np.cumsum([size for _, size in limits])[:-1])
+    parts = jnp.split(gone, np.cumsum(sizes)[:-1])
     found = {f"lost.{v}": part.reshape(o.shape) for (v, o), part in zip(orders.items(), parts, strict=True)}
     return found | {"lost": ~jnp.isfinite(loss) | jnp.any(gone)}
 

@@ -142,9 +142,7 @@ def _kernel(function: Any, kept: Any, params: Any, batch: Any) -> Kernel:
 
 
 def _spec(values: Any, drop: int = 0) -> Any:
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape[drop:], a.dtype) if hasattr(a, "dtype") else a, values
-    )
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[drop:], a.dtype) if hasattr(a, "dtype") else a, values)
 
 
 def _apply(net: Any, net_state: Any, params: Any, example: Any) -> Any:

@@ -153,8 +153,8 @@ class Operator:
         if probes < 2 and not exact:
             raise ValueError(f"{self.who}: a standard error needs at least two probes, got {probes}")
         count = self.size if exact else probes
-        found = self._run(_traces, (count, exact), _key(self.who, key))
-        return Traces(*(Estimate(*part) for part in found), count)
+        trace, square, norm = self._run(_traces, (count, exact), _key(self.who, key))
+        return Traces(Estimate(*trace), Estimate(*square), Estimate(*norm), count)
 
     def density(
         self,

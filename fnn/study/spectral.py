@@ -117,7 +117,9 @@ def measure(names: Sequence[str], net: Any, at: Any, batch: Any, key: Any, step:
         def moved(rate):
             return loss(jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), at.params, direction))
 
-        found["lambda_c"] = critical.critical(moved, loss(at.params), step.rate, 1e-3).sharpness
+        found["lambda_c"] = critical.critical(
+            moved, loss(at.params), step.rate, 1e-3, products.rounding(loss, at.params)
+        ).sharpness
     if any(name.startswith("log10_singular") for name in names):
         found |= _singular(net.net, at, batch[0], key)
     if "ntk_condition" in names:
