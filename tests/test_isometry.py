@@ -1,5 +1,6 @@
 """Moments of the singular values of wide nets: closed forms, and matrices drawn with NumPy."""
 
+import itertools
 import math
 
 import numpy as np
@@ -51,7 +52,7 @@ def test_moments_are_those_of_drawn_nets(name, orthogonal, sizes):
         x = rng.normal(size=sizes[0])
         x *= math.sqrt(0.7 * x.size) / np.linalg.norm(x)
         j, h = np.eye(x.size), x
-        for i, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
             if i:
                 j, h = slope(h)[:, None] * j, phi(h)
             w = rng.normal(size=(n_out, n_in))
