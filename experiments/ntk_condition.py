@@ -1,8 +1,8 @@
 """Does the tangent kernel of a deep tanh net keep a condition number with which all of its data can be learnt?
 
 Where signals die out (chi < 1) all examples look alike to the net, and the condition number grows exponentially with depth;
-where they decorrelate (chi > 1) it falls to 1; on the critical line it tends to a constant of the number m of examples: (m +
-3)/3 for ReLU, (m + 2)/2 for tanh (Xiao, Pennington and Schoenholz 2020). In wide nets the kernel is that of theory.
+where they decorrelate (chi > 1) it falls to 1; on the critical line it tends to a constant, which for ReLU and m examples is
+(m + 3)/3 (Xiao, Pennington and Schoenholz 2020). In wide nets the kernel is that of theory.
 """
 
 import math

@@ -77,6 +77,28 @@ def curves(history: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
     return _done(figure, path)
 
 
+def density(found: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
+    """Draw a spectral density as `curvature(...).hessian.density()` returns it, log scale, shaded by two standard errors.
+
+    A logarithmic scale shows single eigenvalues far outside beside the bulk; below a millionth of the peak nothing is drawn.
+    Errors: TypeError for anything else.
+    """
+    if not all(hasattr(found, name) for name in ("grid", "values", "errors", "probes")):
+        raise TypeError(f"plot.density: needs what hessian.density() returns, got {type(found).__name__}")
+    figure, (axis,) = _figure(1)
+    least = 1e-6 * float(np.max(found.values))
+    low, high = (np.maximum(found.values + k * found.errors, least) for k in (-2, 2))
+    axis.fill_between(found.grid, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+    axis.plot(
+        found.grid, np.maximum(found.values, least), color=COLOURS[0], linewidth=1.2, label=f"{found.probes} probes"
+    )
+    axis.set_yscale("log")
+    axis.set_xlabel("eigenvalue")
+    axis.set_ylabel("density")
+    _legend(figure, axis)
+    return _done(figure, path)
+
+
 def words(text: str) -> str:
     """Escape what matplotlib would not show as it is: dollars, a leading _ (it hides such labels), unprintable letters.
 

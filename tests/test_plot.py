@@ -79,3 +79,16 @@ def test_theory_that_does_not_fit_is_refused(tmp_path):
         fnn.plot.flow(measured, theory=np.zeros(6))
     fnn.plot.flow(measured, path=tmp_path / "flow.png")
     assert (tmp_path / "flow.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_density_draws_the_values_with_their_errors(tmp_path):
+    pytest.importorskip("matfree")
+    matrix = jnp.diag(jnp.arange(1.0, 31.0))
+    found = fnn.curvature(lambda p: 0.5 * p @ matrix @ p)(jnp.ones(30)).hessian.density(steps=30, max_probes=4)
+    figure = fnn.plot.density(found, path=tmp_path / "density.png")
+    (axis,) = figure.axes
+    drawn = axis.lines[0].get_ydata()
+    np.testing.assert_allclose(drawn, np.maximum(found.values, 1e-6 * found.values.max()))
+    assert axis.get_yscale() == "log" and (tmp_path / "density.png").stat().st_size > 5000
+    with pytest.raises(TypeError, match=r"plot.density: needs what hessian.density\(\) returns, got list"):
+        fnn.plot.density([1.0])

@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 import fnn
 from fnn.spectra import stability
-from fnn.study import cell, spectral, spectral_figures
+from fnn.study import cell, spectral, spectral_figures, table
 from fnn.study.summary import summarize
 
 pl = pytest.importorskip("polars")
@@ -65,11 +65,11 @@ def measured():
     return described, described.run().table()
 
 
-def both(table, quantity):
+def both(frame, quantity):
     """What was measured and the dense number, [runs · steps]."""
     keys = ["cell", "seed", "step"]
-    rows = table.filter(pl.col("quantity") == quantity).select(*keys, "value")
-    others = table.filter((pl.col("quantity") == "dense") & (pl.col("path") == quantity)).select(*keys, dense="value")
+    rows = frame.filter(pl.col("quantity") == quantity).select(*keys, "value")
+    others = frame.filter((pl.col("quantity") == "dense") & (pl.col("path") == quantity)).select(*keys, dense="value")
     joined = rows.join(others, on=keys)
     assert joined.height == rows.height > 0
     return joined["value"].to_numpy(), joined["dense"].to_numpy()
@@ -97,33 +97,33 @@ def test_a_study_measures_what_stored_matrices_say(measured, quantity, tolerance
 
 
 def test_the_trace_is_within_its_errors_and_critical_sharpness_is_that_of_the_next_step(measured):
-    table = measured[1]
-    found, expected = both(table, "hessian_trace")
-    errors = table.filter(pl.col("quantity") == "hessian_trace_error")["value"].to_numpy()
+    frame = measured[1]
+    found, expected = both(frame, "hessian_trace")
+    errors = frame.filter(pl.col("quantity") == "hessian_trace_error")["value"].to_numpy()
     assert np.all(np.abs(found - expected) < 4 * errors)
     # The variance of vᵀHv over signs v is twice the sum of the squared entries off the diagonal.
-    true = both(table, "hessian_trace_error")[1]
+    true = both(frame, "hessian_trace_error")[1]
     assert np.all(errors < 1.6 * true) and np.all(errors > 0.6 * true)
-    plain = table.filter(pl.col("optimizer") == "sgd")
+    plain = frame.filter(pl.col("optimizer") == "sgd")
     found, expected = both(plain, "lambda_c")
     np.testing.assert_allclose(found, expected, rtol=4e-3)
 
 
 def test_singular_values_have_a_row_each_and_theory_stands_beside_their_moments(measured):
-    table = measured[1]
-    each = table.filter((pl.col("quantity") == "log10_singular") & (pl.col("cell") == 0) & (pl.col("seed") == 0))
+    frame = measured[1]
+    each = frame.filter((pl.col("quantity") == "log10_singular") & (pl.col("cell") == 0) & (pl.col("seed") == 0))
     assert each.filter(pl.col("step") == 0)["path"].to_list() == ["[0]", "[1]"]  # clusters have two inputs
     assert each["layer"].unique().to_list() == [0]
-    rms = table.filter(pl.col("quantity") == "log10_singular_rms")
+    rms = frame.filter(pl.col("quantity") == "log10_singular_rms")
     assert rms.filter(pl.col("step") == 0)["predicted"].is_not_null().all()
     assert rms.filter(pl.col("step") == 4)["predicted"].is_null().all()
 
 
 def test_adam_is_preconditioned_from_its_first_step_on_and_sgd_not_at_all(measured):
-    table = measured[1]
+    frame = measured[1]
     keys = ["optimizer", "seed", "step"]
     one, other = (
-        table.filter(pl.col("quantity") == name).select(*keys, value="value")
+        frame.filter(pl.col("quantity") == name).select(*keys, value="value")
         for name in ("sharpness", "preconditioned_sharpness")
     )
     joined = one.join(other, on=keys, suffix="_other")
@@ -193,6 +193,15 @@ def test_theory_of_moments_holds_for_wide_nets():
         part = rows.filter(pl.col("quantity") == name)
         spread = part["value"].std() / np.sqrt(8)
         assert abs(part["value"].mean() - part["predicted"][0]) < 3 * spread + 0.01
+
+
+def test_what_rounding_hides_is_nan_and_no_loss_of_range():
+    grid = fnn.grid.product(**(NET | {"depth": 60, "width": 6, "sigma_w": 0.02}))
+    rows = fnn.Study(
+        grid, seeds=1, steps=0, data="clusters", quantities=["log10_singular_max", "log10_singular_min"]
+    ).table()
+    assert rows.filter(pl.col("quantity") != "diverged")["value"].is_nan().all()  # 10^-102
+    assert table.left_range(rows) is None
 
 
 def test_price_is_shown_before_a_run(capsys):

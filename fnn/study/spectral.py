@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import check
-from fnn.spectra import critical, density, stability
+from fnn.spectra import critical, density, products, stability
 from fnn.spectra.curvature import curvature
 from fnn.spectra.jacobian import DENSE, jacobian
 from fnn.spectra.kernel import kernel

@@ -130,7 +130,8 @@ def left_range(frame: Any) -> str | None:
     import polars as pl
 
     forward = pl.col("quantity").is_in([*STATISTICS, *nets.GROUPS["activation"]])
-    backward = pl.col("quantity").str.starts_with("log10_") & (pl.col("quantity") != "log10_gradient_to_weight")
+    others = ["log10_gradient_to_weight", *spectral.QUANTITIES]  # NaN for reasons of their own
+    backward = pl.col("quantity").str.starts_with("log10_") & ~pl.col("quantity").is_in(others)
     rows = frame.filter((forward | backward) & pl.col("value").is_nan())
     if rows.is_empty():
         return None
