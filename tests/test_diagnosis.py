@@ -259,6 +259,19 @@ def test_inputs_that_tell_nothing_of_the_targets(by_heart, others, real, want):
     assert (said is not None) == want and (said is None or said.cause == "labels")
 
 
+def test_a_net_that_knows_less_than_neighbours_is_not_healthy():
+    """They know 0.95 of the labels, averaged over the classes."""
+    made = case()
+    x, y, held, of_held = (np.asarray(a) for a in (TRAIN.x, TRAIN.y, TEST.x, TEST.y))
+    near = np.argsort(((held[:, None] - x[None, :1000]) ** 2).sum(-1), axis=1)[:, :5]
+    want = np.mean([(y[:1000][near] == of_held[:, None])[of_held == c].mean() for c in range(10)])
+    assert abs(data_symptoms.within_reach(made) - want) < 0.03
+    for scores, want in (((0.9, 0.92), False), ((0.6, 0.62), True)):
+        inquiry = SimpleNamespace(case=made, base=SimpleNamespace(scores=scores))
+        assert verdict.sick(inquiry, None) == want
+    assert data_symptoms.within_reach(case(test=None)) == -np.inf
+
+
 def test_equal_inputs_are_named_without_a_proof():
     (found,) = verdict.causes(SimpleNamespace(evidence=[Evidence("input_empty", "all inputs are equal")]), True)
     assert (found.name, found.repair) == ("input_empty", None) and found.name in report.UNTESTED

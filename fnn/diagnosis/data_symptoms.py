@@ -132,6 +132,21 @@ def _near(x: np.ndarray, others: np.ndarray, same: bool = False) -> np.ndarray:
     return np.argpartition(far, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
 
 
+def within_reach(case: Case) -> float:
+    """Give a score that a trained net should reach, since the nearest training examples do: -inf where they cannot be asked.
+
+    It is the share of neighbours with the right label, averaged over the classes, or R² of their mean.
+    """
+    parts = _compared(case)
+    if not parts or case.task.name:  # a score of another kind
+        return -np.inf
+    x, y, held, of_held = parts
+    if np.issubdtype(y.dtype, np.integer):
+        right = (y[_near(held, x)] == of_held[:, None]).mean(1)
+        return float(np.mean([right[of_held == label].mean() for label in np.unique(of_held)]))
+    return agreement(held, of_held, x, y, False)[0]
+
+
 def renamed(x: np.ndarray, y: np.ndarray, others: np.ndarray, of_others: np.ndarray) -> float:
     """Give the highest share of neighbours that agree once each of their labels may stand for another one."""
     said, truth = of_others[_near(x, others)].ravel(), np.repeat(y, NEIGHBOURS)
