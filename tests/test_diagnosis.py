@@ -180,6 +180,10 @@ def test_a_rate_that_is_too_high_and_its_report(tmp_path):
     said = repr(found)
     assert said.startswith("DOES NOT TRAIN") and "CAUSE 1" in said and "RULED OUT" in said
     assert max(map(len, said.splitlines())) <= 100
+    removing = {t.change for t in found.trials if t.cause == "lr_high" and t.change in found.working}
+    assert (
+        set(found.others) == removing - {found.causes[0].repair.change} and "treats the symptom: rate × 0" not in said
+    )
     table = found.table()
     assert table.columns == ["change", "cause", "seed", "score", "checked"]
     assert table.height == 2 * (len(found.trials) + 1)
