@@ -99,6 +99,12 @@ def scaled(part, a=1.0, b=0.0):
     return Dataset(np.asarray(part.x) * np.float32(a) + np.float32(b), np.asarray(part.y))
 
 
+def spoilt(part):
+    return Dataset(
+        np.where(np.arange(part.size)[:, None] % 7 == 3, np.nan, part.x).astype(np.float32), np.asarray(part.y)
+    )
+
+
 @pytest.mark.parametrize(
     "train, test, want",
     [
@@ -112,6 +118,8 @@ def scaled(part, a=1.0, b=0.0):
         (TRAIN, Dataset(TEST.x, (np.asarray(TEST.y) + 1) % 10), {"label_encoding"}),
         (TRAIN, Dataset(np.asarray(TEST.x)[:, ::-1], TEST.y), {"split_mismatch"}),
         (scaled(TRAIN, 255), scaled(TEST, 30), {"input_scale", "split_mismatch"}),
+        (spoilt(TRAIN), TEST, {"numerics"}),
+        (TRAIN, spoilt(TEST), {"split_mismatch"}),
     ],
 )
 def test_symptoms_of_data(train, test, want):
@@ -151,6 +159,13 @@ def test_changes_of_data_use_the_training_moments():
     assert sorted(rows) == sorted(np.asarray(held.y)) and not np.isin(found.checks.x, found.chooses.x).all()
     far = changes.matched(case(TRAIN, scaled(TEST, 40, 90)))
     assert not data_symptoms.split_symptoms(far)
+    for spoils in ((spoilt(TRAIN), TEST), (TRAIN, spoilt(TEST))):
+        made = case(*spoils)
+        assert "leave out examples with NaN" in {change.name for change in changes.changes(made)}
+        whole = changes.finite(made)
+        assert (
+            np.isfinite(whole.x).all() and whole.checks.size == made.checks.size and not data_symptoms.symptoms(whole)
+        )
     odd = case(Dataset(TRAIN.x, np.asarray(TRAIN.y) * 3 + 5), Dataset(TEST.x, np.asarray(TEST.y) * 3 + 5))
     np.testing.assert_array_equal(changes.renumbered(odd).y, np.asarray(TRAIN.y))
 

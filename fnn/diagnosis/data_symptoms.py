@@ -88,6 +88,9 @@ def split_symptoms(case: Case) -> list[Evidence]:
     if case.x is None:
         return []
     x, held = _flat(case.x), _flat(np.concatenate([case.chooses.x, case.checks.x]))
+    if np.isfinite(x).all() and (bad := np.mean(~np.isfinite(held))) > 0:
+        text = f"{bad:.2%} of the held-out inputs are NaN or infinite, none of the training inputs"
+        return [Evidence("split_mismatch", text)]
     std = x.std(0)
     live = std > 1e-6 * max(float(std.max()), 1e-30)
     if not live.any():
