@@ -99,6 +99,12 @@ def scaled(part, a=1.0, b=0.0):
     return Dataset(np.asarray(part.x) * np.float32(a) + np.float32(b), np.asarray(part.y))
 
 
+def spoilt(part):
+    return Dataset(
+        np.where(np.arange(part.size)[:, None] % 7 == 3, np.nan, part.x).astype(np.float32), np.asarray(part.y)
+    )
+
+
 @pytest.mark.parametrize(
     "train, test, want",
     [
@@ -112,6 +118,8 @@ def scaled(part, a=1.0, b=0.0):
         (TRAIN, Dataset(TEST.x, (np.asarray(TEST.y) + 1) % 10), {"label_encoding"}),
         (TRAIN, Dataset(np.asarray(TEST.x)[:, ::-1], TEST.y), {"split_mismatch"}),
         (scaled(TRAIN, 255), scaled(TEST, 30), {"input_scale", "split_mismatch"}),
+        (spoilt(TRAIN), TEST, {"numerics"}),
+        (TRAIN, spoilt(TEST), {"split_mismatch"}),
     ],
 )
 def test_symptoms_of_data(train, test, want):
@@ -151,6 +159,13 @@ def test_changes_of_data_use_the_training_moments():
     assert sorted(rows) == sorted(np.asarray(held.y)) and not np.isin(found.checks.x, found.chooses.x).all()
     far = changes.matched(case(TRAIN, scaled(TEST, 40, 90)))
     assert not data_symptoms.split_symptoms(far)
+    for spoils in ((spoilt(TRAIN), TEST), (TRAIN, spoilt(TEST))):
+        made = case(*spoils)
+        assert "leave out examples with NaN" in {change.name for change in changes.changes(made)}
+        whole = changes.finite(made)
+        assert (
+            np.isfinite(whole.x).all() and whole.checks.size == made.checks.size and not data_symptoms.symptoms(whole)
+        )
     odd = case(Dataset(TRAIN.x, np.asarray(TRAIN.y) * 3 + 5), Dataset(TEST.x, np.asarray(TEST.y) * 3 + 5))
     np.testing.assert_array_equal(changes.renumbered(odd).y, np.asarray(TRAIN.y))
 
@@ -180,6 +195,10 @@ def test_a_rate_that_is_too_high_and_its_report(tmp_path):
     said = repr(found)
     assert said.startswith("DOES NOT TRAIN") and "CAUSE 1" in said and "RULED OUT" in said
     assert max(map(len, said.splitlines())) <= 100
+    removing = {t.change for t in found.trials if t.cause == "lr_high" and t.change in found.working}
+    assert (
+        set(found.others) == removing - {found.causes[0].repair.change} and "treats the symptom: rate × 0" not in said
+    )
     table = found.table()
     assert table.columns == ["change", "cause", "seed", "score", "checked"]
     assert table.height == 2 * (len(found.trials) + 1)
@@ -257,6 +276,19 @@ def test_inputs_that_tell_nothing_of_the_targets(by_heart, others, real, want):
     )
     said = verdict.unrelated(inquiry)
     assert (said is not None) == want and (said is None or said.cause == "labels")
+
+
+def test_a_net_that_knows_less_than_neighbours_is_not_healthy():
+    """They know 0.95 of the labels, averaged over the classes."""
+    made = case()
+    x, y, held, of_held = (np.asarray(a) for a in (TRAIN.x, TRAIN.y, TEST.x, TEST.y))
+    near = np.argsort(((held[:, None] - x[None, :1000]) ** 2).sum(-1), axis=1)[:, :5]
+    want = np.mean([(y[:1000][near] == of_held[:, None])[of_held == c].mean() for c in range(10)])
+    assert abs(data_symptoms.within_reach(made) - want) < 0.03
+    for scores, want in (((0.9, 0.92), False), ((0.6, 0.62), True)):
+        inquiry = SimpleNamespace(case=made, base=SimpleNamespace(scores=scores))
+        assert verdict.sick(inquiry, None) == want
+    assert data_symptoms.within_reach(case(test=None)) == -np.inf
 
 
 def test_equal_inputs_are_named_without_a_proof():

@@ -213,7 +213,9 @@ def case_of(
             f"diagnose: outputs and targets must be one array each, without weights, got {check.describe(outputs)} and "
             f"{check.describe(data.y)}; diagnose_loss takes a loss of any outputs"
         )
-    computes = _narrowest(lambda params, x, y: loss(base.apply(params, state, x)[0], y), params, spec, data.y[:2])
+    computes = _narrowest(
+        lambda params, state, x, y: loss(base.apply(params, state, x)[0], y), params, state, spec, data.y[:2]
+    )
     task = task_of(loss, np.asarray(data.y), outputs.shape)
     seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
     return Case(

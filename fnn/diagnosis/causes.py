@@ -26,14 +26,14 @@ CAUSES = {
     "lr_high": "the learning rate is too high",
     "clip": "clipping leaves too little of the gradient",
     "lr_low": "the learning rate is too low for this number of steps",
-    "optimizer": "a setting of the optimiser other than its rate",
     "regularization": "regularisation takes too much",
+    "optimizer": "a setting of the optimiser other than its rate",
     "batch_size": "the batch size",
     "capacity": "the net is too small for the task",
     "steps": "the training is too short",
 }
 """Name and meaning, in the order of stages: data, scale, numerics, initial weights, head, activation, norm and depth, rate,
-optimiser, budget. The earliest cause that is measured, and whose repair works, is the one that is named."""
+regularisation, optimiser, budget. The earliest cause that is measured, and whose repair works, is the one that is named."""
 STAGE = {name: i for i, name in enumerate(CAUSES)}
 
 WEAK = {"optimizer", "capacity", "steps", "memory", "batch_size", "too_little_data"}

@@ -71,13 +71,15 @@ def renumbered(case: Case) -> Case:
 
 
 def finite(case: Case) -> Case:
-    """Leave out training examples whose inputs or targets are not finite, and put others in their place."""
-    x, y = np.asarray(case.train.x), np.asarray(case.train.y)
-    good = np.isfinite(x.reshape(len(x), -1)).all(1) & np.isfinite(y.reshape(len(y), -1).astype(float)).all(1)
-    rows = np.flatnonzero(good)
-    rows = rows[np.arange(len(x)) % max(1, len(rows))] if len(rows) else np.arange(len(x))
-    clean = replace(case, train=case.train.take(rows))
-    return clean.with_x(lambda part, a: np.nan_to_num(a, posinf=0, neginf=0))
+    """Leave out examples whose inputs or targets are not finite, and put others of the same part in their place."""
+
+    def clean(part):
+        x, y = (np.asarray(a, np.float64).reshape(part.size, -1) for a in part)
+        rows = np.flatnonzero(np.isfinite(x).all(1) & np.isfinite(y).all(1))
+        return part.take(rows[np.arange(part.size) % len(rows)] if len(rows) else np.arange(part.size))
+
+    parts = {name: clean(getattr(case, name)) for name in ("train", "chooses", "checks")}
+    return replace(case, **parts).with_x(lambda part, a: np.nan_to_num(a, posinf=0, neginf=0))
 
 
 def changes(case: Case) -> list[Change]:
@@ -121,11 +123,11 @@ def _of_data(case: Case) -> list[Change]:
                 "train, test = fnn.data.standardize(train, test)",
             )
         )
-        if not np.isfinite(case.x).all():
+        if not all(np.isfinite(np.asarray(part.x)).all() for part in (case.train, case.chooses, case.checks)):
             found.append(
                 Change(
                     "leave out examples with NaN",
-                    ("numerics",),
+                    ("numerics", "split_mismatch"),
                     _data(finite),
                     "keep = np.isfinite(x).all(-1); x, y = x[keep], y[keep]",
                 )

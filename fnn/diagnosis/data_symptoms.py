@@ -88,6 +88,9 @@ def split_symptoms(case: Case) -> list[Evidence]:
     if case.x is None:
         return []
     x, held = _flat(case.x), _flat(np.concatenate([case.chooses.x, case.checks.x]))
+    if np.isfinite(x).all() and (bad := np.mean(~np.isfinite(held))) > 0:
+        text = f"{bad:.2%} of the held-out inputs are NaN or infinite, none of the training inputs"
+        return [Evidence("split_mismatch", text)]
     std = x.std(0)
     live = std > 1e-6 * max(float(std.max()), 1e-30)
     if not live.any():
@@ -130,6 +133,21 @@ def _near(x: np.ndarray, others: np.ndarray, same: bool = False) -> np.ndarray:
     if same:
         np.fill_diagonal(far, np.inf)
     return np.argpartition(far, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
+
+
+def within_reach(case: Case) -> float:
+    """Give a score that a trained net should reach, since the nearest training examples do: -inf where they cannot be asked.
+
+    It is the share of neighbours with the right label, averaged over the classes, or R² of their mean.
+    """
+    parts = _compared(case)
+    if not parts or case.task.name:  # a score of another kind
+        return -np.inf
+    x, y, held, of_held = parts
+    if np.issubdtype(y.dtype, np.integer):
+        right = (y[_near(held, x)] == of_held[:, None]).mean(1)
+        return float(np.mean([right[of_held == label].mean() for label in np.unique(of_held)]))
+    return agreement(held, of_held, x, y, False)[0]
 
 
 def renamed(x: np.ndarray, y: np.ndarray, others: np.ndarray, of_others: np.ndarray) -> float:

@@ -45,8 +45,8 @@ def diagnose(
     the abnormality is gone. If no single repair is enough, all suspects are repaired, and one after the other is put back.
 
     The score is balanced accuracy, or R², of held-out data; without them of the training data, and the report says so.
-    `healthy` means: above chance, seeds agree, and no change that was tried raises the score by more than that; with
-    `target`, that the score reaches it. `budget` in seconds ends the search; what was not tried is listed.
+    `healthy` means: above chance, not 0.2 below what the nearest training examples give, seeds agree, and no change that
+    was tried raises the score by more than that; with `target`, that the score reaches it. `budget` in seconds ends the search; what was not tried is listed.
 
     Errors: ValueError for a knob without a default, a batch larger than the data, targets that are no labels and no
     numbers; TypeError for what is no net, loss or optimizer. The keywords are many because each can be left out.

@@ -66,6 +66,8 @@ class Diagnosis:
     target: float | None = None
     adds: dict[str, float] = field(default_factory=dict)
     """By how much another change that works raises the score once the cause is repaired, for those that were tried so."""
+    others: tuple[str, ...] = ()
+    """Names of those in `working` that remove the named cause in another way."""
 
     @property
     def remedies(self) -> tuple[str, ...]:
@@ -150,6 +152,9 @@ class Diagnosis:
         singles = [t for t in self.trials if " + " not in t.change and t.change not in named]
         works = sorted((t for t in singles if t.change in self.working), key=lambda t: -t.mean)
         lines = []
+        if first and (same := [f"{t.change} {t.mean:.2f}" for t in works if t.change in self.others]):
+            lines += _wrapped("REMOVES THE CAUSE TOO: ", same)
+            works = [t for t in works if t.change not in self.others]
         if works and first:
             said = [
                 f"{t.change} {t.mean:.2f}"
@@ -201,12 +206,15 @@ def diagnosis_of(inquiry: Inquiry, verdict: Verdict, target: float | None) -> Di
         if (found := inquiry.begun_of(best.plan)) is not None:
             profiles["repaired"] = _profile(inquiry, best.plan, found)
     steps = [t for t in working if "steps" in t.change.causes]
+    repaired = {c.name for c in causes[: 1 + two] if c.repair}
+    named = {c.repair.change for c in causes[: 1 + two] if c.repair}
+    others = tuple(t.change.name for t in working if repaired & set(t.change.causes) and t.change.name not in named)
     task = inquiry.case.task
     everything = [trial(t) for t in inquiry.tried.values() if t.change is not NOTHING]
     return Diagnosis(
         tuple(causes), not verdict.ill and not causes and decided(inquiry), task.score, task.chance, inquiry.case.held_out, trial(inquiry.base),
         tuple(everything), tuple(t.change.name for t in working), tuple(inquiry.evidence), inquiry.learnable,
-        dict(inquiry.skipped), bool(steps), two, curves, profiles, inquiry.spent, target, verdict.adds,
+        dict(inquiry.skipped), bool(steps), two, curves, profiles, inquiry.spent, target, verdict.adds, others,
     )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ FIRST = 3
 """So many suspects are repaired for good, to try all others on top."""
 MOST = 4
 """So many changes are tried on top of a repair."""
+SHORT = 0.2
+"""A net whose score is by so much lower than that of nearest neighbours is not healthy."""
 FAR = 0.15
 """More steps alone must raise the score by so much to be a cause of their own; less is "not finished"."""
 
@@ -237,10 +239,11 @@ def low(chance: float) -> float:
 
 
 def sick(inquiry: Inquiry, target: float | None) -> bool:
-    """Whether the scores themselves show a fault: at chance, seeds that disagree, or below the target."""
+    """Whether the scores themselves show a fault: at chance, below what neighbours know, below the target, or seeds disagree."""
     scores, chance = inquiry.base.scores, inquiry.case.task.chance
     return (
-        min(scores) <= low(chance)
+        float(np.mean(scores)) < data_symptoms.within_reach(inquiry.case) - SHORT
+        or min(scores) <= low(chance)
         or float(np.std(scores)) > 0.1
         or (target is not None and float(np.mean(scores)) < target)
     )
