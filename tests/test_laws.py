@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from accelerator import words
 from conftest import assert_same, randomized
 from zoo import CASES, PADDED, floating, sample
 
@@ -19,12 +20,24 @@ def table(cases, slow=lambda case: False):
     return pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=marks(c)) for c in cases])
 
 
-every = table(CASES)
-unless_models = table(CASES, slow=lambda case: case.model)
+# What follows runs for all with --slow. Without, these stand for the others, which are made of parts that are cases too.
+FEW = ("convnet", "transformer_decoder")
+MADE_OF_OTHERS = words("""bidirectional block_on_masked cross_attention_own_mask mlp mlp_residual_scanned repeat_in_groups
+    repeat_of_repeat repeat_unrolled""")
+VARIANTS = words("""attention_own_mask attention_window batch_norm_plain conv_2d_circular dense_without_bias gru
+    residual_of_one_input rnn tap_with_bounds""")
+every = table(CASES, slow=lambda case: case.model and case.name not in FEW)
+unless_made = table(CASES, slow=lambda case: case.model or case.name in MADE_OF_OTHERS)
 # A repeat of `repeat` says all that a repeat of its variants would, and those compile for long.
-repeatable = table([case for case in CASES if case.keeps_shape and not case.name.startswith("repeat_")])
+repeatable = table(
+    [case for case in CASES if case.keeps_shape and not case.name.startswith("repeat_")],
+    slow=lambda case: case.name in VARIANTS,
+)
 bare = ("activation", "flatten", "dropout", "tap", "serial_empty")
-parametric = table([case for case in CASES if not case.name.startswith(bare)], slow=lambda case: case.model)
+parametric = table(
+    [case for case in CASES if not case.name.startswith(bare)],
+    slow=lambda case: case.model or (case.name in MADE_OF_OTHERS and not case.name.startswith("repeat_")),
+)
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -75,7 +88,7 @@ def close(a, b, rtol=2e-5):
         np.testing.assert_allclose(np.asarray(u, np.float64), np.asarray(v, np.float64), rtol=0, atol=rtol * scale)
 
 
-@unless_models
+@unless_made
 def test_jit_equals_eager(case):
     x, params, state, compiled = prepared(case.name)
     without_key, _, same, trained, new = compiled(params, state, x)
@@ -142,7 +155,7 @@ def test_repeat_equals_serial(case):
     close(tuple(a), ((value, (y, stack(new))), (stack(gp), stack(gs), gx)), rtol=1e-4)
 
 
-@unless_models
+@unless_made
 def test_gradients_agree_with_finite_differences_in_float64(case):
     x, params, state, *_ = prepared(case.name)
     with jax.enable_x64(True):
