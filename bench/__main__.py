@@ -13,7 +13,21 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from bench import accelerator, compile, depth, models, per_example, report, saving, scale, spectra, step, sweep, ward, watch
+from bench import (
+    accelerator,
+    compile,
+    depth,
+    models,
+    per_example,
+    report,
+    saving,
+    scale,
+    spectra,
+    step,
+    sweep,
+    ward,
+    watch,
+)
 from bench.problem import ROWS, Row
 
 SUITES = {

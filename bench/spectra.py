@@ -1,6 +1,7 @@
 """The suite `spectra`: Hessian products, the top eigenvalue, and tangent kernels, beside PyTorch's curvlinops."""
 
 import importlib.util
+import itertools
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -47,7 +48,7 @@ def problem(row: Row) -> tuple[list[dict[str, np.ndarray]], np.ndarray, np.ndarr
             "kernel": (1.5 * rng.normal(size=(n, m)) / np.sqrt(n)).astype(np.float32),
             "bias": np.zeros(m, np.float32),
         }
-        for n, m in zip(sizes, sizes[1:], strict=False)
+        for n, m in itertools.pairwise(sizes)
     ]
     return layers, rng.normal(size=(row.batch, 64)).astype(np.float32), rng.integers(0, 10, row.batch, np.int32)
 
@@ -169,9 +170,7 @@ def torch_run(what: str, row: Row) -> timing.Run:
     device, modules = torch_device(), []
     for layer in layers:
         linear = nn.Linear(*layer["kernel"].shape)
-        linear.load_state_dict(
-            {"weight": torch.tensor(layer["kernel"].T.copy()), "bias": torch.tensor(layer["bias"])}
-        )
+        linear.load_state_dict({"weight": torch.tensor(layer["kernel"].T.copy()), "bias": torch.tensor(layer["bias"])})
         modules += [linear, nn.Tanh()]
     net = nn.Sequential(*modules[:-1]).to(device)
     data = torch.tensor(x, device=device), torch.tensor(y, device=device).long()

@@ -75,7 +75,8 @@ class Kernel:
         """Measure <Θ, YYᵀ>/(|Θ||YYᵀ|), from 0 to 1: how far the kernel's top directions are those of the targets; float[].
 
         targets: labels int[batch], made one-hot, or float[batch, ...]. With `centered` the mean over the batch is taken out
-        of both, so that a constant kernel scores 0. NaN where kernel or targets are then zero. Source: Cristianini et al. 2001; Cortes et al. 2012.
+        of both, so that a constant kernel scores 0. NaN where kernel or targets are then zero.
+        Source: Cristianini et al. 2001; Cortes et al. 2012.
         Errors: ValueError for another number of targets.
         """
         y, theta = jnp.asarray(targets), self._mean
@@ -142,9 +143,7 @@ def _kernel(function: Any, kept: Any, params: Any, batch: Any) -> Kernel:
 
 
 def _spec(values: Any, drop: int = 0) -> Any:
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape[drop:], a.dtype) if hasattr(a, "dtype") else a, values
-    )
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[drop:], a.dtype) if hasattr(a, "dtype") else a, values)
 
 
 def _apply(net: Any, net_state: Any, params: Any, example: Any) -> Any:
