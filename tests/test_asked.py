@@ -163,7 +163,7 @@ def test_bad_data_is_one_sentence(source, error, sentence):
         ({"measure": {"a": lambda p, s, b: {"b": [1, object()]}}}, TypeError, "measure a must return real numbers.*got object"),
         ({"measure": {3: one}}, TypeError, "name must be a string, got 3"),
         ({"measure": {"cosine": one}}, ValueError, "a name that no quantity has, got 'cosine'"),
-        ({"measure": {"log_gain_rms": one}, "build": lambda depth, classes: fnn.serial(fnn.dense(classes), named())}, ValueError, "a name that no quantity has, got 'log_gain_rms'"),
+        ({"measure": {"log10_gain_rms": one}, "build": lambda depth, classes: fnn.serial(fnn.dense(classes), named())}, ValueError, "a name that no quantity has, got 'log10_gain_rms'"),
         ({"quantities": []}, ValueError, "quantities must name at least one, got none"),
         ({"quantities": 3}, TypeError, "quantities must be a list of names, got 3"),
         ({"quantities": [3]}, ValueError, "unknown quantity 3"),

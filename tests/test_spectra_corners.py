@@ -222,3 +222,37 @@ def test_kernels_of_zeros_have_no_ratios():
     found = fnn.kernel(lambda p, x: 0 * jnp.sum(p * x))(jnp.ones(3), jnp.asarray(X, jnp.float32))
     assert np.isnan([found.condition(), found.effective_rank(), found.alignment(jnp.arange(5))]).all()
     assert np.all(found.matrix == 0)
+
+
+def test_a_largest_eigenvalue_that_another_passes_is_found_again():
+    """Eigenvectors stay and eigenvalues cross: from the last vector alone the new largest would never be seen."""
+    make = fnn.curvature(lambda p, h: 0.5 * jnp.sum(h * p**2))
+    bulk, top, products = jnp.linspace(0, 4, 60), None, []
+    for record in range(12):
+        h = jnp.concatenate([jnp.array([10.0, 9 + 0.3 * record, 7.0]), bulk])
+        top = make(jnp.ones(63), h).hessian.eigenvalues(start=top)
+        products.append(int(top.products))
+    np.testing.assert_allclose(top.values[0], 12.3, rtol=0.01)
+    assert top.converged and max(products[1:]) <= 5 and np.median(products[1:]) <= 3
+
+
+@pytest.mark.parametrize("phi", ["tanh", "relu"])
+def test_float32_is_near_float64(phi):
+    """The tolerances that `Operator` states."""
+    net = fnn.serial(fnn.dense(32), fnn.activation(phi), fnn.dense(32), fnn.activation(phi), fnn.dense(5))
+    x, y = RNG.normal(size=(40, 20)), np.arange(40) % 5
+    with jax.enable_x64(True):
+        params, state = net.init(jax.random.key(0), jnp.asarray(x, jnp.float32))
+        v = jax.tree.map(lambda a: np.float32(RNG.normal(size=a.shape)), params)
+    found = {}
+    for dtype in (np.float32, np.float64):
+        with jax.enable_x64(dtype == np.float64):
+            given = jax.tree.map(lambda a, d=dtype: jnp.asarray(a, d), (params, state, x, v))
+            c = fnn.curvature(fnn.losses.cross_entropy, outputs=net)(given[:2], (given[2], y))
+            top = c.hessian.eigenvalues(tolerance=1e-5 if dtype == np.float32 else 1e-9, max_products=200)
+            product = ravel_pytree(c.hessian.product(given[3]))[0]
+            found[dtype] = [np.asarray(a, np.float64) for a in (product, top.values, top.residuals)]
+    (product, values, residuals), (exact, top, _) = found[np.float32], found[np.float64]
+    assert np.linalg.norm(product - exact) <= 2e-6 * np.linalg.norm(exact)
+    np.testing.assert_allclose(values, top, rtol=2e-6)
+    assert np.abs(values - top) <= residuals

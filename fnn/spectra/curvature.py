@@ -78,7 +78,7 @@ class Curvature:
         Rates grow from `near` until the loss rises: of several crossings below the first rate tried it may find a later one.
         The loss fell at one end of the bracket that is returned, and rose at the other, within `tolerance`; both ends
         are moved by what the rounding of the loss may hide. NaN where that is more than a tenth of η_c, and where
-        the step does not lower the loss. Source: arXiv 2601.16979.
+        the step does not lower the loss. Source: Kalra et al. 2026, arXiv 2601.16979.
         """
         check.above_zero("curvature.critical", tolerance=tolerance, **({} if near is None else {"near": near}))
         near = 1.0 if near is None and step is not None else near
@@ -146,7 +146,9 @@ def curvature(
     ones, which are constants. The key draws one dropout mask, so that all products are of one function. At kinks (ReLU)
     curvature is that of the pieces that the batch lies in: the kinks themselves add nothing.
 
-    Products are forward over reverse, so that `jax.custom_vjp` works. Programs are compiled once for each shape and shared by
+    Products are forward over reverse, so that `jax.custom_vjp` works; where such a rule is no gradient, its derivative is not
+    symmetric, and residuals show it. Where the loss is NaN or infinite, products are NaN. Inside `shard_map` average the loss
+    over the devices (`jax.lax.pmean`). Programs are compiled once for each shape and shared by
     equal losses; a loss that closes over arrays is known by its identity: make it once.
     Errors: TypeError for params that are no floating arrays; ValueError for a loss that is not one float, and for one that
     JAX cannot differentiate twice (fused kernels), which names the operation.

@@ -75,7 +75,8 @@ class Kernel:
         """Measure <Θ, YYᵀ>/(|Θ||YYᵀ|), from 0 to 1: how far the kernel's top directions are those of the targets; float[].
 
         targets: labels int[batch], made one-hot, or float[batch, ...]. With `centered` the mean over the batch is taken out
-        of both, so that a constant kernel scores 0. NaN where kernel or targets are then zero. Source: Cristianini et al. 2001; Cortes et al. 2012.
+        of both, so that a constant kernel scores 0. NaN where kernel or targets are then zero.
+        Source: Cristianini et al. 2001; Cortes et al. 2012.
         Errors: ValueError for another number of targets.
         """
         y, theta = jnp.asarray(targets), self._mean
