@@ -95,12 +95,8 @@ def critical(loss: Callable[[Any], Any], start: Any, near: Any, tolerance: float
         )
 
     zero = jnp.zeros_like(near)
-<<<<<<< HEAD
-    first = _Search(nan, nan, nan, nan, nan, nan, near, zero + 4, jnp.int32(0), jnp.int32(0), jnp.array(False))
-=======
     count = jnp.int32(0)
     first = _Search(nan, nan, nan, nan, nan, nan, near, zero + 4, count, count, jnp.array(False))
->>>>>>> wip5-spectra2
     found = jax.lax.while_loop(lambda s: ~s.done & (s.passes < MOST), body, first)
     straight, usable = line(found)
     rate = jnp.where(usable, straight, jnp.sqrt(found.low) * jnp.sqrt(found.high))

@@ -156,14 +156,9 @@ class Operator:
         if probes < 2 and not exact:
             raise ValueError(f"{self.who}: a standard error needs at least two probes, got {probes}")
         count = self.size if exact else probes
-<<<<<<< HEAD
-        trace, square, norm = self._run(_traces, (count, exact), _key(self.who, key))
-        return Traces(Estimate(*trace), Estimate(*square), Estimate(*norm), count)
-=======
         found = self._run(_traces, (count, exact), _key(self.who, key))
         trace, square, norm = (Estimate(*part) for part in found)
         return Traces(trace, square, norm, count)
->>>>>>> wip5-spectra2
 
     def density(
         self,
