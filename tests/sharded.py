@@ -124,11 +124,15 @@ KINDS = (
 )
 
 
+UNCHECKED = ("bidirectional", "tied", "cross_attention", "batch_norm_masked", "tap_masked", "repeat_in_groups")
+
+
 @section
 def layers():
     """One of each kind: every derivative rule, loop, collective and mask."""
-    net, state, batch = together(lambda case: case.name in KINDS)
-    yield "step", functools.partial(compare, net, sums, SGD, state, batch, per_layer=True)
+    for setting, kinds in ((True, KINDS), (False, UNCHECKED)):
+        net, state, batch = together(lambda case, kinds=kinds: case.name in kinds)
+        yield f"step/{setting}", functools.partial(compare, net, sums, SGD, state, batch, (setting,), per_layer=True)
 
 
 @section

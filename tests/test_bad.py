@@ -243,7 +243,7 @@ class Linen(nn.Module):
 
 def test_linen_inside_scan():
     model = Linen()
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     params["blocks"]["Dense_0"]["kernel"] *= 0.01
     params["blocks"]["Dense_0"]["bias"] = jnp.full((3, 4), 4.0).at[2].set(-4.0)
     found = watch(lambda p, x: jnp.mean(model.apply({"params": p}, x))).first_bad(params, X)

@@ -12,7 +12,7 @@ import fnn
 def test_weights_side_by_side_are_equal_to_single_ones():
     lstm, optimized = nn.RNN(nn.LSTMCell(8)), nn.RNN(nn.OptimizedLSTMCell(8))
     x = jax.random.normal(KEY, (3, 7, 5))
-    params = lstm.init(KEY, x)["params"]
+    params = jax.jit(lstm.init)(KEY, x)["params"]
     losses = [lambda p, x, net=net: jnp.mean(net.apply({"params": p}, x) ** 2) for net in (lstm, optimized)]
     found = fnn.diff(*losses)(params, params, x)
     assert found.equal and len(found.rows()) == 8, str(found)

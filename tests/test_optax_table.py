@@ -22,6 +22,8 @@ EXTRA |= {f"optax.contrib.{name}": ["obj_fn"] for name in ("sophia", "hutchinson
 """What optax's documentation says that these need, which take the loss again; the others get value and grad."""
 RANDOM = {"optax.contrib.sophia", "optax.contrib.hutchinson_estimator_diag_hessian"}
 """Those of them that draw random signs for each array."""
+ONE_OF_EACH = {"optax.lbfgs", "optax.contrib.sam", "optax.contrib.sophia"}
+"""Of those that take the loss again, one of each way in which they get it."""
 STILL = {"optax.set_to_zero", "optax.freeze"}
 """Those that leave the parameters where they are."""
 
@@ -131,7 +133,7 @@ def test_every_optimiser_of_optax_treats_repeat_as_by_hand(name):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in EXTRA else pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ONE_OF_EACH else pytest.mark.slow) for n in NAMES])
 def test_every_optimiser_of_optax_trains_nets_as_by_hand(name):
     """With batch norm and dropout: what takes the loss again takes the same one."""
 

@@ -288,6 +288,7 @@ def test_executors_of_all_kinds(undisturbed):
         tiny().run(executor=3)
 
 
+@pytest.mark.slow  # executors of other kinds, and tasks that are pickled, have their tests
 @pytest.mark.filterwarnings("default")
 def test_a_dask_cluster(tmp_path, undisturbed):
     """One process with two threads; the tasks name their data instead of holding them."""

@@ -75,7 +75,7 @@ class _Mlp(linen.Module):
 
 def linen_mlp(depth=3):
     net = _Mlp(depth)
-    params = net.init(jax.random.key(0), X)["params"]
+    params = jax.jit(net.init)(jax.random.key(0), X)["params"]
     return lambda p, x, y: entropy(net.apply({"params": p}, x), y), params, (X, Y)
 
 
@@ -99,7 +99,7 @@ class _Transformer(linen.Module):
 
 def linen_transformer():
     net = _Transformer()
-    params = net.init(jax.random.key(0), TOKENS)["params"]
+    params = jax.jit(net.init)(jax.random.key(0), TOKENS)["params"]
 
     def loss(p, x):
         logits = jax.nn.log_softmax(net.apply({"params": p}, x[:, :-1]))
@@ -150,7 +150,7 @@ def equinox_recurrent():
 def haiku_mlp():
     hk = pytest.importorskip("haiku")
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([5, 4, 3], activation=jnp.tanh)(x)))
-    return lambda p, x, y: entropy(net.apply(p, x), y), net.init(jax.random.key(0), X), (X, Y)
+    return lambda p, x, y: entropy(net.apply(p, x), y), jax.jit(net.init)(jax.random.key(0), X), (X, Y)
 
 
 def by_index():
