@@ -8,6 +8,7 @@ compile. On an accelerator programs are compiled as users compile them.
 
 import atexit
 import functools
+import gc
 import importlib.metadata
 import json
 import os
@@ -86,6 +87,13 @@ def pytest_collection_modifyitems(config, items):
                 raise pytest.UsageError(
                     f"tests/accelerator.py: {module} has no quick test whose name starts with test_{entry}"
                 )
+
+
+def pytest_collection_finish():
+    """Look for garbage less often: 2.6 of 22 s of some tests went into it, now 0.1."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
