@@ -6,7 +6,7 @@ They are measured at the recorded steps if `quantities` names them, and have lay
 |---|---|
 | sharpness | largest eigenvalue of the Hessian of the mean loss, to 1 % by its residual; NaN where 60 products do not suffice |
 | preconditioned_sharpness | that of P⁻¹H, P the optimiser's preconditioner (see `Curvature.preconditioned`): SGD, momentum, Adam(W), RMSProp; the last two from the second record on |
-| lambda_c | critical sharpness: 2/η, η the rate at which the optimiser's next step stops lowering the loss on this batch |
+| lambda_c | critical sharpness: 2/η, η the rate at which the optimiser's next step stops lowering the loss on this batch; NaN where that step does not lower it, or no rate was found at which it rises |
 | hessian_trace, hessian_trace_error | trace of the Hessian by 32 probes, and the standard error |
 | log10_singular | log10 of all singular values of d outputs/d inputs, input to output, at the first example of the batch; a row each, path [0], [1], ... from the largest on. NaN where rounding hides it. Beyond 2048 inputs and outputs the largest eight (needs matfree) |
 | log10_singular_max, _min, _rms, _fourth | of the largest, the smallest, root mean square, fourth root of the mean fourth power; theory beside the last two, for wide nets, at step 0 |
