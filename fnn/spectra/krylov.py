@@ -106,22 +106,22 @@ def eigenpairs(
         key, draw = jax.random.split(key)
 
         def orthogonal(w):
+            """Project twice, which is enough: (a unit vector, whether more than rounding was left)."""
             w = w / tree.divisor(jnp.max(jnp.abs(w)))
-            for _ in range(3):
+            before, left = tree.length(w), []
+            for _ in range(2):
                 w = w - _dot(basis.T, _dot(basis, w))
-                w = w / tree.divisor(tree.length(w))
-            return w, tree.length(_dot(basis, w))
+                left.append(tree.length(w))
+                w = w / tree.divisor(left[-1])
+            return w, (left[0] > 10 * jnp.finfo(dtype).eps * before) & (left[1] > 0.5)
 
-        first = tree.length(w)
-        unit, leak = orthogonal(w)
-        lost = ~((first > 0) & (leak < 1e-3) & (tree.length(unit) > 0.5))
+        unit, good = orthogonal(w)
 
         def replaced():
-            other, leak = orthogonal(jax.random.normal(draw, (n,), dtype))
-            # Where the basis spans everything, only rounding is left.
-            return jnp.where(leak < 1e-3, other, 0)
+            other, good = orthogonal(jax.random.normal(draw, (n,), dtype))
+            return jnp.where(good, other, 0)  # where the basis spans everything, only rounding is left
 
-        return jax.lax.cond(lost, replaced, lambda: unit), key
+        return jax.lax.cond(good, lambda: unit, replaced), key
 
     def wanted(space):
         used = jnp.arange(most) < space.count
