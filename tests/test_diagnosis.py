@@ -278,6 +278,29 @@ def test_inputs_that_tell_nothing_of_the_targets(by_heart, others, real, want):
     assert (said is not None) == want and (said is None or said.cause == "labels")
 
 
+@pytest.mark.parametrize("init, want", [("scaled(3.0)", "init_large"), ("scaled(0.3)", "init_small")])
+def test_what_helps_though_nothing_was_measured_is_named_by_what_it_changes(init, want):
+    made = case(net=lambda width=16: fnn.models.mlp(2, width, 10, init=init))
+    with ThreadPoolExecutor(1) as thread:
+        begun = start.start(trial.Runner(made, thread), Plan())
+    every = {change.name: change for change in changes.changes(made)}
+    inquiry = SimpleNamespace(case=made, begun=begun)
+    for name, cause in (("redraw weights", want), ("Adam, rate 1e-3", "optimizer"), ("rate × 0.1", "lr_high")):
+        done = SimpleNamespace(change=every[name], plan=every[name].apply(Plan()))
+        assert verdict.main(inquiry, done) == cause
+
+
+def test_a_recurrent_net_may_forget_for_its_biases():
+    def lstm(cell="lstm", forget_bias=-5.0):
+        return fnn.models.rnn(1, 4, 2, cell=cell, forget_bias=forget_bias)
+
+    data = Dataset(np.zeros((40, 6, 3), np.float32), np.arange(40) % 2)
+    able = {
+        change.name for change in changes.changes(case(data, data, net=lstm, batch_size=8)) if "memory" in change.causes
+    }
+    assert able == {"redraw weights", "forget_bias 3"}
+
+
 def test_a_net_that_knows_less_than_neighbours_is_not_healthy():
     """They know 0.95 of the labels, averaged over the classes."""
     made = case()

@@ -213,7 +213,7 @@ def case_of(
             f"diagnose: outputs and targets must be one array each, without weights, got {check.describe(outputs)} and "
             f"{check.describe(data.y)}; diagnose_loss takes a loss of any outputs"
         )
-    computes = _narrowest(
+    computes = narrowest(
         lambda params, state, x, y: loss(base.apply(params, state, x)[0], y), params, state, spec, data.y[:2]
     )
     task = task_of(loss, np.asarray(data.y), outputs.shape)
@@ -239,14 +239,6 @@ def found_in(function: Callable[..., Any], *args: Any) -> dict[str, Any]:
     seen: dict[str, Any] = {"stop": True} if stops else {}
     seen |= {"activation": hidden.pop() if len(hidden) == 1 else "several"} if hidden else {}
     return seen | ({"head": last.pop()} if len(last) == 1 else {})
-
-
-def _narrowest(function: Callable[..., Any], *args: Any) -> str:
-    """Name the narrow float type in which a program computes; "" where it cannot be read."""
-    try:
-        return narrowest(function, *args)
-    except Unreadable:
-        return ""
 
 
 def _host(data: Dataset) -> Dataset:

@@ -10,7 +10,9 @@ import optax
 from fnn.diagnosis.case import Case, Plan
 
 KNOBS = ("activation", "norm", "residual", "depth", "width", "head")
-"""Arguments of `build` that are varied. `dropout`, `cell` and `positions` are, where there are any."""
+"""Arguments of `build` that are varied. `dropout`, `cell`, `forget_bias` and `positions` are, where there are any."""
+REMEMBERS = 3.0
+"""A forget gate's bias with which it keeps 0.95 of its memory from one position to the next."""
 ENOUGH = 32
 """A net that is tried with more units has at least so many."""
 
@@ -184,6 +186,7 @@ def _of_data(case: Case) -> list[Change]:
 
 def _of_weights(case: Case) -> list[Change]:
     causes = ("init_symmetric", "dead_units", "init_small", "init_large")
+    causes += ("memory",) * ("cell" in case.knobs)  # the biases of its gates
     gain = case.gain(Plan())
     name = "he_normal" if gain > 1.3 else "scaled(1.0)"
     code = f'init="{name}", bias_init="zeros"  # N(0, {"2" if gain > 1.3 else "1"}/fan_in)'
@@ -271,6 +274,8 @@ def _of_net(case: Case) -> list[Change]:
         add("depth + 2", ("capacity",), f"depth={depth + 2}", 2.0, depth=depth + 2)
     if knobs.get("cell") in ("rnn", "gru"):
         add("cell lstm", ("memory",), 'cell="lstm"', 4.0, cell="lstm")
+    if isinstance(bias := knobs.get("forget_bias"), int | float) and bias < REMEMBERS:
+        add(f"forget_bias {REMEMBERS:g}", ("memory",), f"forget_bias={REMEMBERS}", forget_bias=REMEMBERS)
     if "positions" in knobs and knobs["positions"] in (None, False, "none"):
         value = "rotary" if knobs["positions"] is not False else True
         add("positions", ("positions",), f"positions={value!r}", positions=value)

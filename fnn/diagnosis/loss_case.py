@@ -11,11 +11,11 @@ import optax
 
 from fnn import arrays, check, tree
 from fnn.datasets.dataset import Dataset, generator
-from fnn.diagnosis.case import MOST, Case, Model, Plan, _narrowest, _optimizing, found_in, is_kernel, is_narrow
+from fnn.diagnosis.case import MOST, Case, Model, Plan, _optimizing, found_in, is_kernel, is_narrow
 from fnn.diagnosis.task import Task
 from fnn.gradients.swap import swapped
 from fnn.gradients.watch import watch
-from fnn.gradients.wide import in_float32
+from fnn.gradients.wide import in_float32, narrowest
 
 INPUTS = ("x", "inputs", "input", "image", "images", "features", "data")
 TARGETS = ("y", "targets", "target", "label", "labels")
@@ -136,7 +136,7 @@ def loss_case_of(
     forward = [path for _, path in flow.labels.starts if path in kernels]
     case = replace(case, final=names.index(forward[-1]) if forward else None)
     seen = found_in(lambda params, batch: loss(params, join(*batch)), params, batch)
-    computes = _narrowest(lambda params, batch: loss(params, join(*batch)), params, batch)
+    computes = narrowest(lambda params, batch: loss(params, join(*batch)), params, batch)
     fixed = isinstance(optimizer, optax.GradientTransformation)
     return _referred(replace(case, seen=seen, narrow=is_narrow(params), computes=computes, fixed=fixed))
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from fnn.diagnosis import data_symptoms
+from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import STAGE, WEAK, Cause, Evidence, Trial
 from fnn.diagnosis.changes import Change
 from fnn.diagnosis.inquiry import LEAST, NOTHING, Inquiry, Tried, margin
@@ -56,11 +57,21 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
             )
         ]
     if not found:  # a repair that works, though nothing abnormal was measured
-        for tried in sorted(working, key=lambda t: min(STAGE[c] for c in t.change.causes)):
-            cause = min(tried.change.causes, key=lambda c: STAGE[c])
+        for cause, tried in sorted(((main(inquiry, t), t) for t in working), key=lambda pair: STAGE[pair[0]]):
             if (proved := proof(inquiry, cause, tried)) is not None:
                 return [proved]
     return found
+
+
+def main(inquiry: Inquiry, tried: Tried) -> str:
+    """Name the cause that a repair stands for where nothing abnormal was measured: the first of its list.
+
+    What redrawn weights repair is named by their size, since equal or dead units would have been measured.
+    """
+    if tried.plan.gain is None:
+        return tried.change.causes[0]
+    sizes = np.concatenate([g for _, g in inquiry.begun.gains] or [np.ones(0)])
+    return "init_large" if np.mean(sizes > inquiry.case.gain(Plan())) > 0.5 else "init_small"
 
 
 def unrelated(inquiry: Inquiry) -> Evidence | None:

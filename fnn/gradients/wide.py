@@ -99,9 +99,12 @@ def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def narrowest(function: Callable[..., Any], *args: Any) -> str:
-    """Name the float type of less than 32 bits in which a function computes; "" for none."""
+    """Name the float type of less than 32 bits in which a function computes; "" for none, or where it cannot be read."""
     closed, _ = trace(function, *args)
-    found = [dtype for dtype in dtypes(read(closed)) if FLOAT32.narrower(dtype)]
+    try:
+        found = [dtype for dtype in dtypes(read(closed)) if FLOAT32.narrower(dtype)]
+    except Unreadable:
+        return ""
     return str(min(found, key=lambda dtype: float(jnp.finfo(dtype).max))) if found else ""
 
 
