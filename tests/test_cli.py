@@ -90,7 +90,7 @@ def test_the_printed_table_fits_and_has_the_pages_numbers(capsys, monkeypatch):
     networks = pl.DataFrame(
         [row, row | {"network": 1, "depth": 128, "log10_growth": None, "log10_growth_predicted": None}]
     )
-    s = Summary(["depth"], {"norm": "none"}, networks, *[pl.DataFrame()] * 3)
+    s = Summary(["depth"], {"norm": "none"}, networks, *[pl.DataFrame()] * 4)
     for width, there, gone in (
         (140, ["band", "3 of 8", "-0.0434 +0.0000"], []),
         (60, ["-0.0217", "vanishes"], ["at layer 1"]),

@@ -206,9 +206,9 @@ def test_what_rounding_hides_is_nan_and_no_loss_of_range():
 
 def test_price_is_shown_before_a_run(capsys):
     described = fnn.Study(fnn.grid.product(**NET), seeds=1, steps=0, data="clusters", quantities=["lambda_c"])
-    assert described.cost().startswith("study: a record takes up to so many gradients: lambda_c 10; 10 for 1 record")
+    assert described.cost().startswith("study: a record takes up to so many gradients: lambda_c 16; 16 for 1 record")
     described.run(progress=True)
-    assert "lambda_c 10" in capsys.readouterr().err.partition("compiling")[0]
+    assert "lambda_c 16" in capsys.readouterr().err.partition("compiling")[0]
     price = described.price(rounds=2)
     assert [row.name for row in price.rows] == ["plain gradient", "lambda_c"]
     assert fnn.Study(fnn.grid.product(**NET), data="clusters").cost() is None
