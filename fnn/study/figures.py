@@ -198,6 +198,9 @@ def _lines(
         canvas.legend(figure, handles, words.axis(by), min(len(handles), max(3, 3 * canvas.columns(axes))))
     canvas.labels(figure, axes, *labels[:2])
     alike = canvas.share(axes)
+    for axis in axes:  # once more: the range, on which the ticks depend, may be another one now
+        if axis.get_yscale() == "log":
+            log_scale(axis)
     band = f"median of {canvas.seeds(s)}, shaded from 10th to 90th percentile"
     more = "; theory goes through the last hidden layer" * (
         theory and labels[2] == THEORY
