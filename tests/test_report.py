@@ -67,6 +67,7 @@ def test_words():
         ("log10_kernel", "log10 |dL/dW|"),
         ("log10_kernel_rms", "log10 RMS of dL/dW"),
         ("log10_scale", "log10 |dL/d scale|"),
+        ("log10_recurrent_kernel_rms", "log10 RMS of dL/d recurrent kernel"),
         ("second_moment at activation", "mean square"),
         ("input_second_moment", "input second moment"),
     ):

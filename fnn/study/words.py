@@ -55,6 +55,10 @@ _KNOWN = {
     "ntk_condition": Quantity("condition number", "condition number of the tangent kernel on the batch", False),
     "clip_removed": Quantity("share of the norm", "what clipping removed of the gradient, as a share", False),
 }
+_KNOWN |= {  # parameters of the layers besides kernel and bias
+    f"log10_{name.replace(' ', '_')}": Quantity(f"log10 |dL/d {name}|", f"gradient of {name} ({_NORM})", True)
+    for name in ("scale", "embedding", "recurrent kernel", "recurrent bias")
+}
 
 
 def quantity(series: str) -> Quantity:
@@ -68,8 +72,6 @@ def quantity(series: str) -> Quantity:
         found = _KNOWN[plain]
         about = found.about.replace("Frobenius norm", "root mean square over entries")
         found = found._replace(axis=found.axis.replace("|dL/", "RMS of dL/").removesuffix("|"), about=about)
-    elif plain == "log10_scale":  # of norms; other names may be anything
-        found = Quantity("log10 |dL/d scale|", f"gradient of scale ({_NORM})", True)
     elif name.startswith("log10_"):
         found = Quantity(f"log10 {_spaced(name[6:])}", _spaced(name[6:]), True)
     else:
