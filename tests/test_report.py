@@ -131,6 +131,10 @@ def test_contents_are_thinned_and_finite(reduced):
     assert broken and all(curve["middle"][1] is None for curve in broken)
     norms = contents["axes"][1]["values"]
     assert norms == ["none", "batch norm"]
+    # One rounding in terminal and page: a browser would make 13 of 12.5.
+    rows = reduced.networks.iter_rows(named=True)
+    assert [n["percent"] for n in contents["networks"]] == [verdict.percent(row) for row in rows]
+    assert verdict.percent({"outside": 0.125}) == "12%" and verdict.percent({"outside": None}) == ""
     critical = {norms[network["at"][1]]: network["critical"] for network in contents["networks"]}
     assert critical == {"none": 1.0, "batch norm": None}
     # Four hidden layers end at layer 4, not at the output's, of every quantity.

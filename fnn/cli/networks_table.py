@@ -81,7 +81,7 @@ def _columns(chance: float | None, trained: bool) -> list[Column]:
         Column("growth", number("log10_growth")),
         Column("band", band),
         Column("theory", number("log10_growth_predicted")),
-        Column("outside", lambda row: "" if row["outside"] is None else f"{row['outside']:.0%}"),
+        Column("outside", verdict.percent),
         Column("at layer 1", number("log10_first", 2)),
         Column("at last", number("log10_last", 2)),
         Column("accuracy", lambda row: f"{row['accuracy']:.3f}" if trained and row["accuracy"] is not None else ""),

@@ -78,7 +78,7 @@ EVERY.layers = () => {
   if (theory.length) {
     const far = ns.filter(n => D.networks[n].outside > 0.05), banded = ns.filter(n => known(D.networks[n].outside)).length;
     text += ` The dashed curve is theory at this width, shifted to pass through the last hidden layer; ${theory.length === ns.length ? "every network shown has one" : `${theory.length} of ${ns.length} networks shown have one`}${banded < theory.length ? ` (${banded} with a band)` : ""}. ` + (far.length ?
-      `Outside of its band more often than the expected 5%: ${list(far.map(n => `${D.networks[n].name} (${Math.round(100 * D.networks[n].outside)}%)`))}.` :
+      `Outside of its band more often than the expected 5%: ${list(far.map(n => `${D.networks[n].name} (${D.networks[n].percent})`))}.` :
       banded ? "None of them lies outside of its band more often than the expected 5%." : "");
   }
   if (gaps) text += ` Gaps are numbers that are zero or not finite (${plural(gaps, "network")}).`;
@@ -173,7 +173,7 @@ function columns() {
   const fixed = (v, digits) => known(v) ? (v > 0 ? "+" : "") + v.toFixed(digits).replace("-", "−") : "", some = k => D.networks.some(r => known(r[k]) && r[k] !== 0);
   const band = r => known(r.growth) ? `${fixed(r.growth, 4)} [${fixed(r.growth_low, 4)}, ${fixed(r.growth_high, 4)}]` : "";
   return [["gradient", "gradient", r => r.gradient || "unknown"], ["growth", "log10 |dL/dh| per layer [10%, 90%]", band], ["growth_predicted", "theory", r => fixed(r.growth_predicted, 4)],
-    ["outside", "outside of band", r => known(r.outside) ? Math.round(100 * r.outside) + "%" : ""], ["accuracy", "accuracy", r => known(r.accuracy) ? r.accuracy.toFixed(3) : ""],
+    ["outside", "outside of band", r => r.percent], ["accuracy", "accuracy", r => known(r.accuracy) ? r.accuracy.toFixed(3) : ""],
     ["training", "training", r => r.training || ""], ["diverged", "not finite", r => known(r.diverged) ? `${r.diverged} of ${r.seeds}` : ""], ["seeds", "seeds", r => r.seeds]].filter(([k]) => some(k));
 }
 const passes = n => D.networks[n].at.every((v, i) => chosen[i].has(v));

@@ -220,6 +220,7 @@ def _networks(s: Summary, axes: list[dict[str, Any]], chance: float | None) -> l
                     for end in ("", "_low", "_high", "_predicted")
                 },
                 "outside": _number(row["outside"], digits=9),
+                "percent": verdict.percent(row),  # a browser rounds 12.5 up, Python to the even number
                 "accuracy": _number(row["accuracy"], digits=9),
                 "training": verdict.training(row, chance) if trained else None,
                 "diverged": row["diverged"],

@@ -103,6 +103,11 @@ def diverged(s: Summary) -> str:
     return f"{words.count(runs, 'run')} ended in a loss or gradient that is not finite: {names}."
 
 
+def percent(row: dict[str, Any]) -> str:
+    """Write which share of a network's numbers lies outside of theory's band, `12%`; "" where there is no theory."""
+    return "" if row["outside"] is None else f"{row['outside']:.0%}"
+
+
 def outside(s: Summary) -> str:
     """Say whose numbers lie outside of theory's band more often than 1 in 20; nothing where there is no theory.
 
@@ -118,7 +123,7 @@ def outside(s: Summary) -> str:
     if not off:
         has = "the only network" if s.networks.height == 1 else f"{len(rows)} of {s.networks.height} networks"
         return f"Theory has a band for {has}; none lies outside of it more often than the expected 5%."
-    names = words.listed([f"{name_of(s, row)} ({row['outside']:.0%})" for row in off])
+    names = words.listed([f"{name_of(s, row)} ({percent(row)})" for row in off])
     # P(more than floor(seeds/20) of the seeds lie outside), which is what it takes.
     chance = sum(1 - bdtr(math.floor(EXPECTED * row["seeds"]), row["seeds"], EXPECTED) for row in rows)
     return (
