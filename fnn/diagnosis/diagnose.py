@@ -7,7 +7,8 @@ from typing import Any
 from fnn import check
 from fnn.diagnosis import verdict
 from fnn.diagnosis.case import Case, case_of
-from fnn.diagnosis.inquiry import Inquiry
+from fnn.diagnosis.causes import Cause
+from fnn.diagnosis.inquiry import SETTLED, Inquiry
 from fnn.diagnosis.loss_case import loss_case_of
 from fnn.diagnosis.report import Diagnosis, Verdict, diagnosis_of
 from fnn.diagnosis.trial import Runner
@@ -103,9 +104,10 @@ def _found(case: Case, budget: float, target: float | None, progress: bool | Non
         try:
             inquiry.measure()
             inquiry.search()
-            inquiry.evidence = [e for e in inquiry.evidence if e.cause in verdict.suspects(inquiry)]
-            ill = verdict.sick(inquiry, target)
-            found = [] if target is not None and not ill else verdict.causes(inquiry, ill)
+            found, ill = _causes(inquiry, target)
+            if SETTLED in inquiry.skipped.values() and not (found and found[0].evidence):  # it was not settled, then
+                inquiry.search(all_of_them=True)
+                found, ill = _causes(inquiry, target)
             working = verdict.works(inquiry)
             adds = verdict.adds(inquiry, found, working)
             if found and found[0].repair is not None:
@@ -113,3 +115,10 @@ def _found(case: Case, budget: float, target: float | None, progress: bool | Non
         finally:
             thread.shutdown(wait=True, cancel_futures=True)
     return diagnosis_of(inquiry, Verdict(found, working, adds, ill), target)
+
+
+def _causes(inquiry: Inquiry, target: float | None) -> tuple[list[Cause], bool]:
+    """Give the causes, and whether the scores themselves show a fault."""
+    inquiry.evidence = [e for e in inquiry.evidence if e.cause in verdict.suspects(inquiry)]
+    ill = verdict.sick(inquiry, target)
+    return ([] if target is not None and not ill else verdict.causes(inquiry, ill)), ill

@@ -17,6 +17,9 @@ from fnn.diagnosis.trial import Outcome, Runner
 
 LEAST = 0.03
 """A smaller rise of the score is none."""
+DONE = 0.95
+"""The share of the way from chance to the best score behind which there is nothing left to gain."""
+SETTLED = "a repair that leaves nothing to gain is found already"
 NOTHING = Change("nothing changed", (), lambda plan: plan, "")
 
 
@@ -107,6 +110,7 @@ class Inquiry:
         scores = outcome.chooses if plan.learn == "train" else outcome.checks
         done = Tried(change, plan, outcome, tuple(map(float, scores)))
         self.tried[change.name] = done
+        self.skipped.pop(change.name, None)
         what = "as it is" if change is NOTHING else change.name
         self.tell(f"{what}: {self.case.task.score} {' '.join(f'{s:.2f}' for s in done.scores)}")
         return done
@@ -124,22 +128,33 @@ class Inquiry:
         self.skipped[change.name] = f"about {seconds:.0f} s"
         return False
 
-    def search(self) -> None:
-        """Train every change that the budget allows: those of the present program first, then those of suspects."""
+    def search(self, all_of_them: bool = False) -> None:
+        """Train every change that the budget allows: those of the present program first, then those of suspects.
+
+        Once a suspect's repair leaves nothing to gain, changes with programs of their own that repair no earlier one cannot
+        alter what is named first; they are trained only with `all_of_them`.
+        """
         suspects = {e.cause for e in self.evidence}
-        every = [change for change in changes(self.case) if "steps" not in change.causes]
+        every = [c for c in changes(self.case) if "steps" not in c.causes and c.name not in self.tried]
         every.sort(key=lambda c: (c.own_program, not suspects & set(c.causes), c.costs))
         plans = {change.name: change.apply(Plan()) for change in every}
-        ahead = [change for change in every if change.own_program]
-        for change in every:
-            if not self.affords(change, plans[change.name]):
-                continue
-            for later in ahead[:2]:  # compiled by the other thread, while this one trains
-                if self.spent + 2 * self.costs(later, plans[later.name]) < self.budget:
+
+        def needless(change):
+            stages = [STAGE[cause] for cause in suspects & set(change.causes)]
+            return not all_of_them and change.own_program and min(stages, default=len(STAGE)) > self.settled(suspects)
+
+        for i, change in enumerate(every):
+            if needless(change):
+                self.skipped[change.name] = SETTLED
+            elif self.affords(change, plans[change.name]):
+                self.attempt(change, plans[change.name])
+            for later in every[i + 1 :]:  # compiled by the other thread, while this one trains
+                if self.runner.waiting >= 2:
+                    break
+                costs = 2 * self.costs(later, plans[later.name])
+                if later.own_program and not needless(later) and self.spent + costs < self.budget:
                     with contextlib.suppress(ValueError, TypeError):  # it is told when its turn comes
                         self.runner.prepare(plans[later.name])
-            ahead = [later for later in ahead if later is not change]
-            self.attempt(change, plans[change.name])
         strong = suspects - WEAK
         for change in changes(self.case):
             if "steps" not in change.causes:
@@ -150,6 +165,18 @@ class Inquiry:
             elif self.affords(change, change.apply(Plan())):
                 self.attempt(change, change.apply(Plan()))
         self.skipped |= unreached(self.case)
+
+    def settled(self, suspects: set[str]) -> int:
+        """Give the stage of the earliest suspect whose repair comes so close to the best score that none can count for more.
+
+        Without one: a number beyond all stages.
+        """
+        chance, base = self.case.task.chance, self.base.mean
+        if base > chance + 0.8 * (1 - chance):  # another change's rise may be much larger than one that begins there
+            return len(STAGE)
+        able = [t for t in self.tried.values() if t.mean > chance + DONE * (1 - chance)]
+        causes = {cause for t in able for cause in t.change.causes} & (suspects - WEAK)
+        return min((STAGE[cause] for cause in causes), default=len(STAGE))
 
     def best(self) -> float:
         """Give the best mean score of all changes of the same length."""

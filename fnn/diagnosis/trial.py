@@ -68,6 +68,11 @@ class Runner:
         found = self._programs.get(self.key(plan))
         return found is not None and found.done()
 
+    @property
+    def waiting(self) -> int:
+        """How many programs are not compiled yet."""
+        return sum(not program.done() for program in self._programs.values())
+
     def prepare(self, plan: Plan) -> "Future[Any]":
         """Begin to compile the program of a plan, unless that is done or under way."""
         key = self.key(plan)

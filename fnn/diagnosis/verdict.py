@@ -6,7 +6,7 @@ from fnn.diagnosis import data_symptoms
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import STAGE, WEAK, Cause, Evidence, Trial
 from fnn.diagnosis.changes import Change
-from fnn.diagnosis.inquiry import LEAST, NOTHING, Inquiry, Tried, margin
+from fnn.diagnosis.inquiry import DONE, LEAST, NOTHING, Inquiry, Tried, margin
 
 SHARE = 0.7
 """The share of the best rise that a repair must reach."""
@@ -150,7 +150,7 @@ def _of(inquiry: Inquiry, cause: str) -> tuple[Evidence, ...]:
 def both(inquiry: Inquiry) -> list[Cause]:
     """Repair all suspects together; if that is better than each alone, put back one after the other, and name those needed."""
     base, top = inquiry.base, inquiry.best()
-    if top > inquiry.case.task.chance + 0.95 * (1 - inquiry.case.task.chance):
+    if top > inquiry.case.task.chance + DONE * (1 - inquiry.case.task.chance):
         return []
     strong = [c for c in suspects(inquiry) if c not in WEAK]
     parts: dict[str, Change] = {}
