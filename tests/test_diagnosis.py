@@ -1,7 +1,6 @@
 """What a diagnosis measures, and how it comes to a verdict; whole patients stand in test_ward."""
 
 import dataclasses
-import re
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -10,31 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from diagnosed import TEST, TRAIN, build, case, sgd
 
 import fnn
 from fnn.datasets.dataset import Dataset
 from fnn.diagnosis import changes, data_symptoms, report, start, symptoms, trial, verdict
-from fnn.diagnosis.case import Plan, case_of, gains, redrawn
+from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.loss_case import loss_case_of
 from fnn.diagnosis.task import Task, task_of
+from fnn.diagnosis.weights import gains, redrawn
 
 pytest.importorskip("sklearn")
 RNG = np.random.default_rng(0)
-TRAIN, TEST = fnn.data.standardize(*fnn.data.digits(key=jax.random.key(0)))
-
-
-def build(depth=2, width=16, activation="relu", norm="none", init="he_normal", head="identity"):
-    return fnn.models.mlp(depth, width, 10, activation=activation, norm=norm, init=init, head=head)
-
-
-def sgd(rate=0.1, clip=None):
-    return optax.sgd(rate) if clip is None else optax.chain(optax.clip_by_global_norm(clip), optax.sgd(rate))
-
-
-def case(train=TRAIN, test=TEST, loss=fnn.losses.cross_entropy, net=build, **options):
-    options = {"batch_size": 64, "steps": 30, "seeds": 2, "shuffle": True} | options
-    return case_of(net, loss, sgd, train, test, **options)
 
 
 def named(evidence):
@@ -183,51 +170,6 @@ def test_weights_are_redrawn_to_their_gain_in_stacks_too():
     )
 
 
-# Whole diagnoses.
-
-
-def test_a_rate_that_is_too_high_and_its_report(tmp_path):
-    found = fnn.diagnose(
-        fnn.models.mlp(2, 16, 10), fnn.losses.cross_entropy, lambda rate=30.0: optax.sgd(rate), TRAIN, TEST,
-        batch_size=64, steps=60, seeds=2, budget=600.0,
-    )  # fmt: skip
-    assert found.causes[0].name == "lr_high" and not found.healthy and "learning_rate" in found.remedies[0]
-    said = repr(found)
-    assert said.startswith("DOES NOT TRAIN") and "CAUSE 1" in said and "RULED OUT" in said
-    assert max(map(len, said.splitlines())) <= 100
-    removing = {t.change for t in found.trials if t.cause == "lr_high" and t.change in found.working}
-    assert (
-        set(found.others) == removing - {found.causes[0].repair.change} and "treats the symptom: rate × 0" not in said
-    )
-    table = found.table()
-    assert table.columns == ["change", "cause", "seed", "score", "checked"]
-    assert table.height == 2 * (len(found.trials) + 1)
-    found.html(tmp_path / "why.html")
-    page = (tmp_path / "why.html").read_text()
-    assert (
-        page.count("<svg") >= 2
-        and set(re.findall(r"https?://[^/\"]*", page)) <= {"http://www.w3.org"}
-        and "lr_high" in page
-    )
-
-
-def test_any_loss():
-    x, y = np.asarray(TRAIN.x), np.asarray(TRAIN.y)
-    params = {
-        "w": jax.random.normal(jax.random.key(0), (64, 32)) / 6,
-        "v": jax.random.normal(jax.random.key(1), (32, 10)) / 6,
-    }
-
-    def loss(params, batch):
-        logits = jax.nn.relu(batch["x"] @ params["w"]) @ params["v"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
-
-    batches = [{"x": 100 * x[i : i + 64], "y": y[i : i + 64]} for i in range(0, 1400, 64)]
-    held = {"x": 100 * np.asarray(TEST.x), "y": np.asarray(TEST.y)}
-    found = fnn.diagnose_loss(loss, params, batches, optax.sgd(0.1), held, steps=60, seeds=2, budget=600.0)
-    assert found.causes[0].name == "input_scale" and found.score == "1 - loss / guess"
-
-
 def test_inputs_in_bfloat16_are_measured_too():
     few = [Dataset(jnp.asarray(part.x, jnp.bfloat16) * 255, part.y) for part in (TRAIN, TEST)]
     found = case(*few)
@@ -235,26 +177,6 @@ def test_inputs_in_bfloat16_are_measured_too():
     assert named(data_symptoms.input_symptoms(found)) == {"input_scale"}
     assert "compute in float32" in {change.name for change in changes.changes(found)}
     assert not data_symptoms.input_symptoms(changes.standardized(found))
-
-
-def test_a_loss_that_bfloat16_rounds_away():
-    """Of numbers near 2000, which it rounds to multiples of 16, nothing is left of differences of 1; nor of their gradient."""
-    x = RNG.normal(size=(240, 4)).astype(np.float32)
-    y = (x @ np.array([0.5, -0.5, 0.5, 0.5], np.float32)).astype(np.float32)
-
-    def loss(w, batch, dtype=jnp.bfloat16):
-        given, wanted = ((2000 + part).astype(dtype) for part in (batch[0] @ w["kernel"][:, 0], batch[1]))
-        return jnp.mean(jnp.square(given - wanted)).astype(jnp.float32)
-
-    batches = [(x[i : i + 40], y[i : i + 40]) for i in range(0, 160, 40)]
-    params = {"kernel": jnp.asarray(RNG.normal(size=(4, 1)) / 9, jnp.float32)}
-    found = fnn.diagnose_loss(
-        loss, params, batches, lambda rate=0.05: optax.sgd(rate), (x[160:], y[160:]), steps=60, seeds=2, budget=600.0,
-        score=lambda w, batch: 1 - loss(w, batch, jnp.float32) / jnp.var(batch[1]),
-    )  # fmt: skip
-    assert found.causes[0].name == "numerics" and found.causes[0].repair.change == "compute in float32", found
-    assert "bfloat16 changes the gradient by 100% of its size" in repr(found)
-    assert min(found.causes[0].repair.checked) > 0.9
 
 
 # Verdicts.
@@ -351,59 +273,6 @@ def test_refusals():
         fnn.diagnose_loss(3, {"w": jnp.ones(2)}, [np.ones((3, 2))], sgd())
 
 
-def test_a_plan_is_compiled_once_for_all_numbers():
-    with ThreadPoolExecutor(1) as thread:
-        runner = trial.Runner(case(steps=3), thread)
-        plain, changed = Plan(), dataclasses.replace(Plan(), rate=0.5, gain=1.0, data=(changes.standardized,), clip=1.0)
-        assert runner.key(plain) == runner.key(changed) != runner.key(Plan(steps=4))
-        first = runner.run(plain, [0, 1])
-        again = runner.run(plain, [0, 1])
-        other = runner.run(dataclasses.replace(plain, rate=0.5), [0, 1])
-    np.testing.assert_array_equal(first.losses, again.losses)
-    assert first.losses[0, 0] == other.losses[0, 0] and (first.losses[:, 2] != other.losses[:, 2]).all()
-
-
-def test_lanes_are_no_more_than_memory_holds(monkeypatch):
-    """One seed at a time gives what all give at once, and its program takes far less memory."""
-    found = []
-    for memory in (trial.MEMORY, 1):
-        monkeypatch.setattr(trial, "MEMORY", memory)
-        with ThreadPoolExecutor(1) as thread:
-            runner = trial.Runner(case(steps=3, seeds=3, net=lambda: fnn.models.mlp(2, 256, 10)), thread)
-            run = runner.run(Plan(), range(3))
-            memories = runner.prepare(Plan()).result().memory_analysis()
-            found.append((runner.lanes(Plan()), run, memories.temp_size_in_bytes))
-    (many, whole, large), (one, parts, small) = found
-    assert (many, one) == (3, 1) and small < 0.6 * large
-    np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-5)
-    np.testing.assert_allclose(parts.checks, whole.checks, atol=0.02)
-
-
-def test_the_middle_of_a_run_is_that_of_half_of_the_steps():
-    """The parameters after 3 of 6 steps by hand; warm-up takes the rates 1/5, 2/5, ... of the first five."""
-    made = dataclasses.replace(case(steps=6, seeds=1), optimizer=lambda clip=None: optax.sgd(0.1))
-    with ThreadPoolExecutor(1) as thread:
-        runner = trial.Runner(made, thread)
-        run, warm = runner.run(Plan(), range(1)), runner.run(Plan(warm=5 / 6), range(1))
-        params, state = runner.draw(Plan(), 0)
-        rows = runner.order(Plan(), 0)
-    net, first = build(), params
-    for step in range(3):
-        batch = np.asarray(TRAIN.x)[rows[step]], np.asarray(TRAIN.y)[rows[step]]
-
-        def loss(p, batch=batch):
-            return fnn.losses.cross_entropy(net.apply(p, state, batch[0])[0], batch[1]).mean()
-
-        grads = jax.jit(jax.grad(loss))(params)
-        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
-        if step == 0:
-            moved = fnn.tree.norm(jax.tree.map(lambda g: 0.02 * g, grads)) / fnn.tree.norm(first)
-    for got, want in zip(jax.tree.leaves(run.middle[0]), jax.tree.leaves(params), strict=True):
-        np.testing.assert_allclose(got[0], want, atol=1e-5)
-    np.testing.assert_allclose(warm.ratios[0, 0], moved, rtol=1e-4)
-    assert warm.middle is None
-
-
 def test_units_that_die_in_the_run_and_attention_that_sees_one_key():
     made = case()
     quiet = start.Start({"input_dead": np.array([0.0, 0.1, 0.2])}, ["a", "b", "c"], [], [], np.zeros(0), 1.0, False, False,
@@ -451,56 +320,31 @@ def test_attention_logits_before_the_first_step(gain, want):
     assert {e.cause for e in symptoms.start_symptoms(made, Plan(), begun) if "attention" in e.text} == want
 
 
-def test_a_budget_too_short_for_a_verdict_is_not_called_healthy():
-    found = fnn.diagnose(
-        build, fnn.losses.cross_entropy, sgd, TRAIN, TEST, batch_size=64, steps=200, seeds=2, budget=0.1
-    )
-    assert not found.healthy and not found.causes and len(found.not_tried) > 10
-    assert repr(found).startswith("UNDECIDED") and "NO CAUSE FOUND in this budget" in repr(found)
+@pytest.mark.parametrize("activation, want", [("relu", 2**0.5 / 17), ("tanh", 1 / 17**0.5)])
+def test_the_gain_of_residual_sums_keeps_their_size(activation, want):
+    """From the first of 17 layers of 256 units to the last the signal grows by less than 2.5; with a plain net's gain by 4 and more."""
+
+    def net(depth=17, residual=True, norm="none", activation=activation):
+        return fnn.models.mlp(depth, 256, 10, residual=residual, norm=norm, activation=activation)
+
+    made, plain = case(net=net), Plan().knob(residual=False)
+    np.testing.assert_allclose(made.gain(Plan()), want)
+    assert made.gain(plain) == made.gain(Plan().knob(norm="layer_norm")) > made.gain(Plan())
+
+    def growth(gain):
+        sizes = []
+        for depth in (1, 17):
+            with ThreadPoolExecutor(1) as thread:
+                params, state = trial.Runner(case(net=net), thread).draw(Plan(gain=gain).knob(depth=depth), 0)
+            outputs = net(depth).apply(params, state, TRAIN.x[:64])[0]
+            sizes.append(float(jnp.std(outputs)))
+        return sizes[1] / sizes[0]
+
+    assert 1 < growth(made.gain(Plan())) < 2.5 < 4 < growth(made.gain(plain))
 
 
-def test_a_change_that_the_net_refuses_is_listed_as_not_tried():
-    def fixed(depth=2, width=16):
-        if width != 16:
-            raise ValueError("fixed: width must be 16")
-        return fnn.models.mlp(depth, width, 10)
-
-    found = fnn.diagnose(
-        fixed, fnn.losses.cross_entropy, sgd, TRAIN, TEST, batch_size=64, steps=20, seeds=1, budget=600.0
-    )
-    assert found.not_tried["width × 4"] == "refused: fixed: width must be 16"
-
-
-def test_updates_lost_to_rounding_are_found_and_mended():
-    def low(depth=2, width=16):
-        net = fnn.models.mlp(depth, width, 10)
-
-        def init(key, spec):
-            params, state = net.init(key, spec)
-            return jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), state
-
-        return fnn.Layer(init, net.apply)
-
-    found = fnn.diagnose(
-        low,
-        fnn.losses.cross_entropy,
-        lambda rate=3e-4: optax.adam(rate),
-        TRAIN,
-        TEST,
-        batch_size=64,
-        steps=300,
-        seeds=2,
-        budget=600.0,
-    )
-    assert "numerics" in {e.cause for e in found.evidence}, found
-    mended = {t.change: t.mean for t in found.trials}["parameters in float32"]
-    assert mended > np.mean(found.base.scores) + 0.03
-
-
-def test_settings_of_this_thread_hold_in_the_others():
-    def wide(outputs, y):
-        return fnn.losses.cross_entropy(outputs.astype(float), y)  # float32, unless x64 is on
-
-    with jax.enable_x64(True), ThreadPoolExecutor(1) as thread:
-        run = trial.Runner(case(loss=wide, steps=3, seeds=1), thread).run(Plan(), range(1))
-    assert run.losses.dtype == np.float64
+def test_a_net_given_as_it_is_may_have_residual_sums():
+    names = {c.name: c for c in changes.changes(case(net=fnn.models.mlp(6, 16, 10)))}
+    small = names["redraw weights, small enough for residual sums"]
+    assert small.apply(Plan()).gain == 2**0.5 / 7 and 'init="scaled(0.2)"' in small.code  # 7 weight matrices
+    assert not any("residual sums" in c.name and "redraw" in c.name for c in changes.changes(case()))

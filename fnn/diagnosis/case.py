@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import admission, check, measures, tree
+from fnn import admission, check, measures
 from fnn.core import Layer, output_spec
 from fnn.datasets.dataset import Dataset, generator, in_memory
 from fnn.diagnosis.task import Task, task_of
+from fnn.diagnosis.weights import count, is_narrow
 from fnn.gradients.operations import Unreadable
 from fnn.gradients.swap import listed, swapped
 from fnn.gradients.wide import in_float32, narrowest
@@ -96,6 +97,8 @@ class Case:
     """Whether there are parameters of less than 32 bits."""
     computes: str = ""
     """The float type of less than 32 bits in which the net or the loss computes, if any."""
+    kernels: int = 1
+    """How many weight matrices there are, those of a stack one by one."""
     fixed: bool = False
     """Whether the optimiser is a transformation, whose settings cannot be varied."""
 
@@ -156,9 +159,15 @@ class Case:
         swap = {{"hidden": "activation", "last": "head"}.get(role, role): name for role, name in plan.swap}
         return {**self.seen, **self.knobs, **dict(plan.knobs), **swap}.get(knob)
 
-    def gain(self, plan: Plan) -> float:
-        """Give the gain that keeps signals at their size with this plan's activation."""
-        return GAINS.get(str(self.value(plan, "activation")), 1.0)
+    def gain(self, plan: Plan, sums: int | None = None) -> float:
+        """Give the gain that keeps signals at their size with this plan's activation, and behind so many residual sums.
+
+        What n sums add is random where phi has a mean of 0, and grows as sqrt(n); else the means add up, as n.
+        """
+        phi, depth = str(self.value(plan, "activation")), self.value(plan, "depth")
+        bare = self.value(plan, "residual") is True and self.value(plan, "norm") in (None, "none")
+        n = sums if sums is not None else depth if bare and isinstance(depth, int) else 1
+        return GAINS.get(phi, 1.0) / max(n, 1) ** (1.0 if phi in GAINS else 0.5)
 
     def transformation(self, plan: Plan) -> optax.GradientTransformation:
         """Make the optimiser: clipped as the plan says, updates scaled by the plan's rate."""
@@ -220,13 +229,8 @@ def case_of(
     seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
     return Case(
         build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
-        int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, isinstance(optimizer, optax.GradientTransformation),
+        int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, count(params), isinstance(optimizer, optax.GradientTransformation),
     )  # fmt: skip
-
-
-def is_narrow(params: Any) -> bool:
-    """Whether there are parameters of less than 32 bits."""
-    return any(a.dtype.itemsize < 4 for a in jax.tree.leaves(params))
 
 
 def found_in(function: Callable[..., Any], *args: Any) -> dict[str, Any]:
@@ -291,54 +295,3 @@ def _optimizing(optimizer: Any) -> tuple[Callable[..., Any], float | None, float
     admission.optimizer("diagnose", make())
     rate = defaults.get("rate")
     return make, rate if isinstance(rate, int | float) else None, defaults.get("clip")
-
-
-def redrawn(params: Any, gain: float, seed: int, last: int | None = None) -> Any:
-    """Redraw weights: each kernel from N(0, gain²/fan_in), the last one from N(0, 1/fan_in); biases 0, scales 1."""
-    rng = np.random.default_rng(seed)
-    leaves = list(zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True))
-    kernels = [i for i, (path, a, k) in enumerate(leaves) if is_kernel(path, a, k)]
-    last = kernels[-1] if last is None and kernels else last
-    new = []
-    for i, (path, a, k) in enumerate(leaves):
-        name = named(path)
-        if i in kernels:
-            std = (1.0 if i == last else gain) / np.sqrt(fan_in(path, a, k))
-            a = jnp.asarray(rng.standard_normal(a.shape) * std, a.dtype)
-        elif name in ("bias", "b"):
-            a = jnp.zeros_like(a)
-        elif name == "scale":
-            a = jnp.ones_like(a)
-        new.append(a)
-    return jax.tree.unflatten(jax.tree.structure(params), new)
-
-
-def named(path: str) -> str:
-    """Give the last part of a path, without the `value` of Flax's NNX."""
-    return path.removesuffix("/value").rpartition("/")[2]
-
-
-def fan_in(path: str, a: Any, depths: int) -> int:
-    """Count the inputs of a unit: of a `weight` (Equinox, PyTorch) outputs come first, of all others last."""
-    shape = a.shape[depths:]
-    return int(np.prod(shape[1:] if named(path) == "weight" else shape[:-1]))
-
-
-def is_kernel(path: str, a: Any, depths: int) -> bool:
-    """Whether an array is a weight matrix or a convolution, not an embedding or a table of positions."""
-    return a.ndim - depths >= 2 and "embedding" not in path and "position" not in path
-
-
-def _depths(params: Any) -> list[int]:
-    """Count, for each array, the leading axes that are layers of `repeat`."""
-    return jax.tree.leaves(tree.map_depth(lambda k, a: k, params))
-
-
-def gains(params: Any) -> list[tuple[str, np.ndarray]]:
-    """List each kernel's path and sqrt(fan_in) times its std, one for each block of a stack."""
-    found = []
-    for path, a, k in zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True):
-        if is_kernel(path, a, k):
-            a = np.asarray(a, np.float64)
-            found.append((path, np.atleast_1d(a.std(axis=tuple(range(k, a.ndim))) * np.sqrt(fan_in(path, a, k)))))
-    return found

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from fnn.diagnosis.case import Case, Plan
+from fnn.diagnosis.data_changes import finite, matched, renumbered, standard_targets, standardized
 
 KNOBS = ("activation", "norm", "residual", "depth", "width", "head")
 """Arguments of `build` that are varied. `dropout`, `cell`, `forget_bias` and `positions` are, where there are any."""
@@ -32,56 +33,6 @@ class Change:
     """Whether the net, the loss, the optimiser or a shape differs, so that a program must be compiled."""
     costs: float = 1.0
     """How many times a step's work it takes, about."""
-
-
-def standardized(case: Case) -> Case:
-    """Centre each input feature and divide it by its std, by the moments of the training part."""
-    x = np.asarray(case.train.x, np.float64)
-    mean, std = x.mean(0), x.std(0)
-    std = np.where(std > 1e-6 * max(float(std.max()), 1e-30), std, 1.0 if std.max() == 0 else float(std.max()))
-    return case.with_x(lambda part, a: ((np.asarray(a, np.float64) - mean) / std).astype(a.dtype))
-
-
-def matched(case: Case) -> Case:
-    """Give the held-out features the mean and std that they have in the training part."""
-    x = np.asarray(case.train.x, np.float64)
-    held = np.concatenate([case.chooses.x, case.checks.x]).astype(np.float64)
-    std, of_held = x.std(0), held.std(0)
-    scale = np.where(of_held > 1e-6 * max(float(of_held.max()), 1e-30), std / np.maximum(of_held, 1e-30), 1.0)
-
-    def move(part, a):
-        if part == "train":
-            return a
-        return ((np.asarray(a, np.float64) - held.mean(0)) * scale + x.mean(0)).astype(a.dtype)
-
-    return case.with_x(move)
-
-
-def standard_targets(case: Case) -> Case:
-    """Centre the targets and divide them by their std."""
-    y = np.asarray(case.train.y, np.float64)
-    mean, std = y.mean(0), np.maximum(y.std(0), 1e-30)
-    return case.with_y(lambda part, a: ((np.asarray(a, np.float64) - mean) / std).astype(a.dtype))
-
-
-def renumbered(case: Case) -> Case:
-    """Number the labels 0, 1, 2, ... in their order."""
-    values = np.unique(np.concatenate([np.ravel(part.y) for part in (case.train, case.chooses, case.checks)]))
-    mapped = case.with_y(lambda part, a: np.searchsorted(values, a).astype(a.dtype))
-    task = replace(case.task, positive=1.0, classes=max(2, min(case.task.classes, len(values))))
-    return replace(mapped, task=task)
-
-
-def finite(case: Case) -> Case:
-    """Leave out examples whose inputs or targets are not finite, and put others of the same part in their place."""
-
-    def clean(part):
-        x, y = (np.asarray(a, np.float64).reshape(part.size, -1) for a in part)
-        rows = np.flatnonzero(np.isfinite(x).all(1) & np.isfinite(y).all(1))
-        return part.take(rows[np.arange(part.size) % len(rows)] if len(rows) else np.arange(part.size))
-
-    parts = {name: clean(getattr(case, name)) for name in ("train", "chooses", "checks")}
-    return replace(case, **parts).with_x(lambda part, a: np.nan_to_num(a, posinf=0, neginf=0))
 
 
 def changes(case: Case) -> list[Change]:
@@ -188,8 +139,7 @@ def _of_weights(case: Case) -> list[Change]:
     causes = ("init_symmetric", "dead_units", "init_small", "init_large")
     causes += ("memory",) * ("cell" in case.knobs)  # the biases of its gates
     gain = case.gain(Plan())
-    name = "he_normal" if gain > 1.3 else "scaled(1.0)"
-    code = f'init="{name}", bias_init="zeros"  # N(0, {"2" if gain > 1.3 else "1"}/fan_in)'
+    code = _initialised(gain)
     wide = Change(
         "parameters in float32", ("numerics",), _with(wide=True), "params in float32, compute_dtype=jnp.bfloat16", True
     )
@@ -201,7 +151,16 @@ def _of_weights(case: Case) -> list[Change]:
         True,
     )
     found = [Change("redraw weights", causes, _with(gain=gain), code), *([wide] if case.narrow else [])]
+    if not case.knobs and case.kernels > 2:  # whether there are residual sums cannot be seen from outside
+        small = case.gain(Plan(), case.kernels)
+        name = "redraw weights, small enough for residual sums"
+        found.append(Change(name, ("init_large",), _with(gain=small), _initialised(small)))
     return [*found, *([all_wide] if case.computes else [])]
+
+
+def _initialised(gain: float) -> str:
+    name = {2**0.5: "he_normal", 1.0: "scaled(1.0)"}.get(gain, f"scaled({gain:.2g})")
+    return f'init="{name}", bias_init="zeros"  # N(0, {gain**2:.2g}/fan_in)'
 
 
 def _of_rate(case: Case) -> list[Change]:

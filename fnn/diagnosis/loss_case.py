@@ -11,8 +11,9 @@ import optax
 
 from fnn import arrays, check, tree
 from fnn.datasets.dataset import Dataset, generator
-from fnn.diagnosis.case import MOST, Case, Model, Plan, _optimizing, found_in, is_kernel, is_narrow
+from fnn.diagnosis.case import MOST, Case, Model, Plan, _optimizing, found_in
 from fnn.diagnosis.task import Task
+from fnn.diagnosis.weights import count, is_kernel, is_narrow
 from fnn.gradients.swap import swapped
 from fnn.gradients.watch import watch
 from fnn.gradients.wide import in_float32, narrowest
@@ -138,7 +139,8 @@ def loss_case_of(
     seen = found_in(lambda params, batch: loss(params, join(*batch)), params, batch)
     computes = narrowest(lambda params, batch: loss(params, join(*batch)), params, batch)
     fixed = isinstance(optimizer, optax.GradientTransformation)
-    return _referred(replace(case, seen=seen, narrow=is_narrow(params), computes=computes, fixed=fixed))
+    narrow, kernels = is_narrow(params), count(params)
+    return _referred(replace(case, seen=seen, narrow=narrow, computes=computes, kernels=kernels, fixed=fixed))
 
 
 def _batches(name: str, given: Any) -> list[Any]:

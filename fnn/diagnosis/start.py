@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from fnn import tree
-from fnn.diagnosis.case import Case, Plan, gains
+from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.trial import Runner
+from fnn.diagnosis.weights import gains
 from fnn.gradients.labels import DEFAULT
 from fnn.gradients.watch import watch
 from fnn.gradients.wide import in_float32

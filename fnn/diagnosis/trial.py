@@ -13,7 +13,8 @@ import optax
 
 from fnn import admission, lowering, tree
 from fnn.datasets.dataset import Dataset
-from fnn.diagnosis.case import Case, Plan, redrawn
+from fnn.diagnosis.case import Case, Plan
+from fnn.diagnosis.weights import redrawn
 from fnn.training.depth import per_depth
 from fnn.training.extra import offered
 
@@ -78,11 +79,22 @@ class Runner:
         key = self.key(plan)
         if key not in self._programs:
             started = time.perf_counter()
-            function = jax.vmap(functools.partial(self._one, plan), in_axes=(0, 0, 0, 0, None, None, None, None))
             # Traced here, since settings of JAX such as x64 may hold for this thread alone.
-            lowered = jax.jit(function).lower(*self._arguments(plan, range(self.lanes(plan))))
+            lowered = jax.jit(self._lanes(plan)).lower(*self._arguments(plan, range(self.lanes(plan))))
             self._programs[key] = self.thread.submit(self._compile, lowered, time.perf_counter() - started)
         return self._programs[key]
+
+    def _lanes(self, plan: Plan) -> Any:
+        """Give the function of the seeds that run at once; a single one is not mapped, which is faster on a CPU."""
+        one = functools.partial(self._one, plan)
+        if self.lanes(plan) > 1:
+            return jax.vmap(one, in_axes=(0, 0, 0, 0, None, None, None, None))
+
+        def alone(params, state, key, order, *shared):
+            lane = jax.tree.map(lambda a: a[0], (params, state, key, order))
+            return jax.tree.map(lambda a: a[None], one(*lane, *shared))
+
+        return alone
 
     def _compile(self, lowered: Any, seconds: float) -> Any:
         started = time.perf_counter()
@@ -135,7 +147,7 @@ class Runner:
             *numbers, middle = program(*args)
             numbers = [a[: len(chunk)] for a in jax.device_get(numbers)]
             seconds += time.perf_counter() - start
-            found.append((numbers, jax.device_get(middle) if plan == Plan() else None))
+            found.append((numbers, jax.device_get(middle) if plan == Plan() and not found else None))
         numbers = [np.concatenate(parts) for parts in zip(*(numbers for numbers, _ in found), strict=True)]
         scores = [self.changed(plan).scored(values) for values in numbers[:3]]
         measured: list[Any] = [*scores, *numbers[3:], seconds, found[0][1]]
@@ -143,7 +155,9 @@ class Runner:
         return Outcome(*measured)
 
     def lanes(self, plan: Plan) -> int:
-        """Say how many seeds run at once: all, or as many as `MEMORY` holds the parameters and what goes with them of."""
+        """Say how many seeds run at once: one, or as many as `MEMORY` holds the parameters and what goes with them of."""
+        if not lowering.side_by_side():
+            return 1
         params, _ = self.draw(replace(plan, gain=None), 0)
         size = COPIES * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(params))
         return max(1, min(self.case.seeds, MEMORY // max(1, size)))

@@ -1,0 +1,71 @@
+"""The weight matrices among a net's parameters: how large their weights are for their inputs, and other ones of a wanted size."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn import tree
+
+
+def is_narrow(params: Any) -> bool:
+    """Whether there are parameters of less than 32 bits."""
+    return any(a.dtype.itemsize < 4 for a in jax.tree.leaves(params))
+
+
+def redrawn(params: Any, gain: float, seed: int, last: int | None = None) -> Any:
+    """Redraw weights: each kernel from N(0, gain²/fan_in), the last one from N(0, 1/fan_in); biases 0, scales 1."""
+    rng = np.random.default_rng(seed)
+    leaves = list(zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True))
+    kernels = [i for i, (path, a, k) in enumerate(leaves) if is_kernel(path, a, k)]
+    last = kernels[-1] if last is None and kernels else last
+    new = []
+    for i, (path, a, k) in enumerate(leaves):
+        name = named(path)
+        if i in kernels:
+            std = (1.0 if i == last else gain) / np.sqrt(fan_in(path, a, k))
+            a = jnp.asarray(rng.standard_normal(a.shape) * std, a.dtype)
+        elif name in ("bias", "b"):
+            a = jnp.zeros_like(a)
+        elif name == "scale":
+            a = jnp.ones_like(a)
+        new.append(a)
+    return jax.tree.unflatten(jax.tree.structure(params), new)
+
+
+def named(path: str) -> str:
+    """Give the last part of a path, without the `value` of Flax's NNX."""
+    return path.removesuffix("/value").rpartition("/")[2]
+
+
+def fan_in(path: str, a: Any, depths: int) -> int:
+    """Count the inputs of a unit: of a `weight` (Equinox, PyTorch) outputs come first, of all others last."""
+    shape = a.shape[depths:]
+    return int(np.prod(shape[1:] if named(path) == "weight" else shape[:-1]))
+
+
+def is_kernel(path: str, a: Any, depths: int) -> bool:
+    """Whether an array is a weight matrix or a convolution, not an embedding or a table of positions."""
+    return a.ndim - depths >= 2 and "embedding" not in path and "position" not in path
+
+
+def count(params: Any) -> int:
+    """Count the weight matrices, those of a stack one by one."""
+    leaves = zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True)
+    return sum(int(np.prod(a.shape[:k])) for path, a, k in leaves if is_kernel(path, a, k))
+
+
+def _depths(params: Any) -> list[int]:
+    """Count, for each array, the leading axes that are layers of `repeat`."""
+    return jax.tree.leaves(tree.map_depth(lambda k, a: k, params))
+
+
+def gains(params: Any) -> list[tuple[str, np.ndarray]]:
+    """List each kernel's path and sqrt(fan_in) times its std, one for each block of a stack."""
+    found = []
+    for path, a, k in zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True):
+        if is_kernel(path, a, k):
+            a = np.asarray(a, np.float64)
+            found.append((path, np.atleast_1d(a.std(axis=tuple(range(k, a.ndim))) * np.sqrt(fan_in(path, a, k)))))
+    return found
