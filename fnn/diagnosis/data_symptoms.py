@@ -158,12 +158,16 @@ def renamed(x: np.ndarray, y: np.ndarray, others: np.ndarray, of_others: np.ndar
     )
 
 
-def information(case: Case) -> dict[str, tuple[float, float, float]]:
+def information(case: Case, alike: bool = False) -> dict[str, tuple[float, float, float]]:
     """Give `agreement` within the training data, within the held-out ones, and of the held-out ones with the training data.
 
+    With `alike` the larger part is cut to the size of the other one: among few examples neighbours are far, and agree less.
     Empty where neighbours cannot be found: inputs that are no floats, few examples.
     """
     parts = _compared(case)
+    if parts and alike:
+        n = min(len(parts[0]), len(parts[2]))
+        parts = tuple(a[:n] for a in parts)  # they are in an order drawn by chance
     if not parts:
         return {}
     x, y, held, of_held = parts
@@ -198,7 +202,7 @@ def _targets(case: Case, y: np.ndarray) -> np.ndarray:
 
 def label_symptoms(case: Case) -> list[Evidence]:
     """Training labels about which their neighbours say little, where held-out ones have neighbours that agree."""
-    found = information(case)
+    found = information(case, alike=True)
     if not found:
         return []
     (train, chance, _), (held, level, noise), (across, _, _) = found["train"], found["held out"], found["across"]
@@ -206,7 +210,7 @@ def label_symptoms(case: Case) -> list[Evidence]:
     if power < max(4 * noise, 0.1):
         return []
     if train - chance < 0.35 * power:
-        text = f"{NEIGHBOURS} nearest neighbours agree on {train:.2f} of the training labels and {held:.2f} of the held-out ones"
+        text = f"{NEIGHBOURS} nearest neighbours agree on {train:.2f} of the training labels and {held:.2f} of as many held-out ones"
         return [Evidence("labels", f"{text} (chance {chance:.2f})")]
     if across - chance < 0.5 * min(power, train - chance) and not split_symptoms(case):
         text = f"training neighbours agree on {across:.2f} of the held-out labels, held-out ones on {held:.2f}"

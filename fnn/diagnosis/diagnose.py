@@ -89,8 +89,8 @@ def diagnose_loss(
     float16. Gates and the loss itself stay as they are.
     The first seed starts from `params`, others from the same numbers in another order, array by array.
 
-    The score is `score(params, batch)`, higher is better, or 1 - loss/guess, where a guess is the loss with a last layer of
-    zeros: 0 means no better than a guess. The keywords, and all else, are those of `diagnose`. Errors: TypeError for a loss that is no function, params
+    The score is `score(params, batch)`, higher is better, or 1 - loss/guess, where a guess is the lowest loss of a last layer
+    that gives the same outputs for every example: 0 means no better than a guess; of a squared error the score is R². The keywords, and all else, are those of `diagnose`. Errors: TypeError for a loss that is no function, params
     that are no floating arrays; ValueError for batches that share no leading axis, or a loss that is not one float.
     """
     check.above_zero("diagnose_loss", budget=budget)
