@@ -26,7 +26,7 @@ function layout(x, y, more = {}) {
   const low = narrow() || more.below;
   return Object.assign({margin: {l: 60, r: 12, t: 34, b: 45}, modebar: {bgcolor: "rgba(0,0,0,0)", color: dark() ? "#888" : "#999", activecolor: ink}, hovermode: "closest", paper_bgcolor: light ? "#fff" : "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: {color: ink, family: "system-ui, sans-serif", size: 13}, hoverlabel: {font: {size: 13}},
-    legend: low ? {orientation: "h", x: 0, xanchor: "left", y: -0.2, yanchor: "top", font: {size: 12}} : {font: {size: 12}},
+    legend: low ? {orientation: "h", x: 0, xanchor: "left", yref: "container", y: 0, yanchor: "bottom", font: {size: 12}} : {font: {size: 12}},
     xaxis: axis(x, more.x), yaxis: axis(y, more.y)}, more.whole);
 }
 const OPTIONS = {displaylogo: false, responsive: true, displayModeBar: "hover", modeBarButtons: [["zoomIn2d", "zoomOut2d", "pan2d", "resetScale2d"]]};
@@ -43,7 +43,7 @@ function put(id, data, lay, height) {
   const named = data.filter(t => t.showlegend !== false && t.name).length;
   const below = lay.legend.orientation === "h" ? 24 * Math.ceil(named / Math.max(1, Math.floor(room() / 340))) : 0;
   lay.height = (height || 420) + below;
-  if (below) { lay.margin.b += below + 20; lay.legend.y = -78 / (lay.height - lay.margin.b); }
+  if (below) lay.margin.b += below + 20;
   if (paper) lay.width = PAPER;
   if (light) return [data, lay];
   $(id).style.height = lay.height + "px";

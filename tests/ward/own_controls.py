@@ -182,7 +182,7 @@ OWN = (
     Control(
         "tanh_head", TEACHER.but(data=[targets(lambda y: y / 4)], head="tanh", rate=1e-2), 0.8, "head target_scale"
     ),
-    Control("short_memory", sequences.RECALL.but(data=sequences.recall(6), cell="rnn", rate=3e-3), 0.9, "memory"),
+    Control("short_memory", sequences.RECALL.but(data=sequences.recall(4), cell="rnn", rate=3e-3), 0.9, "memory"),
     Control("any_order", ANY_ORDER, 0.9, "positions"),
     Control("entropy_in_bfloat16", DEFAULT.but(loss=rounded_entropy), 0.9, "numerics loss"),
     Control("half_precision", DEFAULT.but(init=half_precision, rate=3e-3), 0.9, "numerics"),
