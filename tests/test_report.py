@@ -296,7 +296,14 @@ def test_page_on_a_phone_in_the_dark(written, page):
         page.wait("document.body.dataset.ready === 'yes'")
         assert page.js("document.documentElement.scrollWidth") == 390
         layout = json.loads(page.js("JSON.stringify(document.querySelector('#layers').layout)"))
-        assert layout["legend"]["orientation"] == "h" and layout["legend"]["y"] < 0
+        assert layout["legend"]["orientation"] == "h"
+        below = "r('.legend').top - r('.xtitle').bottom"  # of each figure that has a legend
+        made = f"return [...document.querySelectorAll('.js-plotly-plot')].filter(p => p.querySelector('.legend')).map(p => {{ const r = s => p.querySelector(s).getBoundingClientRect(); return {below}; }})"
+        for now in ("", "dispatchEvent(new Event('beforeprint')); "):  # the second one is what is printed
+            gaps = page.js(f"(() => {{ {now}{made} }})()")
+            assert len(gaps) > 1 and min(gaps) > -4, gaps  # boxes are a little larger than their letters
+        page.js("dispatchEvent(new Event('afterprint'))")
+        assert page.js("document.documentElement.scrollWidth") == 390
         assert layout["font"]["color"] == "#e8e8e8" and "#000000" not in page.js("JSON.stringify(D.colours)")
         made = "light = true; const f = EVERY.layers(); light = false; return [f[1].font.color, f[1].paper_bgcolor]"
         assert page.js(f"(() => {{ {made} }})()") == ["#1a1a1a", "#fff"]

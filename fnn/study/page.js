@@ -3,7 +3,7 @@ const $ = id => document.getElementById(id);
 // Plotly reads names as HTML, so they are escaped.
 const plain = text => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 const MOST = 12, shown = new Set(), picked = new Map(), chosen = [], slots = new Map(), EVERY = {};
-let D, N, most = MOST, light = false, paper = false;
+let D, N, most = MOST, light = false, paper = false, printed = false;
 const dark = () => !light && !paper && matchMedia("(prefers-color-scheme: dark)").matches;
 const PAPER = 680, room = () => paper ? PAPER : innerWidth, narrow = () => room() < 700;
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
@@ -44,7 +44,7 @@ function put(id, data, lay, height) {
   const below = lay.legend.orientation === "h" ? 24 * Math.ceil(named / Math.max(1, Math.floor(room() / 340))) : 0;
   lay.height = (height || 420) + below;
   if (below) lay.margin.b += below + 20;
-  if (paper) lay.width = PAPER;
+  lay.width = paper ? PAPER : printed ? $(id).clientWidth : undefined;  // react keeps a width once it has one
   if (light) return [data, lay];
   $(id).style.height = lay.height + "px";
   Plotly.react(id, data, lay, OPTIONS);
@@ -265,9 +265,9 @@ function start() {
   };
   makeTable(); reset(); draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  for (const [event, printing] of [["beforeprint", true], ["afterprint", false]]) addEventListener(event, () => { paper = printing; draw(); });
+  for (const [event, printing] of [["beforeprint", true], ["afterprint", false]]) addEventListener(event, () => { paper = printing; printed ||= printing; draw(); });
   let wide = narrow();
-  addEventListener("resize", () => { if (narrow() !== wide) { wide = narrow(); draw(); } });
+  addEventListener("resize", () => { if (printed || narrow() !== wide) { wide = narrow(); draw(); } });
   document.body.dataset.ready = "yes";
 }
 
