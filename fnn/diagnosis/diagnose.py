@@ -44,6 +44,7 @@ def diagnose(
     budget, that was measured and whose repair works: the score rises by more than max(0.03, two standard deviations of
     the seeds) and by at least 70 % of the best rise of all, fresh seeds and data that did not choose it confirm that, and
     the abnormality is gone. If no single repair is enough, all suspects are repaired, and one after the other is put back.
+    Once a suspect's repair leaves nothing to gain, no program is compiled any more for changes that could not be named first.
 
     The score is balanced accuracy, or R², of held-out data; without them of the training data, and the report says so.
     `healthy` means: above chance, not 0.2 below what the nearest training examples give, seeds agree, and no change that

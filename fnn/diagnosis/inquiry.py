@@ -19,7 +19,7 @@ LEAST = 0.03
 """A smaller rise of the score is none."""
 DONE = 0.95
 """The share of the way from chance to the best score behind which there is nothing left to gain."""
-SETTLED = "a repair that leaves nothing to gain is found already"
+SETTLED = "a repair that leaves nothing to gain was found before"
 NOTHING = Change("nothing changed", (), lambda plan: plan, "")
 
 

@@ -165,7 +165,9 @@ class Diagnosis:
         if out := [t.change for t in singles if t.change not in self.working]:
             lines += _wrapped("RULED OUT  " if not self.healthy else "TRIED, no better  ", out)
         if self.not_tried:
-            lines += _wrapped("NOT TRIED  ", [f"{name} ({why})" for name, why in self.not_tried.items()])
+            reasons = dict.fromkeys(self.not_tried.values())
+            alike = [([name for name in self.not_tried if self.not_tried[name] == why], why) for why in reasons]
+            lines += _wrapped("NOT TRIED  ", [f"{' · '.join(names)} ({why})" for names, why in alike])
         return lines
 
     def _low(self) -> bool:
