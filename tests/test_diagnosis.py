@@ -276,7 +276,7 @@ def test_refusals():
 def test_units_that_die_in_the_run_and_attention_that_sees_one_key():
     made = case()
     quiet = start.Start({"input_dead": np.array([0.0, 0.1, 0.2])}, ["a", "b", "c"], [], [], np.zeros(0), 1.0, False, False,
-                        {"a": -1.0}, 1e-7, 0.0, (3.0, 1.7))  # fmt: skip
+                        {"a": -1.0}, 1e-7, 0.0, "", (3.0, 1.7))  # fmt: skip
     dead = dataclasses.replace(quiet, layers={"input_dead": np.array([0.9, 0.1, 0.95])})
     assert not symptoms.middle_symptoms(made, quiet, quiet) and not symptoms.middle_symptoms(made, dead, dead)
     (said,) = symptoms.middle_symptoms(made, quiet, dead)
@@ -348,45 +348,3 @@ def test_a_net_given_as_it_is_may_have_residual_sums():
     small = names["redraw weights, small enough for residual sums"]
     assert small.apply(Plan()).gain == 2**0.5 / 7 and 'init="scaled(0.2)"' in small.code  # 7 weight matrices
     assert not any("residual sums" in c.name and "redraw" in c.name for c in changes.changes(case()))
-
-
-@pytest.mark.parametrize("names", [("kernel", "bias"), ("w", "b"), ("weight", "bias")])
-def test_the_guess_of_any_loss_is_its_best_constant(names):
-    """Of a squared error the variance of the targets, however far they are from zero; of labels the entropy of their shares."""
-    kernel, bias = names
-    x, y = RNG.normal(size=(96, 3)).astype(np.float32), RNG.integers(0, 4, 96) // 2 * 2 + RNG.integers(0, 2, 96) // 2
-    numbers = (5e5 + 1e5 * RNG.normal(size=96)).astype(np.float32)
-    outputs = {"classes": 4, "numbers": 1}
-
-    def guess(kind, with_bias=True):
-        last = {kernel: jnp.ones((3, outputs[kind]) if kernel != "weight" else (outputs[kind], 3))}
-        last |= {bias: jnp.zeros(outputs[kind])} if with_bias else {}
-
-        def loss(params, batch):
-            w = params["last"][kernel]
-            out = jnp.tanh(batch[0]) @ (w.T if kernel == "weight" else w) + params["last"].get(bias, 0.0)
-            if kind == "numbers":
-                return jnp.mean((out[:, 0] - batch[1]) ** 2)
-            return fnn.losses.cross_entropy(out, batch[1]).mean()
-
-        targets = y if kind == "classes" else numbers
-        made = loss_case_of(loss, {"last": last}, [(x[:48], targets[:48])], sgd(), [(x[48:], targets[48:])], None,
-                            steps=1, seeds=1, shuffle=False)  # fmt: skip
-        return made.reference, made.chooses.y
-
-    got, held = guess("numbers")
-    np.testing.assert_allclose(got, np.var(np.float64(held)), rtol=1e-3)
-    got, held = guess("classes")
-    shares = np.unique(held, return_counts=True)[1] / len(held)
-    np.testing.assert_allclose(got, -(shares * np.log(shares)).sum(), rtol=2e-3)
-    got, held = guess("numbers", with_bias=False)
-    np.testing.assert_allclose(got, np.mean(np.float64(held) ** 2), rtol=1e-3)
-
-
-def test_few_examples_are_not_taken_for_wrong_labels():
-    """Of two examples of a class no more than one neighbour of five can agree; permuted labels of many examples are found."""
-    y = np.asarray(TRAIN.y)
-    few = TRAIN.take(np.concatenate([np.flatnonzero(y == c)[:2] for c in range(10)]))
-    assert not data_symptoms.label_symptoms(case(few, batch_size=10))
-    permuted = TRAIN._replace(y=np.random.default_rng(0).permutation(y))
-    assert named(data_symptoms.label_symptoms(case(permuted))) == {"labels"}

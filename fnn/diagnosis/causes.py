@@ -10,7 +10,7 @@ CAUSES = {
     "labels": "training labels do not belong to their inputs",
     "split_mismatch": "held-out data differ from the training data",
     "too_little_data": "there are too few training examples",
-    "order": "batches follow the order of the data, and hold few of the classes",
+    "order": "batches follow the order of the data, so that each is of one kind",
     "numerics": "a formula or a dtype loses the numbers: overflow, NaN, rounding",
     "init_symmetric": "all units of a layer start equal, and stay so",
     "dead_units": "units give 0 for every example",

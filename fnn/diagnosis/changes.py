@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 from fnn.diagnosis.case import Case, Plan
-from fnn.diagnosis.data_changes import finite, matched, renumbered, standard_targets, standardized
+from fnn.diagnosis.data_changes import finite, matched, renumbered, standard_targets, standardized, tamed
+from fnn.diagnosis.data_symptoms import outlying
 
 KNOBS = ("activation", "norm", "residual", "depth", "width", "head")
 """Arguments of `build` that are varied. `dropout`, `cell`, `forget_bias` and `positions` are, where there are any."""
@@ -76,6 +77,10 @@ def _of_data(case: Case) -> list[Change]:
                 "train, test = fnn.data.standardize(train, test)",
             )
         )
+        x = np.asarray(case.x, np.float64).reshape(len(case.x), -1)
+        if np.isfinite(x).all() and outlying(x, x).any():
+            code = "x = np.where(np.abs(x - median) > 20 * iqr, median, x)  # of the training data, by feature"
+            found.append(Change("replace far-out x by medians", ("input_scale",), _data(tamed), code))
         if not all(np.isfinite(np.asarray(part.x)).all() for part in (case.train, case.chooses, case.checks)):
             found.append(
                 Change(
@@ -88,7 +93,7 @@ def _of_data(case: Case) -> list[Change]:
         if case.held_out:
             found.append(
                 Change("scale held-out x like training x", ("split_mismatch",), _data(matched),
-                       "train, test = fnn.data.standardize(train, test)  # the same map for both, after the same preprocessing")
+                       "# prepare x_test as x_train was; here: x_test = (x_test - x_test.mean(0)) / x_test.std(0) * x_train.std(0) + x_train.mean(0)")
             )  # fmt: skip
     if case.task.kind == "regression":
         found.append(
@@ -112,12 +117,12 @@ def _of_data(case: Case) -> list[Change]:
             )
     if case.held_out:
         found.append(
-            Change("learn half of the held-out data", ("labels", "label_encoding", "split_mismatch"), _with(learn="held out"),
+            Change("learn half of the held-out data alone", ("labels", "label_encoding", "split_mismatch"), _with(learn="held out"),
                    "# look at single examples: training labels are wrong, or the two parts were not prepared alike")
         )  # fmt: skip
         found.append(
             Change(
-                "learn half of the held-out data too",
+                "learn half of the held-out data as well",
                 ("too_little_data",),
                 _with(learn="both"),
                 "# collect more training examples, or augment them",

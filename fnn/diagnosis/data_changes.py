@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from fnn.diagnosis.case import Case
+from fnn.diagnosis.data_symptoms import outlying
 
 
 def standardized(case: Case) -> Case:
@@ -55,3 +56,15 @@ def finite(case: Case) -> Case:
 
     parts = {name: clean(getattr(case, name)) for name in ("train", "chooses", "checks")}
     return replace(case, **parts).with_x(lambda part, a: np.nan_to_num(a, posinf=0, neginf=0))
+
+
+def tamed(case: Case) -> Case:
+    """Put the training median of its feature in place of each number that lies far from all others."""
+    x = np.asarray(case.train.x, np.float64)
+    like, median = x.reshape(len(x), -1), np.median(x, axis=0)
+
+    def replaced(part, a):
+        far = outlying(np.asarray(a, np.float64).reshape(len(a), -1), like).reshape(a.shape)
+        return np.where(far, median, a).astype(a.dtype)
+
+    return case.with_x(replaced)

@@ -5,6 +5,8 @@ import numpy as np
 from fnn.diagnosis.case import Case
 from fnn.diagnosis.causes import Evidence
 
+FAR = 20
+"""Interquartile ranges from the median, beyond which a number does not belong to the others."""
 NEIGHBOURS = 5
 MOST = 1000
 """How many examples look for neighbours."""
@@ -49,9 +51,25 @@ def input_symptoms(case: Case) -> list[Evidence]:
                     f"RMS of one feature is {size.max() / usual:.3g} times the usual one (healthy up to 20)",
                 )
             )
+    if (share := float(np.mean(outlying(x, x)))) > 0:
+        value = x[outlying(x, x)][0]
+        text = f"{share:.2%} of the inputs lie more than {FAR} times as far out as the middle half, such as {value:.6g}"
+        found.append(Evidence("input_scale", f"{text} (healthy: none)"))
     if not found and (far := float(np.median(np.abs(mean[std > 0]) / std[std > 0]))) > 5:
         found.append(Evidence("input_scale", f"mean of a feature is {far:.3g} times its std (healthy up to 5)"))
     return found
+
+
+def outlying(x: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Mark numbers far from the median of their feature in `like`: bool[n, features], as of a code for a missing value.
+
+    Far means `FAR` interquartile ranges, of the feature or of all features' numbers about their medians, which is larger;
+    of n examples at least sqrt(n), how far a rare value can lie in a feature that is constant else and was standardised.
+    """
+    low, median, high = np.percentile(like, (25, 50, 75), axis=0)
+    away = np.abs(like - median)
+    usual = float(np.median(away[away > 0])) if away.any() else 0.0
+    return np.abs(x - median) > max(FAR, len(like) ** 0.5) * np.maximum(high - low, 2 * usual)
 
 
 def target_symptoms(case: Case) -> list[Evidence]:
@@ -84,7 +102,7 @@ def encoding_symptoms(case: Case) -> list[Evidence]:
 
 
 def split_symptoms(case: Case) -> list[Evidence]:
-    """Held-out inputs with another mean or scale than the training inputs."""
+    """Held-out inputs with another mean or scale than the training inputs, as a whole or in one feature."""
     if case.x is None:
         return []
     x, held = _flat(case.x), _flat(np.concatenate([case.chooses.x, case.checks.x]))
@@ -101,6 +119,13 @@ def split_symptoms(case: Case) -> list[Evidence]:
     if worst > 1:
         text = f"held-out features lie {off:.3g} training stds off, their std is {ratio:.3g} times that of the training data"
         return [Evidence("split_mismatch", text + " (healthy: below 1, and 0.5 to 2)")]
+    ranges = [np.subtract(*np.percentile(part, (75, 25), axis=0)) for part in (held, x)]
+    ratios = ranges[0][ranges[1] > 0] / ranges[1][ranges[1] > 0]  # rare values do not count
+    if len(held) >= 20 and len(ratios) and ratios.max() > 5:
+        text = (
+            f"half of the values of a held-out feature span {ratios.max():.3g} times what they do in the training data"
+        )
+        return [Evidence("split_mismatch", text + " (healthy: up to 5)")]
     return []
 
 

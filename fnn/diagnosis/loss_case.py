@@ -13,7 +13,7 @@ from fnn import arrays, check, tree
 from fnn.datasets.dataset import Dataset, generator
 from fnn.diagnosis.case import MOST, Case, Model, Plan, _optimizing, found_in
 from fnn.diagnosis.task import Task
-from fnn.diagnosis.weights import count, is_kernel, is_narrow, named
+from fnn.diagnosis.weights import count, is_kernel, is_narrow
 from fnn.gradients.swap import swapped
 from fnn.gradients.watch import watch
 from fnn.gradients.wide import in_float32, narrowest
@@ -34,10 +34,8 @@ class LossCase(Case):
     """Loss of a guess that does not look at the inputs."""
     final: int | None = None
     """Which array of the parameters is the last layer's kernel."""
-    offset: int | None = None
-    """Which is its bias."""
     slope: Any = None
-    """Compiled: (the bias, parameters, batch) -> loss and its gradient by the bias."""
+    """Compiled: (parameters, batch) -> loss and its gradient."""
 
     def model(self, plan: Plan) -> Model:
         def of_batch(params, batch):
@@ -88,7 +86,8 @@ def _redrawn_alike(params: Any, seed: int) -> Any:
 def _referred(case: Any) -> Any:
     """Find the loss of a guess: with a last layer that gives the same outputs for every example, the best ones it can.
 
-    Its kernel is zero, and its bias is fitted; without a bias its outputs are zero. The weights as they are count too.
+    Its kernel is zero, and what is added behind it is fitted; without a bias its outputs are zero. The weights as they are
+    count too.
     """
     if case.score is not None:
         return case
@@ -98,34 +97,39 @@ def _referred(case: Any) -> Any:
         leaves[case.final] = jnp.zeros_like(leaves[case.final])
     blank = jax.tree.unflatten(structure, leaves)
     values = [float(jax.jit(case.loss)(p, case.join(*batch))) for p in (case.params, blank)]
-    if case.offset is not None:
-        values.append(_fitted(case, np.asarray(leaves[case.offset], np.float64), blank, batch))
+    if case.final is not None:
+        values.append(_fitted(case, leaves, structure, batch))
     good = [abs(v) for v in values if np.isfinite(v) and v != 0]
     return replace(case, reference=min(good, default=1.0))
 
 
-def _fitted(case: Any, start: np.ndarray, blank: Any, batch: Any) -> float:
-    """Minimise the loss over the last layer's bias."""
+def _fitted(case: Any, leaves: list[Any], structure: Any, batch: Any) -> float:
+    """Minimise the loss over the vectors that still have a gradient when the last kernel is zero: its biases."""
     from scipy.optimize import minimize
 
-    def both(bias):
-        value, slope = case.slope(bias.reshape(start.shape), blank, case.join(*batch))
-        found.append(float(value))
-        return float(value), np.asarray(slope, np.float64).ravel()
-
     found: list[float] = []
+
+    def slopes(leaves):
+        value, slope = case.slope(jax.tree.unflatten(structure, leaves), case.join(*batch))
+        found.append(float(value))
+        return [np.asarray(g, np.float64) for g in jax.tree.leaves(slope)]
+
+    first = slopes(leaves)
+    free = [i for i, g in enumerate(first) if g.ndim <= 1 and np.isfinite(g).all() and g.any()]
+    if not free:
+        return np.nan
+    sizes = np.cumsum([first[i].size for i in free])[:-1]
+
+    def both(vector):
+        parts = dict(zip(free, np.split(vector, sizes), strict=True))
+        now = [jnp.asarray(parts[i].reshape(a.shape), a.dtype) if i in parts else a for i, a in enumerate(leaves)]
+        slope = slopes(now)
+        return found[-1], np.concatenate([slope[i].ravel() for i in free])
+
+    start = np.concatenate([np.asarray(leaves[i], np.float64).ravel() for i in free])
     with np.errstate(all="ignore"):  # a loss that is not finite ends the search
-        minimize(both, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 100})
+        minimize(both, start, jac=True, method="L-BFGS-B", options={"maxiter": 100})
     return min((v for v in found if np.isfinite(v)), default=np.nan)
-
-
-def _bias_of(names: list[str], leaves: list[Any], final: int) -> int | None:
-    """Find the bias that goes with a kernel: a vector as long as one of its sides, in the same place."""
-    place = names[final].rpartition("/")[0]
-    for i, (name, a) in enumerate(zip(names, leaves, strict=True)):
-        if name.rpartition("/")[0] == place and named(name) in ("bias", "b") and a.ndim == 1:
-            return i
-    return None
 
 
 def loss_case_of(
@@ -169,17 +173,8 @@ def loss_case_of(
     depths = jax.tree.leaves(tree.map_depth(lambda k, a: k, params))
     kernels = [name for name, a, k in zip(names, jax.tree.leaves(params), depths, strict=True) if is_kernel(name, a, k)]
     forward = [path for _, path in flow.labels.starts if path in kernels]
-    if forward:
-        leaves, structure = jax.tree.flatten(params)
-        final = names.index(forward[-1])
-        offset = _bias_of(names, leaves, final)
-
-        def of_bias(bias, params, batch):
-            leaves = jax.tree.leaves(params)
-            leaves[offset] = jnp.asarray(bias, leaves[offset].dtype)
-            return loss(jax.tree.unflatten(structure, leaves), batch)
-
-        case = replace(case, final=final, offset=offset, slope=jax.jit(jax.value_and_grad(of_bias)))
+    final = names.index(forward[-1]) if forward else None
+    case = replace(case, final=final, slope=jax.jit(jax.value_and_grad(loss)))
     seen = found_in(lambda params, batch: loss(params, join(*batch)), params, batch)
     computes = narrowest(lambda params, batch: loss(params, join(*batch)), params, batch)
     fixed = isinstance(optimizer, optax.GradientTransformation)

@@ -10,7 +10,9 @@ from fnn import tree
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.trial import Runner
 from fnn.diagnosis.weights import gains
+from fnn.gradients.bad import first_bad
 from fnn.gradients.labels import DEFAULT
+from fnn.gradients.operations import Unreadable
 from fnn.gradients.watch import watch
 from fnn.gradients.wide import in_float32
 
@@ -37,6 +39,8 @@ class Start:
     """Of the narrowest dtype of the parameters: the distance from 1 to the next number."""
     rounded: float
     """Norm of what rounding changes of the gradient over the gradient's in float32; 0 where all is computed in float32."""
+    bad: str
+    """The first operation that makes a NaN or an infinity, and its cause; "" where loss and gradient are finite."""
     attention: tuple[float, float] | None
     """Largest logit of all heads, and lowest mean entropy of a head in nats; None without attention."""
 
@@ -74,8 +78,11 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
     alike = _alike(params, last)
     rounding = max(float(jax.numpy.finfo(a.dtype).eps) for a in jax.tree.leaves(params))
     rounded = float(compare(params, (x, y), state)) if compare is not None else 0.0
+    bad = ""
+    if not (np.isfinite(flow.loss) and all(value < np.inf for value in gradient.values())):  # not of NaN either
+        bad = _bad(case, plan, params, (x, y), state)
     return Start(
-        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, gradient, rounding, rounded, attention
+        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, gradient, rounding, rounded, bad, attention
     )  # fmt: skip
 
 
@@ -96,6 +103,19 @@ def _instruments(case: Case, plan: Plan, size: int) -> tuple[Any, Any, Any]:
 
     compared = jax.jit(compare) if case.computes and not plan.float32 else None
     return watch(loss, groups=(*DEFAULT, "saturated", "attention"), batch_size=size), outputs, compared
+
+
+def _bad(case: Case, plan: Plan, params: Any, batch: Any, state: Any) -> str:
+    """Say what makes the first NaN or infinity of a plan's loss or gradient."""
+    model = case.model(plan)
+    try:
+        found = first_bad(lambda params: model.objective(params, state, batch, jax.random.key(0))[0], params)
+    except (Unreadable, TypeError, ValueError):
+        return ""
+    if found is None:
+        return ""
+    at = f" at {found.layer}" if found.layer else ""
+    return f"{found.operation}{at}, {'backward' if found.backward else 'forward'}: {found.cause}"
 
 
 def _rows(flow: Any) -> list["_Row"]:

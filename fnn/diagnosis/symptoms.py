@@ -32,8 +32,9 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         evidence.append(Evidence("positions", "outputs are the same when the inputs are read backwards"))
     if found.attention is not None and found.attention[0] > LOGITS:
         evidence.append(Evidence("init_large", _attention(found)))
-    if not np.isfinite(found.loss):
-        evidence.append(Evidence("numerics", f"the loss is {found.loss} before the first step"))
+    if not np.isfinite(found.loss) or found.bad:
+        what = f"the loss is {found.loss:.3g}" + (", its gradient not finite" if np.isfinite(found.loss) else "")
+        evidence.append(Evidence("numerics", f"{what} before the first step" + (f"; {found.bad}" if found.bad else "")))
     evidence += _rounding(case, found, "before the first step")
     dead = [path for path, value in found.gradient.items() if value == -np.inf]
     if (
@@ -264,7 +265,9 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
         first = int(np.argmax(~np.isfinite(losses).all(0)))
         evidence.append(Evidence("lr_high", f"the loss is not finite from step {first} on"))
         if not np.isfinite(losses[:, :2]).all():
-            evidence.append(Evidence("numerics", f"the loss is not finite in step {first}"))
+            evidence.append(
+                Evidence("numerics", f"the loss is not finite after {first} {'step' if first == 1 else 'steps'}")
+            )
     else:
         if early > 0.05:
             evidence.append(

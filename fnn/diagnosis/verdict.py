@@ -60,6 +60,8 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
         for cause, tried in sorted(((main(inquiry, t), t) for t in working), key=lambda pair: STAGE[pair[0]]):
             if (proved := proof(inquiry, cause, tried)) is not None:
                 return [proved]
+    if not found and ill and inquiry.begun.bad:  # no training begins with such a gradient, so that none is a proof
+        return [Cause("numerics", _of(inquiry, "numerics"), None, f"# {inquiry.begun.bad}", 0.0)]
     return found
 
 
