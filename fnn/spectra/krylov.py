@@ -5,13 +5,9 @@ wanted eigenvalues are known well enough: in the direction of the worst residual
 of a similar matrix, B = V θ Vᵀ, it grows in the direction of (B - λ)⁻¹ r, which is Davidson's method. With p vectors at the
 start, an eigenvalue is seen up to p times.
 
-A small residual proves an eigenvalue, not the largest one. For that the search also solves (μ - A) z = g in the space, with
-g standard normal and μ just above the wanted eigenvalues, and grows by what is left, r = g - (μ - A) z. An eigenvector u of
-μ would have uᵀg = uᵀr, so |uᵀg| <= |r|: a normal number that small has chance √(2/π) |r| at most. Larger eigenvalues leave
-even less. The z of a similar matrix is a good start: one product then tells whether any eigenvalue has passed the wanted ones.
+A search ends when residuals are small, and when it is as good as sure that no eigenvalue was missed: see `proof`.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,13 +16,12 @@ import jax.numpy as jnp
 
 from fnn import compiled, mapped, tree
 from fnn.spectra import products
+from fnn.spectra import proof as proofs
+from fnn.spectra.proof import dot, symmetric
 
 Matvec = Callable[[jax.Array], jax.Array]
 KEPT = 7
 """How many approximate pairs are kept for the next search, besides the wanted ones."""
-CHANCE, AIM = 0.01, 0.001
-"""The chance that an eigenvalue was missed is at most the first. A search that must bring it down goes on to the second, so
-that its z serves the next search too."""
 APART = 0.1
 """Eigenvalues of B count as this far from λ at least, relative to it: they are those of another matrix."""
 
@@ -39,9 +34,9 @@ class Known(NamedTuple):
     vectors: jax.Array
     """Orthonormal, or zero where there are none; float[m, n]."""
     probe: jax.Array
-    """The random vector g; float[n]."""
+    """The random vector g of `proof`, zero where there is none yet; float[n]."""
     solution: jax.Array
-    """z with (μ - A) z = g, μ just above the wanted values, up to a factor; zero where there is none. float[n]"""
+    """Its z, up to a factor; zero where there is none. float[n]"""
 
 
 class Pairs(NamedTuple):
@@ -60,7 +55,7 @@ class Pairs(NamedTuple):
     much. 0 where the search saw the whole space, 1 where it stopped before it knew. float[]"""
     converged: jax.Array
     """Whether all residuals are within the tolerance, or within rounding of the largest eigenvalue, and `missed` is at most
-    `CHANCE`; bool[]."""
+    2 %; bool[]."""
     known: Known
 
     def __repr__(self) -> str:
@@ -82,30 +77,23 @@ class _Space(NamedTuple):
     """basis · A; float[most, n]"""
     matrix: Any
     """basis · A · basisᵀ, the upper triangle. float[most, most]"""
-    gram: Any
-    """images · imagesᵀ in units of `unit`². float[most, most]"""
-    unit: Any
-    """The largest number of the images."""
-    along: Any
-    """(basis · g, images · g); float[most] each."""
     key: Any
     pairs: Any
-    """(values, coefficients, residuals) of the wanted end."""
+    """Those of the wanted end."""
     next: Any
     """The direction in which it grows; float[n]."""
-    solution: Any
-    """Coefficients of z over the basis; float[most]."""
-    missed: Any
-    proofs: Any
-    """How often `missed` was found; after the first time the z of the last search comes into the space."""
+    proof: Any
     done: Any
 
 
-def unknown(k: int, probe: jax.Array) -> Known:
-    """Make what is known of a matrix before the first search for k pairs; probe: standard normal numbers, float[n]."""
-    m = min(k + KEPT, len(probe))
-    zero = jnp.zeros_like(probe)
-    return Known(zero[:m], jnp.zeros((m, len(probe)), probe.dtype), probe, zero)
+def unknown(start: jax.Array) -> Known:
+    """Make what is known of a matrix before the first search, from standard normal vectors; start: float[k, n].
+
+    A single one also serves as the g of `proof`.
+    """
+    k, n = start.shape
+    m, zero = min(k + KEPT, n), jnp.zeros_like(start[0])
+    return Known(zero[:m], jnp.zeros((m, n), start.dtype), start[0] if k == 1 else zero, zero)
 
 
 def eigenpairs(
@@ -125,15 +113,12 @@ def eigenpairs(
     eps = max(float(jnp.finfo(dtype).eps), products.rounding(matvec, start[0]))
     start = jnp.where(jnp.all(jnp.isfinite(start), axis=1, keepdims=True), start, 0)
     key, draw = jax.random.split(key)
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in known])) & jnp.any(known.probe != 0)
-    old_values, old, solution = (
-        jnp.where(finite, a, 0).astype(dtype) for a in (sign * known.values, known.vectors, known.solution)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in known]))
+    old_values, old, probe, solution = (
+        jnp.where(finite, a, 0).astype(dtype) for a in (sign * known.values, known.vectors, known.probe, known.solution)
     )
-    probe = jnp.where(finite, known.probe, jax.random.normal(draw, (n,), dtype)).astype(dtype)
-    warm = jnp.any(solution != 0)
-
+    probe = jnp.where(jnp.any(probe != 0), probe, jax.random.normal(draw, (n,), dtype))
     zero = mapped.varying(jnp.zeros((), dtype), like=start)
-    numbers = jnp.zeros(most, dtype) + zero
 
     def fresh(basis, w, key):
         """Make w orthogonal to the basis: (what is left as a unit vector, key)."""
@@ -144,7 +129,7 @@ def eigenpairs(
             w = w / tree.divisor(jnp.max(jnp.abs(w)))
             before, left = tree.length(w), []
             for _ in range(2):
-                w = w - _dot(basis.T, _dot(basis, w))
+                w = w - dot(basis.T, dot(basis, w))
                 left.append(tree.length(w))
                 w = w / tree.divisor(left[-1])
             return w, (left[0] > 10 * jnp.finfo(dtype).eps * before) & (left[1] > 0.5)
@@ -161,43 +146,34 @@ def eigenpairs(
         used = jnp.arange(most) < space.count
         # In units of the largest number: a matrix of any scale has its own digits, beside the rows that are not used.
         peak = tree.divisor(jnp.max(jnp.abs(space.matrix)))
-        square = _symmetric(sign * space.matrix / peak)
+        square = symmetric(sign * space.matrix / peak)
         far = 4 * jnp.sum(jnp.abs(square)) + 1
         values, coefficients = jnp.linalg.eigh(square - jnp.diag(jnp.where(used, 0, far)), symmetrize_input=False)
         values, coefficients = values[::-1] * peak, coefficients[:, ::-1]
         rounding = 4 * eps * jnp.max(jnp.where(used, jnp.abs(values), 0))
-        coefficients = jnp.where(used[:, None], coefficients, 0)
-        left = sign * _dot(coefficients[:, :k].T, space.images) - values[:k, None] * _dot(
-            coefficients[:, :k].T, space.basis
-        )
+        values, coefficients = values[:k], jnp.where(used[:, None], coefficients[:, :k], 0)
+        left = sign * dot(coefficients.T, space.images) - values[:, None] * dot(coefficients.T, space.basis)
         residuals = jnp.maximum(tree.length(left, 1), rounding)
-        bounds = jnp.maximum(tolerance * jnp.abs(values[:k]), rounding)
+        bounds = jnp.maximum(tolerance * jnp.abs(values), rounding)
         good = jnp.all(residuals <= bounds) & (space.count >= max(k, p))
         worst = jnp.argmax(jnp.where(jnp.arange(k) < space.count, residuals / bounds, 0))
+        pairs = proofs.Pairs(values, coefficients, residuals, bounds)
 
         def improve():
-            return zero + 1, numbers, _corrected(left[worst], values[worst], old_values, old)
+            return space.proof._replace(missed=zero + 1), _corrected(left[worst], values[worst], old_values, old)
 
         def prove():
-            # Within the bound with the last value's own residual: λ <= (θ + μ)/2 + √(((μ - θ)/2)² + residual²).
-            gap = bounds[-1] - jnp.square(residuals[-1] / bounds[-1]) * bounds[-1]
-            gap = jnp.maximum(gap, 8 * math.sqrt(eps) * jnp.max(jnp.abs(values) * used))
-            size, z, rest = _solve(space, (values, coefficients), values[k - 1] + gap, (sign, k), probe)
-            rest = jnp.where((space.proofs == 0) & warm, solution, rest)
-            return jnp.minimum(math.sqrt(2 / math.pi) * size, 1), z, rest
+            parts = space.count, space.basis, space.images, symmetric(space.matrix)
+            after, rest = proofs.judged(space.proof, parts, pairs, sign, eps, jax.random.fold_in(space.key, 1))
+            return after, jnp.where(space.proof.warm & (space.proof.rounds == 0), solution, rest)
 
-        missed, found, follow = jax.lax.cond(good, prove, improve)
+        proof, follow = jax.lax.cond(good, prove, improve)
         follow = jnp.where(space.count < p, start[jnp.minimum(space.count, p - 1)], follow)
         # The whole space leaves rounding alone, if the matrix is symmetric.
         complete = (space.count >= n) & jnp.all(residuals <= jnp.maximum(bounds, 30 * rounding))
-        missed = jnp.where(complete, 0, missed)
+        proof = proof._replace(missed=jnp.where(complete, 0, proof.missed))
         return space._replace(
-            pairs=(values[:k], coefficients[:, :k], residuals),
-            next=follow,
-            solution=found,
-            missed=missed,
-            proofs=space.proofs + good,
-            done=(good & (missed <= jnp.where(warm & (space.proofs < 2), CHANCE, AIM))) | complete,
+            pairs=pairs, next=follow, proof=proof, done=complete | (good & (proof.missed <= proofs.CHANCE))
         )
 
     def grow(space):
@@ -205,75 +181,31 @@ def eigenpairs(
         direction, key = fresh(space.basis, space.next, space.key)
         w = matvec(direction)
         basis, images = space.basis.at[j].set(direction), space.images.at[j].set(w)
-        matrix = space.matrix.at[:, j].set(_dot(basis, w))
-        unit = tree.divisor(jnp.maximum(space.unit, jnp.max(jnp.abs(w))))
-        row = _dot(images, w / unit) / unit
-        gram = (space.gram * jnp.square(space.unit / unit)).at[:, j].set(row).at[j].set(row)
-        along = space.along[0].at[j].set(_dot(direction, probe)), space.along[1].at[j].set(_dot(w, probe))
-        space = space._replace(count=j + 1, basis=basis, images=images, matrix=matrix, key=key)
-        return wanted(space._replace(gram=gram, unit=unit, along=along))
+        matrix = space.matrix.at[:, j].set(dot(basis, w))
+        proof = proofs.grown(space.proof, j, direction, w, images)
+        return wanted(space._replace(count=j + 1, basis=basis, images=images, matrix=matrix, key=key, proof=proof))
 
-    nothing = (jnp.zeros(k, dtype) + zero, jnp.zeros((most, k), dtype) + zero, jnp.full(k, jnp.inf) + zero)
     empty = jnp.zeros((most, n), dtype) + zero
-    count, no = mapped.varying((jnp.int32(0), jnp.array(False)), like=start)
+    few, no = jnp.zeros(k, dtype) + zero, mapped.varying(jnp.array(False), like=start)
     space = _Space(
-        count=count,
+        count=mapped.varying(jnp.int32(0), like=start),
         basis=empty,
         images=empty,
         matrix=jnp.zeros((most, most), dtype) + zero,
-        gram=jnp.zeros((most, most), dtype) + zero,
-        unit=zero,
-        along=(numbers, numbers),
         key=mapped.varying(key, like=start),
-        pairs=nothing,
+        pairs=proofs.Pairs(few, empty[:, :1] + few, few + jnp.inf, few),
         next=start[0],
-        solution=numbers,
-        missed=zero + 1,
-        proofs=count,
+        proof=proofs.begun(probe + zero, most, k, no | jnp.any(solution != 0)),
         done=no,
     )
     space = jax.lax.while_loop(lambda s: (s.count < most) & ~s.done & ~jnp.any(jnp.isnan(s.matrix)), grow, space)
-    values, coefficients, residuals = space.pairs
-    found = _merged(space, sign, old_values, old, min(k + KEPT, n))
-    after = _dot(space.solution, space.basis)
-    found = Known(sign * found[0], found[1], probe, jnp.where(jnp.any(after != 0), after, solution))
-    vectors = _dot(coefficients.T, space.basis)
-    return Pairs(sign * values, vectors, residuals, space.count, space.missed, space.done, found)
-
-
-def _solve(
-    space: _Space, pairs: Any, shift: jax.Array, kind: tuple[int, int], probe: jax.Array
-) -> tuple[Any, Any, Any]:
-    """Solve (shift - A) z = g beside the k wanted vectors by least squares over the space: (|r|, coefficients of z, r).
-
-    In the basis of the other approximate vectors, each over its distance from the shift, the normal matrix is 1 + E with
-    small errors in E >= 0. One refinement takes them out; r is that of the z that is returned, whatever it is.
-    """
-    (values, coefficients), (sign, k) = pairs, kind
-    unit = tree.divisor(space.unit)
-    shift, values = shift / unit, values / unit
-    others = (jnp.arange(len(values)) >= k) & (jnp.arange(len(values)) < space.count)
-    scaled = coefficients * jnp.where(others, 1 / jnp.where(others, shift - values, 1), 0)
-    square = _symmetric(space.matrix / unit)
-    beside = _dot(scaled.T, _dot(space.gram - _dot(square, square), scaled))
-    sizes, rotation = jnp.linalg.eigh((beside + beside.T) / 2, symmetrize_input=False)
-    sizes = 1 + jnp.maximum(sizes, 0)
-    wanted = _dot(coefficients[:, :k].T, space.basis)
-    target = probe - _dot(_dot(wanted, probe), wanted)
-
-    def solved(along_basis, along_images):
-        right = _dot(scaled.T, shift * along_basis - sign * along_images / unit)
-        return _dot(rotation, _dot(rotation.T, right) / sizes)
-
-    def rest(found):
-        z = _dot(scaled, found)
-        return target - (shift * _dot(z, space.basis) - sign * _dot(z, space.images) / unit)
-
-    found = solved(*space.along)
-    left = rest(found)
-    found = found + solved(_dot(space.basis, left), _dot(space.images, left))
-    left = rest(found)
-    return tree.length(left), _dot(scaled, found), left
+    values, coefficients, residuals, _ = space.pairs
+    z = space.proof.solution
+    after = dot(z - dot(coefficients, dot(z, coefficients)), space.basis)  # the next search has the wanted part anew
+    found = Known(*_merged(space, sign, old_values, old, min(k + KEPT, n)), space.proof.probe, after)
+    found = found._replace(values=sign * found.values)
+    vectors = dot(coefficients.T, space.basis)
+    return Pairs(sign * values, vectors, residuals, space.count, space.proof.missed, space.done, found)
 
 
 def _corrected(r: jax.Array, value: jax.Array, old_values: jax.Array, old: jax.Array) -> jax.Array:
@@ -283,37 +215,29 @@ def _corrected(r: jax.Array, value: jax.Array, old_values: jax.Array, old: jax.A
         gap = jnp.minimum(gap, -APART * jnp.abs(value))
         return jnp.where(gap < 0, gap, -1)
 
-    along = _dot(old, r)
-    return _dot(old.T, along / below(old_values - value)) + (r - _dot(old.T, along)) / below(-value)
+    along = dot(old, r)
+    return dot(old.T, along / below(old_values - value)) + (r - dot(old.T, along)) / below(-value)
 
 
 def _merged(space: _Space, sign: int, old_values: jax.Array, old: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Take approximate pairs over the space and what the old vectors have beside it, where A is as B was."""
-    rest = old - _dot(_dot(old, space.basis.T), space.basis)
-    lengths, rotation = jnp.linalg.eigh(_dot(rest, rest.T))
+    rest = old - dot(dot(old, space.basis.T), space.basis)
+    lengths, rotation = jnp.linalg.eigh(dot(rest, rest.T))
     good = lengths > APART
-    rest = _dot((rotation * jnp.where(good, 1 / jnp.sqrt(jnp.where(good, lengths, 1)), 0)).T, rest)
-    among = _dot(rest, old.T)
-    among = _dot(among * old_values, among.T)
-    across = sign * _dot(rest, space.images.T)
-    whole = jnp.block([[sign * _symmetric(space.matrix), across.T], [across, among]])
+    rest = dot((rotation * jnp.where(good, 1 / jnp.sqrt(jnp.where(good, lengths, 1)), 0)).T, rest)
+    among = dot(rest, old.T)
+    among = dot(among * old_values, among.T)
+    across = sign * dot(rest, space.images.T)
+    whole = jnp.block([[sign * symmetric(space.matrix), across.T], [across, among]])
     used = jnp.concatenate([jnp.arange(len(space.basis)) < space.count, good])
     peak = tree.divisor(jnp.max(jnp.abs(whole)))
     whole = jnp.where(used[:, None] & used, whole / peak, 0)
     far = 4 * jnp.sum(jnp.abs(whole)) + 1
     values, coefficients = jnp.linalg.eigh(whole - jnp.diag(jnp.where(used, 0, far)), symmetrize_input=False)
     values, coefficients = values[::-1][:count], coefficients[:, ::-1][:, :count]
-    vectors = _dot(jnp.where(used[:, None], coefficients, 0).T, jnp.concatenate([space.basis, rest]))
+    vectors = dot(jnp.where(used[:, None], coefficients, 0).T, jnp.concatenate([space.basis, rest]))
     missing = count - len(values)
     return (
         jnp.pad(jnp.where(values > -far / 2, values * peak, 0), (0, missing)),
         jnp.pad(vectors, ((0, missing), (0, 0))),
     )
-
-
-def _symmetric(upper: jax.Array) -> jax.Array:
-    return jnp.triu(upper) + jnp.triu(upper, 1).T
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision="highest")

@@ -101,7 +101,7 @@ class Operator:
         Lanczos with full reorthogonalisation grows until each residual |A v - λ v| is within `tolerance` of |λ|: an eigenvalue
         lies within the residual of each value, surely. That none is larger is known from a random vector: `missed` is the
         chance that more than k eigenvalues lie beyond the last value by more than `tolerance`, at most. It is brought
-        to 1 % or less (see `krylov`). Where `max_products` (default 40 + 10k) do not suffice for both it warns, and says
+        to 2 % or less (see `proof`). Where `max_products` (default 40 + 10k) do not suffice for both it warns, and says
         `converged=False`. Eigenvalues are seen up to k times each.
 
         `start`, the result of a similar matrix (of the last step), starts from its vectors, and from what proved that none is
@@ -125,7 +125,7 @@ class Operator:
         draw, go = jax.random.split(_key(self.who, key))
         if start is None:
             vectors = jax.random.normal(draw, (k, self.size), dtype)
-            known = krylov.unknown(k, vectors[0])
+            known = krylov.unknown(vectors)
         elif start.vectors.shape[-1] != self.size:
             raise ValueError(
                 f"{self.who}: start must be pairs of a matrix of this size, got vectors of {start.vectors.shape[-1]} numbers "
