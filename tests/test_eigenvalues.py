@@ -29,6 +29,18 @@ def test_multiple_eigenvalues_zero_matrices_and_short_spectra(x64):
     assert zero.hessian.density().mean(np.square) == (0, 0)
 
 
+@pytest.mark.parametrize("end", ["top", "bottom"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_large_matrices_of_zeros_and_of_low_rank(k, end, recwarn):
+    for values in (np.zeros(300), np.r_[np.linspace(1, 2, 10), np.zeros(290)]):
+        A, _ = quadratic(values)
+        found = fnn.curvature(half)({"x": jnp.ones(300)}, A).hessian.eigenvalues(k, end=end)
+        wanted = np.sort(values)[::-1][:k] if end == "top" else np.zeros(k)
+        np.testing.assert_allclose(found.values, wanted, rtol=0.01, atol=1e-5)
+        assert found.converged and found.products <= 30
+    assert not recwarn.list
+
+
 def test_thirty_products_from_nothing_and_three_from_the_last_step(x64):
     """A spectrum like a classifier's: a bulk, and as many outliers as classes, the largest at the edge of stability."""
     rng = np.random.default_rng(0)

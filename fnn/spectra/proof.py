@@ -91,11 +91,11 @@ def judged(proof: Proof, space: Any, pairs: Pairs, sign: int, eps: float, key: A
         for new, old in ((pairs.coefficients, proof.held), (here, proof.last))
     )
     # With Y's own residual: λ <= (θ + μ)/2 + √(((μ - θ)/2)² + residual²), which is to be `bound`.
-    bound = pairs.values[-1] + pairs.bounds[-1]
-    shift = bound - jnp.where(
-        hold, jnp.square(last[1] / pairs.bounds[-1]) * pairs.bounds[-1] * pairs.bounds[-1] / (bound - last[0]), 0
-    )
-    shift = jnp.maximum(shift, pairs.values[-1] + 8 * math.sqrt(eps) * jnp.max(jnp.abs(pairs.values)))
+    bound, tiny = pairs.values[-1] + pairs.bounds[-1], jnp.finfo(pairs.values.dtype).tiny
+    shift = bound - last[1] * jnp.where(hold, last[1] / jnp.maximum(bound - last[0], tiny), 0)
+    # Nearer to the values the squares in `gram` would have no digits; a matrix of zeros needs some distance too.
+    near = 8 * math.sqrt(eps) * jnp.max(jnp.abs(space[3]))
+    shift = jnp.maximum(shift, pairs.values[-1] + jnp.maximum(near, tiny))
     missed, solution, rest, passed = _solved(proof, space, held, shift, sign)
     proof = proof._replace(held=held, last=last, rounds=proof.rounds + 1, solution=solution, missed=missed)
     if k == 1:
