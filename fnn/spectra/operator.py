@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import check, compiled, tree
+from fnn import check, compiled, mapped, tree
 from fnn.spectra import krylov, parts
 from fnn.spectra.density import Density, density, quadrature
 from fnn.spectra.krylov import Pairs
@@ -231,9 +231,16 @@ class _Matrix(NamedTuple):
 
 
 def _together(v: jax.Array, arrays: Any) -> tuple[jax.Array, Any]:
-    """Tie arrays to v, so that XLA does not take what they alone determine out of a loop over v, and hold all of it."""
+    """Tie arrays to v, so that XLA does not take what they alone determine out of a loop over v, and hold all of it.
+
+    Those that vary over devices where v does not are left alone, or v would too.
+    """
     leaves, treedef = jax.tree.flatten(arrays)
-    tied = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    tied = [
+        i
+        for i, leaf in enumerate(leaves)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and not mapped.over(leaf) - mapped.over(v)
+    ]
     v, found = jax.lax.optimization_barrier((v, [leaves[i] for i in tied]))
     for i, leaf in zip(tied, found, strict=True):
         leaves[i] = leaf
