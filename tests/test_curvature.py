@@ -312,3 +312,18 @@ def test_densities_at_any_scale(scale):
         for s in (1.0, scale)
     )
     np.testing.assert_allclose(scaled.grid / scale, plain.grid, rtol=1e-3, atol=1e-3)
+
+
+def test_ten_products_hold_what_one_does_and_some_vectors():
+    """XLA takes nothing out of the loop, as it would of a linearised loss; the bound is 2.5 gradients."""
+    net = fnn.models.mlp(3, 64, 10, activation="tanh", norm=None)
+    x, y = jnp.ones((512, 64)), jnp.zeros(512, int)
+    state = net.init(jax.random.key(0), x)
+    c = fnn.curvature(ENTROPY, outputs=net)(state, (x, y))
+    plain, one, ten, _ = c.price(rounds=1).rows
+    vector = 4e-6 * c.hessian.size
+    assert one.megabytes <= 2.5 * plain.megabytes + vector
+    assert ten.megabytes <= one.megabytes + 3 * vector
+    search = jax.jit(lambda s: fnn.curvature(ENTROPY, outputs=net)(s, (x, y)).hessian.eigenvalues(max_products=20))
+    kept = search.lower(state).compile().memory_analysis().temp_size_in_bytes / 1e6
+    assert kept <= one.megabytes + (2 * 20 + 30) * vector

@@ -44,8 +44,8 @@ class Operator:
     `shard_map(check_vma=True)`, and with a sharded batch or sharded parameters. Numbers are in the dtype of the parameters,
     at least float32; a product runs in the dtypes of the loss. In float32 a product is within 2e-6 of float64's, relative to
     its norm (measured: 2e-7 on small nets), and an eigenvalue likewise; in bfloat16 expect percents: residuals say so. A
-    product takes about as long as a gradient or two, and the memory of its intermediate values; eigenvalues keep
-    2 `max_products` vectors besides.
+    product takes about as long as a gradient or two, and about twice a gradient's memory; eigenvalues keep some
+    2 `max_products` + 30 vectors besides.
     """
 
     who: str

@@ -123,7 +123,7 @@ def _classes(state: Any) -> list[str]:
 def _probe(optimizer: Any, first: str, second: bool, state: Any, params: Any) -> dict[str, Any]:
     """Read an update's linear parts in gradient, first moment and parameters, with the second moment as it stands.
 
-    Derivatives at zero would be 0 · inf where that root is small: numbers far below it, which leave it alone, say the same.
+    A derivative at zero is 0 · inf where a second moment is tiny: small numbers, which leave it alone, say the same.
     """
     zeros = jax.tree.map(jnp.zeros_like, params)
     ones = jax.tree.map(jnp.ones_like, params)
