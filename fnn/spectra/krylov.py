@@ -172,9 +172,7 @@ def eigenpairs(
         # The whole space leaves rounding alone, if the matrix is symmetric.
         complete = (space.count >= n) & jnp.all(residuals <= jnp.maximum(bounds, 30 * rounding))
         proof = proof._replace(missed=jnp.where(complete, 0, proof.missed))
-        return space._replace(
-            pairs=pairs, next=follow, proof=proof, done=complete | (good & (proof.missed <= proofs.CHANCE))
-        )
+        return space._replace(pairs=pairs, next=follow, proof=proof, done=complete | (good & proofs.accepted(proof)))
 
     def grow(space):
         j = space.count
