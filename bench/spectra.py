@@ -109,7 +109,7 @@ def _curvature(row: Row, rounds: int, torch: bool, say: Callable[[str], None]) -
             notes.append(f"curvlinops: {describe_error(error)}")
     times = timing.interleave(runs, rounds, 1, lambda i: say(f"  {row}: round {i} of {rounds}"))
     times["of ten"] = timing.Times(tuple(ms / 10 for ms in times["of ten"].rounds))
-    sizes = {name: program.memory_analysis().temp_size_in_bytes / 1e6 for name, program in programs.items()}
+    sizes = {name: _megabytes(program) for name, program in programs.items()}
     cells = []
     for name, found in times.items():
         memory = [f"{sizes[name]:.2f}", f"{sizes[name] / sizes['gradient']:.2f}"] if name in sizes else ["", ""]
@@ -136,7 +136,7 @@ def _kernel(row: Row, rounds: int, examples: int, say: Callable[[str], None]) ->
     matrices = {name: np.asarray(f(params, x)) for name, f in programs.items()}
     difference = np.max(np.abs(matrices["fnn"] - matrices["stacked"])) / np.max(np.abs(matrices["stacked"]))
     times = timing.interleave(runs, rounds, 1, lambda i: say(f"  {row}: kernel, round {i} of {rounds}"))
-    sizes = {name: program.memory_analysis().temp_size_in_bytes / 1e6 for name, program in programs.items()}
+    sizes = {name: _megabytes(program) for name, program in programs.items()}
     cells = [
         (
             name,
@@ -153,6 +153,11 @@ def _kernel(row: Row, rounds: int, examples: int, say: Callable[[str], None]) ->
     data = {"row": str(row), "ms": {name: t.rounds for name, t in times.items()}, "MB": sizes}
     columns = ("way", "ms", "x stacked", "MB", "x stacked's")
     return Section(f"{row}: tangent kernel of {examples} examples, 10 outputs", columns, cells, notes, data)
+
+
+def _megabytes(program: Any) -> float:
+    analysis = program.memory_analysis()
+    return analysis.temp_size_in_bytes / 1e6 if analysis else float("nan")
 
 
 def torch_run(what: str, row: Row) -> timing.Run:
@@ -184,7 +189,11 @@ def torch_run(what: str, row: Row) -> timing.Run:
         count += 1
         return (hessian @ torch.tensor(w, dtype=torch.float32, device=device).ravel()).cpu().numpy()
 
-    matrix = linalg.LinearOperator(hessian.shape, multiply, dtype=np.float32)
+    class Matrix(linalg.LinearOperator):
+        def _matvec(self, x):
+            return multiply(x)
+
+    matrix = Matrix(np.float32, hessian.shape)
     start = np.random.default_rng(1).normal(size=hessian.shape[1]).astype(np.float32)
 
     def top(tolerance):

@@ -1,7 +1,8 @@
 """Can the step at which Adam's loss spikes be told beforehand, from the preconditioned sharpness?
 
 While gradients shrink, Adam's second moment forgets the large ones, and its steps grow: at a rate that was small the
-preconditioned sharpness passes what the optimiser stands, and from there on the distance to the minimum grows (2506.04805).
+preconditioned sharpness passes what the optimiser stands, and from there on the distance to the minimum grows (Bai et al.
+2025, arXiv 2506.04805).
 On x²/2 with beta1 = 0 the condition is rate/sqrt(v) > 2, and every number is a recurrence of two lines.
 """
 

@@ -6,7 +6,11 @@ normal weights, 0 for orthogonal ones (Saxe et al. 2014; Pennington et al. 2017)
 """
 
 import math
+import os
 import sys
+
+# LAPACK's threads wait for one another longer than matrices of this size take, on a machine with other work 40 times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import common
 import jax
@@ -81,14 +85,14 @@ def singular(phi, depth, width, seeds, q, options):
     """Singular values of dy/dx at a random x of mean square q: float64[seeds, width]."""
     net = mlp(phi, depth, width, options)
 
-    @jax.jit
     def one(key):
         draw, at = jax.random.split(key)
         x = jax.random.normal(at, (width,))
         x = x * jnp.sqrt(q * width) / jnp.linalg.norm(x)
         return fnn.jacobian(net)(net.init(draw, x[None]), x).singular_values()
 
-    return np.array([one(key) for key in jax.random.split(jax.random.key(depth), seeds)], np.float64)
+    run = jax.jit(lambda keys: jax.lax.map(one, keys))
+    return np.asarray(run(jax.random.split(jax.random.key(depth), seeds)), np.float64)
 
 
 def mlp(phi, depth, width, options):

@@ -4,6 +4,8 @@ The space starts from given vectors, random ones or those of the last step, and 
 wanted eigenvalues are known well enough: in the direction of the worst residual r. That is Lanczos. With approximate pairs
 of a similar matrix, B = V θ Vᵀ, it grows in the direction of (B - λ)⁻¹ r, which is Davidson's method. With p vectors at the
 start, an eigenvalue is seen up to p times.
+
+A search ends when residuals are small, and when it is as good as sure that no eigenvalue was missed: see `proof`.
 """
 
 from collections.abc import Callable
@@ -14,6 +16,8 @@ import jax.numpy as jnp
 
 from fnn import compiled, mapped, tree
 from fnn.spectra import products
+from fnn.spectra import proof as proofs
+from fnn.spectra.proof import dot, symmetric
 
 Matvec = Callable[[jax.Array], jax.Array]
 KEPT = 7
@@ -29,8 +33,10 @@ class Known(NamedTuple):
     """float[m]"""
     vectors: jax.Array
     """Orthonormal, or zero where there are none; float[m, n]."""
-    turn: jax.Array
-    """How many searches there have been; int32[]."""
+    probe: jax.Array
+    """The random vector g of `proof`, zero where there is none yet; float[n]."""
+    solution: jax.Array
+    """Its z, up to a factor; zero where there is none. float[n]"""
 
 
 class Pairs(NamedTuple):
@@ -44,8 +50,12 @@ class Pairs(NamedTuple):
     """|A v - value v|, rounding included: an eigenvalue lies within this distance of each value, surely. float[k]"""
     products: jax.Array
     """How many products it took; int32[]."""
+    missed: jax.Array
+    """The chance, over random vectors, that more than k eigenvalues lie beyond the last value and the tolerance: at most so
+    much. 0 where the search saw the whole space, 1 where it stopped before it knew. float[]"""
     converged: jax.Array
-    """Whether all residuals are within the tolerance, or within rounding of the largest eigenvalue; bool[]."""
+    """Whether all residuals are within the tolerance, or within rounding of the largest eigenvalue, and `missed` is at most
+    2 %; bool[]."""
     known: Known
 
     def __repr__(self) -> str:
@@ -53,7 +63,9 @@ class Pairs(NamedTuple):
             return "Pairs(traced)"
         found = ", ".join(f"{v:.6g} ± {e:.1g}" for v, e in zip(self.values, self.residuals, strict=True))
         rest = "" if self.converged else ", not converged"
-        return f"Pairs({found}; {int(self.products)} products{rest})"
+        return (
+            f"Pairs({found}; {int(self.products)} products, chance of a missed one <= {float(self.missed):.1g}{rest})"
+        )
 
 
 class _Space(NamedTuple):
@@ -67,16 +79,21 @@ class _Space(NamedTuple):
     """basis · A · basisᵀ, the upper triangle. float[most, most]"""
     key: Any
     pairs: Any
-    """(values, coefficients, residuals) of the wanted end."""
+    """Those of the wanted end."""
     next: Any
     """The direction in which it grows; float[n]."""
+    proof: Any
     done: Any
 
 
-def unknown(k: int, n: int, dtype: Any) -> Known:
-    """Make what is known of a matrix before the first search for k pairs."""
-    m = min(k + KEPT, n)
-    return Known(jnp.zeros(m, dtype), jnp.zeros((m, n), dtype), jnp.int32(0))
+def unknown(start: jax.Array) -> Known:
+    """Make what is known of a matrix before the first search, from standard normal vectors; start: float[k, n].
+
+    A single one also serves as the g of `proof`.
+    """
+    k, n = start.shape
+    m, zero = min(k + KEPT, n), jnp.zeros_like(start[0])
+    return Known(zero[:m], jnp.zeros((m, n), start.dtype), start[0] if k == 1 else zero, zero)
 
 
 def eigenpairs(
@@ -84,22 +101,24 @@ def eigenpairs(
 ) -> Pairs:
     """Find k eigenvalues at the top of the spectrum (sign 1) or at its bottom (-1); start: float[p, n].
 
-    `options` are (most products, tolerance relative to each value, sign); `known` may be `unknown`. Two products at least are
-    spent beyond the start: where the first is enough, the second looks at one of the known vectors in turn, whose
-    eigenvalue may have passed the wanted ones. A start vector that is zero or not finite, or lies in the space already, is
-    replaced by a random one, and so is the next direction where there is none or the space is invariant.
-    Source: Davidson 1975. Its arguments are those of one search.
+    `options` are (most products, tolerance relative to each value, sign); `known` may be `unknown`. A start vector that is
+    zero or not finite, or lies in the space already, is replaced by a random one, and so is the next direction where there is
+    none or the space is invariant. Source: Davidson 1975. Its arguments are those of one search.
     """
     most, tolerance, sign = options
     p, n = start.shape
     p = min(p, n)
     most = max(min(most, n), p, k)
-    least = min(max(k, p) + 2, most)
     dtype = start.dtype
     eps = max(float(jnp.finfo(dtype).eps), products.rounding(matvec, start[0]))
     start = jnp.where(jnp.all(jnp.isfinite(start), axis=1, keepdims=True), start, 0)
-    finite = jnp.all(jnp.isfinite(known.vectors)) & jnp.all(jnp.isfinite(known.values))
-    old_values, old = (jnp.where(finite, a, 0).astype(dtype) for a in (sign * known.values, known.vectors))
+    key, draw = jax.random.split(key)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in known]))
+    old_values, old, probe, solution = (
+        jnp.where(finite, a, 0).astype(dtype) for a in (sign * known.values, known.vectors, known.probe, known.solution)
+    )
+    probe = jnp.where(jnp.any(probe != 0), probe, jax.random.normal(draw, (n,), dtype))
+    zero = mapped.varying(jnp.zeros((), dtype), like=start)
 
     def fresh(basis, w, key):
         """Make w orthogonal to the basis: (what is left as a unit vector, key)."""
@@ -110,7 +129,7 @@ def eigenpairs(
             w = w / tree.divisor(jnp.max(jnp.abs(w)))
             before, left = tree.length(w), []
             for _ in range(2):
-                w = w - _dot(basis.T, _dot(basis, w))
+                w = w - dot(basis.T, dot(basis, w))
                 left.append(tree.length(w))
                 w = w / tree.divisor(left[-1])
             return w, (left[0] > 10 * jnp.finfo(dtype).eps * before) & (left[1] > 0.5)
@@ -127,53 +146,64 @@ def eigenpairs(
         used = jnp.arange(most) < space.count
         # In units of the largest number: a matrix of any scale has its own digits, beside the rows that are not used.
         peak = tree.divisor(jnp.max(jnp.abs(space.matrix)))
-        square = _symmetric(sign * space.matrix / peak)
+        square = symmetric(sign * space.matrix / peak)
         far = 4 * jnp.sum(jnp.abs(square)) + 1
         values, coefficients = jnp.linalg.eigh(square - jnp.diag(jnp.where(used, 0, far)), symmetrize_input=False)
         values, coefficients = values[::-1] * peak, coefficients[:, ::-1]
         rounding = 4 * eps * jnp.max(jnp.where(used, jnp.abs(values), 0))
         values, coefficients = values[:k], jnp.where(used[:, None], coefficients[:, :k], 0)
-        left = sign * _dot(coefficients.T, space.images) - values[:, None] * _dot(coefficients.T, space.basis)
+        left = sign * dot(coefficients.T, space.images) - values[:, None] * dot(coefficients.T, space.basis)
         residuals = jnp.maximum(tree.length(left, 1), rounding)
         bounds = jnp.maximum(tolerance * jnp.abs(values), rounding)
         good = jnp.all(residuals <= bounds) & (space.count >= max(k, p))
         worst = jnp.argmax(jnp.where(jnp.arange(k) < space.count, residuals / bounds, 0))
-        follow = _corrected(left[worst], values[worst], old_values, old)
-        other = (k + known.turn % KEPT) % len(old)
-        follow = jnp.where(good, jax.lax.dynamic_index_in_dim(old, other, keepdims=False), follow)
+        pairs = proofs.Pairs(values, coefficients, residuals, bounds)
+
+        def improve():
+            return space.proof._replace(missed=zero + 1), _corrected(left[worst], values[worst], old_values, old)
+
+        def prove():
+            parts = space.count, space.basis, space.images, symmetric(space.matrix)
+            after, rest = proofs.judged(space.proof, parts, pairs, sign, eps, jax.random.fold_in(space.key, 1))
+            return after, jnp.where(space.proof.warm & (space.proof.rounds == 0), solution, rest)
+
+        proof, follow = jax.lax.cond(good, prove, improve)
         follow = jnp.where(space.count < p, start[jnp.minimum(space.count, p - 1)], follow)
         # The whole space leaves rounding alone, if the matrix is symmetric.
         complete = (space.count >= n) & jnp.all(residuals <= jnp.maximum(bounds, 30 * rounding))
-        done = (good & (space.count >= least)) | complete
-        return space._replace(pairs=(values, coefficients, residuals), next=follow, done=done)
+        proof = proof._replace(missed=jnp.where(complete, 0, proof.missed))
+        return space._replace(pairs=pairs, next=follow, proof=proof, done=complete | (good & proofs.accepted(proof)))
 
     def grow(space):
         j = space.count
-        unit, key = fresh(space.basis, space.next, space.key)
-        w = matvec(unit)
-        basis, images = space.basis.at[j].set(unit), space.images.at[j].set(w)
-        matrix = space.matrix.at[:, j].set(_dot(basis, w))
-        return wanted(space._replace(count=j + 1, basis=basis, images=images, matrix=matrix, key=key))
+        direction, key = fresh(space.basis, space.next, space.key)
+        w = matvec(direction)
+        basis, images = space.basis.at[j].set(direction), space.images.at[j].set(w)
+        matrix = space.matrix.at[:, j].set(dot(basis, w))
+        proof = proofs.grown(space.proof, j, direction, w, images)
+        return wanted(space._replace(count=j + 1, basis=basis, images=images, matrix=matrix, key=key, proof=proof))
 
-    zero = mapped.varying(jnp.zeros((), dtype), like=start)
-    nothing = (jnp.zeros(k, dtype) + zero, jnp.zeros((most, k), dtype) + zero, jnp.full(k, jnp.inf) + zero)
     empty = jnp.zeros((most, n), dtype) + zero
+    few, no = jnp.zeros(k, dtype) + zero, mapped.varying(jnp.array(False), like=start)
     space = _Space(
-        mapped.varying(jnp.int32(0), like=start),
-        empty,
-        empty,
-        jnp.zeros((most, most), dtype) + zero,
-        mapped.varying(key, like=start),
-        nothing,
-        start[0],
-        mapped.varying(jnp.array(False), like=start),
+        count=mapped.varying(jnp.int32(0), like=start),
+        basis=empty,
+        images=empty,
+        matrix=jnp.zeros((most, most), dtype) + zero,
+        key=mapped.varying(key, like=start),
+        pairs=proofs.Pairs(few, empty[:, :1] + few, few + jnp.inf, few),
+        next=start[0],
+        proof=proofs.begun(probe + zero, most, k, no | jnp.any(solution != 0)),
+        done=no,
     )
     space = jax.lax.while_loop(lambda s: (s.count < most) & ~s.done & ~jnp.any(jnp.isnan(s.matrix)), grow, space)
-    values, coefficients, residuals = space.pairs
-    found = _merged(space, sign, old_values, old, min(k + KEPT, n))
-    found = Known(sign * found[0], found[1], mapped.varying(known.turn + 1, like=start))
-    vectors = _dot(coefficients.T, space.basis)
-    return Pairs(sign * values, vectors, residuals, space.count, space.done, found)
+    values, coefficients, residuals, _ = space.pairs
+    z = space.proof.solution
+    after = dot(z - dot(coefficients, dot(z, coefficients)), space.basis)  # the next search has the wanted part anew
+    found = Known(*_merged(space, sign, old_values, old, min(k + KEPT, n)), space.proof.probe, after)
+    found = found._replace(values=sign * found.values)
+    vectors = dot(coefficients.T, space.basis)
+    return Pairs(sign * values, vectors, residuals, space.count, space.proof.missed, space.done, found)
 
 
 def _corrected(r: jax.Array, value: jax.Array, old_values: jax.Array, old: jax.Array) -> jax.Array:
@@ -183,37 +213,29 @@ def _corrected(r: jax.Array, value: jax.Array, old_values: jax.Array, old: jax.A
         gap = jnp.minimum(gap, -APART * jnp.abs(value))
         return jnp.where(gap < 0, gap, -1)
 
-    along = _dot(old, r)
-    return _dot(old.T, along / below(old_values - value)) + (r - _dot(old.T, along)) / below(-value)
+    along = dot(old, r)
+    return dot(old.T, along / below(old_values - value)) + (r - dot(old.T, along)) / below(-value)
 
 
 def _merged(space: _Space, sign: int, old_values: jax.Array, old: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Take approximate pairs over the space and what the old vectors have beside it, where A is as B was."""
-    rest = old - _dot(_dot(old, space.basis.T), space.basis)
-    lengths, rotation = jnp.linalg.eigh(_dot(rest, rest.T))
+    rest = old - dot(dot(old, space.basis.T), space.basis)
+    lengths, rotation = jnp.linalg.eigh(dot(rest, rest.T))
     good = lengths > APART
-    rest = _dot((rotation * jnp.where(good, 1 / jnp.sqrt(jnp.where(good, lengths, 1)), 0)).T, rest)
-    among = _dot(rest, old.T)
-    among = _dot(among * old_values, among.T)
-    across = sign * _dot(rest, space.images.T)
-    whole = jnp.block([[sign * _symmetric(space.matrix), across.T], [across, among]])
+    rest = dot((rotation * jnp.where(good, 1 / jnp.sqrt(jnp.where(good, lengths, 1)), 0)).T, rest)
+    among = dot(rest, old.T)
+    among = dot(among * old_values, among.T)
+    across = sign * dot(rest, space.images.T)
+    whole = jnp.block([[sign * symmetric(space.matrix), across.T], [across, among]])
     used = jnp.concatenate([jnp.arange(len(space.basis)) < space.count, good])
     peak = tree.divisor(jnp.max(jnp.abs(whole)))
     whole = jnp.where(used[:, None] & used, whole / peak, 0)
     far = 4 * jnp.sum(jnp.abs(whole)) + 1
     values, coefficients = jnp.linalg.eigh(whole - jnp.diag(jnp.where(used, 0, far)), symmetrize_input=False)
     values, coefficients = values[::-1][:count], coefficients[:, ::-1][:, :count]
-    vectors = _dot(jnp.where(used[:, None], coefficients, 0).T, jnp.concatenate([space.basis, rest]))
+    vectors = dot(jnp.where(used[:, None], coefficients, 0).T, jnp.concatenate([space.basis, rest]))
     missing = count - len(values)
     return (
         jnp.pad(jnp.where(values > -far / 2, values * peak, 0), (0, missing)),
         jnp.pad(vectors, ((0, missing), (0, 0))),
     )
-
-
-def _symmetric(upper: jax.Array) -> jax.Array:
-    return jnp.triu(upper) + jnp.triu(upper, 1).T
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision="highest")

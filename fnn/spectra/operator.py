@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import check, compiled, tree
+from fnn import check, compiled, mapped, tree
 from fnn.spectra import krylov, parts
 from fnn.spectra.density import Density, density, quadrature
 from fnn.spectra.krylov import Pairs
@@ -44,8 +44,8 @@ class Operator:
     `shard_map(check_vma=True)`, and with a sharded batch or sharded parameters. Numbers are in the dtype of the parameters,
     at least float32; a product runs in the dtypes of the loss. In float32 a product is within 2e-6 of float64's, relative to
     its norm (measured: 2e-7 on small nets), and an eigenvalue likewise; in bfloat16 expect percents: residuals say so. A
-    product takes about as long as a gradient or two, and the memory of its intermediate values; eigenvalues keep
-    2 `max_products` vectors besides.
+    product takes about as long as a gradient or two, and about twice a gradient's memory; eigenvalues keep some
+    2 `max_products` + 30 vectors besides.
     """
 
     who: str
@@ -98,14 +98,16 @@ class Operator:
     ) -> Pairs:
         """Find k eigenvalues at the "top" (largest first) or "bottom" (smallest first) of the spectrum, with residuals.
 
-        Lanczos with full reorthogonalisation grows until each residual |A v - λ v| is within `tolerance` of |λ|, for at
-        most `max_products` products (default 40 + 10k); it warns where that was not enough, and says `converged=False`.
-        An eigenvalue lies within the residual of each value, surely. That it is the largest is as sure as with any Krylov
-        method: one whose eigenvector is orthogonal to the start is not seen. Eigenvalues are seen up to k times each.
+        Lanczos with full reorthogonalisation grows until each residual |A v - λ v| is within `tolerance` of |λ|: an eigenvalue
+        lies within the residual of each value, surely. That none is larger is known from a random vector: `missed` is the
+        chance that more than k eigenvalues lie beyond the last value by more than `tolerance`, at most. It is brought
+        to 2 % or less (see `proof`). Where `max_products` (default 40 + 10k) do not suffice for both it warns, and says
+        `converged=False`. Eigenvalues are seen up to k times each.
 
-        `start`, the result of a similar matrix (of the last step), starts from its vectors, and uses what it knew of
-        KEPT = 7 more for directions to search in: about k + 2 products then suffice. At the edge of stability, where
-        several eigenvalues lie together, the largest may be missed by a few percent when the eigenvectors turn fast.
+        `start`, the result of a similar matrix (of the last step), starts from its vectors, and from what proved that none is
+        larger. Where eigenvectors have turned little, k + 2 products suffice; where they have turned much, or another
+        eigenvalue has passed the wanted ones, it takes as many as it needs: never more than a few beyond a search from
+        nothing.
         `key` draws the first vectors (default `jax.random.key(0)`). `eigenvector(pairs, i)` is a tree like params.
         Source: Parlett 1980, theorem 4.5.1 for the residual; Davidson 1975 with `start`.
         Its six options are all about one search. Errors: ValueError for k beyond the matrix.
@@ -123,7 +125,7 @@ class Operator:
         draw, go = jax.random.split(_key(self.who, key))
         if start is None:
             vectors = jax.random.normal(draw, (k, self.size), dtype)
-            known = krylov.unknown(k, self.size, dtype)
+            known = krylov.unknown(vectors)
         elif start.vectors.shape[-1] != self.size:
             raise ValueError(
                 f"{self.who}: start must be pairs of a matrix of this size, got vectors of {start.vectors.shape[-1]} numbers "
@@ -133,10 +135,10 @@ class Operator:
             vectors, known = jnp.asarray(start.vectors, dtype), start.known
         found = self._run(_eigenpairs, (k, (most, tolerance, 1 if end == "top" else -1)), (vectors, known, go))
         if not compiled.traced(found) and not np.all(found.converged):
-            what = "the matrix has NaN" if np.any(np.isnan(found.values)) else f"{int(found.products)} products"
+            what = "the matrix has NaN" if np.any(np.isnan(found.values)) else f"{np.max(found.products)} products"
             warnings.warn(
-                f"{self.who}: the eigenvalues are not known to {tolerance:g}, after {what}; see their residuals, or allow more: "
-                "max_products=",
+                f"{self.who}: the eigenvalues are not known to {tolerance:g}, after {what}; see their `residuals` and the chance "
+                "that one was `missed`, or allow more: max_products=",
                 stacklevel=2,
             )
         return found
@@ -187,6 +189,12 @@ class Operator:
 
         return density(self.who, probe, _key(self.who, key), (error, max_probes, width))
 
+    def _matvec(self, arrays: Any) -> Callable[[jax.Array], jax.Array]:
+        """Make `float[n] -> float[n]` of other arrays, inside a program."""
+        return _Matrix(self._multiply, self._statics, self._part).matvec(
+            (arrays, self._params, jnp.asarray(self._blocks), self._scale)
+        )
+
     def _run(self, function: Callable[..., Any], options: tuple[Any, ...], values: Any) -> Any:
         given = (self._arrays, self._params, jnp.asarray(self._blocks), self._scale)
         matrix = _Matrix(self._multiply, self._statics, self._part)
@@ -201,14 +209,18 @@ class _Matrix(NamedTuple):
     part: Part
 
     def matvec(self, given: Any) -> Callable[[jax.Array], jax.Array]:
-        """Make `float[n] -> float[n]`; the loss is linearised here, once."""
+        """Make `float[n] -> float[n]`.
+
+        Each product goes through the loss anew: what a linearised loss keeps for all products is several times what a
+        gradient needs.
+        """
         arrays, params, blocks, scale = given
-        times, part = self.multiply(*self.statics, arrays), self.part
+        part = self.part
         diagonal = None if scale is None else part.flatten(blocks, scale)
 
         def run(v):
-            v = v if diagonal is None else v * diagonal
-            v = part.flatten(blocks, times(part.unflatten(blocks, v, params)))
+            v, own = _together(v if diagonal is None else v * diagonal, arrays)
+            v = part.flatten(blocks, self.multiply(*self.statics, own)(part.unflatten(blocks, v, params)))
             return v if diagonal is None else v * diagonal
 
         return run
@@ -216,6 +228,23 @@ class _Matrix(NamedTuple):
     def kind(self, given: Any) -> tuple[int, Any]:
         """Size and dtype of its vectors."""
         return self.part.size(given[1]), self.part.dtype(given[1])
+
+
+def _together(v: jax.Array, arrays: Any) -> tuple[jax.Array, Any]:
+    """Tie arrays to v, so that XLA does not take what they alone determine out of a loop over v, and hold all of it.
+
+    Those that vary over devices where v does not are left alone, or v would too.
+    """
+    leaves, treedef = jax.tree.flatten(arrays)
+    tied = [
+        i
+        for i, leaf in enumerate(leaves)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and not mapped.over(leaf) - mapped.over(v)
+    ]
+    v, found = jax.lax.optimization_barrier((v, [leaves[i] for i in tied]))
+    for i, leaf in zip(tied, found, strict=True):
+        leaves[i] = leaf
+    return v, treedef.unflatten(leaves)
 
 
 def _product(matrix: _Matrix, given: Any, v: Any) -> Any:

@@ -2,8 +2,8 @@
 
 For a loss ½ xᵀHx, an optimiser with one moment m is a linear map of (x, m): U = Q g + P m + d x, m' = C g + β m, with
 diagonal Q, P, C. It oscillates, and grows, where an eigenvalue passes -1, which is at
-lambda_max(E½ H E½) = (2 + d)(1 + β), E = P C - (1 + β) Q. The numbers are the derivatives of `optimizer.update`, taken
-with the second moment held as it stands; so rates, schedules, decays and epsilons are those that the optimiser has.
+lambda_max(E½ H E½) = (2 + d)(1 + β), E = P C - (1 + β) Q. The numbers are what `optimizer.update` makes of small numbers,
+beside the second moment as it stands; so rates, schedules, decays and epsilons are those that the optimiser has.
 """
 
 from typing import Any, NamedTuple
@@ -50,12 +50,19 @@ def respond(who: str, optimizer: Any, state: Any, params: Any) -> Response:
     flat = {name: np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)]) for name, tree in numbers.items()}
     beta, decay = flat["moment of moment"], flat["update of params"]
     effective = flat["effective"]
+    if second:
+        nu = [np.ravel(a) for a in jax.tree.leaves(jax.device_get(optax.tree_utils.tree_get(state, "nu")))]
+        if not np.all(np.isfinite(effective[np.concatenate(nu) == 0])):
+            raise ValueError(
+                f"{who}: a second moment of zero needs an epsilon, got one without, where the optimiser divides by zero; give "
+                "it an eps, or leave out parameters that have no gradient"
+            )
     same = np.allclose(flat["update of signs"], flat["update of gradient"] * flat["signs"], rtol=1e-3, atol=0)
     coupled = flat["update of moment"] * flat["moment of gradient"]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = coupled / flat["update of gradient"]
     if (
-        not (np.all(np.isfinite(effective)) and np.all(effective > 0) and same)
+        not (np.all(np.isfinite([effective, flat["rate"]])) and np.all(effective > 0) and same)
         or np.ptp(beta) > 1e-3
         or np.ptp(decay) > 0.01
         or np.ptp(ratio) > 1e-3 * (1 + np.max(np.abs(ratio)))
@@ -114,12 +121,19 @@ def _classes(state: Any) -> list[str]:
 
 
 def _probe(optimizer: Any, first: str, second: bool, state: Any, params: Any) -> dict[str, Any]:
-    """Differentiate an update at gradient, first moment and parameters of zero, with the second moment as it stands."""
+    """Read an update's linear parts in gradient, first moment and parameters, with the second moment as it stands.
+
+    A derivative at zero is 0 · inf where a second moment is tiny: small numbers, which leave it alone, say the same.
+    """
     zeros = jax.tree.map(jnp.zeros_like, params)
     ones = jax.tree.map(jnp.ones_like, params)
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    signs = treedef.unflatten(jax.random.rademacher(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True))
+    # Of both signs and unequal size: neither signs of gradients nor normalised ones pass for multiples of them.
+    signs = treedef.unflatten(
+        jax.random.rademacher(k, a.shape, a.dtype) * jnp.linspace(0.5, 2, a.size, dtype=a.dtype).reshape(a.shape)
+        for k, a in zip(keys, leaves, strict=True)
+    )
 
     def moment(state, name):
         return optax.tree_utils.tree_get(state, name)
@@ -131,16 +145,18 @@ def _probe(optimizer: Any, first: str, second: bool, state: Any, params: Any) ->
         new = optimizer.update(zeros, put(state, nu=ones), params)[1]
         return jnp.ravel(jax.tree.leaves(moment(new, "nu"))[0])[0]
 
-    def derivatives(nu, signs):
+    def linear(nu=None, small=None):
         ready = state if nu is None else _set_back(put(state, nu=nu))
 
         def update(g, m, x):
-            given = put(ready, **{first: m}) if first else ready
-            updates, new = optimizer.update(g, given, x)
+            updates, new = optimizer.update(g, put(ready, **{first: m}) if first else ready, x)
             return updates, moment(new, first) if first else zeros
 
-        def along(*tangents):
-            return jax.jvp(update, (zeros, zeros, zeros), tangents)[1]
+        def along(*directions):
+            if small is None:
+                return jax.jvp(update, (zeros, zeros, zeros), directions)[1]
+            given = (jax.tree.map(jnp.multiply, a, small) for a in directions)
+            return tuple(jax.tree.map(jnp.divide, a, small) for a in update(*given))
 
         (q, c), (p, beta), (d, _) = along(ones, zeros, zeros), along(zeros, ones, zeros), along(zeros, zeros, ones)
         beta, p, c = (beta, p, c) if first else (zeros, zeros, zeros)
@@ -150,19 +166,25 @@ def _probe(optimizer: Any, first: str, second: bool, state: Any, params: Any) ->
         return found | {"update of signs": along(signs, zeros, zeros)[0]}
 
     if not second:
-        found = derivatives(None, signs)
+        found = linear()
         return found | {"rate": found["effective"]}
     decay = decayed()
-    # The update multiplies the second moment by its decay before it uses it. Zeros have no derivative of a root.
-    nu = jax.tree.map(lambda a: jnp.maximum(a, 1e-30) / decay, moment(state, "nu"))
-    found = derivatives(nu, signs)
-    large = derivatives(jax.tree.map(lambda a: jnp.full_like(a, LARGE) / decay, nu), signs)["effective"]
+    # The update multiplies the second moment by its decay before it uses it.
+    nu = jax.tree.map(lambda a: a / decay, moment(state, "nu"))
+    found = linear(nu, jax.tree.map(_small, moment(state, "nu")))
+    large = linear(jax.tree.map(lambda a: jnp.full_like(a, LARGE) / decay, nu))["effective"]
     counts = _count(state)
     correction = 1.0 if counts is None else 1 - decay**counts
     momentum = found["moment of moment"]
     early = jax.tree.map(lambda b: 1.0 if counts is None else 1 - b**counts, momentum)
     rate = jax.tree.map(lambda e, b: e * jnp.sqrt(LARGE / correction) * b, large, early)
     return found | {"rate": rate}
+
+
+def _small(nu: jax.Array) -> jax.Array:
+    """Choose numbers h whose square is lost beside nu, and is 0 where nu is 0."""
+    tiny = float(jnp.finfo(nu.dtype).tiny)
+    return jnp.maximum(jnp.minimum(1e-4 * jnp.sqrt(nu), 1e-12), max(1e-8 * tiny**0.5, 4 * tiny)).astype(nu.dtype)
 
 
 def _is_second(node: Any) -> bool:
