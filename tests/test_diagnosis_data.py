@@ -78,6 +78,9 @@ def test_codes_for_missing_values_are_found_and_replaced(share):
     assert tame is data_changes.tamed and not data_symptoms.input_symptoms(after)
     far = np.asarray(coded.x) == -999
     np.testing.assert_array_equal(np.asarray(after.x), np.where(far, median, coded.x).astype("f4"))
+    scope = {"np": np, "x_train": holes[0].x, "x": holes[0].x}
+    exec(change.code, scope)  # the printed remedy does what was tried
+    np.testing.assert_array_equal(scope["x"], after.x)
     assert (np.asarray(after.chooses.x) > -900).all() and 0.5 * share < far.mean() < 2 * share
 
 

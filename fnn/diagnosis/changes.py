@@ -78,9 +78,9 @@ def _of_data(case: Case) -> list[Change]:
             )
         )
         x = np.asarray(case.x, np.float64).reshape(len(case.x), -1)
-        if np.isfinite(x).all() and outlying(x, x).any():
-            code = "x = np.where(np.abs(x - median) > 20 * iqr, median, x)  # of the training data, by feature"
-            found.append(Change("replace far-out x by medians", ("input_scale",), _data(tamed), code))
+        if np.isfinite(x).all() and (far := outlying(x, x)).any():
+            change = Change("replace far-out x by medians", ("input_scale",), _data(tamed), _without_codes(x, far))
+            found.append(change)
         if not all(np.isfinite(np.asarray(part.x)).all() for part in (case.train, case.chooses, case.checks)):
             found.append(
                 Change(
@@ -138,6 +138,18 @@ def _of_data(case: Case) -> list[Change]:
             )
         )
     return found
+
+
+def _without_codes(x: np.ndarray, far: np.ndarray) -> str:
+    """Write what takes the marked numbers out: by one bound, where the nearest of them is farther than all others."""
+    away = np.abs(x - np.median(x, axis=0))
+    nearest, others = float(away[far].min()), float(away[~far].max())
+    if nearest <= others:
+        return (
+            "# some numbers, far from all others of their feature, are codes or errors: put the feature's median there"
+        )
+    bound = (nearest * max(others, nearest / 100)) ** 0.5
+    return f"median = np.median(x_train, axis=0); x = np.where(np.abs(x - median) > {bound:.3g}, median, x)"
 
 
 def _of_weights(case: Case) -> list[Change]:

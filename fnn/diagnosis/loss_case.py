@@ -127,8 +127,8 @@ def _fitted(case: Any, leaves: list[Any], structure: Any, batch: Any) -> float:
         return found[-1], np.concatenate([slope[i].ravel() for i in free])
 
     start = np.concatenate([np.asarray(leaves[i], np.float64).ravel() for i in free])
-    with np.errstate(all="ignore"):  # a loss that is not finite ends the search
-        minimize(both, start, jac=True, method="L-BFGS-B", options={"maxiter": 100})
+    with np.errstate(all="ignore"):  # a loss that is not finite ends the search; each evaluation costs a gradient
+        minimize(both, start, jac=True, method="L-BFGS-B", options={"maxfun": 30})
     return min((v for v in found if np.isfinite(v)), default=np.nan)
 
 

@@ -110,7 +110,7 @@ def _bad(case: Case, plan: Plan, params: Any, batch: Any, state: Any) -> str:
     model = case.model(plan)
     try:
         found = first_bad(lambda params: model.objective(params, state, batch, jax.random.key(0))[0], params)
-    except (Unreadable, TypeError, ValueError):
+    except (Unreadable, TypeError, ValueError, NotImplementedError):
         return ""
     if found is None:
         return ""

@@ -106,8 +106,8 @@ class Operator:
 
         `start`, the result of a similar matrix (of the last step), starts from its vectors, and from what proved that none is
         larger. Where eigenvectors have turned little, k + 2 products suffice; where they have turned much, or another
-        eigenvalue has passed the wanted ones, it takes as many as it needs: never more than a few beyond a search from
-        nothing.
+        eigenvalue has passed the wanted ones, it takes as many as it needs, and may take more than a search from
+        nothing: 30 against 19 on a net of 217,000 parameters, whose largest eigenvectors overlapped by 0.73.
         `key` draws the first vectors (default `jax.random.key(0)`). `eigenvector(pairs, i)` is a tree like params.
         Source: Parlett 1980, theorem 4.5.1 for the residual; Davidson 1975 with `start`.
         Its six options are all about one search. Errors: ValueError for k beyond the matrix.
