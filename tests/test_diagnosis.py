@@ -15,7 +15,7 @@ import fnn
 from fnn.datasets.dataset import Dataset
 from fnn.diagnosis import changes, data_symptoms, report, start, symptoms, trial, verdict
 from fnn.diagnosis.case import Plan
-from fnn.diagnosis.causes import Evidence
+from fnn.diagnosis.causes import Evidence, shown
 from fnn.diagnosis.loss_case import loss_case_of
 from fnn.diagnosis.task import Task, task_of
 from fnn.diagnosis.weights import gains, redrawn
@@ -47,7 +47,21 @@ def test_r2_at_any_scale():
     for scale in (1.0, 1e-25, 1e25):
         got = Task("regression")(jnp.asarray(outputs * scale, jnp.float32), jnp.asarray(y * scale, jnp.float32))
         np.testing.assert_allclose(got, want, rtol=1e-4)
+    scales = jnp.array([1e-20, 1e20], jnp.float32)
+    got = Task("regression")(jnp.asarray(outputs, jnp.float32) * scales, jnp.asarray(y, jnp.float32) * scales)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
     assert Task("regression")(jnp.full((60, 2), jnp.nan), jnp.asarray(y)) == -1
+
+
+def test_r2_leaves_out_a_target_that_is_the_same_for_all():
+    y = np.float32(RNG.normal(size=(60, 2)) * [1, 0] + [0, 0.1])
+    outputs = y + np.float32(0.3 * RNG.normal(size=y.shape))
+    want = np.mean(1 - ((outputs - y) ** 2).mean(0)[0] / y.var(0)[0])
+    np.testing.assert_allclose(Task("regression")(jnp.asarray(outputs), jnp.asarray(y)), want, rtol=1e-4)
+
+
+def test_scores_at_their_end_are_not_written_as_numbers():
+    assert [shown(s) for s in (-1.0, -0.994, 0.5)] == ["≤-1.00", "-0.99", "0.50"]
 
 
 def probability_loss(outputs, y):

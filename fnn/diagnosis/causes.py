@@ -85,3 +85,8 @@ class Cause:
     @property
     def meaning(self) -> str:
         return CAUSES[self.name]
+
+
+def shown(score: float) -> str:
+    """Write a score; those of R² and of losses end at -1, below which no difference says anything."""
+    return "≤-1.00" if score <= -1 else f"{score:.2f}"

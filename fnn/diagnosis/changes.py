@@ -207,7 +207,7 @@ def _of_rate(case: Case) -> list[Change]:
         "Adam, rate 1e-3",
         ("optimizer", "regularization"),
         _with(optimizer=_adam),
-        "optimizer = optax.adam(1e-3)",
+        "optimizer = optax.adam(1e-3)  # its own β and ε, no weight decay",
         own_program=True,
     )
     return [*found, adam]

@@ -11,7 +11,7 @@ import numpy as np
 from fnn.arrays import first_line
 from fnn.diagnosis import data_symptoms, start, symptoms
 from fnn.diagnosis.case import Case, Plan
-from fnn.diagnosis.causes import STAGE, WEAK, Evidence
+from fnn.diagnosis.causes import STAGE, WEAK, Evidence, shown
 from fnn.diagnosis.changes import Change, changes, unreached
 from fnn.diagnosis.trial import Outcome, Runner
 
@@ -112,7 +112,7 @@ class Inquiry:
         self.tried[change.name] = done
         self.skipped.pop(change.name, None)
         what = "as it is" if change is NOTHING else change.name
-        self.tell(f"{what}: {self.case.task.score} {' '.join(f'{s:.2f}' for s in done.scores)}")
+        self.tell(f"{what}: {self.case.task.score} {' '.join(map(shown, done.scores))}")
         return done
 
     def costs(self, change: Change, plan: Plan) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fnn.diagnosis.case import Case, Plan
-from fnn.diagnosis.causes import Cause, Evidence, Trial
+from fnn.diagnosis.causes import Cause, Evidence, Trial, shown
 from fnn.diagnosis.changes import changes
 from fnn.diagnosis.inquiry import NOTHING, Inquiry, Tried
 from fnn.diagnosis.start import Start
@@ -96,7 +96,7 @@ class Diagnosis:
         return "\n".join(self._lines())
 
     def _lines(self) -> list[str]:
-        scores = " ".join(f"{s:.2f}" for s in self.base.scores)
+        scores = " ".join(map(shown, self.base.scores))
         word = "HEALTHY" if self.healthy else "DOES NOT TRAIN" if self._low() else "COULD TRAIN BETTER"
         word = word if self.healthy or self.causes or self._low() else "UNDECIDED"
         lines = [
@@ -135,14 +135,12 @@ class Diagnosis:
             lines += _wrapped(f"  measured     {text}", [], "               ")
         if (repair := cause.repair) is not None:
             low, high = min(self.base.scores), max(self.base.scores)
-            before = f"{low:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
+            before = shown(low) if high - low < 0.005 else f"{shown(low)} to {shown(high)}"
             more = "nothing else changed" if " + " not in repair.change else "both at once"
-            lines.append(
-                f"  intervened   {repair.change}, {more}   {before} → {' '.join(f'{s:.2f}' for s in repair.scores)}"
-            )
+            lines.append(f"  intervened   {repair.change}, {more}   {before} → {' '.join(map(shown, repair.scores))}")
             data = "other held-out data" if self.held_out else "the same data"
             lines.append(
-                f"  checked      {len(repair.checked)} fresh seeds, {data}: {' '.join(f'{s:.2f}' for s in repair.checked)}"
+                f"  checked      {len(repair.checked)} fresh seeds, {data}: {' '.join(map(shown, repair.checked))}"
             )
         else:
             lines += _wrapped(f"  not tested   {UNTESTED[cause.name]}", [], "               ")
@@ -153,12 +151,12 @@ class Diagnosis:
         singles = [t for t in self.trials if " + " not in t.change and t.change not in named]
         works = sorted((t for t in singles if t.change in self.working), key=lambda t: -t.mean)
         lines = []
-        if first and (same := [f"{t.change} {t.mean:.2f}" for t in works if t.change in self.others]):
+        if first and (same := [f"{t.change} {shown(t.mean)}" for t in works if t.change in self.others]):
             lines += _wrapped("REMOVES THE CAUSE TOO: ", same)
             works = [t for t in works if t.change not in self.others]
         if works and first:
             said = [
-                f"{t.change} {t.mean:.2f}"
+                f"{t.change} {shown(t.mean)}"
                 + (f" ({self.adds[t.change]:+.2f} on top of the remedy)" if t.change in self.adds else "")
                 for t in works
             ]

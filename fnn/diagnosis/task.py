@@ -51,10 +51,12 @@ class Task:
         if self.kind == "regression":
             outputs, y = outputs.reshape(len(outputs), -1).astype(jnp.float32), y.reshape(len(y), -1)
             middle = jnp.mean(y, axis=0)
-            # Divided by the size of the targets first: their squares may leave float32.
-            size = jnp.maximum(jnp.max(jnp.abs(y - middle)), 1e-30)
+            # Divided by the size of each target first: squares may leave float32.
+            size = jnp.max(jnp.abs(y - middle), axis=0)
+            varies = size > 4 * jnp.finfo(jnp.float32).eps * jnp.max(jnp.abs(y), axis=0)  # else it says nothing
+            size = jnp.where(varies, size, 1)
             left, whole = (jnp.mean(jnp.square((a - y) / size), axis=0) for a in (outputs, middle))
-            r2 = jnp.mean(1 - left / jnp.maximum(whole, 1e-12))
+            r2 = jnp.sum(jnp.where(varies, 1 - left / jnp.where(varies, whole, 1), 0)) / jnp.maximum(1, varies.sum())
             return jnp.where(jnp.isfinite(r2), jnp.clip(r2, -1, 1), -1.0)
         if self.kind == "binary":
             answer = (outputs.reshape(len(outputs)) > self.threshold).astype(jnp.int32)
