@@ -15,7 +15,7 @@ import fnn
 from fnn.datasets.dataset import Dataset
 from fnn.diagnosis import changes, data_symptoms, report, start, symptoms, trial, verdict
 from fnn.diagnosis.case import Plan
-from fnn.diagnosis.causes import Evidence, shown
+from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.loss_case import loss_case_of
 from fnn.diagnosis.task import Task, task_of
 from fnn.diagnosis.weights import gains, redrawn
@@ -58,10 +58,6 @@ def test_r2_leaves_out_a_target_that_is_the_same_for_all():
     outputs = y + np.float32(0.3 * RNG.normal(size=y.shape))
     want = np.mean(1 - ((outputs - y) ** 2).mean(0)[0] / y.var(0)[0])
     np.testing.assert_allclose(Task("regression")(jnp.asarray(outputs), jnp.asarray(y)), want, rtol=1e-4)
-
-
-def test_scores_at_their_end_are_not_written_as_numbers():
-    assert [shown(s) for s in (-1.0, -0.994, 0.5)] == ["≤-1.00", "-0.99", "0.50"]
 
 
 def probability_loss(outputs, y):

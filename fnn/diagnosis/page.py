@@ -61,7 +61,7 @@ def text(d: Any) -> str:
          "choose the repair. Grey: the training as it is. Dashed: chance."),
         (losses(d), "Loss of each step's batch, median over seeds; the band goes from the lowest to the highest seed."),
         (profile(d), "Error signal |dL/dh| of each layer before the first step (first seed)"
-         + ("; dashed: mean-field theory at this depth, through the last hidden layer." if any(len(p.theory) for p in d.profiles.values()) else ".")),
+         + ("; dashed: mean-field theory at this depth and width, through the last hidden layer; shaded: where 19 of 20 seeds lie." if any(p.theory.size for p in d.profiles.values()) else ".")),
     ]  # fmt: skip
     parts += [
         f"<figure>{svg(figure)}<figcaption>{_escape(c)}</figcaption></figure>" for figure, c in captions if figure
@@ -155,8 +155,10 @@ def profile(d: Any) -> Any:
     for i, (name, p) in enumerate(d.profiles.items()):
         layers, colour = np.arange(1, len(p.log10_error) + 1), ("0.35", COLOURS[0])[i]
         axis.plot(layers, p.log10_error, marker=MARKERS[i], markersize=4, color=colour, label=name)
-        if len(p.theory):
-            axis.plot(np.arange(1, len(p.theory) + 1), p.theory, "--", color=colour, linewidth=1)
+        if p.theory.size:
+            typical, low, high = p.theory
+            axis.plot(layers[: len(typical)], typical, "--", color=colour, linewidth=1)
+            axis.fill_between(layers[: len(typical)], low, high, color=colour, alpha=0.15, linewidth=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("layer (1 is next to the input)")
     axis.set_ylabel(r"$\log_{10}$ |dL/dh|")
