@@ -60,6 +60,10 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
         for cause, tried in sorted(((main(inquiry, t), t) for t in working), key=lambda pair: STAGE[pair[0]]):
             if (proved := proof(inquiry, cause, tried)) is not None:
                 return [proved]
+    given = any("positions" in t.change.causes for t in inquiry.tried.values())
+    if not found and ill and inquiry.begun.blind and not given:  # what no change from outside can give
+        code = "# add to the inputs of the first block a vector that differs from position to position"
+        return [Cause("positions", _of(inquiry, "positions"), None, code, 0.0)]
     if not found and ill and inquiry.begun.bad:  # no training begins with such a gradient, so that none is a proof
         return [Cause("numerics", _of(inquiry, "numerics"), None, f"# {inquiry.begun.bad}", 0.0)]
     return found
