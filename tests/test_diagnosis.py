@@ -240,8 +240,15 @@ def test_a_net_that_knows_less_than_neighbours_is_not_healthy():
     near = np.argsort(((held[:, None] - x[None, :1000]) ** 2).sum(-1), axis=1)[:, :5]
     want = np.mean([(y[:1000][near] == of_held[:, None])[of_held == c].mean() for c in range(10)])
     assert abs(data_symptoms.within_reach(made) - want) < 0.03
-    for scores, want in (((0.9, 0.92), False), ((0.6, 0.62), True)):
-        inquiry = SimpleNamespace(case=made, base=SimpleNamespace(scores=scores))
+    good, lost = np.ones((2, 5)), np.array([[1.0, 1, 1, 1, 1], [1, 1, 1, np.nan, np.nan]])
+    for scores, losses, unread, want in (
+        ((0.9, 0.92), good, [], False),
+        ((0.6, 0.62), good, [], True),
+        ((0.9, 0.92), lost, [], True),
+        ((0.9, 0.92), good, [3], True),
+    ):
+        base = SimpleNamespace(scores=scores, outcome=SimpleNamespace(losses=losses))
+        inquiry = SimpleNamespace(case=made, base=base, begun=SimpleNamespace(unread=unread))
         assert verdict.sick(inquiry, None) == want
     assert data_symptoms.within_reach(case(test=None)) == -np.inf
 
@@ -285,7 +292,7 @@ def test_refusals():
 
 def test_units_that_die_in_the_run_and_attention_that_sees_one_key():
     made = case()
-    quiet = start.Start({"input_dead": np.array([0.0, 0.1, 0.2])}, ["a", "b", "c"], [], [], np.zeros(0), 1.0, False, False,
+    quiet = start.Start({"input_dead": np.array([0.0, 0.1, 0.2])}, ["a", "b", "c"], [], [], np.zeros(0), 1.0, False, False, [],
                         {"a": -1.0}, 1e-7, 0.0, "", (3.0, 1.7))  # fmt: skip
     dead = dataclasses.replace(quiet, layers={"input_dead": np.array([0.9, 0.1, 0.95])})
     assert not symptoms.middle_symptoms(made, quiet, quiet) and not symptoms.middle_symptoms(made, dead, dead)

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import fnn
@@ -11,6 +12,7 @@ from fnn.gradients import swap, wide
 
 X = jax.random.normal(jax.random.key(0), (8, 5))
 Y = jnp.arange(8) % 3
+RNG = np.random.default_rng(0)
 NAMES = ("sigmoid", "tanh", "relu", "gelu", "gelu_tanh", "silu", "elu", "selu", "softplus", "leaky_relu")
 
 
@@ -174,3 +176,34 @@ def test_a_program_in_float32_already_stays_as_it_is():
     loss, params = loss_of("relu")
     got, want = (jax.value_and_grad(f)(params, (X, Y)) for f in (wide.in_float32(loss), loss))
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def bce(z, y):
+    return jnp.maximum(z, 0) - z * y + jnp.log1p(jnp.exp(-jnp.abs(z)))
+
+
+@pytest.mark.parametrize(
+    "of_outputs, role",
+    [
+        (lambda z, y: optax.sigmoid_binary_cross_entropy(z, y), None),
+        (lambda z, y: jax.nn.softplus(z) - y * z, None),
+        (lambda z, y: jax.nn.softplus((1 - 2 * y) * z), None),
+        (bce, None),
+        (lambda z, y: optax.sigmoid_focal_loss(z, y), None),
+        (lambda z, y: (jax.nn.softplus(z) - y) ** 2, "softplus"),
+        (
+            lambda z, y: -(y * jnp.log(jax.nn.sigmoid(z) + 1e-6) + (1 - y) * jnp.log(1 - jax.nn.sigmoid(z) + 1e-6)),
+            "sigmoid",
+        ),
+        (lambda z, y: bce(jax.nn.relu(z), y), "relu"),
+    ],
+)
+def test_what_a_loss_computes_with_outputs_is_no_last_activation(of_outputs, role):
+    params = {"a": RNG.normal(size=(5, 4)), "b": RNG.normal(size=(4, 2))}
+
+    def loss(p, batch):
+        return jnp.mean(of_outputs(jax.nn.relu(batch[0] @ p["a"]) @ p["b"], batch[1]))
+
+    found, _ = swap.listed(loss, params, (X, RNG.uniform(size=(8, 2))))
+    assert {a.name for a in found if a.role == "last"} == ({role} if role else set())
+    assert {a.name for a in found if a.role == "hidden"} == {"relu"}

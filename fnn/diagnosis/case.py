@@ -14,7 +14,7 @@ from fnn import admission, check, measures
 from fnn.core import Layer, output_spec
 from fnn.datasets.dataset import Dataset, generator, in_memory
 from fnn.diagnosis.task import Task, task_of
-from fnn.diagnosis.weights import count, is_narrow
+from fnn.diagnosis.weights import count, is_narrow, keepers
 from fnn.gradients.operations import Unreadable
 from fnn.gradients.swap import listed, swapped
 from fnn.gradients.wide import in_float32, narrowest
@@ -40,6 +40,8 @@ class Plan:
     clip: float = float("inf")
     gain: float | None = None
     """Redraw: kernels from N(0, gain²/fan_in), the last one from N(0, 1/fan_in), biases 0."""
+    keep: float | None = None
+    """Set the biases of the gates with which recurrent cells keep their content."""
     data: tuple[Callable[["Case"], "Case"], ...] = ()
     learn: str = "train"
     """Which examples are learnt: "train", "held out" (half of them), "both"."""
@@ -50,6 +52,8 @@ class Plan:
     """Whether parameters of less than 32 bits are trained in float32."""
     float32: bool = False
     """Whether what is computed in less than 32 bits is computed in float32; the parameters are `wide` then."""
+    bare: bool = False
+    """Whether the loss is learnt without its weight penalties."""
     swap: tuple[tuple[str, str], ...] = ()
     """Of a net without knobs: which activations of its program are replaced, ("hidden" or "last", by what)."""
 
@@ -99,6 +103,10 @@ class Case:
     """The float type of less than 32 bits in which the net or the loss computes, if any."""
     kernels: int = 1
     """How many weight matrices there are, those of a stack one by one."""
+    gated: bool = False
+    """Whether there are recurrent cells with gates; see `weights.keepers`."""
+    penalized: bool = False
+    """Whether the loss has terms of the parameters alone."""
     fixed: bool = False
     """Whether the optimiser is a transformation, whose settings cannot be varied."""
 
@@ -229,7 +237,7 @@ def case_of(
     seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
     return Case(
         build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
-        int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, count(params), isinstance(optimizer, optax.GradientTransformation),
+        int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, count(params), bool(keepers(params)), False, isinstance(optimizer, optax.GradientTransformation),
     )  # fmt: skip
 
 

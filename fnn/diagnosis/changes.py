@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
@@ -172,6 +173,11 @@ def _of_weights(case: Case) -> list[Change]:
         small = case.gain(Plan(), case.kernels)
         name = "redraw weights, small enough for residual sums"
         found.append(Change(name, ("init_large",), _with(gain=small), _initialised(small)))
+    if case.gated and "forget_bias" not in case.knobs:
+        steps = np.shape(jax.tree.leaves(case.train.x)[0])[1:2]
+        bias = float(np.round(max(REMEMBERS, np.log(max(1, *steps))), 1))
+        code = f"forget_bias={bias}  # the initial bias of the gate that keeps: f of an LSTM, z of a GRU"
+        found.append(Change(f"gates that keep, bias {bias}", ("memory",), _with(keep=bias), code))
     return [*found, *([all_wide] if case.computes else [])]
 
 
@@ -281,6 +287,9 @@ def _of_program(case: Case) -> list[Change]:
                 add(f"activation {other}", "activation", f"jax.nn.{other}  # instead of {name}", "hidden", other)
     if (name := case.seen.get("head")) is not None:
         add("no head", "head", f"# leave out the {name} behind the last layer", "last", "identity")
+    if case.penalized:
+        code = "# leave out the penalty, the term of the loss that depends on the parameters alone, or make it smaller"
+        found.append(Change("no weight penalty", ("regularization",), _with(bare=True), code, True))
     if case.seen.get("stop"):
         add("no stop_gradient", "blocked_gradient", "# leave out jax.lax.stop_gradient", "stop", "identity")
     return found

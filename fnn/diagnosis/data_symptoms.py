@@ -169,10 +169,11 @@ def _near(x: np.ndarray, others: np.ndarray, same: bool = False) -> np.ndarray:
 def within_reach(case: Case) -> float:
     """Give a score that a trained net should reach, since the nearest training examples do: -inf where they cannot be asked.
 
-    It is the share of neighbours with the right label, averaged over the classes, or R² of their mean.
+    It is the share of neighbours with the right label, averaged over the classes, or R² of their mean. A user's score of
+    labels is taken for an accuracy.
     """
     parts = _compared(case)
-    if not parts or case.task.name:  # a score of another kind
+    if not parts or (case.task.name and not (case.task.kind == "classes" and case.task.chance > 0)):  # of another kind
         return -np.inf
     x, y, held, of_held = parts
     if np.issubdtype(y.dtype, np.integer):

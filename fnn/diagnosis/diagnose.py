@@ -87,11 +87,11 @@ def diagnose_loss(
     From outside these are varied: inputs and targets (standardised), order, weights (redrawn to N(0, gain²/fan_in): of an
     array named `weight` outputs come first, of all others last), rate, clipping, steps, and in the traced program the
     activations between layers, those behind the last one, stop_gradient, and float32 for what is computed in bfloat16 or
-    float16. Gates and the loss itself stay as they are.
+    float16; weight penalties in the loss are left out. Gates and the loss itself stay as they are.
     The first seed starts from `params`, others from the same numbers in another order, array by array.
 
     The score is `score(params, batch)`, higher is better, or 1 - loss/guess, where a guess is the lowest loss of a last layer
-    that gives the same outputs for every example: 0 means no better than a guess; of a squared error the score is R². The keywords, and all else, are those of `diagnose`. Errors: TypeError for a loss that is no function, params
+    that gives the same outputs for every example: 0 means no better than a guess; of a squared error the score is R². Weight penalties do not count. The keywords, and all else, are those of `diagnose`. Errors: TypeError for a loss that is no function, params
     that are no floating arrays; ValueError for batches that share no leading axis, or a loss that is not one float.
     """
     check.above_zero("diagnose_loss", budget=budget)

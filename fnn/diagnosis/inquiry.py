@@ -69,6 +69,11 @@ class Inquiry:
     def base(self) -> Tried:
         return self.tried[NOTHING.name]
 
+    def broken(self, trained: bool) -> str:
+        """Say which operation loses the numbers of the training as it is, with its first or its trained parameters; or ""."""
+        losses = self.base.outcome.losses
+        return self.begun.bad or ("" if np.isfinite(losses).all() else start.breaks(self.runner, losses, trained))
+
     def tell(self, text: str) -> None:
         """Print a line of progress."""
         self.say(f"[{self.spent:5.1f} s] {text}")

@@ -13,7 +13,9 @@ from fnn import arrays, check, tree
 from fnn.datasets.dataset import Dataset, generator
 from fnn.diagnosis.case import MOST, Case, Model, Plan, _optimizing, found_in
 from fnn.diagnosis.task import Task
-from fnn.diagnosis.weights import count, is_kernel, is_narrow
+from fnn.diagnosis.weights import count, is_kernel, is_narrow, keepers
+from fnn.gradients.operations import Unreadable
+from fnn.gradients.penalty import penalized, unpenalized
 from fnn.gradients.swap import swapped
 from fnn.gradients.watch import watch
 from fnn.gradients.wide import in_float32, narrowest
@@ -35,7 +37,7 @@ class LossCase(Case):
     final: int | None = None
     """Which array of the parameters is the last layer's kernel."""
     slope: Any = None
-    """Compiled: (parameters, batch) -> loss and its gradient."""
+    """Compiled: (parameters, batch) -> loss without its penalties, and its gradient."""
 
     def model(self, plan: Plan) -> Model:
         def of_batch(params, batch):
@@ -43,8 +45,17 @@ class LossCase(Case):
 
         loss = swapped(of_batch, dict(plan.swap)) if plan.swap else of_batch
         loss = in_float32(loss) if plan.float32 else loss
-        of_user = self.score
-        score = None if of_user is None else lambda params, batch: jnp.asarray(of_user(params, self.join(*batch)))
+        of_user, whole = self.score, loss
+        score = unpenalized(loss) if self.penalized else None  # a penalty is no merit, and leaving it out is none
+        if of_user is not None:
+
+            def judged(params, batch):  # of parameters that are lost it says nothing, whatever number it gives
+                value = jnp.asarray(of_user(params, self.join(*batch)))
+                return jnp.where(jnp.isfinite(whole(params, batch)), value, jnp.nan)
+
+            score = judged
+
+        loss = unpenalized(whole) if plan.bare else whole
 
         def draw(seed):
             if seed == 0:
@@ -96,7 +107,7 @@ def _referred(case: Any) -> Any:
     if case.final is not None:
         leaves[case.final] = jnp.zeros_like(leaves[case.final])
     blank = jax.tree.unflatten(structure, leaves)
-    values = [float(jax.jit(case.loss)(p, case.join(*batch))) for p in (case.params, blank)]
+    values = [float(case.slope(p, case.join(*batch))[0]) for p in (case.params, blank)]
     if case.final is not None:
         values.append(_fitted(case, leaves, structure, batch))
     good = [abs(v) for v in values if np.isfinite(v) and v != 0]
@@ -174,12 +185,24 @@ def loss_case_of(
     kernels = [name for name, a, k in zip(names, jax.tree.leaves(params), depths, strict=True) if is_kernel(name, a, k)]
     forward = [path for _, path in flow.labels.starts if path in kernels]
     final = names.index(forward[-1]) if forward else None
-    case = replace(case, final=final, slope=jax.jit(jax.value_and_grad(loss)))
     seen = found_in(lambda params, batch: loss(params, join(*batch)), params, batch)
+    penalty = _penalized(loss, params, join(*batch))
+    judged = unpenalized(loss) if penalty else loss
+    case = replace(case, final=final, penalized=penalty, slope=jax.jit(jax.value_and_grad(judged)))
     computes = narrowest(lambda params, batch: loss(params, join(*batch)), params, batch)
     fixed = isinstance(optimizer, optax.GradientTransformation)
     narrow, kernels = is_narrow(params), count(params)
-    return _referred(replace(case, seen=seen, narrow=narrow, computes=computes, kernels=kernels, fixed=fixed))
+    gated = bool(keepers(params))
+    return _referred(
+        replace(case, seen=seen, narrow=narrow, computes=computes, kernels=kernels, gated=gated, fixed=fixed)
+    )
+
+
+def _penalized(loss: Any, *args: Any) -> bool:
+    try:
+        return penalized(loss, *args)
+    except Unreadable:
+        return False
 
 
 def _batches(name: str, given: Any) -> list[Any]:

@@ -1,6 +1,6 @@
 """What is measured of a plan before its first step, and in the middle: the net layer by layer, its weights, its outputs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -8,6 +8,7 @@ import numpy as np
 
 from fnn import tree
 from fnn.diagnosis.case import Case, Plan
+from fnn.diagnosis.data_symptoms import encoding_symptoms
 from fnn.diagnosis.trial import Runner
 from fnn.diagnosis.weights import gains
 from fnn.gradients.bad import first_bad
@@ -33,6 +34,8 @@ class Start:
     linear: bool
     blind: bool
     """Whether the order along the first axis behind the batch changes nothing."""
+    unread: list[int]
+    """The first and the last label, where labels are numbered strangely, if their examples have no gradient."""
     gradient: dict[str, float]
     """log10 of each parameter's gradient."""
     rounding: float
@@ -78,6 +81,12 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
 
         same, others = np.array([float(flow.loss)]), value(np.roll(x, 1, axis=0))
         blind = bool(np.abs(others - same) > 1e-4 * np.abs(same)) and _blind(value, x, same, 1e-5)
+    unread = []
+    for label in np.unique(case.y)[[0, -1]] if encoding_symptoms(case) else ():
+        rows = np.resize(np.flatnonzero(case.y.reshape(len(case.y), -1)[:, 0] == label), len(index))
+        alone = watched(params, jax.tree.map(lambda a, rows=rows: a[rows], tuple(case.train)), state)
+        if all(row.value == -np.inf for row in _rows(alone) if row.quantity == "log10_gradient"):
+            unread.append(int(label))
     names = [path.removesuffix("/value") for path in tree.paths(params)]
     last = names[final] if (final := case.last(params)) is not None else (paths or [""])[-1]
     every = [(path.removesuffix("/value"), g) for path, g in gains(params)]
@@ -89,7 +98,7 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
     if not (np.isfinite(flow.loss) and all(value < np.inf for value in gradient.values())):  # not of NaN either
         bad = _bad(case, plan, params, (x, y), state)
     return Start(
-        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, gradient, rounding, rounded, bad, attention
+        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, unread, gradient, rounding, rounded, bad, attention
     )  # fmt: skip
 
 
@@ -110,6 +119,34 @@ def _instruments(case: Case, plan: Plan, size: int) -> tuple[Any, Any, Any]:
 
     compared = jax.jit(compare) if case.computes and not plan.float32 else None
     return watch(loss, groups=(*DEFAULT, "saturated", "attention"), batch_size=size), outputs, compared
+
+
+def breaks(runner: Runner, losses: np.ndarray, trained: bool) -> str:
+    """Say which operation makes the first NaN or infinity of a training whose losses, float[seeds, steps], are not all finite.
+
+    The batches of that step are tried with the first parameters; or, with `trained`, with those from before the step, for
+    which it trains again. "" where no operation is found.
+    """
+    seed = int(np.argmax(~np.isfinite(losses).all(1)))
+    at, plan = int(np.argmax(~np.isfinite(losses[seed]))), Plan()
+    case, order = runner.case, runner.order(plan, seed)
+    pool = jax.tree.map(lambda a, b: np.concatenate([a, b]), tuple(case.train), tuple(case.chooses))
+
+    def found(step, params, state):
+        text = _bad(case, plan, params, jax.tree.map(lambda a: a[order[step]], pool), state)
+        return f"at step {step}: {text}" if text else ""
+
+    for step in (at, at - 1):  # its loss; or the gradient of the step before, which made the parameters NaN
+        if step < 0 or (trained and step < 1):
+            continue
+        given = runner.draw(plan, seed)
+        if trained:
+            before = runner.run(replace(plan, steps=2 * step), [seed], middle=True).middle
+            given = jax.tree.map(lambda a: a[0], before)
+        lost = any(not np.isfinite(np.asarray(a, np.float64)).all() for a in jax.tree.leaves(given[0]))
+        if not lost and (text := found(step, *given)):
+            return text
+    return ""
 
 
 def _bad(case: Case, plan: Plan, params: Any, batch: Any, state: Any) -> str:

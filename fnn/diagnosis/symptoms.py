@@ -26,6 +26,11 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     evidence = [*_unit_symptoms(case, plan, found), *_scale_symptoms(case, plan, found)]
     if found.outputs.size:
         evidence += [*_head_symptoms(case, plan, found), *_loss_symptoms(case, plan, found)]
+    if found.unread:
+        which = " and ".join(map(str, found.unread))
+        evidence.append(
+            Evidence("label_encoding", f"examples with label {which} have no gradient: the loss does not read it")
+        )
     if found.linear and case.task.kind != "exact":
         evidence.append(Evidence("activation", "the net is linear in its inputs, however many layers it has"))
     if found.blind:
@@ -331,6 +336,8 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
         evidence.append(Evidence("batch_size", f"{case.batch_size} of {case.train.size} examples in a batch"))
     if case.value(plan, "cell") is not None:
         evidence.append(Evidence("memory", f"a {case.value(plan, 'cell')} carries what it has read over all positions"))
+    elif case.gated:
+        evidence.append(Evidence("memory", "a recurrent cell with gates carries what it has read over all positions"))
     seen = steps * case.batch_size / case.train.size
     if seen < 2:
         evidence.append(Evidence("steps", f"each training example is seen {seen:.2g} times"))

@@ -14,7 +14,7 @@ import optax
 from fnn import admission, lowering, tree
 from fnn.datasets.dataset import Dataset
 from fnn.diagnosis.case import Case, Plan
-from fnn.diagnosis.weights import redrawn
+from fnn.diagnosis.weights import keeping, redrawn
 from fnn.training.depth import per_depth
 from fnn.training.extra import offered
 
@@ -39,7 +39,7 @@ class Outcome:
     """float[seeds]: norm of all parameters at the end over that at the start."""
     seconds: float
     middle: Any = None
-    """(params, state) after half of the steps, with a leading axis of seeds; of the training as it is alone."""
+    """(params, state) after half of the steps, with a leading axis of seeds; of the training as it is, or where asked for."""
 
 
 MEMORY = 2**30
@@ -120,7 +120,7 @@ class Runner:
             params = jax.tree.map(lambda a: a.astype(tree.statistics_dtype(a.dtype)), params)
         if plan.gain is not None:
             params = redrawn(params, plan.gain, 1000 + seed, self.case.last(params))
-        return params, state
+        return params if plan.keep is None else keeping(params, plan.keep), state
 
     def order(self, plan: Plan, seed: int) -> np.ndarray:
         """List which examples each step learns: int32[steps, batch], rows of the training data and then those that choose."""
@@ -136,18 +136,18 @@ class Runner:
             order = np.concatenate([order, order[:, np.arange(self._batch(plan) - size) % size]], axis=1)
         return order
 
-    def run(self, plan: Plan, seeds: Any) -> Outcome:
-        """Train with these seeds."""
+    def run(self, plan: Plan, seeds: Any, middle: bool = False) -> Outcome:
+        """Train with these seeds; `middle` asks for the outcome's."""
         seeds, lanes = list(seeds), self.lanes(plan)
         program, found, seconds = self.prepare(plan).result(), [], 0.0
         for first in range(0, len(seeds), lanes):
             chunk = seeds[first : first + lanes]
             args = self._arguments(plan, chunk + chunk[-1:] * (lanes - len(chunk)))
             start = time.perf_counter()
-            *numbers, middle = program(*args)
+            *numbers, halfway = program(*args)
             numbers = [a[: len(chunk)] for a in jax.device_get(numbers)]
             seconds += time.perf_counter() - start
-            found.append((numbers, jax.device_get(middle) if plan == Plan() and not found else None))
+            found.append((numbers, jax.device_get(halfway) if (middle or plan == Plan()) and not found else None))
         numbers = [np.concatenate(parts) for parts in zip(*(numbers for numbers, _ in found), strict=True)]
         scores = [self.changed(plan).scored(values) for values in numbers[:3]]
         measured: list[Any] = [*scores, *numbers[3:], seconds, found[0][1]]
@@ -183,7 +183,9 @@ class Runner:
     def key(self, plan: Plan) -> Any:
         """What a program depends on; what is left out are numbers that it takes as arguments."""
         task = self.changed(plan).task
-        return replace(plan, rate=1.0, warm=0.0, clip=1.0, gain=None, data=(), learn="train", shuffle=None), task
+        return replace(
+            plan, rate=1.0, warm=0.0, clip=1.0, gain=None, keep=None, data=(), learn="train", shuffle=None
+        ), task
 
     def _batch(self, plan: Plan) -> int:
         return plan.batch_size or self.case.batch_size

@@ -56,17 +56,28 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
                 0.0,
             )
         ]
+    if not found and ill and (bad := inquiry.broken(trained=False)):  # what repairs it happens to avoid these numbers
+        return [_lost(inquiry, bad)]
     if not found:  # a repair that works, though nothing abnormal was measured
         for cause, tried in sorted(((main(inquiry, t), t) for t in working), key=lambda pair: STAGE[pair[0]]):
             if (proved := proof(inquiry, cause, tried)) is not None:
                 return [proved]
+    if not found and inquiry.begun.unread:  # a score that reads labels as the loss does shows no repair
+        code = "y = np.searchsorted(np.unique(y_train), y)  # and in the score"
+        return [Cause("label_encoding", _of(inquiry, "label_encoding"), None, code, 0.0)]
     given = any("positions" in t.change.causes for t in inquiry.tried.values())
     if not found and ill and inquiry.begun.blind and not given:  # what no change from outside can give
         code = "# add to the inputs of the first block a vector that differs from position to position"
         return [Cause("positions", _of(inquiry, "positions"), None, code, 0.0)]
-    if not found and ill and inquiry.begun.bad:  # no training begins with such a gradient, so that none is a proof
-        return [Cause("numerics", _of(inquiry, "numerics"), None, f"# {inquiry.begun.bad}", 0.0)]
+    if not found and ill and (bad := inquiry.broken(trained=True)):
+        return [_lost(inquiry, bad)]
     return found
+
+
+def _lost(inquiry: Inquiry, bad: str) -> Cause:
+    """Name an operation that loses the numbers."""
+    evidence = _of(inquiry, "numerics") or (Evidence("numerics", f"the loss is not finite: {bad}"),)
+    return Cause("numerics", evidence, None, f"# {bad}", 0.0)
 
 
 def main(inquiry: Inquiry, tried: Tried) -> str:
@@ -142,6 +153,8 @@ def proof(inquiry: Inquiry, cause: str, tried: Tried) -> Cause | None:
     least = margin(tuple(map(float, sick.checks)))
     lifted = float(np.mean(cured.checks > before + least))
     if float(np.mean(cured.checks)) - before <= least or lifted < 0.6:
+        return None
+    if not _of(inquiry, cause) and (lifted < 1 or min(tried.scores) <= inquiry.base.mean):  # luck of some seeds
         return None
     if inquiry.shows(cause, tried.plan, cured):
         return None
@@ -261,6 +274,8 @@ def sick(inquiry: Inquiry, target: float | None) -> bool:
     return (
         float(np.mean(scores)) < data_symptoms.within_reach(inquiry.case) - SHORT
         or min(scores) <= low(chance)
+        or bool(inquiry.begun.unread)
+        or not np.isfinite(inquiry.base.outcome.losses[:, -1]).all()
         or float(np.std(scores)) > 0.1
         or (target is not None and float(np.mean(scores)) < target)
     )

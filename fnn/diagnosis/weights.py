@@ -61,6 +61,46 @@ def _depths(params: Any) -> list[int]:
     return jax.tree.leaves(tree.map_depth(lambda k, a: k, params))
 
 
+def keepers(params: Any) -> list[tuple[int, slice]]:
+    """Find the biases of the gates that keep a recurrent cell's content: which leaf, and which of its last axis.
+
+    A cell is known by its shapes: in one place of the tree two matrices, of the inputs and of the state, lead to the same
+    units as one bias, and the state has a quarter of them (an LSTM, in the order i, f, g, o) or a third (a GRU: r, z, n).
+    fnn, Equinox, Flax and PyTorch have these orders; Flax's `LSTMCell` has a layer `hf`.
+    """
+    leaves = list(zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True))
+    places: dict[str, list[int]] = {}
+    for i, (path, _, _) in enumerate(leaves):
+        parent = path.removesuffix("/value").rpartition("/")[0]
+        for place in dict.fromkeys((parent, parent.rpartition("/")[0])):
+            places.setdefault(place, []).append(i)
+    found: dict[int, slice] = {}
+    for members in places.values():
+        shapes = {i: leaves[i][1].shape[leaves[i][2] :] for i in members}
+        for i, shape in shapes.items():
+            if len(shape) != 1:
+                continue
+            (m,) = shape
+            matrices = [s for s in shapes.values() if len(s) == 2 and m in s]
+            for axis in (0, 1):  # both matrices lead to the units along the same axis
+                into = [s[axis] for s in matrices if s[1 - axis] == m]
+                gates = [k for k in (3, 4) if len(matrices) == len(into) == 2 and m % k == 0 and m // k in into]
+                if gates and sum(s == shape for s in shapes.values()) == 1:
+                    found[i] = slice(m // gates[0], 2 * (m // gates[0]))
+    found |= {
+        i: slice(None) for i, (path, _, _) in enumerate(leaves) if path.removesuffix("/value").endswith("hf/bias")
+    }
+    return sorted(found.items())
+
+
+def keeping(params: Any, bias: float) -> Any:
+    """Set the biases of `keepers`."""
+    leaves = jax.tree.leaves(params)
+    for i, part in keepers(params):
+        leaves[i] = jnp.asarray(leaves[i]).at[..., part].set(bias)
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
 def gains(params: Any) -> list[tuple[str, np.ndarray]]:
     """List each kernel's path and sqrt(fan_in) times its std, one for each block of a stack."""
     found = []

@@ -40,7 +40,8 @@ class Activation:
 
     name: str
     role: str
-    """hidden (between two layers), last (behind the last layer), gate (multiplied with other data: left alone)."""
+    """hidden (between two layers), last (behind the last layer), gate (multiplied with other data: left alone), loss (of
+    outputs that the loss also reads without it, as in softplus(z) - y z, or in which the batch takes part: left alone)."""
     input: int
     output: int
     """The variables that it takes and makes."""
@@ -68,7 +69,37 @@ def activations(program: Program, parameters: int) -> list[Activation]:
     for output, (name, root) in walk.names.items():
         role = "gate" if output in walk.gates else "hidden" if output in walk.used else "last"
         found.append(Activation(name, role, root, output))
-    return found
+    batch = _of_batch(program, parameters, products)
+    passed = _passed(program, [a for a in found if a.role == "last"])
+    return [replace(a, role="loss") if a.role == "last" and a.input in batch | passed else a for a in found]
+
+
+def _of_batch(program: Program, parameters: int, products: set[int]) -> set[int]:
+    """List what comes after a layer, and reads the batch besides."""
+    given, after, mixed = set(program.inputs[parameters:]), set(products), set()
+    for op in program.ops:
+        inputs = {a for a in op.inputs if isinstance(a, int)}
+        if products & set(op.outputs):  # a layer reads what it likes
+            continue
+        if inputs & after:
+            after.update(op.outputs)
+            mixed.update(op.outputs if inputs & (given | mixed) else ())
+        elif inputs & given:
+            given.update(op.outputs)
+    return mixed
+
+
+def _passed(program: Program, last: list[Activation]) -> set[int]:
+    """List what last activations take, where the outputs depend on it by another way than through an activation of one name."""
+    passed = set()
+    for root in {a.input for a in last}:
+        ends, reached = {a.output: a.name for a in last if a.input == root}, {root}
+        for op in program.ops:
+            if reached & {a for a in op.inputs if isinstance(a, int)}:
+                reached.update(set(op.outputs) - set(ends))
+        if len(set(ends.values())) > 1 or reached & {a for a in program.outputs if isinstance(a, int)}:
+            passed.add(root)
+    return passed
 
 
 class _Walk:
@@ -84,7 +115,7 @@ class _Walk:
     def forward(self, program: Program, known: set[int]) -> set[int]:
         """Mark what depends on a layer's output; return the variables of this program that do."""
         known, roots, values = set(known), {}, {}
-        best: dict[int, int] = {}
+        through: dict[int, set[int]] = {}  # the activations that a variable was made with
         for op in program.ops:
             given = [isinstance(a, int) and a in known for a in op.inputs]
             if isinstance(op, Loop | Remat):
@@ -105,13 +136,17 @@ class _Walk:
             root = origins.pop() if len(origins) == 1 else None
             if root is not None and self._evaluate(program, op, root, values):
                 roots[op.outputs[0]] = root
-                if (name := _named(values[op.outputs[0]], values[root])) is not None:
-                    self.names.pop(best.get(root, -1), None)  # what comes later in the chain is the whole activation
-                    best[root] = op.outputs[0]
+                parts = {part for a in data for part in through.get(a, ()) if part in self.names}
+                name = _named(values[op.outputs[0]], values[root])
+                if name is not None and not any(self.names[part][0] == name for part in parts):  # relu(relu(x))
+                    for part in parts:  # what comes later in the chain is the whole activation
+                        del self.names[part]
                     self.names[op.outputs[0]] = name, root
+                    parts = {op.outputs[0]}
+                through[op.outputs[0]] = parts
             elif op.name in PRODUCTS and len(data) > 1:
                 for a in data:
-                    self.gates.update(best[r] for r in [roots.get(a)] if r in best)
+                    self.gates.update(through.get(a, ()))
         return known
 
     def _evaluate(self, program: Program, op: Op, root: int, values: dict[int, Any]) -> bool:
@@ -188,11 +223,12 @@ def _values(name: str, size: int) -> np.ndarray:
 
 def listed(function: Callable[..., Any], *args: Any) -> tuple[list[Activation], int]:
     """List the activations of a function whose first argument are the parameters, and count its `stop_gradient`s."""
-    program = _read(function, args)[0]
+    program = traced(function, args)[0]
     return activations(program, len(jax.tree.leaves(args[0]))), sum(name == STOP for name, _ in equations(program))
 
 
-def _read(function: Callable[..., Any], args: Any) -> tuple[Program, Any]:
+def traced(function: Callable[..., Any], args: Any) -> tuple[Program, Any]:
+    """Give a function's program, whose inputs are the leaves of `args`, and its outputs' shapes. Errors: `Unreadable`."""
     leaves, structure = jax.tree.flatten(args)
     closed, shape = trace(lambda *leaves: function(*jax.tree.unflatten(structure, leaves)), *leaves)
     return read(closed, forward=True), shape
@@ -207,7 +243,7 @@ def swapped(loss: Callable[..., Any], chosen: Mapping[str, str]) -> Callable[...
     """
 
     def new(*args):
-        program, shape = _read(loss, args)
+        program, shape = traced(loss, args)
         count, leaves = len(jax.tree.leaves(args[0])), jax.tree.leaves(args)
         found = {a.output: (a.input, KNOWN[chosen[a.role]]) for a in activations(program, count) if a.role in chosen}
         outs = execute(_with(program, found, "stop" in chosen), leaves)

@@ -1,0 +1,165 @@
+"""Repairs from outside, and what is named where no repair can be tried."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from diagnosed import case
+from flax import nnx
+
+import fnn
+from fnn.datasets.dataset import Dataset
+from fnn.diagnosis import changes, start, trial
+from fnn.diagnosis.case import Plan
+from fnn.diagnosis.loss_case import loss_case_of
+from fnn.diagnosis.weights import keepers, keeping
+
+pytest.importorskip("sklearn")
+RNG = np.random.default_rng(0)
+
+
+def loss_case(loss, params, x, y, rate=0.1, score=None, steps=6):
+    return loss_case_of(loss, params, [(x, y)], optax.sgd(rate), None, score, steps=steps, seeds=1, shuffle=False)
+
+
+# Recurrent cells.
+
+X, KEPT = np.float32(RNG.normal(size=(2, 3))), np.float32(RNG.normal(size=(2, 4)))
+
+
+def of_equinox(make):
+    params, static = eqx.partition(make(3, 4, key=jax.random.key(0)), eqx.is_array)
+    return params, lambda p, h: jax.vmap(lambda x, h: eqx.combine(p, static)(x, h))(X, h)
+
+
+def of_nnx(make):
+    graph, params = nnx.split(make(3, 4, rngs=nnx.Rngs(0)), nnx.Param)
+    return params, lambda p, h: nnx.merge(graph, p)(h, X)[0]
+
+
+@pytest.mark.parametrize(
+    "params, step",
+    [of_equinox(eqx.nn.GRUCell), of_nnx(nnx.GRUCell)],
+    ids=["equinox", "nnx"],
+)
+def test_a_gru_keeps_its_state(params, step):
+    np.testing.assert_allclose(step(keeping(params, 30.0), KEPT), KEPT, atol=1e-5)
+    assert np.abs(step(params, KEPT) - KEPT).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "params, step, cell",
+    [(*of_equinox(eqx.nn.LSTMCell), 1), (*of_nnx(nnx.LSTMCell), 0), (*of_nnx(nnx.OptimizedLSTMCell), 0)],
+    ids=["equinox", "nnx", "nnx optimized"],
+)
+def test_a_lstm_keeps_its_content(params, step, cell):
+    """c' = f c + i g: of two contents that differ by KEPT, the difference stays."""
+
+    def after(params, content):
+        state = (content, jnp.zeros_like(KEPT)) if cell == 0 else (jnp.zeros_like(KEPT), content)
+        return jax.tree.leaves(step(params, state))[cell]
+
+    for bias, kept in ((30.0, 1.0), (-30.0, 0.0)):
+        new = keeping(params, bias)
+        np.testing.assert_allclose(after(new, 2 * KEPT) - after(new, KEPT), kept * KEPT, atol=1e-5)
+
+
+@pytest.mark.parametrize("make, gates", [(fnn.lstm, 4), (fnn.gru, 3)])
+def test_keepers_of_fnn(make, gates):
+    params, _ = make(4).init(jax.random.key(0), jnp.ones((2, 1, 3)))
+    (found,) = keepers(params)
+    assert found[1] == slice(4, 8) and jax.tree.leaves(params)[found[0]].shape == (gates * 4,)
+
+
+@pytest.mark.parametrize(
+    "net, x",
+    [
+        (fnn.models.mlp(2, 16, 64), X),
+        (fnn.models.encoder(8, 2, 16, fnn.models.Block(heads=2), outputs=3), np.zeros((2, 5), np.int32)),
+        (fnn.rnn(4), X[:, None]),
+        (fnn.serial(fnn.dense(4), fnn.dense(16), fnn.dense(4)), X),
+    ],
+    ids=["mlp", "transformer", "rnn", "feed-forward"],
+)
+def test_nets_without_gates_have_no_keepers(net, x):
+    assert keepers(net.init(jax.random.key(0), x)[0]) == []
+
+
+def test_a_lstm_without_knobs_is_tried_with_gates_that_keep():
+    data = Dataset(np.zeros((40, 60, 3), np.float32), np.arange(40) % 2)
+    made = case(
+        data, data, net=lambda width=4: fnn.models.rnn(1, width, 2, cell="lstm", forget_bias=-5.0), batch_size=8
+    )
+    (change,) = [c for c in changes.changes(made) if "gates" in c.name]
+    assert change.causes == ("memory",) and change.apply(Plan()).keep == pytest.approx(np.log(60), abs=0.05)
+
+
+# Weight penalties.
+
+
+def test_a_penalty_does_not_count_in_the_score():
+    x, y = np.float32(RNG.normal(size=(40, 3))), np.float32(RNG.normal(size=(40, 1)))
+    params = {"w": jnp.ones((3, 1)), "b": jnp.zeros(1)}
+
+    def plain(p, batch):
+        return jnp.mean((batch[0] @ p["w"] + p["b"] - batch[1]) ** 2)
+
+    def loss(p, batch):
+        return plain(p, batch) + 0.5 * jnp.sum(p["w"] ** 2)
+
+    with ThreadPoolExecutor(1) as thread:
+        found = [
+            trial.Runner(made, thread).run(plan, range(1)).chooses
+            for made, plan in (
+                (loss_case(plain, params, x, y), Plan()),
+                (loss_case(loss, params, x, y), Plan(bare=True)),
+                (loss_case(loss, params, x, y, rate=0.0), Plan()),
+                (loss_case(plain, params, x, y, rate=0.0), Plan()),
+            )
+        ]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+    np.testing.assert_allclose(found[2], found[3], rtol=1e-5)
+    assert any("penalty" in c.name for c in changes.changes(loss_case(loss, params, x, y)))
+    assert not any("penalty" in c.name for c in changes.changes(loss_case(plain, params, x, y)))
+
+
+# Labels that the loss does not read, and numbers that are lost on the way.
+
+
+@pytest.mark.parametrize("first, want", [(1, [3]), (0, [])])
+def test_labels_without_a_gradient(first, want):
+    x, y = np.float32(RNG.normal(size=(30, 4))), np.arange(30) % 3 + first
+
+    def loss(p, batch):
+        return optax.softmax_cross_entropy(batch[0] @ p["w"], jax.nn.one_hot(batch[1], 3)).mean()
+
+    made = loss_case(loss, {"w": jnp.ones((4, 3))}, x, y)
+    with ThreadPoolExecutor(1) as thread:
+        assert start.start(trial.Runner(made, thread), Plan()).unread == want
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_operation_that_loses_the_numbers_of_a_later_step(late):
+    """A square root at 0 in the batch of step 4; or a logarithm of what training has brought below 0."""
+    x = np.float32(np.abs(RNG.normal(size=(60, 1))) + 1)
+    if not late:
+        x[45] = 0
+
+    def loss(p, batch):
+        if late:
+            return jnp.mean(jnp.log(p["w"])) + 0 * jnp.sum(batch[0])
+        return jnp.mean(jnp.sqrt(jnp.sum((batch[0] * p["w"]) ** 2, -1)) - batch[1])
+
+    batches = [(x[i : i + 10], np.float32(np.zeros(10))) for i in range(0, 60, 10)]
+    params = {"w": jnp.full((1, 1), 0.5)}
+    made = loss_case_of(loss, params, batches, optax.sgd(0.1), None, None, steps=6, seeds=1, shuffle=False)
+    with ThreadPoolExecutor(1) as thread:
+        runner = trial.Runner(made, thread)
+        losses = runner.run(Plan(), range(1)).losses
+        assert not np.isfinite(losses).all()
+        said = start.breaks(runner, losses, late)
+    assert said.startswith("at step ") and ("log" in said if late else "sqrt" in said and "at step 4" in said)
