@@ -81,12 +81,30 @@ def test_tasks_are_told_by_their_targets():
         "classes": (np.arange(6) % 3, (6, 3), fnn.losses.cross_entropy),
         "one_hot": (np.eye(3, dtype=np.float32)[np.arange(6) % 3], (6, 3), fnn.losses.mse),
         "regression": (RNG.normal(size=(6, 1)).astype(np.float32), (6, 1), fnn.losses.mse),
+        "regression ": (RNG.normal(size=(6, 3)).astype(np.float32), (2, 3), fnn.losses.mse),
+        "multi_label": (np.float32([[0, 1, 1], [1, 1, 0], [0, 0, 0]]), (2, 3), optax.sigmoid_binary_cross_entropy),
         "exact": (np.zeros((6, 5), np.int32), (6, 5, 7), fnn.losses.sequence_cross_entropy),
     }
     for kind, (y, shape, loss) in kinds.items():
-        assert task_of(loss, y, shape).kind == kind
+        assert task_of(loss, y, shape).kind == kind.strip()
     with pytest.raises(ValueError, match="diagnose: targets must be labels, one-hot rows or numbers"):
         task_of(lambda o, y: o, np.zeros((6, 2)), (6, 3))
+
+
+@pytest.mark.parametrize("threshold, head", [(0.0, lambda z: z), (0.5, jax.nn.sigmoid)])
+def test_several_labels_are_scored_by_their_balanced_accuracy(threshold, head):
+    def loss(o, y):
+        if threshold == 0:
+            return optax.sigmoid_binary_cross_entropy(o, y).sum(-1)
+        return -(y * jnp.log(o + 1e-6) + (1 - y) * jnp.log(1 - o + 1e-6)).mean(-1)
+
+    y = np.float32(RNG.uniform(size=(200, 3)) < [0.5, 0.1, 0.0])
+    z = jnp.asarray(2 * y - 1 + 1.5 * RNG.normal(size=y.shape), jnp.float32)
+    right = (np.asarray(z) > 0) == (y > 0.5)
+    want = np.mean([[right[y[:, j] == v, j].mean() for v in (0, 1)] for j in (0, 1)])
+    task = task_of(loss, y, (2, 3))
+    assert task.kind == "multi_label" and task.chance == 0.5
+    np.testing.assert_allclose(task(head(z), jnp.asarray(y)), want, atol=0.01)
 
 
 # Data.

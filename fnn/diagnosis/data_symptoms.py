@@ -228,6 +228,8 @@ def _compared(case: Case) -> tuple[np.ndarray, ...]:
 def _targets(case: Case, y: np.ndarray) -> np.ndarray:
     if case.task.kind == "one_hot":
         return y.argmax(-1).astype(np.int64)
+    if case.task.kind == "multi_label":  # each pattern of labels is a class
+        return (y[:, :30] > 0.5) @ (1 << np.arange(min(30, y.shape[1])))
     y = y.reshape(len(y), -1)[:, 0]
     return np.round(y).astype(np.int64) if case.task.kind in ("classes", "binary") else y.astype(np.float64)
 

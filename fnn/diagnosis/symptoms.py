@@ -161,7 +161,7 @@ def _head_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
                 )
             )
         return evidence
-    if not np.isfinite(outputs).all():
+    if not np.isfinite(outputs).all() or case.task.kind == "multi_label":
         return evidence
     if outputs.shape[1] == 1 and np.ptp(outputs) == 0 and np.abs(outputs).max() > 0:
         return [Evidence("head", f"the output is {outputs[0, 0]:g} for every example, whatever the weights are")]

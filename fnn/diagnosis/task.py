@@ -16,7 +16,8 @@ class Task:
     """A kind of task, and how it is scored."""
 
     kind: str
-    """classes (integer labels), one_hot, binary (one unit), regression, exact (the loss knows what is right)."""
+    """classes (integer labels), one_hot, binary (one unit), multi_label (a 0 or 1 for each unit), regression, exact
+    (the loss knows what is right)."""
     classes: int = 0
     threshold: float = 0.0
     """Of binary tasks: the output above which the answer is the larger label."""
@@ -45,8 +46,7 @@ class Task:
         """Score outputs against targets: one number. Outputs that are not finite are wrong; R² ends at -1."""
         outputs = jnp.asarray(outputs)
         good = jnp.all(jnp.isfinite(outputs.reshape(outputs.shape[0], -1)), axis=1)
-        if self.kind == "exact":
-            assert self.correct is not None
+        if self.correct is not None:
             return jnp.mean(jnp.where(good, self.correct(outputs, y), 0))
         if self.kind == "regression":
             outputs, y = outputs.reshape(len(outputs), -1).astype(jnp.float32), y.reshape(len(y), -1)
@@ -87,7 +87,15 @@ def task_of(loss: Callable[[Any, Any], Any], y: np.ndarray, shape: tuple[int, ..
         return Task("binary", 2, _crossing(loss, shape, y, low, high), positive=high, chance=0.5)
     if y.ndim == 2 and y.shape[1] == units > 1 and set(values) <= {0, 1} and (y.sum(1) == 1).all():
         return Task("one_hot", units, chance=1 / units)
-    if (np.issubdtype(y.dtype, np.floating) and y.shape == shape) or (column and units == 1):
+    if (
+        y.ndim == 2
+        and y.shape[1] == units > 1
+        and len(shape) == 2
+        and set(values) == {0, 1}
+        and not losses.correct(loss)
+    ):
+        return Task("multi_label", units, correct=_hits(_crossing(loss, shape, y, 0.0, 1.0), y), chance=0.5)
+    if (np.issubdtype(y.dtype, np.floating) and y.shape[1:] == shape[1:]) or (column and units == 1):
         return Task("regression")
     if (correct := losses.correct(loss)) is not None:
         return Task("exact", correct=correct)
@@ -97,14 +105,33 @@ def task_of(loss: Callable[[Any, Any], Any], y: np.ndarray, shape: tuple[int, ..
     )
 
 
+def _hits(threshold: float, y: np.ndarray) -> Callable[[Any, Any], Any]:
+    """Make the score of one example of several labels: its mean over examples is balanced accuracy, averaged over labels.
+
+    A label counts by how seldom its value is in `y`; one that never differs counts for nothing.
+    """
+    share = y.mean(0)
+    varies = (share > 0) & (share < 1)
+    weight = np.stack([np.where(varies, 0.5 / np.where(varies, part, 1), 0) for part in (1 - share, share)])
+    weight = jnp.asarray(weight / max(1, varies.sum()), jnp.float32)
+
+    def hits(outputs, y):
+        right = (outputs > threshold) == (y > 0.5)
+        return jnp.sum(jnp.where(right, jnp.where(y > 0.5, weight[1], weight[0]), 0), axis=-1)
+
+    return hits
+
+
 def _crossing(loss: Any, shape: tuple[int, ...], y: np.ndarray, low: float, high: float) -> float:
     """Find the output at which a binary loss costs the same for both labels: 0 for logits, 0.5 for probabilities."""
     outputs = np.concatenate([np.linspace(0.02, 0.98, 49), np.linspace(-4, 4, 81)]).astype(np.float32)
     outputs = np.unique(outputs)
-    z = jnp.asarray(outputs).reshape(-1, *[1] * (len(shape) - 1))
+    z = jnp.broadcast_to(outputs.reshape(-1, *[1] * (len(shape) - 1)), (len(outputs), *shape[1:]))
     with np.errstate(all="ignore"):
         costs = [
-            np.asarray(loss(z, np.full((len(outputs), *y.shape[1:]), value, y.dtype)), np.float64).reshape(-1)
+            np.asarray(loss(z, np.full((len(outputs), *y.shape[1:]), value, y.dtype)), np.float64)
+            .reshape(len(outputs), -1)
+            .mean(1)
             for value in (low, high)
         ]
     gap = costs[0] - costs[1]  # rises with the output

@@ -134,14 +134,20 @@ def suspects(inquiry: Inquiry) -> list[str]:
 
 
 def works(inquiry: Inquiry) -> list[Tried]:
-    """List the single changes that raise the score enough, the surest first."""
+    """List the single changes that raise the score enough, and above chance, the surest first."""
     base, top = inquiry.base, inquiry.best()
-    least = margin(base.scores)
+    least, floor = margin(base.scores), low(inquiry.case.task.chance)
     found = []
     for tried in inquiry.tried.values():
         rise = tried.mean - base.mean
         enough = max(top, tried.mean) - base.mean
-        if tried.change is not NOTHING and " + " not in tried.change.name and rise > least and rise >= SHARE * enough:
+        if (
+            tried.change is not NOTHING
+            and " + " not in tried.change.name
+            and rise > least
+            and rise >= SHARE * enough
+            and tried.mean > floor
+        ):
             found.append(tried)
     return sorted(found, key=lambda t: -(min(t.scores) + 0.1 * t.mean))
 
