@@ -1,6 +1,7 @@
 """Repairs from outside, and what is named where no repair can be tried."""
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -13,9 +14,12 @@ from flax import nnx
 
 import fnn
 from fnn.datasets.dataset import Dataset
-from fnn.diagnosis import changes, start, trial
+from fnn.diagnosis import changes, start, trial, verdict
 from fnn.diagnosis.case import Plan
+from fnn.diagnosis.causes import Evidence
+from fnn.diagnosis.inquiry import NOTHING
 from fnn.diagnosis.loss_case import loss_case_of
+from fnn.diagnosis.task import Task
 from fnn.diagnosis.weights import keepers, keeping
 
 pytest.importorskip("sklearn")
@@ -163,3 +167,42 @@ def test_the_operation_that_loses_the_numbers_of_a_later_step(late):
         assert not np.isfinite(losses).all()
         said = start.breaks(runner, losses, late)
     assert said.startswith("at step ") and ("log" in said if late else "sqrt" in said and "at step 4" in said)
+
+
+# What counts as a repair.
+
+
+def a_trial(name, scores):
+    return SimpleNamespace(change=SimpleNamespace(name=name), scores=scores, mean=float(np.mean(scores)))
+
+
+@pytest.mark.parametrize(
+    "base, best, counts", [(-0.9, -0.1, False), (-0.9, 0.5, True), (0.0, 0.09, False), (0.5, 0.9, True)]
+)
+def test_a_repair_ends_above_chance(base, best, counts):
+    as_it_is, other = a_trial(NOTHING.name, (base, base)), a_trial("rate × 0.1", (best, best))
+    as_it_is.change = NOTHING
+    inquiry = SimpleNamespace(
+        base=as_it_is,
+        best=lambda: best,
+        tried={NOTHING.name: as_it_is, "rate × 0.1": other},
+        case=SimpleNamespace(task=Task("regression")),
+    )
+    assert bool(verdict.works(inquiry)) == counts
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_luck_of_one_seed_proves_nothing_that_was_not_measured(measured):
+    lucky = a_trial("rate × 1000", (1.0, 0.36, 0.36))
+    lucky.change.code, lucky.plan, lucky.outcome = "", "changed", SimpleNamespace(seconds=1.0)
+    again = {
+        "as it is": SimpleNamespace(checks=np.full(3, 0.36)),
+        "changed": SimpleNamespace(checks=np.array([1, 1, 0.9])),
+    }
+    inquiry = SimpleNamespace(
+        base=SimpleNamespace(plan="as it is", mean=0.36),
+        again=again.get,
+        evidence=[Evidence("lr_low", "the weights hardly move")] * measured,
+        shows=lambda *_: False,
+    )
+    assert (verdict.proof(inquiry, "lr_low", lucky) is not None) == measured
