@@ -81,8 +81,10 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
 
         same, others = np.array([float(flow.loss)]), value(np.roll(x, 1, axis=0))
         blind = bool(np.abs(others - same) > 1e-4 * np.abs(same)) and _blind(value, x, same, 1e-5)
-    unread = []
-    for label in np.unique(case.y)[[0, -1]] if encoding_symptoms(case) else ():
+    unread, labels = [], np.unique(case.y) if encoding_symptoms(case) else np.zeros(0)
+    if len(labels) > 2 and labels[0] < 0 == labels[1]:  # by custom a negative one marks what is to be left out
+        labels = labels[1:]
+    for label in labels[[0, -1]] if len(labels) else ():
         rows = np.resize(np.flatnonzero(case.y.reshape(len(case.y), -1)[:, 0] == label), len(index))
         alone = watched(params, jax.tree.map(lambda a, rows=rows: a[rows], tuple(case.train)), state)
         if all(row.value == -np.inf for row in _rows(alone) if row.quantity == "log10_gradient"):
