@@ -14,13 +14,13 @@ from flax import nnx
 
 import fnn
 from fnn.datasets.dataset import Dataset
-from fnn.diagnosis import changes, start, trial, verdict
+from fnn.diagnosis import changes, start, symptoms, trial, verdict
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.inquiry import NOTHING
 from fnn.diagnosis.loss_case import loss_case_of
 from fnn.diagnosis.task import Task
-from fnn.diagnosis.weights import keepers, keeping
+from fnn.diagnosis.weights import keepers, keeping, redrawn
 
 pytest.importorskip("sklearn")
 RNG = np.random.default_rng(0)
@@ -207,3 +207,44 @@ def test_luck_of_one_seed_proves_nothing_that_was_not_measured(measured):
         shows=lambda *_: False,
     )
     assert (verdict.proof(inquiry, "lr_low", lucky) is not None) == measured
+
+
+# Embeddings, and labels of which several hold.
+
+
+@pytest.mark.parametrize("size, cause", [(30.0, "init_large"), (1e-5, "init_small"), (1.0, None)])
+def test_an_embedding_far_too_large_is_measured_and_redrawn(size, cause):
+    x, y = RNG.integers(0, 9, (24, 5)), np.arange(24) % 3
+    params = {
+        "embedding": jnp.float32(size * RNG.normal(size=(9, 16))),
+        "out": jnp.float32(RNG.normal(size=(16, 3)) / 4),
+    }
+
+    def loss(p, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            p["embedding"][batch[0]].mean(1) @ p["out"], batch[1]
+        ).mean()
+
+    made = loss_case(loss, params, x, y)
+    with ThreadPoolExecutor(1) as thread:
+        begun = start.start(trial.Runner(made, thread), Plan())
+    named = [e.cause for e in symptoms.start_symptoms(made, Plan(), begun) if "embedding" in e.text]
+    assert named == ([cause] if cause else [])
+    new = np.std(redrawn(params, 1.0, 0)["embedding"])
+    assert abs(new - (0.25 if cause else size)) < 0.05
+
+
+def test_a_softmax_over_labels_of_which_several_hold():
+    x, y = np.float32(RNG.normal(size=(40, 4))), np.float32(RNG.uniform(size=(40, 3)) < 0.6)
+
+    def loss(p, batch):
+        q = jnp.clip(jax.nn.softmax(batch[0] @ p["w"]), 1e-6, 1 - 1e-6)
+        return -jnp.mean(batch[1] * jnp.log(q) + (1 - batch[1]) * jnp.log(1 - q))
+
+    made = loss_case(loss, {"w": jnp.float32(RNG.normal(size=(4, 3)))}, x, y, score=lambda p, b: -loss(p, b))
+    assert made.task.kind == "multi_label"
+    with ThreadPoolExecutor(1) as thread:
+        begun = start.start(trial.Runner(made, thread), Plan())
+    assert "head" in {e.cause for e in symptoms.start_symptoms(made, Plan(), begun)}
+    names = {c.name for c in changes.changes(made)}
+    assert "head sigmoid" in names and "standardise y" not in names

@@ -196,6 +196,10 @@ def bce(z, y):
             "sigmoid",
         ),
         (lambda z, y: bce(jax.nn.relu(z), y), "relu"),
+        (lambda z, y: -y * jnp.log(jax.nn.softmax(z) + 1e-6), "softmax"),
+        (lambda z, y: optax.softmax_cross_entropy(jax.nn.softmax(z), y), "softmax"),
+        (lambda z, y: optax.softmax_cross_entropy(z, y), None),
+        (lambda z, y: jnp.exp(z) / jnp.sum(jnp.exp(z), -1, keepdims=True) * y, None),  # not shifted: it may overflow
     ],
 )
 def test_what_a_loss_computes_with_outputs_is_no_last_activation(of_outputs, role):
@@ -207,3 +211,15 @@ def test_what_a_loss_computes_with_outputs_is_no_last_activation(of_outputs, rol
     found, _ = swap.listed(loss, params, (X, RNG.uniform(size=(8, 2))))
     assert {a.name for a in found if a.role == "last"} == ({role} if role else set())
     assert {a.name for a in found if a.role == "hidden"} == {"relu"}
+
+
+def test_a_softmax_behind_the_last_layer_is_replaced():
+    params = {"b": RNG.normal(size=(5, 3))}
+
+    def loss(head):
+        return lambda p, batch: jnp.mean((head(batch[0] @ p["b"]) - batch[1]) ** 2)
+
+    y = RNG.uniform(size=(8, 3))
+    for by, head in (("sigmoid", jax.nn.sigmoid), ("identity", lambda z: z)):
+        got = jax.grad(swap.swapped(loss(jax.nn.softmax), {"last": by}))(params, (X, y))
+        np.testing.assert_allclose(got["b"], jax.grad(loss(head))(params, (X, y))["b"], rtol=1e-5, atol=1e-7)

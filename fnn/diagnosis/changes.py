@@ -287,6 +287,14 @@ def _of_program(case: Case) -> list[Change]:
                 add(f"activation {other}", "activation", f"jax.nn.{other}  # instead of {name}", "hidden", other)
     if (name := case.seen.get("head")) is not None:
         add("no head", "head", f"# leave out the {name} behind the last layer", "last", "identity")
+        if name == "softmax" and case.task.kind == "multi_label":
+            add(
+                "head sigmoid",
+                "head",
+                "jax.nn.sigmoid  # instead of softmax: several labels may hold at once",
+                "last",
+                "sigmoid",
+            )
     if case.penalized:
         code = "# leave out the penalty, the term of the loss that depends on the parameters alone, or make it smaller"
         found.append(Change("no weight penalty", ("regularization",), _with(bare=True), code, True))

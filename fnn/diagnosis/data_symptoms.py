@@ -173,7 +173,9 @@ def within_reach(case: Case) -> float:
     labels is taken for an accuracy.
     """
     parts = _compared(case)
-    if not parts or (case.task.name and not (case.task.kind == "classes" and case.task.chance > 0)):  # of another kind
+    if not parts or (
+        case.task.name and not (case.task.kind in ("classes", "multi_label") and case.task.chance > 0)
+    ):  # of another kind
         return -np.inf
     x, y, held, of_held = parts
     if np.issubdtype(y.dtype, np.integer):
@@ -229,7 +231,8 @@ def _targets(case: Case, y: np.ndarray) -> np.ndarray:
     if case.task.kind == "one_hot":
         return y.argmax(-1).astype(np.int64)
     if case.task.kind == "multi_label":  # each pattern of labels is a class
-        return (y[:, :30] > 0.5) @ (1 << np.arange(min(30, y.shape[1])))
+        y = y.reshape(len(y), -1)[:, :30]
+        return (y > 0.5) @ (1 << np.arange(y.shape[1]))
     y = y.reshape(len(y), -1)[:, 0]
     return np.round(y).astype(np.int64) if case.task.kind in ("classes", "binary") else y.astype(np.float64)
 

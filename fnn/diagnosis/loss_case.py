@@ -241,6 +241,8 @@ def _task(y: np.ndarray, score: Any) -> Task:
         return Task(
             "classes", int(values.max(initial=0)) + 1, chance=1 / max(2, len(values)) if score else 0.0, name=name
         )
+    if y.ndim <= 2 and set(np.unique(y)) == {0, 1}:
+        return Task("multi_label", y.size // len(y), chance=0.5 if score else 0.0, name=name)
     if np.issubdtype(y.dtype, np.floating) and np.ptp(y) > 0:
         return Task("regression", name=name)
     return Task("exact", name=name)

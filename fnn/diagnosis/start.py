@@ -10,7 +10,7 @@ from fnn import tree
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.data_symptoms import encoding_symptoms
 from fnn.diagnosis.trial import Runner
-from fnn.diagnosis.weights import gains
+from fnn.diagnosis.weights import gains, tables
 from fnn.gradients.bad import first_bad
 from fnn.gradients.labels import DEFAULT
 from fnn.gradients.operations import Unreadable
@@ -44,6 +44,8 @@ class Start:
     """Norm of what rounding changes of the gradient over the gradient's in float32; 0 where all is computed in float32."""
     bad: str
     """The first operation that makes a NaN or an infinity, and its cause; "" where loss and gradient are finite."""
+    tables: dict[str, float]
+    """RMS of each embedding and table of positions."""
     attention: tuple[float, float] | None
     """Largest logit of all heads, and lowest mean entropy of a head in nats; None without attention."""
 
@@ -100,7 +102,7 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
     if not (np.isfinite(flow.loss) and all(value < np.inf for value in gradient.values())):  # not of NaN either
         bad = _bad(case, plan, params, (x, y), state)
     return Start(
-        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, unread, gradient, rounding, rounded, bad, attention
+        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, unread, gradient, rounding, rounded, bad, tables(params), attention
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.start import Start
 from fnn.diagnosis.trial import Outcome
+from fnn.diagnosis.weights import LARGE, SMALL
 from fnn.layers import activations
 
 DECADES = 1.0
@@ -26,6 +27,8 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     evidence = [*_unit_symptoms(case, plan, found), *_scale_symptoms(case, plan, found)]
     if found.outputs.size:
         evidence += [*_head_symptoms(case, plan, found), *_loss_symptoms(case, plan, found)]
+    if case.value(plan, "head") == "softmax" and case.task.kind == "multi_label" and (case.y.sum(-1) > 1).any():
+        evidence.append(Evidence("head", "a softmax, whose outputs add up to 1, where several labels hold at once"))
     if found.unread:
         which = " and ".join(map(str, found.unread))
         evidence.append(
@@ -100,6 +103,10 @@ def _scale_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
             Evidence("init_small", f"weights are {10 ** (total / n):.2g} of the size that keeps signals over {n} layers: "
                      f"10^{total:.1f} in all (healthy 0.1 to 10)")
         )  # fmt: skip
+    for path, size in found.tables.items():
+        if not SMALL <= size <= LARGE:
+            cause = "init_large" if size > LARGE else "init_small"
+            evidence.append(Evidence(cause, f"numbers of {path} have RMS {size:.3g} (healthy {SMALL:g} to {LARGE:g})"))
     big = np.nanmax(np.append(found.layers.get("output_second_moment", np.zeros(0))[:-1], 0)) ** 0.5
     if n and total > DECADES and (forward > 0.7 or error > 0.7 or big > 4):
         evidence.append(

@@ -8,6 +8,9 @@ import numpy as np
 
 from fnn import tree
 
+SMALL, LARGE = 1e-3, 4.0
+"""RMS of the numbers of an embedding or a table of positions, between which they are left as they are."""
+
 
 def is_narrow(params: Any) -> bool:
     """Whether there are parameters of less than 32 bits."""
@@ -15,7 +18,10 @@ def is_narrow(params: Any) -> bool:
 
 
 def redrawn(params: Any, gain: float, seed: int, last: int | None = None) -> Any:
-    """Redraw weights: each kernel from N(0, gain²/fan_in), the last one from N(0, 1/fan_in); biases 0, scales 1."""
+    """Redraw weights: each kernel from N(0, gain²/fan_in), the last one from N(0, 1/fan_in); biases 0, scales 1.
+
+    An embedding or a table of positions, if it is far too large or too small, from N(0, 1/width).
+    """
     rng = np.random.default_rng(seed)
     leaves = list(zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True))
     kernels = [i for i, (path, a, k) in enumerate(leaves) if is_kernel(path, a, k)]
@@ -26,6 +32,9 @@ def redrawn(params: Any, gain: float, seed: int, last: int | None = None) -> Any
         if i in kernels:
             std = (1.0 if i == last else gain) / np.sqrt(fan_in(path, a, k))
             a = jnp.asarray(rng.standard_normal(a.shape) * std, a.dtype)
+        elif is_table(path, a, k):
+            if not SMALL <= _rms(a) <= LARGE:
+                a = jnp.asarray(rng.standard_normal(a.shape) / np.sqrt(a.shape[-1]), a.dtype)
         elif name in ("bias", "b"):
             a = jnp.zeros_like(a)
         elif name == "scale":
@@ -47,7 +56,26 @@ def fan_in(path: str, a: Any, depths: int) -> int:
 
 def is_kernel(path: str, a: Any, depths: int) -> bool:
     """Whether an array is a weight matrix or a convolution, not an embedding or a table of positions."""
-    return a.ndim - depths >= 2 and "embedding" not in path and "position" not in path
+    return a.ndim - depths >= 2 and not _looked_up(path)
+
+
+def is_table(path: str, a: Any, depths: int) -> bool:
+    """Whether an array is an embedding or a table of positions."""
+    return a.ndim - depths >= 2 and _looked_up(path)
+
+
+def _looked_up(path: str) -> bool:
+    return "embedding" in path or "position" in path
+
+
+def _rms(a: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(np.asarray(a, np.float64)))))
+
+
+def tables(params: Any) -> dict[str, float]:
+    """Give the RMS of each embedding and table of positions."""
+    leaves = zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True)
+    return {path.removesuffix("/value"): _rms(a) for path, a, k in leaves if is_table(path, a, k)}
 
 
 def count(params: Any) -> int:

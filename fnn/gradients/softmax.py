@@ -51,6 +51,18 @@ def softmax(
 
     `products` says of variables that are products of data with a parameter which parameter that is.
     """
+    if (found := normalized(program, op)) is None:
+        return None
+    logits, axes = found
+    made = _made(program, logits) if len(axes) == 1 else None
+    if made is None or isinstance(logits, Const):
+        return None
+    product, heads = made
+    return Softmax(logits, order, turns, axes[0], heads, _fed(program, product, products))
+
+
+def normalized(program: Program, op: Op) -> tuple[Atom, tuple[int, ...]] | None:
+    """Recognise a softmax, written out or as a function with a derivative of its own: what it takes, and over which axes."""
     if op.name == "div":
         top, bottom = (source(program, a) for a in op.inputs)
         exp, total = _maker(program, top), _maker(program, bottom)
@@ -59,22 +71,16 @@ def softmax(
         shifted = _maker(program, exp.inputs[0])
         if source(program, total.inputs[0]) != top or shifted is None or shifted.name != "sub":
             return None
-        logits, axes = shifted.inputs[0], tuple(total.params["axes"])
-    elif "custom_jvp" in op.name:
+        return shifted.inputs[0], tuple(total.params["axes"])
+    if "custom_jvp" in op.name:
         inner = dict(equations(op))
         if not {"exp", "reduce_sum", "div"} <= set(inner) or len(op.outputs) != 1:
             return None
         same = [a for a in op.inputs if program.spec(a).shape == program.spec(op.outputs[0]).shape]
         if len(same) != 1:
             return None
-        logits, axes = same[0], tuple(inner["reduce_sum"]["axes"])
-    else:
-        return None
-    made = _made(program, logits) if len(axes) == 1 else None
-    if made is None or isinstance(logits, Const):
-        return None
-    product, heads = made
-    return Softmax(logits, order, turns, axes[0], heads, _fed(program, product, products))
+        return same[0], tuple(inner["reduce_sum"]["axes"])
+    return None
 
 
 def _maker(program: Program, atom: Atom) -> Op | None:

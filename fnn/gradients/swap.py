@@ -14,6 +14,7 @@ import numpy as np
 from fnn.gradients import places
 from fnn.gradients.operations import Loop, Op, Program, Remat, execute, rebuilt
 from fnn.gradients.program import equations, read, trace
+from fnn.gradients.softmax import normalized
 
 KNOWN: dict[str, Callable[[Any], Any]] = {
     "tanh": jnp.tanh,
@@ -51,7 +52,7 @@ def activations(program: Program, parameters: int) -> list[Activation]:
     """Find the activations of a loss's forward program, whose first inputs are the parameters; those in loops too.
 
     An activation is a function of each number of a layer's output by itself, by one operation or several, that has the
-    values of a known one.
+    values of a known one; or a softmax behind the last layer.
     """
     products = {place.product for place in places.find(program, parameters).places}
     walk = _Walk(products)
@@ -69,6 +70,10 @@ def activations(program: Program, parameters: int) -> list[Activation]:
     for output, (name, root) in walk.names.items():
         role = "gate" if output in walk.gates else "hidden" if output in walk.used else "last"
         found.append(Activation(name, role, root, output))
+    for op in program.ops:
+        taken = normalized(program, op)
+        if taken is not None and isinstance(taken[0], int) and op.outputs[0] not in walk.used | walk.gates:
+            found.append(Activation("softmax", "last", taken[0], op.outputs[0]))
     batch = _of_batch(program, parameters, products)
     passed = _passed(program, [a for a in found if a.role == "last"])
     return [replace(a, role="loss") if a.role == "last" and a.input in batch | passed else a for a in found]
@@ -90,8 +95,8 @@ def _of_batch(program: Program, parameters: int, products: set[int]) -> set[int]
 
 
 def _passed(program: Program, last: list[Activation]) -> set[int]:
-    """List what last activations take, where the outputs depend on it by another way than through an activation of one name."""
-    passed = set()
+    """List what last activations take, if it is made with another one, or the outputs depend on it by another way as well."""
+    passed = _behind(program, last)
     for root in {a.input for a in last}:
         ends, reached = {a.output: a.name for a in last if a.input == root}, {root}
         for op in program.ops:
@@ -100,6 +105,15 @@ def _passed(program: Program, last: list[Activation]) -> set[int]:
         if len(set(ends.values())) > 1 or reached & {a for a in program.outputs if isinstance(a, int)}:
             passed.add(root)
     return passed
+
+
+def _behind(program: Program, last: list[Activation]) -> set[int]:
+    """List what last activations take that others have made, as in max(softmax(z), 1e-6)."""
+    made = {a.output for a in last}
+    for op in program.ops:
+        if made & {a for a in op.inputs if isinstance(a, int)}:
+            made.update(op.outputs)
+    return {a.input for a in last if a.input in made}
 
 
 class _Walk:
