@@ -51,8 +51,10 @@ class Pairs(NamedTuple):
     products: jax.Array
     """How many products it took; int32[]."""
     missed: jax.Array
-    """The chance, over random vectors, that more than k eigenvalues lie beyond the last value and the tolerance: at most so
-    much. 0 where the search saw the whole space, 1 where it stopped before it knew. float[]"""
+    """The chance, over random vectors, that the k-th eigenvalue lies beyond `limit`: at most so much. 0 where the search saw
+    the whole space, 1 where it stopped before it knew. float[]"""
+    limit: jax.Array
+    """The last value and the tolerance; with a tolerance near rounding, a little more (see `proof.NEAR`). float[]"""
     converged: jax.Array
     """Whether all residuals are within the tolerance, or within rounding of the largest eigenvalue, and `missed` is at most
     2 %; bool[]."""
@@ -73,10 +75,12 @@ class _Space(NamedTuple):
     """Products so far."""
     basis: Any
     """Orthonormal rows; those not yet made are zero. float[most, n]"""
-    images: Any
-    """basis · A; float[most, n]"""
+    beside: Any
+    """basis · A less what the basis has of it: A basisᵀ = basisᵀ matrix + besideᵀ. float[most, n]"""
     matrix: Any
     """basis · A · basisᵀ, the upper triangle. float[most, most]"""
+    unit: Any
+    """All these are in units of it, the largest number of the first image that is not zero: squares have digits then."""
     key: Any
     pairs: Any
     """Those of the wanted end."""
@@ -144,15 +148,13 @@ def eigenpairs(
 
     def wanted(space):
         used = jnp.arange(most) < space.count
-        # In units of the largest number: a matrix of any scale has its own digits, beside the rows that are not used.
-        peak = tree.divisor(jnp.max(jnp.abs(space.matrix)))
-        square = symmetric(sign * space.matrix / peak)
+        square = sign * symmetric(space.matrix)
         far = 4 * jnp.sum(jnp.abs(square)) + 1
         values, coefficients = jnp.linalg.eigh(square - jnp.diag(jnp.where(used, 0, far)), symmetrize_input=False)
-        values, coefficients = values[::-1] * peak, coefficients[:, ::-1]
+        values, coefficients = values[::-1], coefficients[:, ::-1]
         rounding = 4 * eps * jnp.max(jnp.where(used, jnp.abs(values), 0))
         values, coefficients = values[:k], jnp.where(used[:, None], coefficients[:, :k], 0)
-        left = sign * dot(coefficients.T, space.images) - values[:, None] * dot(coefficients.T, space.basis)
+        left = sign * dot(coefficients.T, space.beside)
         residuals = jnp.maximum(tree.length(left, 1), rounding)
         bounds = jnp.maximum(tolerance * jnp.abs(values), rounding)
         good = jnp.all(residuals <= bounds) & (space.count >= max(k, p))
@@ -160,11 +162,13 @@ def eigenpairs(
         pairs = proofs.Pairs(values, coefficients, residuals, bounds)
 
         def improve():
-            return space.proof._replace(missed=zero + 1), _corrected(left[worst], values[worst], old_values, old)
+            return space.proof._replace(missed=zero + 1), _corrected(
+                left[worst], values[worst], old_values / space.unit, old
+            )
 
         def prove():
-            parts = space.count, space.basis, space.images, symmetric(space.matrix)
-            after, rest = proofs.judged(space.proof, parts, pairs, sign, eps, jax.random.fold_in(space.key, 1))
+            parts = space.count, space.basis, sign * space.beside, square
+            after, rest = proofs.judged(space.proof, parts, pairs, eps, jax.random.fold_in(space.key, 1))
             return after, jnp.where(space.proof.warm & (space.proof.rounds == 0), solution, rest)
 
         proof, follow = jax.lax.cond(good, prove, improve)
@@ -178,18 +182,24 @@ def eigenpairs(
         j = space.count
         direction, key = fresh(space.basis, space.next, space.key)
         w = matvec(direction)
-        basis, images = space.basis.at[j].set(direction), space.images.at[j].set(w)
-        matrix = space.matrix.at[:, j].set(dot(basis, w))
-        proof = proofs.grown(space.proof, j, direction, w, images)
-        return wanted(space._replace(count=j + 1, basis=basis, images=images, matrix=matrix, key=key, proof=proof))
+        largest = jnp.max(jnp.abs(w))
+        unit = jnp.where((space.unit == 1) & (largest > 0), largest, space.unit)
+        w = w / unit
+        basis = space.basis.at[j].set(direction)
+        along = dot(basis, w)
+        beside = (space.beside - along[:, None] * direction).at[j].set(w - dot(along, basis))
+        matrix = space.matrix.at[:, j].set(along)
+        space = space._replace(count=j + 1, basis=basis, beside=beside, matrix=matrix, unit=unit, key=key)
+        return wanted(space)
 
     empty = jnp.zeros((most, n), dtype) + zero
     few, no = jnp.zeros(k, dtype) + zero, mapped.varying(jnp.array(False), like=start)
     space = _Space(
         count=mapped.varying(jnp.int32(0), like=start),
         basis=empty,
-        images=empty,
+        beside=empty,
         matrix=jnp.zeros((most, most), dtype) + zero,
+        unit=zero + 1,
         key=mapped.varying(key, like=start),
         pairs=proofs.Pairs(few, empty[:, :1] + few, few + jnp.inf, few),
         next=start[0],
@@ -200,10 +210,20 @@ def eigenpairs(
     values, coefficients, residuals, _ = space.pairs
     z = space.proof.solution
     after = dot(z - dot(coefficients, dot(z, coefficients)), space.basis)  # the next search has the wanted part anew
-    found = Known(*_merged(space, sign, old_values, old, min(k + KEPT, n)), space.proof.probe, after)
-    found = found._replace(values=sign * found.values)
+    unit, proof = space.unit, space.proof
+    merged, kept = _merged(space, sign, old_values / unit, old, min(k + KEPT, n))
+    known = Known(sign * unit * merged, kept, proof.probe, after)
     vectors = dot(coefficients.T, space.basis)
-    return Pairs(sign * values, vectors, residuals, space.count, space.proof.missed, space.done, found)
+    return Pairs(
+        sign * unit * values,
+        vectors,
+        unit * residuals,
+        space.count,
+        proof.missed,
+        sign * unit * proof.limit,
+        space.done,
+        known,
+    )
 
 
 def _corrected(r: jax.Array, value: jax.Array, old_values: jax.Array, old: jax.Array) -> jax.Array:
@@ -225,7 +245,7 @@ def _merged(space: _Space, sign: int, old_values: jax.Array, old: jax.Array, cou
     rest = dot((rotation * jnp.where(good, 1 / jnp.sqrt(jnp.where(good, lengths, 1)), 0)).T, rest)
     among = dot(rest, old.T)
     among = dot(among * old_values, among.T)
-    across = sign * dot(rest, space.images.T)
+    across = sign * dot(rest, space.beside.T)
     whole = jnp.block([[sign * symmetric(space.matrix), across.T], [across, among]])
     used = jnp.concatenate([jnp.arange(len(space.basis)) < space.count, good])
     peak = tree.divisor(jnp.max(jnp.abs(whole)))

@@ -100,8 +100,8 @@ class Operator:
 
         Lanczos with full reorthogonalisation grows until each residual |A v - λ v| is within `tolerance` of |λ|: an eigenvalue
         lies within the residual of each value, surely. That none is larger is known from a random vector: `missed` is the
-        chance that more than k eigenvalues lie beyond the last value by more than `tolerance`, at most. It is brought
-        to 2 % or less (see `proof`). Where `max_products` (default 40 + 10k) do not suffice for both it warns, and says
+        chance that the k-th eigenvalue lies beyond `limit`, at most, which is the last value and the tolerance (and never nearer
+        than a thousand roundings: 1.2e-4 in float32). It is brought to 2 % or less (see `proof`). Where `max_products` (default 40 + 10k) do not suffice for both it warns, and says
         `converged=False`. Eigenvalues are seen up to k times each.
 
         `start`, the result of a similar matrix (of the last step), starts from its vectors, and from what proved that none is
