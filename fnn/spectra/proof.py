@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from fnn import tree
+from fnn.spectra import rows
+from fnn.spectra.rows import dot
 
 CHANCE, AIM = 0.02, 0.005
 """The chance that an eigenvalue was missed is at most the first where the z of a similar matrix says so by itself. Searches
@@ -71,8 +73,7 @@ def begun(probe: jax.Array, most: int, k: int, warm: jax.Array) -> Proof:
 def judged(proof: Proof, space: Any, pairs: Pairs, eps: float, key: Any) -> tuple[Proof, jax.Array]:
     """Solve the equation, for pairs whose residuals are within their bounds: (proof, the direction in which to grow).
 
-    `space` is (count, basis, beside, square): A basisᵀ = basisᵀ square + besideᵀ, times the sign. `key` draws another g where
-    Y must be held anew.
+    `space` is (count, basis, images, basis · imagesᵀ), with the sign. `key` draws another g where Y must be held anew.
     """
     k, first = len(pairs.values), proof.rounds <= proof.warm
     hold = proof.warm | (k > 1)
@@ -113,26 +114,15 @@ def _solved(proof: Proof, space: Any, held: jax.Array, shift: jax.Array) -> tupl
     The space then has nothing of r, which is made of what g has beside the space and of z times what A leaves beside it: no
     large numbers cancel, and r is that of the z that is returned, whatever it is.
     """
-    count, basis, beside, square = space
+    count, basis, images, square = space
     used, other = jnp.arange(len(basis)) < count, jnp.eye(len(basis), dtype=basis.dtype) - dot(held, held.T)
     far = 4 * jnp.sum(jnp.abs(square)) + 4 * jnp.abs(shift) + 1
-    lowered = dot(other, dot(square, other)) - far * dot(held, held.T) - jnp.diag(jnp.where(used, 0, far))
-    values, vectors = jnp.linalg.eigh((lowered + lowered.T) / 2, symmetrize_input=False)
+    lowered = dot(other, dot(square, other)) - far * dot(held, held.T)
+    values, vectors = rows.eigh((lowered + lowered.T) / 2, used, far)
     others = values > -far / 2
-    vectors = jnp.where(used[:, None] & others, vectors, 0)
-    along = dot(basis, proof.probe)
+    along = rows.times(count, basis, proof.probe)
     z = dot(vectors, dot(vectors.T, along) / jnp.where(others, shift - values, 1))
-    left = proof.probe - dot(along, basis) + dot(z, beside)
+    left = proof.probe + rows.mixed(count, (z, images), (-along - dot(square, z), basis))
     passed = jnp.any(others & (values >= shift))
     chance = jnp.minimum(math.sqrt(2 / math.pi) * tree.length(left), 1)
     return jnp.where(passed, 1, chance), z, left, passed
-
-
-def symmetric(upper: jax.Array) -> jax.Array:
-    """Fill the lower triangle."""
-    return jnp.triu(upper) + jnp.triu(upper, 1).T
-
-
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply in full precision."""
-    return jnp.matmul(a, b, precision="highest")
