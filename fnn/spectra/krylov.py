@@ -52,12 +52,13 @@ class Pairs(NamedTuple):
     """How many products it took; int32[]."""
     missed: jax.Array
     """The chance, over random vectors, that the k-th eigenvalue lies beyond `limit`: at most so much. 0 where the search saw
-    the whole space, 1 where it stopped before it knew. float[]"""
+    the whole space, 1 where it was not asked for, or not known yet. float[]"""
     limit: jax.Array
-    """The last value and the tolerance; with a tolerance near rounding, a little more (see `proof.NEAR`). float[]"""
+    """The last value and the tolerance; with a tolerance near rounding, a little more (see `proof.NEAR`). Infinite where
+    nothing is known. float[]"""
     converged: jax.Array
     """Whether all residuals are within the tolerance, or within rounding of the largest eigenvalue, and `missed` is at most
-    2 %; bool[]."""
+    what was allowed; bool[]."""
     known: Known
 
     def __repr__(self) -> str:
@@ -101,15 +102,16 @@ def unknown(start: jax.Array) -> Known:
 
 
 def eigenpairs(
-    matvec: Matvec, start: jax.Array, known: Known, key: Any, k: int, options: tuple[int, float, int]
+    matvec: Matvec, start: jax.Array, known: Known, key: Any, k: int, options: tuple[int, int, Any, Any]
 ) -> Pairs:
     """Find k eigenvalues at the top of the spectrum (sign 1) or at its bottom (-1); start: float[p, n].
 
-    `options` are (most products, tolerance relative to each value, sign); `known` may be `unknown`. A start vector that is
+    `options` are (most products, sign, tolerance relative to each value, the chance that one may be missed: with 1 none is
+    looked for); `known` may be `unknown`. A start vector that is
     zero or not finite, or lies in the space already, is replaced by a random one, and so is the next direction where there is
     none or the space is invariant. Source: Davidson 1975. Its arguments are those of one search.
     """
-    most, tolerance, sign = options
+    most, sign, tolerance, chance = options
     p, n = start.shape
     p = min(p, n)
     most = max(min(most, n), p, k)
@@ -170,12 +172,16 @@ def eigenpairs(
             after, rest = proofs.judged(space.proof, parts, pairs, eps, jax.random.fold_in(space.key, 1))
             return after, jnp.where(space.proof.warm & (space.proof.rounds == 0), solution, rest)
 
-        proof, follow = jax.lax.cond(good, prove, improve)
+        proof, follow = jax.lax.cond(good & (chance < 1), prove, improve)
         follow = jnp.where(count < p, start[jnp.minimum(count, p - 1)], follow)
         # The whole space leaves rounding alone, if the matrix is symmetric.
         complete = (count >= n) & jnp.all(residuals <= jnp.maximum(bounds, 30 * rounding))
-        proof = proof._replace(missed=jnp.where(complete, 0, proof.missed))
-        return space._replace(pairs=pairs, next=follow, proof=proof, done=complete | (good & proofs.accepted(proof)))
+        enough = (chance >= 1) | proofs.accepted(proof, chance)
+        proof = proof._replace(
+            missed=jnp.where(complete, 0, proof.missed),
+            limit=jnp.where(complete, values[-1] + bounds[-1], proof.limit),
+        )
+        return space._replace(pairs=pairs, next=follow, proof=proof, done=complete | (good & enough))
 
     def grow(space):
         j = space.count
@@ -211,7 +217,8 @@ def eigenpairs(
     )  # the next search has the wanted part anew
     merged, kept = _merged(space, old_values / unit, old, min(k + KEPT, n))
     vectors = rows.mixed(space.count, (jnp.column_stack([coefficients, z]), space.basis))
-    known = Known(sign * unit * merged, kept, proof.probe, vectors[k])
+    unused = proof.warm & (proof.rounds == 0)
+    known = Known(sign * unit * merged, kept, proof.probe, jnp.where(unused, solution, vectors[k]))
     return Pairs(
         sign * unit * values,
         vectors[:k],

@@ -20,12 +20,9 @@ from fnn import tree
 from fnn.spectra import rows
 from fnn.spectra.rows import dot
 
-CHANCE, AIM = 0.02, 0.005
-"""The chance that an eigenvalue was missed is at most the first where the z of a similar matrix says so by itself. Searches
-that must bring it down go on to the second."""
 NEAR = 1000
-"""μ lies at least so many roundings of A above the last value, and no more than half of it where A is in bfloat16: nearer to
-the value, z has so much of its vector that the rounding of A z hides r."""
+"""μ lies at least so many roundings of A above the last value, times the length of what g has of vectors whose values are that
+near, if it is more than 1; in bfloat16 half of A. Nearer to it z would be so large that the rounding of A z hides r."""
 
 
 class Pairs(NamedTuple):
@@ -59,7 +56,7 @@ class Proof(NamedTuple):
     missed: Any
     """The chance that the k-th eigenvalue lies beyond `limit`; float[]."""
     limit: Any
-    """float[]"""
+    """Infinite before the first round; float[]."""
 
 
 def begun(probe: jax.Array, most: int, k: int, warm: jax.Array) -> Proof:
@@ -67,7 +64,7 @@ def begun(probe: jax.Array, most: int, k: int, warm: jax.Array) -> Proof:
     zero = 0 * probe[0]
     numbers = jnp.zeros(most, probe.dtype) + zero
     held, last = jnp.zeros((most, k), probe.dtype) + zero, jnp.zeros(2, probe.dtype) + zero
-    return Proof(probe, held, last, warm, jnp.int32(0 * warm), numbers, zero + 1, zero)
+    return Proof(probe, held, last, warm, jnp.int32(0 * warm), numbers, zero + 1, zero + jnp.inf)
 
 
 def judged(proof: Proof, space: Any, pairs: Pairs, eps: float, key: Any) -> tuple[Proof, jax.Array]:
@@ -75,6 +72,7 @@ def judged(proof: Proof, space: Any, pairs: Pairs, eps: float, key: Any) -> tupl
 
     `space` is (count, basis, images, basis · imagesᵀ), with the sign. `key` draws another g where Y must be held anew.
     """
+    count, basis, images, square = space
     k, first = len(pairs.values), proof.rounds <= proof.warm
     hold = proof.warm | (k > 1)
     here = jnp.stack([pairs.values[-1], pairs.residuals[-1]])
@@ -82,15 +80,28 @@ def judged(proof: Proof, space: Any, pairs: Pairs, eps: float, key: Any) -> tupl
         jnp.where(hold, jnp.where(first, new, old), 0)
         for new, old in ((pairs.coefficients, proof.held), (here, proof.last))
     )
+    other = jnp.eye(len(basis), dtype=basis.dtype) - dot(held, held.T)
+    far = 4 * jnp.sum(jnp.abs(square)) + 1
+    lowered = dot(other, dot(square, other)) - far * dot(held, held.T)
+    values, vectors = rows.eigh((lowered + lowered.T) / 2, jnp.arange(len(basis)) < count, far)
+    others = values > -far / 2
+    along = rows.times(count, basis, proof.probe)
+    parts = dot(vectors.T, along)
     # With Y's own residual: λ <= (θ + μ)/2 + √(((μ - θ)/2)² + residual²), which is to be `limit`.
-    limit, tiny = pairs.values[-1] + pairs.bounds[-1], jnp.finfo(pairs.values.dtype).tiny
+    top, tiny = pairs.values[-1], float(jnp.finfo(basis.dtype).tiny) ** 0.5
+    limit = top + pairs.bounds[-1]
     shift = limit - last[1] * jnp.where(hold, last[1] / jnp.maximum(limit - last[0], tiny), 0)
-    # A matrix of zeros needs some distance too.
-    near = jnp.maximum(min(NEAR * eps, 0.5) * jnp.max(jnp.abs(space[3])), tiny)
-    shift = jnp.maximum(shift, pairs.values[-1] + near)
+    # A matrix of zeros needs some distance too; a multiple eigenvalue a larger one, since more of g is along its vectors.
+    near = jnp.maximum(min(NEAR * eps, 0.5) * jnp.max(jnp.abs(square)), tiny)
+    reach = tree.length(jnp.where(others, parts / (1 + jnp.maximum(top - values, 0) / near), 0))
+    shift = jnp.maximum(shift, top + near * jnp.maximum(reach, 1))
     limit = shift + last[1] * jnp.where(hold, last[1] / jnp.maximum(shift - last[0], tiny), 0)
-    missed, solution, rest, passed = _solved(proof, space, held, shift)
-    proof = proof._replace(held=held, last=last, rounds=proof.rounds + 1, solution=solution, missed=missed, limit=limit)
+    # Galerkin's method: r is made of what g has beside the space, and of what A z has there. No large numbers cancel.
+    z = dot(vectors, parts / jnp.where(others, shift - values, 1))
+    rest = proof.probe + rows.mixed(count, (z, images), (-along - dot(square, z), basis))
+    passed = jnp.any(others & (values >= shift))
+    missed = jnp.where(passed, 1, jnp.minimum(math.sqrt(2 / math.pi) * tree.length(rest), 1))
+    proof = proof._replace(held=held, last=last, rounds=proof.rounds + 1, solution=z, missed=missed, limit=limit)
     if k == 1:
         return proof, rest
 
@@ -103,26 +114,7 @@ def judged(proof: Proof, space: Any, pairs: Pairs, eps: float, key: Any) -> tupl
     return jax.lax.cond(passed, anew, lambda: (proof, rest))
 
 
-def accepted(proof: Proof) -> jax.Array:
-    """Whether the chance is small enough."""
-    return proof.missed <= jnp.where(proof.warm & (proof.rounds <= 2), CHANCE, AIM)
-
-
-def _solved(proof: Proof, space: Any, held: jax.Array, shift: jax.Array) -> tuple[Any, Any, Any, Any]:
-    """Solve by Galerkin's method: (chance, coefficients of z, r, whether an approximate value is beyond μ).
-
-    The space then has nothing of r, which is made of what g has beside the space and of z times what A leaves beside it: no
-    large numbers cancel, and r is that of the z that is returned, whatever it is.
-    """
-    count, basis, images, square = space
-    used, other = jnp.arange(len(basis)) < count, jnp.eye(len(basis), dtype=basis.dtype) - dot(held, held.T)
-    far = 4 * jnp.sum(jnp.abs(square)) + 4 * jnp.abs(shift) + 1
-    lowered = dot(other, dot(square, other)) - far * dot(held, held.T)
-    values, vectors = rows.eigh((lowered + lowered.T) / 2, used, far)
-    others = values > -far / 2
-    along = rows.times(count, basis, proof.probe)
-    z = dot(vectors, dot(vectors.T, along) / jnp.where(others, shift - values, 1))
-    left = proof.probe + rows.mixed(count, (z, images), (-along - dot(square, z), basis))
-    passed = jnp.any(others & (values >= shift))
-    chance = jnp.minimum(math.sqrt(2 / math.pi) * tree.length(left), 1)
-    return jnp.where(passed, 1, chance), z, left, passed
+def accepted(proof: Proof, chance: Any) -> jax.Array:
+    """Whether the chance is small enough, where the z of a similar matrix says so by itself; or a quarter of it, where a search
+    has worked for it: then a few products more make it much smaller."""
+    return proof.missed <= jnp.where(proof.warm & (proof.rounds <= 2), chance, chance / 4)
