@@ -240,7 +240,7 @@ def classifier(phi, rng):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_tight_tolerances_are_proved(phi, dtype):
     """Down to rounding, whatever the batch: the chance of a missed eigenvalue goes down too, and `limit` says of what."""
-    tolerances, rounding = ((1e-3, 1e-5), 1.2e-4) if dtype == np.float32 else ((1e-5, 1e-7, 1e-9), 1e-12)
+    tolerances, rounding = ((1e-3, 1e-5), 4e-4) if dtype == np.float32 else ((1e-5, 1e-7, 1e-9), 4e-12)
     for seed in range(8):
         net, *arrays, y = classifier(phi, np.random.default_rng(seed))
         with jax.enable_x64(dtype == np.float64):

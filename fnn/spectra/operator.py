@@ -102,7 +102,7 @@ class Operator:
         Lanczos with full reorthogonalisation grows until each residual |A v - λ v| is within `tolerance` of |λ|: an eigenvalue
         lies within the residual of each value, surely. That none is larger is known from a random vector: the result's
         `missed` is the chance that the k-th eigenvalue lies beyond `limit`, at most, which is the last value and the tolerance
-        (never nearer than a thousand roundings: 1.2e-4 in float32). Where `max_products` (default 40 + 10k) do not suffice
+        (never nearer than some thousand roundings: 1e-4 to 4e-4 in float32). Where `max_products` (default 40 + 10k) do not suffice
         it warns, and says `converged=False`. Eigenvalues are seen up to k times each.
 
         `missed` is the largest chance allowed; a search that has to work for it goes on to a quarter. Leave it where a number

@@ -21,8 +21,8 @@ from fnn.spectra import rows
 from fnn.spectra.rows import dot
 
 NEAR = 1000
-"""μ lies at least so many roundings of A above the last value, more where g has more than 3 of vectors whose values are that near,
-and half of A in bfloat16. Nearer to it z would be so large that the rounding of A z hides r."""
+"""μ lies at least so many roundings of A above the last value, times what g has of vectors whose values are that near, if it is
+more than 1; in bfloat16 half of A. Nearer to it z would be so large that the rounding of A z hides r."""
 
 
 class Pairs(NamedTuple):
@@ -94,7 +94,7 @@ def judged(proof: Proof, space: Any, pairs: Pairs, eps: float, key: Any) -> tupl
     # A matrix of zeros needs some distance too; a multiple eigenvalue a larger one, since more of g is along its vectors.
     near = jnp.maximum(min(NEAR * eps, 0.5) * jnp.max(jnp.abs(square)), tiny)
     reach = tree.length(jnp.where(others, parts / (1 + jnp.maximum(top - values, 0) / near), 0))
-    shift = jnp.maximum(shift, top + near * jnp.maximum(reach / 3, 1))
+    shift = jnp.maximum(shift, top + near * jnp.maximum(reach, 1))
     limit = shift + last[1] * jnp.where(hold, last[1] / jnp.maximum(shift - last[0], tiny), 0)
     # Galerkin's method: r is made of what g has beside the space, and of what A z has there. No large numbers cancel.
     z = dot(vectors, parts / jnp.where(others, shift - values, 1))
