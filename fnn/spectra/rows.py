@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fnn import mapped
 
-BLOCK = 8
+BLOCK = 4
 
 
 def room(count: int) -> int:
