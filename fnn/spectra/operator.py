@@ -45,7 +45,7 @@ class Operator:
     at least float32; a product runs in the dtypes of the loss. In float32 a product is within 2e-6 of float64's, relative to
     its norm (measured: 2e-7 on small nets), and an eigenvalue likewise; in bfloat16 expect percents: residuals say so. A
     product takes about as long as a gradient or two, and about twice a gradient's memory; eigenvalues keep some
-    2 `max_products` + 40 vectors besides.
+    2 `max_products` + 50 vectors besides.
     """
 
     who: str
