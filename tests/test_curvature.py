@@ -330,4 +330,4 @@ def test_ten_products_hold_what_one_does_and_some_vectors():
     assert ten.megabytes <= one.megabytes + 3 * vector
     search = jax.jit(lambda s: fnn.curvature(ENTROPY, outputs=net)(s, (x, y)).hessian.eigenvalues(max_products=20))
     kept = search.lower(state).compile().memory_analysis().temp_size_in_bytes / 1e6
-    assert kept <= one.megabytes + (2 * 20 + 30) * vector
+    assert kept <= one.megabytes + (2 * 20 + 50) * vector

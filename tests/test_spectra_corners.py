@@ -10,9 +10,13 @@ from jax.flatten_util import ravel_pytree
 
 import fnn
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(5, 3))
-W = RNG.normal(size=(3, 3))
+X, W = np.random.default_rng(0).normal(size=(5, 3)), np.random.default_rng(1).normal(size=(3, 3))
+
+
+@pytest.fixture
+def rng():
+    """Its own for each test: the same numbers in any order."""
+    return np.random.default_rng(0)
 
 
 def linen(params, x):
@@ -65,7 +69,7 @@ def test_all_eigenvalues_and_the_trace_are_those_of_the_dense_hessian(name, x64)
     np.testing.assert_allclose(traces.norm.value / size, np.linalg.norm(H) / size, atol=1e-9)
 
 
-def test_dropout_is_one_mask(x64):
+def test_dropout_is_one_mask(x64, rng):
     net = fnn.serial(fnn.dense(4), fnn.activation("tanh"), fnn.dropout(0.5), fnn.dense(2))
     x, y, key = jnp.asarray(X), jnp.arange(5) % 2, jax.random.key(5)
     params, state = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), net.init(jax.random.key(0), x))
@@ -76,7 +80,7 @@ def test_dropout_is_one_mask(x64):
         return jnp.mean(fnn.losses.cross_entropy(outputs, y))
 
     c = fnn.curvature(fnn.losses.cross_entropy, outputs=net)((params, state), (x, y), key)
-    v = jnp.asarray(RNG.normal(size=vector.shape))
+    v = jnp.asarray(rng.normal(size=vector.shape))
     wanted = jax.hessian(loss)(vector) @ v
     np.testing.assert_allclose(ravel_pytree(c.hessian.product(unravel(v)))[0], wanted, rtol=1e-8, atol=1e-10)
 
@@ -86,7 +90,7 @@ def half(params, scale):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_numbers_at_any_scale_are_those_near_one(scale):
+def test_numbers_at_any_scale_are_those_near_one(scale, rng):
     """Of a quadratic, a Jacobian and a kernel whose squares leave float32."""
     c = fnn.curvature(half)(jnp.ones(40), scale)
     h = np.arange(1, 41)
@@ -97,7 +101,7 @@ def test_numbers_at_any_scale_are_those_near_one(scale):
         assert found.low <= found.rate <= found.high <= 1.002 * found.low
     for probes in (4, 64):
         np.testing.assert_allclose(c.hessian.trace(probes).norm.value / scale, np.linalg.norm(h), rtol=1e-5)
-    a = jnp.asarray(RNG.normal(size=(40, 40)), jnp.float32)
+    a = jnp.asarray(rng.normal(size=(40, 40)), jnp.float32)
     plain, scaled = (fnn.jacobian(lambda x, s=s: a @ x * s)(jnp.ones(40)) for s in (1.0, scale))
     for probes in (4, 64):
         found, wanted = scaled.moments(probes=probes).log10, plain.moments(probes=probes).log10
@@ -110,8 +114,8 @@ def test_numbers_at_any_scale_are_those_near_one(scale):
         np.testing.assert_allclose(getattr(scaled, name)(*arguments), getattr(plain, name)(*arguments), rtol=1e-3)
 
 
-def test_errors_of_traces_do_not_underflow():
-    rotated = np.linalg.qr(RNG.normal(size=(30, 30)))[0]
+def test_errors_of_traces_do_not_underflow(rng):
+    rotated = np.linalg.qr(rng.normal(size=(30, 30)))[0]
     a = jnp.asarray(rotated * np.arange(30) @ rotated.T, jnp.float32)
     plain, scaled = (
         fnn.curvature(lambda p, s: 0.5 * s * p @ (a @ p))(jnp.ones(30), s).hessian.trace(8) for s in (1.0, 1e-28)
@@ -176,9 +180,9 @@ def test_a_matrix_that_is_not_symmetric_is_not_converged(x64):
     assert np.all(found.residuals > 0.5)
 
 
-def test_residuals_count_the_rounding_of_the_dtype_that_computes():
+def test_residuals_count_the_rounding_of_the_dtype_that_computes(rng):
     """bfloat16 parameters, or a cast inside the loss: the eigenvalue of exact numbers lies within the residual."""
-    a = RNG.normal(size=(20, 20))
+    a = rng.normal(size=(20, 20))
     a = jnp.asarray(a + a.T, jnp.bfloat16)
     exact = np.linalg.eigvalsh(np.asarray(a, np.float64))[-1]
     p = jnp.ones(20, jnp.bfloat16)
@@ -224,14 +228,37 @@ def test_kernels_of_zeros_have_no_ratios():
     assert np.all(found.matrix == 0)
 
 
-@pytest.mark.parametrize("phi", ["tanh", "relu"])
-def test_float32_is_near_float64(phi):
-    """The tolerances that `Operator` states."""
+def classifier(phi, rng):
     net = fnn.serial(fnn.dense(32), fnn.activation(phi), fnn.dense(32), fnn.activation(phi), fnn.dense(5))
-    x, y = RNG.normal(size=(40, 20)), np.arange(40) % 5
+    x, y = rng.normal(size=(40, 20)), np.arange(40) % 5
     with jax.enable_x64(True):
         params, state = net.init(jax.random.key(0), jnp.asarray(x, jnp.float32))
-        v = jax.tree.map(lambda a: np.float32(RNG.normal(size=a.shape)), params)
+    return net, params, state, x, y
+
+
+@pytest.mark.parametrize("phi", ["tanh", "relu"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_tight_tolerances_are_proved(phi, dtype):
+    """Down to rounding, whatever the batch: the chance of a missed eigenvalue goes down too, and `limit` says of what."""
+    tolerances, rounding = ((1e-3, 1e-5), 4e-4) if dtype == np.float32 else ((1e-5, 1e-7, 1e-9), 4e-12)
+    for seed in range(8):
+        net, *arrays, y = classifier(phi, np.random.default_rng(seed))
+        with jax.enable_x64(dtype == np.float64):
+            params, state, x = jax.tree.map(lambda a: jnp.asarray(a, dtype), tuple(arrays))
+            hessian = fnn.curvature(fnn.losses.cross_entropy, outputs=net)((params, state), (x, y)).hessian
+            for tolerance in tolerances:
+                top = hessian.eigenvalues(tolerance=tolerance, max_products=80)
+                assert top.converged and top.missed <= 0.005 and top.products <= 60
+                assert top.residuals[0] <= max(tolerance, 5e-7) * top.values[0]
+                assert tolerance * 0.9 <= top.limit / top.values[0] - 1 <= 1.1 * max(tolerance, rounding)
+
+
+@pytest.mark.parametrize("phi", ["tanh", "relu"])
+def test_float32_is_near_float64(phi, rng):
+    """The tolerances that `Operator` states."""
+    net, params, state, x, y = classifier(phi, rng)
+    with jax.enable_x64(True):
+        v = jax.tree.map(lambda a: np.float32(rng.normal(size=a.shape)), params)
     found = {}
     for dtype in (np.float32, np.float64):
         with jax.enable_x64(dtype == np.float64):

@@ -111,7 +111,7 @@ class Curvature:
     def price(self, rounds: int = 11) -> Price:
         """Measure here what a product, ten products in one program and λ_c cost beside a plain gradient; see `Price`.
 
-        The memory of ten is that of one and some vectors. `eigenvalues` keeps 2 `max_products` + 30 vectors besides.
+        The memory of ten is that of one and some vectors. `eigenvalues` keeps 2 `max_products` + 50 vectors besides.
         """
         function, outputs = self._statics
         whole = self.hessian

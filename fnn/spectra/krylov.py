@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from fnn import compiled, mapped, tree
-from fnn.spectra import products
+from fnn.spectra import products, rows
 from fnn.spectra import proof as proofs
-from fnn.spectra.proof import dot, symmetric
+from fnn.spectra.rows import dot, symmetric
 
 Matvec = Callable[[jax.Array], jax.Array]
 KEPT = 7
@@ -51,11 +51,14 @@ class Pairs(NamedTuple):
     products: jax.Array
     """How many products it took; int32[]."""
     missed: jax.Array
-    """The chance, over random vectors, that more than k eigenvalues lie beyond the last value and the tolerance: at most so
-    much. 0 where the search saw the whole space, 1 where it stopped before it knew. float[]"""
+    """The chance, over random vectors, that the k-th eigenvalue lies beyond `limit`: at most so much. 0 where the search saw
+    the whole space, 1 where it was not asked for, or not known yet. float[]"""
+    limit: jax.Array
+    """The last value and the tolerance; with a tolerance near rounding, a little more (see `proof.NEAR`). Infinite where
+    nothing is known. float[]"""
     converged: jax.Array
     """Whether all residuals are within the tolerance, or within rounding of the largest eigenvalue, and `missed` is at most
-    2 %; bool[]."""
+    what was allowed; bool[]."""
     known: Known
 
     def __repr__(self) -> str:
@@ -74,9 +77,11 @@ class _Space(NamedTuple):
     basis: Any
     """Orthonormal rows; those not yet made are zero. float[most, n]"""
     images: Any
-    """basis · A; float[most, n]"""
+    """basis · A, times the sign; float[most, n]"""
     matrix: Any
-    """basis · A · basisᵀ, the upper triangle. float[most, most]"""
+    """basis · imagesᵀ, the upper triangle. float[most, most]"""
+    unit: Any
+    """All these are in units of it, the largest number of the first image that is not zero: squares have digits then."""
     key: Any
     pairs: Any
     """Those of the wanted end."""
@@ -97,15 +102,16 @@ def unknown(start: jax.Array) -> Known:
 
 
 def eigenpairs(
-    matvec: Matvec, start: jax.Array, known: Known, key: Any, k: int, options: tuple[int, float, int]
+    matvec: Matvec, start: jax.Array, known: Known, key: Any, k: int, options: tuple[int, int, Any, Any]
 ) -> Pairs:
     """Find k eigenvalues at the top of the spectrum (sign 1) or at its bottom (-1); start: float[p, n].
 
-    `options` are (most products, tolerance relative to each value, sign); `known` may be `unknown`. A start vector that is
+    `options` are (most products, sign, tolerance relative to each value, the chance that one may be missed: with 1 none is
+    looked for); `known` may be `unknown`. A start vector that is
     zero or not finite, or lies in the space already, is replaced by a random one, and so is the next direction where there is
     none or the space is invariant. Source: Davidson 1975. Its arguments are those of one search.
     """
-    most, tolerance, sign = options
+    most, sign, tolerance, chance = options
     p, n = start.shape
     p = min(p, n)
     most = max(min(most, n), p, k)
@@ -120,19 +126,20 @@ def eigenpairs(
     probe = jnp.where(jnp.any(probe != 0), probe, jax.random.normal(draw, (n,), dtype))
     zero = mapped.varying(jnp.zeros((), dtype), like=start)
 
-    def fresh(basis, w, key):
+    def fresh(count, basis, w, key):
         """Make w orthogonal to the basis: (what is left as a unit vector, key)."""
         key, draw = jax.random.split(key)
 
         def orthogonal(w):
-            """Project twice, which is enough: (a unit vector, whether more than rounding was left)."""
+            """Project, and again if much was taken: (a unit vector, whether more than rounding was left)."""
             w = w / tree.divisor(jnp.max(jnp.abs(w)))
-            before, left = tree.length(w), []
-            for _ in range(2):
-                w = w - dot(basis.T, dot(basis, w))
-                left.append(tree.length(w))
-                w = w / tree.divisor(left[-1])
-            return w, (left[0] > 10 * jnp.finfo(dtype).eps * before) & (left[1] > 0.5)
+            before = tree.length(w)
+            w = rows.without(count, basis, w)
+            left = tree.length(w)
+            w = w / tree.divisor(left)
+            again = jax.lax.cond(left > 0.7 * before, lambda: w, lambda: rows.without(count, basis, w))
+            rest = tree.length(again)
+            return again / tree.divisor(rest), (left > 10 * jnp.finfo(dtype).eps * before) & (rest > 0.5)
 
         unit, good = orthogonal(w)
 
@@ -143,67 +150,85 @@ def eigenpairs(
         return jax.lax.cond(good, lambda: unit, replaced), key
 
     def wanted(space):
-        used = jnp.arange(most) < space.count
-        # In units of the largest number: a matrix of any scale has its own digits, beside the rows that are not used.
-        peak = tree.divisor(jnp.max(jnp.abs(space.matrix)))
-        square = symmetric(sign * space.matrix / peak)
+        count, square = space.count, symmetric(space.matrix)
         far = 4 * jnp.sum(jnp.abs(square)) + 1
-        values, coefficients = jnp.linalg.eigh(square - jnp.diag(jnp.where(used, 0, far)), symmetrize_input=False)
-        values, coefficients = values[::-1] * peak, coefficients[:, ::-1]
-        rounding = 4 * eps * jnp.max(jnp.where(used, jnp.abs(values), 0))
-        values, coefficients = values[:k], jnp.where(used[:, None], coefficients[:, :k], 0)
-        left = sign * dot(coefficients.T, space.images) - values[:, None] * dot(coefficients.T, space.basis)
+        values, coefficients = rows.eigh(square, jnp.arange(len(square)) < count, far)
+        rounding = 4 * eps * jnp.max(jnp.where(values > -far / 2, jnp.abs(values), 0))
+        values, coefficients = values[::-1][:k], coefficients[:, ::-1][:, :k]
+        left = rows.mixed(count, (coefficients, space.images), (-values * coefficients, space.basis))
         residuals = jnp.maximum(tree.length(left, 1), rounding)
         bounds = jnp.maximum(tolerance * jnp.abs(values), rounding)
-        good = jnp.all(residuals <= bounds) & (space.count >= max(k, p))
-        worst = jnp.argmax(jnp.where(jnp.arange(k) < space.count, residuals / bounds, 0))
+        good = jnp.all(residuals <= bounds) & (count >= max(k, p))
+        worst = jnp.argmax(jnp.where(jnp.arange(k) < count, residuals / bounds, 0))
         pairs = proofs.Pairs(values, coefficients, residuals, bounds)
 
         def improve():
-            return space.proof._replace(missed=zero + 1), _corrected(left[worst], values[worst], old_values, old)
+            return space.proof._replace(missed=zero + 1), _corrected(
+                left[worst], values[worst], old_values / space.unit, old
+            )
 
         def prove():
-            parts = space.count, space.basis, space.images, symmetric(space.matrix)
-            after, rest = proofs.judged(space.proof, parts, pairs, sign, eps, jax.random.fold_in(space.key, 1))
+            parts = count, space.basis, space.images, square
+            after, rest = proofs.judged(space.proof, parts, pairs, eps, jax.random.fold_in(space.key, 1))
             return after, jnp.where(space.proof.warm & (space.proof.rounds == 0), solution, rest)
 
-        proof, follow = jax.lax.cond(good, prove, improve)
-        follow = jnp.where(space.count < p, start[jnp.minimum(space.count, p - 1)], follow)
+        proof, follow = jax.lax.cond(good & (chance < 1), prove, improve)
+        follow = jnp.where(count < p, start[jnp.minimum(count, p - 1)], follow)
         # The whole space leaves rounding alone, if the matrix is symmetric.
-        complete = (space.count >= n) & jnp.all(residuals <= jnp.maximum(bounds, 30 * rounding))
-        proof = proof._replace(missed=jnp.where(complete, 0, proof.missed))
-        return space._replace(pairs=pairs, next=follow, proof=proof, done=complete | (good & proofs.accepted(proof)))
+        complete = (count >= n) & jnp.all(residuals <= jnp.maximum(bounds, 30 * rounding))
+        enough = (chance >= 1) | proofs.accepted(proof, chance)
+        proof = proof._replace(
+            missed=jnp.where(complete, 0, proof.missed),
+            limit=jnp.where(complete, values[-1] + bounds[-1], proof.limit),
+        )
+        return space._replace(pairs=pairs, next=follow, proof=proof, done=complete | (good & enough))
 
     def grow(space):
         j = space.count
-        direction, key = fresh(space.basis, space.next, space.key)
-        w = matvec(direction)
-        basis, images = space.basis.at[j].set(direction), space.images.at[j].set(w)
-        matrix = space.matrix.at[:, j].set(dot(basis, w))
-        proof = proofs.grown(space.proof, j, direction, w, images)
-        return wanted(space._replace(count=j + 1, basis=basis, images=images, matrix=matrix, key=key, proof=proof))
+        direction, key = fresh(j, space.basis, space.next, space.key)
+        w = sign * matvec(direction)
+        largest = jnp.max(jnp.abs(w))
+        unit = jnp.where((space.unit == 1) & (largest > 0), largest, space.unit)
+        basis, images = space.basis.at[j].set(direction), space.images.at[j].set(w / unit)
+        matrix = space.matrix.at[:, j].set(rows.times(j + 1, basis, w / unit))
+        space = space._replace(count=j + 1, basis=basis, images=images, matrix=matrix, unit=unit, key=key)
+        return wanted(space)
 
-    empty = jnp.zeros((most, n), dtype) + zero
+    room = rows.room(most)
+    empty = jnp.zeros((room, n), dtype) + zero
     few, no = jnp.zeros(k, dtype) + zero, mapped.varying(jnp.array(False), like=start)
     space = _Space(
         count=mapped.varying(jnp.int32(0), like=start),
         basis=empty,
         images=empty,
-        matrix=jnp.zeros((most, most), dtype) + zero,
+        matrix=jnp.zeros((room, room), dtype) + zero,
+        unit=zero + 1,
         key=mapped.varying(key, like=start),
         pairs=proofs.Pairs(few, empty[:, :1] + few, few + jnp.inf, few),
         next=start[0],
-        proof=proofs.begun(probe + zero, most, k, no | jnp.any(solution != 0)),
+        proof=proofs.begun(probe + zero, room, k, no | jnp.any(solution != 0)),
         done=no,
     )
     space = jax.lax.while_loop(lambda s: (s.count < most) & ~s.done & ~jnp.any(jnp.isnan(s.matrix)), grow, space)
     values, coefficients, residuals, _ = space.pairs
-    z = space.proof.solution
-    after = dot(z - dot(coefficients, dot(z, coefficients)), space.basis)  # the next search has the wanted part anew
-    found = Known(*_merged(space, sign, old_values, old, min(k + KEPT, n)), space.proof.probe, after)
-    found = found._replace(values=sign * found.values)
-    vectors = dot(coefficients.T, space.basis)
-    return Pairs(sign * values, vectors, residuals, space.count, space.proof.missed, space.done, found)
+    unit, proof = space.unit, space.proof
+    z = proof.solution - dot(
+        coefficients, dot(proof.solution, coefficients)
+    )  # the next search has the wanted part anew
+    merged, kept = _merged(space, old_values / unit, old, min(k + KEPT, n))
+    vectors = rows.mixed(space.count, (jnp.column_stack([coefficients, z]), space.basis))
+    unused = proof.warm & (proof.rounds == 0)
+    known = Known(sign * unit * merged, kept, proof.probe, jnp.where(unused, solution, vectors[k]))
+    return Pairs(
+        sign * unit * values,
+        vectors[:k],
+        unit * residuals,
+        space.count,
+        proof.missed,
+        sign * unit * proof.limit,
+        space.done,
+        known,
+    )
 
 
 def _corrected(r: jax.Array, value: jax.Array, old_values: jax.Array, old: jax.Array) -> jax.Array:
@@ -214,28 +239,25 @@ def _corrected(r: jax.Array, value: jax.Array, old_values: jax.Array, old: jax.A
         return jnp.where(gap < 0, gap, -1)
 
     along = dot(old, r)
-    return dot(old.T, along / below(old_values - value)) + (r - dot(old.T, along)) / below(-value)
+    return r / below(-value) + dot(along / below(old_values - value) - along / below(-value), old)
 
 
-def _merged(space: _Space, sign: int, old_values: jax.Array, old: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def _merged(space: _Space, old_values: jax.Array, old: jax.Array, many: int) -> tuple[jax.Array, jax.Array]:
     """Take approximate pairs over the space and what the old vectors have beside it, where A is as B was."""
-    rest = old - dot(dot(old, space.basis.T), space.basis)
+    count, basis = space.count, space.basis
+    rest = old - rows.mixed(count, (rows.times(count, basis, old), basis))
     lengths, rotation = jnp.linalg.eigh(dot(rest, rest.T))
     good = lengths > APART
     rest = dot((rotation * jnp.where(good, 1 / jnp.sqrt(jnp.where(good, lengths, 1)), 0)).T, rest)
     among = dot(rest, old.T)
     among = dot(among * old_values, among.T)
-    across = sign * dot(rest, space.images.T)
-    whole = jnp.block([[sign * symmetric(space.matrix), across.T], [across, among]])
-    used = jnp.concatenate([jnp.arange(len(space.basis)) < space.count, good])
-    peak = tree.divisor(jnp.max(jnp.abs(whole)))
-    whole = jnp.where(used[:, None] & used, whole / peak, 0)
+    across = rows.times(count, space.images, rest)
+    whole = jnp.block([[symmetric(space.matrix), across], [across.T, among]])
+    used = jnp.concatenate([jnp.arange(len(basis)) < count, good])
+    whole = jnp.where(used[:, None] & used, whole, 0)
     far = 4 * jnp.sum(jnp.abs(whole)) + 1
     values, coefficients = jnp.linalg.eigh(whole - jnp.diag(jnp.where(used, 0, far)), symmetrize_input=False)
-    values, coefficients = values[::-1][:count], coefficients[:, ::-1][:, :count]
-    vectors = dot(jnp.where(used[:, None], coefficients, 0).T, jnp.concatenate([space.basis, rest]))
-    missing = count - len(values)
-    return (
-        jnp.pad(jnp.where(values > -far / 2, values * peak, 0), (0, missing)),
-        jnp.pad(vectors, ((0, missing), (0, 0))),
-    )
+    values, coefficients = values[::-1][:many], jnp.where(used[:, None], coefficients[:, ::-1][:, :many], 0)
+    vectors = rows.mixed(count, (coefficients, basis)) + dot(coefficients[len(basis) :].T, rest)
+    missing = many - len(values)
+    return jnp.pad(jnp.where(values > -far / 2, values, 0), (0, missing)), jnp.pad(vectors, ((0, missing), (0, 0)))

@@ -45,7 +45,7 @@ class Operator:
     at least float32; a product runs in the dtypes of the loss. In float32 a product is within 2e-6 of float64's, relative to
     its norm (measured: 2e-7 on small nets), and an eigenvalue likewise; in bfloat16 expect percents: residuals say so. A
     product takes about as long as a gradient or two, and about twice a gradient's memory; eigenvalues keep some
-    2 `max_products` + 30 vectors besides.
+    2 `max_products` + 50 vectors besides.
     """
 
     who: str
@@ -92,6 +92,7 @@ class Operator:
         *,
         end: str = "top",
         tolerance: float = 0.01,
+        missed: float = 0.02,
         max_products: int | None = None,
         start: Pairs | None = None,
         key: Any = None,
@@ -99,18 +100,26 @@ class Operator:
         """Find k eigenvalues at the "top" (largest first) or "bottom" (smallest first) of the spectrum, with residuals.
 
         Lanczos with full reorthogonalisation grows until each residual |A v - λ v| is within `tolerance` of |λ|: an eigenvalue
-        lies within the residual of each value, surely. That none is larger is known from a random vector: `missed` is the
-        chance that more than k eigenvalues lie beyond the last value by more than `tolerance`, at most. It is brought
-        to 2 % or less (see `proof`). Where `max_products` (default 40 + 10k) do not suffice for both it warns, and says
-        `converged=False`. Eigenvalues are seen up to k times each.
+        lies within the residual of each value, surely. That none is larger is known from a random vector: the result's
+        `missed` is the chance that the k-th eigenvalue lies beyond `limit`, at most, which is the last value and the tolerance
+        (never nearer than some thousand roundings: 1e-4 to 4e-4 in float32). Where `max_products` (default 40 + 10k) do not suffice
+        it warns, and says `converged=False`. Eigenvalues are seen up to k times each.
+
+        `missed` is the largest chance allowed; a search that has to work for it goes on to a quarter. Leave it where a number
+        is to be relied on, or records lie far apart. With 1 residuals alone count: for tracking from step to step, where
+        eigenvectors overlap by .85 or more, with a certain search now and then, since an eigenvalue that has overtaken the
+        tracked one from outside of its space stays unseen.
 
         `start`, the result of a similar matrix (of the last step), starts from its vectors, and from what proved that none is
-        larger. Where eigenvectors have turned little, k + 2 products suffice; where they have turned much, or another
-        eigenvalue has passed the wanted ones, it takes as many as it needs, and may take more than a search from
-        nothing: 30 against 19 on a net of 217,000 parameters, whose largest eigenvectors overlapped by 0.73.
+        larger. Products, measured on tanh nets of 13,000 to 217,000 parameters, by the overlap of eigenvectors with the last:
+
+            overlap        .99 and more    .85 to .99    .73       from nothing
+            missed=0.02    2 to 15         10 to 18      21, 25    8 to 27
+            missed=1       1 to 4          4 to 6        8, 12     5 to 19
+
         `key` draws the first vectors (default `jax.random.key(0)`). `eigenvector(pairs, i)` is a tree like params.
         Source: Parlett 1980, theorem 4.5.1 for the residual; Davidson 1975 with `start`.
-        Its six options are all about one search. Errors: ValueError for k beyond the matrix.
+        Its seven options are all about one search. Errors: ValueError for k beyond the matrix, or a chance outside (0, 1].
 
             found = fnn.curvature(loss)(params, batch).hessian.eigenvalues(3)
         """
@@ -121,6 +130,7 @@ class Operator:
         most = 40 + 10 * k if max_products is None else max_products
         check.positive(self.who, max_products=most)
         tolerance = check.number(self.who, tolerance=tolerance)
+        missed = check.number(self.who, low=1e-6, high=1, missed=missed)
         dtype = self._part.dtype(self._params)
         draw, go = jax.random.split(_key(self.who, key))
         if start is None:
@@ -133,7 +143,8 @@ class Operator:
             )
         else:
             vectors, known = jnp.asarray(start.vectors, dtype), start.known
-        found = self._run(_eigenpairs, (k, (most, tolerance, 1 if end == "top" else -1)), (vectors, known, go))
+        sign, limits = (1 if end == "top" else -1), jnp.array([tolerance, missed], dtype)
+        found = self._run(_eigenpairs, (k, most, sign), (vectors, known, go, limits))
         if not compiled.traced(found) and not np.all(found.converged):
             what = "the matrix has NaN" if np.any(np.isnan(found.values)) else f"{np.max(found.products)} products"
             warnings.warn(
@@ -252,9 +263,9 @@ def _product(matrix: _Matrix, given: Any, v: Any) -> Any:
     return matrix.part.unflatten(given[2], matrix.matvec(given)(flat), given[1])
 
 
-def _eigenpairs(matrix: _Matrix, k: int, search: tuple[int, float, int], given: Any, values: Any) -> Pairs:
-    start, known, key = values
-    return krylov.eigenpairs(matrix.matvec(given), start, known, key, k, search)
+def _eigenpairs(matrix: _Matrix, k: int, most: int, sign: int, given: Any, values: Any) -> Pairs:
+    start, known, key, (tolerance, missed) = values
+    return krylov.eigenpairs(matrix.matvec(given), start, known, key, k, (most, sign, tolerance, missed))
 
 
 def _traces(matrix: _Matrix, count: int, exact: bool, given: Any, key: Any) -> list[Any]:

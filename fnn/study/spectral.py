@@ -158,7 +158,7 @@ def _singular(net: Any, at: Any, x: Any, key: Any) -> dict[str, jax.Array]:
 
 def vectors(quantities: Sequence[str] | None) -> int:
     """Say how many vectors of the size of the parameters the largest eigenvalues keep."""
-    return 2 * PRODUCTS + 30 if {"sharpness", "preconditioned_sharpness"} & set(quantities or ()) else 0
+    return 2 * PRODUCTS + 50 if {"sharpness", "preconditioned_sharpness"} & set(quantities or ()) else 0
 
 
 def cost(names: Sequence[str], inputs: int, outputs: int) -> dict[str, float]:
