@@ -13,7 +13,7 @@ from diagnosed import TEST, TRAIN, build, case, sgd
 
 import fnn
 from fnn.datasets.dataset import Dataset
-from fnn.diagnosis import changes, data_symptoms, report, start, symptoms, trial, verdict
+from fnn.diagnosis import changes, data_symptoms, report, run_symptoms, start, symptoms, trial, verdict
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.loss_case import loss_case_of
@@ -313,16 +313,16 @@ def test_units_that_die_in_the_run_and_attention_that_sees_one_key():
     quiet = start.Start({"input_dead": np.array([0.0, 0.1, 0.2])}, ["a", "b", "c"], [], [], np.zeros(0), 1.0, False, False, [],
                         {"a": -1.0}, 1e-7, 0.0, "", {}, (3.0, 1.7))  # fmt: skip
     dead = dataclasses.replace(quiet, layers={"input_dead": np.array([0.9, 0.1, 0.95])})
-    assert not symptoms.middle_symptoms(made, quiet, quiet) and not symptoms.middle_symptoms(made, dead, dead)
-    (said,) = symptoms.middle_symptoms(made, quiet, dead)
+    assert not run_symptoms.middle_symptoms(made, quiet, quiet) and not run_symptoms.middle_symptoms(made, dead, dead)
+    (said,) = run_symptoms.middle_symptoms(made, quiet, dead)
     assert said.cause == "lr_high" and "95% of the inputs" in said.text
-    assert not symptoms.middle_symptoms(
+    assert not run_symptoms.middle_symptoms(
         made, quiet, dataclasses.replace(dead, layers={"input_dead": np.array([0.9, 0.1, 0.2])})
     )
     sharp = dataclasses.replace(quiet, attention=(400.0, 0.01))
-    assert "attention logits reach 400" in symptoms.middle_symptoms(made, quiet, sharp)[0].text
+    assert "attention logits reach 400" in run_symptoms.middle_symptoms(made, quiet, sharp)[0].text
     gone = dataclasses.replace(quiet, gradient={"a": -np.inf})
-    assert "the gradient of a is exactly zero" in symptoms.middle_symptoms(made, quiet, gone)[0].text
+    assert "the gradient of a is exactly zero" in run_symptoms.middle_symptoms(made, quiet, gone)[0].text
 
 
 @pytest.mark.parametrize("gain, want", [(1.0, set()), (30.0, {"init_large"})])

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from fnn.arrays import first_line
-from fnn.diagnosis import data_symptoms, start, symptoms
+from fnn.diagnosis import data_symptoms, run_symptoms, start, symptoms
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import STAGE, WEAK, Evidence, shown
 from fnn.diagnosis.changes import Change, changes, unreached
@@ -92,10 +92,10 @@ class Inquiry:
         for e in found:
             self.tell(e.text)
         outcome = self.train(NOTHING, plan).outcome
-        self.evidence += found + symptoms.run_symptoms(case, plan, begun, outcome)
+        self.evidence += found + run_symptoms.run_symptoms(case, plan, begun, outcome)
         middle = jax.tree.map(lambda a: a[0], outcome.middle)
         if all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(middle[0])):
-            later = symptoms.middle_symptoms(case, begun, start.measured(self.runner, plan, *middle))
+            later = run_symptoms.middle_symptoms(case, begun, start.measured(self.runner, plan, *middle))
             for e in later:
                 self.tell(e.text)
             self.evidence += later

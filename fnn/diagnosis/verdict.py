@@ -59,7 +59,11 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
     if not found and ill and (bad := inquiry.broken(trained=False)):  # what repairs it happens to avoid these numbers
         return [_lost(inquiry, bad)]
     if not found:  # a repair that works, though nothing abnormal was measured
-        for cause, tried in sorted(((main(inquiry, t), t) for t in working), key=lambda pair: STAGE[pair[0]]):
+        clear = (
+            -np.inf if ill else inquiry.base.mean + 2 * margin(inquiry.base.scores)
+        )  # of a good score, by more than luck
+        able = [t for t in working if t.mean > clear]
+        for cause, tried in sorted(((main(inquiry, t), t) for t in able), key=lambda pair: STAGE[pair[0]]):
             if (proved := proof(inquiry, cause, tried)) is not None:
                 return [proved]
     if not found and inquiry.begun.unread:  # a score that reads labels as the loss does shows no repair
