@@ -3,7 +3,8 @@
 Most of the tests' time is compiling. So on a CPU XLA optimises little, unless a test asks for `optimised`, and what one
 process has compiled is kept for the others until the run ends; in a folder that JAX_COMPILATION_CACHE_DIR names, for the
 next run too. Before JAX 0.11 XLA can also make its kernels without "fusion emitters", which take most of the time of a
-compile. On an accelerator programs are compiled as users compile them.
+compile. On an accelerator programs are compiled as users compile them. NumPy multiplies and factors on one thread: a second
+one waits for work most of the time, and burns a core while it waits.
 """
 
 import atexit
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported
 
 import accelerator
 import chromium
