@@ -144,6 +144,27 @@ def randomized(tree, seed=0):
     return jax.tree.map(lambda a: jnp.asarray(np.asarray(a) + 0.1 * rng.normal(size=a.shape), a.dtype), tree)
 
 
+def started(init, *args, key=None, seed=0):
+    """Return (params, state) of a layer's `init`, with parameters of about the sizes it would draw, off zero and one.
+
+    NumPy draws them: to compile `init` takes as long as to compile a step, and few tests ask what it draws.
+    """
+    key, rng = jax.random.key(0) if key is None else key, np.random.default_rng(seed)
+    params, state = jax.eval_shape(init, key, *args)
+
+    def draw(path, spec):
+        numbers = rng.normal(size=spec.shape)
+        if spec.ndim > 1:
+            numbers = numbers / np.sqrt(max(1, np.prod(spec.shape[:-1])))
+        else:
+            numbers = 0.1 * numbers + ("scale" in jax.tree_util.keystr(path[-1:]))
+        return jnp.asarray(numbers, spec.dtype)
+
+    if jax.tree.leaves(state):
+        state = jax.jit(lambda *args: init(*args)[1])(key, *args)
+    return jax.tree_util.tree_map_with_path(draw, params), state
+
+
 def assert_same(a, b):
     """Assert that two trees hold the same bits; on an accelerator the same numbers to 2e-6 of the largest of an array.
 

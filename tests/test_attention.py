@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomized
+from conftest import started
 
 import fnn
 from fnn import lowering
@@ -23,8 +23,7 @@ def drawn(dtype=jnp.float32, time=TIME):
 
 
 def prepared(layer, x):
-    params, state = jax.jit(layer.init)(KEY, x)
-    return randomized(params), state
+    return started(layer.init, x)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
@@ -315,8 +314,7 @@ def test_half_precision_is_near_float32_in_values_gradients_and_single_examples(
     """On a GPU this is cuDNN's kernel: heads of 16, lengths of 64, no mask."""
     layer, rng = fnn.attention(2, **options), np.random.default_rng(0)
     x, weights = (jnp.asarray(rng.normal(size=(3, 64, 32)), jnp.float32) for _ in range(2))
-    params, state = layer.init(jax.random.key(0), x)
-    params = randomized(params)
+    params, state = started(layer.init, x)
 
     def loss(params, x, weights, dtype):
         y, _ = layer.apply(params, state, x.astype(dtype))

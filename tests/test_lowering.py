@@ -144,12 +144,13 @@ def test_who_computes_attention_on_a_gpu(gpu, monkeypatch, dtype, heads, kv_head
     monkeypatch.setattr(jax.nn, "dot_product_attention", counted)
     layer = fnn.attention(heads, causal=True, kv_heads=kv_heads)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, length, 32)), jnp.float32)
-    params, state = layer.init(jax.random.key(0), x)
+    params, state = jax.jit(layer.init)(jax.random.key(0), x)
     x = x.astype(dtype)
-    y, _ = layer.apply(params, state, fnn.Masked(x, jnp.ones((2, length), bool)) if masked else x)
+    given = fnn.Masked(x, np.ones((2, length), bool)) if masked else x
+    y, _ = jax.jit(lambda *args: layer.apply(*args))(params, state, given)
     assert asked == expected
     monkeypatch.undo()
-    exact, _ = layer.apply(params, state, x.astype(jnp.float32))
+    exact, _ = jax.jit(lambda *args: layer.apply(*args))(params, state, x.astype(jnp.float32))
     y = jnp.asarray(y.values if masked else y, jnp.float32)
     np.testing.assert_allclose(y, exact, rtol=0, atol=1e-5 if dtype == jnp.float32 else 0.03)
 
