@@ -41,6 +41,8 @@ else:
     FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
     if jax.__version_info__ < (0, 11):  # newer ones do not know this flag, and would stop here
         FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    else:  # an eighth less to compile
+        FLAGS.append("--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE")
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([given, *(flag for flag in FLAGS if flag.split("=")[0] not in given)])
 ON_CPU = not may_have_accelerator() or jax.default_backend() == "cpu"
