@@ -158,7 +158,7 @@ def furthest(a, b):
     return max(np.max(np.abs(u - v)) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-IN_THE_TABLE = ("adam", "lamb", "lars", "sm3")
+IN_THE_TABLE = ("lamb", "lars", "sm3")
 """Those that test_optax_table has too, on fewer and smaller arrays."""
 
 
