@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported, so no plugin may import it before
 
 import accelerator
 import chromium
