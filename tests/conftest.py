@@ -3,7 +3,8 @@
 Most of the tests' time is compiling. So on a CPU XLA optimises little, unless a test asks for `optimised`, and what one
 process has compiled is kept for the others until the run ends; in a folder that JAX_COMPILATION_CACHE_DIR names, for the
 next run too. Before JAX 0.11 XLA can also make its kernels without "fusion emitters", which take most of the time of a
-compile. On an accelerator programs are compiled as users compile them.
+compile. On an accelerator programs are compiled as users compile them. NumPy multiplies and factors on one thread: a second
+one waits for work most of the time, and burns a core while it waits.
 """
 
 import atexit
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported, so no plugin may import it before
 
 import accelerator
 import chromium
@@ -38,6 +41,8 @@ else:
     FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
     if jax.__version_info__ < (0, 11):  # newer ones do not know this flag, and would stop here
         FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    else:  # an eighth less to compile
+        FLAGS.append("--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE")
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([given, *(flag for flag in FLAGS if flag.split("=")[0] not in given)])
 ON_CPU = not may_have_accelerator() or jax.default_backend() == "cpu"
@@ -139,6 +144,27 @@ def randomized(tree, seed=0):
     """Move every floating leaf off its initial value, so that zeros and ones hide nothing."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda a: jnp.asarray(np.asarray(a) + 0.1 * rng.normal(size=a.shape), a.dtype), tree)
+
+
+def started(init, *args, key=None, seed=0):
+    """Return (params, state) of a layer's `init`, with parameters of about the sizes it would draw, off zero and one.
+
+    NumPy draws them: to compile `init` takes as long as to compile a step, and few tests ask what it draws.
+    """
+    key, rng = jax.random.key(0) if key is None else key, np.random.default_rng(seed)
+    params, state = jax.eval_shape(init, key, *args)
+
+    def draw(path, spec):
+        numbers = rng.normal(size=spec.shape)
+        if spec.ndim > 1:
+            numbers = numbers / np.sqrt(max(1, np.prod(spec.shape[:-1])))
+        else:
+            numbers = 0.1 * numbers + ("scale" in jax.tree_util.keystr(path[-1:]))
+        return jnp.asarray(numbers, spec.dtype)
+
+    if jax.tree.leaves(state):
+        state = jax.jit(lambda *args: init(*args)[1])(key, *args)
+    return jax.tree_util.tree_map_with_path(draw, params), state
 
 
 def assert_same(a, b):

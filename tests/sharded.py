@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from conftest import randomized
+from conftest import started
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from zoo import CASES, sample
@@ -65,11 +65,11 @@ def together(names, optimizer=SGD, concrete=True):
     net = fnn.branches({case.name: case.layer for case in cases})
     x = {case.name: sample(case, i) for i, case in enumerate(cases)}
     params, state = init(net, x) if concrete else jax.eval_shape(net.init, KEY, x)
-    return net, *begun(randomized(params) if concrete else params, state, x, optimizer)
+    return net, *begun(params, state, x, optimizer)
 
 
 def init(net, x):
-    return jax.jit(net.init)(jax.random.key(1), x)
+    return started(net.init, x)
 
 
 def begun(params, state, x, optimizer=SGD):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomized
+from conftest import started
 from flax import nnx
 
 import fnn
@@ -40,10 +40,10 @@ def labels(n=3):
 def net(layer, *routes, shape=(5,), norm=False):
     """Make a subject of an fnn net on vectors."""
     x = draw(B, *shape)
-    params, state = jax.jit(layer.init)(jax.random.key(1), x)
+    params, state = started(layer.init, x)
     axis_name = "batch" if norm else None
     loss = fnn.example_loss(layer, (params, state), loss=fnn.losses.cross_entropy, axis_name=axis_name)
-    return Subject(loss, randomized(params), (x, labels()), axis_name, routes)
+    return Subject(loss, params, (x, labels()), axis_name, routes)
 
 
 def mlp(*routes, depth=4, **options):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomized
+from conftest import started
 
 import fnn
 from fnn import lowering
@@ -23,8 +23,7 @@ def drawn(dtype=jnp.float32, time=TIME):
 
 
 def prepared(layer, x):
-    params, state = jax.jit(layer.init)(KEY, x)
-    return randomized(params), state
+    return started(layer.init, x)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
@@ -87,10 +86,11 @@ def test_grouped_heads_share_keys_and_values():
     params, state = prepared(shared, x)
 
     def spread(a):
-        return jnp.repeat(a.reshape(*a.shape[:-1], 2, D // 4), 2, axis=-2).reshape(*a.shape[:-1], D)
+        return np.repeat(np.reshape(a, (*a.shape[:-1], 2, D // 4)), 2, axis=-2).reshape(*a.shape[:-1], D)
 
     wide = params | {name: jax.tree.map(spread, params[name]) for name in ("key", "value")}
-    np.testing.assert_allclose(shared.apply(params, state, x)[0], full.apply(wide, state, x)[0], atol=1e-6)
+    ours, expected = (jax.jit(net.apply)(p, state, x)[0] for net, p in ((shared, params), (full, wide)))
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
 def test_rotary_positions_turn_complex_pairs_and_see_differences_alone():
@@ -98,10 +98,11 @@ def test_rotary_positions_turn_complex_pairs_and_see_differences_alone():
     places = np.arange(10).reshape(2, 5)
     pairs = x[..., :3] + 1j * x[..., 3:]
     turned = pairs * np.exp(1j * places[:, :, None, None] * 10_000.0 ** (-np.arange(3) / 3))
-    ours = rotate(jnp.asarray(x), jnp.asarray(places))
+    ours = jax.jit(rotate)(x, places)
     np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
     q, k = jnp.asarray(x[:1, :1]), jnp.asarray(x[1:, :1])
 
+    @jax.jit
     def product(p, q_place):
         return jnp.sum(rotate(q, jnp.array([[q_place]])) * rotate(k, jnp.array([[p]])))
 
@@ -114,11 +115,13 @@ def test_padding_changes_nothing_wherever_it_stands(positions):
     net = fnn.serial(*learned, fnn.residual(fnn.attention(HEADS, causal=True, rotary=not learned)))
     x = drawn()
     params, state = prepared(net, x)
-    y, _ = net.apply(params, state, x)
+    apply = jax.jit(net.apply)
+    y, _ = apply(params, state, x)
     keep = np.array([1, 2, 4, 5, 7, 8])
-    padded, mask = jnp.full((BATCH, 9, D), 1e2).at[:, keep].set(x), jnp.zeros((BATCH, 9), bool).at[:, keep].set(True)
-    holed, _ = net.apply(params, state, fnn.Masked(padded, mask))
-    np.testing.assert_allclose(holed.values[:, keep], y, atol=2e-5)
+    padded, mask = np.full((BATCH, 9, D), 1e2, np.float32), np.zeros((BATCH, 9), bool)
+    padded[:, keep], mask[:, keep] = x, True
+    holed, _ = apply(params, state, fnn.Masked(padded, mask))
+    np.testing.assert_allclose(np.asarray(holed.values)[:, keep], y, atol=2e-5)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
@@ -315,8 +318,7 @@ def test_half_precision_is_near_float32_in_values_gradients_and_single_examples(
     """On a GPU this is cuDNN's kernel: heads of 16, lengths of 64, no mask."""
     layer, rng = fnn.attention(2, **options), np.random.default_rng(0)
     x, weights = (jnp.asarray(rng.normal(size=(3, 64, 32)), jnp.float32) for _ in range(2))
-    params, state = layer.init(jax.random.key(0), x)
-    params = randomized(params)
+    params, state = started(layer.init, x)
 
     def loss(params, x, weights, dtype):
         y, _ = layer.apply(params, state, x.astype(dtype))

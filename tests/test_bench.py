@@ -13,6 +13,12 @@ from bench.problem import Row
 from bench.remote import Remote, step_run
 
 
+@pytest.fixture(autouse=True)
+def caches(monkeypatch):
+    """Let the suites, which clear JAX's caches to measure memory, leave here what other tests have traced."""
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
+
+
 def test_step_suite_checks_peers_times_them_and_writes(tmp_path, capsys, monkeypatch):
     def wrong(work):
         ready = step.PEERS["jax-steps"].build(work)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, randomized
+from conftest import assert_same, started
 
 import fnn
 from fnn import lowering
@@ -38,7 +38,7 @@ def test_conv_equals_flax(case, dtype, tolerance):
         x = image(rank).astype(dtype)
         options = {"stride": stride, "dilation": dilation, "groups": groups, "padding": padding}
         layer = fnn.conv(8, window, **options)
-        params = randomized(jax.jit(layer.init)(jax.random.key(0), x)[0])
+        params = started(layer.init, x)[0]
         theirs = nn.Conv(
             8,
             each(window, rank),
@@ -72,7 +72,7 @@ def test_implementations_have_the_same_derivatives(case, x64):
         ),
         lambda kind: fnn.conv_transpose(3, window, stride=3, implementation=kind),
     ):
-        params = randomized(jax.jit(make("xla").init)(jax.random.key(0), x)[0])
+        params = started(make("xla").init, x)[0]
 
         def derivatives(kind, params, x, make=make):
             def loss(params, x):
@@ -124,8 +124,11 @@ def test_patches_of_some_examples_at_a_time(case, monkeypatch):
     rank, window, stride, dilation, groups, padding, _ = case
     layer = fnn.conv(8, window, stride=stride, dilation=dilation, groups=groups, padding=padding)
     x = image(rank, batch=5)
-    params = randomized(layer.init(jax.random.key(0), x)[0])
-    gradient = jax.grad(lambda params, x: jnp.sum(jnp.sin(layer.apply(params, (), x)[0])), (0, 1))
+    params = started(layer.init, x)[0]
+
+    def gradient(params, x):  # a new program each time
+        return jax.jit(jax.grad(lambda params, x: jnp.sum(jnp.sin(layer.apply(params, (), x)[0])), (0, 1)))(params, x)
+
     whole = gradient(params, x)
     monkeypatch.setattr(lowering, "PATCHES", 2100)
     assert "scan" in str(jax.make_jaxpr(layer.apply)(params, (), x))
@@ -141,7 +144,7 @@ def test_conv_transpose_equals_flax(window, stride, padding, their_padding, dtyp
     with jax.enable_x64(dtype == jnp.float64):
         x = image(2).astype(dtype)
         layer = fnn.conv_transpose(3, window, stride=stride, padding=padding)
-        params = randomized(jax.jit(layer.init)(jax.random.key(0), x)[0])
+        params = started(layer.init, x)[0]
         theirs = nn.ConvTranspose(3, each(window, 2), each(stride, 2), their_padding, dtype=dtype)
         both = jax.jit(lambda p, x: (layer.apply(p, (), x)[0], theirs.apply({"params": p}, x)))
         y, expected = both(params, x)
@@ -202,7 +205,7 @@ def test_conv_equals_pytorch():
     torch = pytest.importorskip("torch")
     x = image(2).astype(jnp.float32)
     layer = fnn.conv(6, 3, stride=2, groups=2, padding=1, dilation=2)
-    params = randomized(layer.init(jax.random.key(0), x)[0])
+    params = started(layer.init, x)[0]
     y, _ = layer.apply(params, (), x)
     weight = torch.tensor(np.array(params["kernel"]).transpose(3, 2, 0, 1))
     theirs = torch.nn.functional.conv2d(

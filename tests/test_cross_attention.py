@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, by_layer, randomized
+from conftest import assert_same, by_layer, started
 
 import fnn
 
@@ -23,8 +23,7 @@ def drawn(dtype=jnp.float32, source_width=E):
 
 
 def prepared(layer, x):
-    params, state = jax.jit(layer.init)(KEY, x)
-    return randomized(params), state
+    return started(layer.init, x)
 
 
 def in_flax(params):

@@ -1,5 +1,7 @@
 """Extreme eigenvalues from products: how many it takes, and that the largest is not missed."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,12 @@ def quadratic(eigenvalues, seed=0):
 
 def half(params, A):
     return 0.5 * params["x"] @ A @ params["x"]
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def searched(A, start, k, options):
+    """Search a matrix of which nothing is known: one program for all matrices of a size."""
+    return krylov.eigenpairs(lambda v: A @ v, start, krylov.unknown(start), jax.random.key(0), k, options)
 
 
 def test_multiple_eigenvalues_zero_matrices_and_short_spectra(x64):
@@ -67,9 +75,8 @@ def test_eigenvalues_at_any_scale(scale):
     q = np.linalg.qr(np.random.default_rng(0).normal(size=(33, 33)))[0]
     a = jnp.asarray((q * lam) @ q.T * scale, jnp.float32)
     start = jax.random.normal(jax.random.key(1), (2, 33))
-    known = krylov.unknown(start)
     for sign, wanted in ((1, [10, 7]), (-1, [-5, 0])):
-        found = krylov.eigenpairs(lambda v: a @ v, start, known, jax.random.key(0), 2, (40, sign, 0.01, 0.02))
+        found = searched(a, start, 2, (40, sign, 0.01, 0.02))
         assert np.all(np.abs(found.values[:1] / scale - wanted[0]) <= found.residuals[:1] / scale + 1e-4)
         assert found.converged and found.residuals[0] <= 0.01 * abs(found.values[0])
 
@@ -144,8 +151,7 @@ def test_the_chance_of_a_missed_eigenvalue_counts_what_the_random_vector_has_of_
     draw = rng.normal(size=n)
     for part in (1e-5, 1e-4, 0.1):
         start = jnp.asarray(draw - q[:, 0] * (q[:, 0] @ draw) + part * q[:, 0])
-        known = krylov.unknown(start[None])
-        found = krylov.eigenpairs(lambda v: A @ v, start[None], known, jax.random.key(0), 1, (30, 1, 0.01, 0.02))
+        found = searched(A, start[None], 1, (30, 1, 0.01, 0.02))
         missed = abs(found.values[0] - 1.1) > 0.011
         assert not missed or found.missed >= np.sqrt(2 / np.pi) * part
         assert bool(missed) == (part < 0.1)

@@ -9,7 +9,9 @@ import pytest
 FOLDER = Path(__file__).parent.parent / "experiments"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 SLOW = {"edge_of_stability", "initialisation", "conv_isometry", "edge_of_chaos", "recurrent"}
-"""Those that take longest. What they measure has its tests: curvature, initializers, expected, exact_models."""
+SLOW |= {"ntk_condition", "batch_norm_explodes", "jacobian_moments", "finite_width", "residual"}
+"""Those that take longest. What they measure has its tests: curvature, initializers, expected, exact_models; kernel,
+meanfield_nets, isometry, finite_width."""
 
 
 @pytest.fixture
@@ -52,6 +54,12 @@ def test_main_prints_writes_and_tells_by_its_exit_code(common, tmp_path, capsys)
     assert "choose another --out" in capsys.readouterr().err
 
 
+def test_each_asks_a_question(common):
+    for name in NAMES:
+        module = importlib.import_module(name)
+        assert module.__doc__.strip().splitlines()[0].endswith("?") and callable(module.run), name
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in NAMES])
 def test_tiny_version_holds(name, common, tmp_path, capsys):
     """Each with fixed seeds: the same numbers on the same machine."""
@@ -59,4 +67,3 @@ def test_tiny_version_holds(name, common, tmp_path, capsys):
     code = common.main(module.__file__, module.__doc__, module.run, ["--tiny", "--out", str(tmp_path)])
     assert code == 0, capsys.readouterr().out
     assert (tmp_path / f"{name}.png").stat().st_size < common.LIMIT
-    assert module.__doc__.strip().splitlines()[0].endswith("?")

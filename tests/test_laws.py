@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from accelerator import words
-from conftest import assert_same, randomized
+from conftest import assert_same, started
 from zoo import CASES, PADDED, floating, sample
 
 import fnn
@@ -51,8 +51,7 @@ def prepared(name):
     layer = BY_NAME[name].layer
     init_key, run_key = keys()
     x = sample(BY_NAME[name])
-    params, state = jax.jit(layer.init)(init_key, x)
-    params = randomized(params)
+    params, state = started(layer.init, x, key=init_key)
 
     def run(params, state, x):
         without_key, same = layer.apply(params, state, x)
@@ -204,8 +203,7 @@ def test_bfloat16_in_and_out_with_float32_statistics(case):
 def test_values_at_padded_positions_change_nothing(case):
     """NaN, infinities and numbers near the end of float32, bit for bit: outputs, state, and every gradient."""
     x = sample(case)
-    params, state = jax.jit(case.layer.init)(keys()[0], x)
-    params = randomized(params)
+    params, state = started(case.layer.init, x, key=keys()[0])
 
     def at_each_masked(function, tree, *rest):
         return jax.tree.map(function, tree, *rest, is_leaf=lambda node: isinstance(node, fnn.Masked))

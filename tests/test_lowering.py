@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import started
 
 import fnn
 from fnn import lowering, tree
@@ -17,18 +18,18 @@ def test_the_platform_is_that_of_the_default_device():
             assert lowering.platform() == "cpu"
 
 
+LAYERS = fnn.conv(4, 3), fnn.conv(4, 3, stride=2, groups=2), fnn.max_pool(2)
+NET = fnn.serial(*LAYERS, fnn.flatten(), fnn.dense(3))
+ATTEND = fnn.attention(2)
+
+
 def computed(x):
     """Norms, attention, convolutions, a pool, and their gradients."""
-    images, words = x
-    layers = fnn.conv(4, 3), fnn.conv(4, 3, stride=2, groups=2), fnn.max_pool(2)
-    net = fnn.serial(*layers, fnn.flatten(), fnn.dense(3))
-    params, state = net.init(jax.random.key(0), images)
-    attend = fnn.attention(2)
-    weights, started = attend.init(jax.random.key(1), words)
+    images, words, (params, state), (weights, memory) = x
 
     def loss(params, weights):
-        size = jnp.sum(jnp.sin(net.apply(params, state, images)[0]))
-        return size + jnp.sum(jnp.cos(attend.apply(weights, started, words)[0]))
+        size = jnp.sum(jnp.sin(NET.apply(params, state, images)[0]))
+        return size + jnp.sum(jnp.cos(ATTEND.apply(weights, memory, words)[0]))
 
     value, grads = jax.value_and_grad(loss, (0, 1))(params, weights)
     return value, grads, tree.norm(grads), tree.norms(grads)
@@ -37,7 +38,8 @@ def computed(x):
 @pytest.fixture(scope="module")
 def inputs():
     rng = np.random.default_rng(0)
-    return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 8, 8, 2), (2, 5, 4)))
+    images, words = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 8, 8, 2), (2, 5, 4)))
+    return images, words, started(NET.init, images), started(ATTEND.init, words)
 
 
 def test_other_platforms_choices_have_the_same_values(inputs, monkeypatch):
@@ -144,12 +146,13 @@ def test_who_computes_attention_on_a_gpu(gpu, monkeypatch, dtype, heads, kv_head
     monkeypatch.setattr(jax.nn, "dot_product_attention", counted)
     layer = fnn.attention(heads, causal=True, kv_heads=kv_heads)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, length, 32)), jnp.float32)
-    params, state = layer.init(jax.random.key(0), x)
+    params, state = jax.jit(layer.init)(jax.random.key(0), x)
     x = x.astype(dtype)
-    y, _ = layer.apply(params, state, fnn.Masked(x, jnp.ones((2, length), bool)) if masked else x)
+    given = fnn.Masked(x, np.ones((2, length), bool)) if masked else x
+    y, _ = jax.jit(lambda *args: layer.apply(*args))(params, state, given)
     assert asked == expected
     monkeypatch.undo()
-    exact, _ = layer.apply(params, state, x.astype(jnp.float32))
+    exact, _ = jax.jit(lambda *args: layer.apply(*args))(params, state, x.astype(jnp.float32))
     y = jnp.asarray(y.values if masked else y, jnp.float32)
     np.testing.assert_allclose(y, exact, rtol=0, atol=1e-5 if dtype == jnp.float32 else 0.03)
 

@@ -1,5 +1,7 @@
 """Every optimiser of optax trains `serial` and `repeat` in `train_step` as it trains a plain tree by hand."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,8 @@ RANDOM = {"optax.contrib.sophia", "optax.contrib.hutchinson_estimator_diag_hessi
 """Those of them that draw random signs for each array."""
 ONE_OF_EACH = {"optax.lbfgs", "optax.contrib.sam", "optax.contrib.sophia"}
 """Of those that take the loss again, one of each way in which they get it."""
+PARTS = {name for name in NAMES if name.replace("scale_by_", "") in set(NAMES) - {name}}
+"""`scale_by_adam` and the like: `adam`, which is tested too, is this and a rate (asserted below). They need --slow."""
 STILL = {"optax.set_to_zero", "optax.freeze"}
 """Those that leave the parameters where they are."""
 
@@ -89,9 +93,9 @@ def far_from(params, rest, targets, step):
 
 
 def few():
-    """A matrix before and a vector behind a trunk of blocks of both: programs of fewer arrays compile faster."""
+    """A matrix before and a vector behind a trunk of two blocks of both: programs of fewer arrays compile faster."""
     (head, trunk, tail), *_ = drawn()
-    return {"kernel": head["kernel"]}, tuple(block[0] for block in trunk), {"bias": tail["bias"]}
+    return {"kernel": head["kernel"]}, tuple(block[0] for block in trunk[:2]), {"bias": tail["bias"]}
 
 
 def near(params):
@@ -118,7 +122,7 @@ def by_wrapper(name, wrap, params, targets):
 
 
 @pytest.mark.usefixtures("x64")  # signs of small gradients are rounding in float32
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in PARTS)) for n in NAMES])
 def test_every_optimiser_of_optax_treats_repeat_as_by_hand(name):
     params = few()
     targets = near(params)
@@ -164,3 +168,6 @@ def test_the_table_knows_every_public_function_of_optax():
     for name in NAMES:
         tx = optax_table.make(name)
         assert hasattr(tx, "init") and hasattr(tx, "update"), name
+    for name in PARTS:
+        whole = inspect.getsource(optax_table.candidates()[name.replace("scale_by_", "")])
+        assert f"{name.rpartition('.')[2]}(" in whole, name

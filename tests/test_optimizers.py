@@ -158,7 +158,11 @@ def furthest(a, b):
     return max(np.max(np.abs(u - v)) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+IN_THE_TABLE = ("lamb", "lars", "sm3")
+"""Those that test_optax_table has too, on fewer and smaller arrays."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in IN_THE_TABLE)) for n in OPTIMIZERS])
 def test_depth_as_a_loop_trains_as_depth_written_out(name):
     wanted = looped_form(trained(OPTIMIZERS[name], PARAMS, GRADS))
     found = trained(fnn.optimizers.per_depth(OPTIMIZERS[name]), looped_form(PARAMS), STACKED_GRADS)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, randomized
+from conftest import assert_same, started
 
 import fnn
 
@@ -21,8 +21,7 @@ def drawn(dtype=jnp.float32):
 def prepared(kind, dtype=jnp.float32, **options):
     layer = LAYERS[kind](WIDTH, **options)
     x = drawn(dtype)
-    params, state = jax.jit(layer.init)(jax.random.key(0), x)
-    return layer, randomized(params), state, x
+    return layer, *started(layer.init, x), x
 
 
 def flax_cell(kind, params, dtype):
@@ -311,8 +310,7 @@ def test_a_bidirectional_net_reads_each_half_where_it_has_seen_everything(cell, 
     """By hand: each half alone on the real positions of each example, its last output in its own direction."""
     net = fnn.models.rnn(2, 2 * WIDTH, 3, cell=cell, bidirectional=True)
     x = drawn()
-    params, state = jax.jit(net.init)(jax.random.key(0), x)
-    params = randomized(params)
+    params, state = started(net.init, x)
     mask = np.ones((BATCH, TIME), bool)
     if form == "padded":
         mask = np.arange(TIME) >= np.array([0, 3, 3, 0])[:, None]

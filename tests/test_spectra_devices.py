@@ -11,7 +11,7 @@ import pytest
 
 
 @functools.cache
-def failed():
+def found():
     script = Path(__file__).with_name("spectra_sharded.py")
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=os.environ)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -19,6 +19,6 @@ def failed():
 
 
 @pytest.mark.xdist_group("sharding")
-@pytest.mark.parametrize("case", ["dense", "batch/4", "batch/8", "parameters/4", "parameters/8"])
+@pytest.mark.parametrize("case", ["dense", "batch/4", "parameters/8"])
 def test_four_and_eight_devices_have_the_spectra_of_one(case):
-    assert case not in failed(), failed()[case]
+    assert found()[case] is None, found()[case]

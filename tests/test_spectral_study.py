@@ -40,8 +40,8 @@ def dense(params, state, batch):
     s = jnp.linalg.svd(jax.jacrev(batched)(batch[0][0]), compute_uv=False)
     j = jax.jacrev(outputs)(flat, batch[0])
     ntk = jnp.linalg.eigvalsh(jnp.einsum("iop,jop->ij", j, j))
-    rates = jnp.geomspace(0.1, 1e3, 4000)
-    rises = jax.lax.map(lambda r: loss(flat - r * jax.grad(loss)(flat)), rates) > loss(flat)
+    rates, gradient = jnp.geomspace(0.1, 1e3, 4000), jax.grad(loss)(flat)
+    rises = jax.vmap(lambda r: loss(flat - r * gradient))(rates) > loss(flat)
     return {
         "sharpness": jnp.linalg.eigvalsh(h)[-1],
         "hessian_trace": jnp.trace(h),

@@ -288,9 +288,9 @@ def test_cells_that_share_a_program_have_the_numbers_of_their_own():
         grid = fnn.grid.product(activation=activations, **axes)
         return fnn.Study(grid, seeds=2, steps=4, data=(data, data)).run().table()
 
-    together = measured(["tanh", "relu", "sigmoid", "gelu"])
+    together = measured(["tanh", "relu", "gelu"])
     keys = ["activation", "norm", "seed", "step", "layer", "path", "quantity"]
-    for name in ("tanh", "relu", "gelu"):
+    for name in ("tanh", "gelu"):  # the first and the last of them
         alone, beside = measured([name]), together.filter(activation=name)
         assert alone.height == beside.height and set(alone["quantity"]) == set(beside["quantity"])
         pairs = beside.join(alone, on=keys, suffix=" alone").filter(~pl.col("path").str.ends_with("bias"))

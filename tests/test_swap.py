@@ -167,7 +167,8 @@ def test_a_program_in_float32_is_the_one_written_in_float32(name, dtype):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
     several = jnp.stack([w, -w])
     got, want = (
-        jax.vmap(jax.grad(f), (0, None))(several, X) for f in (wide.in_float32(loss_in(dtype)), loss_in(jnp.float32))
+        jax.jit(jax.vmap(jax.grad(f), (0, None)))(several, X)
+        for f in (wide.in_float32(loss_in(dtype)), loss_in(jnp.float32))
     )
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
