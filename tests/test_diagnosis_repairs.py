@@ -248,3 +248,40 @@ def test_a_softmax_over_labels_of_which_several_hold():
     assert "head" in {e.cause for e in symptoms.start_symptoms(made, Plan(), begun)}
     names = {c.name for c in changes.changes(made)}
     assert "head sigmoid" in names and "standardise y" not in names
+
+
+# Losses that do not ask for the targets.
+
+
+@pytest.mark.parametrize("shape, zero, want", [((24, 1), False, True), ((24,), False, False), ((24,), True, False)])
+def test_targets_that_are_compared_with_all_outputs(shape, zero, want):
+    """float[n] - float[n, 1] is float[n, n]. A net whose outputs are all equal at first is no such loss."""
+    x, y = np.float32(RNG.normal(size=(24, 3))), np.float32(RNG.normal(size=shape))
+    params = {"a": jnp.float32(RNG.normal(size=(3, 5))), "b": jnp.float32(RNG.normal(size=5)) * (not zero)}
+
+    def loss(p, batch):
+        return jnp.mean((jnp.tanh(batch[0] @ p["a"]) @ p["b"] - batch[1]) ** 2)
+
+    made = loss_case(loss, params, x, y)
+    with ThreadPoolExecutor(1) as thread:
+        begun = start.start(trial.Runner(made, thread), Plan())
+    assert begun.unpaired == want
+    assert want == ("loss" in {e.cause for e in symptoms.start_symptoms(made, Plan(), begun)})
+
+
+def test_a_loss_of_the_wrong_sign_is_found():
+    x = np.float32(RNG.normal(size=(200, 4)))
+    y = (x[:, 0] > 0).astype(np.int32)
+    params = {"w": jnp.float32(RNG.normal(size=(4, 2)) / 2)}
+
+    def likelihood(p, batch):
+        return jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(batch[0] @ p["w"]), batch[1][:, None], 1))
+
+    def score(p, batch):
+        return jnp.mean(jnp.argmax(batch[0] @ p["w"], -1) == batch[1])
+
+    batches = [(x[i : i + 20], y[i : i + 20]) for i in range(0, 160, 20)]
+    found = fnn.diagnose_loss(
+        likelihood, params, batches, optax.sgd(0.5), (x[160:], y[160:]), score=score, steps=40, seeds=1, budget=600.0
+    )
+    assert found.causes[0].name == "loss" and "-loss" in found.remedies[0]

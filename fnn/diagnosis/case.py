@@ -52,6 +52,8 @@ class Plan:
     """Whether parameters of less than 32 bits are trained in float32."""
     float32: bool = False
     """Whether what is computed in less than 32 bits is computed in float32; the parameters are `wide` then."""
+    sign: float = 1.0
+    """Factor of the loss that is learnt."""
     bare: bool = False
     """Whether the loss is learnt without its weight penalties."""
     swap: tuple[tuple[str, str], ...] = ()

@@ -35,6 +35,8 @@ class Change:
     """Whether the net, the loss, the optimiser or a shape differs, so that a program must be compiled."""
     costs: float = 1.0
     """How many times a step's work it takes, about."""
+    on_suspicion: bool = False
+    """Whether it is tried only if something that it repairs was measured."""
 
 
 def changes(case: Case) -> list[Change]:
@@ -295,6 +297,9 @@ def _of_program(case: Case) -> list[Change]:
                 "last",
                 "sigmoid",
             )
+    if case.task.name == "score":
+        code = "# minimise -loss: as it is, the loss falls where the score does"
+        found.append(Change("the loss with the other sign", ("loss",), _with(sign=-1.0), code, True, on_suspicion=True))
     if case.penalized:
         code = "# leave out the penalty, the term of the loss that depends on the parameters alone, or make it smaller"
         found.append(Change("no weight penalty", ("regularization",), _with(bare=True), code, True))

@@ -141,6 +141,7 @@ class Inquiry:
         """
         suspects = {e.cause for e in self.evidence}
         every = [c for c in changes(self.case) if "steps" not in c.causes and c.name not in self.tried]
+        every = [c for c in every if not c.on_suspicion or suspects & set(c.causes)]
         every.sort(key=lambda c: (c.own_program, not suspects & set(c.causes), c.costs))
         plans = {change.name: change.apply(Plan()) for change in every}
 

@@ -62,7 +62,7 @@ class LossCase(Case):
                 return self.params, ()
             return _redrawn_alike(self.params, 1000 + seed), ()
 
-        return Model(draw, lambda params, state, batch, key: (loss(params, batch), ()), score=score)
+        return Model(draw, lambda params, state, batch, key: (plan.sign * loss(params, batch), ()), score=score)
 
     def scored(self, values: np.ndarray) -> np.ndarray:
         """Turn losses into scores: 1 - loss/guess, within -1 and 1."""

@@ -18,6 +18,7 @@ UNTESTED = {
     "input_empty": "no change of the net or the training can tell equal examples apart",
     "labels": "no change of the net or the training can put inputs and targets together",
     "label_encoding": "the score, too, would have to read other labels",
+    "loss": "the loss is known as a whole alone, and cannot be taken apart",
     "positions": "the net itself has to be given the positions",
     "numerics": "the formula itself has to be changed",
     "split_mismatch": "the repair of the first cause learns held-out data, and so hides this one",

@@ -39,6 +39,11 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
     ratios = outcome.ratios
     early = float(np.median(ratios[:, : max(1, steps // 10)]))
     moved = float(np.median(np.where(np.isfinite(outcome.moved), outcome.moved, 0).max(1)))
+    if case.task.name == "score" and case.task.kind in ("classes", "multi_label") and np.median(tail) < 0:
+        text = (
+            f"the loss becomes {np.median(tail):.3g}, less than that of right answers that are sure (for most losses 0)"
+        )
+        evidence.append(Evidence("loss", text))
     if not np.isfinite(losses).all():
         first = int(np.argmax(~np.isfinite(losses).all(0)))
         evidence.append(Evidence("lr_high", f"the loss is not finite from step {first} on"))

@@ -36,6 +36,8 @@ class Start:
     """Whether the order along the first axis behind the batch changes nothing."""
     unread: list[int]
     """The first and the last label, where labels are numbered strangely, if their examples have no gradient."""
+    unpaired: bool
+    """Whether loss and gradient stay as they are when the targets of a batch change places."""
     gradient: dict[str, float]
     """log10 of each parameter's gradient."""
     rounding: float
@@ -83,6 +85,14 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
 
         same, others = np.array([float(flow.loss)]), value(np.roll(x, 1, axis=0))
         blind = bool(np.abs(others - same) > 1e-4 * np.abs(same)) and _blind(value, x, same, 1e-5)
+    unpaired = False
+    if isinstance(y, np.ndarray) and case.task.kind != "exact" and (y != y[::-1]).any():
+        turned = watched(params, (x, np.ascontiguousarray(y[::-1])), state)
+        before, after = (
+            np.array([np.float64(f.loss), *(r.value for r in _rows(f) if r.quantity == "log10_gradient")])
+            for f in (flow, turned)
+        )
+        unpaired = bool(np.isfinite(before).all() and np.allclose(before, after, rtol=1e-5, atol=1e-5))
     unread, labels = [], np.unique(case.y) if encoding_symptoms(case) else np.zeros(0)
     if len(labels) > 2 and labels[0] < 0 == labels[1]:  # by custom a negative one marks what is to be left out
         labels = labels[1:]
@@ -102,7 +112,7 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
     if not (np.isfinite(flow.loss) and all(value < np.inf for value in gradient.values())):  # not of NaN either
         bad = _bad(case, plan, params, (x, y), state)
     return Start(
-        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, unread, gradient, rounding, rounded, bad, tables(params), attention
+        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, unread, unpaired, gradient, rounding, rounded, bad, tables(params), attention
     )  # fmt: skip
 
 

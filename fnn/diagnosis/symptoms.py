@@ -28,6 +28,9 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         evidence += [*_head_symptoms(case, plan, found), *_loss_symptoms(case, plan, found)]
     if case.value(plan, "head") == "softmax" and case.task.kind == "multi_label" and (case.y.sum(-1) > 1).any():
         evidence.append(Evidence("head", "a softmax, whose outputs add up to 1, where several labels hold at once"))
+    if found.unpaired:
+        text = "loss and gradient stay as they are when the targets of a batch change places: they are not compared one by one"
+        evidence.append(Evidence("loss", text))
     if found.unread:
         which = " and ".join(map(str, found.unread))
         evidence.append(

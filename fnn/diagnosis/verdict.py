@@ -69,6 +69,9 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
     if not found and inquiry.begun.unread:  # a score that reads labels as the loss does shows no repair
         code = "y = np.searchsorted(np.unique(y_train), y)  # and in the score"
         return [Cause("label_encoding", _of(inquiry, "label_encoding"), None, code, 0.0)]
+    if not found and ill and inquiry.begun.unpaired:
+        code = "# outputs and targets of one shape, or each is compared with all: y.reshape(outputs.shape)"
+        return [Cause("loss", _of(inquiry, "loss"), None, code, 0.0)]
     given = any("positions" in t.change.causes for t in inquiry.tried.values())
     if not found and ill and inquiry.begun.blind and not given:  # what no change from outside can give
         code = "# add to the inputs of the first block a vector that differs from position to position"
