@@ -14,7 +14,7 @@ from flax import nnx
 
 import fnn
 from fnn.datasets.dataset import Dataset
-from fnn.diagnosis import changes, start, symptoms, trial, verdict
+from fnn.diagnosis import changes, data_symptoms, start, symptoms, trial, verdict
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.inquiry import NOTHING
@@ -285,3 +285,30 @@ def test_a_loss_of_the_wrong_sign_is_found():
         likelihood, params, batches, optax.sgd(0.5), (x[160:], y[160:]), score=score, steps=40, seeds=1, budget=600.0
     )
     assert found.causes[0].name == "loss" and "-loss" in found.remedies[0]
+
+
+@pytest.mark.parametrize("weights, ill", [((1, 1), False), ((1, 10), False), ((10, 1), True), ((2, 1), False)])
+def test_class_weights_upside_down(weights, ill):
+    """Label 1 has one example in ten."""
+    x, y = np.float32(RNG.normal(size=(200, 8))), np.int32(np.arange(200) % 10 == 0)
+    weights = jnp.float32(weights)
+
+    def loss(outputs, y):
+        return weights[y] * fnn.losses.cross_entropy(outputs, y)
+
+    made = case(Dataset(x, y), Dataset(x, y), loss=loss, net=lambda width=8: fnn.models.mlp(1, width, 2))
+    with ThreadPoolExecutor(1) as thread:
+        begun = start.start(trial.Runner(made, thread), Plan())
+    found = [e for e in symptoms.start_symptoms(made, Plan(), begun) if e.cause == "loss"]
+    assert bool(found) == ill and (not ill or "10 times" in found[0].text)
+
+
+@pytest.mark.parametrize("held, ill", [(0.0, False), (5.0, True)])
+def test_a_feature_that_lives_in_held_out_data_alone(held, ill):
+    x, y = np.float32(RNG.normal(size=(100, 4))), np.arange(100) % 3
+    x[:, 2] = 1
+    other = x.copy()
+    other[:, 2] += held * RNG.normal(size=100)
+    other[:3, 2] += 9  # rare values do not count
+    made = case(Dataset(x, y), Dataset(other, y), net=lambda width=8: fnn.models.mlp(1, width, 3))
+    assert bool([e for e in data_symptoms.split_symptoms(made) if e.cause == "split_mismatch"]) == ill

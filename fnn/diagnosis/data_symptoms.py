@@ -125,6 +125,12 @@ def split_symptoms(case: Case) -> list[Evidence]:
     if worst > 1:
         text = f"held-out features lie {off:.3g} training stds off, their std is {ratio:.3g} times that of the training data"
         return [Evidence("split_mismatch", text + " (healthy: below 1, and 0.5 to 2)")]
+    dead = ~live
+    if dead.any():
+        away = np.median(np.abs(held[:, dead] - x.mean(0)[dead]), axis=0) / float(np.median(std[live]))
+        if away.max() > 0.5:
+            text = f"a feature that is the same in all training examples lies {away.max():.3g} stds of the others off in held-out ones"
+            return [Evidence("split_mismatch", text)]
     ranges = [np.subtract(*np.percentile(_some(part), (75, 25), axis=0)) for part in (held, x)]
     ratios = ranges[0][ranges[1] > 0] / ranges[1][ranges[1] > 0]  # rare values do not count
     if len(held) >= 20 and len(ratios) and ratios.max() > 5:

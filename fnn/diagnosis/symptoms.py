@@ -218,6 +218,15 @@ def _loss_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         up, down = (float(np.mean(np.asarray(loss(jnp.asarray(o), y)))) for o in (better, worse))
     if np.isfinite(up) and np.isfinite(down) and up >= down:
         return [Evidence("loss", "the loss does not fall when the right output rises")]
+    labels, counts = np.unique(truth, return_counts=True)
+    with np.errstate(all="ignore"):
+        even = np.asarray(loss(jnp.zeros((n, task.classes), jnp.float32), y), np.float64).reshape(n, -1).mean(1)
+    weights = np.array([even[truth == label].mean() for label in labels])
+    common, rare = int(np.argmax(counts)), int(np.argmin(counts))
+    if np.isfinite(weights).all() and 0 <= 3 * weights[rare] < weights[common] and counts[common] > 3 * counts[rare]:
+        times = weights[common] / max(weights[rare], 1e-30)
+        text = f"an example of the commonest class weighs {times:.3g} times as much as one of the rarest (healthy: at most as much)"
+        return [Evidence("loss", text)]
     constant = []
     for value in np.linspace(0, 1, 21):  # one number for all outputs: where is the loss lowest?
         with np.errstate(all="ignore"):
