@@ -84,6 +84,15 @@ def test_codes_for_missing_values_are_found_and_replaced(share):
     assert (np.asarray(after.chooses.x) > -900).all() and 0.5 * share < far.mean() < 2 * share
 
 
+def test_what_far_numbers_have_squashed_is_standardised_again():
+    x = np.array(TRAIN.x)
+    x[::150] *= 1000
+    squashed = TRAIN._replace(x=((x - x.mean(0)) / np.maximum(x.std(0), 1e-6)).astype("f4"))
+    change = next(c for c in changes.changes(case(squashed)) if c.name.startswith("replace far-out x"))
+    assert change.apply(Plan()).data == (data_changes.tamed, data_changes.standardized)
+    assert change.name.endswith("standardise") and "standardize(train, test)" in change.code
+
+
 def test_one_held_out_feature_in_other_units_is_a_mismatch():
     columns = np.ones(64, "f4")
     columns[[20, 36]] = 100

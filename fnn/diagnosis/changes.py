@@ -10,7 +10,7 @@ import optax
 
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.data_changes import finite, matched, renumbered, standard_targets, standardized, tamed
-from fnn.diagnosis.data_symptoms import outlying
+from fnn.diagnosis.data_symptoms import input_symptoms, outlying
 
 KNOBS = ("activation", "norm", "residual", "depth", "width", "head")
 """Arguments of `build` that are varied. `dropout`, `cell`, `forget_bias` and `positions` are, where there are any."""
@@ -61,8 +61,8 @@ def unreached(case: Case) -> dict[str, str]:
     return found
 
 
-def _data(change: Any) -> Callable[[Plan], Plan]:
-    return lambda plan: replace(plan, data=(*plan.data, change))
+def _data(*steps: Any) -> Callable[[Plan], Plan]:
+    return lambda plan: replace(plan, data=(*plan.data, *steps))
 
 
 def _with(**values: Any) -> Callable[[Plan], Plan]:
@@ -82,8 +82,11 @@ def _of_data(case: Case) -> list[Change]:
         )
         x = np.asarray(case.x, np.float64).reshape(len(case.x), -1)
         if np.isfinite(x).all() and (far := outlying(x, x)).any():
-            change = Change("replace far-out x by medians", ("input_scale",), _data(tamed), _without_codes(x, far))
-            found.append(change)
+            name, steps, code = "replace far-out x by medians", (tamed,), _without_codes(x, far)
+            if input_symptoms(tamed(case)):  # what they have squashed, when all were standardised together
+                name, steps = f"{name}, standardise", (tamed, standardized)
+                code += "\ntrain, test = fnn.data.standardize(train, test)"
+            found.append(Change(name, ("input_scale",), _data(*steps), code))
         if not all(np.isfinite(np.asarray(part.x)).all() for part in (case.train, case.chooses, case.checks)):
             found.append(
                 Change(
