@@ -85,22 +85,12 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
 
         same, others = np.array([float(flow.loss)]), value(np.roll(x, 1, axis=0))
         blind = bool(np.abs(others - same) > 1e-4 * np.abs(same)) and _blind(value, x, same, 1e-5)
-    unpaired = False
-    if isinstance(y, np.ndarray) and case.task.kind != "exact" and (y != y[::-1]).any():
-        turned = watched(params, (x, np.ascontiguousarray(y[::-1])), state)
-        before, after = (
-            np.array([np.float64(f.loss), *(r.value for r in _rows(f) if r.quantity == "log10_gradient")])
-            for f in (flow, turned)
-        )
-        unpaired = bool(np.isfinite(before).all() and np.allclose(before, after, rtol=1e-5, atol=1e-5))
-    unread, labels = [], np.unique(case.y) if encoding_symptoms(case) else np.zeros(0)
-    if len(labels) > 2 and labels[0] < 0 == labels[1]:  # by custom a negative one marks what is to be left out
-        labels = labels[1:]
-    for label in labels[[0, -1]] if len(labels) else ():
-        rows = np.resize(np.flatnonzero(case.y.reshape(len(case.y), -1)[:, 0] == label), len(index))
-        alone = watched(params, jax.tree.map(lambda a, rows=rows: a[rows], tuple(case.train)), state)
-        if all(row.value == -np.inf for row in _rows(alone) if row.quantity == "log10_gradient"):
-            unread.append(int(label))
+    unpaired = case.task.kind != "exact" and _unpaired(lambda y: watched(params, (x, y), state), flow, y)
+    unread = [
+        int(label)
+        for label, rows in _ends(case, len(index))
+        if not _gradients(watched(params, jax.tree.map(lambda a, rows=rows: a[rows], tuple(case.train)), state))
+    ]
     names = [path.removesuffix("/value") for path in tree.paths(params)]
     last = names[final] if (final := case.last(params)) is not None else (paths or [""])[-1]
     every = [(path.removesuffix("/value"), g) for path, g in gains(params)]
@@ -174,6 +164,36 @@ def _bad(case: Case, plan: Plan, params: Any, batch: Any, state: Any) -> str:
         return ""
     at = f" at {found.layer}" if found.layer else ""
     return f"{found.operation}{at}, {'backward' if found.backward else 'forward'}: {found.cause}"
+
+
+def _ends(case: Case, size: int) -> list[tuple[Any, np.ndarray]]:
+    """List the first and the last label, where labels are numbered strangely, each with `size` of its examples."""
+    if not encoding_symptoms(case):
+        return []
+    labels = np.unique(case.y)
+    if len(labels) > 2 and labels[0] < 0 == labels[1]:  # by custom a negative one marks what is to be left out
+        labels = labels[1:]
+    column = case.y.reshape(len(case.y), -1)[:, 0]
+    return [(label, np.resize(np.flatnonzero(column == label), size)) for label in labels[[0, -1]]]
+
+
+def _gradients(flow: Any) -> list[float]:
+    """List log10 of the gradients that are not zero."""
+    return [row.value for row in _rows(flow) if row.quantity == "log10_gradient" and row.value > -np.inf]
+
+
+def _unpaired(watched: Any, flow: Any, y: Any) -> bool:
+    """Whether loss and gradient are the same for targets that have changed places, though not for others."""
+    if not isinstance(y, np.ndarray) or (y == y[::-1]).all():
+        return False
+    before = np.array([np.float64(flow.loss), *_gradients(flow)])
+
+    def same(y):
+        found = watched(np.ascontiguousarray(y))
+        after = np.array([np.float64(found.loss), *_gradients(found)])
+        return len(after) == len(before) and np.allclose(before, after, rtol=1e-5, atol=1e-5)
+
+    return bool(np.isfinite(before).all() and same(y[::-1]) and not same(np.repeat(y[:1], len(y), axis=0)))
 
 
 def _rows(flow: Any) -> list["_Row"]:
