@@ -186,7 +186,8 @@ def test_spectra_suite_agrees_with_stored_jacobians_and_writes(tmp_path, capsys)
     finally:
         jax.config.update("jax_default_matmul_precision", precision)
     curvature, kernel = json.loads(next(tmp_path.glob("*.json")).read_text())["rows"]
-    assert set(curvature["ms"]) == {"gradient", "one product", "of ten", "cold", "warm"}
+    searches = {f"{name}{way}" for name in ("cold", "cold, moved", "warm") for way in ("", ", residuals")}
+    assert set(curvature["ms"]) == {"gradient", "one product", "of ten", *searches}
     # Not always fewer: a step of training may turn the eigenvector of a net as small as this one.
     assert 3 <= int(curvature["products"]["warm"]) <= 2 * int(curvature["products"]["cold"])
     assert kernel["MB"]["fnn"] < kernel["MB"]["stacked"]
