@@ -315,3 +315,19 @@ def test_a_feature_that_lives_in_held_out_data_alone(held, ill):
     other[:3, 2] += 9  # rare values do not count
     made = case(Dataset(x, y), Dataset(other, y), net=lambda width=8: fnn.models.mlp(1, width, 3))
     assert bool([e for e in data_symptoms.split_symptoms(made) if e.cause == "split_mismatch"]) == ill
+
+
+@pytest.mark.parametrize("weights", [0.0, np.nan], ids=["zeros", "NaN"])
+def test_nets_that_cannot_move_say_nothing_of_their_loss(weights):
+    """Where no kernel has a gradient, or all gradients are NaN, labels are not unread and targets not unpaired."""
+    x, y = np.float32(RNG.normal(size=(30, 4))), np.arange(30) % 3 + 1
+    params = {"a": jnp.full((4, 5), weights), "b": jnp.full((5, 4), weights), "bias": jnp.zeros(4)}
+
+    def loss(p, batch):
+        outputs = jnp.tanh(batch[0] @ p["a"]) @ p["b"] + p["bias"]
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, batch[1]).mean()
+
+    made = loss_case(loss, params, x, y)
+    with ThreadPoolExecutor(1) as thread:
+        begun = start.start(trial.Runner(made, thread), Plan())
+    assert begun.unread == [] and not begun.unpaired

@@ -107,10 +107,10 @@ class Case:
     """How many weight matrices there are, those of a stack one by one."""
     gated: bool = False
     """Whether there are recurrent cells with gates; see `weights.keepers`."""
-    penalized: bool = False
-    """Whether the loss has terms of the parameters alone."""
     fixed: bool = False
     """Whether the optimiser is a transformation, whose settings cannot be varied."""
+    penalized: bool = False
+    """Whether the loss has terms of the parameters alone; known of a loss as a whole only."""
 
     @property
     def x(self) -> np.ndarray | None:
@@ -239,7 +239,7 @@ def case_of(
     seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
     return Case(
         build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
-        int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, count(params), bool(keepers(params)), False, isinstance(optimizer, optax.GradientTransformation),
+        int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, count(params), bool(keepers(params)), isinstance(optimizer, optax.GradientTransformation),
     )  # fmt: skip
 
 

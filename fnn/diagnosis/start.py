@@ -85,11 +85,13 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
 
         same, others = np.array([float(flow.loss)]), value(np.roll(x, 1, axis=0))
         blind = bool(np.abs(others - same) > 1e-4 * np.abs(same)) and _blind(value, x, same, 1e-5)
-    unpaired = case.task.kind != "exact" and _unpaired(lambda y: watched(params, (x, y), state), flow, y)
+    kernels = {path.removesuffix("/value") for path, _ in gains(params)}
+    learns = any(row.path.removesuffix("/value") in kernels for row in _moving(flow))  # biases alone are of no example
+    unpaired = learns and case.task.kind != "exact" and _unpaired(lambda y: watched(params, (x, y), state), flow, y)
     unread = [
         int(label)
-        for label, rows in _ends(case, len(index))
-        if not _gradients(watched(params, jax.tree.map(lambda a, rows=rows: a[rows], tuple(case.train)), state))
+        for label, rows in (_ends(case, len(index)) if learns else [])
+        if not _moving(watched(params, jax.tree.map(lambda a, rows=rows: a[rows], tuple(case.train)), state))
     ]
     names = [path.removesuffix("/value") for path in tree.paths(params)]
     last = names[final] if (final := case.last(params)) is not None else (paths or [""])[-1]
@@ -177,22 +179,24 @@ def _ends(case: Case, size: int) -> list[tuple[Any, np.ndarray]]:
     return [(label, np.resize(np.flatnonzero(column == label), size)) for label in labels[[0, -1]]]
 
 
-def _gradients(flow: Any) -> list[float]:
-    """List log10 of the gradients that are not zero."""
-    return [row.value for row in _rows(flow) if row.quantity == "log10_gradient" and row.value > -np.inf]
+def _moving(flow: Any) -> list["_Row"]:
+    """List the gradients that are not zero; NaN is none."""
+    return [row for row in _rows(flow) if row.quantity == "log10_gradient" and row.value != -np.inf]
 
 
 def _unpaired(watched: Any, flow: Any, y: Any) -> bool:
     """Whether loss and gradient are the same for targets that have changed places, though not for others."""
     if not isinstance(y, np.ndarray) or (y == y[::-1]).all():
         return False
-    before = np.array([np.float64(flow.loss), *_gradients(flow)])
+
+    def numbers(flow):
+        return np.array([np.float64(flow.loss), *(row.value for row in _moving(flow))])
 
     def same(y):
-        found = watched(np.ascontiguousarray(y))
-        after = np.array([np.float64(found.loss), *_gradients(found)])
+        after = numbers(watched(np.ascontiguousarray(y)))
         return len(after) == len(before) and np.allclose(before, after, rtol=1e-5, atol=1e-5)
 
+    before = numbers(flow)
     return bool(np.isfinite(before).all() and same(y[::-1]) and not same(np.repeat(y[:1], len(y), axis=0)))
 
 

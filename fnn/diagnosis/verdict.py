@@ -59,9 +59,8 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
     if not found and ill and (bad := inquiry.broken(trained=False)):  # what repairs it happens to avoid these numbers
         return [_lost(inquiry, bad)]
     if not found:  # a repair that works, though nothing abnormal was measured
-        clear = (
-            -np.inf if ill else inquiry.base.mean + 2 * margin(inquiry.base.scores)
-        )  # of a good score, by more than luck
+        # A score that is good as it is must rise by more than luck.
+        clear = -np.inf if ill else inquiry.base.mean + 2 * margin(inquiry.base.scores)
         able = [t for t in working if t.mean > clear]
         for cause, tried in sorted(((main(inquiry, t), t) for t in able), key=lambda pair: STAGE[pair[0]]):
             if (proved := proof(inquiry, cause, tried)) is not None:
