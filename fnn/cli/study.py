@@ -175,7 +175,7 @@ def run(options: Study) -> int:
         table = found.table()
     figure = _drawn(folder, table, methods.chance(found), description["steps"][-1])
     _kept(lambda: methods.remember(folder, options.command()), quiet=True)
-    for sentence in filter(None, (study.widened(table), study.left_range(table))):
+    for sentence in study.facts(table):
         _say(sentence)
     seconds = time.perf_counter() - started
     print(

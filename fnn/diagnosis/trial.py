@@ -99,7 +99,7 @@ class Runner:
     def _compile(self, lowered: Any, seconds: float) -> Any:
         started = time.perf_counter()
         short = bool(self.compiled) and self.running < SHORT * self.compiled[0]
-        program = lowered.compile(compiler_options=lowering.hasty() if short else None)
+        program = lowered.compile(compiler_options=lowering.compiler_options(hasty=short))
         self.compiled.append(seconds + time.perf_counter() - started)
         return program
 

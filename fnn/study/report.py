@@ -80,8 +80,7 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
         for name, figure in drawn.items():
             for end in FORMATS:
                 files.save_figure(figure, folder / (name + end), 110, "report")
-        parts = table.widened(rows), table.left_range(rows)
-        told = [f"{part.removeprefix('study: ')}." for part in parts if part]
+        told = [f"{part.removeprefix('study: ')}." for part in table.facts(rows)]
         text = page(s, story(study, s, told, list(drawn)))
     except (*WRONG, pl.exceptions.PolarsError) as error:
         first = str(error).partition("\n")[0]

@@ -20,7 +20,7 @@ from fnn.study.identity import identify
 from fnn.study.options import about_data, arrays, check_cell, check_functions, check_options, one_line
 from fnn.study.provenance import hash_arrays, session, settings
 from fnn.study.spawning import check_spawning
-from fnn.study.table import TRACED, left_range, widened
+from fnn.study.table import TRACED, facts, left_range, widened
 from fnn.study.task import PARTS, Task, chunked, listed, named, work
 from fnn.study.workers import Interrupted, check_executor, compilation_cache, drive, pool, shared
 
@@ -37,7 +37,7 @@ MOST_EXAMPLES = 2**28
 """Examples that a run may train on: their order is drawn beforehand, in 4 bytes each."""
 DEFAULT = product(activation=["sigmoid", "tanh", "relu"], norm=["none", "batch_norm"], depth=[4, 16, 64, 128, 256])
 
-__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "left_range", "widened"]
+__all__ = ["DEFAULT", "TRACED", "TRAINING", "Study", "facts", "left_range", "widened"]
 
 
 @dataclass(frozen=True)

@@ -159,10 +159,49 @@ def widened(frame: Any) -> str | None:
     )
 
 
+def rounded(frame: Any) -> str | None:
+    """Say in which cells rounding grows to the size of the signal, so that their numbers are those of one rounding.
+
+    A small relative change of h_1 grows in h_l, in the root mean over directions, by `g = |dL/dh_1| |h_1|/(|dL/dh_l| |h_l|)`,
+    |h| the root mean square per unit. Named are runs where g times the float type's eps exceeds a hundredth at
+    initialisation: deep nets with batch norm, or tanh with a large sigma_w. None if there are none.
+    """
+    import polars as pl
+
+    run = _run_columns(frame)
+    first = frame.filter((pl.col("step") == 0) & (pl.col("role") == PREACTIVATION))
+    error, moment = (
+        first.filter(pl.col("quantity") == name).select(*run, "layer", "float64", value.alias(name))
+        for name, value in (("log10_error", pl.col("value")), ("second_moment", pl.col("value").log10() / 2))
+    )
+    sizes = error.join(moment.drop("float64"), on=[*run, "layer"]).sort("layer")
+    sizes = sizes.with_columns(size=pl.col("log10_error") + pl.col("second_moment")).filter(pl.col("size").is_finite())
+    growth = pl.col("size").first() - pl.col("size").min()
+    digits = pl.when(pl.col("float64").first()).then(-np.log10(np.finfo(np.float64).eps))
+    digits = digits.otherwise(-np.log10(np.finfo(np.float32).eps))
+    rows = sizes.group_by(run).agg(lost=growth > digits - 2).filter("lost")
+    if rows.is_empty():
+        return None
+    return (
+        f"study: in {_runs_of(rows)} rounding grows from layer to layer beyond a hundredth of the signal: another machine or "
+        "version of JAX changes their numbers as other seeds would"
+    )
+
+
+def facts(frame: Any) -> list[str]:
+    """List what a reader of the table has to know about its numbers: `widened`, `left_range` and `rounded`."""
+    return [sentence for sentence in (widened(frame), left_range(frame), rounded(frame)) if sentence]
+
+
+def _run_columns(rows: Any) -> list[str]:
+    """Name the columns that tell a run: its cell, and the traced axes."""
+    names = rows.columns[: rows.columns.index("step")] if "step" in rows.columns else rows.columns
+    return [name for name in names if name == "cell" or name in TRACED]
+
+
 def _runs_of(rows: Any) -> str:
     """Count the runs of some rows, and name their cells: `8 runs of cells 24, 29`."""
-    run = [name for name in rows.columns[: rows.columns.index("step")] if name == "cell" or name in TRACED]
-    numbers = rows["cell"].unique().sort().to_list()
+    run, numbers = _run_columns(rows), rows["cell"].unique().sort().to_list()
     cells = f"cell{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
     return f"{rows.select(run).n_unique()} runs of {cells}"
 
