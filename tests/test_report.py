@@ -204,6 +204,13 @@ def test_looks_are_unique_and_scales_are_shared_or_said_to_differ(reduced):
     alike = figures.accuracy(reduced, 0.1)
     labels = [text.get_text() for text in alike.legends[0].get_texts()]
     assert len(labels) == 7 and labels[-1] == "chance (0.10)"
+    wider = [reduced.networks.with_columns(pl.col("network") + 18 * k, width=pl.lit(8 * k)) for k in range(3)]
+    finals = [reduced.finals.with_columns(pl.col("network") + 18 * k) for k in range(3)]
+    more = reduced._replace(axes=[*reduced.axes, "width"], networks=pl.concat(wider), finals=pl.concat(finals))
+    many = figures.accuracy(more, 0.1)  # 18 lines in six panels, each of which holds every sigma_w
+    assert [len(axis.get_lines()) for axis in many.axes] == [4] * 6 and len({a.get_title() for a in many.axes}) == 6
+    names = [rf"$\sigma_w$ {sigma:g}" for sigma in more.networks["sigma_w"].unique(maintain_order=True)]
+    assert [text.get_text() for text in many.legends[0].get_texts()] == [*names, "chance (0.10)"]
     figure = figures.training(reduced)
     assert "differ" not in figure.get_suptitle() and len({axis.get_ylim() for axis in figure.axes}) == 1
 

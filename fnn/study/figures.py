@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fnn.plot import log_scale
+from fnn.plot import COLOURS, log_scale
 from fnn.plot import words as shown
 from fnn.study import canvas, summary, words
 from fnn.study.summary import ERROR, WATCHED_ERROR, Summary
@@ -133,33 +133,54 @@ def heat(s: Summary) -> Any:
 
 
 def accuracy(s: Summary, chance: float | None = None) -> Any:
-    """Draw the last recorded accuracy against depth, a line for each combination of the other axes; chance is dotted."""
+    """Draw the last recorded accuracy against depth, a line for each combination of the other axes; chance is dotted.
+
+    More than seven lines are drawn in panels, each with a line for each value of the axis that has most (seven at most).
+    """
     if s.finals.is_empty() or "depth" not in s.axes or not canvas.is_numeric(s, "depth"):
         return None
     rest = [name for name in s.axes if name != "depth"]
     rows = s.finals.join(s.networks.select("network", *s.axes), on="network").sort("depth")
-    figure, axes = canvas.grid(1, (5.2, 3.4))
-    groups = rows.partition_by(rest, as_dict=True, maintain_order=True) if rest else {(): rows}
-    order = [k for k in (dict.fromkeys(s.networks.select(rest).rows()) if rest else [()]) if k in groups]
-    styles = canvas.styles(len(order), ordered=False)
-    for style, key in zip(styles, order, strict=True):
-        canvas.line(axes[0], groups[key], "depth", style, canvas.title(dict(zip(rest, key, strict=True))), bars=True)
-    if chance is not None:
-        axes[0].axhline(chance, color="0.3", linestyle=":", linewidth=1.1, label=f"chance ({chance:.2f})")
-    if rows["depth"].min() > 0:
-        axes[0].set_xscale("log", base=2)
+    by = rest
+    if s.networks.select(rest).n_unique() > len(COLOURS) if rest else False:
+        sizes = {name: s.networks[name].n_unique() for name in rest}
+        by = [max(rest, key=lambda name: (sizes[name] <= len(COLOURS), sizes[name]))]
+    apart = [name for name in rest if name not in by]
+    # In the order of the networks, not in that of the rows, which are sorted by depth.
+    panels = {k: g for k in dict.fromkeys(s.networks.select(apart).rows() or [()]) if len(g := _where(rows, apart, k))}
+    lines = list(dict.fromkeys(s.networks.select(by).rows() or [()]))
+    figure, axes = canvas.grid(len(panels), (5.2, 3.4) if len(panels) == 1 else (3.3, 2.5))
+    styles = dict(zip(lines, canvas.styles(len(lines), ordered=False), strict=True))
     depths = rows["depth"].unique().sort().to_list()
-    axes[0].set_xticks(depths, [str(n) for n in depths])
-    axes[0].set_xticks([], minor=True)
-    axes[0].set_ylim(0, 1.02)
+    for axis, (key, members) in zip(axes, panels.items(), strict=False):
+        for line in lines:
+            if len(part := _where(members, by, line)):
+                name = canvas.title(dict(zip(by, line, strict=True)))
+                canvas.line(axis, part, "depth", styles[line], name, bars=True)
+        if chance is not None:
+            axis.axhline(chance, color="0.3", linestyle=":", linewidth=1.1, label=f"chance ({chance:.2f})")
+        if depths[0] > 0:
+            axis.set_xscale("log", base=2)
+        axis.set_xticks(depths, [str(n) for n in depths])
+        axis.set_xticks([], minor=True)
+        axis.set_ylim(0, 1.02)
+        axis.set_title(canvas.title(dict(zip(apart, key, strict=True))), fontsize=9)
     if found := canvas.one_of_each(axes):
-        canvas.legend(figure, found, "", 2 if max(map(len, found)) < 30 else 1)
+        short = max(map(len, found)) < 30
+        canvas.legend(figure, found, "", min(len(found), (2 if short else 1) * canvas.columns(axes)))
     canvas.labels(figure, axes, "depth (hidden layers)", "accuracy on held-out examples")
     last = s.runs.filter(s.runs["series"] == "accuracy")["step"].max()
-    canvas.note(
-        figure, f"last record, step {last} or before: median of {canvas.seeds(s)}, bars from 10th to 90th percentile", 1
-    )
+    band = f"median of {canvas.seeds(s)}, bars from 10th to 90th percentile"
+    canvas.note(figure, f"last record, step {last} or before: {band}", len(panels))
     return figure
+
+
+def _where(rows: Any, names: Sequence[str], values: Sequence[Any]) -> Any:
+    import polars as pl
+
+    return rows.filter(
+        [pl.col(name).eq_missing(pl.lit(v)) for name, v in zip(names, values, strict=True)] or [pl.lit(True)]
+    )
 
 
 def _lines(

@@ -80,7 +80,8 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
         for name, figure in drawn.items():
             for end in FORMATS:
                 files.save_figure(figure, folder / (name + end), 110, "report")
-        told = [f"{part.removeprefix('study: ')}." for part in table.facts(rows)]
+        facts = [fact.removeprefix("study: ") for fact in table.facts(rows)]
+        told = [f"{fact[:1].upper()}{fact[1:]}." for fact in facts]
         text = page(s, story(study, s, told, list(drawn)))
     except (*WRONG, pl.exceptions.PolarsError) as error:
         first = str(error).partition("\n")[0]

@@ -127,8 +127,8 @@ def outside(s: Summary) -> str:
     # P(more than floor(seeds/20) of the seeds lie outside), which is what it takes.
     chance = sum(1 - bdtr(math.floor(EXPECTED * row["seeds"]), row["seeds"], EXPECTED) for row in rows)
     return (
-        f"Outside of theory's band more often than the expected 5%: {names}; {len(off)} of {len(rows)}, of which up to "
-        f"{round(chance)} may be there by chance."
+        f"Outside of theory's band more often than the expected 5%: {names}; {len(off)} of {len(rows)}. By chance one "
+        f"expects up to {round(chance)}, in clusters, since networks share their seeds."
     )
 
 
