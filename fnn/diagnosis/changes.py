@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from fnn.diagnosis.case import Case, Plan
-from fnn.diagnosis.data_changes import finite, matched, renumbered, standard_targets, standardized, tamed
+from fnn.diagnosis.data_changes import finite, matched, renumbered, standard_targets, standardized, tamed, unit_targets
 from fnn.diagnosis.data_symptoms import input_symptoms, outlying
 
 KNOBS = ("activation", "norm", "residual", "depth", "width", "head")
@@ -72,14 +72,8 @@ def _with(**values: Any) -> Callable[[Plan], Plan]:
 def _of_data(case: Case) -> list[Change]:
     found = []
     if case.x is not None:
-        found.append(
-            Change(
-                "standardise x",
-                ("input_scale",),
-                _data(standardized),
-                "train, test = fnn.data.standardize(train, test)",
-            )
-        )
+        code = "train, test = fnn.data.standardize(train, test)"
+        found.append(Change("standardise x", ("input_scale",), _data(standardized), code))
         x = np.asarray(case.x, np.float64).reshape(len(case.x), -1)
         if np.isfinite(x).all() and (far := outlying(x, x)).any():
             name, steps, code = "replace far-out x by medians", (tamed,), _without_codes(x, far)
@@ -102,12 +96,16 @@ def _of_data(case: Case) -> list[Change]:
                        "# prepare x_test as x_train was; here: x_test = (x_test - x_test.mean(0)) / x_test.std(0) * x_train.std(0) + x_train.mean(0)")
             )  # fmt: skip
     if case.task.kind == "regression":
+        code = "y = (y - y_train.mean(0)) / y_train.std(0)"
+        found.append(Change("standardise y", ("target_scale",), _data(standard_targets), code))
+    if case.task.target == "linear" and (case.y.min() < 0 or case.y.max() > 1):
         found.append(
             Change(
-                "standardise y",
-                ("target_scale",),
-                _data(standard_targets),
-                "y = (y - y_train.mean(0)) / y_train.std(0)",
+                "targets from 0 to 1",
+                ("label_encoding",),
+                _data(unit_targets),
+                f"y = (y - {case.y.min():g}) / {np.ptp(case.y):g}  # 0 to 1, as the loss reads them; in the score too",
+                on_suspicion=True,
             )
         )
     if case.task.kind in ("classes", "binary"):

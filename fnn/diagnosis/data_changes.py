@@ -38,6 +38,13 @@ def standard_targets(case: Case) -> Case:
     return case.with_y(lambda part, a: ((np.asarray(a, np.float64) - mean) / std).astype(a.dtype))
 
 
+def unit_targets(case: Case) -> Case:
+    """Map the targets to 0..1."""
+    y = np.asarray(case.train.y, np.float64)
+    low, span = y.min(), max(float(np.ptp(y)), 1e-30)
+    return case.with_y(lambda part, a: ((np.asarray(a, np.float64) - low) / span).astype(a.dtype))
+
+
 def renumbered(case: Case) -> Case:
     """Number the labels 0, 1, 2, ... in their order."""
     values = np.unique(np.concatenate([np.ravel(part.y) for part in (case.train, case.chooses, case.checks)]))

@@ -179,9 +179,9 @@ def within_reach(case: Case) -> float:
     labels is taken for an accuracy.
     """
     parts = _compared(case)
-    if not parts or (
-        case.task.name and not (case.task.kind in ("classes", "multi_label") and case.task.chance > 0)
-    ):  # of another kind
+    counts = case.task.kind in ("classes", "multi_label") and case.task.chance > 0
+    squares = case.task.target == "square" and case.task.name != "score"  # then the score is R²
+    if not parts or (case.task.name and not counts and not squares):  # of another kind
         return -np.inf
     x, y, held, of_held = parts
     if np.issubdtype(y.dtype, np.integer):

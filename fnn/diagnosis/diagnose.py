@@ -82,7 +82,8 @@ def diagnose_loss(
 
     `batches` is a list of batches, trees of arrays with examples first, and is gone through in its order, again and again
     until `steps` steps are done (default: once). `validation` is a list too, or one batch. Of a pair the first part is taken
-    for the inputs, the second for the targets; of a dict the entries called x, inputs, image, ... and y, targets, label, ...
+    for the inputs, the second for the targets; of a dict the entries called x, inputs, image, ... and y, targets, label,
+    ...; of two entries one such name tells both.
 
     From outside these are varied: inputs and targets (standardised), order, weights (redrawn to N(0, gain²/fan_in): of an
     array named `weight` outputs come first, of all others last), rate, clipping, steps, and in the traced program the
@@ -105,6 +106,9 @@ def _found(case: Case, budget: float, target: float | None, progress: bool | Non
         try:
             inquiry.measure()
             inquiry.search()
+            if not inquiry.helped():  # two faults may hide each other, and are sooner tried than more steps
+                verdict.both(inquiry)
+            inquiry.lengthen()
             found, ill = _causes(inquiry, target)
             if SETTLED in inquiry.skipped.values() and not (found and found[0].evidence):  # it was not settled, then
                 inquiry.search(all_of_them=True)

@@ -161,16 +161,22 @@ class Inquiry:
                 if later.own_program and not needless(later) and self.spent + costs < self.budget:
                     with contextlib.suppress(ValueError, TypeError):  # it is told when its turn comes
                         self.runner.prepare(plans[later.name])
-        strong = suspects - WEAK
-        for change in changes(self.case):
-            if "steps" not in change.causes:
-                continue
-            helped = max((t.mean for t in self.tried.values() if strong & set(t.change.causes)), default=-1.0)
-            if helped > self.base.mean + margin(self.base.scores):
-                self.skipped[change.name] = "something else helps"
-            elif self.affords(change, change.apply(Plan())):
-                self.attempt(change, change.apply(Plan()))
         self.skipped |= unreached(self.case)
+
+    def lengthen(self) -> None:
+        """Train more steps, the dearest change, where no suspect's repair helps."""
+        if self.helped():
+            self.skipped |= {c.name: "something else helps" for c in changes(self.case) if "steps" in c.causes}
+            return
+        for change in changes(self.case):
+            if "steps" in change.causes and self.affords(change, change.apply(Plan())):
+                self.attempt(change, change.apply(Plan()))
+
+    def helped(self) -> bool:
+        """Whether the repair of some suspect, alone or with others, raises the score."""
+        strong = {e.cause for e in self.evidence} - WEAK
+        most = max((t.mean for t in self.tried.values() if strong & set(t.change.causes)), default=-1.0)
+        return most > self.base.mean + margin(self.base.scores)
 
     def settled(self, suspects: set[str]) -> int:
         """Give the stage of the earliest suspect whose repair comes so close to the best score that none can count for more.

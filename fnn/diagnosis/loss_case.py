@@ -12,7 +12,7 @@ import optax
 from fnn import arrays, check, tree
 from fnn.datasets.dataset import Dataset, generator
 from fnn.diagnosis.case import MOST, Case, Model, Plan, _optimizing, found_in
-from fnn.diagnosis.task import Task
+from fnn.diagnosis.task import Task, in_targets
 from fnn.diagnosis.weights import count, is_kernel, is_narrow, keepers
 from fnn.gradients.operations import Unreadable
 from fnn.gradients.penalty import penalized, unpenalized
@@ -193,9 +193,23 @@ def loss_case_of(
     fixed = isinstance(optimizer, optax.GradientTransformation)
     narrow, kernels = is_narrow(params), count(params)
     gated = bool(keepers(params))
-    return _referred(
-        replace(case, seen=seen, narrow=narrow, computes=computes, kernels=kernels, gated=gated, fixed=fixed)
-    )
+    case = replace(case, seen=seen, narrow=narrow, computes=computes, kernels=kernels, gated=gated, fixed=fixed)
+    target = in_targets(lambda y: float(case.slope(params, join(batch[0], y))[0]), np.asarray(batch[1]))
+    share = _share(jax.jit(judged), params, lambda rows: join(*jax.tree.map(lambda a: a[rows], batch)), size)
+    return _referred(replace(case, task=replace(case.task, target=target), share=share))
+
+
+def _share(loss: Any, params: Any, part: Callable[[slice], Any], size: int) -> float:
+    """Divide the loss of a batch by the mean loss of its quarters; 1 where they are too small to say anything."""
+    quarter = size // 4
+    if quarter < 4:
+        return 1.0
+    try:
+        parts = [float(loss(params, part(slice(i * quarter, (i + 1) * quarter)))) for i in range(4)]
+        whole = float(loss(params, part(slice(4 * quarter))))
+    except (TypeError, ValueError):  # a loss that is written for one size of batch
+        return 1.0
+    return whole / float(np.mean(parts)) if np.isfinite([whole, *parts]).all() and np.mean(parts) > 0 else 1.0
 
 
 def _penalized(loss: Any, *args: Any) -> bool:
@@ -228,6 +242,7 @@ def _parts(batch: Any) -> tuple[Callable[[Any], tuple[Any, Any]], Callable[[Any,
         return (lambda b: (b[0], b[1])), (lambda x, y: kind((x, y)))
     if isinstance(batch, dict) and len(batch) == 2:
         x, y = ([k for k in batch if str(k).lower() in names] for names in (INPUTS, TARGETS))
+        x, y = x or [k for k in batch if k not in y], y or [k for k in batch if k not in x]  # one known name tells both
         if len(x) == len(y) == 1:
             return (lambda b: (b[x[0]], b[y[0]])), (lambda a, b: {x[0]: a, y[0]: b})
     return (lambda b: (b, np.zeros(len(jax.tree.leaves(b)[0]), np.float32))), (lambda x, y: x)

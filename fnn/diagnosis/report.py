@@ -19,6 +19,8 @@ UNTESTED = {
     "labels": "no change of the net or the training can put inputs and targets together",
     "label_encoding": "the score, too, would have to read other labels",
     "loss": "the loss is known as a whole alone, and cannot be taken apart",
+    "head": "the net itself has to leave out what follows its last layer",
+    "blocked_gradient": "the net itself has to do without the operation that has no gradient",
     "positions": "the net itself has to be given the positions",
     "numerics": "the formula itself has to be changed",
     "split_mismatch": "the repair of the first cause learns held-out data, and so hides this one",

@@ -31,6 +31,15 @@ def middle_symptoms(case: Case, begun: Start, found: Start) -> list[Evidence]:
     return evidence
 
 
+def endless(losses: np.ndarray) -> bool:
+    """Whether a loss, float[seeds, steps], falls below zero without end."""
+    half, last = losses.shape[1] // 2, max(1, losses.shape[1] // 5)
+    first, middle, last = (
+        float(np.median(part)) for part in (losses[:, 0], losses[:, half : half + last], losses[:, -last:])
+    )
+    return last < -10 * max(1.0, abs(first)) and last < middle < 0
+
+
 def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list[Evidence]:
     """List what is abnormal in the course of a training."""
     evidence = []
@@ -39,7 +48,15 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
     ratios = outcome.ratios
     early = float(np.median(ratios[:, : max(1, steps // 10)]))
     moved = float(np.median(np.where(np.isfinite(outcome.moved), outcome.moved, 0).max(1)))
-    if case.task.name == "score" and case.task.kind in ("classes", "multi_label") and np.median(tail) < 0:
+    if endless(losses):
+        y = case.y
+        what = f"the loss falls without end, to {np.median(tail):.3g}"
+        if case.task.target == "linear" and (y.min() < 0 or y.max() > 1):
+            text = f"{what}, with targets from {y.min():g} to {y.max():g}: an entropy takes targets from 0 to 1"
+            evidence.append(Evidence("label_encoding", text))
+        else:
+            evidence.append(Evidence("loss", f"{what}: no answer is the best one"))
+    elif case.task.name == "score" and case.task.kind in ("classes", "multi_label") and np.median(tail) < 0:
         text = (
             f"the loss becomes {np.median(tail):.3g}, less than that of right answers that are sure (for most losses 0)"
         )

@@ -36,6 +36,10 @@ class Start:
     """Whether the order along the first axis behind the batch changes nothing."""
     unread: list[int]
     """The first and the last label, where labels are numbered strangely, if their examples have no gradient."""
+    constant: bool
+    """Whether no kernel has a gradient, and outputs are the same for every example."""
+    cut: list[str]
+    """Kernels without a gradient on which the loss depends."""
     unpaired: bool
     """Whether loss and gradient stay as they are when the targets of a batch change places."""
     gradient: dict[str, float]
@@ -88,6 +92,9 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
     kernels = {path.removesuffix("/value") for path, _ in gains(params)}
     learns = any(row.path.removesuffix("/value") in kernels for row in _moving(flow))  # biases alone are of no example
     unpaired = learns and case.task.kind != "exact" and _unpaired(lambda y: watched(params, (x, y), state), flow, y)
+    dead = [name for name in kernels if gradient.get(name, gradient.get(f"{name}/value")) == -np.inf]
+    constant = bool(dead) and not learns and _constant(lambda x: watched(params, (x, y), state), flow, x, plain)
+    cut = [name for name in dead[:8] if _matters(lambda p: watched(p, (x, y), state), flow, params, name)]
     unread = [
         int(label)
         for label, rows in (_ends(case, len(index)) if learns else [])
@@ -104,7 +111,7 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
     if not (np.isfinite(flow.loss) and all(value < np.inf for value in gradient.values())):  # not of NaN either
         bad = _bad(case, plan, params, (x, y), state)
     return Start(
-        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, unread, unpaired, gradient, rounding, rounded, bad, tables(params), attention
+        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, unread, constant, cut, unpaired, gradient, rounding, rounded, bad, tables(params), attention
     )  # fmt: skip
 
 
@@ -182,6 +189,22 @@ def _ends(case: Case, size: int) -> list[tuple[Any, np.ndarray]]:
 def _moving(flow: Any) -> list["_Row"]:
     """List the gradients that are not zero; NaN is none."""
     return [row for row in _rows(flow) if row.quantity == "log10_gradient" and row.value != -np.inf]
+
+
+def _constant(watched: Any, flow: Any, x: Any, plain: np.ndarray) -> bool:
+    """Whether the net gives the same outputs for every example; of a loss alone, the same loss for other inputs."""
+    if plain.size:
+        return bool(np.ptp(plain, axis=0).max() == 0)
+    other = float(watched(jax.tree.map(lambda a: np.roll(a, 1, axis=0), x)).loss)
+    return bool(abs(other - float(flow.loss)) <= 1e-6 * abs(float(flow.loss)))
+
+
+def _matters(watched: Any, flow: Any, params: Any, name: str) -> bool:
+    """Whether the loss is another one with the other sign of a kernel."""
+    paths = [path.removesuffix("/value") for path in tree.paths(params)]
+    leaves, structure = jax.tree.flatten(params)
+    turned = structure.unflatten([-a if path == name else a for path, a in zip(paths, leaves, strict=True)])
+    return bool(abs(float(watched(turned).loss) - float(flow.loss)) > 1e-5 * abs(float(flow.loss)))
 
 
 def _unpaired(watched: Any, flow: Any, y: Any) -> bool:

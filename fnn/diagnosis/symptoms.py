@@ -17,6 +17,10 @@ LOGITS = 50.0
 """Attention logits beyond it: each query sees one key alone, and hardly any gradient gets through the softmax."""
 
 
+POOLED = 0.5
+"""A loss whose batch has less than this share of the mean loss of its parts is no mean over examples."""
+
+
 ROUNDED = 0.3
 """The share of a gradient that rounding may change."""
 
@@ -30,6 +34,9 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         evidence.append(Evidence("head", "a softmax, whose outputs add up to 1, where several labels hold at once"))
     if found.unpaired:
         text = "loss and gradient stay as they are when the targets of a batch change places: they are not compared one by one"
+        evidence.append(Evidence("loss", text))
+    if case.share < POOLED:
+        text = f"the loss of a batch is {case.share:.2g} of the mean loss of its quarters (of a mean over examples: 1)"
         evidence.append(Evidence("loss", text))
     if found.unread:
         which = " and ".join(map(str, found.unread))
@@ -46,15 +53,15 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         what = f"the loss is {found.loss:.3g}" + (", its gradient not finite" if np.isfinite(found.loss) else "")
         evidence.append(Evidence("numerics", f"{what} before the first step" + (f"; {found.bad}" if found.bad else "")))
     evidence += rounding(case, found, "before the first step")
-    dead = [path for path, value in found.gradient.items() if value == -np.inf]
-    if (
-        dead
-        and len(dead) < len(found.gradient)
-        and not any(e.cause in ("dead_units", "init_symmetric") for e in evidence)
-    ):
-        evidence.append(
-            Evidence("blocked_gradient", f"the gradient of {', '.join(dead[:3])} is exactly zero before the first step")
-        )
+    if any(e.cause in ("dead_units", "init_symmetric") for e in evidence):
+        return evidence
+    if found.constant and not any(e.cause == "head" for e in evidence):
+        text = "outputs are the same for every example, and no kernel has a gradient: what follows the last layer takes away all that differs"
+        evidence.append(Evidence("head", text))
+    if found.cut:
+        which = ", ".join(found.cut[:3])
+        text = f"the gradient of {which} is exactly zero before the first step, though the loss depends on it"
+        evidence.append(Evidence("blocked_gradient", text))
     return evidence
 
 

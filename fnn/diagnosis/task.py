@@ -26,6 +26,8 @@ class Task:
     correct: Callable[[Any, Any], Any] | None = None
     chance: float = 0.0
     name: str = ""
+    target: str = ""
+    """How a loss that is known as a whole alone depends on its targets, see `in_targets`; "" where a user gives the score."""
 
     @property
     def score(self) -> str:
@@ -68,6 +70,26 @@ class Task:
         hits = jnp.where(good & (answer == truth), 1.0, 0.0) @ member
         there = jnp.sum(member, axis=0)
         return jnp.sum(hits / jnp.maximum(there, 1)) / jnp.maximum(1, jnp.sum(there > 0))
+
+
+def in_targets(loss: Callable[[np.ndarray], float], y: np.ndarray) -> str:
+    """Say how a loss depends on targets of floats: "linear", as an entropy does, "square", as the mean of (z - y)² does, or "".
+
+    By differences along two random directions.
+    """
+    if not np.issubdtype(y.dtype, np.floating) or not np.ptp(y) > 0:
+        return ""
+    found = []
+    for seed in (0, 1):
+        d = np.random.default_rng(seed).normal(size=y.shape) * y.std()
+        back, here, ahead, far = (loss((y + t * d).astype(y.dtype)) for t in (-1, 0, 1, 2))
+        second, third = ahead - 2 * here + back, far - 3 * ahead + 3 * here - back
+        least = 1e-5 * max(map(abs, (back, here, ahead, far)))
+        if not np.isfinite(second) or not np.isfinite(third) or abs(third) > max(0.02 * abs(second), least):
+            return ""
+        found.append((second / np.mean(d**2), abs(second) <= max(1e-3 * abs(ahead - back), least)))
+    (a, straight), (b, also) = found
+    return "linear" if straight and also else "square" if a > 0 and abs(a - b) < 0.05 * a else ""
 
 
 def one_hot_cross_entropy(outputs: Any, y: Any) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fnn.diagnosis import data_symptoms
+from fnn.diagnosis import data_symptoms, run_symptoms, symptoms
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import STAGE, WEAK, Cause, Evidence, Trial
 from fnn.diagnosis.changes import Change
@@ -14,6 +14,8 @@ FIRST = 3
 """So many suspects are repaired for good, to try all others on top."""
 MOST = 4
 """So many changes are tried on top of a repair."""
+CLEAR = 0.3
+"""The share of the way from the sick score to 1 by which a repair must lift it where nothing abnormal was measured."""
 SHORT = 0.2
 """A net whose score is by so much lower than that of nearest neighbours is not healthy."""
 FAR = 0.15
@@ -58,6 +60,9 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
         ]
     if not found and ill and (bad := inquiry.broken(trained=False)):  # what repairs it happens to avoid these numbers
         return [_lost(inquiry, bad)]
+    if not found and ill and inquiry.begun.constant and (constant := _of(inquiry, "head")):
+        code = "# leave out what follows the last layer: a norm, or a softmax, over one unit gives one number"
+        return [Cause("head", constant, None, code, 0.0)]
     if not found:  # a repair that works, though nothing abnormal was measured
         # A score that is good as it is must rise by more than luck.
         clear = -np.inf if ill else inquiry.base.mean + 2 * margin(inquiry.base.scores)
@@ -68,6 +73,12 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
     if not found and inquiry.begun.unread:  # a score that reads labels as the loss does shows no repair
         code = "y = np.searchsorted(np.unique(y_train), y)  # and in the score"
         return [Cause("label_encoding", _of(inquiry, "label_encoding"), None, code, 0.0)]
+    if not found and run_symptoms.endless(inquiry.base.outcome.losses) and (told := _of(inquiry, "label_encoding")):
+        code = "y = (y - y.min()) / (y.max() - y.min())  # and in the score"
+        return [Cause("label_encoding", told, None, code, 0.0)]
+    if not found and ill and inquiry.case.share < symptoms.POOLED:
+        code = "# take the loss of each example first, and the mean over examples last"
+        return [Cause("loss", _of(inquiry, "loss"), None, code, 0.0)]
     if not found and ill and inquiry.begun.unpaired:
         code = "# outputs and targets of one shape, or each is compared with all: y.reshape(outputs.shape)"
         return [Cause("loss", _of(inquiry, "loss"), None, code, 0.0)]
@@ -77,6 +88,11 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
         return [Cause("positions", _of(inquiry, "positions"), None, code, 0.0)]
     if not found and ill and (bad := inquiry.broken(trained=True)):
         return [_lost(inquiry, bad)]
+    if not found and ill and (cut := _of(inquiry, "blocked_gradient")):
+        code = (
+            "# round, sign, floor, argmax and integers have no gradient: replace it, or x + stop_gradient(round(x) - x)"
+        )
+        return [Cause("blocked_gradient", cut, None, code, 0.0)]
     return found
 
 
@@ -166,7 +182,12 @@ def proof(inquiry: Inquiry, cause: str, tried: Tried) -> Cause | None:
     lifted = float(np.mean(cured.checks > before + least))
     if float(np.mean(cured.checks)) - before <= least or lifted < 0.6:
         return None
-    if not _of(inquiry, cause) and (lifted < 1 or min(tried.scores) <= inquiry.base.mean):  # luck of some seeds
+    if not _of(inquiry, cause) and (
+        lifted < 1  # luck of some seeds
+        or min(tried.scores) <= inquiry.base.mean
+        or tried.mean - inquiry.base.mean < CLEAR * (1 - inquiry.base.mean)
+        or float(np.mean(cured.checks)) - before < CLEAR * (1 - before)
+    ):
         return None
     if inquiry.shows(cause, tried.plan, cured):
         return None
@@ -199,6 +220,14 @@ def both(inquiry: Inquiry) -> list[Cause]:
         return []
     whole = inquiry.together(parts.values())
     least = max(top, base.mean) + margin(base.scores)
+    rated = {"lr_high", "lr_low"} & parts.keys()
+    if whole is not None and rated:  # how far the rate is off shows once the other is repaired
+        (cause,) = rated if len(rated) == 1 else (None,)
+        for other in rates if cause else ():
+            if cause in other.change.causes and other.change.name != parts[cause].name:
+                again = inquiry.together((parts | {cause: other.change}).values())
+                if again is not None and again.mean > whole.mean:
+                    whole, parts = again, parts | {cause: other.change}
     if whole is None or whole.mean < least:
         return []
     for cause in reversed(
@@ -247,7 +276,8 @@ def _proved(inquiry: Inquiry, whole: Tried, parts: dict[str, Change]) -> list[Ca
     """Check a repair of several causes with fresh seeds; nothing if it does not hold."""
     sick, cured = inquiry.again(inquiry.base.plan), inquiry.again(whole.plan)
     least = margin(tuple(map(float, sick.checks)))
-    if float(np.mean(cured.checks)) - float(np.mean(sick.checks)) <= least:
+    after = float(np.mean(cured.checks))
+    if after - float(np.mean(sick.checks)) <= least or after <= low(inquiry.case.task.chance):
         return []
     lifted = float(np.mean(cured.checks > np.mean(sick.checks) + least))
     trial = Trial(
@@ -287,6 +317,8 @@ def sick(inquiry: Inquiry, target: float | None) -> bool:
         float(np.mean(scores)) < data_symptoms.within_reach(inquiry.case) - SHORT
         or min(scores) <= low(chance)
         or bool(inquiry.begun.unread)
+        or run_symptoms.endless(inquiry.base.outcome.losses)
+        or (inquiry.case.share < symptoms.POOLED and float(np.mean(scores)) < chance + 0.8 * (1 - chance))
         or not np.isfinite(inquiry.base.outcome.losses[:, -1]).all()
         or float(np.std(scores)) > 0.1
         or (target is not None and float(np.mean(scores)) < target)

@@ -1,0 +1,112 @@
+"""Losses of which only the whole is known: how they depend on targets and batches, and weights that no gradient reaches."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fnn
+from fnn.diagnosis import run_symptoms, start, symptoms, task, trial
+from fnn.diagnosis.case import Plan
+from fnn.diagnosis.loss_case import loss_case_of
+
+pytest.importorskip("sklearn")
+RNG = np.random.default_rng(0)
+X = np.float32(RNG.normal(size=(64, 3)))
+Y = np.float32(X @ [[1.0], [-1.0], [0.5]])
+PARAMS = {
+    "first": {"kernel": jnp.float32(RNG.normal(size=(3, 8)))},
+    "last": {"bias": jnp.zeros(1), "kernel": jnp.float32(RNG.normal(size=(8, 1)))},
+    "unused": {"kernel": jnp.float32(RNG.normal(size=(2, 2)))},
+}
+
+
+def forward(params, x, inside=jnp.tanh, behind=lambda z: z):
+    return behind(inside(x @ params["first"]["kernel"]) @ params["last"]["kernel"] + params["last"]["bias"])
+
+
+def squared(params, batch, **options):
+    return jnp.mean((forward(params, batch[0], **options) - batch[1]) ** 2)
+
+
+def made(loss, batch=(X, Y), score=None, rate=0.1):
+    return loss_case_of(loss, PARAMS, [batch], optax.sgd(rate), None, score, steps=6, seeds=1, shuffle=False)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1, 0), (1e-6, 0), (3e3, 4.2e4)])
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [
+        (lambda z, y, s: np.log1p(np.exp(z)) - y * z, "linear"),
+        (lambda z, y, s: (s * z - y) ** 2, "square"),
+        (lambda z, y, s: np.arange(1, 65)[:, None] * (s * z - y) ** 2, ""),  # of some examples more than of others
+        (lambda z, y, s: -((s * z - y) ** 2), ""),
+        (lambda z, y, s: np.abs(y - np.median(y)), ""),
+        (lambda z, y, s: optax.huber_loss(z, (y - y.mean()) / s), ""),
+    ],
+    ids=["entropy", "squares", "weighted", "sign", "absolute", "huber"],
+)
+def test_how_a_loss_depends_on_its_targets(loss, kind, scale, shift):
+    z = np.float32(RNG.normal(size=(64, 1)))
+    found = task.in_targets(lambda y: float(np.mean(loss(z, np.float64(y), scale))), np.float32(scale * Y + shift))
+    assert found == kind
+
+
+def test_a_squared_error_is_compared_with_neighbours_and_another_score_is_not():
+    assert made(squared).task.target == "square"
+    assert made(lambda p, b: jnp.mean(jnp.abs(forward(p, b[0]) - b[1]))).task.target == ""
+
+
+def test_a_loss_without_a_lower_end_is_told_from_one_that_falls():
+    steps = np.arange(200.0)
+    falling = np.stack([1 - 3.0 * steps, 2 - 2.9 * steps])
+    assert run_symptoms.endless(falling) and run_symptoms.endless(100 * falling[:, :12])
+    assert not run_symptoms.endless(np.exp(-steps / 50)[None] - 5)  # a density's log may be below zero
+    assert not run_symptoms.endless(np.full((1, 4), np.nan)) and not run_symptoms.endless(np.ones((1, 1)))
+
+
+def test_a_loss_that_averages_before_it_squares_is_no_mean_over_examples():
+    pooled = made(lambda p, b: jnp.mean(forward(p, b[0]) - b[1]) ** 2)
+    assert pooled.share < symptoms.POOLED
+    assert 0.9 < made(squared).share < 1.1 and made(squared, (X[:8], Y[:8])).share == 1
+
+
+CUTS = {
+    "none": ({}, [], False),
+    "round": ({"inside": jnp.round}, ["first/kernel"], False),
+    "norm of one unit": ({"behind": lambda z: (z - z.mean(-1, keepdims=True)) * 1.0}, [], True),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_weights_that_no_gradient_reaches(name):
+    """Those that are not used at all are none."""
+    options, cut, constant = CUTS[name]
+    case = made(lambda p, b: squared(p, b, **options))
+    with ThreadPoolExecutor(1) as thread:
+        found = start.start(trial.Runner(case, thread), Plan())
+    assert (found.cut, found.constant) == (cut, constant)
+    named = {e.cause for e in symptoms.start_symptoms(case, Plan(), found)} & {"blocked_gradient", "head"}
+    assert named == ({"blocked_gradient"} if cut else {"head"} if constant else set())
+
+
+def test_an_entropy_of_targets_beyond_one_is_not_healthy_and_repaired():
+    """Masks of 0 and 255, in a dict of which one name is known."""
+    x = np.float32(RNG.normal(size=(400, 3)))
+    data = [{"image": x[i : i + 40], "mask": np.float32(255 * (x[i : i + 40, :1] > 0.3))} for i in range(0, 400, 40)]
+
+    def loss(params, batch):
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(forward(params, batch["image"]), batch["mask"]))
+
+    def score(params, batch):
+        hit, true = (forward(params, batch["image"]) > 0) == (batch["mask"] > 0), batch["mask"] > 0
+        return 0.5 * (jnp.sum(hit * true) / jnp.sum(true) + jnp.sum(hit * ~true) / jnp.sum(~true))
+
+    params = jax.tree.map(lambda a: a, {k: v for k, v in PARAMS.items() if k != "unused"})
+    options = {"steps": 60, "seeds": 2, "progress": False}
+    found = fnn.diagnose_loss(loss, params, data[:8], optax.adam(0.03), data[8:], score=score, budget=15, **options)
+    assert not found.healthy and [cause.name for cause in found.causes][:1] == ["label_encoding"]
+    assert found.causes[0].repair.change.startswith("targets from 0 to 1")
