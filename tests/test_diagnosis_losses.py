@@ -95,8 +95,10 @@ def test_weights_that_no_gradient_reaches(name):
 
 def test_an_entropy_of_targets_beyond_one_is_not_healthy_and_repaired():
     """Masks of 0 and 255, in a dict of which one name is known."""
-    x = np.float32(RNG.normal(size=(400, 3)))
-    data = [{"image": x[i : i + 40], "mask": np.float32(255 * (x[i : i + 40, :1] > 0.3))} for i in range(0, 400, 40)]
+    rng = np.random.default_rng(1)
+    x = np.float32(rng.normal(size=(400, 3)))
+    mask = np.float32(255 * ((x[:, :1] > 0.3) ^ (rng.random((400, 1)) < 0.1)))  # nowhere is a 0 certain
+    data = [{"image": x[i : i + 40], "mask": mask[i : i + 40]} for i in range(0, 400, 40)]
 
     def loss(params, batch):
         return jnp.mean(optax.sigmoid_binary_cross_entropy(forward(params, batch["image"]), batch["mask"]))
@@ -109,4 +111,4 @@ def test_an_entropy_of_targets_beyond_one_is_not_healthy_and_repaired():
     options = {"steps": 60, "seeds": 2, "progress": False}
     found = fnn.diagnose_loss(loss, params, data[:8], optax.adam(0.03), data[8:], score=score, budget=15, **options)
     assert not found.healthy and [cause.name for cause in found.causes][:1] == ["label_encoding"]
-    assert found.causes[0].repair.change.startswith("targets from 0 to 1")
+    assert "targets from 0 to 1" in found.table()["change"].to_list()
