@@ -68,10 +68,17 @@ def test_a_loss_without_a_lower_end_is_told_from_one_that_falls():
     assert not run_symptoms.endless(np.full((1, 4), np.nan)) and not run_symptoms.endless(np.ones((1, 1)))
 
 
-def test_a_loss_that_averages_before_it_squares_is_no_mean_over_examples():
-    pooled = made(lambda p, b: jnp.mean(forward(p, b[0]) - b[1]) ** 2)
-    assert pooled.share < symptoms.POOLED
-    assert 0.9 < made(squared).share < 1.1 and made(squared, (X[:8], Y[:8])).share == 1
+def test_a_loss_that_averages_before_it_squares_is_not_healthy_below_a_good_score():
+    """The score is in the middle, and known to nobody but the user."""
+
+    def loss(params, batch):
+        return jnp.mean(forward(params, batch[0]) - batch[1]) ** 2
+
+    for value, named in ((0.6, ["loss"]), (0.9, [])):
+        options = {"score": lambda p, b, value=value: jnp.float32(value), "steps": 4, "seeds": 1, "progress": False}
+        params = {name: PARAMS[name] for name in ("first", "last")}
+        found = fnn.diagnose_loss(loss, params, [(X, Y)], optax.sgd(0.01), [(X, Y)], budget=0.1, **options)
+        assert [cause.name for cause in found.causes] == named and not found.healthy
 
 
 CUTS = {

@@ -110,9 +110,7 @@ class Case:
     fixed: bool = False
     """Whether the optimiser is a transformation, whose settings cannot be varied."""
     penalized: bool = False
-    """Whether the loss has terms of the parameters alone; known of a loss as a whole only, as the next one."""
-    share: float = 1.0
-    """The loss of a batch over the mean loss of its quarters, before the first step: 1 of a mean over examples."""
+    """Whether the loss has terms of the parameters alone; known of a loss as a whole only."""
 
     @property
     def x(self) -> np.ndarray | None:

@@ -195,21 +195,7 @@ def loss_case_of(
     gated = bool(keepers(params))
     case = replace(case, seen=seen, narrow=narrow, computes=computes, kernels=kernels, gated=gated, fixed=fixed)
     target = in_targets(lambda y: float(case.slope(params, join(batch[0], y))[0]), np.asarray(batch[1]))
-    share = _share(jax.jit(judged), params, lambda rows: join(*jax.tree.map(lambda a: a[rows], batch)), size)
-    return _referred(replace(case, task=replace(case.task, target=target), share=share))
-
-
-def _share(loss: Any, params: Any, part: Callable[[slice], Any], size: int) -> float:
-    """Divide the loss of a batch by the mean loss of its quarters; 1 where they are too small to say anything."""
-    quarter = size // 4
-    if quarter < 4:
-        return 1.0
-    try:
-        parts = [float(loss(params, part(slice(i * quarter, (i + 1) * quarter)))) for i in range(4)]
-        whole = float(loss(params, part(slice(4 * quarter))))
-    except (TypeError, ValueError):  # a loss that is written for one size of batch
-        return 1.0
-    return whole / float(np.mean(parts)) if np.isfinite([whole, *parts]).all() and np.mean(parts) > 0 else 1.0
+    return _referred(replace(case, task=replace(case.task, target=target)))
 
 
 def _penalized(loss: Any, *args: Any) -> bool:

@@ -17,10 +17,6 @@ LOGITS = 50.0
 """Attention logits beyond it: each query sees one key alone, and hardly any gradient gets through the softmax."""
 
 
-POOLED = 0.5
-"""A loss whose batch has less than this share of the mean loss of its parts is no mean over examples."""
-
-
 ROUNDED = 0.3
 """The share of a gradient that rounding may change."""
 
@@ -34,9 +30,6 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         evidence.append(Evidence("head", "a softmax, whose outputs add up to 1, where several labels hold at once"))
     if found.unpaired:
         text = "loss and gradient stay as they are when the targets of a batch change places: they are not compared one by one"
-        evidence.append(Evidence("loss", text))
-    if case.share < POOLED:
-        text = f"the loss of a batch is {case.share:.2g} of the mean loss of its quarters (of a mean over examples: 1)"
         evidence.append(Evidence("loss", text))
     if found.unread:
         which = " and ".join(map(str, found.unread))

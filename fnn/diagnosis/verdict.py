@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fnn.diagnosis import data_symptoms, run_symptoms, symptoms
+from fnn.diagnosis import data_symptoms, run_symptoms
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import STAGE, WEAK, Cause, Evidence, Trial
 from fnn.diagnosis.changes import Change
@@ -76,11 +76,11 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
     if not found and run_symptoms.endless(inquiry.base.outcome.losses) and (told := _of(inquiry, "label_encoding")):
         code = "y = (y - y.min()) / (y.max() - y.min())  # and in the score"
         return [Cause("label_encoding", told, None, code, 0.0)]
-    if not found and ill and inquiry.case.share < symptoms.POOLED:
-        code = "# take the loss of each example first, and the mean over examples last"
-        return [Cause("loss", _of(inquiry, "loss"), None, code, 0.0)]
     if not found and ill and inquiry.begun.unpaired:
-        code = "# outputs and targets of one shape, or each is compared with all: y.reshape(outputs.shape)"
+        code = (
+            "# outputs and targets of one shape, or each is compared with all: y.reshape(outputs.shape); the loss of each "
+            "example first, the mean over examples last"
+        )
         return [Cause("loss", _of(inquiry, "loss"), None, code, 0.0)]
     given = any("positions" in t.change.causes for t in inquiry.tried.values())
     if not found and ill and inquiry.begun.blind and not given:  # what no change from outside can give
@@ -318,7 +318,7 @@ def sick(inquiry: Inquiry, target: float | None) -> bool:
         or min(scores) <= low(chance)
         or bool(inquiry.begun.unread)
         or run_symptoms.endless(inquiry.base.outcome.losses)
-        or (inquiry.case.share < symptoms.POOLED and float(np.mean(scores)) < chance + 0.8 * (1 - chance))
+        or (inquiry.begun.unpaired and float(np.mean(scores)) < chance + 0.8 * (1 - chance))
         or not np.isfinite(inquiry.base.outcome.losses[:, -1]).all()
         or float(np.std(scores)) > 0.1
         or (target is not None and float(np.mean(scores)) < target)
