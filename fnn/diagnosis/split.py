@@ -65,8 +65,8 @@ def alike(x: np.ndarray, held: np.ndarray) -> np.ndarray:
 
     Of all n + m rows K lie beyond a bound that both parts together set. How many of them are among the n rows of x is
     hypergeometric where both are drawn alike, whatever the distribution, ties among them; its tails decide, times their
-    number. Bounds are the quartiles of the values, and of those distances from the median that are not 0: of a feature
-    that is mostly 0, the sizes of the others.
+    number. Bounds are the quartiles of the values, and 0 and the quartiles of those distances from the median that are
+    not 0: of a feature that is mostly 0, the sizes of the others.
     """
     both, n = np.concatenate([x, held]), len(x)
     rows, features = both.shape
@@ -74,12 +74,14 @@ def alike(x: np.ndarray, held: np.ndarray) -> np.ndarray:
     away = np.abs(both - values[(rows - 1) // 2])
     sizes = np.sort(away, axis=0)
     zeros = (sizes == 0).sum(0)
-    tails = []
+    beyond = [away > 0]
     for share in (0.25, 0.5, 0.75):
-        at = np.minimum(zeros + (share * (rows - zeros)).astype(int), rows - 1)
-        for beyond in (both > values[int(share * rows)], away > sizes[at, np.arange(features)]):
-            found, among = beyond[:n].sum(0), beyond.sum(0)
-            tails += [_tail(found, n, among, rows), _tail(n - found, n, rows - among, rows)]
+        at = np.minimum(zeros + (share * (rows - zeros - 1)).astype(int), rows - 1)
+        beyond += [both > values[int(share * (rows - 1))], away > sizes[at, np.arange(features)]]
+    tails = []
+    for mask in beyond:
+        found, among = mask[:n].sum(0), mask.sum(0)
+        tails += [_tail(found, n, among, rows), _tail(n - found, n, rows - among, rows)]
     return np.minimum(1, len(tails) * np.min(tails, axis=0))
 
 
