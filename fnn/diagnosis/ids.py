@@ -26,8 +26,9 @@ def id_symptoms(case: Case) -> list[Evidence]:
         return [Evidence("input_empty", "all inputs are equal")]
     parts = [(x, np.asarray(case.train.y))]
     if case.held_out:
-        held = [_rows(part.x) for part in (case.chooses, case.checks)]
-        parts.append((np.concatenate(held), np.concatenate([case.chooses.y, case.checks.y])))
+        held = [(_rows(part.x), part.y) for part in (case.chooses, case.checks)]
+        rows, y = (np.concatenate([np.asarray(a) for a in both]) for both in zip(*held, strict=True))
+        parts.append((rows, y))
     symbol = _counted(x)
     if symbol is None or case.task.kind == "exact":
         return []
