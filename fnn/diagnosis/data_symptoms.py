@@ -4,12 +4,12 @@ import numpy as np
 
 from fnn.diagnosis.case import Case
 from fnn.diagnosis.causes import Evidence
+from fnn.diagnosis.ids import id_symptoms
+from fnn.diagnosis.split import MOST, flat, sampled, split_symptoms
 
 FAR = 20
 """Interquartile ranges from the median, beyond which a number does not belong to the others."""
 NEIGHBOURS = 5
-MOST = 1000
-"""How many examples look for neighbours."""
 
 
 def symptoms(case: Case) -> list[Evidence]:
@@ -20,18 +20,11 @@ def symptoms(case: Case) -> list[Evidence]:
     return [*found, *order_symptoms(case)]
 
 
-def _flat(x: np.ndarray) -> np.ndarray:
-    return np.asarray(x, np.float64).reshape(len(x), -1)
-
-
 def input_symptoms(case: Case) -> list[Evidence]:
     """Inputs that are constant, not finite, or of abnormal scale, as a whole or feature by feature."""
     if case.x is None:
-        x = case.train.x
-        if isinstance(x, np.ndarray) and (x == x[:1]).all():
-            return [Evidence("input_empty", "all inputs are equal")]
-        return []
-    x = _flat(case.x)
+        return id_symptoms(case)
+    x = flat(case.x)
     if not np.isfinite(x).all():
         return [Evidence("numerics", f"{np.mean(~np.isfinite(x)):.2%} of the inputs are NaN or infinite")]
     std, mean = x.std(0), x.mean(0)
@@ -66,23 +59,18 @@ def outlying(x: np.ndarray, like: np.ndarray) -> np.ndarray:
     Far means `FAR` interquartile ranges, of the feature or of all features' numbers about their medians, which is larger;
     of n examples at least sqrt(n), how far a rare value can lie in a feature that is constant else and was standardised.
     """
-    some = _some(like)
+    some = sampled(like)
     low, median, high = np.percentile(some, (25, 50, 75), axis=0)
     away = np.abs(some - median)
     usual = float(np.median(away[away > 0])) if away.any() else 0.0
     return np.abs(x - median) > max(FAR, len(like) ** 0.5) * np.maximum(high - low, 2 * usual)
 
 
-def _some(x: np.ndarray) -> np.ndarray:
-    """Take examples at equal distances, no more than quantiles need."""
-    return x[:: max(1, len(x) // MOST)]
-
-
 def target_symptoms(case: Case) -> list[Evidence]:
     """Targets of a regression far from mean 0 and variance 1."""
     if case.task.kind != "regression":
         return []
-    y = _flat(case.y)
+    y = flat(case.y)
     if not np.isfinite(y).all():
         return [Evidence("numerics", f"{np.mean(~np.isfinite(y)):.2%} of the targets are NaN or infinite")]
     std, mean = float(y.std(0).mean()), float(np.abs(y.mean(0)).max())
@@ -104,40 +92,6 @@ def encoding_symptoms(case: Case) -> list[Evidence]:
         return [
             Evidence("label_encoding", f"the {len(y)} labels run from {y.min()} to {y.max()}, not 0 to {len(y) - 1}")
         ]
-    return []
-
-
-def split_symptoms(case: Case) -> list[Evidence]:
-    """Held-out inputs with another mean or scale than the training inputs, as a whole or in one feature."""
-    if case.x is None:
-        return []
-    x, held = _flat(case.x), _flat(np.concatenate([case.chooses.x, case.checks.x]))
-    if np.isfinite(x).all() and (bad := np.mean(~np.isfinite(held))) > 0:
-        text = f"{bad:.2%} of the held-out inputs are NaN or infinite, none of the training inputs"
-        return [Evidence("split_mismatch", text)]
-    std = x.std(0)
-    live = std > 1e-6 * max(float(std.max()), 1e-30)
-    if not live.any():
-        return []
-    off = float(np.median(np.abs(held.mean(0) - x.mean(0))[live] / std[live]))
-    ratio = float(np.median(held.std(0)[live] / std[live]))
-    worst = max(off, max(ratio, 1 / max(ratio, 1e-9)) - 1)
-    if worst > 1:
-        text = f"held-out features lie {off:.3g} training stds off, their std is {ratio:.3g} times that of the training data"
-        return [Evidence("split_mismatch", text + " (healthy: below 1, and 0.5 to 2)")]
-    dead = ~live
-    if dead.any():
-        away = np.median(np.abs(held[:, dead] - x.mean(0)[dead]), axis=0) / float(np.median(std[live]))
-        if away.max() > 0.5:
-            text = f"a feature that is the same in all training examples lies {away.max():.3g} stds of the others off in held-out ones"
-            return [Evidence("split_mismatch", text)]
-    ranges = [np.subtract(*np.percentile(_some(part), (75, 25), axis=0)) for part in (held, x)]
-    ratios = ranges[0][ranges[1] > 0] / ranges[1][ranges[1] > 0]  # rare values do not count
-    if len(held) >= 20 and len(ratios) and ratios.max() > 5:
-        text = (
-            f"half of the values of a held-out feature span {ratios.max():.3g} times what they do in the training data"
-        )
-        return [Evidence("split_mismatch", text + " (healthy: up to 5)")]
     return []
 
 
@@ -223,8 +177,8 @@ def _compared(case: Case) -> tuple[np.ndarray, ...]:
     if case.x is None or case.task.kind == "exact" or not case.held_out:
         return ()
     rng = np.random.default_rng(0)
-    x, y = _flat(case.x), _targets(case, case.y)
-    held = _flat(np.concatenate([case.chooses.x, case.checks.x]))
+    x, y = flat(case.x), _targets(case, case.y)
+    held = flat(np.concatenate([case.chooses.x, case.checks.x]))
     of_held = _targets(case, np.concatenate([case.chooses.y, case.checks.y]))
     some, some_held = (rng.permutation(n)[:MOST] for n in (len(x), len(held)))
     x, y, held, of_held = x[some], y[some], held[some_held], of_held[some_held]

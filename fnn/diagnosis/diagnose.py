@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fnn import check
-from fnn.diagnosis import verdict
+from fnn.diagnosis import parts, verdict
 from fnn.diagnosis.case import Case, case_of
 from fnn.diagnosis.causes import Cause
 from fnn.diagnosis.inquiry import SETTLED, Inquiry
@@ -124,6 +124,7 @@ def _found(case: Case, budget: float, target: float | None, progress: bool | Non
 
 def _causes(inquiry: Inquiry, target: float | None) -> tuple[list[Cause], bool]:
     """Give the causes, and whether the scores themselves show a fault."""
+    inquiry.evidence = parts.judged(inquiry)
     inquiry.evidence = [e for e in inquiry.evidence if e.cause in verdict.suspects(inquiry)]
     ill = verdict.sick(inquiry, target)
     return ([] if target is not None and not ill else verdict.causes(inquiry, ill)), ill
