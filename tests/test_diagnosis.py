@@ -266,7 +266,7 @@ def test_a_net_that_knows_less_than_neighbours_is_not_healthy():
         ((0.9, 0.92), good, [3], True),
     ):
         base = SimpleNamespace(scores=scores, outcome=SimpleNamespace(losses=losses))
-        inquiry = SimpleNamespace(case=made, base=base, begun=SimpleNamespace(unread=unread))
+        inquiry = SimpleNamespace(case=made, base=base, begun=SimpleNamespace(unread=unread, unpaired=False))
         assert verdict.sick(inquiry, None) == want
     assert data_symptoms.within_reach(case(test=None)) == -np.inf
 
