@@ -88,9 +88,8 @@ def compiler_options(hasty: bool = False) -> dict[str, Any]:
     """Return compiler options for a program of an instrument, which compiles about as long as it runs; `hasty`: far longer.
 
     CPU: LLVM's level 1 takes a twentieth to a seventh off the compiling of a study's cells, a half off that of drawing
-    weights, and they run about as fast or faster (0.87 to 1.02 of the time, seven kinds of nets); drawn weights are the same to the
-    bit. Level 0, for `hasty`: a training of 400 steps of an mlp compiles in 1.5 s instead of 2.6 s, and runs 1.7 times as
-    long. Others: none.
+    weights. Seven kinds of nets ran in 0.87 to 1.02 of the time; drawn weights are the same to the bit. Level 0, for
+    `hasty`: a training of 400 steps of an mlp compiles in 1.5 s instead of 2.6 s, and runs 1.7 times as long. Others: none.
     """
     if platform() != "cpu" or jax.config.read("jax_disable_most_optimizations"):  # level 0 was asked for already
         return {}

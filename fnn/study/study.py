@@ -20,7 +20,7 @@ from fnn.study.identity import identify
 from fnn.study.options import about_data, arrays, check_cell, check_functions, check_options, one_line
 from fnn.study.provenance import hash_arrays, session, settings
 from fnn.study.spawning import check_spawning
-from fnn.study.table import TRACED, facts, left_range, widened
+from fnn.study.table import TRACED, facts, left_range, rounded, widened
 from fnn.study.task import PARTS, Task, chunked, listed, named, work
 from fnn.study.workers import Interrupted, check_executor, compilation_cache, drive, pool, shared
 
@@ -277,10 +277,10 @@ class Study:
     def table(self) -> Any:
         """Run the study in memory and return its table, a polars frame (`.to_pandas()` makes it one of pandas).
 
-        Warns where numbers are NaN because a signal left the range of the float type.
+        Warns where numbers are NaN because a signal left the range of the float type, and where rounding grows to its size.
         """
         frame = self.run().table()
-        if sentence := left_range(frame):
+        for sentence in filter(None, (left_range(frame), rounded(frame))):
             warnings.warn(sentence, stacklevel=2)
         return frame
 

@@ -1,5 +1,6 @@
 """Turn what a cell measured into rows of the study's table, with theory beside it; `results` lists the columns."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -164,22 +165,21 @@ def rounded(frame: Any) -> str | None:
 
     A small relative change of h_1 grows in h_l, in the root mean over directions, by `g = |dL/dh_1| |h_1|/(|dL/dh_l| |h_l|)`,
     |h| the root mean square per unit. Named are runs where g times the float type's eps exceeds a hundredth at
-    initialisation: deep nets with batch norm, or tanh with a large sigma_w. None if there are none.
+    initialisation: deep nets with batch norm, or tanh with a large sigma_w. What was not measured in float64 is taken for
+    float32. None if there are none.
     """
     import polars as pl
 
     run = _run_columns(frame)
-    first = frame.filter((pl.col("step") == 0) & (pl.col("role") == PREACTIVATION))
-    error, moment = (
-        first.filter(pl.col("quantity") == name).select(*run, "layer", "float64", value.alias(name))
-        for name, value in (("log10_error", pl.col("value")), ("second_moment", pl.col("value").log10() / 2))
+    log = pl.when(pl.col("quantity") == "log10_error").then("value").otherwise(pl.col("value").log10() / 2)
+    first = frame.filter(
+        pl.col("step") == 0, pl.col("role") == PREACTIVATION, pl.col("quantity").is_in(["log10_error", "second_moment"])
     )
-    sizes = error.join(moment.drop("float64"), on=[*run, "layer"]).sort("layer")
-    sizes = sizes.with_columns(size=pl.col("log10_error") + pl.col("second_moment")).filter(pl.col("size").is_finite())
-    growth = pl.col("size").first() - pl.col("size").min()
-    digits = pl.when(pl.col("float64").first()).then(-np.log10(np.finfo(np.float64).eps))
-    digits = digits.otherwise(-np.log10(np.finfo(np.float32).eps))
-    rows = sizes.group_by(run).agg(lost=growth > digits - 2).filter("lost")
+    sizes = first.group_by(*run, "layer", "path").agg(log.sum().alias("size"), pl.len(), pl.col("float64").first())
+    sizes = sizes.filter(pl.col("len") == 2, pl.col("size").is_finite()).sort("layer")
+    digits = [-np.log10(np.finfo(dtype).eps) for dtype in (np.float64, np.float32)]
+    least = pl.when(pl.col("float64").first()).then(digits[0] - 2).otherwise(digits[1] - 2)
+    rows = sizes.group_by(run).agg(lost=pl.col("size").first() - pl.col("size").min() > least).filter("lost")
     if rows.is_empty():
         return None
     return (
@@ -194,9 +194,8 @@ def facts(frame: Any) -> list[str]:
 
 
 def _run_columns(rows: Any) -> list[str]:
-    """Name the columns that tell a run: its cell, and the traced axes."""
-    names = rows.columns[: rows.columns.index("step")] if "step" in rows.columns else rows.columns
-    return [name for name in names if name == "cell" or name in TRACED]
+    """Name the columns that tell a run: its cell, and the values of all axes."""
+    return list(itertools.takewhile(lambda name: name not in ("step", "lost"), rows.columns))
 
 
 def _runs_of(rows: Any) -> str:
