@@ -221,13 +221,12 @@ def both(inquiry: Inquiry) -> list[Cause]:
     whole = inquiry.together(parts.values())
     least = max(top, base.mean) + margin(base.scores)
     rated = {"lr_high", "lr_low"} & parts.keys()
-    if whole is not None and rated:  # how far the rate is off shows once the other is repaired
-        (cause,) = rated if len(rated) == 1 else (None,)
-        for other in rates if cause else ():
-            if cause in other.change.causes and other.change.name != parts[cause].name:
-                again = inquiry.together((parts | {cause: other.change}).values())
-                if again is not None and again.mean > whole.mean:
-                    whole, parts = again, parts | {cause: other.change}
+    if whole is not None and len(rated) == 1:  # how far the rate is off shows once the others are repaired
+        cause = rated.pop()
+        for other in (t.change for t in rates if cause in t.change.causes and " + " not in t.change.name):
+            again = inquiry.together((parts | {cause: other}).values())
+            if again is not None and again.mean > whole.mean:
+                whole, parts = again, parts | {cause: other}
     if whole is None or whole.mean < least:
         return []
     for cause in reversed(
