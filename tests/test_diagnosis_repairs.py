@@ -174,7 +174,7 @@ def test_the_operation_that_loses_the_numbers_of_a_later_step(late):
 
 
 def a_trial(name, scores):
-    return SimpleNamespace(change=SimpleNamespace(name=name), scores=scores, mean=float(np.mean(scores)))
+    return SimpleNamespace(change=SimpleNamespace(name=name), scores=scores, mean=float(np.mean(scores)), single=True)
 
 
 @pytest.mark.parametrize(

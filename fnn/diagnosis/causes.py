@@ -40,6 +40,10 @@ WEAK = {"optimizer", "capacity", "steps", "memory", "batch_size", "too_little_da
 """Suspected of almost every net; not repaired together with others."""
 
 
+TOGETHER = " + "
+"""Stands between the names of changes that are made at once."""
+
+
 @dataclass(frozen=True)
 class Evidence:
     """A measured abnormality."""
@@ -66,6 +70,11 @@ class Trial:
     @property
     def mean(self) -> float:
         return sum(self.scores) / len(self.scores)
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of what was changed: one, or of several changes at once all."""
+        return self.change.split(TOGETHER)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from fnn.arrays import first_line
 from fnn.diagnosis import data_symptoms, run_symptoms, start, symptoms
 from fnn.diagnosis.case import Case, Plan
-from fnn.diagnosis.causes import STAGE, WEAK, Evidence, shown
+from fnn.diagnosis.causes import STAGE, TOGETHER, WEAK, Evidence, shown
 from fnn.diagnosis.changes import Change, changes, unreached
 from fnn.diagnosis.trial import Outcome, Runner
 
@@ -36,6 +36,11 @@ class Tried:
     @property
     def mean(self) -> float:
         return float(np.mean(self.scores))
+
+    @property
+    def single(self) -> bool:
+        """Whether one thing was changed, not several together."""
+        return TOGETHER not in self.change.name
 
 
 @dataclass
@@ -191,8 +196,8 @@ class Inquiry:
         return min((STAGE[cause] for cause in causes), default=len(STAGE))
 
     def best(self) -> float:
-        """Give the best mean score of all changes of the same length."""
-        return max(t.mean for t in self.tried.values() if "steps" not in t.change.causes)
+        """Give the best mean score of all single changes of the same length."""
+        return max(t.mean for t in self.tried.values() if "steps" not in t.change.causes and t.single)
 
     def together(self, parts: Iterable[Change]) -> Tried | None:
         """Train several changes at once; None where the budget does not allow it."""
@@ -200,7 +205,7 @@ class Inquiry:
         plan = Plan()
         for part in parts:
             plan = part.apply(plan)
-        name = " + ".join(part.name for part in parts)
+        name = TOGETHER.join(part.name for part in parts)
         if name in self.tried:
             return self.tried[name]
         causes = tuple(dict.fromkeys(c for part in parts for c in part.causes))

@@ -4,7 +4,7 @@ import numpy as np
 
 from fnn.diagnosis import data_symptoms, run_symptoms
 from fnn.diagnosis.case import Plan
-from fnn.diagnosis.causes import STAGE, WEAK, Cause, Evidence, Trial
+from fnn.diagnosis.causes import STAGE, TOGETHER, WEAK, Cause, Evidence, Trial
 from fnn.diagnosis.changes import Change
 from fnn.diagnosis.inquiry import DONE, LEAST, NOTHING, Inquiry, Tried, margin
 
@@ -165,7 +165,7 @@ def works(inquiry: Inquiry) -> list[Tried]:
         enough = max(top, tried.mean) - base.mean
         if (
             tried.change is not NOTHING
-            and " + " not in tried.change.name
+            and tried.single
             and rise > least
             and rise >= SHARE * enough
             and tried.mean > floor
@@ -207,7 +207,7 @@ def both(inquiry: Inquiry) -> list[Cause]:
     strong = [c for c in suspects(inquiry) if c not in WEAK]
     parts: dict[str, Change] = {}
     for cause in strong:
-        able = [t for t in inquiry.tried.values() if cause in t.change.causes and " + " not in t.change.name]
+        able = [t for t in inquiry.tried.values() if cause in t.change.causes and t.single]
         if able and not any(p.name == max(able, key=lambda t: t.mean).change.name for p in parts.values()):
             parts[cause] = max(able, key=lambda t: t.mean).change
     rates = [t for t in inquiry.tried.values() if t.change.name.startswith("rate")]
@@ -223,7 +223,7 @@ def both(inquiry: Inquiry) -> list[Cause]:
     rated = {"lr_high", "lr_low"} & parts.keys()
     if whole is not None and len(rated) == 1:  # how far the rate is off shows once the others are repaired
         cause = rated.pop()
-        for other in (t.change for t in rates if cause in t.change.causes and " + " not in t.change.name):
+        for other in (t.change for t in rates if cause in t.change.causes and t.single):
             again = inquiry.together((parts | {cause: other}).values())
             if again is not None and again.mean > whole.mean:
                 whole, parts = again, parts | {cause: other}
@@ -248,7 +248,7 @@ def second(inquiry: Inquiry) -> list[Cause]:
     if inquiry.best() > task.chance + 0.7 * (1 - task.chance):
         return []
     every = suspects(inquiry)
-    singles = [t for t in inquiry.tried.values() if t.change is not NOTHING and " + " not in t.change.name]
+    singles = [t for t in inquiry.tried.values() if t.change is not NOTHING and t.single]
     begun = 0
     for cause in [c for c in every if c not in WEAK]:
         able = [t for t in singles if cause in t.change.causes]
@@ -301,7 +301,7 @@ def adds(inquiry: Inquiry, found: list[Cause], working: list[Tried]) -> dict[str
 
 
 def _parts(inquiry: Inquiry, tried: Tried) -> list[Change]:
-    return [inquiry.tried[name].change for name in tried.change.name.split(" + ")]
+    return [inquiry.tried[name].change for name in tried.change.name.split(TOGETHER)]
 
 
 def low(chance: float) -> float:

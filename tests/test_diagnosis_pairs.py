@@ -1,0 +1,121 @@
+"""Two faults at once: which changes are tried together, and what counts as a proof; scores are given, nothing is trained."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from diagnosed import case
+
+from fnn.diagnosis import data_changes, diagnose, run_symptoms, trial, verdict
+from fnn.diagnosis.case import Plan
+from fnn.diagnosis.causes import Evidence
+from fnn.diagnosis.changes import changes
+from fnn.diagnosis.inquiry import NOTHING, Inquiry
+
+CASE = case(steps=5, seeds=2)
+ARRAYS = 6
+
+
+class Scripted(trial.Runner):
+    """Runs nothing: `score(plan, seed)` says what comes out; `plans` lists what was asked for, in order."""
+
+    def __init__(self, made, thread, score):
+        super().__init__(made, thread)
+        self.score, self.plans, self.compiled = score, [], [0.0]
+
+    def known(self, plan):
+        return True
+
+    def prepare(self, plan):
+        done = Future()
+        done.set_result(None)
+        return done
+
+    def run(self, plan, seeds, middle=False):
+        self.plans.append(plan)
+        scores = np.array([self.score(plan, seed) for seed in seeds])
+        lines = np.ones((len(scores), 5)) - scores[:, None] * np.linspace(0, 1, 5)
+        middle = ({"w": np.full((1, 2), np.nan)}, {})  # nothing is measured of it
+        return trial.Outcome(
+            scores, scores, scores, lines, lines, 1e-3 * lines, np.ones((len(scores), ARRAYS)), np.ones(len(scores)), 0.0,
+            middle,
+        )  # fmt: skip
+
+
+def scaled(plan):
+    return data_changes.standardized in plan.data
+
+
+def inquiry_of(score, *suspects):
+    """An inquiry whose single changes have all been tried."""
+    with ThreadPoolExecutor(1) as thread:
+        made = Inquiry(Scripted(CASE, thread, score), 600.0, lambda text: None)
+    made.evidence = [Evidence(cause, "seen") for cause in suspects]
+    made.train(NOTHING, Plan())
+    for change in changes(CASE):
+        if "steps" not in change.causes:
+            made.train(change, change.apply(Plan()))
+    return made
+
+
+@pytest.mark.parametrize("needed, cause", [(1000.0, "lr_low"), (0.01, "lr_high")])
+def test_how_far_a_rate_is_off_shows_once_the_other_fault_is_repaired(needed, cause):
+    """Alone the rate nearest to the given one is the best."""
+
+    def score(plan, seed):
+        if scaled(plan):
+            return 0.95 if plan.rate == needed else 0.12
+        return 0.3 if plan.rate in (10.0, 0.1) and (plan.rate > 1) == (needed > 1) else 0.1
+
+    found = verdict.both(inquiry_of(score, "input_scale", cause))
+    assert [c.name for c in found] == ["input_scale", cause]
+    assert found[1].remedy == f"learning_rate={0.1 * needed:g}"
+    assert f"rate × {needed:g}" in found[0].repair.change and found[0].repair.checked == (0.95, 0.95)
+
+
+def test_of_two_suspects_the_one_that_is_needed_is_named_alone():
+    def score(plan, seed):
+        return {(True, 1.0): 0.5, (True, 100.0): 0.9}.get((scaled(plan), plan.rate), 0.1)
+
+    found = verdict.both(inquiry_of(score, "input_scale", "lr_low"))
+    assert [c.name for c in found] == ["input_scale", "lr_low"]
+    assert not verdict.both(inquiry_of(lambda plan, seed: 0.9 if plan.rate == 10 else 0.1, "input_scale", "lr_low"))
+
+
+@pytest.mark.parametrize("before, fresh, holds", [(0.1, 0.9, True), (0.1, 0.12, False), (0.02, 0.13, False)])
+def test_a_pair_must_end_above_chance_on_fresh_seeds_too(before, fresh, holds):
+    """Chance is 0.1: what rises to it from below is no cure."""
+
+    def score(plan, seed):
+        cured = scaled(plan) and plan.rate == 10
+        return (0.9 if seed < CASE.seeds else fresh) if cured else before
+
+    assert bool(verdict.both(inquiry_of(score, "input_scale", "lr_low"))) is holds
+
+
+def test_pairs_come_before_more_steps(monkeypatch):
+    """More steps, the dearest change, are trained only where no pair of repairs helps."""
+    ran = {}
+
+    def found(score):
+        def runner(made, thread):
+            ran[score] = Scripted(made, thread, score)
+            return ran[score]
+
+        monkeypatch.setattr(diagnose, "Runner", runner)
+        monkeypatch.setattr(run_symptoms, "run_symptoms", lambda *_: [Evidence("lr_low", "slow")])
+        spoilt = case(*(part._replace(x=300 * part.x) for part in (CASE.train, CASE.chooses)), steps=5, seeds=2)
+        return diagnose._found(spoilt, 600.0, None, False)
+
+    def pair(plan, seed):
+        return 0.9 if scaled(plan) and plan.rate == 100 else 0.1
+
+    def longer(plan, seed):
+        return 0.9 if scaled(plan) and plan.steps else 0.1
+
+    assert {c.name for c in found(pair).causes} == {"input_scale", "lr_low"}
+    assert not any(plan.steps for plan in ran[pair].plans)
+    found(longer)
+    plans = ran[longer].plans
+    first = next(i for i, plan in enumerate(plans) if plan.steps)
+    assert any(scaled(plan) and plan.rate > 1 for plan in plans[:first])
