@@ -21,12 +21,15 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1.5rem; background: var(--paper);
   color: var(--ink); }
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-pre { background: var(--box); padding: .7rem 1rem; overflow-x: auto; border-radius: 6px; }
+pre { background: var(--box); padding: .7rem 1rem; white-space: pre-wrap; border-radius: 6px; }
+.text { white-space: pre; overflow-x: auto; }
 table { border-collapse: collapse; } td, th { text-align: left; padding: .2rem .9rem .2rem 0; vertical-align: top; }
-td { border-top: 1px solid var(--line); } figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; max-width: 46rem; }
+td { border-top: 1px solid var(--line); } figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; max-width: 36rem; }
 figcaption, .soft { color: var(--soft); font-size: .9rem; }
 button { font: inherit; font-size: .85rem; padding: .15rem .7rem; }
 """
+WIDTH = 5.4
+"""Inches of a figure: small, so that its letters can still be read where a phone shrinks it to 340 pixels."""
 COPY = "navigator.clipboard.writeText(this.previousElementSibling.textContent); this.textContent = 'copied'"
 
 
@@ -73,7 +76,7 @@ def text(d: Any) -> str:
     left = "".join(f"<tr><td>{_escape(name)}</td><td>{_escape(why)}</td></tr>" for name, why in d.not_tried.items())
     if left:
         parts.append(f"<h2>Not tried</h2><table>{left}</table>")
-    parts.append(f"<h2>As text</h2><pre>{_escape(repr(d))}</pre>")
+    parts.append(f"<h2>As text</h2><pre class=text>{_escape(repr(d))}</pre>")
     head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{_escape(title)}</title>"
     return (
         f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
@@ -86,7 +89,7 @@ def forest(d: Any) -> Any:
 
     trials = sorted(d.trials, key=lambda t: t.mean)
     rows = [d.base, *trials]
-    figure = Figure(figsize=(7.2, 1.0 + 0.26 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.22 * len(rows)), layout="constrained")
     axis = figure.subplots()
     named = {cause.repair.change for cause in d.causes[: 2 if d.two_faults else 1] if cause.repair}
     for y, trial in enumerate(rows):
@@ -113,7 +116,7 @@ def losses(d: Any) -> Any:
     """Draw the loss of the training as it is, and of the repaired one."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axis = figure.subplots()
     drawn = False
     for (name, curves), colour, style in zip(d.curves.items(), ("0.35", COLOURS[0]), ("-", "-"), strict=False):
@@ -150,7 +153,7 @@ def profile(d: Any) -> Any:
 
     if all(len(p.log10_error) < 3 or not np.isfinite(p.log10_error).any() for p in d.profiles.values()):
         return None
-    figure = Figure(figsize=(7.2, 3.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axis = figure.subplots()
     for i, (name, p) in enumerate(d.profiles.items()):
         layers, colour = np.arange(1, len(p.log10_error) + 1), ("0.35", COLOURS[0])[i]
