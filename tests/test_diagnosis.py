@@ -13,10 +13,11 @@ from diagnosed import TEST, TRAIN, build, case, sgd
 
 import fnn
 from fnn.datasets.dataset import Dataset
-from fnn.diagnosis import changes, data_symptoms, report, run_symptoms, start, symptoms, trial, verdict
+from fnn.diagnosis import changes, data_changes, data_symptoms, report, run_symptoms, start, symptoms, trial, verdict
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.loss_case import loss_case_of
+from fnn.diagnosis.reads import Reads
 from fnn.diagnosis.task import Task, task_of
 from fnn.diagnosis.weights import gains, redrawn
 
@@ -167,22 +168,22 @@ def test_agreement_of_neighbours_is_that_of_a_plain_search():
 
 
 def test_changes_of_data_use_the_training_moments():
-    found = changes.standardized(case(scaled(TRAIN, 7, 3), scaled(TEST, 7, 3)))
+    found = data_changes.standardized(case(scaled(TRAIN, 7, 3), scaled(TEST, 7, 3)))
     want, held = fnn.data.standardize(scaled(TRAIN, 7, 3), scaled(TEST, 7, 3))
     np.testing.assert_allclose(found.train.x, want.x, atol=2e-5)
     rows = np.concatenate([found.chooses.y, found.checks.y])
     assert sorted(rows) == sorted(np.asarray(held.y)) and not np.isin(found.checks.x, found.chooses.x).all()
-    far = changes.matched(case(TRAIN, scaled(TEST, 40, 90)))
+    far = data_changes.matched(case(TRAIN, scaled(TEST, 40, 90)))
     assert not data_symptoms.split_symptoms(far)
     for spoils in ((spoilt(TRAIN), TEST), (TRAIN, spoilt(TEST))):
         made = case(*spoils)
         assert "leave out examples with NaN" in {change.name for change in changes.changes(made)}
-        whole = changes.finite(made)
+        whole = data_changes.finite(made)
         assert (
             np.isfinite(whole.x).all() and whole.checks.size == made.checks.size and not data_symptoms.symptoms(whole)
         )
     odd = case(Dataset(TRAIN.x, np.asarray(TRAIN.y) * 3 + 5), Dataset(TEST.x, np.asarray(TEST.y) * 3 + 5))
-    np.testing.assert_array_equal(changes.renumbered(odd).y, np.asarray(TRAIN.y))
+    np.testing.assert_array_equal(data_changes.renumbered(odd).y, np.asarray(TRAIN.y))
 
 
 def test_weights_are_redrawn_to_their_gain_in_stacks_too():
@@ -204,7 +205,7 @@ def test_inputs_in_bfloat16_are_measured_too():
     assert found.computes == "bfloat16" and not case().computes
     assert named(data_symptoms.input_symptoms(found)) == {"input_scale"}
     assert "compute in float32" in {change.name for change in changes.changes(found)}
-    assert not data_symptoms.input_symptoms(changes.standardized(found))
+    assert not data_symptoms.input_symptoms(data_changes.standardized(found))
 
 
 # Verdicts.
@@ -266,7 +267,9 @@ def test_a_net_that_knows_less_than_neighbours_is_not_healthy():
         ((0.9, 0.92), good, [3], True),
     ):
         base = SimpleNamespace(scores=scores, outcome=SimpleNamespace(losses=losses))
-        inquiry = SimpleNamespace(case=made, base=base, begun=SimpleNamespace(unread=unread, unpaired=False))
+        inquiry = SimpleNamespace(
+            case=made, base=base, begun=SimpleNamespace(unread=unread, unpaired=False, reads=Reads())
+        )
         assert verdict.sick(inquiry, None) == want
     assert data_symptoms.within_reach(case(test=None)) == -np.inf
 
@@ -310,7 +313,7 @@ def test_refusals():
 
 def test_units_that_die_in_the_run_and_attention_that_sees_one_key():
     made = case()
-    quiet = start.Start({"input_dead": np.array([0.0, 0.1, 0.2])}, ["a", "b", "c"], [], [], np.zeros(0), 1.0, False, False, [], False, [], False,
+    quiet = start.Start({"input_dead": np.array([0.0, 0.1, 0.2])}, ["a", "b", "c"], [], [], np.zeros(0), 1.0, False, False, False, [], False, [], Reads(), False,
                         {"a": -1.0}, 1e-7, 0.0, "", {}, (3.0, 1.7))  # fmt: skip
     dead = dataclasses.replace(quiet, layers={"input_dead": np.array([0.9, 0.1, 0.95])})
     assert not run_symptoms.middle_symptoms(made, quiet, quiet) and not run_symptoms.middle_symptoms(made, dead, dead)

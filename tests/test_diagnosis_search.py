@@ -14,9 +14,10 @@ from diagnosed import TEST, TRAIN, build, case, sgd
 
 import fnn
 from fnn import lowering
-from fnn.diagnosis import changes, inquiry, trial, verdict
+from fnn.diagnosis import data_changes, inquiry, trial, verdict
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import STAGE
+from fnn.diagnosis.change import Change
 from fnn.diagnosis.task import Task
 
 pytest.importorskip("sklearn")
@@ -88,7 +89,10 @@ def test_a_loss_that_bfloat16_rounds_away():
 def test_a_plan_is_compiled_once_for_all_numbers():
     with ThreadPoolExecutor(1) as thread:
         runner = trial.Runner(case(steps=3), thread)
-        plain, changed = Plan(), dataclasses.replace(Plan(), rate=0.5, gain=1.0, data=(changes.standardized,), clip=1.0)
+        plain, changed = (
+            Plan(),
+            dataclasses.replace(Plan(), rate=0.5, gain=1.0, data=(data_changes.standardized,), clip=1.0),
+        )
         assert runner.key(plain) == runner.key(changed) != runner.key(Plan(steps=4))
         first = runner.run(plain, [0, 1])
         again = runner.run(plain, [0, 1])
@@ -218,7 +222,7 @@ def test_what_cannot_alter_the_verdict_is_not_trained_unless_the_proof_fails(mon
 
 def test_settled_is_the_stage_of_the_earliest_suspect_that_is_repaired():
     def one(mean, *causes):
-        return SimpleNamespace(mean=mean, change=changes.Change("", causes, lambda plan: plan, ""))
+        return SimpleNamespace(mean=mean, change=Change("", causes, lambda plan: plan, ""))
 
     def settled(base, suspects, *tried):
         found = SimpleNamespace(

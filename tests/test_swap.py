@@ -69,8 +69,8 @@ def test_linen_under_vmap_and_grad(name):
 def test_the_last_activation_is_told_from_those_between_layers():
     params = Net(jnp.tanh).init(jax.random.key(0), X)
     loss = linen_loss(jnp.tanh, jax.nn.relu)
-    found, stops = swap.listed(loss, params, (X, Y))
-    assert [(a.name, a.role) for a in found] == [("tanh", "hidden")] * 2 + [("relu", "last")] and stops == 0
+    found, stops, bare = swap.listed(loss, params, (X, Y))
+    assert [(a.name, a.role) for a in found] == [("tanh", "hidden")] * 2 + [("relu", "last")] and stops == bare == 0
     without = swap.swapped(loss, {"last": "identity"})
     np.testing.assert_allclose(without(params, (X, Y)), linen_loss(jnp.tanh)(params, (X, Y)), rtol=1e-6)
 
@@ -81,7 +81,7 @@ def test_gates_and_what_the_loss_does_stay_as_they_are():
         return jnp.mean(jax.nn.log_sigmoid((h @ w["c"])[:, 0]))
 
     w = {name: jax.random.normal(jax.random.key(i), (5, 5)) for i, name in enumerate("abc")}
-    found, _ = swap.listed(gated, w, X)
+    found, *_ = swap.listed(gated, w, X)
     assert {a.role for a in found if a.name in ("sigmoid", "tanh")} == {"gate"}
     for chosen in ({"hidden": "relu"}, {"last": "relu"}):
         if not any(a.role in chosen for a in found):
@@ -109,6 +109,34 @@ def test_stopped_gradients_are_let_through():
     got = jax.grad(swap.swapped(loss, {"stop": "identity"}))(w, X)
     want = jax.grad(lambda w, x: jnp.sum(jnp.tanh(x @ w[0]) @ w[1]))(w, X)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh"])
+def test_an_activation_is_put_between_layers_that_follow_each_other_without_one(name):
+    w = {name: RNG.normal(size=shape) / 2 for name, shape in (("a", (5, 6)), ("b", (6,)), ("c", (6, 6)), ("d", (6, 2)))}
+
+    def loss(phi):
+        def of(w, x):
+            h = phi((x @ w["a"] + w["b"]).reshape(-1, 2, 3)).reshape(-1, 6)
+            return jnp.sum(jnp.square(phi(jnp.asarray(h @ w["c"], jnp.float32)) @ w["d"]))
+
+        return of
+
+    bare = loss(lambda x: x)
+    assert swap.listed(bare, w, X)[2] == 2 and swap.listed(loss(jnp.sin), w, X)[2] == 0
+    got, want = swap.swapped(bare, {"bare": name}), loss(swap.KNOWN[name])
+    for one, other in zip(*(jax.tree.leaves(jax.value_and_grad(f)(w, X)) for f in (got, want)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lookup_and_gates_are_no_layers_that_lack_an_activation():
+    w = {"table": jnp.ones((7, 5)), "q": jnp.eye(5), "v": jnp.eye(5), "out": jnp.eye(5)}
+
+    def loss(w, ids):
+        h = w["table"][ids]
+        return jnp.sum(jax.nn.softmax((h @ w["q"]) @ h.T) @ (h @ w["v"]) @ w["out"])
+
+    assert swap.listed(loss, w, jnp.arange(4))[2] == 0
 
 
 def test_a_function_that_is_none_of_the_known_ones_is_left_alone():
@@ -209,7 +237,7 @@ def test_what_a_loss_computes_with_outputs_is_no_last_activation(of_outputs, rol
     def loss(p, batch):
         return jnp.mean(of_outputs(jax.nn.relu(batch[0] @ p["a"]) @ p["b"], batch[1]))
 
-    found, _ = swap.listed(loss, params, (X, RNG.uniform(size=(8, 2))))
+    found, *_ = swap.listed(loss, params, (X, RNG.uniform(size=(8, 2))))
     assert {a.name for a in found if a.role == "last"} == ({role} if role else set())
     assert {a.name for a in found if a.role == "hidden"} == {"relu"}
 

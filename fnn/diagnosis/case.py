@@ -98,7 +98,8 @@ class Case:
     shuffle: bool
     task: Task = field(default_factory=lambda: Task("regression"))
     seen: Mapping[str, Any] = field(default_factory=dict)
-    """What was found in the program of a net without knobs: its `activation`, its `head`, whether gradients `stop`."""
+    """What was found in the program of a net without knobs: its `activation`, its `head`, whether gradients `stop`; of one
+    without activations how many layers take the output of another one as it is, `bare`."""
     narrow: bool = False
     """Whether there are parameters of less than 32 bits."""
     computes: str = ""
@@ -134,7 +135,7 @@ class Case:
 
     def model(self, plan: Plan) -> Model:
         """Build what a plan trains."""
-        net, loss = self.build(**dict(plan.knobs)), plan.loss or self.loss
+        net, loss = self.built(plan), plan.loss or self.loss
 
         def draw(seed):
             return net.init(jax.random.key(1000 + seed), jax.tree.map(lambda a: a[: self.batch_size], self.train.x))
@@ -159,6 +160,15 @@ class Case:
     def scored(self, values: np.ndarray) -> np.ndarray:
         """Turn what a program measured into scores: they are scores already."""
         return values
+
+    def built(self, plan: Plan) -> Layer:
+        """Build the net. Errors: ValueError where `build` does not take a knob's value, whatever it raises."""
+        try:
+            return self.build(**dict(plan.knobs))
+        except Exception as error:
+            if not plan.knobs or isinstance(error, ValueError | TypeError):
+                raise
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
     def last(self, params: Any) -> int | None:
         """Say which array is the last kernel; None: the last of the tree."""
@@ -239,19 +249,22 @@ def case_of(
     seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
     return Case(
         build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
-        int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, count(params), bool(keepers(params)), isinstance(optimizer, optax.GradientTransformation),
+        int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, count(params), bool(keepers(params)), not callable(optimizer),
     )  # fmt: skip
 
 
 def found_in(function: Callable[..., Any], *args: Any) -> dict[str, Any]:
     """Look for activations and stopped gradients in a program; nothing where it cannot be read."""
     try:
-        found, stops = listed(function, *args)
+        found, stops, bare = listed(function, *args)
     except Unreadable:
         return {}
     hidden, last = ({a.name for a in found if a.role == role} for role in ("hidden", "last"))
     seen: dict[str, Any] = {"stop": True} if stops else {}
-    seen |= {"activation": hidden.pop() if len(hidden) == 1 else "several"} if hidden else {}
+    if hidden:
+        seen["activation"] = hidden.pop() if len(hidden) == 1 else "several"
+    elif bare and not any(a.role == "gate" for a in found):
+        seen["bare"] = bare
     return seen | ({"head": last.pop()} if len(last) == 1 else {})
 
 
@@ -286,6 +299,8 @@ def _building(net: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
 
 def _optimizing(optimizer: Any) -> tuple[Callable[..., Any], float | None, float | None]:
     """Return a function of clip that makes the optimiser, and rate and clip as they are."""
+    if isinstance(optimizer, optax.MultiSteps):  # has the functions of a transformation, but is none
+        optimizer = optimizer.gradient_transformation()
     if isinstance(optimizer, optax.GradientTransformation):
         return (lambda **_: optimizer), None, None
     if not callable(optimizer):

@@ -51,6 +51,8 @@ class Evidence:
     cause: str
     text: str
     """What was measured, with its healthy range."""
+    partial: bool = False
+    """Of some of the examples alone."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The changes that a diagnosis tries: each names the cause that it repairs, and the code that does so."""
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,8 +10,8 @@ import numpy as np
 import optax
 
 from fnn.diagnosis.case import Case, Plan
-from fnn.diagnosis.data_changes import finite, matched, renumbered, standard_targets, standardized, tamed, unit_targets
-from fnn.diagnosis.data_symptoms import input_symptoms, outlying
+from fnn.diagnosis.change import Change, setting
+from fnn.diagnosis.data_changes import of_data
 
 KNOBS = ("activation", "norm", "residual", "depth", "width", "head")
 """Arguments of `build` that are varied. `dropout`, `cell`, `forget_bias` and `positions` are, where there are any."""
@@ -20,28 +21,9 @@ ENOUGH = 32
 """A net that is tried with more units has at least so many."""
 
 
-@dataclass(frozen=True)
-class Change:
-    """One thing changed."""
-
-    name: str
-    """As the report says it: "standardise x"."""
-    causes: tuple[str, ...]
-    """What it repairs."""
-    apply: Callable[[Plan], Plan]
-    code: str
-    """What to write to do it for good."""
-    own_program: bool = False
-    """Whether the net, the loss, the optimiser or a shape differs, so that a program must be compiled."""
-    costs: float = 1.0
-    """How many times a step's work it takes, about."""
-    on_suspicion: bool = False
-    """Whether it is tried only if something that it repairs was measured."""
-
-
 def changes(case: Case) -> list[Change]:
     """List what can be tried on a case, cheap ones first."""
-    found = [*_of_data(case), *_of_weights(case), *_of_rate(case), *_of_net(case), *_of_loss(case), *_of_budget(case)]
+    found = [*of_data(case), *_of_weights(case), *_of_rate(case), *_of_net(case), *_of_loss(case), *_of_budget(case)]
     return sorted(found, key=lambda change: (change.own_program, change.costs))
 
 
@@ -54,137 +36,48 @@ def unreached(case: Case) -> dict[str, str]:
         found["width, depth, norm, dropout"] = "the net is given as it is"
     elif missing := [knob for knob in KNOBS if knob not in case.knobs]:
         found[", ".join(missing)] = "build does not take it" if len(missing) == 1 else "build does not take them"
-    if not case.knobs and "activation" not in case.seen:
+    if not case.knobs and not {"activation", "bare"} & set(case.seen):
         found["activation"] = "none was found in the program"
     if case.clip is None and case.fixed:
         found["no clipping"] = "the optimizer is no function of clip"
     return found
 
 
-def _data(*steps: Any) -> Callable[[Plan], Plan]:
-    return lambda plan: replace(plan, data=(*plan.data, *steps))
-
-
-def _with(**values: Any) -> Callable[[Plan], Plan]:
-    return lambda plan: replace(plan, **values)
-
-
-def _of_data(case: Case) -> list[Change]:
-    found = []
-    if case.x is not None:
-        code = "train, test = fnn.data.standardize(train, test)"
-        found.append(Change("standardise x", ("input_scale",), _data(standardized), code))
-        x = np.asarray(case.x, np.float64).reshape(len(case.x), -1)
-        if np.isfinite(x).all() and (far := outlying(x, x)).any():
-            name, steps, code = "replace far-out x by medians", (tamed,), _without_codes(x, far)
-            if input_symptoms(tamed(case)):  # what they have squashed, when all were standardised together
-                name, steps = f"{name}, standardise", (tamed, standardized)
-                code += "\ntrain, test = fnn.data.standardize(train, test)"
-            found.append(Change(name, ("input_scale",), _data(*steps), code))
-        if not all(np.isfinite(np.asarray(part.x)).all() for part in (case.train, case.chooses, case.checks)):
-            found.append(
-                Change(
-                    "leave out examples with NaN",
-                    ("numerics", "split_mismatch"),
-                    _data(finite),
-                    "keep = np.isfinite(x).all(-1); x, y = x[keep], y[keep]",
-                )
-            )
-        if case.held_out:
-            found.append(
-                Change("scale held-out x like training x", ("split_mismatch",), _data(matched),
-                       "# prepare x_test as x_train was; here: x_test = (x_test - x_test.mean(0)) / x_test.std(0) * x_train.std(0) + x_train.mean(0)")
-            )  # fmt: skip
-    if case.task.kind == "regression":
-        code = "y = (y - y_train.mean(0)) / y_train.std(0)"
-        found.append(Change("standardise y", ("target_scale",), _data(standard_targets), code))
-    if case.task.target == "linear" and (case.y.min() < 0 or case.y.max() > 1):
-        found.append(
-            Change(
-                "targets from 0 to 1",
-                ("label_encoding",),
-                _data(unit_targets),
-                f"y = (y - {case.y.min():g}) / {np.ptp(case.y):g}  # 0 to 1, as the loss reads them; in the score too",
-                on_suspicion=True,
-            )
-        )
-    if case.task.kind in ("classes", "binary"):
-        values = np.unique(case.y)
-        if not np.array_equal(values, np.arange(len(values))):
-            found.append(
-                Change(
-                    "renumber labels",
-                    ("label_encoding",),
-                    _data(renumbered),
-                    "y = np.searchsorted(np.unique(y_train), y)",
-                )
-            )
-    if case.held_out:
-        found.append(
-            Change("learn half of the held-out data alone", ("labels", "label_encoding", "split_mismatch"), _with(learn="held out"),
-                   "# look at single examples: training labels are wrong, or the two parts were not prepared alike")
-        )  # fmt: skip
-        found.append(
-            Change(
-                "learn half of the held-out data as well",
-                ("too_little_data",),
-                _with(learn="both"),
-                "# collect more training examples, or augment them",
-            )
-        )
-    if not case.shuffle:
-        found.append(
-            Change(
-                "shuffle",
-                ("order",),
-                _with(shuffle=True),
-                "fnn.fit(..., key=key)  # shuffles each epoch; or shuffle before batching",
-            )
-        )
-    return found
-
-
-def _without_codes(x: np.ndarray, far: np.ndarray) -> str:
-    """Write what takes the marked numbers out: by one bound, where the nearest of them is farther than all others."""
-    away = np.abs(x - np.median(x, axis=0))
-    nearest, others = float(away[far].min()), float(away[~far].max())
-    if nearest <= others:
-        return (
-            "# some numbers, far from all others of their feature, are codes or errors: put the feature's median there"
-        )
-    bound = (nearest * max(others, nearest / 100)) ** 0.5
-    return f"median = np.median(x_train, axis=0); x = np.where(np.abs(x - median) > {bound:.3g}, median, x)"
-
-
 def _of_weights(case: Case) -> list[Change]:
     causes = ("init_symmetric", "dead_units", "init_small", "init_large")
     causes += ("memory",) * ("cell" in case.knobs)  # the biases of its gates
     gain = case.gain(Plan())
-    code = _initialised(gain)
+    code = _initialised(case, gain)
     wide = Change(
-        "parameters in float32", ("numerics",), _with(wide=True), "params in float32, compute_dtype=jnp.bfloat16", True
+        "parameters in float32",
+        ("numerics",),
+        setting(wide=True),
+        "params in float32, compute_dtype=jnp.bfloat16",
+        True,
     )
     all_wide = Change(
         "compute in float32",
         ("numerics",),
-        _with(wide=True, float32=True),
+        setting(wide=True, float32=True),
         f"# parameters, inputs and all between them in float32, no {case.computes}",
         True,
     )
-    found = [Change("redraw weights", causes, _with(gain=gain), code), *([wide] if case.narrow else [])]
+    found = [Change("redraw weights", causes, setting(gain=gain), code), *([wide] if case.narrow else [])]
     if not case.knobs and case.kernels > 2:  # whether there are residual sums cannot be seen from outside
         small = case.gain(Plan(), case.kernels)
         name = "redraw weights, small enough for residual sums"
-        found.append(Change(name, ("init_large",), _with(gain=small), _initialised(small)))
+        found.append(Change(name, ("init_large",), setting(gain=small), _initialised(case, small)))
     if case.gated and "forget_bias" not in case.knobs:
         steps = np.shape(jax.tree.leaves(case.train.x)[0])[1:2]
         bias = float(np.round(max(REMEMBERS, np.log(max(1, *steps))), 1))
         code = f"forget_bias={bias}  # the initial bias of the gate that keeps: f of an LSTM, z of a GRU"
-        found.append(Change(f"gates that keep, bias {bias}", ("memory",), _with(keep=bias), code))
+        found.append(Change(f"gates that keep, bias {bias}", ("memory",), setting(keep=bias), code))
     return [*found, *([all_wide] if case.computes else [])]
 
 
-def _initialised(gain: float) -> str:
+def _initialised(case: Case, gain: float) -> str:
+    if case.task.name:  # a model of another library
+        return f'jax.nn.initializers.variance_scaling({gain**2:.2g}, "fan_in", "normal")  # for each kernel; biases 0'
     name = {2**0.5: "he_normal", 1.0: "scaled(1.0)"}.get(gain, f"scaled({gain:.2g})")
     return f'init="{name}", bias_init="zeros"  # N(0, {gain**2:.2g}/fan_in)'
 
@@ -200,22 +93,24 @@ def _of_rate(case: Case) -> list[Change]:
             )
         )
     found.append(
-        Change("clip at norm 1", ("lr_high",), _with(clip=1.0), "optax.chain(fnn.clip.by_global_norm(1.0), optimizer)")
+        Change(
+            "clip at norm 1", ("lr_high",), setting(clip=1.0), "optax.chain(fnn.clip.by_global_norm(1.0), optimizer)"
+        )
     )
     found.append(
         Change(
             "warm-up over a fifth of the steps",
             ("lr_high",),
-            _with(warm=0.2),
+            setting(warm=0.2),
             f"optax.warmup_constant_schedule(0.0, {'rate' if case.rate is None else f'{case.rate:.3g}'}, {case.steps // 5})",
         )
     )
     if case.clip is not None:
-        found.append(Change("no clipping", ("clip",), _with(unclipped=True), "clip=None", own_program=True))
+        found.append(Change("no clipping", ("clip",), setting(unclipped=True), "clip=None", own_program=True))
     adam = Change(
         "Adam, rate 1e-3",
         ("optimizer", "regularization"),
-        _with(optimizer=_adam),
+        setting(optimizer=_adam),
         "optimizer = optax.adam(1e-3)  # its own β and ε, no weight decay",
         own_program=True,
     )
@@ -245,7 +140,8 @@ def _of_net(case: Case) -> list[Change]:
         if knobs["norm"] in (None, "none"):
             add("layer norm", ("depth_norm",), 'norm="layer_norm"', 1.3, norm="layer_norm")
         else:
-            add("no norm", ("depth_norm",), 'norm="none"', 0.9, norm="none")
+            name = "none" if _builds(case, norm="none") else None
+            add("no norm", ("depth_norm",), f"norm={name!r}", 0.9, norm=name)
     if knobs.get("residual") is False and knobs.get("depth", 2) > 1:
         add("residual sums", ("depth_norm",), "residual=True", residual=True)
     depth = knobs.get("depth")
@@ -276,6 +172,12 @@ def _of_net(case: Case) -> list[Change]:
     return found
 
 
+def _builds(case: Case, **knobs: Any) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(case.built(Plan().knob(**knobs)))
+    return False
+
+
 def _of_program(case: Case) -> list[Change]:
     """Of a net without knobs: swap what was found in its program."""
     found = []
@@ -288,6 +190,15 @@ def _of_program(case: Case) -> list[Change]:
         for other in ("tanh", "relu"):
             if name != other:
                 add(f"activation {other}", "activation", f"jax.nn.{other}  # instead of {name}", "hidden", other)
+    elif "bare" in case.seen:
+        for other in ("tanh", "relu"):
+            add(
+                f"{other} between layers",
+                "activation",
+                f"jax.nn.{other}  # between each layer and the next",
+                "bare",
+                other,
+            )
     if (name := case.seen.get("head")) is not None:
         add("no head", "head", f"# leave out the {name} behind the last layer", "last", "identity")
         if name == "softmax" and case.task.kind == "multi_label":
@@ -300,10 +211,12 @@ def _of_program(case: Case) -> list[Change]:
             )
     if case.task.name == "score":
         code = "# minimise -loss: as it is, the loss falls where the score does"
-        found.append(Change("the loss with the other sign", ("loss",), _with(sign=-1.0), code, True, on_suspicion=True))
+        found.append(
+            Change("the loss with the other sign", ("loss",), setting(sign=-1.0), code, True, on_suspicion=True)
+        )
     if case.penalized:
         code = "# leave out the penalty, the term of the loss that depends on the parameters alone, or make it smaller"
-        found.append(Change("no weight penalty", ("regularization",), _with(bare=True), code, True))
+        found.append(Change("no weight penalty", ("regularization",), setting(bare=True), code, True))
     if case.seen.get("stop"):
         add("no stop_gradient", "blocked_gradient", "# leave out jax.lax.stop_gradient", "stop", "identity")
     return found
@@ -325,7 +238,7 @@ def _of_loss(case: Case) -> list[Change]:
         if hasattr(loss, "name")
         else "loss = lambda outputs, y: -(y * jax.nn.log_softmax(outputs)).sum(-1)"
     )
-    return [Change(f"loss {name}", ("loss", "numerics", "blocked_gradient"), _with(loss=loss), code, True)]
+    return [Change(f"loss {name}", ("loss", "numerics", "blocked_gradient"), setting(loss=loss), code, True)]
 
 
 def _of_budget(case: Case) -> list[Change]:
@@ -335,7 +248,7 @@ def _of_budget(case: Case) -> list[Change]:
             Change(
                 "batch × 8",
                 ("batch_size",),
-                _with(batch_size=min(8 * case.batch_size, case.train.size)),
+                setting(batch_size=min(8 * case.batch_size, case.train.size)),
                 f"batch_size={8 * case.batch_size}",
                 True,
                 8.0,
@@ -343,6 +256,6 @@ def _of_budget(case: Case) -> list[Change]:
         )
     if case.batch_size > 128 or case.batch_size > case.train.size / 4:
         size = max(1, case.batch_size // 8)
-        found.append(Change("batch ÷ 8", ("batch_size",), _with(batch_size=size), f"batch_size={size}", True, 0.3))
-    found.append(Change("5 × steps", ("steps",), _with(steps=5 * case.steps), f"steps={5 * case.steps}", True, 5.0))
+        found.append(Change("batch ÷ 8", ("batch_size",), setting(batch_size=size), f"batch_size={size}", True, 0.3))
+    found.append(Change("5 × steps", ("steps",), setting(steps=5 * case.steps), f"steps={5 * case.steps}", True, 5.0))
     return found

@@ -5,6 +5,7 @@ import numpy as np
 from fnn.diagnosis.case import Case
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.ids import id_symptoms
+from fnn.diagnosis.repeats import repeat_symptoms
 from fnn.diagnosis.split import MOST, flat, sampled, split_symptoms
 
 FAR = 20
@@ -14,7 +15,7 @@ NEIGHBOURS = 5
 
 def symptoms(case: Case) -> list[Evidence]:
     """List what is abnormal in the data of a case."""
-    found = [*input_symptoms(case), *target_symptoms(case), *encoding_symptoms(case)]
+    found = [*repeat_symptoms(case), *input_symptoms(case), *target_symptoms(case), *encoding_symptoms(case)]
     if case.held_out:
         found += [*split_symptoms(case), *label_symptoms(case)]
     return [*found, *order_symptoms(case)]

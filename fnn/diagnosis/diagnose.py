@@ -83,7 +83,7 @@ def diagnose_loss(
     `batches` is a list of batches, trees of arrays with examples first, and is gone through in its order, again and again
     until `steps` steps are done (default: once). `validation` is a list too, or one batch. Of a pair the first part is taken
     for the inputs, the second for the targets; of a dict the entries called x, inputs, image, ... and y, targets, label,
-    ...; of two entries one such name tells both.
+    ...; of two entries one such name tells both, of more one name tells the targets, and all others are inputs.
 
     From outside these are varied: inputs and targets (standardised), order, weights (redrawn to N(0, gain²/fan_in): of an
     array named `weight` outputs come first, of all others last), rate, clipping, steps, and in the traced program the

@@ -12,7 +12,9 @@ from fnn.arrays import first_line
 from fnn.diagnosis import data_symptoms, run_symptoms, start, symptoms
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import STAGE, TOGETHER, WEAK, Evidence, shown
-from fnn.diagnosis.changes import Change, changes, unreached
+from fnn.diagnosis.change import Change
+from fnn.diagnosis.changes import changes, unreached
+from fnn.diagnosis.reads import Reads
 from fnn.diagnosis.trial import Outcome, Runner
 
 LEAST = 0.03
@@ -237,12 +239,13 @@ class Inquiry:
         case = self.runner.changed(plan)
         if plan.learn == "held out" and cause in ("label_encoding", "split_mismatch"):
             return False  # one part alone is left
-        if cause in ("input_scale", "input_empty", "target_scale", "label_encoding", "split_mismatch"):
-            return any(e.cause == cause for e in data_symptoms.symptoms(case))
-        if cause in STARTS:
+        of_data = cause in ("input_scale", "input_empty", "target_scale", "label_encoding", "split_mismatch")
+        if of_data and any(e.cause == cause for e in data_symptoms.symptoms(case)):
+            return True
+        if cause in STARTS or (cause in ("label_encoding", "loss") and self.begun.reads != Reads()):
             found = self.begin(plan)
             return any(e.cause == cause for e in symptoms.start_symptoms(case, plan, found))
-        if cause == "numerics":
+        if cause == "numerics" or (cause == "lr_high" and not np.isfinite(self.base.outcome.losses).all()):
             return not np.isfinite(outcome.losses).all()
         return False
 

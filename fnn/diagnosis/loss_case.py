@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from fnn import arrays, check, tree
 from fnn.datasets.dataset import Dataset, generator
@@ -20,8 +19,21 @@ from fnn.gradients.swap import swapped
 from fnn.gradients.watch import watch
 from fnn.gradients.wide import in_float32, narrowest
 
-INPUTS = ("x", "inputs", "input", "image", "images", "features", "data")
-TARGETS = ("y", "targets", "target", "label", "labels")
+INPUTS = (
+    "x",
+    "inputs",
+    "input",
+    "image",
+    "images",
+    "features",
+    "data",
+    "tokens",
+    "input_ids",
+    "ids",
+    "text",
+    "sequence",
+)
+TARGETS = ("y", "targets", "target", "label", "labels", "tags", "class", "classes", "category")
 
 
 @dataclass(frozen=True)
@@ -190,7 +202,7 @@ def loss_case_of(
     judged = unpenalized(loss) if penalty else loss
     case = replace(case, final=final, penalized=penalty, slope=jax.jit(jax.value_and_grad(judged)))
     computes = narrowest(lambda params, batch: loss(params, join(*batch)), params, batch)
-    fixed = isinstance(optimizer, optax.GradientTransformation)
+    fixed = not callable(optimizer)
     narrow, kernels = is_narrow(params), count(params)
     gated = bool(keepers(params))
     case = replace(case, seen=seen, narrow=narrow, computes=computes, kernels=kernels, gated=gated, fixed=fixed)
@@ -222,7 +234,10 @@ def _batches(name: str, given: Any) -> list[Any]:
 
 
 def _parts(batch: Any) -> tuple[Callable[[Any], tuple[Any, Any]], Callable[[Any, Any], Any]]:
-    """Tell inputs from the rest: the two of a pair, or the entries of a dict by their names; else all are inputs."""
+    """Tell inputs from targets: the two of a pair, or the entries of a dict by their names.
+
+    Of a dict of more than two entries one name tells the targets, and all others are inputs. Else all are inputs.
+    """
     if isinstance(batch, tuple | list) and len(batch) == 2 and all(hasattr(a, "shape") for a in batch):
         kind = type(batch)
         return (lambda b: (b[0], b[1])), (lambda x, y: kind((x, y)))
@@ -231,6 +246,12 @@ def _parts(batch: Any) -> tuple[Callable[[Any], tuple[Any, Any]], Callable[[Any,
         x, y = x or [k for k in batch if k not in y], y or [k for k in batch if k not in x]  # one known name tells both
         if len(x) == len(y) == 1:
             return (lambda b: (b[x[0]], b[y[0]])), (lambda a, b: {x[0]: a, y[0]: b})
+    if isinstance(batch, dict) and len(batch) > 2:
+        names = [k for k in batch if str(k).lower() in TARGETS]
+        if len(names) == 1:
+            (name,) = names
+            others = [k for k in batch if k != name]
+            return (lambda b: ({k: b[k] for k in others}, b[name])), (lambda x, y: {**x, name: y})
     return (lambda b: (b, np.zeros(len(jax.tree.leaves(b)[0]), np.float32))), (lambda x, y: x)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import Evidence, shown
-from fnn.diagnosis.inquiry import Inquiry, margin
+from fnn.diagnosis.inquiry import Inquiry, Tried, margin
 
 CLEAR = 0.15
 """A score must be higher by so much to be clearly better."""
@@ -26,13 +26,11 @@ def judged(inquiry: Inquiry) -> list[Evidence]:
     few = any(e.cause == "too_little_data" for e in evidence)
     if alone is None or not few or not case.held_out or case.chooses.size >= case.train.size:
         return evidence
-    least = max(CLEAR, margin(inquiry.base.scores))
     before, after = (float(np.mean(t.outcome.checks)) for t in (inquiry.base, alone))
-    if after - max(before, case.task.chance) <= least:
+    if after - max(before, case.task.chance) <= max(CLEAR, margin(inquiry.base.scores)):
         return evidence
-    same = inquiry.runner.run(Plan(data=(fewer,), shuffle=True), range(case.seeds))
-    across, within = float(np.mean(same.checks)), float(np.mean(same.chooses))
-    if after - max(across, case.task.chance) <= least:
+    across, within, more = taught(inquiry, alone)
+    if not more:
         return evidence
     rest = [e for e in evidence if e.cause != "too_little_data"]
     if SAID & {e.cause for e in rest}:
@@ -43,6 +41,18 @@ def judged(inquiry: Inquiry) -> list[Evidence]:
     )
     fits = within >= across + 0.5 * (after - across)
     return [Evidence("split_mismatch" if fits else "labels", text), *rest]
+
+
+def taught(inquiry: Inquiry, alone: Tried) -> tuple[float, float, bool]:
+    """Learn as few training examples as `alone` learns held-out ones: the scores on held-out and on training examples.
+
+    The last is whether held-out examples teach clearly more; else it is their number, or how often each is seen, that helps.
+    """
+    case = inquiry.case
+    same = inquiry.runner.run(Plan(data=(fewer,), shuffle=True), range(case.seeds))
+    across, within = float(np.mean(same.checks)), float(np.mean(same.chooses))
+    after = float(np.mean(alone.outcome.checks))
+    return across, within, after - max(across, case.task.chance) > max(CLEAR, margin(inquiry.base.scores))
 
 
 def fewer(case: Case) -> Case:

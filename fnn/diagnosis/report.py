@@ -79,8 +79,8 @@ class Diagnosis:
 
     @property
     def remedies(self) -> tuple[str, ...]:
-        """Code to paste, one piece for each cause."""
-        return tuple(cause.remedy for cause in self.causes)
+        """Code to paste, one piece for each cause; causes with the same remedy share one."""
+        return tuple(dict.fromkeys(cause.remedy for cause in self.causes))
 
     def table(self) -> Any:
         """Give every trial as a polars table: change, cause, seed, score, checked (NaN where it was not checked)."""

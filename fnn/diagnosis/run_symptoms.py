@@ -63,7 +63,8 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
         evidence.append(Evidence("loss", text))
     if not np.isfinite(losses).all():
         first = int(np.argmax(~np.isfinite(losses).all(0)))
-        evidence.append(Evidence("lr_high", f"the loss is not finite from step {first} on"))
+        if first > 0:  # no rate can change the first loss
+            evidence.append(Evidence("lr_high", f"the loss is not finite from step {first} on"))
         if not np.isfinite(losses[:, :2]).all():
             evidence.append(
                 Evidence("numerics", f"the loss is not finite after {first} {'step' if first == 1 else 'steps'}")

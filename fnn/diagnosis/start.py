@@ -9,6 +9,7 @@ import numpy as np
 from fnn import tree
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.data_symptoms import encoding_symptoms
+from fnn.diagnosis.reads import Reads, reads
 from fnn.diagnosis.trial import Runner
 from fnn.diagnosis.weights import gains, tables
 from fnn.gradients.bad import first_bad
@@ -34,12 +35,15 @@ class Start:
     linear: bool
     blind: bool
     """Whether the order along the first axis behind the batch changes nothing."""
+    placed: bool
+    """Whether the loss changes when the examples of a batch change places together with their targets."""
     unread: list[int]
     """The first and the last label, where labels are numbered strangely, if their examples have no gradient."""
     constant: bool
     """Whether no kernel has a gradient, and outputs are the same for every example."""
     cut: list[str]
     """Kernels without a gradient on which the loss depends."""
+    reads: Reads
     unpaired: bool
     """Whether loss and gradient stay as they are when the targets of a batch change places."""
     gradient: dict[str, float]
@@ -74,7 +78,7 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
     gradient = {row.path: row.value for row in rows if row.quantity == "log10_gradient"}
     logits, entropies = ([r.value for r in rows if r.quantity == q] for q in ("largest_logit", "attention_entropy"))
     attention = (max(logits), min(entropies)) if logits else None
-    plain, linear, blind = np.zeros(0), False, False
+    plain, linear, blind, placed = np.zeros(0), False, False, False
     if outputs is not None:
 
         def output(x):
@@ -89,6 +93,8 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
 
         same, others = np.array([float(flow.loss)]), value(np.roll(x, 1, axis=0))
         blind = bool(np.abs(others - same) > 1e-4 * np.abs(same)) and _blind(value, x, same, 1e-5)
+        turned = jax.tree.map(lambda a: np.roll(a, 1, axis=0), (x, y))
+        placed = blind and bool(np.abs(float(watched(params, turned, state).loss) - same) > 1e-4 * np.abs(same))
     kernels = {path.removesuffix("/value") for path, _ in gains(params)}
     learns = any(row.path.removesuffix("/value") in kernels for row in _moving(flow))  # biases alone are of no example
     unpaired = learns and case.task.kind != "exact" and _unpaired(lambda y: watched(params, (x, y), state), flow, y)
@@ -100,18 +106,26 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
         for label, rows in (_ends(case, len(index)) if learns else [])
         if not _moving(watched(params, jax.tree.map(lambda a, rows=rows: a[rows], tuple(case.train)), state))
     ]
+    asked = Reads()
+    if learns and not unpaired and not unread:
+
+        def moves(rows):
+            return bool(_moving(watched(params, jax.tree.map(lambda a: a[rows], tuple(case.train)), state)))
+
+        asked = reads(lambda y: _numbers(watched(params, (x, y), state)), moves, y, np.asarray(case.train.y))
     names = [path.removesuffix("/value") for path in tree.paths(params)]
     last = names[final] if (final := case.last(params)) is not None else (paths or [""])[-1]
     every = [(path.removesuffix("/value"), g) for path, g in gains(params)]
     hidden = [pair for pair in every if pair[0] != last] if last in dict(every) else every[:-1]
-    alike = _alike(params, last)
+    layers = {path.removesuffix("/value") for path in paths}
+    alike = [path for path in _alike(params, last) if path in layers or not layers]
     rounding = max(float(jax.numpy.finfo(a.dtype).eps) for a in jax.tree.leaves(params))
     rounded = float(compare(params, (x, y), state)) if compare is not None else 0.0
     bad = ""
     if not (np.isfinite(flow.loss) and all(value < np.inf for value in gradient.values())):  # not of NaN either
         bad = _bad(case, plan, params, (x, y), state)
     return Start(
-        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, unread, constant, cut, unpaired, gradient, rounding, rounded, bad, tables(params), attention
+        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, placed, unread, constant, cut, asked, unpaired, gradient, rounding, rounded, bad, tables(params), attention
     )  # fmt: skip
 
 
@@ -212,15 +226,17 @@ def _unpaired(watched: Any, flow: Any, y: Any) -> bool:
     if not isinstance(y, np.ndarray) or (y == y[::-1]).all():
         return False
 
-    def numbers(flow):
-        return np.array([np.float64(flow.loss), *(row.value for row in _moving(flow))])
-
     def same(y):
-        after = numbers(watched(np.ascontiguousarray(y)))
+        after = _numbers(watched(np.ascontiguousarray(y)))
         return len(after) == len(before) and np.allclose(before, after, rtol=1e-5, atol=1e-5)
 
-    before = numbers(flow)
+    before = _numbers(flow)
     return bool(np.isfinite(before).all() and same(y[::-1]) and not same(np.repeat(y[:1], len(y), axis=0)))
+
+
+def _numbers(flow: Any) -> np.ndarray:
+    """Give the loss, and log10 of the gradients that are not zero."""
+    return np.array([np.float64(flow.loss), *(row.value for row in _moving(flow))])
 
 
 def _rows(flow: Any) -> list["_Row"]:

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from fnn.diagnosis import reads
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.start import Start
@@ -24,6 +25,9 @@ ROUNDED = 0.3
 def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     """List what is abnormal before the first step."""
     evidence = [*_unit_symptoms(case, plan, found), *_scale_symptoms(case, plan, found)]
+    head = case.value(plan, "head")
+    if not found.outputs.size and case.task.kind == "regression" and head in ("sigmoid", "tanh", "relu", "softplus"):
+        evidence += _outside(case.y, *_bounds(head))
     if found.outputs.size:
         evidence += [*_head_symptoms(case, plan, found), *_loss_symptoms(case, plan, found)]
     if case.value(plan, "head") == "softmax" and case.task.kind == "multi_label" and (case.y.sum(-1) > 1).any():
@@ -36,10 +40,18 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         evidence.append(
             Evidence("label_encoding", f"examples with label {which} have no gradient: the loss does not read it")
         )
+    evidence += reads.evidence(found.reads, np.asarray(case.y))
     if found.linear and case.task.kind != "exact":
         evidence.append(Evidence("activation", "the net is linear in its inputs, however many layers it has"))
+    elif "bare" in case.seen and not plan.swap:
+        text = (
+            f"{case.seen['bare'] + 1} layers follow each other without an activation: together they are one linear map"
+        )
+        evidence.append(Evidence("activation", text))
     if found.blind:
-        evidence.append(Evidence("positions", "outputs are the same when the inputs are read backwards"))
+        text = "outputs are the same when the inputs are read backwards"
+        text += ", but depend on an example's place in its batch: positions run along the wrong axis" * found.placed
+        evidence.append(Evidence("positions", text))
     if found.attention is not None and found.attention[0] > LOGITS:
         evidence.append(Evidence("init_large", attention(found)))
     if not np.isfinite(found.loss) or found.bad:
@@ -156,20 +168,12 @@ def _head_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     name = case.value(plan, "head")
     outputs = found.outputs.reshape(len(found.outputs), -1)
     y = np.asarray(case.y).reshape(len(case.y), -1)
-    low, high = (-np.inf, np.inf) if name is None or not isinstance(name, str) else activations.get(name).bounds
+    low, high = _bounds(name)
     if name is None:
         low = 0.0 if outputs.min() >= 0 else low
-    if name == "relu":
-        low = 0.0
     evidence = []
     if case.task.kind == "regression":
-        if (outside := float(np.mean((y < low - 1e-6) | (y > high + 1e-6)))) > 0.02:
-            evidence.append(
-                Evidence(
-                    "head", f"{outside:.0%} of the targets lie outside of what the outputs can be, {low:g} to {high:g}"
-                )
-            )
-        return evidence
+        return _outside(y, low, high)
     if not np.isfinite(outputs).all() or case.task.kind == "multi_label":
         return evidence
     if outputs.shape[1] == 1 and np.ptp(outputs) == 0 and np.abs(outputs).max() > 0:
@@ -182,6 +186,18 @@ def _head_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     if case.task.kind == "binary" and name in ("relu", "tanh", "sigmoid") and _takes_logits(case, plan):
         evidence.append(Evidence("head", f"{name} stands before a loss that takes logits"))
     return evidence
+
+
+def _bounds(name: str | None) -> tuple[float, float]:
+    low, high = activations.get(name).bounds if isinstance(name, str) else (-np.inf, np.inf)
+    return (0.0 if name == "relu" else low), high
+
+
+def _outside(y: np.ndarray, low: float, high: float) -> list[Evidence]:
+    """Targets that no output can be."""
+    outside = float(np.mean((y < low - 1e-6) | (y > high + 1e-6)))
+    text = f"{outside:.0%} of the targets lie outside of what the outputs can be, {low:g} to {high:g}"
+    return [Evidence("head", text)] if outside > 0.02 else []
 
 
 def _takes_logits(case: Case, plan: Plan) -> bool:

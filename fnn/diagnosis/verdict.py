@@ -5,8 +5,9 @@ import numpy as np
 from fnn.diagnosis import data_symptoms, run_symptoms
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import STAGE, TOGETHER, WEAK, Cause, Evidence, Trial
-from fnn.diagnosis.changes import Change
+from fnn.diagnosis.change import Change
 from fnn.diagnosis.inquiry import DONE, LEAST, NOTHING, Inquiry, Tried, margin
+from fnn.diagnosis.parts import taught
 
 SHARE = 0.7
 """The share of the best rise that a repair must reach."""
@@ -14,6 +15,8 @@ FIRST = 3
 """So many suspects are repaired for good, to try all others on top."""
 MOST = 4
 """So many changes are tried on top of a repair."""
+NEARLY = 0.9
+"""A single repair that reaches so much of what a pair does is enough."""
 CLEAR = 0.3
 """The share of the way from the sick score to 1 by which a repair must lift it where nothing abnormal was measured."""
 SHORT = 0.2
@@ -24,8 +27,11 @@ FAR = 0.15
 
 def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
     """Rank the causes that a repair proves; two faults stand side by side, each with the repair of both."""
-    if empty := _of(inquiry, "input_empty"):  # no training can tell equal examples apart, so that none is a proof
-        return [Cause("input_empty", empty, None, "# look at how x is read: it is the same for every example", 0.0)]
+    if empty := [e for e in _of(inquiry, "input_empty") if not e.partial]:
+        # No training can tell equal examples apart, so that none is a proof.
+        return [
+            Cause("input_empty", tuple(empty), None, "# look at how x is read: it is the same for every example", 0.0)
+        ]
     working = works(inquiry)
     if not ill:
         near = inquiry.base.mean + FAR
@@ -68,6 +74,8 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
         clear = -np.inf if ill else inquiry.base.mean + 2 * margin(inquiry.base.scores)
         able = [t for t in working if t.mean > clear]
         for cause, tried in sorted(((main(inquiry, t), t) for t in able), key=lambda pair: STAGE[pair[0]]):
+            if tried.plan.learn == "held out" and not taught(inquiry, tried)[2]:
+                continue
             if (proved := proof(inquiry, cause, tried)) is not None:
                 return [proved]
     if not found and inquiry.begun.unread:  # a score that reads labels as the loss does shows no repair
@@ -76,23 +84,29 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
     if not found and run_symptoms.endless(inquiry.base.outcome.losses) and (told := _of(inquiry, "label_encoding")):
         code = "y = (y - y.min()) / (y.max() - y.min())  # and in the score"
         return [Cause("label_encoding", told, None, code, 0.0)]
+    if not found and inquiry.begun.reads.ignored:
+        code = "# the loss reads one label alone: look at its mask, or at its weights"
+        return [Cause("loss", _of(inquiry, "loss"), None, code, 0.0)]
     if not found and ill and inquiry.begun.unpaired:
         code = (
             "# outputs and targets of one shape, or each is compared with all: y.reshape(outputs.shape); the loss of each "
             "example first, the mean over examples last"
         )
         return [Cause("loss", _of(inquiry, "loss"), None, code, 0.0)]
-    given = any("positions" in t.change.causes for t in inquiry.tried.values())
-    if not found and ill and inquiry.begun.blind and not given:  # what no change from outside can give
-        code = "# add to the inputs of the first block a vector that differs from position to position"
-        return [Cause("positions", _of(inquiry, "positions"), None, code, 0.0)]
-    if not found and ill and (bad := inquiry.broken(trained=True)):
-        return [_lost(inquiry, bad)]
     if not found and ill and (cut := _of(inquiry, "blocked_gradient")):
         code = (
             "# round, sign, floor, argmax and integers have no gradient: replace it, or x + stop_gradient(round(x) - x)"
         )
         return [Cause("blocked_gradient", cut, None, code, 0.0)]
+    given = any("positions" in t.change.causes for t in inquiry.tried.values())
+    if (
+        not found and (ill or inquiry.begun.placed) and inquiry.begun.blind and not given
+    ):  # what no change from outside can give
+        code = "# add to the inputs of the first block a vector that differs from position to position"
+        code += ": encoding[None, :, :], not encoding[:, None, :]" * inquiry.begun.placed
+        return [Cause("positions", _of(inquiry, "positions"), None, code, 0.0)]
+    if not found and ill and (bad := inquiry.broken(trained=True)):
+        return [_lost(inquiry, bad)]
     return found
 
 
@@ -229,6 +243,9 @@ def both(inquiry: Inquiry) -> list[Cause]:
                 whole, parts = again, parts | {cause: other}
     if whole is None or whole.mean < least:
         return []
+    floor = max(base.mean, inquiry.case.task.chance)
+    if top - floor > NEARLY * (whole.mean - floor):
+        return []
     for cause in reversed(
         list(parts)
     ):  # what comes late in training is put back first, and stays so if nothing is lost
@@ -317,6 +334,7 @@ def sick(inquiry: Inquiry, target: float | None) -> bool:
         or min(scores) <= low(chance)
         or bool(inquiry.begun.unread)
         or run_symptoms.endless(inquiry.base.outcome.losses)
+        or bool(inquiry.begun.reads.ignored)
         or (inquiry.begun.unpaired and float(np.mean(scores)) < chance + 0.8 * (1 - chance))
         or not np.isfinite(inquiry.base.outcome.losses[:, -1]).all()
         or float(np.std(scores)) > 0.1

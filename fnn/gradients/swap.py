@@ -32,6 +32,10 @@ KNOWN: dict[str, Callable[[Any], Any]] = {
 """Activations that are known by their values."""
 POINTS = np.linspace(-3, 3, 25)
 PRODUCTS = {"mul", "div"}
+LINEAR = {"add", "add_any", "sub", "neg", "reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "copy"} | {
+    "convert_element_type", "reduce_precision", "stop_gradient"
+}  # fmt: skip
+"""What may stand between two layers that together are one linear map."""
 STOP = "stop_gradient"
 
 
@@ -235,10 +239,28 @@ def _values(name: str, size: int) -> np.ndarray:
     return np.resize(np.asarray(KNOWN[name](jnp.asarray(POINTS, jnp.float32)), np.float64), size)
 
 
-def listed(function: Callable[..., Any], *args: Any) -> tuple[list[Activation], int]:
-    """List the activations of a function whose first argument are the parameters, and count its `stop_gradient`s."""
-    program = traced(function, args)[0]
-    return activations(program, len(jax.tree.leaves(args[0]))), sum(name == STOP for name, _ in equations(program))
+def bare(program: Program, parameters: int) -> set[int]:
+    """List what a layer takes from another one without an activation between: biases, shapes and casts alone.
+
+    In the outermost program only, not in its loops; a lookup of rows is no layer here.
+    """
+    layers = [p for p in places.find(program, parameters).places if p.op.name in places.PRODUCTS]
+    inputs, after, found = {p.input for p in layers}, {p.product for p in layers}, set()
+    for op in program.ops:
+        data = [a for a in op.inputs if isinstance(a, int) and a in after]
+        if op.name in LINEAR and len(data) == 1:
+            after.update(op.outputs)
+        found.update(a for a in data if a in inputs)
+    return found
+
+
+def listed(function: Callable[..., Any], *args: Any) -> tuple[list[Activation], int, int]:
+    """List the activations of a function whose first argument are the parameters.
+
+    Count its `stop_gradient`s, and what its layers take from one another without an activation, too.
+    """
+    program, count = traced(function, args)[0], len(jax.tree.leaves(args[0]))
+    return activations(program, count), sum(name == STOP for name, _ in equations(program)), len(bare(program, count))
 
 
 def traced(function: Callable[..., Any], args: Any) -> tuple[Program, Any]:
@@ -251,6 +273,7 @@ def traced(function: Callable[..., Any], args: Any) -> tuple[Program, Any]:
 def swapped(loss: Callable[..., Any], chosen: Mapping[str, str]) -> Callable[..., Any]:
     """Return the loss with other activations: `{"hidden": "relu"}` replaces those between layers, "last" those behind them.
 
+    "bare" puts one where a layer takes the output of another one as it is.
     `{"stop": "identity"}` lets gradients through every `stop_gradient`. Gates, and what the loss itself computes with the
     outputs, stay as they are. The new loss takes the same arguments, and works under `jit`, `grad` and `vmap`.
     Errors: `Unreadable`.
@@ -260,19 +283,29 @@ def swapped(loss: Callable[..., Any], chosen: Mapping[str, str]) -> Callable[...
         program, shape = traced(loss, args)
         count, leaves = len(jax.tree.leaves(args[0])), jax.tree.leaves(args)
         found = {a.output: (a.input, KNOWN[chosen[a.role]]) for a in activations(program, count) if a.role in chosen}
-        outs = execute(_with(program, found, "stop" in chosen), leaves)
+        between = dict.fromkeys(bare(program, count), KNOWN[chosen["bare"]]) if "bare" in chosen else {}
+        outs = execute(_with(program, found, "stop" in chosen, between), leaves)
         return jax.tree.unflatten(jax.tree.structure(shape), outs)
 
     return new
 
 
-def _with(program: Program, functions: Mapping[int, tuple[int, Callable[[Any], Any]]], through: bool) -> Program:
+def _with(
+    program: Program,
+    functions: Mapping[int, tuple[int, Callable[[Any], Any]]],
+    through: bool,
+    between: Mapping[int, Callable[[Any], Any]],
+) -> Program:
     ops: list[Op] = []
     for op in program.ops:
+        if op.name in places.PRODUCTS and (
+            taken := [between.get(a) if isinstance(a, int) else None for a in op.inputs]
+        ):
+            op = replace(op, call=_on_inputs(op.call, taken)) if any(taken) else op
         if isinstance(op, Loop):
-            op = rebuilt(op, _with(op.body, functions, through), op.inputs, op.outputs, op.consts, op.carries)
+            op = rebuilt(op, _with(op.body, functions, through, between), op.inputs, op.outputs, op.consts, op.carries)
         elif isinstance(op, Remat):
-            op = replace(op, body=_with(op.body, functions, through))
+            op = replace(op, body=_with(op.body, functions, through, between))
             op.call = op.run
         elif through and op.name == STOP:
             op = replace(op, call=lambda *values: list(values))
@@ -281,3 +314,7 @@ def _with(program: Program, functions: Mapping[int, tuple[int, Callable[[Any], A
             op = replace(op, inputs=[source], call=lambda value, f=function: [f(value)])
         ops.append(op)
     return replace(program, ops=ops)
+
+
+def _on_inputs(call: Callable[..., Any], functions: list[Callable[[Any], Any] | None]) -> Callable[..., Any]:
+    return lambda *values: call(*(v if f is None else f(v) for v, f in zip(values, functions, strict=True)))
