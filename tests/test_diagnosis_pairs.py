@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 from diagnosed import case
 
-from fnn.diagnosis import data_changes, diagnose, run_symptoms, trial, verdict
+from fnn.diagnosis import data_changes, diagnose, parts, run_symptoms, start, trial, verdict
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.changes import changes
 from fnn.diagnosis.inquiry import NOTHING, Inquiry
+from fnn.diagnosis.reads import Reads
 
 CASE = case(steps=5, seeds=2)
 ARRAYS = 6
+BEGUN = start.Start(
+    {}, [], [], [], np.zeros(0), 1.0, False, False, False, [], False, [], Reads(), False, {}, 1e-7, 0.0, "", {}, None
+)
 
 
 class Scripted(trial.Runner):
@@ -80,6 +84,28 @@ def test_of_two_suspects_the_one_that_is_needed_is_named_alone():
     found = verdict.both(inquiry_of(score, "input_scale", "lr_low"))
     assert [c.name for c in found] == ["input_scale", "lr_low"]
     assert not verdict.both(inquiry_of(lambda plan, seed: 0.9 if plan.rate == 10 else 0.1, "input_scale", "lr_low"))
+
+
+@pytest.mark.parametrize("alone, names", [(0.7, ["input_scale", "lr_low"]), (0.88, [])])
+def test_a_repair_that_is_nearly_enough_alone_is_no_half_of_a_pair(alone, names):
+    """Chance is 0.1, and both together reach 0.94."""
+
+    def score(plan, seed):
+        return {(True, 1.0): alone, (True, 10.0): 0.94}.get((scaled(plan), plan.rate), 0.1)
+
+    assert [c.name for c in verdict.both(inquiry_of(score, "input_scale", "lr_low"))] == names
+
+
+@pytest.mark.parametrize("few, named", [(0.9, []), (0.1, ["labels"])])
+def test_held_out_examples_that_teach_more_only_because_they_are_few_are_no_fault_of_the_labels(few, named):
+    """Where nothing was measured: as few training examples must teach less."""
+
+    def score(plan, seed):
+        return 0.9 if plan.learn == "held out" else few if parts.fewer in plan.data else 0.1
+
+    made = inquiry_of(score)
+    made._begun[Plan()] = BEGUN
+    assert [c.name for c in verdict.causes(made, True)] == named
 
 
 @pytest.mark.parametrize("before, fresh, holds", [(0.1, 0.9, True), (0.1, 0.12, False), (0.02, 0.13, False)])

@@ -14,7 +14,7 @@ from diagnosed import TEST, TRAIN, build, case, sgd
 
 import fnn
 from fnn import lowering
-from fnn.diagnosis import data_changes, inquiry, trial, verdict
+from fnn.diagnosis import changes, data_changes, inquiry, trial, verdict
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import STAGE
 from fnn.diagnosis.change import Change
@@ -155,15 +155,25 @@ def test_a_budget_too_short_for_a_verdict_is_not_called_healthy():
 
 
 def test_a_change_that_the_net_refuses_is_listed_as_not_tried():
-    def fixed(depth=2, width=16):
+    """Whatever it raises. An optimiser may also be what only has the functions of a transformation."""
+
+    def fixed(depth=2, width=16, norm="layer_norm"):
         if width != 16:
             raise ValueError("fixed: width must be 16")
-        return fnn.models.mlp(depth, width, 10)
+        return fnn.models.mlp(depth, width, 10, norm={"layer_norm": "layer_norm", None: "none"}[norm])
 
+    every = optax.MultiSteps(optax.sgd(0.1), 2)
     found = fnn.diagnose(
-        fixed, fnn.losses.cross_entropy, sgd, TRAIN, TEST, batch_size=64, steps=20, seeds=1, budget=600.0
+        fixed, fnn.losses.cross_entropy, every, TRAIN, TEST, batch_size=64, steps=20, seeds=1, budget=600.0
     )
     assert found.not_tried["width × 4"] == "refused: fixed: width must be 16"
+    (bare,) = [t for t in found.trials if t.change == "no norm"]
+    assert bare.mean > 0.1
+    made = case(net=fixed)
+    (change,) = [c for c in changes.changes(made) if c.name == "no norm"]
+    assert change.code == "norm=None"
+    with pytest.raises(ValueError, match="KeyError: 'other'"):
+        made.built(Plan().knob(norm="other"))
 
 
 def test_updates_lost_to_rounding_are_found_and_mended():

@@ -1,11 +1,11 @@
-"""Losses without their weight penalties equal losses that were written so."""
+"""Losses without their weight penalties, or without one of their terms, equal losses that were written so."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fnn.gradients.penalty import penalized, unpenalized
+from fnn.gradients.penalty import penalized, removable, unpenalized, without_term
 
 RNG = np.random.default_rng(0)
 X, Y = np.float32(RNG.normal(size=(12, 4))), np.float32(RNG.normal(size=(12, 1)))
@@ -64,3 +64,53 @@ def test_a_loss_without_its_penalty(name):
 def test_what_is_no_penalty_stays(loss):
     assert not penalized(loss, PARAMS, (X, Y))
     np.testing.assert_allclose(unpenalized(loss)(PARAMS, (X, Y)), loss(PARAMS, (X, Y)), rtol=1e-6)
+
+
+W = {"a": np.float32(RNG.normal(size=(4, 3))), "b": np.float32(RNG.normal(size=(3, 4)))}
+BATCH = np.float32(RNG.normal(size=(6, 4))), np.float32(RNG.normal(size=(6, 4)))
+
+
+def error(w, x, y):
+    return jnp.square(jnp.tanh(x @ w["a"]) @ w["b"] - y).mean(-1)
+
+
+def code(w, x):
+    return jnp.abs(jnp.tanh(x @ w["a"])).sum(-1)
+
+
+LOSSES = {  # the loss, which terms can be left out, the loss without the first of these
+    "of numbers": (
+        lambda w, x, y: error(w, x, y).mean() + 0.3 * code(w, x).mean(),
+        [1],
+        lambda w, x, y: error(w, x, y).mean(),
+    ),
+    "within the mean": (
+        lambda w, x, y: jnp.mean(2 * code(w, x) + error(w, x, y)) / 2,
+        [0],
+        lambda w, x, y: jnp.mean(error(w, x, y)) / 2,
+    ),
+    "of three": (
+        lambda w, x, y: error(w, x, y).mean() + code(w, x).mean() + 0.1 * jnp.sum(jnp.exp(x @ w["a"])),
+        [1, 2],
+        lambda w, x, y: error(w, x, y).mean() + 0.1 * jnp.sum(jnp.exp(x @ w["a"])),
+    ),
+    "of two that read the targets": (
+        lambda w, x, y: error(w, x, y).mean() + error(w, -x, y).sum(),
+        [],
+        None,
+    ),
+    "no sum": (lambda w, x, y: error(w, x, y).mean(), [], None),
+    "a difference": (lambda w, x, y: error(w, x, y).mean() - code(w, x).mean(), [], None),
+    "a number more": (lambda w, x, y: error(w, x, y).mean() + 1.0, [], None),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_terms_of_a_loss_can_be_left_out_one_by_one(name):
+    loss, want, rest = LOSSES[name]
+    found = removable(loss, 1, W, *BATCH)
+    assert found == want
+    if want:
+        new = without_term(loss, want[0])
+        for got, right in zip(*(jax.tree.leaves(jax.value_and_grad(f)(W, *BATCH)) for f in (new, rest)), strict=True):
+            np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-7)

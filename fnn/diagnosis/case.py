@@ -56,6 +56,8 @@ class Plan:
     """Factor of the loss that is learnt."""
     bare: bool = False
     """Whether the loss is learnt without its weight penalties."""
+    without: int | None = None
+    """Which term of a loss that is known as a whole is not learnt."""
     swap: tuple[tuple[str, str], ...] = ()
     """Of a net without knobs: which activations of its program are replaced, ("hidden" or "last", by what)."""
 
@@ -110,6 +112,8 @@ class Case:
     """Whether there are recurrent cells with gates; see `weights.keepers`."""
     fixed: bool = False
     """Whether the optimiser is a transformation, whose settings cannot be varied."""
+    terms: tuple[int, ...] = ()
+    """Which terms such a loss may be learnt without."""
     penalized: bool = False
     """Whether the loss has terms of the parameters alone; known of a loss as a whole only."""
 

@@ -217,6 +217,10 @@ def _of_program(case: Case) -> list[Change]:
     if case.penalized:
         code = "# leave out the penalty, the term of the loss that depends on the parameters alone, or make it smaller"
         found.append(Change("no weight penalty", ("regularization",), setting(bare=True), code, True))
+    for which in case.terms:
+        code = f"# term {which + 1} of the loss outweighs the others: leave it out, or make it smaller"
+        name = f"the loss without its term {which + 1}"
+        found.append(Change(name, ("regularization",), setting(without=which), code, True))
     if case.seen.get("stop"):
         add("no stop_gradient", "blocked_gradient", "# leave out jax.lax.stop_gradient", "stop", "identity")
     return found

@@ -14,7 +14,7 @@ from fnn.diagnosis.case import MOST, Case, Model, Plan, _optimizing, found_in
 from fnn.diagnosis.task import Task, in_targets
 from fnn.diagnosis.weights import count, is_kernel, is_narrow, keepers
 from fnn.gradients.operations import Unreadable
-from fnn.gradients.penalty import penalized, unpenalized
+from fnn.gradients.penalty import penalized, removable, unpenalized, without_term
 from fnn.gradients.swap import swapped
 from fnn.gradients.watch import watch
 from fnn.gradients.wide import in_float32, narrowest
@@ -68,6 +68,7 @@ class LossCase(Case):
             score = judged
 
         loss = unpenalized(whole) if plan.bare else whole
+        loss = without_term(loss, plan.without) if plan.without is not None else loss
 
         def draw(seed):
             if seed == 0:
@@ -203,6 +204,8 @@ def loss_case_of(
     case = replace(case, final=final, penalized=penalty, slope=jax.jit(jax.value_and_grad(judged)))
     computes = narrowest(lambda params, batch: loss(params, join(*batch)), params, batch)
     fixed = not callable(optimizer)
+    if score is not None and not penalty:  # without a score of its own a loss is lower for each term that it lacks
+        case = replace(case, terms=_terms(loss, params, join(*batch), batch[1]))
     narrow, kernels = is_narrow(params), count(params)
     gated = bool(keepers(params))
     case = replace(case, seen=seen, narrow=narrow, computes=computes, kernels=kernels, gated=gated, fixed=fixed)
@@ -215,6 +218,20 @@ def _penalized(loss: Any, *args: Any) -> bool:
         return penalized(loss, *args)
     except Unreadable:
         return False
+
+
+def _terms(loss: Any, params: Any, batch: Any, y: Any) -> tuple[int, ...]:
+    """Number the terms of a loss that it may be learnt without. A batch without targets asks all of them."""
+    leaves, structure = jax.tree.flatten(batch)
+    order = sorted(range(len(leaves)), key=lambda i: leaves[i] is y)  # targets last
+
+    def ordered(params, *given):
+        return loss(params, structure.unflatten([given[order.index(i)] for i in range(len(order))]))
+
+    try:
+        return tuple(removable(ordered, sum(a is y for a in leaves), params, *(leaves[i] for i in order)))
+    except Unreadable:
+        return ()
 
 
 def _batches(name: str, given: Any) -> list[Any]:

@@ -47,23 +47,23 @@ def reads(
 ) -> Reads:
     """Ask a loss about the targets `y` of a batch.
 
-    `numbers(other)` are its value and its gradient's norms with others, `moves(rows)` says whether some examples have a
+    `numbers(other)` are its value and log10 of its gradients that are not zero with others, `moves(rows)` says whether some examples have a
     gradient; `every` are all training targets, one for each row that `moves` takes. Targets that are no labels are not asked.
     """
     if not (isinstance(y, np.ndarray) and _labels(every)):
         return Reads()
     odd, now = strange(every), numbers(y)
 
-    def counts(value, by):
-        return not _same(numbers(np.where(y == value, by, y).astype(y.dtype)), now)
+    def differs(value, by):
+        return not _same(numbers(_with(y, value, by)), now)
 
     common = _commonest(y[~np.isin(y, odd)])
     if len(common) < 2:
         return Reads()
-    counted = tuple(v for v in odd if (y == v).any() and counts(v, common[0]))
+    counted = tuple(v for v in odd if (y == v).any() and _counts(numbers, now, v, y, common[0]))
     if not np.isfinite(now[0]):
         return Reads(counted)
-    read = [value for value in common if counts(value, common[int(value == common[0])])]
+    read = [value for value in common if differs(value, common[int(value == common[0])])]
     left = tuple(int(value) for value in common if value not in read)
     ignored = left if len(read) == 1 and np.isin(y, left).mean() >= SHARE else ()
     column, silent = every.reshape(len(every), -1), ()
@@ -86,6 +86,18 @@ def evidence(found: Reads, y: np.ndarray) -> list[Evidence]:
         which, share = ", ".join(map(str, found.ignored)), float(np.mean(np.isin(y, found.ignored)))
         said.append(Evidence("loss", f"the loss is the same whatever stands in the place of the labels {which}, {share:.0%} of all"))  # fmt: skip
     return said
+
+
+def _counts(numbers: Any, now: np.ndarray, value: int, y: np.ndarray, by: Any) -> bool:
+    """Whether a label that is no class takes part: without it a loss is finite, or where it stands alone there is a gradient."""
+    if not np.isfinite(now[0]):
+        return bool(np.isfinite(numbers(_with(y, value, by))[0]))
+    alone = numbers(np.full_like(y, value))
+    return bool(np.isfinite(alone[0]) and len(alone) > 1)
+
+
+def _with(y: np.ndarray, value: Any, by: Any) -> np.ndarray:
+    return np.where(y == value, by, y).astype(y.dtype)
 
 
 def _labels(y: np.ndarray) -> bool:

@@ -19,11 +19,11 @@ def repeat_symptoms(case: Case) -> list[Evidence]:
     """Many training examples with equal inputs, whose targets are about as varied as those of all. Not if all are equal."""
     rows, y = _rows(case.train.x), case.y
     usual = _usual(rows)
-    share = float(np.mean(rows == usual))
-    if not LEAST <= share < 1 or not _variety(y[rows == usual]) >= SAME * _variety(y) > 0:
+    same = np.array([row == usual for row in rows])
+    if not LEAST <= same.mean() < 1 or not _variety(y[same]) >= SAME * _variety(y) > 0:
         return []
     what = "all 0" if not any(usual) else "the same numbers"
-    text = f"{share:.0%} of the examples have the same inputs, {what}, and targets as different as those of all"
+    text = f"{same.mean():.0%} of the examples have the same inputs, {what}, and targets as different as those of all"
     return [Evidence("input_empty", text, partial=True)]
 
 
@@ -32,22 +32,20 @@ def distinct(case: Case) -> Case:
     usual = _usual(_rows(case.train.x))
 
     def clean(part):
-        rows = np.flatnonzero(_rows(part.x) != usual)
-        return part.take(rows[np.arange(part.size) % len(rows)] if len(rows) else np.arange(part.size))
+        rows = [i for i, row in enumerate(_rows(part.x)) if row != usual] or range(part.size)
+        return part.take(np.resize(rows, part.size))
 
     return replace(case, **{name: clean(getattr(case, name)) for name in ("train", "chooses", "checks")})
 
 
-def _rows(x: object) -> np.ndarray:
-    """Write each example's inputs as bytes: object[n]."""
-    leaves = [np.ascontiguousarray(a) for a in jax.tree.leaves(x)]
-    found = np.empty(len(leaves[0]), object)
-    found[:] = [b"".join(a[i].tobytes() for a in leaves) for i in range(len(found))]
-    return found
+def _rows(x: object) -> list[bytes]:
+    """Write each example's inputs as bytes."""
+    leaves = [np.ascontiguousarray(a) + np.zeros((), a.dtype) for a in jax.tree.leaves(x)]  # -0.0 becomes 0.0
+    return [b"".join(a[i].tobytes() for a in leaves) for i in range(len(leaves[0]))]
 
 
-def _usual(rows: np.ndarray) -> bytes:
-    return Counter(rows.tolist()).most_common(1)[0][0]
+def _usual(rows: list[bytes]) -> bytes:
+    return Counter(rows).most_common(1)[0][0]
 
 
 def _variety(y: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Weight penalties of any loss: the terms of its sum that depend on the parameters alone. Find them, and leave them out."""
+"""The terms of any loss that is a sum, and those of the parameters alone, its weight penalties. Find them, and leave them out."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +13,8 @@ from fnn.gradients.swap import traced
 SUMS = {"add", "add_any", "sub"}
 ALONG = {"neg", "convert_element_type", "reshape", "squeeze", "broadcast_in_dim", "reduce_sum", "copy"}
 """Operations on one array through which a term stays a term."""
+MOST = 3
+"""A loss of more terms is not taken apart."""
 SHAPED = {"broadcast_in_dim", "reshape", "convert_element_type", "copy", "neg"}
 
 
@@ -65,13 +67,67 @@ def penalized(loss: Callable[..., Any], *args: Any) -> bool:
     return bool(penalties(traced(loss, args)[0], len(jax.tree.leaves(args[0]))))
 
 
+def terms(program: Program) -> list[tuple[Op, int]]:
+    """List the terms of a program's first output, where that is a sum, or a mean of sums: (operation, which operand).
+
+    They are those of the first sum on the way back from the output, a + b + c. Numbers that are written in the program are none.
+    """
+    atom = program.outputs[0]
+    while isinstance(atom, int) and atom in program.makers:
+        op = program.makers[atom][0]
+        data = [a for a in op.inputs if isinstance(a, int)]
+        if op.name in ("add", "add_any") and len(data) == 2:
+            return _summands(program, op)
+        if not (op.name in ALONG or op.name in ("mul", "div", *SUMS)) or len(data) != 1:
+            break
+        atom = data[0]
+    return []
+
+
+def _summands(program: Program, op: Op) -> list[tuple[Op, int]]:
+    found: list[tuple[Op, int]] = []
+    for i, a in enumerate(op.inputs):
+        maker = program.makers[a][0] if isinstance(a, int) and a in program.makers else None
+        if maker is not None and maker.name in ("add", "add_any") and all(isinstance(b, int) for b in maker.inputs):
+            found += _summands(program, maker)
+        else:
+            found.append((op, i))
+    return found
+
+
+def removable(function: Callable[..., Any], targets: int, *args: Any) -> list[int]:
+    """Number the terms of a loss that can be left out: those that do not read its last arrays, the `targets`.
+
+    Of more than `MOST` terms, or of one, none. Without targets all. Errors: `Unreadable`.
+    """
+    program, _ = traced(function, args)
+    found = terms(program)
+    if not 2 <= len(found) <= MOST:
+        return []
+    read = set(program.inputs[len(program.inputs) - targets :])
+    for op in program.ops:
+        if read & {a for a in op.inputs if isinstance(a, int)}:
+            read.update(op.outputs)
+    return [n for n, (op, i) in enumerate(found) if op.inputs[i] not in read]
+
+
+def without_term(loss: Callable[..., Any], which: int) -> Callable[..., Any]:
+    """Return the loss without one of its `terms`. Errors: `Unreadable`."""
+    return _without(loss, lambda program, _: [terms(program)[which]])
+
+
 def unpenalized(loss: Callable[..., Any]) -> Callable[..., Any]:
     """Return the loss without its penalties: `mean(errors) + 0.1 * sum(w**2)` becomes `mean(errors)`. Errors: `Unreadable`."""
+    return _without(loss, penalties)
+
+
+def _without(loss: Callable[..., Any], chosen: Callable[[Program, int], list[tuple[Op, int]]]) -> Callable[..., Any]:
+    """Put zeros in the place of some operands."""
 
     def new(*args):
         program, shape = traced(loss, args)
         left: dict[int, list[int]] = {}
-        for op, i in penalties(program, len(jax.tree.leaves(args[0]))):
+        for op, i in chosen(program, len(jax.tree.leaves(args[0]))):
             left.setdefault(id(op), []).append(i)
 
         def without(op):
