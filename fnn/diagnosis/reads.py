@@ -7,7 +7,7 @@ import numpy as np
 
 from fnn.diagnosis.causes import Evidence
 
-MOST = 10
+MOST = 6
 """How many different labels are looked at, the commonest first."""
 SHARE = 0.3
 """The share of the targets that a loss must leave out to be suspected."""

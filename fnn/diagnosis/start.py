@@ -62,11 +62,11 @@ class Start:
 
 def start(runner: Runner, plan: Plan) -> Start:
     """Measure a plan at its first seed before the first step."""
-    return measured(runner, plan, *runner.draw(plan, 0))
+    return measured(runner, plan, *runner.draw(plan, 0), ask=True)
 
 
-def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
-    """Measure a plan with some parameters and state, on its first batch."""
+def measured(runner: Runner, plan: Plan, params: Any, state: Any, ask: bool = False) -> Start:
+    """Measure a plan with some parameters and state, on its first batch; with `ask` also which targets its loss reads."""
     case = runner.changed(plan)
     index = runner.order(plan, 0)[0]
     pool = jax.tree.map(lambda a, b: np.concatenate([a, b]), tuple(case.train), tuple(case.chooses))
@@ -107,7 +107,7 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any) -> Start:
         if not _moving(watched(params, jax.tree.map(lambda a, rows=rows: a[rows], tuple(case.train)), state))
     ]
     asked = Reads()
-    if learns and not unpaired and not unread:
+    if ask and learns and not unpaired and not unread:
 
         def moves(rows):
             return bool(_moving(watched(params, jax.tree.map(lambda a: a[rows], tuple(case.train)), state)))

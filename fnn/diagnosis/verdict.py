@@ -39,6 +39,7 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
     found: list[Cause] = []
     for cause in suspects(inquiry):
         able = [t for t in working if cause in t.change.causes]
+        able.sort(key=lambda t: t.plan.learn == "held out")  # which says least of what is wrong
         for tried in able[:3]:
             if (proved := proof(inquiry, cause, tried)) is not None:
                 found.append(proved)
