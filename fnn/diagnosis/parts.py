@@ -46,13 +46,15 @@ def judged(inquiry: Inquiry) -> list[Evidence]:
 def taught(inquiry: Inquiry, alone: Tried) -> tuple[float, float, bool]:
     """Learn as few training examples as `alone` learns held-out ones: the scores on held-out and on training examples.
 
-    The last is whether held-out examples teach clearly more; else it is their number, or how often each is seen, that helps.
+    The last is whether held-out examples teach clearly more than they do with any seed; else it is their number that helps, or
+    how often each is seen.
     """
     case = inquiry.case
     same = inquiry.runner.run(Plan(data=(fewer,), shuffle=True), range(case.seeds))
     across, within = float(np.mean(same.checks)), float(np.mean(same.chooses))
     after = float(np.mean(alone.outcome.checks))
-    return across, within, after - max(across, case.task.chance) > max(CLEAR, margin(inquiry.base.scores))
+    best = max(float(np.max(same.checks)), case.task.chance)
+    return across, within, after - best > max(CLEAR, margin(inquiry.base.scores))
 
 
 def fewer(case: Case) -> Case:

@@ -74,6 +74,8 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
         # A score that is good as it is must rise by more than luck.
         clear = -np.inf if ill else inquiry.base.mean + 2 * margin(inquiry.base.scores)
         able = [t for t in working if t.mean > clear]
+        best = max((t.mean for t in able), default=0.0) - inquiry.base.mean
+        able = [t for t in able if t.mean - inquiry.base.mean >= NEARLY * best]
         for cause, tried in sorted(((main(inquiry, t), t) for t in able), key=lambda pair: STAGE[pair[0]]):
             if tried.plan.learn == "held out" and not taught(inquiry, tried)[2]:
                 continue
