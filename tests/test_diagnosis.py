@@ -314,7 +314,7 @@ def test_refusals():
 def test_units_that_die_in_the_run_and_attention_that_sees_one_key():
     made = case()
     quiet = start.Start({"input_dead": np.array([0.0, 0.1, 0.2])}, ["a", "b", "c"], [], [], np.zeros(0), 1.0, False, False, False, [], False, [], Reads(), False,
-                        {"a": -1.0}, 1e-7, 0.0, "", {}, (3.0, 1.7))  # fmt: skip
+                        {"a": -1.0}, 1e-7, 0.0, "", 1.0, {}, (3.0, 1.7))  # fmt: skip
     dead = dataclasses.replace(quiet, layers={"input_dead": np.array([0.9, 0.1, 0.95])})
     assert not run_symptoms.middle_symptoms(made, quiet, quiet) and not run_symptoms.middle_symptoms(made, dead, dead)
     (said,) = run_symptoms.middle_symptoms(made, quiet, dead)

@@ -119,3 +119,18 @@ def test_an_entropy_of_targets_beyond_one_is_not_healthy_and_repaired():
     found = fnn.diagnose_loss(loss, params, data[:8], optax.adam(0.03), data[8:], score=score, budget=15, **options)
     assert not found.healthy and [cause.name for cause in found.causes][:1] == ["label_encoding"]
     assert "targets from 0 to 1" in found.table()["change"].to_list()
+
+
+@pytest.mark.parametrize(
+    "weight, share, said", [(5000.0, 0.3, True), (1.0, 0.3, False), (9.0, 0.1, False), (1.0, 0.03, False)]
+)
+def test_a_class_that_outweighs_all_others(weight, share, said):
+    """Its weight over that of the others at outputs of 0 is weight * share / (1 - share); without weights anything is healthy."""
+    y = np.int32(np.arange(200) < 200 * share)
+
+    def loss(z, y):
+        z = z.reshape(len(z))
+        return weight * y * jax.nn.softplus(-z) + (1 - y) * jax.nn.softplus(z)
+
+    found = symptoms._weighed(loss, y, 1)
+    assert bool(found) is said and all("class 1" in e.text and "2.14e+03 times" in e.text for e in found)

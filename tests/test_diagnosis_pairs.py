@@ -16,7 +16,27 @@ from fnn.diagnosis.reads import Reads
 CASE = case(steps=5, seeds=2)
 ARRAYS = 6
 BEGUN = start.Start(
-    {}, [], [], [], np.zeros(0), 1.0, False, False, False, [], False, [], Reads(), False, {}, 1e-7, 0.0, "", {}, None
+    {},
+    [],
+    [],
+    [],
+    np.zeros(0),
+    1.0,
+    False,
+    False,
+    False,
+    [],
+    False,
+    [],
+    Reads(),
+    False,
+    {},
+    1e-7,
+    0.0,
+    "",
+    1.0,
+    {},
+    None,
 )
 
 

@@ -1,5 +1,6 @@
 """What a diagnosis asks a loss about its targets, and the data about inputs that repeat."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from diagnosed import TEST, TRAIN, case, sgd
 
 import fnn
-from fnn.diagnosis import reads, repeats, symptoms
+from fnn.diagnosis import changes, reads, repeats, start, symptoms, trial
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.loss_case import _parts, loss_case_of
 from fnn.diagnosis.reads import Reads
@@ -160,10 +161,6 @@ def test_positions_along_the_wrong_axis():
         options = {"steps": 3, "seeds": 1, "shuffle": False}
         return loss_case_of(loss, params, batches, sgd(), batches[-1], None, **options)
 
-    from concurrent.futures import ThreadPoolExecutor
-
-    from fnn.diagnosis import start, trial
-
     with ThreadPoolExecutor(1) as thread:
         along, across = (start.start(trial.Runner(made(axis), thread), Plan()) for axis in (1, 0))
     assert not along.blind and not along.placed and across.blind and across.placed
@@ -185,3 +182,31 @@ def test_layers_without_an_activation_are_named_and_mended():
     found = fnn.diagnose_loss(loss, params, batches, optimizer, (x[160:], y[160:]), steps=200, seeds=2, budget=600.0)
     assert found.causes[0].name == "activation" and min(found.causes[0].repair.checked) > 0.5, found
     assert "3 layers follow each other without an activation" in repr(found)
+
+
+@pytest.mark.parametrize("size, want", [(0.02, True), (1.0, False)])
+def test_a_recurrent_kernel_that_forgets_is_measured_and_drawn_orthogonal(size, want):
+    x, y = RNG.normal(size=(24, 6, 3)).astype(np.float32), np.arange(24) % 3
+    shapes = {"inputs": (3, 8), "state": (8, 8), "out": (8, 3)}
+    params = {k: jnp.float32(RNG.normal(size=s) / s[0] ** 0.5) for k, s in shapes.items()}
+    params["state"] = size * jnp.eye(8)
+
+    def loss(p, batch):
+        def turn(h, x):
+            return jnp.tanh(x @ p["inputs"] + h @ p["state"]), None
+
+        h, _ = jax.lax.scan(turn, jnp.zeros((len(batch[0]), 8)), jnp.swapaxes(batch[0], 0, 1))
+        return optax.softmax_cross_entropy_with_integer_labels(h @ p["out"], batch[1]).mean()
+
+    made = loss_case_of(loss, params, [(x, y)], sgd(), (x, y), None, steps=3, seeds=1, shuffle=False)
+    assert made.seen["recurrent"] == (2,)
+    with ThreadPoolExecutor(1) as thread:
+        runner = trial.Runner(made, thread)
+        found = start.start(runner, Plan())
+        new, _ = runner.draw(Plan(gain=1.0), 0)
+    np.testing.assert_allclose(found.kept, size, rtol=1e-6)
+    assert any(e.cause == "memory" and "0.02 of the state" in e.text for e in symptoms.start_symptoms(made, Plan(), found)) == want  # fmt: skip
+    np.testing.assert_allclose(new["state"].T @ new["state"], np.eye(8), atol=1e-5)
+    assert abs(np.std(new["inputs"]) * 3**0.5 - 1) < 0.6
+    (code,) = {c.code for c in changes.changes(made) if c.name == "redraw weights" and "memory" in c.causes}
+    assert code.splitlines()[0] == "jax.nn.initializers.orthogonal()  # for recurrent kernels"

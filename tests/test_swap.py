@@ -69,8 +69,12 @@ def test_linen_under_vmap_and_grad(name):
 def test_the_last_activation_is_told_from_those_between_layers():
     params = Net(jnp.tanh).init(jax.random.key(0), X)
     loss = linen_loss(jnp.tanh, jax.nn.relu)
-    found, stops, bare = swap.listed(loss, params, (X, Y))
-    assert [(a.name, a.role) for a in found] == [("tanh", "hidden")] * 2 + [("relu", "last")] and stops == bare == 0
+    found, stops, bare, over_time = swap.listed(loss, params, (X, Y))
+    assert (
+        [(a.name, a.role) for a in found] == [("tanh", "hidden")] * 2 + [("relu", "last")]
+        and stops == bare == 0
+        and over_time == ()
+    )
     without = swap.swapped(loss, {"last": "identity"})
     np.testing.assert_allclose(without(params, (X, Y)), linen_loss(jnp.tanh)(params, (X, Y)), rtol=1e-6)
 

@@ -14,7 +14,7 @@ from fnn import admission, check, measures
 from fnn.core import Layer, output_spec
 from fnn.datasets.dataset import Dataset, generator, in_memory
 from fnn.diagnosis.task import Task, task_of
-from fnn.diagnosis.weights import count, is_narrow, keepers
+from fnn.diagnosis.weights import count, is_narrow, keepers, square
 from fnn.gradients.operations import Unreadable
 from fnn.gradients.swap import listed, swapped
 from fnn.gradients.wide import in_float32, narrowest
@@ -101,7 +101,8 @@ class Case:
     task: Task = field(default_factory=lambda: Task("regression"))
     seen: Mapping[str, Any] = field(default_factory=dict)
     """What was found in the program of a net without knobs: its `activation`, its `head`, whether gradients `stop`; of one
-    without activations how many layers take the output of another one as it is, `bare`."""
+    without activations how many layers take the output of another one as it is, `bare`; which arrays are `recurrent`
+    kernels, from a state to the next one."""
     narrow: bool = False
     """Whether there are parameters of less than 32 bits."""
     computes: str = ""
@@ -260,11 +261,13 @@ def case_of(
 def found_in(function: Callable[..., Any], *args: Any) -> dict[str, Any]:
     """Look for activations and stopped gradients in a program; nothing where it cannot be read."""
     try:
-        found, stops, bare = listed(function, *args)
+        found, stops, bare, over_time = listed(function, *args)
     except Unreadable:
         return {}
     hidden, last = ({a.name for a in found if a.role == role} for role in ("hidden", "last"))
     seen: dict[str, Any] = {"stop": True} if stops else {}
+    if recurrent := square(args[0], over_time):
+        seen["recurrent"] = recurrent
     if hidden:
         seen["activation"] = hidden.pop() if len(hidden) == 1 else "several"
     elif bare and not any(a.role == "gate" for a in found):

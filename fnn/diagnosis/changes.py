@@ -45,7 +45,7 @@ def unreached(case: Case) -> dict[str, str]:
 
 def _of_weights(case: Case) -> list[Change]:
     causes = ("init_symmetric", "dead_units", "init_small", "init_large")
-    causes += ("memory",) * ("cell" in case.knobs)  # the biases of its gates
+    causes += ("memory",) * ("cell" in case.knobs or "recurrent" in case.seen)  # the biases of its gates, or its kernel
     gain = case.gain(Plan())
     code = _initialised(case, gain)
     wide = Change(
@@ -77,7 +77,9 @@ def _of_weights(case: Case) -> list[Change]:
 
 def _initialised(case: Case, gain: float) -> str:
     if case.task.name:  # a model of another library
-        return f'jax.nn.initializers.variance_scaling({gain**2:.2g}, "fan_in", "normal")  # for each kernel; biases 0'
+        orthogonal = "jax.nn.initializers.orthogonal()  # for recurrent kernels\n" * ("recurrent" in case.seen)
+        drawn = f'jax.nn.initializers.variance_scaling({gain**2:.2g}, "fan_in", "normal")'
+        return f"{orthogonal}{drawn}  # for each {'other ' * bool(orthogonal)}kernel; biases 0"
     name = {2**0.5: "he_normal", 1.0: "scaled(1.0)"}.get(gain, f"scaled({gain:.2g})")
     return f'init="{name}", bias_init="zeros"  # N(0, {gain**2:.2g}/fan_in)'
 

@@ -11,7 +11,7 @@ from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.data_symptoms import encoding_symptoms
 from fnn.diagnosis.reads import Reads, reads
 from fnn.diagnosis.trial import Runner
-from fnn.diagnosis.weights import gains, tables
+from fnn.diagnosis.weights import gains, kept, tables
 from fnn.gradients.bad import first_bad
 from fnn.gradients.labels import DEFAULT
 from fnn.gradients.operations import Unreadable
@@ -54,6 +54,8 @@ class Start:
     """Norm of what rounding changes of the gradient over the gradient's in float32; 0 where all is computed in float32."""
     bad: str
     """The first operation that makes a NaN or an infinity, and its cause; "" where loss and gradient are finite."""
+    kept: float
+    """Largest singular value of the recurrent kernel that has the smallest one; NaN where there is none."""
     tables: dict[str, float]
     """RMS of each embedding and table of positions."""
     attention: tuple[float, float] | None
@@ -121,11 +123,13 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any, ask: bool = Fa
     alike = [path for path in _alike(params, last) if path in layers or not layers]
     rounding = max(float(jax.numpy.finfo(a.dtype).eps) for a in jax.tree.leaves(params))
     rounded = float(compare(params, (x, y), state)) if compare is not None else 0.0
+    recurrent = case.seen.get("recurrent", ())
+    keeps = kept(params, recurrent) if recurrent else float("nan")
     bad = ""
     if not (np.isfinite(flow.loss) and all(value < np.inf for value in gradient.values())):  # not of NaN either
         bad = _bad(case, plan, params, (x, y), state)
     return Start(
-        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, placed, unread, constant, cut, asked, unpaired, gradient, rounding, rounded, bad, tables(params), attention
+        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, placed, unread, constant, cut, asked, unpaired, gradient, rounding, rounded, bad, keeps, tables(params), attention
     )  # fmt: skip
 
 

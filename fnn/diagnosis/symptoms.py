@@ -1,5 +1,7 @@
 """What is abnormal in a net before its first step: each an `Evidence` with what is healthy."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,10 +16,14 @@ DECADES = 1.0
 """How many powers of ten a signal may lose or gain between the first and the last hidden layer."""
 
 
+KEEPS = 0.6
+"""Recurrent weights that leave less of a state forget it: a hundredth is left after nine positions."""
 LOGITS = 50.0
 """Attention logits beyond it: each query sees one key alone, and hardly any gradient gets through the softmax."""
 
 
+HEAVY = 50.0
+"""One class may weigh so many times as much as all others; without weights it does where others are rare."""
 ROUNDED = 0.3
 """The share of a gradient that rounding may change."""
 
@@ -52,6 +58,9 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         text = "outputs are the same when the inputs are read backwards"
         text += ", but depend on an example's place in its batch: positions run along the wrong axis" * found.placed
         evidence.append(Evidence("positions", text))
+    if found.kept < KEEPS:
+        text = f"recurrent weights leave at most {found.kept:.2g} of the state from one position to the next (healthy about 1)"
+        evidence.append(Evidence("memory", text))
     if found.attention is not None and found.attention[0] > LOGITS:
         evidence.append(Evidence("init_large", attention(found)))
     if not np.isfinite(found.loss) or found.bad:
@@ -220,8 +229,10 @@ def _loss_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     loss, task = plan.loss or case.loss, case.task
     if task.kind not in ("classes", "one_hot", "binary"):
         return []
-    if task.kind == "binary" or not _on_outputs(case, plan):
+    if not _on_outputs(case, plan):
         return []
+    if task.kind == "binary":
+        return _weighed(loss, np.asarray(case.y[:256]), 1) if _takes_logits(case, plan) else []
     rng = np.random.default_rng(0)
     n = min(256, case.train.size)
     y = jnp.asarray(case.y[:n])
@@ -234,15 +245,8 @@ def _loss_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         up, down = (float(np.mean(np.asarray(loss(jnp.asarray(o), y)))) for o in (better, worse))
     if np.isfinite(up) and np.isfinite(down) and up >= down:
         return [Evidence("loss", "the loss does not fall when the right output rises")]
-    labels, counts = np.unique(truth, return_counts=True)
-    with np.errstate(all="ignore"):
-        even = np.asarray(loss(jnp.zeros((n, task.classes), jnp.float32), y), np.float64).reshape(n, -1).mean(1)
-    weights = np.array([even[truth == label].mean() for label in labels])
-    common, rare = int(np.argmax(counts)), int(np.argmin(counts))
-    if np.isfinite(weights).all() and 0 <= 3 * weights[rare] < weights[common] and counts[common] > 3 * counts[rare]:
-        times = weights[common] / max(weights[rare], 1e-30)
-        text = f"an example of the commonest class weighs {times:.3g} times as much as one of the rarest (healthy: at most as much)"
-        return [Evidence("loss", text)]
+    if weighed := _weighed(loss, np.asarray(y), task.classes):
+        return weighed
     constant = []
     for value in np.linspace(0, 1, 21):  # one number for all outputs: where is the loss lowest?
         with np.errstate(all="ignore"):
@@ -254,6 +258,30 @@ def _loss_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
                 "without knowledge the loss is lowest at the answer 0 for every class, not at the classes' shares",
             )
         ]
+    return []
+
+
+def _weighed(loss: Any, y: np.ndarray, units: int) -> list[Evidence]:
+    """Weights of the classes, the loss of each at outputs of 0, that favour the commonest one, or leave the others nothing."""
+    truth = y.argmax(-1) if y.ndim == 2 and y.shape[1] == units > 1 else y.reshape(len(y))
+    labels, counts = np.unique(truth, return_counts=True)
+    outputs = jnp.zeros((len(y), units) if y.ndim == 1 or units > 1 else y.shape, jnp.float32)
+    with np.errstate(all="ignore"):
+        even = np.asarray(loss(outputs, jnp.asarray(y)), np.float64).reshape(len(y), -1).mean(1)
+    weights = np.array([even[truth == label].mean() for label in labels])
+    if not np.isfinite(weights).all() or weights.min() < 0:
+        return []
+    common, rare = int(np.argmax(counts)), int(np.argmin(counts))
+    if 3 * weights[rare] < weights[common] and counts[common] > 3 * counts[rare]:
+        times = weights[common] / max(weights[rare], 1e-30)
+        text = f"an example of the commonest class weighs {times:.3g} times as much as one of the rarest (healthy: at most as much)"
+        return [Evidence("loss", text)]
+    whole = weights * counts
+    top = int(np.argmax(whole))
+    if whole[top] > HEAVY * (whole.sum() - whole[top]) and len(whole) > 1:
+        times = whole[top] / max(whole.sum() - whole[top], 1e-30)
+        text = f"all examples of class {labels[top]:g} weigh {times:.3g} times as much as the others (healthy up to {HEAVY:g})"
+        return [Evidence("loss", text)]
     return []
 
 

@@ -119,7 +119,9 @@ class Runner:
         if plan.wide:
             params = jax.tree.map(lambda a: a.astype(tree.statistics_dtype(a.dtype)), params)
         if plan.gain is not None:
-            params = redrawn(params, plan.gain, 1000 + seed, self.case.last(params))
+            params = redrawn(
+                params, plan.gain, 1000 + seed, self.case.last(params), self.case.seen.get("recurrent", ())
+            )
         return params if plan.keep is None else keeping(params, plan.keep), state
 
     def order(self, plan: Plan, seed: int) -> np.ndarray:

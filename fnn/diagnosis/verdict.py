@@ -17,6 +17,8 @@ MOST = 4
 """So many changes are tried on top of a repair."""
 NEARLY = 0.9
 """A single repair that reaches so much of what a pair does is enough."""
+CLOSE = 0.1
+"""Of repairs where nothing abnormal was measured, those whose scores differ by less are equally good."""
 CLEAR = 0.3
 """The share of the way from the sick score to 1 by which a repair must lift it where nothing abnormal was measured."""
 SHORT = 0.2
@@ -74,8 +76,7 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
         # A score that is good as it is must rise by more than luck.
         clear = -np.inf if ill else inquiry.base.mean + 2 * margin(inquiry.base.scores)
         able = [t for t in working if t.mean > clear]
-        best = max((t.mean for t in able), default=0.0) - inquiry.base.mean
-        able = [t for t in able if t.mean - inquiry.base.mean >= NEARLY * best]
+        able = [t for t in able if t.mean >= max(a.mean for a in able) - CLOSE]
         for cause, tried in sorted(((main(inquiry, t), t) for t in able), key=lambda pair: STAGE[pair[0]]):
             if tried.plan.learn == "held out" and not taught(inquiry, tried)[2]:
                 continue

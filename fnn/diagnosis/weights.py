@@ -17,10 +17,11 @@ def is_narrow(params: Any) -> bool:
     return any(a.dtype.itemsize < 4 for a in jax.tree.leaves(params))
 
 
-def redrawn(params: Any, gain: float, seed: int, last: int | None = None) -> Any:
+def redrawn(params: Any, gain: float, seed: int, last: int | None = None, recurrent: tuple[int, ...] = ()) -> Any:
     """Redraw weights: each kernel from N(0, gain²/fan_in), the last one from N(0, 1/fan_in); biases 0, scales 1.
 
-    An embedding or a table of positions, if it is far too large or too small, from N(0, 1/width).
+    Those of a state to the next one, `recurrent`, are orthogonal. An embedding or a table of positions, if it is far too
+    large or too small, is drawn from N(0, 1/width).
     """
     rng = np.random.default_rng(seed)
     leaves = list(zip(tree.paths(params), jax.tree.leaves(params), _depths(params), strict=True))
@@ -29,7 +30,9 @@ def redrawn(params: Any, gain: float, seed: int, last: int | None = None) -> Any
     new = []
     for i, (path, a, k) in enumerate(leaves):
         name = named(path)
-        if i in kernels:
+        if i in recurrent:
+            a = jnp.asarray(np.linalg.qr(rng.standard_normal(a.shape))[0], a.dtype)
+        elif i in kernels:
             std = (1.0 if i == last else gain) / np.sqrt(fan_in(path, a, k))
             a = jnp.asarray(rng.standard_normal(a.shape) * std, a.dtype)
         elif is_table(path, a, k):
@@ -41,6 +44,18 @@ def redrawn(params: Any, gain: float, seed: int, last: int | None = None) -> Any
             a = jnp.ones_like(a)
         new.append(a)
     return jax.tree.unflatten(jax.tree.structure(params), new)
+
+
+def square(params: Any, over_time: tuple[int, ...]) -> tuple[int, ...]:
+    """List those of some arrays that are square matrices: of a loop's parameters, the kernels from a state to the next one."""
+    leaves = jax.tree.leaves(params)
+    return tuple(i for i in over_time if leaves[i].ndim >= 2 and leaves[i].shape[-1] == leaves[i].shape[-2])
+
+
+def kept(params: Any, recurrent: tuple[int, ...]) -> float:
+    """Give the largest singular value of recurrent kernels, the smallest of all: a bound of what a step keeps of the state."""
+    leaves = jax.tree.leaves(params)
+    return min(float(np.linalg.norm(np.asarray(leaves[i], np.float64), 2, (-2, -1)).max()) for i in recurrent)
 
 
 def named(path: str) -> str:

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -254,13 +254,25 @@ def bare(program: Program, parameters: int) -> set[int]:
     return found
 
 
-def listed(function: Callable[..., Any], *args: Any) -> tuple[list[Activation], int, int]:
-    """List the activations of a function whose first argument are the parameters.
+class Listed(NamedTuple):
+    """What a diagnosis wants to know of a loss's program."""
 
-    Count its `stop_gradient`s, and what its layers take from one another without an activation, too.
-    """
+    activations: list[Activation]
+    stops: int
+    """How many `stop_gradient`s there are."""
+    bare: int
+    """How often a layer takes the output of another one as it is; see `bare`."""
+    over_time: tuple[int, ...]
+    """Which arrays of the parameters a loop multiplies by in each turn."""
+
+
+def listed(function: Callable[..., Any], *args: Any) -> Listed:
+    """Look through a function whose first argument are the parameters. Errors: `Unreadable`."""
     program, count = traced(function, args)[0], len(jax.tree.leaves(args[0]))
-    return activations(program, count), sum(name == STOP for name, _ in equations(program)), len(bare(program, count))
+    found = places.find(program, count).places
+    over_time = {place.parameter for place in found if any(not turn.depth for turn in place.turns)}
+    stops = sum(name == STOP for name, _ in equations(program))
+    return Listed(activations(program, count), stops, len(bare(program, count)), tuple(sorted(over_time)))
 
 
 def traced(function: Callable[..., Any], args: Any) -> tuple[Program, Any]:
