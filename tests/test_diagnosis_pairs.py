@@ -4,9 +4,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from diagnosed import case
+from diagnosed import TEST, TRAIN, case
 
-from fnn.diagnosis import data_changes, diagnose, parts, run_symptoms, start, trial, verdict
+import fnn
+from fnn.diagnosis import data_changes, diagnose, parts, report, run_symptoms, start, trial, verdict
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.changes import changes
@@ -137,6 +138,18 @@ def test_a_pair_must_end_above_chance_on_fresh_seeds_too(before, fresh, holds):
         return (0.9 if seed < CASE.seeds else fresh) if cured else before
 
     assert bool(verdict.both(inquiry_of(score, "input_scale", "lr_low"))) is holds
+
+
+def test_what_is_tried_on_suspicion_alone_leaves_no_doubt():
+    labels = [part._replace(y=(np.asarray(part.y) > 4).astype(np.float32)[:, None]) for part in (TRAIN, TEST)]
+    made = case(*labels, fnn.losses.binary_cross_entropy, lambda: fnn.models.mlp(1, 8, 1), steps=5, seeds=2)
+    with ThreadPoolExecutor(1) as thread:
+        asked = Inquiry(Scripted(made, thread, lambda plan, seed: 0.99), 600.0, lambda text: None)
+    asked.train(NOTHING, Plan())
+    asked.search()
+    assert "targets -1 and 1" in {c.name for c in changes(made)} - asked.tried.keys() and report.decided(asked)
+    del asked.tried["rate × 10"]
+    assert not report.decided(asked)
 
 
 def test_pairs_come_before_more_steps(monkeypatch):

@@ -227,8 +227,8 @@ def diagnosis_of(inquiry: Inquiry, verdict: Verdict, target: float | None) -> Di
 
 
 def decided(inquiry: Inquiry) -> bool:
-    """Whether at least everything was tried that needs no program of its own."""
-    cheap = [change.name for change in changes(inquiry.case) if not change.own_program]
+    """Whether at least everything was tried that needs no program of its own, and no suspicion."""
+    cheap = [change.name for change in changes(inquiry.case) if not (change.own_program or change.on_suspicion)]
     return all(name in inquiry.tried for name in cheap)
 
 
