@@ -86,9 +86,10 @@ def diagnose_loss(
     ...; of two entries one such name tells both, of more one name tells the targets, and all others are inputs.
 
     From outside these are varied: inputs and targets (standardised), order, weights (redrawn to N(0, gain²/fan_in): of an
-    array named `weight` outputs come first, of all others last), rate, clipping, steps, and in the traced program the
-    activations between layers, those behind the last one, stop_gradient, and float32 for what is computed in bfloat16 or
-    float16; weight penalties in the loss are left out. Gates and the loss itself stay as they are.
+    array named `weight` outputs come first, of all others last; recurrent ones orthogonal), rate, clipping, steps, and in
+    the traced program the activations between layers (put there where there are none), those behind the last one,
+    stop_gradient, and float32 for what is computed in bfloat16 or float16; weight penalties in the loss are left out, and
+    with a `score` its other terms one by one. Gates and the rest of the loss stay as they are.
     The first seed starts from `params`, others from the same numbers in another order, array by array.
 
     The score is `score(params, batch)`, higher is better, or 1 - loss/guess, where a guess is the lowest loss of a last layer
