@@ -16,6 +16,7 @@ from fnn.diagnosis.change import Change
 from fnn.diagnosis.changes import changes, unreached
 from fnn.diagnosis.reads import Reads
 from fnn.diagnosis.trial import Outcome, Runner
+from fnn.gradients.operations import Unreadable
 
 LEAST = 0.03
 """A smaller rise of the score is none."""
@@ -112,7 +113,11 @@ class Inquiry:
         """Train a changed plan; None for a change that this net does not take, which is listed as not tried."""
         try:
             return self.train(change, plan)
-        except (ValueError, TypeError) as error:  # a knob that goes with another one, batch norm of one example
+        except (
+            ValueError,
+            TypeError,
+            Unreadable,
+        ) as error:  # a knob that goes with another one, a score that is not read
             self.skipped[change.name] = f"refused: {first_line(error):.60}"
             return None
 
@@ -166,7 +171,7 @@ class Inquiry:
                     break
                 costs = 2 * self.costs(later, plans[later.name])
                 if later.own_program and not needless(later) and self.spent + costs < self.budget:
-                    with contextlib.suppress(ValueError, TypeError):  # it is told when its turn comes
+                    with contextlib.suppress(ValueError, TypeError, Unreadable):  # it is told when its turn comes
                         self.runner.prepare(plans[later.name])
         self.skipped |= unreached(self.case)
 

@@ -57,13 +57,19 @@ class LossCase(Case):
 
         loss = swapped(of_batch, dict(plan.swap)) if plan.swap else of_batch
         loss = in_float32(loss) if plan.float32 else loss
-        of_user, whole = self.score, loss
+        given, whole = self.score, loss
         score = unpenalized(loss) if self.penalized else None  # a penalty is no merit, and leaving it out is none
-        if of_user is not None:
+        if given is not None:
+
+            def of_user(params, batch):
+                return jnp.asarray(given(params, self.join(*batch)))
+
+            # The score runs the net too: as it was trained.
+            of_user = swapped(of_user, dict(plan.swap)) if plan.swap else of_user
+            of_user = in_float32(of_user) if plan.float32 else of_user
 
             def judged(params, batch):  # of parameters that are lost it says nothing, whatever number it gives
-                value = jnp.asarray(of_user(params, self.join(*batch)))
-                return jnp.where(jnp.isfinite(whole(params, batch)), value, jnp.nan)
+                return jnp.where(jnp.isfinite(whole(params, batch)), of_user(params, batch), jnp.nan)
 
             score = judged
 
