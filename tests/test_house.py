@@ -108,7 +108,8 @@ def test_functions_of_more_than_six_parameters_say_why():
 
 
 def test_no_file_is_longer_than_350_lines():
-    assert not [path.name for path in FILES if len(path.read_text().splitlines()) > 350]
+    paths = [path for folder in ("fnn", "tests", "bench") for path in (ROOT / folder).rglob("*.py")]
+    assert not [path.name for path in paths if len(path.read_text().splitlines()) > 350]
 
 
 def test_import_is_light_and_touches_no_backend():
