@@ -71,7 +71,7 @@ TESTS = {
     "models": ["convnet_equals", *of("resnet_equals_flax", "basic")],
     "noise": words("noise_scale jackknife"),
     "norm": words("batch_norm_in batch_norm_at derivative statistics_of norms_equal batch_norm_of_a_masked"),
-    "optax_table": of("every_optimiser_of_optax_trains_nets_as_by_hand", "optax.lbfgs"),
+    "optax_table": of("every_optimiser_of_optax_trains_nets_as_by_hand", "optax.lbfgs-looped"),
     "optimizers": of("depth_as_a_loop_trains_as_depth_written_out", "adam muon adafactor block_norms"),
     "overflow": ["a_run_that_overflows"],
     "packed": ["packed_changes_no_number"],

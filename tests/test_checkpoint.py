@@ -256,7 +256,7 @@ def run_with_kills(folder, kills, epochs):
     return result, begun
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_ends_with_the_same_bits(kills, tmp_path):
     options = MEMORY | {"epochs": 12 * kills, "validation": 0.25, "patience": 10**6}
     state, history = fnn.fit(STEP, STATE, (X, Y), **options)

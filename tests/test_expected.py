@@ -13,7 +13,7 @@ from fnn.study import expected
 @pytest.mark.parametrize(
     "axes",
     [
-        {"norm": ["batch_norm", "layer_norm", "rms_norm"], "activation": "tanh", "residual": True},
+        {"norm": ["batch_norm", "layer_norm"], "activation": "tanh", "residual": True},
         {"norm": ["none", "batch_norm"], "activation": "relu", "sigma_w": 1.4, "sigma_b": 0.2},
     ],
 )

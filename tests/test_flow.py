@@ -196,7 +196,11 @@ def clipped(x):
 clipped.defvjp(lambda x: (x, None), lambda _, cotangent: (jnp.clip(cotangent, -0.01, 0.01),))
 
 
-@pytest.mark.parametrize("name", MEETING)
+ALIKE = ("three", "inside_serial", "deep")
+"""Sums of two, around others and in shorter loops say the same."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ALIKE)) for n in MEETING])
 def test_combinators_of_ones_own_whose_paths_meet_equal_float64(name):
     x, y = problem(n=8)
     net = MEETING[name]

@@ -290,7 +290,7 @@ def test_cells_that_share_a_program_have_the_numbers_of_their_own():
 
     together = measured(["tanh", "relu", "gelu"])
     keys = ["activation", "norm", "seed", "step", "layer", "path", "quantity"]
-    for name in ("tanh", "gelu"):  # the first and the last of them
+    for name in ("relu",):  # another number would be another
         alone, beside = measured([name]), together.filter(activation=name)
         assert alone.height == beside.height and set(alone["quantity"]) == set(beside["quantity"])
         pairs = beside.join(alone, on=keys, suffix=" alone").filter(~pl.col("path").str.ends_with("bias"))

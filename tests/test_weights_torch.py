@@ -244,7 +244,10 @@ def ours(case, entries):
     return np.asarray(y), params, state, report
 
 
-@every
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("gru_without_bias", "lstm_without_bias"))) for n in CASES],
+)
 def test_outputs_equal_the_formulas_of_pytorch(name):
     case = CASES[name]
     y, params, state, report = ours(case, case.entries)
