@@ -238,7 +238,8 @@ FACTOR = 2.0**-115
     ("net", "x"),
     [
         (fnn.models.mlp(20, 6, 3, norm="batch_norm", residual=True, taps=True, unroll=1), None),
-        (fnn.transformers.decoder(7, 3, 4, BLOCK), "tokens"),
+        # test_cross_attention measures a transformer of both kinds
+        pytest.param(fnn.transformers.decoder(7, 3, 4, BLOCK), "tokens", marks=pytest.mark.slow),
         (fnn.serial(fnn.repeat(fnn.residual(fnn.serial(fnn.conv(6, 3), fnn.tap(), fnn.activation("relu"))), 3), *TAIL), "x"),
         (fnn.serial(fnn.lstm(6, tap=fnn.tap()), *TAIL), "x"),
     ],
