@@ -155,7 +155,8 @@ def test_models_report_gradient_flow(make, least, request):
 def test_a_resnet_has_a_tap_in_every_block(block):
     net = fnn.models.resnet([2, 1], 4, width=2, block=block, taps=True)
     _, state = jax.eval_shape(net.init, KEY, image(jnp.float32))
-    assert len(fnn.taps.listed(state)) >= 3
+    roles = [tap.role for _, tap in fnn.taps.listed(state)]
+    assert roles.count("sum") == 3 and {"preactivation", "activation"} < set(roles)
 
 
 @pytest.mark.parametrize(
