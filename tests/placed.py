@@ -1,23 +1,19 @@
 """`fit(mesh=)` and `shard` on four devices give what one device gives: the table behind `test_placement.py`.
 
-Run in a process with four devices. It prints, as its last line, a JSON object of failures by section and row.
+Run in a process with four devices.
 """
 
 import functools
-import json
 import os
 import re
-import sys
-import time
-
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-
-# Programs for four CPU devices that JAX reads back from its cache abort the process. It looks once, at the first compile.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 # Threads of XLA: it runs a loop beside other operations, and with as many threads as devices their collectives block all.
 os.environ["NPROC"] = "32"
 
+import devices  # first: it asks for four devices
+from devices import differences, section
+
+# isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +21,6 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from sharded import differences
 
 import fnn
 from fnn import lowering
@@ -51,13 +46,7 @@ RULES = {
 OPTIMIZER = optax.chain(fnn.clip.by_global_norm(0.5), optax.adam(3e-3, eps=1e-3))
 ROUNDING = 1e-4
 """Of the largest number in all: Adam divides by small numbers."""
-SECTIONS = {}
 approx = functools.partial(pytest.approx, rel=ROUNDING)
-
-
-def section(function):
-    SECTIONS[function.__name__] = function
-    return function
 
 
 @functools.cache
@@ -349,17 +338,4 @@ def refused(kind, words, function, *args, **options):
 
 
 if __name__ == "__main__":
-    found = {}
-    for name in sys.argv[1:] or SECTIONS:
-        start = time.perf_counter()
-        for row, check in SECTIONS[name]():
-            try:
-                check()
-            except Exception as error:
-                found[f"{name}/{row}"] = f"{type(error).__name__}: {str(error)[:600]}"
-                if os.environ.get("TRACE"):
-                    import traceback
-
-                    traceback.print_exc()
-            print(name, row, f"{time.perf_counter() - start:.1f} s", flush=True)
-    print(json.dumps(found))
+    devices.run()

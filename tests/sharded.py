@@ -1,56 +1,28 @@
 """One device and four give the same numbers: the table behind `test_sharding.py`, run in a process with four devices.
 
-Each section compares what a batch of 8 gives on one device with what it gives cut in four. It prints, as its last line, a
-JSON object of failures by section and row.
+Each section compares what a batch of 8 gives on one device with what it gives cut in four.
 """
 
 import functools
-import json
-import os
-import sys
-import time
 import traceback
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+import devices  # first: it asks for four devices
+from devices import AUTO, EXPLICIT, KEY, differences, section
 
-# Programs for four CPU devices that JAX reads back from its cache abort the process. It looks once, at the first compile.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
-
+# isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import sharded_spectra  # noqa: F401  (enters its sections)
 from conftest import started
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from zoo import CASES, sample
 
 import fnn
-from fnn import lowering
 
-KEY = jax.random.key(3)
-AUTO = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
-EXPLICIT = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
 SGD = optax.sgd(0.1)
-SECTIONS = {}
-
-
-def section(function):
-    SECTIONS[function.__name__] = function
-    return function
-
-
-def differences(got, want, rtol=3e-5):
-    """Say where two trees differ by more than rounding, relative to the largest number of the whole tree."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    pairs = [
-        (fnn.tree.path(path), np.asarray(a, np.float64), np.asarray(b, np.float64))
-        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True)
-        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
-    ]
-    scale = max(float(np.max(np.abs(b), initial=0, where=np.isfinite(b))) for _, _, b in pairs)
-    for path, a, b in pairs:
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale, err_msg=path)
 
 
 def sums(outputs, targets):
@@ -106,7 +78,7 @@ def types(net, state, batch):
 
 @section
 def every_layer_s_types():
-    yield "step", functools.partial(types, *together(lambda case: True, concrete=False))
+    yield "step", functools.partial(types, *together(lambda case: not case.model, concrete=False))
 
 
 KINDS = (
@@ -162,8 +134,8 @@ def direct():
         differences(got, np.concatenate(parts))
 
 
-def small(optimizer=SGD, **options):
-    net = fnn.models.mlp(3, 4, 3, **options)
+def small(optimizer=SGD, depth=3, **options):
+    net = fnn.models.mlp(depth, 4, 3, **options)
     x = jax.random.normal(jax.random.key(5), (8, 5))
     return net, *begun(*init(net, x), x, optimizer)
 
@@ -228,11 +200,8 @@ def by_jit(net, loss, state, batch, options):
 def clips():
     clip = fnn.clip
     found = {
-        "by_value": clip.by_value(0.01),
-        "from_above": clip.from_above(0.01),
-        "by_global_norm": clip.by_global_norm(0.1),
-        "by_block_norm": clip.by_block_norm(0.05),
-        "adaptive": clip.adaptive(0.01),
+        "values": optax.chain(clip.by_value(0.01), clip.from_above(0.005)),
+        "norms": optax.chain(clip.adaptive(0.1), clip.by_block_norm(0.05), clip.by_global_norm(0.02)),
         "per_depth": fnn.optimizers.per_depth(optax.adaptive_grad_clip(0.01)),
         "packed": fnn.optimizers.packed(optax.sgd(0.1)),
     }
@@ -253,8 +222,8 @@ def losses_taken_again():
     }
     for name, optimizer in found.items():
         norm = "layer_norm" if name == "sophia" else "batch_norm"  # it enlarges rounding where a gradient is zero
-        net, state, batch = small(optimizer, norm=norm, unroll=True)
-        settings = {"line_search": (True,), "sam": (False,), "sophia": (True,)}.get(name, (True, False))
+        net, state, batch = small(optimizer, 2, norm=norm, unroll=True)
+        settings = (name != "sam",)
         yield name, functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch, settings)
 
 
@@ -307,78 +276,6 @@ def same(got, want):
 
 
 @section
-def spectra():
-    """Curvature and kernels of a batch and of parameters that are cut, by `jit`; of a loss that is averaged, by `shard_map`."""
-    net = fnn.serial(fnn.dense(4), fnn.batch_norm(), fnn.activation("tanh"), fnn.dense(4))
-    x, y = jax.random.normal(KEY, (8, 4)), jnp.arange(8) % 4
-    state = init(net, x)
-
-    def numbers(state, batch):
-        c = fnn.curvature(fnn.losses.cross_entropy, outputs=net)(state, batch)
-        kernel = fnn.kernel(net)(state, batch[0])
-        return c.hessian.eigenvalues(tolerance=1e-3).values, c.critical().sharpness, kernel.matrix
-
-    want = numbers(state, (x, y))
-    for mesh in (AUTO, EXPLICIT):
-        cut = [NamedSharding(mesh, spec) for spec in (P(), P("d"))]
-        given = jax.tree.map(lambda a, cut=cut: jax.device_put(a, cut[a.ndim > 0]), (state, (x, y)))
-        run = jax.jit(numbers) if mesh is AUTO else numbers
-        yield f"placed/{mesh.axis_types[0]}", lambda run=run, given=given: differences(run(*given), want, 1e-3)
-    for checked, averaged in ((True, True), (True, False), (False, True)):
-        yield f"shard_map/{checked}/{averaged}", functools.partial(curvature_inside, checked, averaged)
-
-
-def curvature_inside(checked, averaged):
-    """Inside `shard_map` numbers are right, or refused."""
-    A, x = jnp.diag(jnp.arange(1.0, 5)), jax.random.normal(KEY, (8, 4))
-
-    def loss(p, x):
-        own = jnp.mean(jnp.square(x @ p)) + p @ A @ p
-        return jax.lax.pmean(own, "d") if averaged else own
-
-    def top(p, x):
-        return fnn.curvature(loss)(p, x).hessian.eigenvalues(tolerance=1e-3).values
-
-    run = jax.jit(jax.shard_map(top, mesh=AUTO, in_specs=(P(), P("d")), out_specs=P(), check_vma=checked))
-    if checked and averaged:
-        want = np.linalg.eigvalsh(2 * np.asarray(x.T @ x / 8 + A))[-1:]
-        return differences(run(jnp.ones(4), x), want, 1e-3)
-    words = "a loss that averages over a mapped axis needs" if averaged else "average it with jax.lax.pmean(loss, 'd')"
-    try:
-        run(jnp.ones(4), x)
-    except ValueError as error:
-        assert words in str(error), error
-    else:
-        raise AssertionError("nothing was refused")
-
-
-@section
-def sequences():
-    """Sharded over batch and time, a dense layer and its gradient move no activations where products keep their axes."""
-    layer, x = fnn.dense(8), np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
-    params, state = layer.init(jax.random.key(0), x)
-    gradient = jax.grad(lambda params, x: jnp.sum(jnp.tanh(layer.apply(params, state, x)[0])))
-    want = gradient(params, x)
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        yield kind.name, functools.partial(stays, gradient, params, x, want, kind)
-
-
-def stays(gradient, params, x, want, kind):
-    mesh = jax.make_mesh((2, 2), ("batch", "time"), axis_types=(kind,) * 2)
-    before, lowering.platform = lowering.platform, lambda: "gpu"
-    jax.clear_caches()
-    try:
-        with jax.set_mesh(mesh):
-            placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((params, P()), (x, P("batch", "time")))]
-            compiled = jax.jit(gradient).lower(*placed).compile()
-            differences(compiled(*placed), want)
-    finally:
-        lowering.platform = before
-    moved = [name for name in ("all-gather", "all-to-all", "collective-permute") if f"{name}(" in compiled.as_text()]
-    assert not moved, moved
-
-
-@section
 def refusals():
     net, state, batch = small()
     for name, step in (
@@ -398,13 +295,4 @@ def refused(step, state, batch):
 
 
 if __name__ == "__main__":
-    found = {}
-    for name in sys.argv[1:] or SECTIONS:
-        start = time.process_time()
-        for row, check in SECTIONS[name]():
-            try:
-                check()
-            except Exception as error:
-                found[f"{name}/{row}"] = f"{type(error).__name__}: {str(error)[:600]}"
-        print(name, f"{time.process_time() - start:.1f} s", flush=True)
-    print(json.dumps(found))
+    devices.run()

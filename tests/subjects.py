@@ -154,8 +154,7 @@ def linen():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, ids):
-            x = nn.Embed(11, 8)(ids)
-            x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+            x = nn.LayerNorm()(nn.Embed(11, 8)(ids))
             x = nn.RNN(nn.SimpleCell(4))(x[None])[0]
             return nn.Dense(3)(x[-1])
 
@@ -212,7 +211,7 @@ def equinox():
 
 
 SUBJECTS = {
-    "mlp": lambda: mlp("product"),
+    "mlp": lambda: mlp("product", depth=2),
     "depth": lambda: mlp("product", "product, by depth", norm="layer_norm", unroll=1),
     "depth_batch_norm": lambda: mlp("product", "product, by depth", norm="batch_norm", unroll=1),
     "depth_in_groups": lambda: mlp("product, by depth", depth=5, unroll=1, checkpoint=2),

@@ -141,6 +141,7 @@ def test_bad_arguments_are_one_sentence(arguments, complaint, capsys):
     assert stop.value.code == 2 and complaint in capsys.readouterr().err
 
 
+@pytest.mark.slow  # the step suite checks its peers too, and test_watch the readings
 def test_watch_suite_checks_the_readings_of_other_libraries_and_times_them(tmp_path, monkeypatch, capsys):
     def wrong(p):
         plain, watched = watching.by_hand(p)
@@ -178,6 +179,7 @@ def test_saving_suite_ends_all_ways_with_the_same_losses(tmp_path, capsys):
     assert "warning" not in next(tmp_path.glob("*.md")).read_text()
 
 
+@pytest.mark.slow  # test_curvature, test_eigenvalues and test_jacobian compare with stored matrices
 def test_spectra_suite_agrees_with_stored_jacobians_and_writes(tmp_path, capsys):
     precision = jax.config.jax_default_matmul_precision
     try:

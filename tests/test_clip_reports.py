@@ -1,4 +1,4 @@
-"""Reports of clips that see a part of the gradient, or not every step."""
+"""Reports of clips: by hand, in chains, and of clips that see a part of the gradient, or not every step."""
 
 import math
 
@@ -10,6 +10,7 @@ import pytest
 
 import fnn
 from fnn.training import clip
+from fnn.tree import Stacked
 
 
 def steps_of(tx, targets, batch=8):
@@ -40,6 +41,51 @@ def norm64(tree):
 def scaled(node, limit):
     norm = norm64(node)
     return jax.tree.map(lambda a: a * min(1, limit / norm), node)
+
+
+def test_reports_by_hand():
+    g = {"a": np.array([0.5, 2.0, -3.0], np.float32), "b": np.array([[3.0, 0.0], [4.0, 0.5]], np.float32)}
+    w = {"a": np.array([1.0, 2.0, 2.0], np.float32), "b": np.array([[0.0, 0.0], [2.0, 0.0]], np.float32)}
+    before = math.sqrt(0.25 + 4 + 9 + 9 + 16 + 0.25)
+    wanted = {
+        # 2, -3, 3 and 4 of seven numbers
+        clip.by_value(1.0): (4 / 7, before, math.sqrt(0.25 + 1 + 1 + 1 + 1 + 0.25)),
+        # -3 stays
+        clip.from_above(1.0): (3 / 7, before, math.sqrt(0.25 + 1 + 9 + 1 + 1 + 0.25)),
+        clip.by_global_norm(2.0): (1, before, 2),
+        clip.by_global_norm(10.0): (0, before, before),
+        # |a| = 3.64, |b| = 5.02
+        clip.by_block_norm(4.0): (1 / 2, before, math.sqrt(13.25 + 16)),
+        # units: a (|w| 3, |g| 3.64) clipped to 3; column (2, 5) clipped to 2; column (eps 1e-3, ½) clipped to 1e-3
+        clip.adaptive(1.0): (1, before, math.sqrt(9 + 4 + 1e-6)),
+        clip.adaptive(1.5): (2 / 3, before, math.sqrt(13.25 + 9 + 2.25e-6)),
+    }
+
+    @jax.jit
+    def run(g, w):
+        return [tx.update(g, tx.init(w), w)[1] for tx in wanted]
+
+    for report, numbers in zip(run(g, w), wanted.values(), strict=True):
+        np.testing.assert_allclose(report[:3], numbers, rtol=1e-6)
+        assert {leaf.dtype for leaf in report[:3]} == {jnp.dtype("float32")}
+
+
+def test_reports_are_found_in_chains_and_per_depth_gives_scalars():
+    inner = optax.chain(clip.by_value(1.0), optax.trace(0.9))
+    transformation = optax.chain(
+        inner, clip.by_global_norm(2.0), fnn.optimizers.per_depth(clip.by_block_norm(0.5)), optax.sgd(0.1)
+    )
+    g = {"out": np.array([3.0, 4.0], np.float32), "in": Stacked(np.array([[0.1, 0], [0.6, 0.8]], np.float32))}
+    state = transformation.init(g)
+    assert [type(r) for r in clip.reports(state)] == [clip.ClipState] * 3
+    _, state = jax.jit(transformation.update)(g, state)
+    by_value, by_norm, by_block = clip.reports({"optimizer": [state]})
+    after = math.sqrt(1 + 1 + 0.01 + 1)
+    np.testing.assert_allclose(by_value[:3], [2 / 6, math.sqrt(25 + 0.01 + 1), after], rtol=1e-6)
+    np.testing.assert_allclose(by_norm[:3], [0, after, after], rtol=1e-6)
+    # two of three blocks, of norms sqrt 2 and 1, to a half each
+    np.testing.assert_allclose(by_block[:3], [2 / 3, after, math.sqrt(0.25 + 0.01 + 0.25)], rtol=1e-6)
+    assert clip.reports(optax.adam(0.1).init(g)) == [] and clip.reports(()) == []
 
 
 def test_clip_reports_of_parts_are_over_all_arrays():

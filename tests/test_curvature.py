@@ -96,16 +96,12 @@ def test_eigenvalues_traces_and_gradient_against_the_dense_hessian(x64):
     H, *_ = dense(net, state, batch)
     c = fnn.curvature(ENTROPY, outputs=net)(state, batch)
     exact = np.linalg.eigvalsh(H)
-    for end, wanted in (("top", exact[::-1][:3]), ("bottom", exact[:3])):
-        found = c.hessian.eigenvalues(3, end=end)
-        assert found.converged
-        np.testing.assert_array_less(np.abs(found.values - wanted), found.residuals + 1e-12)
-        vectors = np.stack([ravel_pytree(c.hessian.eigenvector(found, i))[0] for i in range(3)])
-        np.testing.assert_allclose(
-            np.linalg.norm(vectors @ H - np.asarray(found.values)[:, None] * vectors, axis=1),
-            found.residuals,
-            atol=1e-10,
-        )
+    found = c.hessian.eigenvalues(3)
+    assert found.converged
+    np.testing.assert_array_less(np.abs(found.values - exact[::-1][:3]), found.residuals + 1e-12)
+    vectors = np.stack([ravel_pytree(c.hessian.eigenvector(found, i))[0] for i in range(3)])
+    misses = np.linalg.norm(vectors @ H - np.asarray(found.values)[:, None] * vectors, axis=1)
+    np.testing.assert_allclose(misses, found.residuals, atol=1e-10)
     all_of_it = c.hessian.trace(probes=len(H))
     np.testing.assert_allclose(all_of_it.trace.value, np.trace(H), rtol=1e-10)
     np.testing.assert_allclose(all_of_it.square.value, np.sum(H * H), rtol=1e-10)

@@ -185,7 +185,7 @@ D, HEADS, T = 16, 4, 5
 TOKENS = jax.random.normal(jax.random.key(3), (2, T, D))
 
 
-def transformer_params(depth=3):
+def transformer_params(depth=2):
     shapes = {"q": (D, D), "k": (D, D), "v": (D, D), "o": (D, D), "up": (D, 32), "down": (32, D)}
     keys = iter(jax.random.split(KEY, 20))
     params = {name: jax.random.normal(next(keys), (depth, *shape)) / shape[0] ** 0.5 for name, shape in shapes.items()}
@@ -220,13 +220,13 @@ def written(p, x, split=True, odd=None):
 
 
 def blocks(params):
-    return [jax.tree.map(lambda a, i=i: a[i], params) for i in range(3)]
+    return [jax.tree.map(lambda a, i=i: a[i], params) for i in range(2)]
 
 
 def test_a_scan_over_blocks_is_equal_to_blocks_written_out():
     params = transformer_params()
     found = fnn.diff(scanned, written)(params, blocks(params), TOKENS)
-    assert found.equal and len(found.rows()) == 72, str(found)
+    assert found.equal and len(found.rows()) == 48, str(found)
     assert {(row.path_a, row.path_b) for row in found.rows() if row.layer == 1} in (
         {("q[0]", "0/q")},
         {("k[0]", "0/k")},

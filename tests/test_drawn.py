@@ -94,19 +94,19 @@ def compare(ours, theirs):
     ("net", "examples"),
     [
         (meanfield.Net("tanh", 8, 32, outputs=3), 1),
-        (meanfield.Net("relu", 8, 32, outputs=3, sigma_w=1.4), 1),
+        pytest.param(meanfield.Net("relu", 8, 32, outputs=3, sigma_w=1.4), 1, marks=pytest.mark.slow),
         (meanfield.Net("sigmoid", 6, 64, outputs=3, sigma_w=3.0, sigma_b=0.5), 1),
         (meanfield.Net("erf", 8, 32, outputs=3, sigma_w=1.3, sigma_b=0.2), 3),
-        (meanfield.Net("tanh", 8, 32, outputs=3, sigma_w=2.0), 6),
-        (meanfield.Net("gelu", 4, 64, outputs=3, sigma_w=1.5), 5),
+        pytest.param(meanfield.Net("tanh", 8, 32, outputs=3, sigma_w=2.0), 6, marks=pytest.mark.slow),
+        pytest.param(meanfield.Net("gelu", 4, 64, outputs=3, sigma_w=1.5), 5, marks=pytest.mark.slow),
         (meanfield.Net("tanh", 8, 32, outputs=3, sigma_w=1.5, sigma_b=0.1), 20),
         (meanfield.Net("relu", 6, 32, outputs=3, norm="batch_norm"), 6),
-        (meanfield.Net("sigmoid", 6, 24, outputs=3, norm="batch_norm"), 16),
+        pytest.param(meanfield.Net("sigmoid", 6, 24, outputs=3, norm="batch_norm"), 16, marks=pytest.mark.slow),
         (meanfield.Net("tanh", 6, 32, outputs=3, norm="layer_norm", sigma_b=0.3), 4),
         (meanfield.Net("relu", 6, 32, outputs=3, norm="rms_norm", sigma_w=0.5), 20),
         (meanfield.Net("tanh", 6, 32, outputs=3, residual=0.5, sigma_b=0.3), 4),
         (meanfield.Net("relu", 6, 32, outputs=3, residual=1.0, norm="batch_norm"), 8),
-        (meanfield.Net("relu", 6, 32, outputs=3, residual=0.7), 1),
+        pytest.param(meanfield.Net("relu", 6, 32, outputs=3, residual=0.7), 1, marks=pytest.mark.slow),
     ],
     ids=lambda value: f"{value.activation.name}-{value.norm}-{value.residual}" if hasattr(value, "depth") else value,
 )
@@ -120,7 +120,10 @@ def test_drawn_nets_are_those_with_weights(net, examples):
         compare(*(np.concatenate([c[:, columns], r], axis=1) for c, r in zip((a, b), ratio, strict=True)))
 
 
-@pytest.mark.parametrize(("name", "sigma_w", "depth", "width"), [("tanh", 1.0, 256, 32), ("erf", 0.9, 16, 128)])
+@pytest.mark.parametrize(
+    ("name", "sigma_w", "depth", "width"),
+    [pytest.param("tanh", 1.0, 256, 32, marks=pytest.mark.slow), ("erf", 0.9, 16, 128)],
+)
 def test_growth_and_total_of_deep_nets(name, sigma_w, depth, width):
     """Median and 90 % band of the total log10 ratio and of the growth a layer, one example: 2,000 drawn, 100 with weights.
 

@@ -38,8 +38,10 @@ def test_multiple_eigenvalues_zero_matrices_and_short_spectra(x64):
     assert zero.hessian.density().mean(np.square) == (0, 0)
 
 
-@pytest.mark.parametrize("end", ["top", "bottom"])
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(
+    ("k", "end"),
+    [(1, "top"), (2, "bottom"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "top"), (1, "bottom")))],
+)
 def test_large_matrices_of_zeros_and_of_low_rank(k, end, recwarn):
     for values in (np.zeros(300), np.r_[np.linspace(1, 2, 10), np.zeros(290)]):
         A, _ = quadratic(values)

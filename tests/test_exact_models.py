@@ -50,15 +50,15 @@ def in_float64(loss, params):
 class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
-        for _ in range(150):
+        for _ in range(60):
             x = nn.sigmoid(nn.Dense(4)(x))
         return nn.Dense(1)(x)
 
 
-def test_linen_sigmoid_net_of_150_layers():
+def test_linen_sigmoid_net_of_60_layers():
     net, x = Mlp(), drawn(8, 4)
     specs = jax.eval_shape(net.init, jax.random.key(0), x)
-    params = jax.tree.map(lambda spec: drawn(*spec.shape) / 2, specs)
+    params = jax.tree.map(lambda spec: drawn(*spec.shape) / 16, specs)
 
     def loss(p):
         return jnp.mean(net.apply(p, x) ** 2)

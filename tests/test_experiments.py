@@ -10,8 +10,9 @@ FOLDER = Path(__file__).parent.parent / "experiments"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 SLOW = {"edge_of_stability", "initialisation", "conv_isometry", "edge_of_chaos", "recurrent"}
 SLOW |= {"ntk_condition", "batch_norm_explodes", "jacobian_moments", "finite_width", "residual"}
+SLOW |= {"residual_batch_norm", "clipping_rescues", "norm_position"}
 """Those that take longest. What they measure has its tests: curvature, initializers, expected, exact_models; kernel,
-meanfield_nets, isometry, finite_width."""
+meanfield_nets, isometry, finite_width; drawn, clip, flow."""
 
 
 @pytest.fixture

@@ -108,7 +108,8 @@ def test_functions_of_more_than_six_parameters_say_why():
 
 
 def test_no_file_is_longer_than_350_lines():
-    assert not [path.name for path in FILES if len(path.read_text().splitlines()) > 350]
+    paths = [path for folder in ("fnn", "tests", "bench") for path in (ROOT / folder).rglob("*.py")]
+    assert not [path.name for path in paths if len(path.read_text().splitlines()) > 350]
 
 
 def test_import_is_light_and_touches_no_backend():
@@ -125,13 +126,16 @@ def test_import_is_light_and_touches_no_backend():
     assert "fnn" in more and more <= {"fnn", *sys.stdlib_module_names}
 
 
-def test_readme_code_runs_and_its_flows_hold_the_gradients_of_jax(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["without spectra", "whole"])
+def test_readme_code_runs_and_its_flows_hold_the_gradients_of_jax(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
     assert blocks
     space, watched = {}, 0
     for block in blocks:
+        if "fnn.curvature" in block and not whole:  # a third of all time
+            continue
         before = space.get("params")
         exec(compile(block, "README.md", "exec"), space)
         if "fnn.watch(loss" in block:

@@ -26,17 +26,20 @@ MADE_OF_OTHERS = words("""bidirectional block_on_masked cross_attention_own_mask
     repeat_of_repeat repeat_unrolled""")
 VARIANTS = words("""attention_own_mask attention_window batch_norm_plain conv_2d_circular dense_without_bias gru
     residual_of_one_input rnn tap_with_bounds""")
+# A layer that branches on values would differ under jit: one of each kind of it.
+EAGER = words("""activations attention_masked batch_norm batch_norm_masked block_with_dropout conv_2d dense dropout embed
+    group_norm layer_norm lstm repeat rnn_masked tap_masked""")
 every = table(CASES, slow=lambda case: case.model and case.name not in FEW)
 unless_made = table(CASES, slow=lambda case: case.model or case.name in MADE_OF_OTHERS)
 # A repeat of `repeat` says all that a repeat of its variants would, and those compile for long.
 repeatable = table(
     [case for case in CASES if case.keeps_shape and not case.name.startswith("repeat_")],
-    slow=lambda case: case.name in VARIANTS,
+    slow=lambda case: case.name in (*VARIANTS, "attention_masked", "block_on_masked", "residual", "serial"),
 )
 bare = ("activation", "flatten", "dropout", "tap", "serial_empty")
 parametric = table(
     [case for case in CASES if not case.name.startswith(bare)],
-    slow=lambda case: case.model or (case.name in MADE_OF_OTHERS and not case.name.startswith("repeat_")),
+    slow=lambda case: case.model or case.name in (*MADE_OF_OTHERS, *VARIANTS),  # test_per_example has nested loops
 )
 BY_NAME = {case.name: case for case in CASES}
 
@@ -87,7 +90,7 @@ def close(a, b, rtol=2e-5):
         np.testing.assert_allclose(np.asarray(u, np.float64), np.asarray(v, np.float64), rtol=0, atol=rtol * scale)
 
 
-@unless_made
+@table(CASES, slow=lambda case: case.name not in EAGER)
 def test_jit_equals_eager(case):
     x, params, state, compiled = prepared(case.name)
     without_key, _, same, trained, new = compiled(params, state, x)

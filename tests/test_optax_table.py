@@ -24,10 +24,51 @@ EXTRA |= {f"optax.contrib.{name}": ["obj_fn"] for name in ("sophia", "hutchinson
 """What optax's documentation says that these need, which take the loss again; the others get value and grad."""
 RANDOM = {"optax.contrib.sophia", "optax.contrib.hutchinson_estimator_diag_hessian"}
 """Those of them that draw random signs for each array."""
-ONE_OF_EACH = {"optax.lbfgs", "optax.contrib.sam", "optax.contrib.sophia"}
-"""Of those that take the loss again, one of each way in which they get it."""
+IN_NETS = {
+    "optax.lbfgs": ["looped"],
+    "optax.contrib.sam": ["looped", "written_out"],
+    "optax.contrib.sophia": ["looped"],
+}
+"""Of those that take the loss again, one of each way in which they get it; the others need --slow."""
+KINDS = {
+    *(
+        "MultiSteps",
+        "adafactor",
+        "adam",
+        "adamw",
+        "adaptive_grad_clip",
+        "add_decayed_weights",
+        "add_noise",
+        "apply_if_finite",
+    ),
+    *(
+        "clip_by_block_rms",
+        "clip_by_global_norm",
+        "conditionally_mask",
+        "flatten",
+        "inject_hyperparams",
+        "keep_params_nonnegative",
+    ),
+    *(
+        "lamb",
+        "lbfgs",
+        "lion",
+        "masked",
+        "multi_transform",
+        "novograd",
+        "scale_by_backtracking_linesearch",
+        "set_to_zero",
+        "sm3",
+    ),
+    *("snapshot", "stateless", "contrib.cocob", "contrib.dog", "contrib.galore", "contrib.mechanize", "contrib.momo"),
+    *("contrib.muon", "contrib.prodigy", "contrib.sam", "contrib.schedule_free_adamw", "contrib.sophia"),
+}
+"""One of each way to read gradients: number by number, by array, by all arrays, factored, with noise, conditionals, the loss.
+
+The others need --slow.
+"""
 PARTS = {name for name in NAMES if name.replace("scale_by_", "") in set(NAMES) - {name}}
-"""`scale_by_adam` and the like: `adam`, which is tested too, is this and a rate (asserted below). They need --slow."""
+"""`scale_by_adam` and the like: `adam`, which is tested too, is this and a rate (asserted below)."""
 STILL = {"optax.set_to_zero", "optax.freeze"}
 """Those that leave the parameters where they are."""
 
@@ -122,7 +163,9 @@ def by_wrapper(name, wrap, params, targets):
 
 
 @pytest.mark.usefixtures("x64")  # signs of small gradients are rounding in float32
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in PARTS)) for n in NAMES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n.removeprefix("optax.") not in KINDS)) for n in NAMES]
+)
 def test_every_optimiser_of_optax_treats_repeat_as_by_hand(name):
     params = few()
     targets = near(params)
@@ -137,8 +180,15 @@ def test_every_optimiser_of_optax_treats_repeat_as_by_hand(name):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ONE_OF_EACH else pytest.mark.slow) for n in NAMES])
-def test_every_optimiser_of_optax_trains_nets_as_by_hand(name):
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(name, form, marks=[pytest.mark.slow] * (form not in IN_NETS.get(name, ())))
+        for name in NAMES
+        for form in ("looped", "written_out")
+    ],
+)
+def test_every_optimiser_of_optax_trains_nets_as_by_hand(name, form):
     """With batch norm and dropout: what takes the loss again takes the same one."""
 
     def loss(params, net_state, batch, step):
@@ -156,9 +206,10 @@ def test_every_optimiser_of_optax_trains_nets_as_by_hand(name):
 
     params, net_state, batches = drawn()
     wanted = jax.jit(lambda *args: by_hand(name, loss, *args))(params, net_state, batches)
-    assert_close(jax.jit(lambda *args: by_step(WRITTEN_OUT, *args))(params, net_state, batches), wanted)
-    found = jax.jit(lambda *args: by_step(LOOPED, *args))(looped_form(params), looped_form(net_state), batches)
-    assert_close(found, (looped_form(wanted[0]), looped_form(wanted[1]), wanted[2]))
+    if form == "looped":
+        params, net_state, wanted = *map(looped_form, (params, net_state)), (*map(looped_form, wanted[:2]), wanted[2])
+    net = LOOPED if form == "looped" else WRITTEN_OUT
+    assert_close(jax.jit(lambda *args: by_step(net, *args))(params, net_state, batches), wanted)
 
 
 def test_the_table_knows_every_public_function_of_optax():

@@ -5,14 +5,11 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,7 +19,7 @@ import pytest
 import fnn
 import fnn.cli.main
 from fnn import files
-from fnn.study import results, study, workers
+from fnn.study import results, study
 
 # One worker: the tests share the fixtures, and those the compilations.
 pytestmark = pytest.mark.xdist_group("results")
@@ -301,43 +298,6 @@ def test_a_dask_cluster(tmp_path, undisturbed):
     ours, theirs = results.read(undisturbed).table(), found.table()
     assert ours.drop("value").equals(theirs.drop("value"))
     np.testing.assert_allclose(ours["value"], theirs["value"], rtol=1e-5)
-
-
-class Recording(ThreadPoolExecutor):
-    """Threads that are told what they would be sent as processes, and do it from its bytes."""
-
-    def __init__(self, reads=True):
-        super().__init__(2)
-        self.sizes, self.reads = [], reads
-
-    def submit(self, work, task):
-        content = pickle.dumps(task)
-        self.sizes.append(len(content))
-        if not self.reads:  # as on a machine without the file
-            workers._LOADED.clear()
-            for part in Path(tempfile.gettempdir()).glob(".shared.*.part"):
-                part.unlink()
-        return super().submit(work, pickle.loads(content))
-
-
-def test_a_task_names_its_data_and_takes_it_along_only_where_the_file_cannot_be_read(monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    x, y = np.random.default_rng(0).normal(size=(4000, 3)).astype(np.float32), np.arange(4000) % 2
-    sizes, tables = {}, {}
-    for n, reads in ((40, True), (4000, True), (4000, False)):
-        with Recording(reads) as executor:
-            tables[n, reads] = tiny(data=(x[:n], y[:n])).run(executor=executor).table()
-        sizes[n, reads] = executor.sizes
-        assert not list(tmp_path.iterdir())
-    assert sizes[40, True] == sizes[4000, True] and len(sizes[40, True]) == 3
-    assert sorted(sizes[4000, False])[:3] == sorted(sizes[4000, True]) and len(sizes[4000, False]) == 6
-    assert min(sorted(sizes[4000, False])[3:]) > x.nbytes  # sent again, with the data
-    assert tables[4000, True].equals(tables[4000, False]) and not tables[40, True].equals(tables[4000, True])
-
-
-def test_a_worker_that_dies_is_a_sentence():
-    with workers.pool(1) as executor, pytest.raises(OSError, match="a worker process died"):
-        workers.drive([9], os._exit, lambda *_: None, executor, lambda _: None)
 
 
 def test_compare_finds_what_differs_beyond_the_seeds(undisturbed, tmp_path, capsys):

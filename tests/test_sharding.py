@@ -35,7 +35,7 @@ def test_one_device_equals_four(section):
 
 def test_a_mapped_axis_keeps_every_metric():
     """Two lanes of `vmap` are one batch: norms of single examples, their quartiles and the clip too."""
-    net = fnn.models.mlp(2, 4, 3, norm="batch_norm", taps=True)
+    net = fnn.models.mlp(1, 4, 3, norm="batch_norm", taps=True)
     x, y = jax.random.normal(jax.random.key(0), (8, 5)), jnp.arange(8) % 3
     state = fnn.TrainState.create(net, optax.sgd(0.1), jax.random.key(1), x)
     options = {"per_example": "clip", "max_norm": 0.5, "per_layer": True}

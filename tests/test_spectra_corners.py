@@ -53,7 +53,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+REPEATS = ("tuple", "remat", "linear", "one example", "nnx")
+"""Dicts, scans, a constant loss and Equinox say the same."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in REPEATS)) for name in CASES])
 def test_all_eigenvalues_and_the_trace_are_those_of_the_dense_hessian(name, x64):
     found = CASES[name]
     loss, params = found() if callable(found) else found
@@ -236,8 +240,15 @@ def classifier(phi, rng):
     return net, params, state, x, y
 
 
-@pytest.mark.parametrize("phi", ["tanh", "relu"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("dtype", "phi"),
+    [
+        (np.float32, "tanh"),
+        (np.float64, "relu"),
+        pytest.param(np.float32, "relu", marks=pytest.mark.slow),
+        pytest.param(np.float64, "tanh", marks=pytest.mark.slow),
+    ],
+)
 def test_tight_tolerances_are_proved(phi, dtype):
     """Down to rounding, whatever the batch: the chance of a missed eigenvalue goes down too, and `limit` says of what."""
     tolerances, rounding = ((1e-3, 1e-5), 4e-4) if dtype == np.float32 else ((1e-5, 1e-7, 1e-9), 4e-12)
@@ -253,7 +264,7 @@ def test_tight_tolerances_are_proved(phi, dtype):
                 assert tolerance * 0.9 <= top.limit / top.values[0] - 1 <= 1.1 * max(tolerance, rounding)
 
 
-@pytest.mark.parametrize("phi", ["tanh", "relu"])
+@pytest.mark.parametrize("phi", ["tanh", pytest.param("relu", marks=pytest.mark.slow)])
 def test_float32_is_near_float64(phi, rng):
     """The tolerances that `Operator` states."""
     net, params, state, x, y = classifier(phi, rng)

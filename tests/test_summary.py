@@ -41,7 +41,13 @@ def test_a_scan_of_blocks_counts_each_block():
     assert found.state == n * (9 + 129)  # taps and running moments
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+MODELS = [case for case in CASES if case.model and case.name not in ("convnet", "transformer_decoder")]
+"""Made of layers that are cases too."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case in MODELS)) for case in CASES]
+)
 def test_rows_add_up_to_the_net(case):
     x = case.make(np.ones(case.shape, np.float32))
     x = jax.tree.map(jnp.asarray, x)

@@ -26,8 +26,13 @@ def loss_of(activation, **options):
     return loss, params
 
 
-@pytest.mark.parametrize("unroll", [1, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "unroll"),
+    [
+        *((name, 1) for name in NAMES),
+        *(pytest.param(name, True, marks=[pytest.mark.slow] * (name != "gelu")) for name in NAMES),
+    ],
+)
 def test_a_swapped_net_has_the_loss_and_gradient_of_the_net_built_so(name, unroll):
     (loss, params), (built, _) = loss_of(name, unroll=unroll), loss_of("tanh", unroll=unroll)
     got = jax.jit(jax.value_and_grad(swap.swapped(loss, {"hidden": "tanh"})))(params, (X, Y))
@@ -181,8 +186,13 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, jnp.bfloat16) for name in BODIES),
+        *(pytest.param(name, jnp.float16, marks=[pytest.mark.slow] * (name != "a scan")) for name in BODIES),
+    ],
+)
 def test_a_program_in_float32_is_the_one_written_in_float32(name, dtype):
     def loss_in(dtype):
         def loss(w, x):

@@ -158,7 +158,7 @@ def test_a_weight_used_over_time_counts_all_steps():
 
 
 def test_a_product_with_the_transposed_table_is_a_layer_of_its_own():
-    flow, *_ = taken("by_index")
+    flow = watched("by_index")[1]
     rows = [(row.layer, row.path) for row in flow.rows() if row.quantity == "log10_error"]
     assert rows == [(1, "e"), (2, "w[0]"), (3, "w[1]"), (4, "w[2]"), (5, "w[3]"), (6, "e")]
     gradients = [(row.layer, row.path) for row in flow.rows() if row.quantity == "log10_gradient"]

@@ -29,7 +29,7 @@ def test_under_jit_vmap_and_scan():
 
 
 def test_a_batch_cut_over_a_named_axis():
-    loss, params, (x, y) = MODELS["linen_mlp"]()
+    loss, params, (x, y) = MODELS["plain_mlp"]()
     whole = fnn.watch(loss, groups="all")(params, x, y)
     cut = fnn.watch(loss, groups=[g for g in module_groups() if g != "rank"], axis_name="i")
     parts = jax.vmap(cut, in_axes=(None, 0, 0), axis_name="i")(params, x.reshape(2, 3, 8), y.reshape(2, 3))

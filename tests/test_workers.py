@@ -2,13 +2,17 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
+import tempfile
 import threading
 import time
-from concurrent.futures import BrokenExecutor, Executor, Future
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from test_results import tiny
 
 from fnn.study import workers
 
@@ -150,3 +154,41 @@ def test_workers_get_no_ctrl_c_and_are_not_waited_for_when_all_is_broken_off():
         time.sleep(0.1)
     assert process.exitcode == -signal.SIGTERM
     assert isinstance(future.exception(10), BrokenExecutor)
+
+
+class Recording(ThreadPoolExecutor):
+    """Threads that are told what they would be sent as processes, and do it from its bytes."""
+
+    def __init__(self, reads=True):
+        super().__init__(2)
+        self.sizes, self.reads = [], reads
+
+    def submit(self, work, task):
+        content = pickle.dumps(task)
+        self.sizes.append(len(content))
+        if not self.reads:  # as on a machine without the file
+            workers._LOADED.clear()
+            for part in Path(tempfile.gettempdir()).glob(".shared.*.part"):
+                part.unlink()
+        return super().submit(work, pickle.loads(content))
+
+
+@pytest.mark.xdist_group("results")  # its programs are compiled there
+def test_a_task_names_its_data_and_takes_it_along_only_where_the_file_cannot_be_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    x, y = np.random.default_rng(0).normal(size=(4000, 3)).astype(np.float32), np.arange(4000) % 2
+    sizes, tables = {}, {}
+    for n, reads in ((40, True), (4000, True), (4000, False)):
+        with Recording(reads) as executor:
+            tables[n, reads] = tiny(data=(x[:n], y[:n])).run(executor=executor).table()
+        sizes[n, reads] = executor.sizes
+        assert not list(tmp_path.iterdir())
+    assert sizes[40, True] == sizes[4000, True] and len(sizes[40, True]) == 3
+    assert sorted(sizes[4000, False])[:3] == sorted(sizes[4000, True]) and len(sizes[4000, False]) == 6
+    assert min(sorted(sizes[4000, False])[3:]) > x.nbytes  # sent again, with the data
+    assert tables[4000, True].equals(tables[4000, False]) and not tables[40, True].equals(tables[4000, True])
+
+
+def test_a_worker_that_dies_is_a_sentence():
+    with workers.pool(1) as executor, pytest.raises(OSError, match="a worker process died"):
+        workers.drive([9], os._exit, lambda *_: None, executor, lambda _: None)

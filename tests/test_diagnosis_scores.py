@@ -1,0 +1,88 @@
+"""Scores of a diagnosis: what a task is, and what counts as right."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fnn
+from fnn.diagnosis.task import Task, task_of
+
+RNG = np.random.default_rng(0)
+
+
+def test_balanced_accuracy_is_the_mean_of_the_classes_recalls():
+    outputs, y = jnp.asarray(RNG.normal(size=(50, 4)), jnp.float32), RNG.integers(0, 3, 50)
+    answer = np.asarray(outputs).argmax(1)
+    want = np.mean([(answer[y == c] == c).mean() for c in range(3)])  # class 3 does not occur
+    np.testing.assert_allclose(Task("classes", 4)(outputs, jnp.asarray(y)), want, rtol=1e-6)
+    np.testing.assert_allclose(Task("one_hot", 4)(outputs, jax.nn.one_hot(y, 4)), want, rtol=1e-6)
+    assert Task("classes", 4)(outputs * jnp.nan, jnp.asarray(y)) == 0  # not class 0
+
+
+def test_r2_at_any_scale():
+    y = RNG.normal(size=(60, 2))
+    outputs = y + 0.3 * RNG.normal(size=y.shape)
+    want = np.mean(1 - ((outputs - y) ** 2).mean(0) / y.var(0))
+    for scale in (1.0, 1e-25, 1e25):
+        got = Task("regression")(jnp.asarray(outputs * scale, jnp.float32), jnp.asarray(y * scale, jnp.float32))
+        np.testing.assert_allclose(got, want, rtol=1e-4)
+    scales = jnp.array([1e-20, 1e20], jnp.float32)
+    got = Task("regression")(jnp.asarray(outputs, jnp.float32) * scales, jnp.asarray(y, jnp.float32) * scales)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    assert Task("regression")(jnp.full((60, 2), jnp.nan), jnp.asarray(y)) == -1
+
+
+def test_r2_leaves_out_a_target_that_is_the_same_for_all():
+    y = np.float32(RNG.normal(size=(60, 2)) * [1, 0] + [0, 0.1])
+    outputs = y + np.float32(0.3 * RNG.normal(size=y.shape))
+    want = np.mean(1 - ((outputs - y) ** 2).mean(0)[0] / y.var(0)[0])
+    np.testing.assert_allclose(Task("regression")(jnp.asarray(outputs), jnp.asarray(y)), want, rtol=1e-4)
+
+
+def probability_loss(outputs, y):
+    p = jnp.clip(outputs.reshape(-1), 1e-7, 1 - 1e-7)
+    return -y * jnp.log(p) - (1 - y) * jnp.log(1 - p)
+
+
+@pytest.mark.parametrize(
+    "loss, want",
+    [(fnn.losses.binary_cross_entropy, 0.0), (probability_loss, 0.5), (lambda o, y: (o.reshape(-1) - y) ** 2, 0.5)],
+)
+def test_the_threshold_of_a_binary_task_is_where_both_labels_cost_the_same(loss, want):
+    task = task_of(loss, np.array([0, 1, 1, 0]), (4, 1))
+    assert task.kind == "binary" and abs(task.threshold - want) < 0.02
+    outputs = jnp.asarray([[want - 1], [want + 1], [want - 1], [want - 1]], jnp.float32)
+    assert task(outputs, jnp.array([0, 1, 1, 0])) == 0.75
+
+
+def test_tasks_are_told_by_their_targets():
+    kinds = {
+        "classes": (np.arange(6) % 3, (6, 3), fnn.losses.cross_entropy),
+        "one_hot": (np.eye(3, dtype=np.float32)[np.arange(6) % 3], (6, 3), fnn.losses.mse),
+        "regression": (RNG.normal(size=(6, 1)).astype(np.float32), (6, 1), fnn.losses.mse),
+        "regression ": (RNG.normal(size=(6, 3)).astype(np.float32), (2, 3), fnn.losses.mse),
+        "multi_label": (np.float32([[0, 1, 1], [1, 1, 0], [0, 0, 0]]), (2, 3), optax.sigmoid_binary_cross_entropy),
+        "exact": (np.zeros((6, 5), np.int32), (6, 5, 7), fnn.losses.sequence_cross_entropy),
+    }
+    for kind, (y, shape, loss) in kinds.items():
+        assert task_of(loss, y, shape).kind == kind.strip()
+    with pytest.raises(ValueError, match="diagnose: targets must be labels, one-hot rows or numbers"):
+        task_of(lambda o, y: o, np.zeros((6, 2)), (6, 3))
+
+
+@pytest.mark.parametrize("threshold, head", [(0.0, lambda z: z), (0.5, jax.nn.sigmoid)])
+def test_several_labels_are_scored_by_their_balanced_accuracy(threshold, head):
+    def loss(o, y):
+        if threshold == 0:
+            return optax.sigmoid_binary_cross_entropy(o, y).sum(-1)
+        return -(y * jnp.log(o + 1e-6) + (1 - y) * jnp.log(1 - o + 1e-6)).mean(-1)
+
+    y = np.float32(RNG.uniform(size=(200, 3)) < [0.5, 0.1, 0.0])
+    z = jnp.asarray(2 * y - 1 + 1.5 * RNG.normal(size=y.shape), jnp.float32)
+    right = (np.asarray(z) > 0) == (y > 0.5)
+    want = np.mean([[right[y[:, j] == v, j].mean() for v in (0, 1)] for j in (0, 1)])
+    task = task_of(loss, y, (2, 3))
+    assert task.kind == "multi_label" and task.chance == 0.5
+    np.testing.assert_allclose(task(head(z), jnp.asarray(y)), want, atol=0.01)
