@@ -11,7 +11,7 @@ from fnn.diagnosis import data_changes, diagnose, parts, report, run_symptoms, s
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.changes import changes
-from fnn.diagnosis.inquiry import NOTHING, Inquiry
+from fnn.diagnosis.inquiry import NOTHING, SETTLED, Inquiry
 from fnn.diagnosis.reads import Reads
 
 CASE = case(steps=5, seeds=2)
@@ -152,19 +152,43 @@ def test_what_is_tried_on_suspicion_alone_leaves_no_doubt():
     assert not report.decided(asked)
 
 
-def test_pairs_come_before_more_steps(monkeypatch):
-    """More steps, the dearest change, are trained only where no pair of repairs helps."""
-    ran = {}
+SPOILT = [part._replace(x=300 * part.x) for part in (CASE.train, CASE.chooses)]
 
-    def found(score):
+
+@pytest.fixture
+def found(monkeypatch):
+    """A whole diagnosis of inputs that are far too large, with given scores: (scores) -> (Diagnosis, the plans it ran)."""
+
+    def diagnosed(score):
+        ran = []
+
         def runner(made, thread):
-            ran[score] = Scripted(made, thread, score)
-            return ran[score]
+            ran.append(Scripted(made, thread, score))
+            return ran[0]
 
         monkeypatch.setattr(diagnose, "Runner", runner)
         monkeypatch.setattr(run_symptoms, "run_symptoms", lambda *_: [Evidence("lr_low", "slow")])
-        spoilt = case(*(part._replace(x=300 * part.x) for part in (CASE.train, CASE.chooses)), steps=5, seeds=2)
-        return diagnose._found(spoilt, 600.0, None, False)
+        return diagnose._found(case(*SPOILT, steps=5, seeds=2), 600.0, None, False), ran[0].plans
+
+    return diagnosed
+
+
+@pytest.mark.parametrize("fresh", [0.97, 0.1])
+def test_programs_that_cannot_alter_the_verdict_are_run_only_if_the_proof_fails(fresh, found):
+    """On fresh seeds; what needs a program of its own comes behind the inputs' scale, whose repair leaves nothing to gain."""
+
+    def score(plan, seed):
+        return (0.97 if seed < CASE.seeds else fresh) if scaled(plan) else 0.1
+
+    diagnosis, plans = found(score)
+    assert [c.name for c in diagnosis.causes] == ["input_scale"] * (fresh > 0.9)
+    skipped = {name for name, why in diagnosis.not_tried.items() if why == SETTLED}
+    own = [plan for plan in plans if plan.optimizer is not None or plan.knobs]
+    assert bool(skipped) == (fresh > 0.9) == (not own)
+
+
+def test_pairs_come_before_more_steps(found):
+    """More steps, the dearest change, are trained only where no pair of repairs helps."""
 
     def pair(plan, seed):
         return 0.9 if scaled(plan) and plan.rate == 100 else 0.1
@@ -172,9 +196,9 @@ def test_pairs_come_before_more_steps(monkeypatch):
     def longer(plan, seed):
         return 0.9 if scaled(plan) and plan.steps else 0.1
 
-    assert {c.name for c in found(pair).causes} == {"input_scale", "lr_low"}
-    assert not any(plan.steps for plan in ran[pair].plans)
-    found(longer)
-    plans = ran[longer].plans
+    diagnosis, plans = found(pair)
+    assert {c.name for c in diagnosis.causes} == {"input_scale", "lr_low"}
+    assert not any(plan.steps for plan in plans)
+    plans = found(longer)[1]
     first = next(i for i, plan in enumerate(plans) if plan.steps)
     assert any(scaled(plan) and plan.rate > 1 for plan in plans[:first])
