@@ -30,6 +30,8 @@ Y = np.arange(60, dtype=np.int32) % 4
         ([0, 1, 2, 3, 5], []),
         ([1, 2, 900], []),  # not numbered from 0: the ids of something
         ([0, 3, 900, 41], []),
+        ([0, 1, 2, 40, 50, 60], []),  # words with gaps
+        (np.arange(0, 200_000, 2), []),
         ([0.0, 1.0, 255.0], []),
         ([], []),
     ],

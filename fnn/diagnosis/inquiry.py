@@ -117,7 +117,7 @@ class Inquiry:
             ValueError,
             TypeError,
             Unreadable,
-        ) as error:  # a knob that goes with another one, a score that is not read
+        ) as error:  # a knob that goes with another one, a score of unknown form
             self.skipped[change.name] = f"refused: {first_line(error):.60}"
             return None
 

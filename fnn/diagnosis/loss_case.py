@@ -20,19 +20,8 @@ from fnn.gradients.watch import watch
 from fnn.gradients.wide import in_float32, narrowest
 
 INPUTS = (
-    "x",
-    "inputs",
-    "input",
-    "image",
-    "images",
-    "features",
-    "data",
-    "tokens",
-    "input_ids",
-    "ids",
-    "text",
-    "sequence",
-)
+    "x", "inputs", "input", "image", "images", "features", "data", "tokens", "input_ids", "ids", "text", "sequence",
+)  # fmt: skip
 TARGETS = ("y", "targets", "target", "label", "labels", "tags", "class", "classes", "category")
 
 

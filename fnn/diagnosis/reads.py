@@ -9,6 +9,8 @@ from fnn.diagnosis.causes import Evidence
 
 MOST = 6
 """How many different labels are looked at, the commonest first."""
+FEW = 2
+"""How many numbers may mark what is no class."""
 SHARE = 0.3
 """The share of the targets that a loss must leave out to be suspected."""
 
@@ -25,12 +27,17 @@ class Reads(NamedTuple):
 
 
 def strange(y: np.ndarray) -> list[int]:
-    """List the labels that no class has: negative ones, and those far above others that are numbered 0, 1, 2, ..."""
-    if not np.issubdtype(y.dtype, np.integer) or y.size == 0:
+    """List the labels that no class has: negative ones, and those far above others that are numbered 0, 1, 2, ...
+
+    More than `FEW` of them are ids with gaps, as of words.
+    """
+    if not np.issubdtype(y.dtype, np.integer):
         return []
-    values = [int(v) for v in np.unique(y)]
-    classes = next(n for n in range(len(values) + 1) if n not in values)  # 0 to classes - 1 are there
-    return [v for v in values if v < 0 or v > 2 * classes + 8] if classes > 1 else []
+    values = np.unique(y)
+    numbered = values[values >= 0]
+    classes = int(np.argmin(np.append(numbered == np.arange(len(numbered)), False)))  # 0 to classes - 1 are there
+    found = values[(values < 0) | (values > 2 * classes + 8)]
+    return [int(v) for v in found] if classes > 1 and len(found) <= FEW else []
 
 
 def plain(y: np.ndarray) -> np.ndarray:

@@ -120,7 +120,7 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any, ask: bool = Fa
     every = [(path.removesuffix("/value"), g) for path, g in gains(params)]
     hidden = [pair for pair in every if pair[0] != last] if last in dict(every) else every[:-1]
     layers = {path.removesuffix("/value") for path in paths}
-    alike = [path for path in _alike(params, last) if path in layers or not layers]
+    alike = [path for path in _alike(params, last) if path in layers or not layers]  # thresholds may well be equal
     rounding = max(float(jax.numpy.finfo(a.dtype).eps) for a in jax.tree.leaves(params))
     rounded = float(compare(params, (x, y), state)) if compare is not None else 0.0
     recurrent = case.seen.get("recurrent", ())

@@ -75,11 +75,9 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
     if not found:  # a repair that works, though nothing abnormal was measured
         # A score that is good as it is must rise by more than luck.
         clear = -np.inf if ill else inquiry.base.mean + 2 * margin(inquiry.base.scores)
-        able = [t for t in working if t.mean > clear]
+        able = [t for t in working if t.mean > clear and (t.plan.learn != "held out" or taught(inquiry, t)[2])]
         able = [t for t in able if t.mean >= max(a.mean for a in able) - CLOSE]
         for cause, tried in sorted(((main(inquiry, t), t) for t in able), key=lambda pair: STAGE[pair[0]]):
-            if tried.plan.learn == "held out" and not taught(inquiry, tried)[2]:
-                continue
             if (proved := proof(inquiry, cause, tried)) is not None:
                 return [proved]
     if not found and inquiry.begun.unread:  # a score that reads labels as the loss does shows no repair
@@ -103,9 +101,8 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
         )
         return [Cause("blocked_gradient", cut, None, code, 0.0)]
     given = any("positions" in t.change.causes for t in inquiry.tried.values())
-    if (
-        not found and (ill or inquiry.begun.placed) and inquiry.begun.blind and not given
-    ):  # what no change from outside can give
+    sees_order = given or not inquiry.begun.blind  # what no change from outside can give
+    if not found and (ill or inquiry.begun.placed) and not sees_order:
         code = "# add to the inputs of the first block a vector that differs from position to position"
         code += ": encoding[None, :, :], not encoding[:, None, :]" * inquiry.begun.placed
         return [Cause("positions", _of(inquiry, "positions"), None, code, 0.0)]
@@ -250,9 +247,7 @@ def both(inquiry: Inquiry) -> list[Cause]:
     floor = max(base.mean, inquiry.case.task.chance)
     if top - floor > NEARLY * (whole.mean - floor):
         return []
-    for cause in reversed(
-        list(parts)
-    ):  # what comes late in training is put back first, and stays so if nothing is lost
+    for cause in reversed(list(parts)):  # what comes late in training is put back first, and stays if nothing is lost
         rest = {other: part for other, part in parts.items() if other != cause}
         less = inquiry.together(rest.values()) if len(rest) > 1 else None
         if less is not None and less.mean >= max(least, whole.mean - margin(whole.scores)):
