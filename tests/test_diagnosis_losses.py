@@ -122,7 +122,8 @@ def test_an_entropy_of_targets_beyond_one_is_not_healthy_and_repaired():
 
 
 @pytest.mark.parametrize(
-    "weight, share, said", [(5000.0, 0.3, True), (1.0, 0.3, False), (9.0, 0.1, False), (1.0, 0.03, False)]
+    "weight, share, said",
+    [(5000.0, 0.3, True), (1.0, 0.3, False), (9.0, 0.1, False), (1.0, 0.03, False), (1.0, 0.005, False)],
 )
 def test_a_class_that_outweighs_all_others(weight, share, said):
     """Its weight over that of the others at outputs of 0 is weight * share / (1 - share); without weights anything is healthy."""

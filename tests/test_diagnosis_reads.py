@@ -11,7 +11,7 @@ import pytest
 from diagnosed import TEST, TRAIN, case, sgd
 
 import fnn
-from fnn.diagnosis import changes, reads, repeats, start, symptoms, trial
+from fnn.diagnosis import changes, reads, repeats, start, symptoms, trial, weights
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.loss_case import _parts, loss_case_of
 from fnn.diagnosis.reads import Reads
@@ -218,3 +218,16 @@ def test_a_recurrent_kernel_that_forgets_is_measured_and_drawn_orthogonal(size, 
     assert abs(np.std(new["inputs"]) * 3**0.5 - 1) < 0.6
     (code,) = {c.code for c in changes.changes(made) if c.name == "redraw weights" and "memory" in c.causes}
     assert code.splitlines()[0] == "jax.nn.initializers.orthogonal()  # for recurrent kernels"
+
+
+def test_a_weight_that_is_not_finite_says_nothing_of_what_is_kept():
+    assert np.isnan(weights.kept({"w": jnp.full((3, 3), jnp.nan)}, (0,)))
+    kernels = {"a": jnp.stack([jnp.eye(2), 4 * jnp.eye(2)]), "b": jnp.bfloat16(0.5) * jnp.eye(2, dtype=jnp.bfloat16)}
+    assert weights.kept(kernels, (0, 1)) == 0.5 and weights.kept(kernels, (0,)) == 4.0
+
+
+@pytest.mark.parametrize("dtype, offered", [("float32", True), ("int32", True), ("uint8", False), ("bool", False)])
+def test_targets_of_a_type_without_minus_one_are_not_mapped_to_it(dtype, offered):
+    labels = [part._replace(y=(np.asarray(part.y) > 4).astype(dtype)[:, None]) for part in (TRAIN, TEST)]
+    made = case(*labels, lambda z, y: jax.nn.relu(1 - y * z), lambda: fnn.models.mlp(1, 8, 1))
+    assert ("targets -1 and 1" in {c.name for c in changes.changes(made)}) is offered

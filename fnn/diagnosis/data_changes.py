@@ -137,7 +137,8 @@ def of_data(case: Case) -> list[Change]:
             )
         )
     y = np.asarray(case.y)
-    if case.task.kind not in ("regression", "classes") and y.size == len(y) and set(np.unique(y)) == {0, 1}:
+    signs = y.dtype.kind in "if"  # others hold no -1
+    if signs and case.task.kind not in ("regression", "classes") and y.size == len(y) and set(np.unique(y)) == {0, 1}:
         code = "y = 2 * y - 1  # -1 and 1 for 0 and 1: the loss multiplies by the target"
         found.append(Change("targets -1 and 1", ("label_encoding",), _data(signed), code, on_suspicion=True))
     if odd := strange(y):

@@ -54,8 +54,9 @@ def reads(
 ) -> Reads:
     """Ask a loss about the targets `y` of a batch.
 
-    `numbers(other)` are its value and log10 of its gradients that are not zero with others, `moves(rows)` says whether some examples have a
-    gradient; `every` are all training targets, one for each row that `moves` takes. Targets that are no labels are not asked.
+    `numbers(other)` gives its value with other targets, and log10 of the gradients that are not zero. `moves(rows)` says
+    whether some examples have a gradient; `every` are all training targets, from which the rows are. Nothing is asked about
+    targets that are no labels.
     """
     if not (isinstance(y, np.ndarray) and _labels(every)):
         return Reads()

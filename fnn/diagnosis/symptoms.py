@@ -23,7 +23,7 @@ LOGITS = 50.0
 
 
 HEAVY = 50.0
-"""One class may weigh so many times as much as all others; without weights it does where others are rare."""
+"""A class whose examples weigh more than those of others may in all weigh so many times as much as they do."""
 ROUNDED = 0.3
 """The share of a gradient that rounding may change."""
 
@@ -278,7 +278,8 @@ def _weighed(loss: Any, y: np.ndarray, units: int) -> list[Evidence]:
         return [Evidence("loss", text)]
     whole = weights * counts
     top = int(np.argmax(whole))
-    if whole[top] > HEAVY * (whole.sum() - whole[top]) and len(whole) > 1:
+    others = np.delete(weights, top)
+    if whole[top] > HEAVY * (whole.sum() - whole[top]) and weights[top] > 3 * others.max(initial=0) and others.size:
         times = whole[top] / max(whole.sum() - whole[top], 1e-30)
         text = f"all examples of class {labels[top]:g} weigh {times:.3g} times as much as the others (healthy up to {HEAVY:g})"
         return [Evidence("loss", text)]

@@ -53,9 +53,14 @@ def square(params: Any, over_time: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def kept(params: Any, recurrent: tuple[int, ...]) -> float:
-    """Give the largest singular value of recurrent kernels, the smallest of all: a bound of what a step keeps of the state."""
-    leaves = jax.tree.leaves(params)
-    return min(float(np.linalg.norm(np.asarray(leaves[i], np.float64), 2, (-2, -1)).max()) for i in recurrent)
+    """Give the largest singular value of the recurrent kernel that has the smallest one, or NaN where a weight is not finite.
+
+    A linear step keeps no more of the state.
+    """
+    arrays = [np.asarray(jax.tree.leaves(params)[i], np.float64) for i in recurrent]
+    if not all(np.isfinite(a).all() for a in arrays):
+        return float("nan")
+    return min(float(np.linalg.norm(a, 2, (-2, -1)).max()) for a in arrays)
 
 
 def named(path: str) -> str:
