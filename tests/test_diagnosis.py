@@ -13,7 +13,18 @@ from diagnosed import TEST, TRAIN, build, case, sgd
 
 import fnn
 from fnn.datasets.dataset import Dataset
-from fnn.diagnosis import changes, data_changes, data_symptoms, report, run_symptoms, start, symptoms, trial, verdict
+from fnn.diagnosis import (
+    changes,
+    data_changes,
+    data_symptoms,
+    report,
+    run_symptoms,
+    start,
+    symptoms,
+    trial,
+    unproved,
+    verdict,
+)
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.loss_case import loss_case_of
@@ -145,8 +156,9 @@ def test_inputs_that_tell_nothing_of_the_targets(by_heart, others, real, want):
     inquiry = SimpleNamespace(
         case=case() if real else apart, tried={"a": tried(0.2, 0.1), "b": tried(by_heart, others)}
     )
-    said = verdict.unrelated(inquiry)
-    assert (said is not None) == want and (said is None or said.cause == "labels")
+    said = unproved.unrelated_targets(inquiry, True)
+    assert (said is not None) == want and (said is None or said.name == "labels")
+    assert unproved.unrelated_targets(inquiry, False) is None
 
 
 @pytest.mark.parametrize("init, want", [("scaled(3.0)", "init_large"), ("scaled(0.3)", "init_small")])

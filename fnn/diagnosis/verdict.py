@@ -2,12 +2,13 @@
 
 import numpy as np
 
-from fnn.diagnosis import data_symptoms, run_symptoms
+from fnn.diagnosis import data_symptoms, run_symptoms, unproved
 from fnn.diagnosis.case import Plan
-from fnn.diagnosis.causes import STAGE, TOGETHER, WEAK, Cause, Evidence, Trial
+from fnn.diagnosis.causes import STAGE, TOGETHER, WEAK, Cause, Trial
 from fnn.diagnosis.change import Change
 from fnn.diagnosis.inquiry import DONE, LEAST, NOTHING, Inquiry, Tried, margin
 from fnn.diagnosis.parts import taught
+from fnn.diagnosis.unproved import low, measured
 
 SHARE = 0.7
 """The share of the best rise that a repair must reach."""
@@ -29,11 +30,8 @@ FAR = 0.15
 
 def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
     """Rank the causes that a repair proves; two faults stand side by side, each with the repair of both."""
-    if empty := [e for e in _of(inquiry, "input_empty") if not e.partial]:
-        # No training can tell equal examples apart, so that none is a proof.
-        return [
-            Cause("input_empty", tuple(empty), None, "# look at how x is read: it is the same for every example", 0.0)
-        ]
+    if empty := unproved.named(inquiry, ill, [unproved.empty_inputs]):
+        return empty
     working = works(inquiry)
     if not ill:
         near = inquiry.base.mean + FAR
@@ -57,21 +55,8 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
         found[1:] = [*_hidden(inquiry), *(c for c in found[1:] if c.name != "split_mismatch")]
     if pair := both(inquiry) or second(inquiry):
         return pair
-    if not found and ill and (said := unrelated(inquiry)):
-        return [
-            Cause(
-                "labels",
-                (said,),
-                None,
-                "# compare single examples with their targets: the two do not belong together",
-                0.0,
-            )
-        ]
-    if not found and ill and (bad := inquiry.broken(trained=False)):  # what repairs it happens to avoid these numbers
-        return [_lost(inquiry, bad)]
-    if not found and ill and inquiry.begun.constant and (constant := _of(inquiry, "head")):
-        code = "# leave out what follows the last layer: a norm, or a softmax, over one unit gives one number"
-        return [Cause("head", constant, None, code, 0.0)]
+    if not found and (said := unproved.named(inquiry, ill, unproved.EARLY)):
+        return said
     if not found:  # a repair that works, though nothing abnormal was measured
         # A score that is good as it is must rise by more than luck.
         clear = -np.inf if ill else inquiry.base.mean + 2 * margin(inquiry.base.scores)
@@ -80,41 +65,7 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
         for cause, tried in sorted(((main(inquiry, t), t) for t in able), key=lambda pair: STAGE[pair[0]]):
             if (proved := proof(inquiry, cause, tried)) is not None:
                 return [proved]
-    if not found and inquiry.begun.unread:  # a score that reads labels as the loss does shows no repair
-        code = "y = np.searchsorted(np.unique(y_train), y)  # and in the score"
-        return [Cause("label_encoding", _of(inquiry, "label_encoding"), None, code, 0.0)]
-    if not found and run_symptoms.endless(inquiry.base.outcome.losses) and (told := _of(inquiry, "label_encoding")):
-        code = "y = (y - y.min()) / (y.max() - y.min())  # and in the score"
-        return [Cause("label_encoding", told, None, code, 0.0)]
-    if not found and inquiry.begun.reads.ignored:
-        code = "# the loss reads one label alone: look at its mask, or at its weights"
-        return [Cause("loss", _of(inquiry, "loss"), None, code, 0.0)]
-    if not found and ill and inquiry.begun.unpaired:
-        code = (
-            "# outputs and targets of one shape, or each is compared with all: y.reshape(outputs.shape); the loss of each "
-            "example first, the mean over examples last"
-        )
-        return [Cause("loss", _of(inquiry, "loss"), None, code, 0.0)]
-    if not found and ill and (cut := _of(inquiry, "blocked_gradient")):
-        code = (
-            "# round, sign, floor, argmax and integers have no gradient: replace it, or x + stop_gradient(round(x) - x)"
-        )
-        return [Cause("blocked_gradient", cut, None, code, 0.0)]
-    given = any("positions" in t.change.causes for t in inquiry.tried.values())
-    sees_order = given or not inquiry.begun.blind  # what no change from outside can give
-    if not found and (ill or inquiry.begun.placed) and not sees_order:
-        code = "# add to the inputs of the first block a vector that differs from position to position"
-        code += ": encoding[None, :, :], not encoding[:, None, :]" * inquiry.begun.placed
-        return [Cause("positions", _of(inquiry, "positions"), None, code, 0.0)]
-    if not found and ill and (bad := inquiry.broken(trained=True)):
-        return [_lost(inquiry, bad)]
-    return found
-
-
-def _lost(inquiry: Inquiry, bad: str) -> Cause:
-    """Name an operation that loses the numbers."""
-    evidence = _of(inquiry, "numerics") or (Evidence("numerics", f"the loss is not finite: {bad}"),)
-    return Cause("numerics", evidence, None, f"# {bad}", 0.0)
+    return found or unproved.named(inquiry, ill, unproved.LATE)
 
 
 def main(inquiry: Inquiry, tried: Tried) -> str:
@@ -128,27 +79,9 @@ def main(inquiry: Inquiry, tried: Tried) -> str:
     return "init_large" if np.mean(sizes > inquiry.case.gain(Plan())) > 0.5 else "init_small"
 
 
-def unrelated(inquiry: Inquiry) -> Evidence | None:
-    """Say that inputs tell nothing of the targets: what is learnt by heart is of no use for other examples, whatever is changed."""
-    chance, tried = inquiry.case.task.chance, inquiry.tried.values()
-    by_heart = max(float(np.mean(t.outcome.train)) for t in tried)
-    others = max(t.mean for t in tried)
-    near = data_symptoms.information(inquiry.case)
-    if not near or by_heart < chance + 0.5 * (1 - chance) or others > low(chance):
-        return None
-    if any(share - by_chance >= max(4 * noise, 0.1) for share, by_chance, noise in near.values()):
-        return None
-    share, by_chance, _ = near["held out"]
-    text = (
-        f"score up to {by_heart:.2f} on examples that were learnt, {others:.2f} on others, whatever is changed; "
-        f"{data_symptoms.NEIGHBOURS} nearest neighbours agree on {share:.2f} of the targets (chance {by_chance:.2f})"
-    )
-    return Evidence("labels", text)
-
-
 def _hidden(inquiry: Inquiry) -> list[Cause]:
     """Name held-out data that differ from the training data, which a repair that learns held-out data cannot test."""
-    evidence = _of(inquiry, "split_mismatch")
+    evidence = measured(inquiry, "split_mismatch")
     code = next(
         (t.change.code for t in inquiry.tried.values() if t.plan.data and "split_mismatch" in t.change.causes), ""
     )
@@ -197,7 +130,7 @@ def proof(inquiry: Inquiry, cause: str, tried: Tried) -> Cause | None:
     lifted = float(np.mean(cured.checks > before + least))
     if float(np.mean(cured.checks)) - before <= least or lifted < 0.6:
         return None
-    if not _of(inquiry, cause) and (
+    if not measured(inquiry, cause) and (
         lifted < 1  # luck of some seeds
         or min(tried.scores) <= inquiry.base.mean
         or tried.mean - inquiry.base.mean < CLEAR * (1 - inquiry.base.mean)
@@ -207,11 +140,7 @@ def proof(inquiry: Inquiry, cause: str, tried: Tried) -> Cause | None:
     if inquiry.shows(cause, tried.plan, cured):
         return None
     trial = Trial(tried.change.name, cause, tried.scores, tuple(map(float, cured.checks)), tried.outcome.seconds)
-    return Cause(cause, _of(inquiry, cause), trial, tried.change.code, lifted)
-
-
-def _of(inquiry: Inquiry, cause: str) -> tuple[Evidence, ...]:
-    return tuple(e for e in inquiry.evidence if e.cause == cause)
+    return Cause(cause, measured(inquiry, cause), trial, tried.change.code, lifted)
 
 
 def both(inquiry: Inquiry) -> list[Cause]:
@@ -298,7 +227,7 @@ def _proved(inquiry: Inquiry, whole: Tried, parts: dict[str, Change]) -> list[Ca
     trial = Trial(
         whole.change.name, next(iter(parts)), whole.scores, tuple(map(float, cured.checks)), whole.outcome.seconds
     )
-    return [Cause(cause, _of(inquiry, cause), trial, part.code, lifted) for cause, part in parts.items()]
+    return [Cause(cause, measured(inquiry, cause), trial, part.code, lifted) for cause, part in parts.items()]
 
 
 def adds(inquiry: Inquiry, found: list[Cause], working: list[Tried]) -> dict[str, float]:
@@ -318,11 +247,6 @@ def adds(inquiry: Inquiry, found: list[Cause], working: list[Tried]) -> dict[str
 
 def _parts(inquiry: Inquiry, tried: Tried) -> list[Change]:
     return [inquiry.tried[name].change for name in tried.change.name.split(TOGETHER)]
-
-
-def low(chance: float) -> float:
-    """Give the highest score that is no better than chance."""
-    return chance + max(0.05, 0.1 * (1 - chance))
 
 
 def sick(inquiry: Inquiry, target: float | None) -> bool:
