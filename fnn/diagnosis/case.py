@@ -38,6 +38,10 @@ class Plan:
     warm: float = 0.0
     """The share of the steps over which the rate rises linearly from 0."""
     clip: float = float("inf")
+    gradients: float = 1.0
+    """Factor of the gradients that the optimiser is given. Below 1 it is given parameters times the same factor, and its steps
+    are divided by it: what grows in proportion stays as it is, and no clip is reached. Above 1 steps that do not depend on
+    the gradient's size stay as they are, and ε counts less."""
     gain: float | None = None
     """Redraw: kernels from N(0, gain²/fan_in), the last one from N(0, 1/fan_in), biases 0."""
     keep: float | None = None
@@ -111,8 +115,6 @@ class Case:
     """How many weight matrices there are, those of a stack one by one."""
     gated: bool = False
     """Whether there are recurrent cells with gates; see `weights.keepers`."""
-    fixed: bool = False
-    """Whether the optimiser is a transformation, whose settings cannot be varied."""
     terms: tuple[int, ...] = ()
     """Which terms such a loss may be learnt without."""
     penalized: bool = False
@@ -254,7 +256,7 @@ def case_of(
     seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
     return Case(
         build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
-        int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, count(params), bool(keepers(params)), not callable(optimizer),
+        int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, count(params), bool(keepers(params)),
     )  # fmt: skip
 
 

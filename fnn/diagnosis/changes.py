@@ -1,6 +1,7 @@
 """The changes that a diagnosis tries: each names the cause that it repairs, and the code that does so."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import optax
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.change import Change, setting
 from fnn.diagnosis.data_changes import of_data
+from fnn.diagnosis.response import BOUNDLESS, USUAL, Response
 
 KNOBS = ("activation", "norm", "residual", "depth", "width", "head")
 """Arguments of `build` that are varied. `dropout`, `cell`, `forget_bias` and `positions` are, where there are any."""
@@ -21,9 +23,10 @@ ENOUGH = 32
 """A net that is tried with more units has at least so many."""
 
 
-def changes(case: Case) -> list[Change]:
-    """List what can be tried on a case, cheap ones first."""
-    found = [*of_data(case), *_of_weights(case), *_of_rate(case), *_of_net(case), *_of_loss(case), *_of_budget(case)]
+def changes(case: Case, response: Response = BOUNDLESS) -> list[Change]:
+    """List what can be tried on a case whose optimiser answers so to the size of gradients, cheap ones first."""
+    found = [*of_data(case), *_of_weights(case), *_of_rate(case), *_of_optimizer(case, response)]
+    found += [*_of_net(case), *_of_loss(case), *_of_budget(case)]
     return sorted(found, key=lambda change: (change.own_program, change.costs))
 
 
@@ -38,8 +41,6 @@ def unreached(case: Case) -> dict[str, str]:
         found[", ".join(missing)] = "build does not take it" if len(missing) == 1 else "build does not take them"
     if not case.knobs and not {"activation", "bare"} & set(case.seen):
         found["activation"] = "none was found in the program"
-    if case.clip is None and case.fixed:
-        found["no clipping"] = "the optimizer is no function of clip"
     return found
 
 
@@ -107,8 +108,22 @@ def _of_rate(case: Case) -> list[Change]:
             f"optax.warmup_constant_schedule(0.0, {'rate' if case.rate is None else f'{case.rate:.3g}'}, {case.steps // 5})",
         )
     )
+    return found
+
+
+def _of_optimizer(case: Case, response: Response) -> list[Change]:
+    found = []
     if case.clip is not None:
         found.append(Change("no clipping", ("clip",), setting(unclipped=True), "clip=None", own_program=True))
+    elif response.limit < math.inf:
+        given = setting(gradients=response.unclipped)
+        kind = "entries of size" if response.entries else "norm"
+        code = f"# leave out the clip, at {kind} {response.limit:.2g}, or clip at what a gradient has in a good run"
+        found.append(Change("no clipping", ("clip",), given, code, on_suspicion=True))
+    if response.eps > USUAL:
+        code = f"eps=1e-8  # of the optimiser; now it acts as if it were {response.eps:.1g}"
+        given = setting(gradients=response.sensitive)
+        found.append(Change("ε of 1e-8", ("optimizer",), given, code, on_suspicion=True))
     adam = Change(
         "Adam, rate 1e-3",
         ("optimizer", "regularization"),

@@ -36,7 +36,8 @@ def diagnose(
     knobs with the names of `models.mlp`'s arguments (depth, width, activation, norm, residual, dropout, head) are varied,
     others are left as they are. A plain Layer is varied from outside only: data, weights, rate, loss, batch, steps.
     `optimizer` is a function `(rate=..., clip=None) -> optax transformation`, with the present values as defaults, or a
-    transformation, whose updates are scaled instead. `train` and `validation` are pairs (x, y); `loss(outputs, y)` returns
+    transformation, whose updates are scaled instead; a clip in it, or a large ε, is found by how its steps answer to
+    gradients of other sizes, and left out by scaling these. `train` and `validation` are pairs (x, y); `loss(outputs, y)` returns
     float[batch]. `shuffle=False` says that the training takes its batches in the order of the data.
 
     First the data, the net before its first step, and its run are measured: that gives suspects. Then each change is

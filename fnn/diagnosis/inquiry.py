@@ -90,6 +90,7 @@ class Inquiry:
         """Measure the data, the net before its first step, and the run as it is."""
         case, plan = self.case, Plan()
         program = self.runner.prepare(plan)
+        self.runner.listen()
         self.evidence = data_symptoms.symptoms(case)
         self.learnable = data_symptoms.learnable(case)
         for line in [e.text for e in self.evidence] + [self.learnable] * bool(self.learnable):
@@ -100,7 +101,7 @@ class Inquiry:
         for e in found:
             self.tell(e.text)
         outcome = self.train(NOTHING, plan).outcome
-        self.evidence += found + run_symptoms.run_symptoms(case, plan, begun, outcome)
+        self.evidence += found + run_symptoms.run_symptoms(case, plan, begun, outcome, self.runner.response)
         middle = jax.tree.map(lambda a: a[0], outcome.middle)
         if all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(middle[0])):
             later = run_symptoms.middle_symptoms(case, begun, start.measured(self.runner, plan, *middle))
@@ -152,7 +153,9 @@ class Inquiry:
         alter what is named first; they are trained only with `all_of_them`.
         """
         suspects = {e.cause for e in self.evidence}
-        every = [c for c in changes(self.case) if "steps" not in c.causes and c.name not in self.tried]
+        every = [
+            c for c in changes(self.case, self.runner.response) if "steps" not in c.causes and c.name not in self.tried
+        ]
         every = [c for c in every if not c.on_suspicion or suspects & set(c.causes)]
         every.sort(key=lambda c: (c.own_program, not suspects & set(c.causes), c.costs))
         plans = {change.name: change.apply(Plan()) for change in every}

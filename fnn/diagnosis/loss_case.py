@@ -198,12 +198,11 @@ def loss_case_of(
     judged = unpenalized(loss) if penalty else loss
     case = replace(case, final=final, penalized=penalty, slope=jax.jit(jax.value_and_grad(judged)))
     computes = narrowest(lambda params, batch: loss(params, join(*batch)), params, batch)
-    fixed = not callable(optimizer)
     if score is not None and not penalty:  # without a score of its own a loss is lower for each term that it lacks
         case = replace(case, terms=_terms(loss, params, join(*batch), batch[1]))
     narrow, kernels = is_narrow(params), count(params)
     gated = bool(keepers(params))
-    case = replace(case, seen=seen, narrow=narrow, computes=computes, kernels=kernels, gated=gated, fixed=fixed)
+    case = replace(case, seen=seen, narrow=narrow, computes=computes, kernels=kernels, gated=gated)
     target = in_targets(lambda y: float(case.slope(params, join(batch[0], y))[0]), np.asarray(batch[1]))
     return _referred(replace(case, task=replace(case.task, target=target)))
 

@@ -4,9 +4,13 @@ import numpy as np
 
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import Evidence
+from fnn.diagnosis.response import BOUNDLESS, USUAL, Response
 from fnn.diagnosis.start import Start
 from fnn.diagnosis.symptoms import LOGITS, ROUNDED, attention, rounding
 from fnn.diagnosis.trial import Outcome
+
+NO_RATE = Evidence("optimizer", "no other rate does as well")
+"""Said of every training: the least that speaks for the optimiser."""
 
 
 def middle_symptoms(case: Case, begun: Start, found: Start) -> list[Evidence]:
@@ -40,7 +44,20 @@ def endless(losses: np.ndarray) -> bool:
     return last < -10 * max(1.0, abs(first)) and last < middle < 0
 
 
-def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list[Evidence]:
+def _insensitive(outcome: Outcome, response: Response) -> Evidence | None:
+    """Whether steps are small since ε is far above the gradient."""
+    entries = float(np.median(outcome.norms)) / max(1, response.size) ** 0.5
+    left = entries / (entries + response.eps) if response.eps > USUAL else 1.0
+    text = (
+        f"steps are {left:.2g} of those of an ε of 1e-8: it is about {response.eps:.1g}, the gradient's entries "
+        f"about {entries:.1g}"
+    )
+    return Evidence("optimizer", text) if left < 0.25 else None
+
+
+def run_symptoms(
+    case: Case, plan: Plan, found: Start, outcome: Outcome, response: Response = BOUNDLESS
+) -> list[Evidence]:
     """List what is abnormal in the course of a training."""
     evidence = []
     losses, steps = outcome.losses, outcome.losses.shape[1]
@@ -96,9 +113,10 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
         evidence.append(
             Evidence("lr_low", f"the loss still falls at the end, by {falling:.0%} over the last part of the run")
         )
-    if case.clip is not None and isinstance(case.clip, int | float) and not plan.unclipped:
-        share = float(np.mean(outcome.norms > case.clip))
-        left = float(np.median(case.clip / np.maximum(outcome.norms, case.clip)))
+    clip = case.clip if isinstance(case.clip, int | float) else response.norm
+    if clip < np.inf and not plan.unclipped:
+        share = float(np.mean(outcome.norms > clip))
+        left = float(np.median(clip / np.maximum(outcome.norms, clip)))
         if share > 0.8 and left < 0.3:
             evidence.append(Evidence("clip", f"{share:.0%} of the steps are clipped, to {left:.2g} of their gradient"))
     if case.held_out and float(np.mean(outcome.train) - np.mean(outcome.chooses)) > 0.1:
@@ -127,7 +145,7 @@ def run_symptoms(case: Case, plan: Plan, found: Start, outcome: Outcome) -> list
         )
     if float(np.mean(outcome.train)) < 0.95:
         evidence.append(Evidence("capacity", f"score {np.mean(outcome.train):.2f} on the training examples themselves"))
-    evidence.append(Evidence("optimizer", "no other rate does as well"))
+    evidence.append(_insensitive(outcome, response) or NO_RATE)
     if case.batch_size < 8 or case.batch_size > case.train.size / 4:
         evidence.append(Evidence("batch_size", f"{case.batch_size} of {case.train.size} examples in a batch"))
     if case.value(plan, "cell") is not None:

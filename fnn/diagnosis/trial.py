@@ -14,6 +14,7 @@ import optax
 from fnn import admission, lowering, tree
 from fnn.datasets.dataset import Dataset
 from fnn.diagnosis.case import Case, Plan
+from fnn.diagnosis.response import BOUNDLESS, Response, prepared
 from fnn.diagnosis.weights import keeping, redrawn
 from fnn.training.depth import per_depth
 from fnn.training.extra import offered
@@ -63,6 +64,17 @@ class Runner:
         self._drawn: dict[Any, Any] = {}
         self._cases: dict[Any, Case] = {}
         self._instruments: dict[Any, Any] = {}
+        self._response: Future[Response] | None = None
+
+    def listen(self) -> None:
+        """Begin to measure how the optimiser answers to the size of the gradient; beside what runs in this thread."""
+        tx = per_depth(self.case.transformation(Plan()))
+        self._response = self.thread.submit(prepared(tx, self.draw(Plan(), 0)[0]))
+
+    @property
+    def response(self) -> Response:
+        """How the optimiser answers to the size of the gradient; of one that was not measured nothing."""
+        return self._response.result() if self._response is not None else BOUNDLESS
 
     def known(self, plan: Plan) -> bool:
         """Whether the program of this plan is compiled already."""
@@ -174,7 +186,8 @@ class Runner:
         pool = Dataset(*jax.tree.map(lambda a, b: np.concatenate([a, b]), tuple(case.train), tuple(case.chooses)))
         steps = 1 + np.arange(self._steps(plan))
         rates = np.float32(plan.rate * np.minimum(1.0, steps / max(1.0, plan.warm * len(steps))))
-        return params, states, keys, orders, rates, jnp.float32(plan.clip), pool, case.checks
+        limits = jnp.float32(plan.clip), jnp.float32(plan.gradients)
+        return params, states, keys, orders, rates, limits, pool, case.checks
 
     def changed(self, plan: Plan) -> Case:
         """Give the case with the plan's changes of the data."""
@@ -186,7 +199,16 @@ class Runner:
         """What a program depends on; what is left out are numbers that it takes as arguments."""
         task = self.changed(plan).task
         return replace(
-            plan, rate=1.0, warm=0.0, clip=1.0, gain=None, keep=None, data=(), learn="train", shuffle=None
+            plan,
+            rate=1.0,
+            warm=0.0,
+            clip=1.0,
+            gradients=1.0,
+            gain=None,
+            keep=None,
+            data=(),
+            learn="train",
+            shuffle=None,
         ), task
 
     def _batch(self, plan: Plan) -> int:
@@ -196,12 +218,16 @@ class Runner:
         return plan.steps or self.case.steps
 
     def _one(
-        self, plan: Plan, params: Any, state: Any, key: Any, order: Any, rates: Any, clip: Any, pool: Any, last: Any
+        self, plan: Plan, params: Any, state: Any, key: Any, order: Any, rates: Any, limits: Any, pool: Any, last: Any
     ) -> Any:
         """Train one seed; what `Outcome` lists. The arguments are those of a program, hence nine."""
         case = self.changed(plan)
         model, tx = case.model(plan), per_depth(case.transformation(plan))
-        first = params
+        first, (clip, scale) = params, limits
+        whole = jnp.minimum(scale, 1)
+
+        def times(tree_, factor):
+            return jax.tree.map(lambda a: a * factor.astype(a.dtype), tree_)
 
         def rows(index):
             return jax.tree.map(lambda a: jnp.asarray(a)[index], tuple(pool))
@@ -216,16 +242,17 @@ class Runner:
 
             (value, new), grads = jax.value_and_grad(objective, has_aux=True)(params)
             norm = tree.norm(grads)
-            factor = jnp.where(norm > clip, clip / norm, 1.0)
-            grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
+            grads = times(grads, jnp.where(norm > clip, clip / norm, 1.0))
             extra = offered(value, grads, lambda p: objective(p)[0], lambda p: jax.grad(objective, has_aux=True)(p)[0])
-            updates, opt_state = admission.update("diagnose", tx, grads, opt_state, params, **extra)
-            updates = jax.tree.map(lambda u: u * rates[t].astype(u.dtype), updates)
+            updates, opt_state = admission.update(
+                "diagnose", tx, times(grads, scale), opt_state, times(params, whole), **extra
+            )
+            updates = times(updates, rates[t] / whole)
             trained = optax.apply_updates(params, updates)
             moved = tree.norm(jax.tree.map(jnp.subtract, trained, params)) / tree.norm(params)
             return (trained, new, opt_state, middle), (value, norm, moved)
 
-        start = params, state, tx.init(params), (params, state)
+        start = params, state, tx.init(times(params, whole)), (params, state)
         (params, state, _, middle), (values, norms, ratios) = jax.lax.scan(step, start, jnp.arange(order.shape[0]))
         n, held = case.train.size, case.chooses.size
         some = np.unique(np.linspace(0, n - 1, min(n, 512)).astype(int))

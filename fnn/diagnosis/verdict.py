@@ -91,16 +91,19 @@ def _hidden(inquiry: Inquiry) -> list[Cause]:
 def suspects(inquiry: Inquiry) -> list[str]:
     """List the causes of which something abnormal was measured, in the order of stages."""
     named = {e.cause for e in inquiry.evidence}
+    stage: dict[str, float] = {**STAGE}
     rates = [t.mean for t in inquiry.tried.values() if t.change.name.startswith("rate")]
     adam = [t.mean for t in inquiry.tried.values() if "optimizer" in t.change.causes]
-    if adam and rates and max(rates) > max(adam) - 0.05:
+    if any(e.cause == "optimizer" and e != run_symptoms.NO_RATE for e in inquiry.evidence):
+        stage["optimizer"] = STAGE["lr_low"] - 0.5  # what a large ε takes from the steps, a larger rate gives back
+    elif adam and rates and max(rates) > max(adam) - 0.05:
         named.discard("optimizer")
     longer, larger = (
         [t.mean for t in inquiry.tried.values() if cause in t.change.causes] for cause in ("steps", "capacity")
     )
     if longer and larger and max(longer) > max(larger) - 0.05:  # a larger net learns faster
         named.discard("capacity")
-    return sorted(named, key=lambda cause: STAGE[cause])
+    return sorted(named, key=lambda cause: stage[cause])
 
 
 def works(inquiry: Inquiry) -> list[Tried]:

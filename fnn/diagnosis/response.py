@@ -1,0 +1,135 @@
+"""How an optimiser's steps answer to the size of the gradient: where a clip stops them, or a large ε makes them shrink.
+
+An optax transformation does not show its settings. But its steps do: they are measured for gradients of many sizes. Below a
+clip they grow in proportion to the gradient, beyond it not at all. Adam's kind, which divide by the gradient's own size, give
+steps of one size beyond their ε, and below it steps in proportion to the gradient.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fnn import admission, tree
+
+SCALES = 2.0 ** np.arange(-30, 31, 5)
+"""The gradients that are tried have entries of about so much."""
+STEPS = 4
+"""So many steps are added up: the first one of a warm-up is zero, as are most of those that accumulate gradients."""
+SHARP = 0.02
+"""A clip's bend is sharp: steps are those of a straight line, or the limit, to this share. ε makes one that is rounder."""
+USUAL = 1e-5
+"""An ε up to this is that of an optimiser as it is sold."""
+FREE = 2.0**-20
+"""Without its clip an optimiser is given gradients so small that one of 2^20 limits still passes."""
+
+
+class Response(NamedTuple):
+    """What bounds the steps of an optimiser."""
+
+    limit: float = math.inf
+    """Gradients beyond this norm, or with entries beyond this, are clipped."""
+    entries: bool = False
+    """Whether it is a limit of entries, not of the norm."""
+    eps: float = 0.0
+    """For gradients with entries far below it steps are in proportion to the gradient, beyond it they are not."""
+    size: int = 0
+    """How many entries a gradient has."""
+
+    @property
+    def norm(self) -> float:
+        """Give the norm of a gradient of equal entries at which the clip begins."""
+        return self.limit * math.sqrt(self.size) if self.entries else self.limit
+
+    @property
+    def unclipped(self) -> float:
+        """Give the factor for gradients, parameters and steps (these divided by it) that leaves out the clip: a power of two."""
+        return min(1.0, 2.0 ** math.floor(math.log2(self.limit)) * FREE)
+
+    @property
+    def sensitive(self) -> float:
+        """Give the factor for gradients that has the effect of an ε of 1e-8: a power of two."""
+        return 2.0 ** math.ceil(math.log2(self.eps / 1e-8))
+
+
+BOUNDLESS = Response()
+"""Of an optimiser whose steps nothing bounds, or of which this could not be measured."""
+
+
+def prepared(tx: optax.GradientTransformationExtraArgs, params: Any) -> Callable[[], Response]:
+    """Trace an optimiser on parameters of these shapes; the function that is returned measures its response.
+
+    Gradients are from N(0, scale²), `SCALES` one by one. Those below one are given with parameters that are as small, so that
+    weight decay keeps its share. What weight decay adds by itself is subtracted. An optimiser that takes the loss again, or
+    bends otherwise, has no response, nor has one of parameters in float16, which holds no such range.
+    """
+    rng = np.random.default_rng(0)
+    gradient = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(a.dtype), params)
+    if any(a.dtype == jnp.float16 for a in jax.tree.leaves(params)):
+        return lambda: BOUNDLESS
+    try:
+        lowered = jax.jit(functools.partial(_sizes, tx)).lower(params, gradient)
+    except (TypeError, ValueError):
+        return lambda: BOUNDLESS
+    entries = np.concatenate([np.abs(np.asarray(g, np.float64)).ravel() for g in jax.tree.leaves(gradient)])
+    return lambda: _read(np.asarray(lowered.compile()(params, gradient), np.float64), entries)
+
+
+def _read(sizes: np.ndarray, entries: np.ndarray) -> Response:
+    if not np.isfinite(sizes).all() or not (sizes > 0).all():
+        return BOUNDLESS
+    norms, largest = sizes.T
+    slope = sizes[0] / SCALES[0]
+    if not (_close(norms[1], slope[0] * SCALES[1]) and _close(norms[-1], norms[-2])):
+        return BOUNDLESS  # no line at first, or no end of it
+    norm, entry = (_sharp(values, s) for values, s in zip((norms, largest), slope, strict=True))
+    if norm:
+        return Response(float(np.linalg.norm(entries) * norms[-1] / slope[0]), size=len(entries))
+    ends = float(entries.max() * largest[-1] / slope[1])
+    if entry:
+        return Response(ends, entries=True, size=len(entries))
+    alike = _close(norms[-1], largest[-1] * math.sqrt(len(entries)))  # steps of one size, as Adam's
+    return Response(eps=ends, size=len(entries)) if alike else Response()
+
+
+def _close(a: float, b: float) -> bool:
+    return bool(abs(a - b) <= SHARP * abs(b))
+
+
+def _sharp(values: np.ndarray, slope: float) -> bool:
+    line = np.minimum(slope * SCALES, values[-1])
+    return bool(np.max(np.abs(values / line - 1)) < SHARP)
+
+
+def _sizes(tx: optax.GradientTransformationExtraArgs, params: Any, gradient: Any) -> jax.Array:
+    """Norm and largest entry of what each scale's gradient adds to the steps: float[scales, 2]."""
+
+    def moved(given: tuple[jax.Array, jax.Array]) -> Any:
+        scale, whole = given
+        seen = _times(params, whole)
+
+        def step(_: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            state, total = carry
+            updates, state = admission.update("diagnose", tx, _times(gradient, scale), state, seen)
+            return state, jax.tree.map(lambda a, u: a + u.astype(a.dtype), total, updates)
+
+        none = jax.tree.map(lambda a: jnp.zeros(a.shape, tree.statistics_dtype(a.dtype)), params)
+        return jax.lax.fori_loop(0, STEPS, step, (tx.init(seen), none))[1]
+
+    def size(scale: jax.Array) -> jax.Array:
+        whole = jnp.minimum(scale, 1)
+        both = jax.lax.map(moved, (jnp.stack([scale, jnp.zeros_like(scale)]), jnp.stack([whole, whole])))
+        added = jax.tree.map(lambda a: a[0] - a[1], both)
+        largest = [jnp.max(jnp.abs(a), initial=0) for a in jax.tree.leaves(added)]
+        return jnp.stack([tree.norm(added), functools.reduce(jnp.maximum, largest)])
+
+    return jax.lax.map(size, jnp.asarray(SCALES, jnp.float32))
+
+
+def _times(tree_: Any, factor: jax.Array) -> Any:
+    return jax.tree.map(lambda a: jnp.asarray(a) * factor.astype(a.dtype), tree_)
