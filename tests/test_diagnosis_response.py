@@ -28,7 +28,7 @@ def clipped(tx, norm=0.003):
 
 
 def measured(tx, params=PARAMS):
-    return prepared(per_depth(tx), params)()
+    return prepared(per_depth(tx), params, 40)()
 
 
 OTHERS = {
@@ -95,6 +95,29 @@ def test_others_are_not_bounded(make):
     assert found.limit == math.inf and found.eps <= USUAL
 
 
+@pytest.mark.parametrize(
+    "make, ends, known",
+    [
+        (lambda: optax.adam(optax.cosine_decay_schedule(1e-3, 8)), 8, True),
+        (
+            lambda: optax.MultiSteps(optax.sgd(optax.linear_schedule(0.1, 0.0, 3)), 4).gradient_transformation(),
+            12,
+            False,
+        ),
+        (lambda: optax.sgd(optax.cosine_decay_schedule(0.1, 40)), None, False),
+        pytest.param(lambda: optax.noisy_sgd(0.1, key=3), None, False, marks=pytest.mark.slow),  # a key in its state
+        pytest.param(lambda: optax.adagrad(0.1), None, False, marks=pytest.mark.slow),
+    ],
+)
+def test_where_a_schedule_ends(make, ends, known):
+    found = measured(make())
+    assert found.ends == ends and bool(found.counts) == known
+
+
+def test_steps_that_go_up():
+    assert measured(optax.scale_by_adam()).uphill and not measured(optax.adam(1e-3)).uphill
+
+
 def test_low_precision():
     narrow = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), PARAMS)
     assert abs(measured(clipped(optax.sgd(0.1)), narrow).norm / 0.003 - 1) < 0.02
@@ -104,7 +127,9 @@ def test_low_precision():
 def ran(tx, **plan):
     made = replace(case(steps=12, seeds=1), optimizer=lambda **_: tx, clip=None)
     with ThreadPoolExecutor(1) as thread:
-        return trial.Runner(made, thread).run(Plan(**plan), [0])
+        runner = trial.Runner(made, thread)
+        runner.listen()
+        return runner.run(Plan(**plan), [0])
 
 
 @pytest.mark.parametrize(
@@ -126,6 +151,18 @@ def test_scaled_gradients_train_as_without_the_bound(sick, factor, twin):
     assert abs(as_it_is.losses - want.losses).max() > 0.1
 
 
+def test_a_schedule_over_all_steps_trains_as_one_that_was_made_for_them():
+    """The schedule of 3 steps over 12: its rate is that of one over 12 at every fourth step, and stays for four."""
+    rates = np.repeat([0.3, 0.2, 0.1], 4)
+    sick, twin = (
+        optax.sgd(optax.linear_schedule(0.3, 0.0, 3)),
+        optax.sgd(lambda count: jnp.asarray(rates, jnp.float32)[count]),
+    )
+    got, want, as_it_is = ran(sick, pace=3 / 12), ran(twin), ran(sick)
+    np.testing.assert_allclose(got.losses, want.losses, rtol=1e-5)
+    assert np.ptp(as_it_is.norms[:, 4:]) > 0 and abs(as_it_is.losses - want.losses).max() > 0.05
+
+
 def outcome(norms):
     lines = np.ones((2, 20))
     return trial.Outcome(*np.ones((3, 2)), lines, norms * lines, 1e-3 * lines, np.ones((2, 3)), np.ones(2), 0.0)
@@ -141,17 +178,20 @@ def outcome(norms):
         (Response(eps=0.1, size=100), 1.0, ""),
         (Response(eps=5e-6, size=100), 1e-9, ""),  # as sold
         (BOUNDLESS, 1e9, ""),
+        (Response(uphill=True), 1.0, "optimizer"),
+        (Response(ends=4, counts=(0,)), 1.0, "lr_low"),
     ],
 )
 def test_a_bound_is_abnormal_where_gradients_are_beyond_it(response, norms, cause):
     made = case()
     begun = type("Begun", (), {"rounding": 1e-7})
-    found = run_symptoms.run_symptoms(made, Plan(), begun, outcome(norms), response)
-    bound = {e.cause for e in found if e.cause == "clip"} | {e.cause for e in found if e.cause == "optimizer"}
-    assert bound - {"optimizer"} == {cause} - {"optimizer", ""}
-    assert (run_symptoms.NO_RATE not in found) == (cause == "optimizer")
-    offered = {c.name for c in changes.changes(made, response)} & {"no clipping", "ε of 1e-8"}
-    assert offered == {"no clipping"} if response.limit < math.inf else offered <= {"ε of 1e-8"}
+    plain = {e.cause for e in run_symptoms.run_symptoms(made, Plan(), begun, outcome(norms))}
+    found = [
+        e for e in run_symptoms.run_symptoms(made, Plan(), begun, outcome(norms), response) if e != run_symptoms.NO_RATE
+    ]
+    assert {e.cause for e in found} - (plain - {"optimizer"}) == {cause} - {""}
+    offered = {c.name for c in changes.changes(made, response)} - {c.name for c in changes.changes(made)}
+    assert bool(offered) == (response != BOUNDLESS and (response.eps == 0 or response.eps > USUAL))
 
 
 @pytest.mark.parametrize("seen", [True, False])

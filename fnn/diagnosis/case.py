@@ -42,6 +42,8 @@ class Plan:
     """Factor of the gradients that the optimiser is given. Below 1 it is given parameters times the same factor, and its steps
     are divided by it: what grows in proportion stays as it is, and no clip is reached. Above 1 steps that do not depend on
     the gradient's size stay as they are, and ε counts less."""
+    pace: float = 1.0
+    """The optimiser is told that it has done this share of its steps, so that its schedule lasts longer."""
     gain: float | None = None
     """Redraw: kernels from N(0, gain²/fan_in), the last one from N(0, 1/fan_in), biases 0."""
     keep: float | None = None

@@ -124,6 +124,15 @@ def _of_optimizer(case: Case, response: Response) -> list[Change]:
         code = f"eps=1e-8  # of the optimiser; now it acts as if it were {response.eps:.1g}"
         given = setting(gradients=response.sensitive)
         found.append(Change("ε of 1e-8", ("optimizer",), given, code, on_suspicion=True))
+    if response.uphill:
+        for factor in (-1.0, -1e-3):
+            code = f"optax.chain(optimizer, optax.scale({factor:g}))  # its steps go along the gradient, up the loss"
+            given = setting(rate=factor)
+            found.append(Change(f"steps × {factor:g}", ("optimizer",), given, code, on_suspicion=True))
+    if response.ends is not None and response.counts:
+        code = f"decay_steps={case.steps}  # not {response.ends}: a schedule counts steps, not epochs"
+        given = setting(pace=response.ends / case.steps)
+        found.append(Change("a schedule over all steps", ("lr_low",), given, code, own_program=True, on_suspicion=True))
     adam = Change(
         "Adam, rate 1e-3",
         ("optimizer", "regularization"),

@@ -145,7 +145,17 @@ def run_symptoms(
         )
     if float(np.mean(outcome.train)) < 0.95:
         evidence.append(Evidence("capacity", f"score {np.mean(outcome.train):.2f} on the training examples themselves"))
-    evidence.append(_insensitive(outcome, response) or NO_RATE)
+    if response.ends is not None:
+        text = f"from step {response.ends} of {steps} on the optimiser takes steps of next to nothing: its schedule ends there"
+        evidence.append(Evidence("lr_low", text))
+    if response.uphill:
+        evidence.append(
+            Evidence("optimizer", "the optimiser's steps go along the gradient, up the loss: a minus is missing")
+        )
+    elif (text := _insensitive(outcome, response)) is not None:
+        evidence.append(text)
+    else:
+        evidence.append(NO_RATE)
     if case.batch_size < 8 or case.batch_size > case.train.size / 4:
         evidence.append(Evidence("batch_size", f"{case.batch_size} of {case.train.size} examples in a batch"))
     if case.value(plan, "cell") is not None:

@@ -14,7 +14,7 @@ import optax
 from fnn import admission, lowering, tree
 from fnn.datasets.dataset import Dataset
 from fnn.diagnosis.case import Case, Plan
-from fnn.diagnosis.response import BOUNDLESS, Response, prepared
+from fnn.diagnosis.response import BOUNDLESS, Response, counted, prepared
 from fnn.diagnosis.weights import keeping, redrawn
 from fnn.training.depth import per_depth
 from fnn.training.extra import offered
@@ -69,7 +69,7 @@ class Runner:
     def listen(self) -> None:
         """Begin to measure how the optimiser answers to the size of the gradient; beside what runs in this thread."""
         tx = per_depth(self.case.transformation(Plan()))
-        self._response = self.thread.submit(prepared(tx, self.draw(Plan(), 0)[0]))
+        self._response = self.thread.submit(prepared(tx, self.draw(Plan(), 0)[0], self.case.steps))
 
     @property
     def response(self) -> Response:
@@ -242,6 +242,8 @@ class Runner:
 
             (value, new), grads = jax.value_and_grad(objective, has_aux=True)(params)
             norm = tree.norm(grads)
+            if plan.pace < 1:
+                opt_state = counted(opt_state, self.response.counts, jnp.floor(t * plan.pace))
             grads = times(grads, jnp.where(norm > clip, clip / norm, 1.0))
             extra = offered(value, grads, lambda p: objective(p)[0], lambda p: jax.grad(objective, has_aux=True)(p)[0])
             updates, opt_state = admission.update(

@@ -39,7 +39,8 @@ def causes(inquiry: Inquiry, ill: bool) -> list[Cause]:
     found: list[Cause] = []
     for cause in suspects(inquiry):
         able = [t for t in working if cause in t.change.causes]
-        able.sort(key=lambda t: t.plan.learn == "held out")  # which says least of what is wrong
+        # A change tried only where its own fault was measured comes first; to learn held-out data says least of what is wrong.
+        able.sort(key=lambda t: (t.plan.learn == "held out", not t.change.on_suspicion))
         for tried in able[:3]:
             if (proved := proof(inquiry, cause, tried)) is not None:
                 found.append(proved)
