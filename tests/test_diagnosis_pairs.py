@@ -129,6 +129,26 @@ def test_held_out_examples_that_teach_more_only_because_they_are_few_are_no_faul
     assert [c.name for c in verdict.causes(made, True)] == named
 
 
+def test_a_single_change_is_one_whatever_it_is_called():
+    """The change "depth + 2" was once taken for two changes at once, and never named."""
+    made = case(net=lambda depth=1: fnn.models.mlp(depth, 8, 10), steps=5, seeds=2)
+
+    def score(plan, seed):
+        return 0.9 if dict(plan.knobs).get("depth") == 3 else 0.3
+
+    with ThreadPoolExecutor(1) as thread:
+        asked = Inquiry(Scripted(made, thread, score), 600.0, lambda text: None)
+        asked.evidence = [Evidence("capacity", "seen")]
+        for change in (NOTHING, *changes(made)):
+            asked.train(change, change.apply(Plan()))
+        assert all(t.single for t in asked.tried.values())
+        asked._begun[Plan()] = BEGUN
+        (found,) = verdict.causes(asked, True)
+        both = asked.together([changes(made)[0], changes(made)[1]])
+    assert (found.name, found.repair.change, found.repair.together) == ("capacity", "depth + 2", ())
+    assert not both.single and both.trial("steps").together == tuple(c.name for c in changes(made)[:2])
+
+
 @pytest.mark.parametrize("before, fresh, holds", [(0.1, 0.9, True), (0.1, 0.12, False), (0.02, 0.13, False)])
 def test_a_pair_must_end_above_chance_on_fresh_seeds_too(before, fresh, holds):
     """Chance is 0.1: what rises to it from below is no cure."""

@@ -16,7 +16,7 @@ import fnn
 from fnn.datasets.dataset import Dataset
 from fnn.diagnosis import changes, data_symptoms, start, symptoms, trial, verdict
 from fnn.diagnosis.case import Plan
-from fnn.diagnosis.causes import Evidence
+from fnn.diagnosis.causes import Evidence, Trial
 from fnn.diagnosis.inquiry import NOTHING
 from fnn.diagnosis.loss_case import loss_case_of
 from fnn.diagnosis.task import Task
@@ -195,7 +195,8 @@ def test_a_repair_ends_above_chance(base, best, counts):
 @pytest.mark.parametrize("measured", [True, False])
 def test_luck_of_one_seed_proves_nothing_that_was_not_measured(measured):
     lucky = a_trial("rate × 1000", (1.0, 0.36, 0.36))
-    lucky.change.code, lucky.plan, lucky.outcome = "", "changed", SimpleNamespace(seconds=1.0)
+    lucky.change.code, lucky.plan = "", "changed"
+    lucky.trial = lambda cause, checked: Trial("rate × 1000", cause, lucky.scores, tuple(checked))
     again = {
         "as it is": SimpleNamespace(checks=np.full(3, 0.36)),
         "changed": SimpleNamespace(checks=np.array([1, 1, 0.9])),

@@ -3,6 +3,7 @@
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ import fnn
 from fnn.diagnosis import changes, run_symptoms, trial, verdict
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import Evidence
+from fnn.diagnosis.change import Change, setting
+from fnn.diagnosis.inquiry import Tried
 from fnn.diagnosis.response import BOUNDLESS, USUAL, Response, prepared
 from fnn.training.depth import per_depth
 
@@ -198,11 +201,11 @@ def test_a_bound_is_abnormal_where_gradients_are_beyond_it(response, norms, caus
 def test_what_a_large_epsilon_takes_from_the_steps_is_not_blamed_on_the_rate(seen):
     """Only where it was measured: without that, a rate that does as well as Adam is the simpler answer."""
     said = Evidence("optimizer", "ε is about 1") if seen else run_symptoms.NO_RATE
-    tried = {
-        name: type("Tried", (), {"change": type("Change", (), {"name": name, "causes": causes}), "mean": 0.9})
-        for name, causes in (("rate × 100", ("lr_low",)), ("Adam, rate 1e-3", ("optimizer",)))
-    }
-    inquiry = type(
-        "Inquiry", (), {"evidence": [said, Evidence("lr_low", "slow"), Evidence("clip", "much")], "tried": tried}
+    every = (
+        Change("rate × 100", ("lr_low",), setting(rate=100.0), ""),
+        Change("Adam, rate 1e-3", ("optimizer",), setting(), ""),
     )
+    tried = {c.name: Tried(c, c.apply(Plan()), outcome(1.0), (0.9, 0.9)) for c in every}
+    evidence = [said, Evidence("lr_low", "slow"), Evidence("clip", "much")]
+    inquiry = SimpleNamespace(evidence=evidence, tried=tried)
     assert verdict.suspects(inquiry) == ["clip", *["optimizer"] * seen, "lr_low"]

@@ -40,10 +40,6 @@ WEAK = {"optimizer", "capacity", "steps", "memory", "batch_size", "too_little_da
 """Suspected of almost every net; not repaired together with others."""
 
 
-TOGETHER = " + "
-"""Stands between the names of changes that are made at once."""
-
-
 @dataclass(frozen=True)
 class Evidence:
     """A measured abnormality."""
@@ -68,15 +64,12 @@ class Trial:
     checked: tuple[float, ...] = ()
     """Of fresh seeds, on the other half, where it was checked."""
     seconds: float = 0.0
+    together: tuple[str, ...] = ()
+    """Of several changes at once the name of each."""
 
     @property
     def mean(self) -> float:
         return sum(self.scores) / len(self.scores)
-
-    @property
-    def parts(self) -> list[str]:
-        """The names of what was changed: one, or of several changes at once all."""
-        return self.change.split(TOGETHER)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ class Change:
     """Whether the net, the loss, the optimiser or a shape differs, so that a program must be compiled."""
     costs: float = 1.0
     """How many times a step's work it takes, about."""
+    together: tuple["Change", ...] = ()
+    """Of several changes at once each one."""
     on_suspicion: bool = False
     """Whether it is tried only if something that it repairs was measured."""
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from fnn.arrays import first_line
 from fnn.diagnosis import data_symptoms, run_symptoms, start, symptoms
 from fnn.diagnosis.case import Case, Plan
-from fnn.diagnosis.causes import STAGE, TOGETHER, WEAK, Evidence, shown
+from fnn.diagnosis.causes import STAGE, WEAK, Evidence, Trial, shown
 from fnn.diagnosis.change import Change
 from fnn.diagnosis.changes import changes, unreached
 from fnn.diagnosis.reads import Reads
@@ -43,7 +43,12 @@ class Tried:
     @property
     def single(self) -> bool:
         """Whether one thing was changed, not several together."""
-        return TOGETHER not in self.change.name
+        return not self.change.together
+
+    def trial(self, cause: str, checked: Sequence[float] | np.ndarray = ()) -> Trial:
+        """Say it as the report does, with the scores of fresh seeds if it was checked."""
+        names = tuple(change.name for change in self.change.together)
+        return Trial(self.change.name, cause, self.scores, tuple(map(float, checked)), self.outcome.seconds, names)
 
 
 @dataclass
@@ -211,16 +216,18 @@ class Inquiry:
 
     def together(self, parts: Iterable[Change]) -> Tried | None:
         """Train several changes at once; None where the budget does not allow it."""
-        parts = list(parts)
+        parts = tuple(parts)
         plan = Plan()
         for part in parts:
             plan = part.apply(plan)
-        name = TOGETHER.join(part.name for part in parts)
+        name = " + ".join(part.name for part in parts)
         if name in self.tried:
             return self.tried[name]
         causes = tuple(dict.fromkeys(c for part in parts for c in part.causes))
         costs = float(np.prod([part.costs for part in parts]))
-        change = Change(name, causes, lambda _: plan, "\n".join(part.code for part in parts), costs=costs)
+        change = Change(
+            name, causes, lambda _: plan, "\n".join(part.code for part in parts), costs=costs, together=parts
+        )
         return self.attempt(change, plan) if self.affords(change, plan) else None
 
     def again(self, plan: Plan) -> Outcome:

@@ -143,7 +143,7 @@ class Diagnosis:
         if (repair := cause.repair) is not None:
             low, high = min(self.base.scores), max(self.base.scores)
             before = shown(low) if high - low < 0.005 else f"{shown(low)} to {shown(high)}"
-            more = "nothing else changed" if len(repair.parts) == 1 else "both at once"
+            more = "nothing else changed" if not repair.together else "both at once"
             lines.append(f"  intervened   {repair.change}, {more}   {before} → {' '.join(map(shown, repair.scores))}")
             data = "other held-out data" if self.held_out else "the same data"
             lines.append(
@@ -154,8 +154,8 @@ class Diagnosis:
         return lines + [f"  {'remedy' * (not i):<12} {line}" for i, line in enumerate(cause.remedy.splitlines())]
 
     def _rest(self, first: tuple[Cause, ...]) -> list[str]:
-        named = {part for c in first if c.repair for part in (c.repair.change, *c.repair.parts)}
-        singles = [t for t in self.trials if len(t.parts) == 1 and t.change not in named]
+        named = {part for c in first if c.repair for part in (c.repair.change, *c.repair.together)}
+        singles = [t for t in self.trials if not t.together and t.change not in named]
         works = sorted((t for t in singles if t.change in self.working), key=lambda t: -t.mean)
         lines = []
         if first and (same := [f"{t.change} {shown(t.mean)}" for t in works if t.change in self.others]):
@@ -204,10 +204,10 @@ def diagnosis_of(inquiry: Inquiry, verdict: Verdict, target: float | None) -> Di
     def trial(tried: Tried) -> Trial:
         proved = {c.repair.change: c.repair.checked for c in causes if c.repair}
         cause = tried.change.causes[0] if tried.change.causes else ""
-        return Trial(tried.change.name, cause, tried.scores, proved.get(tried.change.name, ()), tried.outcome.seconds)
+        return tried.trial(cause, proved.get(tried.change.name, ()))
 
     profiles, curves = {"as it is": _profile(inquiry, Plan(), inquiry.begun)}, {"as it is": inquiry.base.outcome.losses}
-    two = len(causes) > 1 and (causes[1].repair is None or len(causes[1].repair.parts) > 1)
+    two = len(causes) > 1 and (causes[1].repair is None or bool(causes[1].repair.together))
     if causes and causes[0].repair is not None:
         best = inquiry.tried[causes[0].repair.change]
         curves["repaired"] = best.outcome.losses

@@ -4,7 +4,7 @@ import numpy as np
 
 from fnn.diagnosis import data_symptoms, run_symptoms, unproved
 from fnn.diagnosis.case import Plan
-from fnn.diagnosis.causes import STAGE, TOGETHER, WEAK, Cause, Trial
+from fnn.diagnosis.causes import STAGE, WEAK, Cause
 from fnn.diagnosis.change import Change
 from fnn.diagnosis.inquiry import DONE, LEAST, NOTHING, Inquiry, Tried, margin
 from fnn.diagnosis.parts import taught
@@ -93,7 +93,7 @@ def suspects(inquiry: Inquiry) -> list[str]:
     """List the causes of which something abnormal was measured, in the order of stages."""
     named = {e.cause for e in inquiry.evidence}
     stage: dict[str, float] = {**STAGE}
-    rates = [t.mean for t in inquiry.tried.values() if t.change.name.startswith("rate")]
+    rates = [t.mean for t in _rates(inquiry)]
     adam = [t.mean for t in inquiry.tried.values() if "optimizer" in t.change.causes]
     if any(e.cause == "optimizer" and e != run_symptoms.NO_RATE for e in inquiry.evidence):
         stage["optimizer"] = STAGE["lr_low"] - 0.5  # what a large ε takes from the steps, a larger rate gives back
@@ -105,6 +105,15 @@ def suspects(inquiry: Inquiry) -> list[str]:
     if longer and larger and max(longer) > max(larger) - 0.05:  # a larger net learns faster
         named.discard("capacity")
     return sorted(named, key=lambda cause: stage[cause])
+
+
+def _rates(inquiry: Inquiry) -> list[Tried]:
+    """List the trainings in which the rate alone was another one."""
+    return [
+        t
+        for t in inquiry.tried.values()
+        if t.single and t.plan.rate != 1 and {"lr_high", "lr_low"} & {*t.change.causes}
+    ]
 
 
 def works(inquiry: Inquiry) -> list[Tried]:
@@ -143,8 +152,7 @@ def proof(inquiry: Inquiry, cause: str, tried: Tried) -> Cause | None:
         return None
     if inquiry.shows(cause, tried.plan, cured):
         return None
-    trial = Trial(tried.change.name, cause, tried.scores, tuple(map(float, cured.checks)), tried.outcome.seconds)
-    return Cause(cause, measured(inquiry, cause), trial, tried.change.code, lifted)
+    return Cause(cause, measured(inquiry, cause), tried.trial(cause, cured.checks), tried.change.code, lifted)
 
 
 def both(inquiry: Inquiry) -> list[Cause]:
@@ -158,7 +166,7 @@ def both(inquiry: Inquiry) -> list[Cause]:
         able = [t for t in inquiry.tried.values() if cause in t.change.causes and t.single]
         if able and not any(p.name == max(able, key=lambda t: t.mean).change.name for p in parts.values()):
             parts[cause] = max(able, key=lambda t: t.mean).change
-    rates = [t for t in inquiry.tried.values() if t.change.name.startswith("rate")]
+    rates = _rates(inquiry)
     if {"lr_high", "lr_low"} <= parts.keys():  # they undo each other
         up, down = (max(t.mean for t in rates if cause in t.change.causes) for cause in ("lr_low", "lr_high"))
         for cause, other in (("lr_low", up - down), ("lr_high", down - up)):
@@ -171,7 +179,7 @@ def both(inquiry: Inquiry) -> list[Cause]:
     rated = {"lr_high", "lr_low"} & parts.keys()
     if whole is not None and len(rated) == 1:  # how far the rate is off shows once the others are repaired
         cause = rated.pop()
-        for other in (t.change for t in rates if cause in t.change.causes and t.single):
+        for other in (t.change for t in rates if cause in t.change.causes):
             again = inquiry.together((parts | {cause: other}).values())
             if again is not None and again.mean > whole.mean:
                 whole, parts = again, parts | {cause: other}
@@ -228,9 +236,7 @@ def _proved(inquiry: Inquiry, whole: Tried, parts: dict[str, Change]) -> list[Ca
     if after - float(np.mean(sick.checks)) <= least or after <= low(inquiry.case.task.chance):
         return []
     lifted = float(np.mean(cured.checks > np.mean(sick.checks) + least))
-    trial = Trial(
-        whole.change.name, next(iter(parts)), whole.scores, tuple(map(float, cured.checks)), whole.outcome.seconds
-    )
+    trial = whole.trial(next(iter(parts)), cured.checks)
     return [Cause(cause, measured(inquiry, cause), trial, part.code, lifted) for cause, part in parts.items()]
 
 
@@ -250,7 +256,7 @@ def adds(inquiry: Inquiry, found: list[Cause], working: list[Tried]) -> dict[str
 
 
 def _parts(inquiry: Inquiry, tried: Tried) -> list[Change]:
-    return [inquiry.tried[name].change for name in tried.change.name.split(TOGETHER)]
+    return list(tried.change.together) or [tried.change]
 
 
 def sick(inquiry: Inquiry, target: float | None) -> bool:
