@@ -161,6 +161,25 @@ def test_inputs_that_tell_nothing_of_the_targets(by_heart, others, real, want):
     assert unproved.unrelated_targets(inquiry, False) is None
 
 
+@pytest.mark.parametrize(
+    "few, kept, others, want",
+    [(3, False, 0.12, True), (3, True, 0.12, False), (3, False, 0.4, False), (40, False, 0.12, False)],
+)
+def test_inputs_most_of_which_are_constant(few, kept, others, want):
+    """Only where the rest tells nothing: neighbours do not agree, and no training rises above chance."""
+
+    def part(data):
+        x = np.zeros_like(data.x)
+        x[:, :few] = data.x[:, 20 : 20 + few] if kept else RNG.normal(size=(len(x), few))
+        return Dataset(x, data.y)
+
+    made = case(part(TRAIN), part(TEST))
+    inquiry = SimpleNamespace(case=made, tried={"a": tried(0.2, others)}, evidence=data_symptoms.input_symptoms(made))
+    said = unproved.empty_features(inquiry, True)
+    assert (said is not None) == want and (said is None or "61 of 64" in said.evidence[0].text)
+    assert unproved.empty_features(inquiry, False) is None
+
+
 @pytest.mark.parametrize("init, want", [("scaled(3.0)", "init_large"), ("scaled(0.3)", "init_small")])
 def test_what_helps_though_nothing_was_measured_is_named_by_what_it_changes(init, want):
     made = case(net=lambda width=16: fnn.models.mlp(2, width, 10, init=init))

@@ -64,6 +64,8 @@ class Plan:
     """Whether the loss is learnt without its weight penalties."""
     without: int | None = None
     """Which term of a loss that is known as a whole is not learnt."""
+    quiet: bool = False
+    """Whether the net is trained without its noise, as it is used."""
     swap: tuple[tuple[str, str], ...] = ()
     """Of a net without knobs: which activations of its program are replaced, ("hidden" or "last", by what)."""
 
@@ -117,6 +119,8 @@ class Case:
     """How many weight matrices there are, those of a stack one by one."""
     gated: bool = False
     """Whether there are recurrent cells with gates; see `weights.keepers`."""
+    noisy: bool = False
+    """Whether the net draws noise in training, and has no state that it would not learn without."""
     terms: tuple[int, ...] = ()
     """Which terms such a loss may be learnt without."""
     penalized: bool = False
@@ -150,7 +154,7 @@ class Case:
             return net.init(jax.random.key(1000 + seed), jax.tree.map(lambda a: a[: self.batch_size], self.train.x))
 
         def trained(params, state, x, key):
-            return net.apply(params, state, x, key=key, train=True)
+            return net.apply(params, state, x) if plan.quiet else net.apply(params, state, x, key=key, train=True)
 
         def outputs(params, state, x):
             return net.apply(params, state, x)[0]
@@ -259,7 +263,18 @@ def case_of(
     return Case(
         build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
         int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, count(params), bool(keepers(params)),
+        not jax.tree.leaves(state) and _draws(base, params, state, spec),
     )  # fmt: skip
+
+
+def _draws(net: Layer, params: Any, state: Any, spec: Any) -> bool:
+    """Whether the outputs in training depend on the key."""
+
+    def train(key, params, state, x):
+        return net.apply(params, state, x, key=key, train=True)[0]
+
+    program = jax.make_jaxpr(train)(jax.eval_shape(lambda: jax.random.key(0)), params, state, spec).jaxpr
+    return any(v is program.invars[0] for equation in program.eqns for v in equation.invars)
 
 
 def found_in(function: Callable[..., Any], *args: Any) -> dict[str, Any]:

@@ -19,6 +19,8 @@ KNOBS = ("activation", "norm", "residual", "depth", "width", "head")
 """Arguments of `build` that are varied. `dropout`, `cell`, `forget_bias` and `positions` are, where there are any."""
 REMEMBERS = 3.0
 """A forget gate's bias with which it keeps 0.95 of its memory from one position to the next."""
+LONGER = (5, 25)
+"""How many times as many steps are tried; the second one where the first is not enough, and there is time."""
 ENOUGH = 32
 """A net that is tried with more units has at least so many."""
 
@@ -149,13 +151,18 @@ def _adam() -> optax.GradientTransformation:
 
 def _of_net(case: Case) -> list[Change]:
     found = []
+    if case.noisy and "dropout" not in case.knobs:
+        code = "# less noise in training, or none: dropout, noise that is added"
+        found.append(
+            Change("no noise in training", ("regularization",), setting(quiet=True), code, True, on_suspicion=True)
+        )
 
     def add(name, causes, code, costs=1.0, **knobs):
         found.append(Change(name, causes, lambda plan: plan.knob(**knobs), code, True, costs))
 
     knobs = case.knobs
     if not knobs:
-        return _of_program(case)
+        return [*found, *_of_program(case)]
     if isinstance(knobs.get("activation"), str) or callable(knobs.get("activation")):
         for name in ("tanh", "relu"):
             if knobs["activation"] != name:
@@ -287,5 +294,8 @@ def _of_budget(case: Case) -> list[Change]:
     if case.batch_size > 128 or case.batch_size > case.train.size / 4:
         size = max(1, case.batch_size // 8)
         found.append(Change("batch ÷ 8", ("batch_size",), setting(batch_size=size), f"batch_size={size}", True, 0.3))
-    found.append(Change("5 × steps", ("steps",), setting(steps=5 * case.steps), f"steps={5 * case.steps}", True, 5.0))
+    for times in LONGER:
+        code = f"steps={times * case.steps}"
+        given = setting(steps=times * case.steps)
+        found.append(Change(f"{times} × steps", ("steps",), given, code, True, float(times)))
     return found

@@ -11,6 +11,8 @@ from fnn.diagnosis.split import MOST, flat, sampled, split_symptoms
 FAR = 20
 """Interquartile ranges from the median, beyond which a number does not belong to the others."""
 NEIGHBOURS = 5
+EMPTY = 0.5
+"""The share of constant features from which on they are said to be abnormal."""
 
 
 def symptoms(case: Case) -> list[Evidence]:
@@ -29,10 +31,14 @@ def input_symptoms(case: Case) -> list[Evidence]:
     if not np.isfinite(x).all():
         return [Evidence("numerics", f"{np.mean(~np.isfinite(x)):.2%} of the inputs are NaN or infinite")]
     std, mean = x.std(0), x.mean(0)
-    if (std <= 1e-6 * np.maximum(np.abs(mean), 1e-30)).all():
+    constant = std <= 1e-6 * np.maximum(np.abs(mean), 1e-30)
+    if constant.all():
         return [Evidence("input_empty", "every input feature is the same for all examples")]
     rms = float(np.sqrt(np.mean(x**2)))
     found = []
+    if constant.mean() > EMPTY:
+        text = f"{constant.sum()} of {len(constant)} input features are the same for all examples"
+        found.append(Evidence("input_empty", text, partial=True))
     if not 0.1 <= rms <= 5:
         found.append(Evidence("input_scale", f"RMS of x = {rms:.3g} (healthy 0.1 to 5)"))
     elif x.shape[1] > 1:
@@ -49,7 +55,8 @@ def input_symptoms(case: Case) -> list[Evidence]:
         value = x[far][0]
         text = f"{far.mean():.2%} of the inputs lie more than {FAR} times as far out as the middle half, such as {value:.6g}"
         found.append(Evidence("input_scale", f"{text} (healthy: none)"))
-    if not found and (far := float(np.median(np.abs(mean[std > 0]) / std[std > 0]))) > 5:
+    scaled = all(e.cause == "input_empty" for e in found)
+    if scaled and (far := float(np.median(np.abs(mean[std > 0]) / std[std > 0]))) > 5:
         found.append(Evidence("input_scale", f"mean of a feature is {far:.3g} times its std (healthy up to 5)"))
     return found
 

@@ -91,7 +91,7 @@ def diagnose_loss(
     the traced program the activations between layers (put there where there are none), those behind the last one,
     stop_gradient, and float32 for what is computed in bfloat16 or float16; weight penalties in the loss are left out, and
     with a `score` its other terms one by one. Gates and the rest of the loss stay as they are.
-    The first seed starts from `params`, others from the same numbers in another order, array by array.
+    The first seed starts from `params`, others from the same arrays in another order along each axis.
 
     The score is `score(params, batch)`, higher is better, or 1 - loss/guess, where a guess is the lowest loss of a last layer
     that gives the same outputs for every example: 0 means no better than a guess; of a squared error the score is R². Weight penalties do not count. The keywords, and all else, are those of `diagnose`. Errors: TypeError for a loss that is no function, params

@@ -23,6 +23,8 @@ LEAST = 0.03
 DONE = 0.95
 """The share of the way from chance to the best score behind which there is nothing left to gain."""
 SETTLED = "a repair that leaves nothing to gain was found before"
+RISES = 0.1
+"""More steps must raise the score by so much for still more to be tried."""
 NOTHING = Change("nothing changed", (), lambda plan: plan, "")
 
 
@@ -188,9 +190,13 @@ class Inquiry:
         if self.helped():
             self.skipped |= {c.name: "something else helps" for c in changes(self.case) if "steps" in c.causes}
             return
+        chance, enough = self.case.task.chance, False
         for change in changes(self.case):
-            if "steps" in change.causes and self.affords(change, change.apply(Plan())):
-                self.attempt(change, change.apply(Plan()))
+            if "steps" not in change.causes or enough or not self.affords(change, change.apply(Plan())):
+                continue
+            done = self.attempt(change, change.apply(Plan()))
+            rise = 0.0 if done is None else done.mean - self.base.mean
+            enough = rise < RISES or self.base.mean + rise > chance + DONE * (1 - chance)
 
     def helped(self) -> bool:
         """Whether the repair of some suspect, alone or with others, raises the score."""

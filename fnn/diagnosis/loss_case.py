@@ -92,12 +92,14 @@ class LossCase(Case):
 
 
 def _redrawn_alike(params: Any, seed: int) -> Any:
-    """Draw other weights of the same kind: each array's numbers in another order, which keeps its size and its mean."""
+    """Draw other weights of the same kind: each array in another order along each axis.
+
+    That keeps sizes, means and singular values, and what is a fault or a virtue: equal units, orthogonal weights.
+    """
     rng = np.random.default_rng(seed)
 
     def shuffle(a):
-        flat = np.asarray(a).ravel()
-        return jnp.asarray(flat[rng.permutation(flat.size)].reshape(a.shape), a.dtype)
+        return jnp.asarray(np.asarray(a)[np.ix_(*map(rng.permutation, a.shape))] if a.ndim else a)
 
     return jax.tree.map(shuffle, params)
 

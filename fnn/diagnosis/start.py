@@ -60,6 +60,8 @@ class Start:
     """RMS of each embedding and table of positions."""
     attention: tuple[float, float] | None
     """Largest logit of all heads, and lowest mean entropy of a head in nats; None without attention."""
+    noise: float = 0.0
+    """RMS of what noise in training changes of the outputs, over the RMS by which these differ between examples."""
 
 
 def start(runner: Runner, plan: Plan) -> Start:
@@ -125,11 +127,12 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any, ask: bool = Fa
     rounded = float(compare(params, (x, y), state)) if compare is not None else 0.0
     recurrent = case.seen.get("recurrent", ())
     keeps = kept(params, recurrent) if recurrent else float("nan")
+    noise = _noise(case, plan, params, state, x, plain) if ask and case.noisy and not plan.quiet else 0.0
     bad = ""
     if not (np.isfinite(flow.loss) and all(value < np.inf for value in gradient.values())):  # not of NaN either
         bad = _bad(case, plan, params, (x, y), state)
     return Start(
-        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, placed, unread, constant, cut, asked, unpaired, gradient, rounding, rounded, bad, keeps, tables(params), attention
+        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, placed, unread, constant, cut, asked, unpaired, gradient, rounding, rounded, bad, keeps, tables(params), attention, noise
     )  # fmt: skip
 
 
@@ -150,6 +153,13 @@ def _instruments(case: Case, plan: Plan, size: int) -> tuple[Any, Any, Any]:
 
     compared = jax.jit(compare) if case.computes and not plan.float32 else None
     return watch(loss, groups=(*DEFAULT, "saturated", "attention"), batch_size=size), outputs, compared
+
+
+def _noise(case: Case, plan: Plan, params: Any, state: Any, x: Any, plain: np.ndarray) -> float:
+    trained = jax.jit(lambda params, key: case.built(plan).apply(params, state, x, key=key, train=True)[0])
+    apart = np.asarray(trained(params, jax.random.key(0)), np.float64) - plain
+    spread = np.sqrt(np.mean((plain - plain.mean(0)) ** 2))
+    return float(np.sqrt(np.mean(apart**2)) / spread) if spread > 0 else 0.0
 
 
 def breaks(runner: Runner, losses: np.ndarray, trained: bool) -> str:

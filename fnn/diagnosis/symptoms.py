@@ -24,6 +24,8 @@ LOGITS = 50.0
 
 HEAVY = 50.0
 """A class whose examples weigh more than those of others may in all weigh so many times as much as they do."""
+NOISE = 1.5
+"""Of noise in training: its share of the outputs' own spread."""
 ROUNDED = 0.3
 """The share of a gradient that rounding may change."""
 
@@ -58,6 +60,9 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         text = "outputs are the same when the inputs are read backwards"
         text += ", but depend on an example's place in its batch: positions run along the wrong axis" * found.placed
         evidence.append(Evidence("positions", text))
+    if found.noise > NOISE:
+        text = f"noise in training changes the outputs by {found.noise:.2g} of what they differ by (healthy up to {NOISE:g})"
+        evidence.append(Evidence("regularization", text))
     if found.kept < KEEPS:
         text = f"recurrent weights leave at most {found.kept:.2g} of the state from one position to the next (healthy about 1)"
         evidence.append(Evidence("memory", text))

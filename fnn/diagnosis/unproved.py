@@ -38,23 +38,40 @@ def empty_inputs(inquiry: Inquiry, ill: bool) -> Cause | None:
     return Cause("input_empty", empty, None, remedy, 0.0) if empty else None
 
 
+def _nothing_told(inquiry: Inquiry) -> str:
+    """Say how little the inputs tell of the targets; "" where a training, or nearest neighbours, are above chance."""
+    chance, others = inquiry.case.task.chance, max(t.mean for t in inquiry.tried.values())
+    near = data_symptoms.information(inquiry.case)
+    if not near or others > low(chance):
+        return ""
+    if any(share - by_chance >= max(4 * noise, 0.1) for share, by_chance, noise in near.values()):
+        return ""
+    share, by_chance, _ = near["held out"]
+    return (
+        f"{others:.2f} on others, whatever is changed; {data_symptoms.NEIGHBOURS} nearest neighbours agree on {share:.2f} "
+        f"of the targets (chance {by_chance:.2f})"
+    )
+
+
+def empty_features(inquiry: Inquiry, ill: bool) -> Cause | None:
+    """Name inputs most of which are constant, where the rest of them tells nothing of the targets."""
+    empty = tuple(e for e in measured(inquiry, "input_empty") if e.partial)
+    if not ill or not empty or not (near := _nothing_told(inquiry)):
+        return None
+    evidence = (*empty, Evidence("input_empty", f"score {near}"))
+    remedy = "# look at how x is made: jax.nn.one_hot of numbers out of its range, for example, gives zeros"
+    return Cause("input_empty", evidence, None, remedy, 0.0)
+
+
 def unrelated_targets(inquiry: Inquiry, ill: bool) -> Cause | None:
     """Name inputs that tell nothing of the targets: what is learnt by heart is of no use elsewhere, whatever is changed."""
     if not ill:
         return None
     chance, tried = inquiry.case.task.chance, inquiry.tried.values()
     by_heart = max(float(np.mean(t.outcome.train)) for t in tried)
-    others = max(t.mean for t in tried)
-    near = data_symptoms.information(inquiry.case)
-    if not near or by_heart < chance + 0.5 * (1 - chance) or others > low(chance):
+    if by_heart < chance + 0.5 * (1 - chance) or not (near := _nothing_told(inquiry)):
         return None
-    if any(share - by_chance >= max(4 * noise, 0.1) for share, by_chance, noise in near.values()):
-        return None
-    share, by_chance, _ = near["held out"]
-    text = (
-        f"score up to {by_heart:.2f} on examples that were learnt, {others:.2f} on others, whatever is changed; "
-        f"{data_symptoms.NEIGHBOURS} nearest neighbours agree on {share:.2f} of the targets (chance {by_chance:.2f})"
-    )
+    text = f"score up to {by_heart:.2f} on examples that were learnt, {near}"
     remedy = "# compare single examples with their targets: the two do not belong together"
     return Cause("labels", (Evidence("labels", text),), None, remedy, 0.0)
 
@@ -134,7 +151,7 @@ def no_positions(inquiry: Inquiry, ill: bool) -> Cause | None:
     return Cause("positions", measured(inquiry, "positions"), None, remedy, 0.0)
 
 
-EARLY: tuple[Rule, ...] = (unrelated_targets, numbers_lost_at_the_start, one_output)
+EARLY: tuple[Rule, ...] = (empty_features, unrelated_targets, numbers_lost_at_the_start, one_output)
 LATE: tuple[Rule, ...] = (
     unread_labels,
     labels_without_a_minimum,
