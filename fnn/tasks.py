@@ -1,6 +1,8 @@
 """What a loss is, the tasks that it has, and the checks of targets and weights."""
 
 import functools
+import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -44,8 +46,19 @@ class Loss:
         else:
             finite(self.name, targets)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """In another process a loss that its module holds by name is that one, as a function would be; others are copies."""
+        home = sys.modules.get(getattr(self._per_example, "__module__", ""))
+        if home is not None and getattr(home, self.name, None) is self:
+            return _held, (home.__name__, self.name)
+        return super().__reduce_ex__(protocol)
+
     def __repr__(self) -> str:
         return f"Loss({self.name})"
+
+
+def _held(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
 
 
 class Sum(Loss):

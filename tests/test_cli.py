@@ -212,6 +212,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
             ["networks options", "training options", "running options", "gelu_tanh", "none, batch_norm", "lamb"],
             ["softmax"],
         ),
+        ("study --check --help", ["--check", "check.parquet"], []),
         ("compare --help", ["spread over seeds"], []),
         ("report --help", ["no internet connection"], []),
     ],

@@ -43,11 +43,11 @@ def test_span_reads_lists_ranges_and_words():
 def test_toml_chains_tables_and_zips_axes(tmp_path):
     path = tmp_path / "study.toml"
     path.write_text(
-        'seeds = 3\n[[grid]]\ndepth = [4, 16]\nactivation = "tanh,relu"\n'
+        'seeds = 3\nsteps = "0,100"\nquantities = "loss, log10_error"\n[[grid]]\ndepth = [4, 16]\nactivation = "tanh,relu"\n'
         '[[grid]]\ndepth = [32, 64]\nwidth = "64,32"\nnorm = "batch_norm"\nzip = ["depth", "width"]\n'
     )
     read = grid.from_toml(path)
-    assert read.options == {"seeds": 3}
+    assert read.options == {"seeds": 3, "steps": [0, 100], "quantities": ["loss", "log10_error"]}
     assert read.grid == grid.product(depth=[4, 16], activation=["tanh", "relu"]) + grid.product(
         norm="batch_norm"
     ) * grid.zip(depth=[32, 64], width=[64, 32])

@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
             return diagnose.run_script(command)
         if given[:1] == ["study"] and any(word.partition("=")[0] == "--check" for word in given):
             _check_options("fnn", {"study": coordinates.Check}, given)
-            command = tyro.cli(coordinates.Check, prog="fnn study", args=given[1:], config=config[1:])
+            words = ["--help"] if {"--help", "-h"} & set(given) else given[1:]  # --check alone lacks its two values
+            command = tyro.cli(coordinates.Check, prog="fnn study", args=words, config=config[1:])
             return coordinates.run(command)
         if given and given[0] in WITH_MODEL:
             generic, first = WITH_MODEL[given[0]]

@@ -129,7 +129,8 @@ class Diagnosis:
             lines.append("NOT FINISHED  more steps alone raise the score")
         if not self.healthy and not self.causes:
             short = " in this budget" if any(why.startswith("about ") for why in self.not_tried.values()) else ""
-            lines.append(f"NO CAUSE FOUND{short}" + (": suspected, but no repair worked:" if self.evidence else ""))
+            worked = "not all repairs were tried" if short else "no repair worked"
+            lines.append(f"NO CAUSE FOUND{short}" + (f": suspected, but {worked}:" if self.evidence else ""))
             for e in self.evidence:
                 lines += _wrapped(f"  {e.cause:<16} {e.text}", [], " " * 19)
         lines.append(f"{len(self.trials) + 1} trainings of {len(self.base.scores)} seeds in {self.seconds:.0f} s")

@@ -150,6 +150,12 @@ def from_toml(path: str | Path) -> Recipe:
     tables = [tables] if isinstance(tables, dict) else tables
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ValueError(f"study: grid in {path} must be [[grid]] tables of axes, got {tables!r}")
+    for name in ("epochs", "steps"):
+        if isinstance(options.get(name), str):
+            values = span(options[name])
+            options[name] = values[0] if len(values) == 1 else values
+    if isinstance(names := options.get("quantities"), str):
+        options["quantities"] = [name.strip() for name in names.split(",")]
     return Recipe(chain(*(_table(table) for table in tables)), options)
 
 
