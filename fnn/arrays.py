@@ -5,7 +5,7 @@ lists of numbers are arrays too. No value changes silently: integers that JAX wo
 strings and objects are refused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,8 @@ from jax.typing import ArrayLike
 from fnn import check
 from fnn.tree import PyTree
 
+Batch = Sequence[PyTree]
+"""(x, y), or (x, y, weights): arrays, or trees of arrays."""
 PLAIN = {np.dtype(kind) for kind in ("?", "b", "B", "h", "H", "i", "e", "f", "d", jnp.bfloat16)}
 """Dtypes that JAX takes without changing a value."""
 
@@ -87,7 +89,7 @@ def arguments(who: str, rest: Any) -> tuple[Any, ...]:
     return jax.tree.map(one, tuple(rest), is_leaf=lambda a: is_numbers(a) or isinstance(a, Iterator))
 
 
-def pair(who: str, batch: PyTree) -> tuple[PyTree, PyTree]:
+def pair(who: str, batch: Batch) -> tuple[PyTree, PyTree]:
     """Turn (x, y) or (x, y, weights), a tuple or list, into a pair of arrays or of trees of arrays."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         raise TypeError(f"{who} must be a pair (x, y), got {brief(batch)}; put both into one tuple")
@@ -95,7 +97,7 @@ def pair(who: str, batch: PyTree) -> tuple[PyTree, PyTree]:
     return arrays(who, "x", x), arrays(who, "y", y)
 
 
-def weighted(batch: PyTree) -> tuple[PyTree, PyTree]:
+def weighted(batch: Batch) -> Batch:
     """Return (x, y) of a batch, y being `Weighted` if the batch is (x, y, weights)."""
     return (batch[0], Weighted(batch[1], batch[2])) if len(batch) == 3 else batch
 

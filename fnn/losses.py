@@ -66,7 +66,9 @@ def sum_of(tasks: Mapping[str, Task] | Sequence[Task]) -> Loss[jax.Array]:
     return Sum(found, functools.partial(each, "sum_of"))
 
 
-def _classified(who: str, outputs: PyTree, targets: PyTree, of: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+def _classified(
+    who: str, outputs: PyTree, targets: PyTree, of: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
     """Average `of(logits, labels)` over the positions of each example; NaN where a label is out of range."""
     outputs, targets = _wide(outputs), _labels(who, targets)
     if outputs.ndim < 2 or outputs.shape[:-1] != targets.shape:

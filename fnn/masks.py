@@ -63,7 +63,7 @@ def cleared(tree: Any) -> Any:
     return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Masked))
 
 
-def harmless(values: jax.Array) -> np.ndarray:
+def harmless(values: jax.Array | np.ndarray) -> np.ndarray:
     """Make numbers for padding at which functions of one position are finite: a ramp from 0 to 1, the shape of a position.
 
     Zeros would not do: a layer norm with eps = 0 divides by their standard deviation, and a logarithm is infinite.

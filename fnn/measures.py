@@ -58,6 +58,10 @@ class Metric:
         return jax.tree.map(one, self.of_examples(outputs, targets))
 
 
+OwnMetrics = Mapping[str, ExampleFunction | Metric]
+"""Metrics of one's own, by name."""
+
+
 def called(who: str, what: str, function: Any, outputs: Any, targets: Any, batch: tuple[int, ...]) -> Counted:
     """Call a loss or a metric; refuse anything but one number for each example, or `Counted`, where counts may be None."""
     try:
@@ -152,7 +156,7 @@ def mean(loss: ExampleFunction, outputs: PyTree, targets: PyTree) -> jax.Array:
     return shares("losses.mean", loss, outputs, targets)["loss"]
 
 
-def each(who: str, loss: Any, outputs: Any, targets: Any) -> jax.Array:
+def each(who: str, loss: ExampleFunction, outputs: PyTree, targets: PyTree) -> jax.Array:
     """Return a loss's float[batch]; refuse weights and counts, with which an example's share depends on the others."""
     batch, values, factor = batch_of(outputs, targets), [], factors(loss)
     for part in parts(loss, outputs, targets):

@@ -176,7 +176,7 @@ def label(loss: Any) -> str:
     return getattr(loss, "name", None) or getattr(loss, "__name__", type(loss).__name__)
 
 
-def finite(who: str, targets: Any) -> None:
+def finite(who: str, targets: PyTree) -> None:
     """Refuse NaN and infinity in a tree of targets; it reads values."""
     for leaf in jax.tree.leaves(targets):
         if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and not np.all(np.isfinite(np.asarray(leaf, np.float64))):

@@ -100,7 +100,9 @@ def tap(*, bounds: tuple[float, float] | None = None, role: str = "") -> Layer:
     return Layer(init, apply)
 
 
-def _forward(x: jax.Array, mask: Any, bounds: tuple[float, float] | None, axis_name: mapped.AxisName) -> dict[str, jax.Array]:
+def _forward(
+    x: jax.Array, mask: Any, bounds: tuple[float, float] | None, axis_name: mapped.AxisName
+) -> dict[str, jax.Array]:
     wide = x.astype(statistics_dtype(x.dtype))
     dead = jnp.all(x == 0, axis=0).astype(wide.dtype)
     each = {"mean": wide, "second_moment": jnp.square(wide)}
@@ -117,7 +119,9 @@ def _forward(x: jax.Array, mask: Any, bounds: tuple[float, float] | None, axis_n
     return means | {"peak": peak, "dead": jnp.mean(dead)}
 
 
-def _masked(x: jax.Array, mask: jax.Array, each: dict[str, jax.Array], axis_name: mapped.AxisName) -> dict[str, jax.Array]:
+def _masked(
+    x: jax.Array, mask: jax.Array, each: dict[str, jax.Array], axis_name: mapped.AxisName
+) -> dict[str, jax.Array]:
     """Average over real positions alone."""
     real = mask.reshape(mask.shape + (1,) * (x.ndim - 2))
     sums = {name: jnp.sum(jnp.where(real, a, 0)) for name, a in each.items()}
