@@ -42,7 +42,7 @@ Task = ExampleFunction | tuple[ExampleFunction, float]
 """A loss, or a pair of a loss and its factor."""
 
 
-def sum_of(tasks: Mapping[str, Task] | Sequence[Task]) -> Loss[jax.Array]:
+def sum_of(tasks: Mapping[str, Task] | Sequence[Task]) -> Sum:
     """Combine the losses of several tasks: sum over tasks of factor times mean loss.
 
     `sum_of({"digit": cross_entropy, "angle": (mse, 0.5)})` is for a net whose outputs, and data whose targets, are dicts

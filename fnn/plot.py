@@ -1,20 +1,45 @@
 """Figures of one net or one training run, by matplotlib; each function returns the figure, and saves it if given a path."""
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from fnn import files
 from fnn.gradients.drawing import COLOURS, MARKERS
 from fnn.gradients.flow import GradientFlow
-from fnn.spectra.density import Density
 from fnn.theory.meanfield import Prediction
-from fnn.training.history import History
+from fnn.tree import PyTree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+class Curves(Protocol):
+    """The curves of a run, as `fit` returns them: a `History`."""
+
+    @property
+    def train(self) -> Mapping[str, PyTree]: ...
+    @property
+    def validation(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def steps_per_epoch(self) -> tuple[int, ...]: ...
+    def by_epoch(self, name: str) -> np.ndarray: ...
+
+
+class Spectrum(Protocol):
+    """A spectral density, as `curvature(...).hessian.density()` returns it."""
+
+    @property
+    def grid(self) -> np.ndarray: ...
+    @property
+    def values(self) -> np.ndarray: ...
+    @property
+    def errors(self) -> np.ndarray: ...
+    @property
+    def probes(self) -> int: ...
 
 
 def flow(
@@ -63,7 +88,7 @@ def _theory(measured: GradientFlow, theory: Prediction) -> tuple[np.ndarray, np.
     return theory.layer, value + (theory.log_error - theory.log_error[last - 1]) / np.log(10)
 
 
-def curves(history: History, *, path: str | os.PathLike[str] | None = None) -> "Figure":
+def curves(history: Curves, *, path: str | os.PathLike[str] | None = None) -> "Figure":
     """Draw training and validation loss (and accuracy) by epoch, from what `fit` returns: where they part, the net overfits."""
     from matplotlib.ticker import MaxNLocator
 
@@ -85,7 +110,7 @@ def curves(history: History, *, path: str | os.PathLike[str] | None = None) -> "
     return _done(figure, path)
 
 
-def density(found: Density, *, path: str | os.PathLike[str] | None = None) -> "Figure":
+def density(found: Spectrum, *, path: str | os.PathLike[str] | None = None) -> "Figure":
     """Draw a spectral density as `curvature(...).hessian.density()` returns it, log scale, shaded by two standard errors.
 
     A logarithmic scale shows single eigenvalues far outside beside the bulk; below a millionth of the peak nothing is drawn.

@@ -4,7 +4,7 @@ All sums are taken in at least float32.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -301,7 +301,7 @@ def _small(leaves: Sequence[Any]) -> dict[Any, list[Any]]:
     return groups
 
 
-def stack(trees: Sequence[PyTree]) -> Stacked:
+def stack(trees: Iterable[PyTree]) -> Stacked:
     """Stack the trees of n blocks into one `Stacked` tree."""
     return Stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees))
 

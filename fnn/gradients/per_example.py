@@ -48,7 +48,7 @@ class PerExample:
     """The mean loss of a batch."""
     _has_aux: bool
 
-    def __call__(self, params: PyTree, batch: PyTree, *more: PyTree, key: jax.Array | None = None) -> Any:
+    def __call__(self, params: PyTree, batch: PyTree, *more: PyTree, key: jax.Array | None = None) -> PyTree:
         """Return `PerExampleGradients`, with `has_aux` a pair (gradients, aux). See `per_example`."""
         return self._gradients(params, batch, *more, key=key)
 

@@ -65,5 +65,5 @@ def stacked(transformation: optax.GradientTransformation) -> optax.GradientTrans
     then compiles for minutes: `train_step(net, loss, optimizers.stacked(optax.lbfgs()))` compiles as one block. Make it
     the outermost. The promise is not checked: masks, labels and norms of single arrays would be those of whole stacks.
     """
-    inner = optax.with_extra_args_support(transformation)  # pyright: ignore[reportArgumentType] # has `init` and `update`
+    inner = optax.with_extra_args_support(transformation)
     return DepthAware(inner.init, accepted(inner.update))
