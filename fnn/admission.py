@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fnn import check, losses, tree
-from fnn.arrays import array, brief, first_line, is_numbers
+from fnn.arrays import Batch, array, brief, first_line, is_numbers
 from fnn.core import Layer, as_spec
 
+Optimizer = optax.GradientTransformation | optax.MultiSteps
 UNSUPPORTED = {
     "SAMState": "it moves the parameters away from where they are measured, every second step; pass opaque_mode=True",
     "LookaheadState": "it needs two sets of parameters; pass fnn.optimizers.lookahead(...), which keeps the slow ones",
@@ -132,7 +134,7 @@ def optimizer_state_of(who: str, tx: Any, params: Any, opt_state: Any) -> None:
         )
 
 
-def examples(who: str, batch: tuple[Any, Any]) -> None:
+def examples(who: str, batch: Batch) -> None:
     """Refuse batches without an example, or whose arrays disagree on how many there are."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
     if not shapes or any(not shape for shape in shapes) or len({shape[0] for shape in shapes}) > 1:

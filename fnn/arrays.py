@@ -5,15 +5,19 @@ lists of numbers are arrays too. No value changes silently: integers that JAX wo
 strings and objects are refused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from fnn import check
+from fnn.tree import PyTree
 
+Batch = Sequence[PyTree]
+"""(x, y), or (x, y, weights): arrays, or trees of arrays."""
 PLAIN = {np.dtype(kind) for kind in ("?", "b", "B", "h", "H", "i", "e", "f", "d", jnp.bfloat16)}
 """Dtypes that JAX takes without changing a value."""
 
@@ -26,8 +30,8 @@ class Weighted(NamedTuple):
     its loss and accuracy take into account: metrics of your own get the targets as you gave them.
     """
 
-    targets: Any
-    weights: Any
+    targets: PyTree
+    weights: ArrayLike
 
 
 def array(who: str, name: str, a: Any) -> np.ndarray | jax.Array:
@@ -66,7 +70,7 @@ def narrow(who: str, name: str, a: Any) -> Any:
     return a
 
 
-def arrays(who: str, name: str, tree: Any) -> Any:
+def arrays(who: str, name: str, tree: PyTree) -> PyTree:
     """Turn every leaf of a tree (several inputs, `Masked`) into an array; lists of numbers are one array each."""
     if type(tree) is np.ndarray or isinstance(tree, jax.Array):
         return array(who, name, tree)  # the usual case, made fast for the loop over steps
@@ -85,7 +89,7 @@ def arguments(who: str, rest: Any) -> tuple[Any, ...]:
     return jax.tree.map(one, tuple(rest), is_leaf=lambda a: is_numbers(a) or isinstance(a, Iterator))
 
 
-def pair(who: str, batch: Any) -> tuple[Any, Any]:
+def pair(who: str, batch: Batch) -> tuple[PyTree, PyTree]:
     """Turn (x, y) or (x, y, weights), a tuple or list, into a pair of arrays or of trees of arrays."""
     if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
         raise TypeError(f"{who} must be a pair (x, y), got {brief(batch)}; put both into one tuple")
@@ -93,7 +97,7 @@ def pair(who: str, batch: Any) -> tuple[Any, Any]:
     return arrays(who, "x", x), arrays(who, "y", y)
 
 
-def weighted(batch: Any) -> tuple[Any, Any]:
+def weighted(batch: Batch) -> Batch:
     """Return (x, y) of a batch, y being `Weighted` if the batch is (x, y, weights)."""
     return (batch[0], Weighted(batch[1], batch[2])) if len(batch) == 3 else batch
 

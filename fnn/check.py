@@ -17,7 +17,7 @@ import numpy as np
 from flax.errors import TraceContextError
 
 
-def describe(x: Any) -> str:
+def describe(x: object) -> str:
     """Write a tree of arrays as `float32[64,10]`, other leaves by their type; what has a `short_repr` by that."""
 
     def one(a):
@@ -31,7 +31,7 @@ def describe(x: Any) -> str:
     return text.replace("'", "")
 
 
-def contents(tree: Any, blocks: int | None = None) -> str:
+def contents(tree: object, blocks: int | None = None) -> str:
     """Say how many numbers a tree holds, in how many arrays of which dtypes: `4,160 numbers in 2 arrays float32`.
 
     With `blocks`, those of one of so many blocks. What is no array counts as one, by its type.
@@ -80,7 +80,7 @@ def number(who: str, *, low: float = 0, high: float = 1e100, **values: Any) -> f
     return result
 
 
-def choice(who: str, options: Iterable[str], **values: Any) -> None:
+def choice(who: str, options: Iterable[str], **values: object) -> None:
     """Refuse a name that is not among the options, and suggest the nearest one."""
     options = list(options)
     for name, value in values.items():

@@ -23,12 +23,12 @@ from fnn.arrays import narrow
 from fnn.description import described, name_of, shortened
 from fnn.inside import apply_at, located
 from fnn.masks import cleared
-from fnn.tree import Stacked
+from fnn.tree import PyTree, Stacked
 
 
 class _Pair(NamedTuple):
-    init: Callable[..., tuple[Any, Any]]
-    apply: Callable[..., tuple[Any, Any]]
+    init: Callable[..., tuple[PyTree, PyTree]]
+    apply: Callable[..., tuple[PyTree, PyTree]]
 
 
 class Layer(_Pair):
@@ -45,7 +45,12 @@ class Layer(_Pair):
     description: str = ""
     short_repr = True
 
-    def __new__(cls, init: Callable[..., Any], apply: Callable[..., Any], description: str = "") -> "Layer":
+    def __new__(
+        cls,
+        init: Callable[..., tuple[PyTree, PyTree]],
+        apply: Callable[..., tuple[PyTree, PyTree]],
+        description: str = "",
+    ) -> "Layer":
         layer = super().__new__(cls, init, apply)
         layer.description = description
         return layer
@@ -64,7 +69,7 @@ class Layer(_Pair):
         return rendering_parts.text(self.description or name_of(self.apply))
 
 
-def stateless(init: Callable[[Any, Any], Any], apply: Callable[[Any, Any], Any]) -> Layer:
+def stateless(init: Callable[[jax.Array, PyTree], PyTree], apply: Callable[[PyTree, PyTree], PyTree]) -> Layer:
     """Make a layer without state or noise from `init(key, spec) -> params` and `apply(params, x) -> y`."""
 
     def layer_init(key, spec):
@@ -76,7 +81,7 @@ def stateless(init: Callable[[Any, Any], Any], apply: Callable[[Any, Any], Any])
     return Layer(layer_init, layer_apply, name_of(apply))
 
 
-def function(f: Callable[[Any], Any]) -> Layer:
+def function(f: Callable[[PyTree], PyTree]) -> Layer:
     """Make a layer without parameters from any function `x -> y`."""
     return stateless(lambda key, spec: (), lambda params, x: f(x)).described(name_of(f))
 
@@ -228,31 +233,31 @@ def repeat(block: Layer, n: int, *, unroll: int | bool = 1, checkpoint: int | No
     return Layer(init, apply)
 
 
-def output_spec(layer: Layer, params: Any, state: Any, spec: Any) -> Any:
+def output_spec(layer: Layer, params: PyTree, state: PyTree, spec: PyTree) -> PyTree:
     """Find the shape and dtype of a layer's output in eval mode, without computing anything."""
     params, state, spec = as_spec((params, state, spec))
     with check.foreign("net"):
         return jax.eval_shape(lambda p, s, x: layer.apply(p, s, x)[0], params, state, spec)
 
 
-def output_shape(layer: Layer, params: Any, state: Any, spec: Any) -> Any:
+def output_shape(layer: Layer, params: PyTree, state: PyTree, spec: PyTree) -> PyTree:
     """Find the shape of a net's output; a tree of shapes for a tree of outputs."""
     return jax.tree.map(lambda output: output.shape, output_spec(layer, params, state, spec))
 
 
-def check_values(layer: Layer, params: Any, state: Any, x: Any) -> None:
+def check_values(layer: Layer, params: PyTree, state: PyTree, x: PyTree) -> None:
     """Trace a layer with integer inputs as constants, so that layers that check values on the host (embed) can do so."""
     if any(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(x)):
         x = mapped.placed(as_arrays(x))
         jax.eval_shape(lambda p, s: layer.apply(p, s, x)[0], *as_spec((params, state)))
 
 
-def as_spec(tree: Any) -> Any:
+def as_spec(tree: PyTree) -> PyTree:
     """Replace every array by its `jax.ShapeDtypeStruct`."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), tree)
 
 
-def same_spec(a: Any, b: Any, dtypes: bool = True) -> bool:
+def same_spec(a: PyTree, b: PyTree, dtypes: bool = True) -> bool:
     """Whether two trees have the same structure and shapes, and the same dtypes."""
 
     def spec(tree):
@@ -262,7 +267,7 @@ def same_spec(a: Any, b: Any, dtypes: bool = True) -> bool:
     return spec(a) == spec(b)
 
 
-def as_arrays(tree: Any) -> Any:
+def as_arrays(tree: PyTree) -> PyTree:
     """Make every leaf a JAX array (float64 becomes float32 unless x64 is on); refuse integers that do not fit."""
     return jax.tree.map(lambda a: jnp.asarray(narrow("net", "x", a)), tree)
 
@@ -300,7 +305,7 @@ def check_layers(who: str, layers: Sequence[Any]) -> None:
             raise TypeError(f"{who}: argument {i} must be a Layer, got {got}{hint}")
 
 
-def check_length(who: str, n: int, params: Any, state: Any) -> None:
+def check_length(who: str, n: int, params: PyTree, state: PyTree) -> None:
     """Refuse params or state that are not tuples with one entry for each of n layers."""
     for what, tree in (("params", params), ("state", state)):
         if not isinstance(tree, tuple) or len(tree) != n:
@@ -308,7 +313,7 @@ def check_length(who: str, n: int, params: Any, state: Any) -> None:
             raise ValueError(f"{who}: {what} must be a tuple, one entry for each of {n} layers, got {got}")
 
 
-def _check_depth(n: int, params: Any, state: Any) -> None:
+def _check_depth(n: int, params: PyTree, state: PyTree) -> None:
     for what, tree in (("params", params), ("state", state)):
         if not isinstance(tree, Stacked):
             raise ValueError(f"repeat: {what} must be tree.Stacked, got {type(tree).__name__}; use this net's init")
@@ -318,7 +323,7 @@ def _check_depth(n: int, params: Any, state: Any) -> None:
                 raise ValueError(f"repeat: {what} must have a leading axis of {n} blocks, got {got}")
 
 
-def _keeps(who: str, x: Any, y: Any, dtypes: bool = True) -> None:
+def _keeps(who: str, x: PyTree, y: PyTree, dtypes: bool = True) -> None:
     if not same_spec(x, y, dtypes):
         got = f"{check.describe(x)} -> {check.describe(y)}"
         raise ValueError(f"{who} must keep its input's shape, got {got}; use serial(...) for what changes it")

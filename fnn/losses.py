@@ -15,8 +15,8 @@ import optax
 from fnn import check
 from fnn.arrays import Weighted
 from fnn.measures import Counted, Metric, each, mean
-from fnn.tasks import Loss, Sum, check_targets, correct, finite
-from fnn.tree import statistics_dtype
+from fnn.tasks import ExampleFunction, Loss, Sum, check_targets, correct, finite
+from fnn.tree import PyTree, statistics_dtype
 
 __all__ = [
     "Counted",
@@ -38,7 +38,11 @@ __all__ = [
 ]
 
 
-def sum_of(tasks: Mapping[str, Any] | Sequence[Any]) -> Loss:
+Task = ExampleFunction | tuple[ExampleFunction, float]
+"""A loss, or a pair of a loss and its factor."""
+
+
+def sum_of(tasks: Mapping[str, Task] | Sequence[Task]) -> Sum:
     """Combine the losses of several tasks: sum over tasks of factor times mean loss.
 
     `sum_of({"digit": cross_entropy, "angle": (mse, 0.5)})` is for a net whose outputs, and data whose targets, are dicts
@@ -62,7 +66,9 @@ def sum_of(tasks: Mapping[str, Any] | Sequence[Any]) -> Loss:
     return Sum(found, functools.partial(each, "sum_of"))
 
 
-def _classified(who: str, outputs: Any, targets: Any, of: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+def _classified(
+    who: str, outputs: PyTree, targets: PyTree, of: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
     """Average `of(logits, labels)` over the positions of each example; NaN where a label is out of range."""
     outputs, targets = _wide(outputs), _labels(who, targets)
     if outputs.ndim < 2 or outputs.shape[:-1] != targets.shape:
@@ -78,7 +84,7 @@ def _classified(who: str, outputs: Any, targets: Any, of: Callable[[jax.Array, j
 _entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
 
-def _cross_entropy(outputs: Any, targets: Any) -> jax.Array:
+def _cross_entropy(outputs: PyTree, targets: PyTree) -> jax.Array:
     """Evaluate -log softmax(outputs)[target] per example.
 
     outputs (logits): float[batch, ..., classes], targets: int[batch, ...] -> float[batch], the mean over further axes.
@@ -88,7 +94,7 @@ def _cross_entropy(outputs: Any, targets: Any) -> jax.Array:
     return _classified("cross_entropy", outputs, targets, _entropy)
 
 
-def smooth_cross_entropy(alpha: float) -> Loss:
+def smooth_cross_entropy(alpha: float) -> Loss[jax.Array]:
     """Make cross entropy with smoothed labels, (1 - alpha) one_hot + alpha / classes.
 
     Shapes and labels are as in `cross_entropy`; accuracy is that of the labels. Source: Szegedy et al. 2016, section 7.
@@ -102,7 +108,7 @@ def smooth_cross_entropy(alpha: float) -> Loss:
     return _of_classes(f"smooth_cross_entropy({alpha:g})", of)
 
 
-def focal(gamma: float) -> Loss:
+def focal(gamma: float) -> Loss[jax.Array]:
     """Make (1 - p)^gamma times cross entropy, p being the target's probability; shapes and labels as in `cross_entropy`.
 
     Examples that are right already count for less. gamma = 0 is cross entropy. Source: Lin et al. 2017, equation 4.
@@ -118,7 +124,7 @@ def focal(gamma: float) -> Loss:
     return _of_classes(f"focal({gamma:g})", of)
 
 
-def _of_classes(name: str, of: Callable[[jax.Array, jax.Array], jax.Array]) -> Loss:
+def _of_classes(name: str, of: Callable[[jax.Array, jax.Array], jax.Array]) -> Loss[jax.Array]:
     return Loss(
         name,
         lambda outputs, targets: _classified(name, outputs, targets, of),
@@ -127,7 +133,7 @@ def _of_classes(name: str, of: Callable[[jax.Array, jax.Array], jax.Array]) -> L
     )
 
 
-def _check_labels(who: str, shape: tuple[int, ...], targets: Any, skip: tuple[int, ...] = ()) -> None:
+def _check_labels(who: str, shape: tuple[int, ...], targets: PyTree, skip: tuple[int, ...] = ()) -> None:
     targets = _on_host(who, shape, targets)
     _label_type(who, targets)
     targets, last = targets[~np.isin(targets, skip)], shape[-1] - 1
@@ -136,7 +142,7 @@ def _check_labels(who: str, shape: tuple[int, ...], targets: Any, skip: tuple[in
         raise ValueError(f"{who}: labels must lie in 0..{last}, got {got}; renumber them or widen the last layer")
 
 
-def _binary_cross_entropy(outputs: Any, targets: Any) -> jax.Array:
+def _binary_cross_entropy(outputs: PyTree, targets: PyTree) -> jax.Array:
     """Evaluate -t log p - (1 - t) log(1 - p) with p = sigmoid(output), per example.
 
     outputs (logits): float[batch] or float[batch, 1], targets: 0 to 1, of any real type, [batch] or [batch, 1].
@@ -146,7 +152,7 @@ def _binary_cross_entropy(outputs: Any, targets: Any) -> jax.Array:
     return _judged(optax.losses.sigmoid_binary_cross_entropy(z, t), (t >= 0) & (t <= 1))
 
 
-def _one_unit(outputs: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
+def _one_unit(outputs: PyTree, targets: PyTree) -> tuple[jax.Array, jax.Array]:
     z, t = _wide(outputs), _array(targets)
     t = jnp.asarray(check.as_int32(t) if jnp.issubdtype(t.dtype, jnp.integer) else t)
     if z.ndim == 0 or any(a.shape not in (z.shape[:1], (*z.shape[:1], 1)) for a in (z, t)):
@@ -157,19 +163,19 @@ def _one_unit(outputs: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
     return z.reshape(-1), t.reshape(-1).astype(z.dtype)
 
 
-def _check_binary(shape: tuple[int, ...], targets: Any) -> None:
+def _check_binary(shape: tuple[int, ...], targets: PyTree) -> None:
     targets = _on_host("binary_cross_entropy", shape, targets)
     if targets.size and (bad := (targets < 0) | (targets > 1) | np.isnan(targets.astype(float))).any():
         raise ValueError(f"binary_cross_entropy: targets must lie in 0..1, got {targets[bad].reshape(-1)[0]}; rescale")
 
 
-def _mse(outputs: Any, targets: Any) -> jax.Array:
+def _mse(outputs: PyTree, targets: PyTree) -> jax.Array:
     """Evaluate the mean over units of (output - target)², per example: float[batch, ...] twice -> float[batch]."""
     outputs, targets = _alike("mse", outputs, targets)
     return _examples(jnp.square(outputs - targets))
 
 
-def huber(delta: float = 1.0) -> Loss:
+def huber(delta: float = 1.0) -> Loss[jax.Array]:
     """Make the mean over units of e²/2 for |e| <= delta and delta |e| - delta²/2 beyond it, e = output - target.
 
     float[batch, ...] twice -> float[batch]. The gradient is that of e²/2, clipped to ±delta. Source: Huber 1964.
@@ -182,7 +188,7 @@ def huber(delta: float = 1.0) -> Loss:
     return Loss(name, per_example, None, functools.partial(_check_values, name))
 
 
-def _alike(who: str, outputs: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
+def _alike(who: str, outputs: PyTree, targets: PyTree) -> tuple[jax.Array, jax.Array]:
     outputs, targets = _wide(outputs), _array(targets)
     if outputs.shape != targets.shape:
         raise ValueError(
@@ -192,11 +198,11 @@ def _alike(who: str, outputs: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
     return outputs, jnp.asarray(targets.astype(outputs.dtype))
 
 
-def _check_values(who: str, shape: tuple[int, ...], targets: Any) -> None:
+def _check_values(who: str, shape: tuple[int, ...], targets: PyTree) -> None:
     finite(who, _on_host(who, shape, targets))
 
 
-def _sequence_cross_entropy(outputs: Any, targets: Any) -> jax.Array:
+def _sequence_cross_entropy(outputs: PyTree, targets: PyTree) -> jax.Array:
     """Evaluate the mean of -log softmax(outputs)[target] over the positions of each example that have a target.
 
     outputs (logits): float[batch, time, classes], targets: int[batch, time] -> float[batch]. A target of -1 means that
@@ -209,7 +215,7 @@ def _sequence_cross_entropy(outputs: Any, targets: Any) -> jax.Array:
     return sums / jnp.maximum(1, counts)
 
 
-def _token_cross_entropy(outputs: Any, targets: Any) -> Counted:
+def _token_cross_entropy(outputs: PyTree, targets: PyTree) -> Counted:
     """Sum -log softmax(outputs)[target] over the positions that have a target, and count them: `Counted`.
 
     Arguments are those of `sequence_cross_entropy`. The mean of a batch, of a data set, or of all devices is that over
@@ -218,7 +224,7 @@ def _token_cross_entropy(outputs: Any, targets: Any) -> Counted:
     return Counted(*_tokens("token_cross_entropy", outputs, targets))
 
 
-def _tokens(who: str, outputs: Any, targets: Any) -> tuple[jax.Array, jax.Array]:
+def _tokens(who: str, outputs: PyTree, targets: PyTree) -> tuple[jax.Array, jax.Array]:
     outputs, targets = _wide(outputs), _labels(who, targets)
     if outputs.ndim != 3 or outputs.shape[:-1] != targets.shape:
         raise ValueError(
@@ -231,23 +237,23 @@ def _tokens(who: str, outputs: Any, targets: Any) -> tuple[jax.Array, jax.Array]
     return _judged(jnp.sum(jnp.where(real, loss, 0), axis=1), good), jnp.sum(real, axis=1)
 
 
-def _sequence_correct(outputs: Any, targets: Any) -> jax.Array:
+def _sequence_correct(outputs: PyTree, targets: PyTree) -> jax.Array:
     targets = _labels("sequence_cross_entropy", targets)
     return jnp.all((targets == -1) | (jnp.argmax(outputs, axis=-1) == targets), axis=1).astype(jnp.float32)
 
 
-def _token_correct(outputs: Any, targets: Any) -> Counted:
+def _token_correct(outputs: PyTree, targets: PyTree) -> Counted:
     targets = _labels("token_cross_entropy", targets)
     hits = jnp.sum(jnp.argmax(outputs, axis=-1) == targets, axis=1)  # argmax is never -1
     return Counted(hits.astype(jnp.float32), jnp.sum(targets != -1, axis=1))
 
 
-def _class_correct(outputs: Any, targets: Any) -> jax.Array:
+def _class_correct(outputs: PyTree, targets: PyTree) -> jax.Array:
     targets = _labels("cross_entropy", targets)
     return _examples((jnp.argmax(outputs, axis=-1) == targets).astype(jnp.float32))
 
 
-def _binary_correct(outputs: Any, targets: Any) -> jax.Array:
+def _binary_correct(outputs: PyTree, targets: PyTree) -> jax.Array:
     z, t = _one_unit(outputs, targets)
     return ((z > 0) == (t > 0.5)).astype(jnp.float32)
 

@@ -8,27 +8,30 @@ of `shard_map` none of this changes anything.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+AxisName = Hashable | tuple[Hashable, ...] | None
+"""The name of a mapped axis, the names of several, or None for none."""
 
-def names(axis_name: Any) -> tuple[Any, ...]:
+
+def names(axis_name: AxisName) -> tuple[Hashable, ...]:
     """Return the axes in `axis_name` (None, one name, or several) as a tuple."""
     if axis_name is None:
         return ()
     return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
-def over(tree: Any) -> frozenset[Any]:
+def over(tree: Any) -> frozenset[Hashable]:
     """Return the mesh axes over which the leaves vary by their types: none outside of `shard_map(check_vma=True)`."""
     return frozenset().union(*map(_over, jax.tree.leaves(tree)))
 
 
-def varying(tree: Any, axis_name: Any = None, *, like: Any = ()) -> Any:
+def varying(tree: Any, axis_name: AxisName = None, *, like: Any = ()) -> Any:
     """Mark the leaves as varying over the mapped axes and over the axes of `like`.
 
     Three things need it: parameters before they are differentiated, a loop's carry that starts as a constant, and the
@@ -45,7 +48,7 @@ def varying(tree: Any, axis_name: Any = None, *, like: Any = ()) -> Any:
     return jax.tree.map(cast, tree)
 
 
-def reduce(operation: Callable[[Any, Any], Any], tree: Any, axis_name: Any) -> Any:
+def reduce(operation: Callable[[Any, Any], Any], tree: Any, axis_name: AxisName) -> Any:
     """Apply `jax.lax.psum`, `pmean`, `pmax` or `pmin` over the mapped axes; without any, return the tree.
 
     JAX refuses one call for axes of both `vmap` and `shard_map`, and a value that varies over only some of the axes.
@@ -67,12 +70,12 @@ def reduce(operation: Callable[[Any, Any], Any], tree: Any, axis_name: Any) -> A
     return operation(varying(tree, axis_name), meshed) if meshed else tree
 
 
-def mean(tree: Any, axis_name: Any) -> Any:
+def mean(tree: Any, axis_name: AxisName) -> Any:
     """Average over the mapped axes; without any, return the tree."""
     return reduce(jax.lax.pmean, tree, axis_name)
 
 
-def averaged(function: Callable[[Any], Any], axis_name: Any) -> Callable[[Any], Any]:
+def averaged(function: Callable[[Any], Any], axis_name: AxisName) -> Callable[[Any], Any]:
     """Average a function of replicated parameters over the mapped axes: its value, and its derivatives of any order.
 
     Where types do not say what varies, the transpose of a mean is a mean. So one mean of the parameters, which changes no
@@ -92,7 +95,7 @@ def averaged(function: Callable[[Any], Any], axis_name: Any) -> Callable[[Any], 
     return run
 
 
-def replicated(tree: Any, like: Any, axis_name: Any) -> Any:
+def replicated(tree: Any, like: Any, axis_name: AxisName) -> Any:
     """Average the leaves that vary over more axes than those of `like`, from which they were computed."""
 
     def back(leaf, old):
@@ -163,13 +166,13 @@ def checked() -> bool:
     return bool(manual and _over(jax.lax.axis_index(manual[0])))
 
 
-def size(axis_name: Any) -> int:
+def size(axis_name: AxisName) -> int:
     """Multiply the sizes of the mapped axes."""
     every = (name.size if isinstance(name, Lanes) else jax.lax.axis_size(name) for name in names(axis_name))
     return math.prod(every)
 
 
-def index(axis_name: Any) -> Any:
+def index(axis_name: AxisName) -> jax.Array | int:
     """Return the index along the mapped axes, like `jax.lax.axis_index`; the first axis is the slowest."""
     total = 0
     for name in names(axis_name):
@@ -180,7 +183,7 @@ def index(axis_name: Any) -> Any:
     return total
 
 
-def lanes(axis_name: Any, number: Any = None) -> Any:
+def lanes(axis_name: AxisName, number: jax.Array | None = None) -> AxisName:
     """Return the axes, with `Lanes` for those of `vmap` if JAX has no collectives over them."""
     if axis_name is None or not checked():
         return axis_name
@@ -197,7 +200,7 @@ class Lanes:
     `number` is the index of the lane, if known; only `index` reads it.
     """
 
-    def __init__(self, size: int, number: Any = None):
+    def __init__(self, size: int, number: jax.Array | None = None):
         self.size, self.number = size, number
 
     def reduce(self, operation: Any, x: Any) -> Any:
@@ -234,17 +237,17 @@ def _over_lanes(operation: Any, size: int) -> Any:
     return over
 
 
-def _meshed(axis_name: Any) -> tuple[Any, ...]:
+def _meshed(axis_name: AxisName) -> tuple[Hashable, ...]:
     """Return the named axes that types mention: axes of a mesh, inside `shard_map(check_vma=True)`."""
     return tuple(name for name in names(axis_name) if name in _manual()) if checked() else ()
 
 
-def _manual() -> list[Any]:
+def _manual() -> list[Hashable]:
     mesh = jax.sharding.get_abstract_mesh()
     return [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Manual]
 
 
-def _over(leaf: Any) -> frozenset[Any]:
+def _over(leaf: Any) -> frozenset[Hashable]:
     kind = _type(leaf)
     kind = getattr(kind, "manual_axis_type", kind)
     return frozenset(getattr(kind, "varying", getattr(kind, "vma", ())))

@@ -22,11 +22,11 @@ class Masked(NamedTuple):
     no layer lets them reach a real position, a gradient or a statistic, and what it returns there is finite.
     """
 
-    values: Any
-    mask: Any
+    values: jax.Array | np.ndarray
+    mask: jax.Array | np.ndarray
 
     @classmethod
-    def of_lengths(cls, values: ArrayLike, lengths: ArrayLike) -> "Masked":
+    def of_lengths(cls, values: jax.Array | np.ndarray, lengths: ArrayLike) -> "Masked":
         """Make the first `lengths: int[batch]` positions of each example real and the rest padding.
 
         A length above time makes all positions real.
@@ -47,7 +47,7 @@ def check_mask(who: str, x: Masked) -> None:
         raise ValueError(f"{who}: a mask must be bool[batch, time], the values' first two axes, got {got}")
 
 
-def filled(values: ArrayLike, mask: jax.Array, fill: ArrayLike = 0) -> jax.Array:
+def filled(values: ArrayLike, mask: jax.Array | np.ndarray, fill: ArrayLike = 0) -> jax.Array:
     """Replace the values at padded positions by `fill`: a number, or an array that broadcasts to the values."""
     values = jnp.asarray(values)
     mask = mask.reshape(mask.shape + (1,) * (values.ndim - 2))
@@ -63,7 +63,7 @@ def cleared(tree: Any) -> Any:
     return jax.tree.map(one, tree, is_leaf=lambda node: isinstance(node, Masked))
 
 
-def harmless(values: jax.Array) -> np.ndarray:
+def harmless(values: jax.Array | np.ndarray) -> np.ndarray:
     """Make numbers for padding at which functions of one position are finite: a ramp from 0 to 1, the shape of a position.
 
     Zeros would not do: a layer norm with eps = 0 divides by their standard deviation, and a logarithm is infinite.

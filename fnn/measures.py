@@ -9,8 +9,8 @@ from jax.typing import ArrayLike
 
 from fnn import check, mapped
 from fnn.arrays import first_line
-from fnn.tasks import factors, parts, weight
-from fnn.tree import statistics_dtype
+from fnn.tasks import ExampleFunction, factors, parts, weight
+from fnn.tree import PyTree, statistics_dtype
 
 
 class Counted(NamedTuple):
@@ -20,8 +20,8 @@ class Counted(NamedTuple):
     then counts for more. No gradient flows through `counts`.
     """
 
-    sums: Any
-    counts: Any
+    sums: jax.Array
+    counts: jax.Array | None
 
 
 class Metric:
@@ -35,10 +35,12 @@ class Metric:
         r2 = fnn.losses.Metric(sums, lambda s: 1 - s[3] / (s[2] - s[1] ** 2 / s[0]))
     """
 
-    def __init__(self, of_examples: Callable[[Any, Any], Any], compute: Callable[[Any], Any]):
+    def __init__(self, of_examples: Callable[[PyTree, PyTree], PyTree], compute: Callable[[PyTree], ArrayLike]):
         self.of_examples, self.compute = of_examples, compute
 
-    def sums(self, who: str, outputs: Any, targets: Any, weights: Sequence[Any], keep: Any = None) -> Any:
+    def sums(
+        self, who: str, outputs: PyTree, targets: PyTree, weights: Sequence[ArrayLike], keep: jax.Array | None = None
+    ) -> PyTree:
         """Sum over the examples of a batch; `keep: bool[batch]` leaves some out."""
         batch = batch_of(outputs, targets)
 
@@ -54,6 +56,10 @@ class Metric:
             return jnp.sum(a if keep is None else jnp.where(_against(keep, a), a, 0), axis=0)
 
         return jax.tree.map(one, self.of_examples(outputs, targets))
+
+
+OwnMetrics = Mapping[str, ExampleFunction | Metric]
+"""Metrics of one's own, by name."""
 
 
 def called(who: str, what: str, function: Any, outputs: Any, targets: Any, batch: tuple[int, ...]) -> Counted:
@@ -141,7 +147,7 @@ def shares(who: str, loss: Any, outputs: Any, targets: Any, axis_name: Any = Non
     return combined(loss, {name: share(sums) for name, sums in totals(who, loss, outputs, targets).items()})
 
 
-def mean(loss: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> jax.Array:
+def mean(loss: ExampleFunction, outputs: PyTree, targets: PyTree) -> jax.Array:
     """Average a loss over a batch, as `train_step` does: float[]. Weights, counts and tasks are taken into account.
 
     It is what `fnn.watch` needs of a net of fnn:
@@ -150,7 +156,7 @@ def mean(loss: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> jax.Arr
     return shares("losses.mean", loss, outputs, targets)["loss"]
 
 
-def each(who: str, loss: Any, outputs: Any, targets: Any) -> jax.Array:
+def each(who: str, loss: ExampleFunction, outputs: PyTree, targets: PyTree) -> jax.Array:
     """Return a loss's float[batch]; refuse weights and counts, with which an example's share depends on the others."""
     batch, values, factor = batch_of(outputs, targets), [], factors(loss)
     for part in parts(loss, outputs, targets):

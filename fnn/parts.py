@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from math import isfinite
-from typing import Any
 
 import jax
 
@@ -17,7 +16,7 @@ NORMS: dict[str, Callable[[], Layer]] = {
     "layer_norm": norm.layer_norm,
     "rms_norm": norm.rms_norm,
 }
-Named = str | Callable[..., Any]
+Named = str | Callable[..., jax.Array]
 """An activation or an initialiser: its name, or a function."""
 
 

@@ -1,7 +1,8 @@
 """Figures of one net or one training run, by matplotlib; each function returns the figure, and saves it if given a path."""
 
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -9,9 +10,41 @@ from fnn import files
 from fnn.gradients.drawing import COLOURS, MARKERS
 from fnn.gradients.flow import GradientFlow
 from fnn.theory.meanfield import Prediction
+from fnn.tree import PyTree
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
-def flow(measured: GradientFlow, *, theory: Any = None, path: str | os.PathLike[str] | None = None) -> Any:
+class Curves(Protocol):
+    """The curves of a run, as `fit` returns them: a `History`."""
+
+    @property
+    def train(self) -> Mapping[str, PyTree]: ...
+    @property
+    def validation(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def steps_per_epoch(self) -> tuple[int, ...]: ...
+    def by_epoch(self, name: str) -> np.ndarray: ...
+
+
+class Spectrum(Protocol):
+    """A spectral density, as `curvature(...).hessian.density()` returns it."""
+
+    @property
+    def grid(self) -> np.ndarray: ...
+    @property
+    def values(self) -> np.ndarray: ...
+    @property
+    def errors(self) -> np.ndarray: ...
+    @property
+    def probes(self) -> int: ...
+
+
+def flow(
+    measured: GradientFlow, *, theory: Prediction | None = None, path: str | os.PathLike[str] | None = None
+) -> "Figure":
     """Draw log10 of the error signal and of the weight gradients against the layer; `theory` is dashed.
 
     `theory` is a `meanfield.Prediction` for layers 1..n of the net, n its depth. It predicts the error signal at a
@@ -34,7 +67,7 @@ def flow(measured: GradientFlow, *, theory: Any = None, path: str | os.PathLike[
     return _done(figure, path)
 
 
-def _theory(measured: GradientFlow, theory: Any) -> tuple[np.ndarray, np.ndarray]:
+def _theory(measured: GradientFlow, theory: Prediction) -> tuple[np.ndarray, np.ndarray]:
     """Shift theory's curve through the last measured error signal of its layers: (layers, log10)."""
     if not isinstance(theory, Prediction):
         raise TypeError(f"plot.flow: theory must be what meanfield.predict returns, got {type(theory).__name__}")
@@ -55,7 +88,7 @@ def _theory(measured: GradientFlow, theory: Any) -> tuple[np.ndarray, np.ndarray
     return theory.layer, value + (theory.log_error - theory.log_error[last - 1]) / np.log(10)
 
 
-def curves(history: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
+def curves(history: Curves, *, path: str | os.PathLike[str] | None = None) -> "Figure":
     """Draw training and validation loss (and accuracy) by epoch, from what `fit` returns: where they part, the net overfits."""
     from matplotlib.ticker import MaxNLocator
 
@@ -77,7 +110,7 @@ def curves(history: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
     return _done(figure, path)
 
 
-def density(found: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
+def density(found: Spectrum, *, path: str | os.PathLike[str] | None = None) -> "Figure":
     """Draw a spectral density as `curvature(...).hessian.density()` returns it, log scale, shaded by two standard errors.
 
     A logarithmic scale shows single eigenvalues far outside beside the bulk; below a millionth of the peak nothing is drawn.
@@ -109,7 +142,7 @@ def words(text: str) -> str:
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def log_scale(axis: Any) -> None:
+def log_scale(axis: "Axes") -> None:
     """Make an axis logarithmic; over less than a decade and a half its ticks are plain numbers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -122,20 +155,20 @@ def log_scale(axis: Any) -> None:
         axis.minorticks_off()
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
+def _figure(panels: int) -> "tuple[Figure, np.ndarray]":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.4 * panels + 0.6, 3.0), layout="constrained")
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
-def _legend(figure: Any, axis: Any) -> None:
+def _legend(figure: "Figure", axis: "Axes") -> None:
     """Name the lines below the panels, off the data."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
 
 
-def _done(figure: Any, path: str | os.PathLike[str] | None) -> Any:
+def _done(figure: "Figure", path: str | os.PathLike[str] | None) -> "Figure":
     if path is not None:
         files.save_figure(figure, path, 130)
     return figure

@@ -4,17 +4,25 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from fnn import check
 from fnn.arrays import Weighted, narrow
+from fnn.tree import PyTree
+
+Scores = TypeVar("Scores")
+ExampleFunction = Callable[[PyTree, PyTree], jax.Array | tuple[jax.Array, jax.Array | None]]
+"""A loss or a metric: `(outputs, targets) -> float[batch]`, one number for each example, or -> `losses.Counted`."""
+ScalarLoss = Callable[..., ArrayLike | tuple[ArrayLike, PyTree]]
+"""A loss of a model in any framework: `(params, *batch) -> float[]`, or -> (float[], aux)."""
 
 
-class Loss:
+class Loss(Generic[Scores]):
     """A function `loss(outputs, targets) -> float[batch]` that also knows which predictions and targets are right.
 
     Any function of that form is a loss for fnn, of trees of outputs and targets too; this class adds accuracy, and a clear
@@ -28,18 +36,18 @@ class Loss:
     def __init__(
         self,
         name: str,
-        per_example: Callable[[Any, Any], Any],
-        correct: Callable[[Any, Any], Any] | None = None,
-        check_targets: Callable[[Any, Any], None] | None = None,
+        per_example: Callable[[PyTree, PyTree], Scores],
+        correct: ExampleFunction | None = None,
+        check_targets: Callable[[PyTree, PyTree], None] | None = None,
     ):
         self.name, self.correct = name, correct
         self._per_example, self._check = per_example, check_targets
         self.__doc__ = per_example.__doc__
 
-    def __call__(self, outputs: Any, targets: Any) -> Any:
+    def __call__(self, outputs: PyTree, targets: PyTree) -> Scores:
         return self._per_example(outputs, jax.tree.map(lambda a: narrow(self.name, "targets", a), targets))
 
-    def check(self, shape: Any, targets: Any) -> None:
+    def check(self, shape: PyTree, targets: PyTree) -> None:
         """Refuse targets that do not fit outputs of this shape, batch axis first. It reads values: not under jit."""
         if self._check is not None:
             self._check(shape, targets)
@@ -61,15 +69,19 @@ def _held(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-class Sum(Loss):
+class Sum(Loss[jax.Array]):
     """A loss of several tasks, made by `losses.sum_of`: the sum of factor times the mean of each task's loss."""
 
-    def __init__(self, tasks: Mapping[str | int, tuple[float, Any]], call: Callable[[Any, Any, Any], Any]):
+    def __init__(
+        self,
+        tasks: Mapping[str | int, tuple[float, ExampleFunction]],
+        call: Callable[["Sum", PyTree, PyTree], jax.Array],
+    ):
         self.tasks = dict(tasks)
         said = [f"{key}: {factor:g} {label(f)}" for key, (factor, f) in self.tasks.items()]
         super().__init__(f"sum_of({', '.join(said)})", functools.partial(call, self))
 
-    def check(self, shape: Any, targets: Any) -> None:
+    def check(self, shape: PyTree, targets: PyTree) -> None:
         """Check each task's targets."""
         check_targets(self, shape, targets)
 
@@ -78,13 +90,15 @@ class Part(NamedTuple):
     """One task: what its loss gets."""
 
     name: str
-    loss: Any
-    outputs: Any
-    targets: Any
-    weights: tuple[Any, ...]
+    loss: ExampleFunction
+    outputs: PyTree
+    targets: PyTree
+    weights: tuple[ArrayLike, ...]
 
 
-def parts(loss: Any, outputs: Any, targets: Any, name: str = "", weights: tuple[Any, ...] = ()) -> Iterator[Part]:
+def parts(
+    loss: ExampleFunction, outputs: PyTree, targets: PyTree, name: str = "", weights: tuple[ArrayLike, ...] = ()
+) -> Iterator[Part]:
     """List the tasks of a loss, of a `Sum` within a `Sum` too; any other loss is one task without a name."""
     targets, own = unwrapped(targets)
     weights = (*weights, *own)
@@ -124,7 +138,7 @@ def _target(loss: Sum, targets: Any, key: Any) -> Any:
     )
 
 
-def unwrapped(targets: Any) -> tuple[Any, tuple[Any, ...]]:
+def unwrapped(targets: PyTree) -> tuple[PyTree, tuple[ArrayLike, ...]]:
     """Return targets without the weights of whole examples, and these."""
     weights = ()
     while isinstance(targets, Weighted):
@@ -132,12 +146,12 @@ def unwrapped(targets: Any) -> tuple[Any, tuple[Any, ...]]:
     return targets, weights
 
 
-def correct(loss: Callable[..., Any]) -> Callable[..., Any] | None:
+def correct(loss: ExampleFunction) -> ExampleFunction | None:
     """Return `loss.correct`, None for plain functions."""
     return loss.correct if isinstance(loss, Loss) else None
 
 
-def check_targets(loss: Callable[..., Any], shape: Any, targets: Any) -> None:
+def check_targets(loss: ExampleFunction, shape: PyTree, targets: PyTree) -> None:
     """Call `loss.check` for outputs of this shape (a tree of shapes if they are a tree), for each task, and check weights.
 
     A plain function checks nothing.
@@ -175,7 +189,7 @@ def label(loss: Any) -> str:
     return getattr(loss, "name", None) or getattr(loss, "__name__", type(loss).__name__)
 
 
-def finite(who: str, targets: Any) -> None:
+def finite(who: str, targets: PyTree) -> None:
     """Refuse NaN and infinity in a tree of targets; it reads values."""
     for leaf in jax.tree.leaves(targets):
         if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and not np.all(np.isfinite(np.asarray(leaf, np.float64))):

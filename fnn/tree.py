@@ -4,16 +4,20 @@ All sums are taken in at least float32.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from fnn import lowering, mapped
 from fnn.check import contents, describe
 
+PyTree = Any
+"""One array, or a tree of arrays (dicts, tuples, dataclasses), or such a tree of what stands in their place: specs, shapes."""
+Axes = int | tuple[int, ...] | None
 DEPTH = jax.tree_util.GetAttrKey("[:]")
 """The key of a depth axis."""
 
@@ -29,7 +33,7 @@ class Stacked:
 
     __slots__ = ("blocks", "depth")
 
-    def __init__(self, blocks: Any, depth: int | None = None):
+    def __init__(self, blocks: PyTree, depth: int | None = None):
         self.blocks, self.depth = blocks, depth
 
     def tree_flatten_with_keys(self):
@@ -42,7 +46,7 @@ class Stacked:
     def tree_unflatten(cls, depth, children):
         return cls(*children, depth=depth)
 
-    def __getitem__(self, i: Any) -> Any:
+    def __getitem__(self, i: ArrayLike | slice) -> PyTree:
         """Take block i (or a slice of blocks, still stacked, without its mark)."""
         return jax.tree.map(lambda a: a[i], self.blocks)
 
@@ -59,17 +63,17 @@ class Stacked:
         return render_object_constructor(type(self), {"blocks": self.blocks}, path, subtree_renderer)
 
 
-def path(entries: Any) -> str:
+def path(entries: jax.tree_util.KeyPath) -> str:
     """Write a key path as `1/trunk/[:]/kernel`; `[:]` stands for the depth axis."""
     return jax.tree_util.keystr(tuple(entries), simple=True, separator="/")
 
 
-def paths(tree: Any) -> list[str]:
+def paths(tree: PyTree) -> list[str]:
     """List the path of every leaf, in the order of `jax.tree.leaves`."""
     return [path(entries) for entries, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def rows(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[tuple[str, Any]]:
+def rows(tree: PyTree, is_leaf: Callable[[PyTree], bool] | None = None) -> Iterator[tuple[str, PyTree]]:
     """Yield (path, leaf) block after block, every depth axis written out: `1/[7]/kernel` and its slice.
 
     Meant for reading results: bring the tree to the host first (`jax.device_get`).
@@ -88,7 +92,7 @@ def rows(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[tu
                 yield "/".join(part for part in (path(entries), f"[{i}]", inner) if part), leaf
 
 
-def map_depth(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_depth(function: Callable[..., PyTree], tree: PyTree, *rest: PyTree) -> PyTree:
     """Map `function(k, leaf, *rest)` over the leaves, where k counts the leaf's leading depth axes."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     others = [treedef.flatten_up_to(other) for other in rest]
@@ -98,18 +102,18 @@ def map_depth(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     )
 
 
-def size(tree: Any) -> int:
+def size(tree: PyTree) -> int:
     """Count the numbers in a tree."""
     return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))
 
 
-def dot(a: Any, b: Any) -> jax.Array:
+def dot(a: PyTree, b: PyTree) -> jax.Array:
     """Sum a_i b_i over all leaves: float[]. A product that leaves float32's range is 0 or inf."""
     products = jax.tree.map(lambda u, v: jnp.sum(_wide(u) * _wide(v)), a, b)
     return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.float32))
 
 
-def norm(tree: Any) -> jax.Array:
+def norm(tree: PyTree) -> jax.Array:
     """Take sqrt(sum |a_i|²) over all leaves: float[]. Its gradient at the zero tree is zero, not NaN.
 
     Right wherever the norm itself is a float: this and all norms below take squares that leave float32's range again,
@@ -119,17 +123,17 @@ def norm(tree: Any) -> jax.Array:
     return _JITTED[norm_of_all](leaves) if leaves else jnp.zeros(())
 
 
-def count(tree: Any) -> jax.Array:
+def count(tree: PyTree) -> jax.Array:
     """Count the numbers in a tree, as `size` does, but as a float32[] that programs compute: see `WHOLE`."""
     return _JITTED[count_of_all](jax.tree.leaves(tree))
 
 
-def norm_of_all(leaves: Sequence[Any]) -> jax.Array:
+def norm_of_all(leaves: Sequence[ArrayLike]) -> jax.Array:
     """`norm` of a list of arrays."""
     return _lengths(pack([_wide(a) for a in leaves]), None)[0]
 
 
-def count_of_all(leaves: Sequence[Any]) -> jax.Array:
+def count_of_all(leaves: Sequence[ArrayLike]) -> jax.Array:
     """`count` of a list of arrays."""
     return jnp.asarray(sum(jnp.size(a) for a in leaves), jnp.float32)
 
@@ -137,12 +141,12 @@ def count_of_all(leaves: Sequence[Any]) -> jax.Array:
 for _function in (norm_of_all, count_of_all):  # names that no function of a user's has
     _function.__name__ = f"fnn.tree.{_function.__name__}"
 _JITTED = {function: jax.jit(function) for function in (norm_of_all, count_of_all)}
-WHOLE: dict[str, Callable[[Sequence[Any]], jax.Array]] = {function.__name__: function for function in _JITTED}
+WHOLE: dict[str, Callable[[Sequence[ArrayLike]], jax.Array]] = {function.__name__: function for function in _JITTED}
 """Functions of all arrays of a tree at once, the same however these are cut or stacked. Each is one operation of that name
 in a program, by which `lift` knows it."""
 
 
-def norms(tree: Any) -> Any:
+def norms(tree: PyTree) -> PyTree:
     """Take the norm of every parameter array: a tree of float[], float[depth] below a `Stacked` node."""
     leaves, treedef = jax.tree.flatten(tree)
     depths = jax.tree.leaves(map_depth(lambda k, _: k, tree))
@@ -203,7 +207,7 @@ def _lengths_by_ranges(leaves: list[jax.Array], axes: Any) -> list[jax.Array]:
     return found
 
 
-def _scales(dtype: Any) -> tuple[float, float, float]:
+def _scales(dtype: DTypeLike) -> tuple[float, float, float]:
     """Powers of two that bring large, medium and small numbers to where their squares are floats: 2^-100, 1, 2^100."""
     power = 2.0 ** (jnp.finfo(dtype).maxexp * 25 // 32)
     return 1 / power, 1.0, power
@@ -213,13 +217,13 @@ def _with_axes(leaves: list[jax.Array], axes: Any) -> Iterator[tuple[jax.Array, 
     return zip(leaves, [None] * len(leaves) if axes is None else axes, strict=True)
 
 
-def length(a: jax.Array, axis: Any = None, keepdims: bool = False) -> jax.Array:
+def length(a: jax.Array, axis: Axes = None, keepdims: bool = False) -> jax.Array:
     """Take |a| over some axes (all of them by default), always relative to the largest number."""
     peak, total = relative_square(a, axis, keepdims)
     return peak * safe_sqrt(total)
 
 
-def log_norms(tree: Any) -> Any:
+def log_norms(tree: PyTree) -> PyTree:
     """Take log |a| of every parameter array without leaving the exponent range: shapes as in `norms`.
 
     log |a| = log m + ½ log sum (a/m)², m = max |a|. A zero array gives -inf, a non-finite one NaN or inf.
@@ -227,13 +231,13 @@ def log_norms(tree: Any) -> Any:
     return map_depth(lambda k, a: log_norm(a, axis=tuple(range(k, jnp.ndim(a)))), tree)
 
 
-def log_norm(a: jax.Array, axis: Any = None) -> jax.Array:
+def log_norm(a: jax.Array, axis: Axes = None) -> jax.Array:
     """Take log |a| over some axes (all of them by default); see `log_norms`."""
     peak, total = relative_square(a, axis)
     return jnp.log(peak) + 0.5 * jnp.log(total)
 
 
-def relative_square(a: Any, axis: Any = None, keepdims: bool = False) -> tuple[jax.Array, jax.Array]:
+def relative_square(a: ArrayLike, axis: Axes = None, keepdims: bool = False) -> tuple[jax.Array, jax.Array]:
     """Write sum |a|² over some axes (all of them by default) as peak²·total, where no square leaves the range."""
     a = _wide(a)
     some = keepdims or (axis is not None and len(np.atleast_1d(axis)) < a.ndim)  # XLA copies for sums to axes of size 1
@@ -243,7 +247,7 @@ def relative_square(a: Any, axis: Any = None, keepdims: bool = False) -> tuple[j
     return (peak if keepdims or not some else jnp.squeeze(peak, axis)), total
 
 
-def safe(square: jax.Array, bound: Any = 1) -> jax.Array:
+def safe(square: jax.Array, bound: ArrayLike = 1) -> jax.Array:
     """Whether a sum of squares lost nothing to float32's range: no part overflowed, and none that counts underflowed.
 
     `bound` is the largest number that a part lost may have been multiplied with.
@@ -252,7 +256,9 @@ def safe(square: jax.Array, bound: Any = 1) -> jax.Array:
     return (square > bound * (info.tiny / info.eps**2)) & (square < info.max)
 
 
-def guarded(plain: Callable[..., Any], relative: Callable[..., Any], *args: Any, axis_name: Any = None) -> Any:
+def guarded(
+    plain: Callable[..., PyTree], relative: Callable[..., PyTree], *args: PyTree, axis_name: mapped.AxisName = None
+) -> PyTree:
     """Return the value of `plain(*args) -> (value, inside)` if all are inside, else `relative(*args)`, right at any scale.
 
     With `axis_name` all of a mapped axis decide together, since `vmap` would compute both for each. Where a conditional is
@@ -273,7 +279,7 @@ def pack(leaves: Sequence[jax.Array]) -> list[jax.Array]:
     return [a for a in leaves if not _is_small(a)] + [jnp.concatenate([jnp.ravel(a) for a in g]) for g in groups]
 
 
-def unpack(packed: Sequence[jax.Array], like: Sequence[Any]) -> list[jax.Array]:
+def unpack(packed: Sequence[jax.Array], like: Sequence[jax.Array]) -> list[jax.Array]:
     """Split what `pack` joined into arrays of the shapes and dtypes of `like`."""
     rest = iter(packed)
     large = [None if _is_small(a) else next(rest) for a in like]
@@ -295,12 +301,12 @@ def _small(leaves: Sequence[Any]) -> dict[Any, list[Any]]:
     return groups
 
 
-def stack(trees: Any) -> Stacked:
+def stack(trees: Iterable[PyTree]) -> Stacked:
     """Stack the trees of n blocks into one `Stacked` tree."""
     return Stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees))
 
 
-def unstack(stacked: Stacked) -> tuple[Any, ...]:
+def unstack(stacked: Stacked) -> tuple[PyTree, ...]:
     """Split a `Stacked` tree into the trees of its blocks, the inverse of `stack`."""
     leaves = jax.tree.leaves(stacked)
     if not leaves:
@@ -314,7 +320,7 @@ def safe_sqrt(a: jax.Array) -> jax.Array:
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, a)))
 
 
-def clip_factor(norm: jax.Array, limit: Any) -> jax.Array:
+def clip_factor(norm: jax.Array, limit: ArrayLike) -> jax.Array:
     """Compute min(1, limit/norm): NaN for NaN, and exactly 1 up to the limit, where limit/limit on a GPU may be below 1."""
     return jnp.where(norm <= limit, jnp.ones_like(norm), limit / jnp.maximum(norm, limit))
 
@@ -329,12 +335,12 @@ def divisor(peak: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(jnp.clip(peak, tiny, 1 / tiny))
 
 
-def statistics_dtype(dtype: Any) -> Any:
+def statistics_dtype(dtype: DTypeLike) -> np.dtype:
     """Say in which dtype statistics of such data are kept: at least float32."""
     return jnp.promote_types(jnp.float32, dtype)
 
 
-def _wide(a: Any) -> jax.Array:
+def _wide(a: ArrayLike) -> jax.Array:
     a = jnp.asarray(a)
     if jnp.issubdtype(a.dtype, jnp.complexfloating):
         raise TypeError(f"tree: arrays must be real, got {describe(a)}; keep real and imaginary parts as two arrays")

@@ -28,6 +28,24 @@ PLACE = {
     for row, (floor, folder, files) in enumerate(LISTED)
     for column, name in enumerate(files)
 }
+FREE = {
+    *(
+        "options",
+        "description",
+        "session",
+        "sessions",
+        "complete",
+        "note",
+        "there",
+        "here",
+        "fixed",
+    ),  # of JSON, or named
+    *("static", "runs"),  # values of axes
+    "run",  # of a file above
+    "structure",  # JAX's PyTreeDef is no type for pyright
+    *("Study.describe", "report.contents", "Results.description"),  # JSON
+}
+"""Public parameters, fields and returns that are no arrays, and may be anything."""
 ALLOWED = {"jax", "jaxlib", "optax", "flax", "numpy", "fnn"} | set(sys.stdlib_module_names)
 
 
@@ -46,6 +64,55 @@ def module_of(path):
 
 
 FILES = sorted(path for path in (ROOT / "fnn").rglob("*.py") if not path.stem.startswith("__"))
+
+
+def definitions(body, prefix):
+    """(full name, node) of every function, class and method."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield f"{prefix}.{node.name}", node
+            yield from definitions(node.body if isinstance(node, ast.ClassDef) else (), f"{prefix}.{node.name}")
+
+
+def names_in(annotation):
+    """All names in an annotation, within strings too."""
+    for node in ast.walk(annotation) if annotation else ():
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from names_in(ast.parse(node.value))
+        elif isinstance(node, ast.Name):
+            yield node.id
+
+
+def annotations(name, node):
+    """(name of a parameter, a field, or what is returned; annotation)."""
+    if isinstance(node, ast.FunctionDef):
+        given = node.args
+        for arg in (*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg):
+            yield from [(arg.arg, arg.annotation)] if arg else []
+        yield ".".join(name.split(".")[-2:]), node.returns
+    else:
+        fields = (field for field in node.body if isinstance(field, ast.AnnAssign))
+        yield from ((field.target.id, field.annotation) for field in fields if field.target.id[0] != "_")
+
+
+def public():
+    """{full name: node} of all functions, classes and methods that `dir(fnn)` leads to, with the classes that they return."""
+    nodes = dict(pair for path in FILES for pair in definitions(ast.parse(path.read_text()).body, module_of(path)))
+    todo, found = [getattr(fnn, name) for name in dir(fnn)], {}
+    todo += [
+        value for thing in todo if inspect.ismodule(thing) for name, value in vars(thing).items() if name[0] != "_"
+    ]
+    while todo:
+        thing = inspect.unwrap(todo.pop())
+        thing = thing if hasattr(thing, "__qualname__") else type(thing)
+        name = f"{thing.__module__}.{thing.__qualname__}"
+        if name in nodes and name not in found:
+            for own, node in definitions([nodes[name]], thing.__module__):
+                if not node.name.startswith("_") or node.name in ("__init__", "__new__", "__call__", "__getitem__"):
+                    found[own], returned = node, names_in(getattr(node, "returns", None))
+                    space = vars(sys.modules[thing.__module__])
+                    todo += [space[part] for part in returned if inspect.isclass(space.get(part))]
+    return found
 
 
 def test_readme_lists_every_file_once():
@@ -96,6 +163,14 @@ def test_every_public_name_has_a_docstring():
             for inner, value in vars(thing).items():
                 if not inner.startswith("_") and inspect.isfunction(value) and value.__module__ == thing.__name__:
                     assert inspect.getdoc(value), f"{name}.{inner}"
+
+
+def test_what_holds_arrays_is_typed():
+    """Arrays, trees of arrays, keys, axis names, dtypes, tables, figures, paths: no public annotation says `Any` for them."""
+    checked = [(name, *pair) for name, node in public().items() for pair in annotations(name, node)]
+    seen = {part for _, part, _ in checked}
+    assert seen >= {*("key", "mask", "axis_name", "mesh", "path"), *("Flow.table", "PerExampleGradients.mean")}
+    assert not [(name, part) for name, part, said in checked if "Any" in names_in(said) and part not in FREE]
 
 
 def test_functions_of_more_than_six_parameters_say_why():

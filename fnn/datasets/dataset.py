@@ -4,7 +4,7 @@ Everything here runs on the host in NumPy and returns finished arrays. The same 
 because it seeds a NumPy generator (`jax.random` would compile a new program for every size).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from fnn.arrays import array, brief, is_numbers, pair
 from fnn.check import above_zero, at_least_zero, describe, fraction, positive, prng_key
 from fnn.masks import Masked
+from fnn.tree import PyTree
 
 
 class Dataset(NamedTuple):
@@ -24,8 +25,8 @@ class Dataset(NamedTuple):
     y may be `losses.Weighted(targets, weights)`. `size` is the number of examples; `len` is 2, as for any pair.
     """
 
-    x: Any
-    y: Any
+    x: PyTree
+    y: PyTree
 
     short_repr = True
 
@@ -43,9 +44,11 @@ class Dataset(NamedTuple):
 
 
 Parts = tuple[Dataset, Dataset]
+Data = Iterable[PyTree]
+"""In memory a tuple (x, y) or (x, y, weights), such as a `Dataset`; from outside an iterable of such batches."""
 
 
-def check_dataset(who: str, x: Any, y: Any) -> None:
+def check_dataset(who: str, x: PyTree, y: PyTree) -> None:
     """Refuse data that no net can learn from; it reads the values, on the host.
 
     x and y must be numbers, with the same number of examples (at least one) on their first axes, and finite: a single NaN
@@ -85,7 +88,7 @@ def _real(node: Any) -> list[Any]:
     return [values, mask]
 
 
-def in_memory(who: str, data: Any) -> Dataset:
+def in_memory(who: str, data: Data) -> Dataset:
     """Return data as one pair of arrays, from a tuple (x, y) or from an iterable of such batches, joined on the host.
 
     A tuple is always one data set, and anything else is batches, so that (train, test) and [x, y] can be refused.
@@ -196,7 +199,7 @@ def batches(
     return iterate()
 
 
-def as_pair(who: str, x: Any, y: Any, *, negative: bool = False) -> list[np.ndarray]:
+def as_pair(who: str, x: ArrayLike, y: ArrayLike, *, negative: bool = False) -> list[np.ndarray]:
     """Check the pair and cast it as JAX would, but never let an integer wrap or a float overflow in silence.
 
     Integer y are labels of at least 0; with `negative` they may be below (-1: nothing to predict).
@@ -264,7 +267,7 @@ def split_index(
     return order[~chosen], order[chosen]
 
 
-def same_features(who: str, train: Any, *others: Any) -> None:
+def same_features(who: str, train: Sequence[np.ndarray], *others: Sequence[np.ndarray]) -> None:
     """Refuse parts whose examples have other shapes than those of the training part."""
     for other in others:
         if train[0].shape[1:] != other[0].shape[1:]:

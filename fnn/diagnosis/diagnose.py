@@ -1,10 +1,14 @@
 """`diagnose`: measure, change one thing, train again; name the earliest measured cause whose repair works."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+
+from jax.typing import ArrayLike
 
 from fnn import check
+from fnn.admission import Optimizer
+from fnn.core import Layer
+from fnn.datasets.dataset import Data
 from fnn.diagnosis import parts, verdict
 from fnn.diagnosis.case import Case, case_of
 from fnn.diagnosis.causes import Cause
@@ -13,14 +17,16 @@ from fnn.diagnosis.loss_case import loss_case_of
 from fnn.diagnosis.report import Diagnosis, Verdict, diagnosis_of
 from fnn.diagnosis.trial import Runner
 from fnn.progress import Progress
+from fnn.tasks import ExampleFunction
+from fnn.tree import PyTree
 
 
 def diagnose(
-    net: Any,
-    loss: Callable[[Any, Any], Any],
-    optimizer: Any,
-    train: Any,
-    validation: Any = None,
+    net: Layer | Callable[..., Layer],
+    loss: ExampleFunction,
+    optimizer: Optimizer | Callable[..., Optimizer],
+    train: Data,
+    validation: Data | None = None,
     *,
     batch_size: int,
     steps: int,
@@ -65,13 +71,13 @@ def diagnose(
 
 
 def diagnose_loss(
-    loss: Callable[[Any, Any], Any],
-    params: Any,
-    batches: Any,
-    optimizer: Any,
-    validation: Any = None,
+    loss: Callable[[PyTree, PyTree], ArrayLike],
+    params: PyTree,
+    batches: Iterable[PyTree],
+    optimizer: Optimizer | Callable[..., Optimizer],
+    validation: Iterable[PyTree] | None = None,
     *,
-    score: Callable[[Any, Any], Any] | None = None,
+    score: Callable[[PyTree, PyTree], ArrayLike] | None = None,
     steps: int | None = None,
     seeds: int = 3,
     budget: float = 60.0,

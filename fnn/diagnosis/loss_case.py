@@ -18,6 +18,8 @@ from fnn.gradients.penalty import penalized, removable, unpenalized, without_ter
 from fnn.gradients.swap import swapped
 from fnn.gradients.watch import watch
 from fnn.gradients.wide import in_float32, narrowest
+from fnn.tasks import ScalarLoss
+from fnn.tree import PyTree
 
 INPUTS = (
     "x", "inputs", "input", "image", "images", "features", "data", "tokens", "input_ids", "ids", "text", "sequence",
@@ -154,8 +156,8 @@ def _fitted(case: Any, leaves: list[Any], structure: Any, batch: Any) -> float:
 
 
 def loss_case_of(
-    loss: Any,
-    params: Any,
+    loss: ScalarLoss,
+    params: PyTree,
     batches: Any,
     optimizer: Any,
     validation: Any,

@@ -2,13 +2,16 @@
 
 import textwrap
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fnn import arrays, check
 from fnn.diagnosis.again import Change, Suspect, Trial
 from fnn.training.recorder import Recording
+
+if TYPE_CHECKING:
+    import polars
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,7 +47,7 @@ class Replay:
         """Names of the changes that remove the spike."""
         return tuple(change.name for change in self.changes if change.removes)
 
-    def table(self) -> Any:
+    def table(self) -> "polars.DataFrame":
         """Give every change as a polars table: change, detail, peak, relative, removes; the control first."""
         import polars as pl
 

@@ -1,8 +1,9 @@
 """What a diagnosis found, as an object and as text."""
 
+import os
 import textwrap
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from fnn.diagnosis.changes import changes
 from fnn.diagnosis.inquiry import NOTHING, Inquiry, Tried
 from fnn.diagnosis.start import Start
 from fnn.theory import meanfield
+
+if TYPE_CHECKING:
+    import polars
 
 WIDTH = 100
 UNTESTED = {
@@ -82,7 +86,7 @@ class Diagnosis:
         """Code to paste, one piece for each cause; causes with the same remedy share one."""
         return tuple(dict.fromkeys(cause.remedy for cause in self.causes))
 
-    def table(self) -> Any:
+    def table(self) -> "polars.DataFrame":
         """Give every trial as a polars table: change, cause, seed, score, checked (NaN where it was not checked)."""
         import polars as pl
 
@@ -93,7 +97,7 @@ class Diagnosis:
         ]
         return pl.DataFrame(rows, schema=["change", "cause", "seed", "score", "checked"], orient="row")
 
-    def html(self, path: Any) -> None:
+    def html(self, path: str | os.PathLike[str]) -> None:
         """Write the page: one file that needs no network. Errors: OSError where it cannot be written."""
         from fnn.diagnosis import page
 

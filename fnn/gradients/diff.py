@@ -12,14 +12,16 @@ from fnn import arrays, check, compiled
 from fnn.gradients.difference import QUANTITIES, Both, Compared, Difference
 from fnn.gradients.pairing import Distance, beside, distance, paired, relative, role
 from fnn.gradients.sides import WHOLE, LayerOf, side
+from fnn.tasks import ScalarLoss
+from fnn.tree import PyTree
 
 MARGIN = 5.0
 """How many times what rounding gives a difference must be, so that it counts."""
 
 
 def diff(
-    loss_a: Callable[..., Any],
-    loss_b: Callable[..., Any],
+    loss_a: ScalarLoss,
+    loss_b: ScalarLoss,
     *,
     pairs: Mapping[str, str] | None = None,
     tolerance: float | None = None,
@@ -57,7 +59,7 @@ def diff(
     if tolerance is not None:
         check.above_zero("diff", tolerance=tolerance)
 
-    def compare(params_a: Any, params_b: Any, *batch: Any) -> Difference:
+    def compare(params_a: PyTree, params_b: PyTree, *batch: PyTree) -> Difference:
         if compiled.traced((params_a, params_b, batch)):
             raise TypeError(
                 "diff: it decides on the host, got traced arrays; call it outside of jit, grad, vmap and scan"

@@ -1,7 +1,10 @@
 """What `diff` returns: numbers of pairs of layers, as rows, a table, and a verdict in a sentence."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import polars
 
 QUANTITIES = ("weight", "input", "output", "gradient")
 MORE = ["...", *[""] * 6]
@@ -86,7 +89,7 @@ class Difference:
         """List everything that was compared, in forward order."""
         return list(self.compared)
 
-    def table(self) -> Any:
+    def table(self) -> "polars.DataFrame":
         """Make a polars DataFrame with the columns of `Compared`: layer, path_a, path_b, quantity, difference, ..."""
         import polars as pl
 

@@ -1,11 +1,14 @@
 """The figure of a `Flow`, and the colours and markers of all figures."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fnn import files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, distinct to the colour-blind; with markers, so that print in grey keeps the lines apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -22,7 +25,7 @@ LINES = {
 }
 
 
-def profiles(flow: Any, path: str | os.PathLike[str] | None = None) -> Any:
+def profiles(flow: Any, path: str | os.PathLike[str] | None = None) -> "Figure":
     """Draw log10 of error signal and gradient against the layer, and below them the RMS of each layer's input and output.
 
     Returns the matplotlib figure, saved as well if given a path. What was not measured is left out. What is zero or not

@@ -2,47 +2,50 @@
 
 import dataclasses
 import functools
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from fnn import check, lowering, mapped, tree
+from fnn.tree import PyTree
 
 
 class Clipped(NamedTuple):
     """What `clipped_mean` returns."""
 
-    mean: Any
+    mean: PyTree
     """Mean of the clipped gradients, like params."""
-    fraction: Any
+    fraction: jax.Array
     """Share of the examples (with per_layer: of examples and layers) that were clipped; float[]."""
-    bias: Any
+    bias: jax.Array
     """|clipped mean - mean|: clipping single examples changes the expectation; float[]."""
-    nonfinite: Any
+    nonfinite: jax.Array
     """How many examples have no finite norm: NaN or inf in the gradient, or a norm beyond the range; float[]."""
-    zero: Any
+    zero: jax.Array
     """How many examples have norm 0: no gradient at all, or one that vanished below the range; float[]."""
 
 
 class Moments(NamedTuple):
     """Unbiased estimates from one batch; trees like params, of float[] or below `repeat` float[depth]."""
 
-    trace: Any
+    trace: PyTree
     """trace cov(g_i), of single examples."""
-    signal: Any
+    signal: PyTree
     """|E g|²; may come out below zero where noise prevails."""
 
 
 class Estimates(NamedTuple):
     """Moments in units of `unit`², which are 1 unless squares would leave the range: then powers of two near the norms."""
 
-    trace: Any
-    signal: Any
-    unit: Any
+    trace: PyTree
+    signal: PyTree
+    unit: PyTree
 
-    def moments(self, unit: Any = 1) -> Moments:
+    def moments(self, unit: ArrayLike = 1) -> Moments:
         """Write them in units of one's own; what lies outside the range of floats is 0 or inf."""
 
         def converted(a, own):
@@ -51,7 +54,7 @@ class Estimates(NamedTuple):
 
         return Moments(*(jax.tree.map(converted, a, self.unit) for a in (self.trace, self.signal)))
 
-    def ratio(self) -> Any:
+    def ratio(self) -> PyTree:
         """Divide signal by trace, which needs no unit."""
         return jax.tree.map(jnp.divide, self.signal, self.trace)
 
@@ -77,17 +80,17 @@ class PerExampleGradients:
     methods share is computed once. Norms, sums and products are in at least float32.
     """
 
-    leaves: list[Any]
+    leaves: list[PyTree]
     batch: int = flax.struct.field(pytree_node=False)
     share: int = flax.struct.field(pytree_node=False)
     """Leaves hold g_i / share. With a share of `batch` the mean is one product of the factors, without weights."""
     structure: Any = flax.struct.field(pytree_node=False)
-    specs: tuple[Any, ...] = flax.struct.field(pytree_node=False)
+    specs: tuple[tuple[jax.ShapeDtypeStruct, int], ...] = flax.struct.field(pytree_node=False)
     """Shape and dtype of every parameter array, and how many depth axes it has."""
     routes: tuple[Route, ...] = flax.struct.field(pytree_node=False)
 
     @functools.partial(jax.jit, static_argnames="per_leaf")
-    def squared_norms(self, per_leaf: bool = False) -> Any:
+    def squared_norms(self, per_leaf: bool = False) -> PyTree:
         """Take |g_i|² over all parameters: float[batch]; `per_leaf` of each: float[batch], below `repeat` [depth, batch].
 
         A square outside float32's range is 0 or inf: that of a norm below 1e-19 or above 1e19. `norms` holds there too.
@@ -95,19 +98,19 @@ class PerExampleGradients:
         return jax.tree.map(jnp.square, self.norms(per_leaf))
 
     @functools.partial(jax.jit, static_argnames="per_leaf")
-    def norms(self, per_leaf: bool = False) -> Any:
+    def norms(self, per_leaf: bool = False) -> PyTree:
         """Take |g_i|, shapes as in `squared_norms`; right wherever the norm itself is a float."""
         norms = self._norms()
         return self._unflatten(norms) if per_leaf else self._total(norms)
 
     @jax.jit
-    def mean(self) -> Any:
+    def mean(self) -> PyTree:
         """Average: sum_i g_i / batch, like params. It is the gradient of the mean loss."""
         w = None if self.share == self.batch else jnp.full(self.batch, self.share / self.batch)
         return self._sum([w] * len(self.leaves))
 
     @jax.jit
-    def weighted_sum(self, w: Any) -> Any:
+    def weighted_sum(self, w: ArrayLike) -> PyTree:
         """Take sum_i w_i g_i, like params; w: float[batch]."""
         w = jnp.asarray(w)
         if w.shape != (self.batch,):
@@ -121,12 +124,12 @@ class PerExampleGradients:
         return jax.lax.cond(near, lambda: self._sum(every), lambda: self._sum(every, "balanced"))
 
     @jax.jit
-    def weighted_mean(self, w: Any) -> Any:
+    def weighted_mean(self, w: ArrayLike) -> PyTree:
         """Take sum_i w_i g_i / sum_i w_i, like params; w: float[batch]."""
         w = jnp.asarray(w)
         return self.weighted_sum(w / jnp.sum(w))
 
-    def clipped_mean(self, max_norm: Any, per_layer: bool = False, skip_nonfinite: bool = False) -> Clipped:
+    def clipped_mean(self, max_norm: ArrayLike, per_layer: bool = False, skip_nonfinite: bool = False) -> Clipped:
         """Clip every example's gradient, then average: sum_i g_i·min(1, max_norm/|g_i|) / batch.
 
         With `per_layer` every parameter array of every layer is clipped on its own, below `repeat` every depth. An
@@ -138,7 +141,7 @@ class PerExampleGradients:
         return self._clipped_mean(max_norm, per_layer, skip_nonfinite)
 
     @functools.partial(jax.jit, static_argnames=("per_layer", "skip_nonfinite"))
-    def _clipped_mean(self, max_norm: Any, per_layer: bool, skip_nonfinite: bool) -> Clipped:
+    def _clipped_mean(self, max_norm: ArrayLike, per_layer: bool, skip_nonfinite: bool) -> Clipped:
         each = self._norms()
         whole = self._total(each)
         norms = each if per_layer else [whole]
@@ -174,7 +177,7 @@ class PerExampleGradients:
         return gram * inverse[:, None] * inverse
 
     @jax.jit
-    def moments(self, unit: Any = 1) -> Moments:
+    def moments(self, unit: ArrayLike = 1) -> Moments:
         """Estimate trace cov(g_i) and |E g|² of every parameter array; see `variance` and `signal_to_noise`.
 
         Both in units of `unit`²: with a unit near the norms they fit float32 where the squares do not.
@@ -182,7 +185,7 @@ class PerExampleGradients:
         return self.estimates().moments(unit)
 
     @functools.partial(jax.jit, static_argnames="per_leaf")
-    def variance(self, per_leaf: bool = False) -> Any:
+    def variance(self, per_leaf: bool = False) -> PyTree:
         """Estimate the trace of the covariance of g_i: sum_i |g_i - mean|² / (batch - 1), unbiased.
 
         float[]; `per_leaf`: a tree like params of float[], below `repeat` float[depth]. From sum |g_i|² - batch·|mean|²,
@@ -192,7 +195,7 @@ class PerExampleGradients:
         return (found if per_leaf else total(found)).moments().trace
 
     @functools.partial(jax.jit, static_argnames="per_leaf")
-    def signal_to_noise(self, per_leaf: bool = False) -> Any:
+    def signal_to_noise(self, per_leaf: bool = False) -> PyTree:
         """Estimate |E g|² / trace cov(g): its inverse is the batch size at which noise and signal are equal.
 
         |E g|² is estimated without bias, |mean|² - variance/batch, and so may come out below zero; shapes as in
@@ -202,14 +205,14 @@ class PerExampleGradients:
         return (found if per_leaf else total(found)).ratio()
 
     @jax.jit
-    def materialize(self) -> Any:
+    def materialize(self) -> PyTree:
         """Store all gradients, as `vmap(grad(loss))` does: a tree like params, each leaf with a leading axis of batch."""
         found = [self.share * leaf.materialize() for leaf in self.leaves]
         return self._unflatten(
             [g.reshape(-1, *spec.shape).astype(spec.dtype) for g, (spec, _) in self._with_specs(found)]
         )
 
-    def __getitem__(self, key: Any) -> "PerExampleGradients":
+    def __getitem__(self, key: Hashable) -> "PerExampleGradients":
         """Take the gradients of one child of params: `gradients["trunk"].norms()`."""
         child = jax.tree.unflatten(self.structure, range(len(self.leaves)))[key]
         chosen = jax.tree.leaves(child)
@@ -287,7 +290,7 @@ class PerExampleGradients:
         return jax.tree.unflatten(self.structure, values)
 
 
-def estimate(norms: jax.Array, mean: jax.Array, n: int, axis_name: Any = ()) -> Estimates:
+def estimate(norms: jax.Array, mean: jax.Array, n: int, axis_name: mapped.AxisName = ()) -> Estimates:
     """Estimate the moments of one array's n gradients from their norms, float[..., batch], and the norm of their mean.
 
     With `axis_name` the norms are those of one device, the mean and n those of all.

@@ -2,13 +2,13 @@
 
 import functools
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from fnn import admission, arrays, check, compiled, losses, measures, tree
 from fnn.core import Layer, as_arrays, output_shape, output_spec
@@ -19,6 +19,8 @@ from fnn.gradients.price import Price, priced, with_price
 from fnn.layers import taps
 from fnn.layers.precision import compute_in
 from fnn.layers.taps import Row
+from fnn.tasks import ExampleFunction
+from fnn.tree import PyTree
 
 __all__ = ["GradientFlow", "Label", "Numbers", "gradient_flow", "resolve", "settle"]
 
@@ -94,13 +96,13 @@ class GradientFlow:
 
 def price(
     net: Layer,
-    state: Any,
-    batch: tuple[Any, Any],
+    state: PyTree,
+    batch: arrays.Batch,
     *,
-    loss: Callable[[Any, Any], Any] = losses.cross_entropy,
+    loss: ExampleFunction = losses.cross_entropy,
     train: bool = True,
-    key: Any = None,
-    compute_dtype: Any = None,
+    key: jax.Array | None = None,
+    compute_dtype: DTypeLike | None = None,
     rounds: int = 11,
 ) -> Price:
     """Measure here what `gradient_flow`, with the same arguments, takes beside the mean loss's plain gradient.
@@ -125,13 +127,13 @@ def price(
 @with_price(price)
 def gradient_flow(
     net: Layer,
-    state: Any,
-    batch: tuple[Any, Any],
+    state: PyTree,
+    batch: arrays.Batch,
     *,
-    loss: Callable[[Any, Any], Any] = losses.cross_entropy,
+    loss: ExampleFunction = losses.cross_entropy,
     train: bool = True,
-    key: Any = None,
-    compute_dtype: Any = None,
+    key: jax.Array | None = None,
+    compute_dtype: DTypeLike | None = None,
 ) -> GradientFlow:
     """Measure log10 |dL/dh| at every tap and log10 |dL/dW| of every parameter, L being the mean loss of a batch.
 
@@ -182,8 +184,8 @@ def gradient_flow(
 
 
 def _admitted(
-    net: Layer, state: Any, batch: Any, loss: Any, key: Any, compute_dtype: Any
-) -> tuple[Layer, Any, Any, Any, Any]:
+    net: Layer, state: PyTree, batch: arrays.Batch, loss: Any, key: Any, compute_dtype: DTypeLike | None
+) -> tuple[Layer, PyTree, PyTree, PyTree, PyTree]:
     """Check the arguments of `gradient_flow`; return the net that computes in the dtype, params, state, x and y."""
     admission.net("gradient_flow", net)
     admission.loss("gradient_flow", loss)

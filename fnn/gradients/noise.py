@@ -5,30 +5,33 @@ noise of the mean gradient is as large as the gradient. Both quantities are esti
 averaged over steps *before* they are divided. Source: McCandlish et al. 2018, sections 2.2 and A.1.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from fnn import check
 from fnn.gradients.example_gradients import Moments, PerExampleGradients, total
+from fnn.tree import PyTree
 
 
 class NoiseScale(NamedTuple):
     """A ratio of means over steps, in float64."""
 
-    value: Any
+    value: np.ndarray | np.float64
     """B_simple; negative or huge where the signal cannot be told from zero: see `error`."""
-    error: Any
+    error: np.ndarray | np.float64
     """Its standard error by the jackknife; NaN for a single block of steps."""
-    trace: Any
+    trace: np.ndarray | np.float64
     """Mean over steps of trace cov(g_i)."""
-    signal: Any
+    signal: np.ndarray | np.float64
     """Mean over steps of |G|²."""
 
 
-def moments(gradients: PerExampleGradients, *, group: int = 1, per_leaf: bool = False, unit: Any = 1) -> Moments:
+def moments(gradients: PerExampleGradients, *, group: int = 1, per_leaf: bool = False, unit: ArrayLike = 1) -> Moments:
     """Estimate S = sum |g_i - g|²/(B - 1) and |g|² - S/B from one batch: float[] each, or trees like params.
 
     In units of `unit`²: gradients beyond 1e±19, whose squares leave float32's range (0 or inf), need a unit near their
@@ -43,7 +46,7 @@ def moments(gradients: PerExampleGradients, *, group: int = 1, per_leaf: bool = 
     return found._replace(trace=jax.tree.map(lambda s: group * s, found.trace))
 
 
-def groups(batch: Any, size: int) -> Any:
+def groups(batch: PyTree, size: int) -> PyTree:
     """Cut a batch into groups: float[batch, ...] -> float[batch/size, size, ...] for every leaf.
 
     Errors: ValueError if the size does not divide the batch.
@@ -58,7 +61,7 @@ def groups(batch: Any, size: int) -> Any:
     return jax.tree.map(cut, batch)
 
 
-def scale(trace: Any, signal: Any, *, block: int = 1) -> NoiseScale:
+def scale(trace: ArrayLike | Sequence[float], signal: ArrayLike | Sequence[float], *, block: int = 1) -> NoiseScale:
     """Divide the mean trace by the mean signal, with the jackknife's error: float[steps, ...] twice -> float[...].
 
     `trace` and `signal` are the estimates of many steps (`history.train["noise_trace"]`, `["noise_signal"]`). The

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import DTypeLike
 
 from fnn import admission, arrays, check, compiled, losses, mapped, measures, tree
 from fnn.core import Layer
@@ -25,6 +26,8 @@ from fnn.gradients.products import Full, Pair
 from fnn.gradients.search import search
 from fnn.gradients.squares import AXIS, Examples
 from fnn.layers.precision import compute_in
+from fnn.tasks import ExampleFunction, ScalarLoss
+from fnn.tree import PyTree
 
 SEMANTICS = ("path", "loss", "frozen", "running")
 PRICED: dict[str, Callable[[PerExampleGradients], Any]] = {
@@ -45,11 +48,11 @@ class PerExample:
     """The mean loss of a batch."""
     _has_aux: bool
 
-    def __call__(self, params: Any, batch: Any, *more: Any, key: Any = None) -> Any:
+    def __call__(self, params: PyTree, batch: PyTree, *more: PyTree, key: jax.Array | None = None) -> PyTree:
         """Return `PerExampleGradients`, with `has_aux` a pair (gradients, aux). See `per_example`."""
         return self._gradients(params, batch, *more, key=key)
 
-    def price(self, params: Any, batch: Any, *, key: Any = None, rounds: int = 11) -> Price:
+    def price(self, params: PyTree, batch: PyTree, *, key: jax.Array | None = None, rounds: int = 11) -> Price:
         """Measure here what norms, means, clipped means, variances and Gram matrices cost beside the mean loss's plain gradient.
 
         Each row is a program of its own, compiled anew; see `Price`. Errors: TypeError for traced arrays.
@@ -71,12 +74,12 @@ class PerExample:
 
 
 def per_example(
-    loss: Callable[..., Any],
+    loss: ScalarLoss,
     *,
     has_aux: bool = False,
-    axis_name: Any = None,
+    axis_name: mapped.AxisName = None,
     batch_norm: str = "path",
-    eval_loss: Callable[[Any, Any], Any] | None = None,
+    eval_loss: ScalarLoss | None = None,
 ) -> PerExample:
     """Make `(params, batch) -> PerExampleGradients` of `loss(params, example) -> float[]`, at about the cost of one gradient.
 
@@ -151,7 +154,7 @@ def per_example(
     def mean(params, batch, key=None):
         keys = () if key is None else (jax.random.split(key, batch_size(batch)),)
         over = jax.vmap(loss, in_axes=(None, 0, *[0] * len(keys)), axis_name=axis_name)
-        out = over(params, batch, *keys)
+        out: Any = over(params, batch, *keys)
         return jnp.mean(out[0] if has_aux else out)
 
     return PerExample(gradients, mean, has_aux)
@@ -159,14 +162,14 @@ def per_example(
 
 def example_loss(
     net: Layer,
-    state: Any,
+    state: PyTree,
     *,
-    loss: Callable[[Any, Any], Any] = losses.cross_entropy,
-    key: Any = None,
+    loss: ExampleFunction = losses.cross_entropy,
+    key: None = None,
     train: bool = True,
-    axis_name: Any = None,
-    compute_dtype: Any = None,
-) -> Callable[..., Any]:
+    axis_name: mapped.AxisName = None,
+    compute_dtype: DTypeLike | None = None,
+) -> Callable[..., jax.Array]:
     """Make `(params, (x, y), key=None) -> float[]`, the loss of a net on one example, for `per_example`.
 
     `state` is a `TrainState` or a pair (params, net_state), of which only the net's state is used: the parameters are

@@ -4,15 +4,20 @@ import fnmatch
 import functools
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fnn import check, compiled
+
+if TYPE_CHECKING:
+    import polars
+    from matplotlib.figure import Figure
 
 LOG2 = math.log10(2)
 LEAST = -28.0
@@ -32,7 +37,7 @@ class Series:
     path: str
     lengths: tuple[int, ...]
     """Of the loops over layers."""
-    order: tuple[Any, ...]
+    order: tuple[int | None, ...]
     """The place in the program: numbers of operations; None stands for a turn, in the order of `turns`."""
     turns: tuple[tuple[int | None, bool], ...]
     """For each None in `order`: which of `lengths` it is (None for a loop over time), and whether it runs backwards."""
@@ -154,7 +159,7 @@ class Flow:
             for (layer, path, quantity, _, _), value in zip(self.labels.rows, values, strict=True)
         ]
 
-    def table(self) -> Any:
+    def table(self) -> "polars.DataFrame":
         """Make a polars DataFrame with the columns layer, path, quantity and value; before them `lane`, if there are several.
 
         Several mapped axes are numbered through, the last one fastest.
@@ -212,7 +217,7 @@ class Flow:
                 found.setdefault(row.layer, row.value)
         return np.array(list(found), int), np.array(list(found.values()))
 
-    def plot(self, path: Any = None) -> Any:
+    def plot(self, path: str | os.PathLike[str] | None = None) -> "Figure":
         """Draw log10 of error signal and gradient, and of the RMS of inputs and outputs, against the layer: a matplotlib figure.
 
         Saved as well if given a path. Errors: ValueError if none of these was measured.

@@ -20,6 +20,8 @@ from fnn.gradients.measured import explained, in_float64, measured
 from fnn.gradients.operations import Unreadable
 from fnn.gradients.price import Price, priced
 from fnn.gradients.readings import Flow, empty, noted
+from fnn.tasks import ScalarLoss
+from fnn.tree import PyTree
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,12 @@ class Watch:
     leading axes differ.
     """
 
-    loss: Callable[..., Any]
+    loss: ScalarLoss
     options: Options
     every: int
     batch_size: int | None
 
-    def __call__(self, params: Any, *rest: Any) -> Flow:
+    def __call__(self, params: PyTree, *rest: PyTree) -> Flow:
         """Measure the loss and its gradient at `params`; `rest`, the batch, goes to the loss as it is.
 
         Where activations leave float32's range on the way forward, the same program runs in float64, and the flow's notes
@@ -51,8 +53,8 @@ class Watch:
         return ranged(self, flow, ranges, *self._admitted(params, rest))
 
     def value_and_grad(
-        self, params: Any, *rest: Any, step: Any = 0, exact: bool = False
-    ) -> tuple[tuple[Any, Any], Flow]:
+        self, params: PyTree, *rest: PyTree, step: jax.Array | int = 0, exact: bool = False
+    ) -> tuple[tuple[PyTree, PyTree], Flow]:
         """Return `(jax.value_and_grad(loss)(params, *rest), flow)`, by one backward pass.
 
         The gradients are those of `jax.value_and_grad` to rounding, in the dtypes of params; with `has_aux` the value is a
@@ -121,7 +123,7 @@ class Watch:
                 )
         return params, arrays.arguments("watch", rest)
 
-    def size(self, rest: Any) -> int:
+    def size(self, rest: PyTree) -> int:
         """Count the examples; 0 for a loss that is no mean over them."""
         return self.batch_size or (0 if self.options.weighted else batch_size(rest))
 
@@ -131,7 +133,7 @@ class Watch:
         run = compiled.program(measured, statics, keep=not compiled.traced((params, rest)))
         return run(params, rest)
 
-    def explain(self, params: Any, *rest: Any) -> str:
+    def explain(self, params: PyTree, *rest: PyTree) -> str:
         """Say what was recognised in the loss: its layers in forward order, softmaxes, and what could not be read.
 
         A line for each layer: the parameter, JAX's operation, shapes of input and output, the loops around it, the module.
@@ -140,7 +142,7 @@ class Watch:
         params, rest = self._admitted(params, rest)
         return explained(self._checked, self.options, params, rest)
 
-    def first_bad(self, params: Any, *rest: Any) -> FirstBad | None:
+    def first_bad(self, params: PyTree, *rest: PyTree) -> FirstBad | None:
         """Name the first operation, forward or backward, that makes a NaN or an infinity; None if loss and gradient are finite.
 
         For the host. See `FirstBad` for what it says, and `fnn.gradients.bad` for how it is found.
@@ -149,7 +151,7 @@ class Watch:
         """
         return first_bad(self.loss, params, *rest, has_aux=self.options.has_aux, axis_name=self.options.axis_name)
 
-    def price(self, params: Any, *rest: Any, rounds: int = 11) -> Price:
+    def price(self, params: PyTree, *rest: PyTree, rounds: int = 11) -> Price:
         """Measure here what each group of quantities adds to `jax.value_and_grad(loss)`, in time and temporary memory.
 
         Each row is one program that gives loss, gradient and flow, as `value_and_grad` does: the plain gradient, the exact
@@ -177,10 +179,10 @@ class Watch:
 
 
 def watch(
-    loss: Callable[..., Any],
+    loss: ScalarLoss,
     *,
     has_aux: bool = False,
-    axis_name: Any = None,
+    axis_name: mapped.AxisName = None,
     only: str = "*",
     every: int = 1,
     groups: Sequence[str] = DEFAULT,
@@ -288,7 +290,7 @@ def _key(leaf: Any) -> bool:
     return typed or (leaf.dtype == jnp.uint32 and jnp.shape(leaf) == (2,))
 
 
-def _one_float(loss: Any, has_aux: bool, params: Any, *rest: Any) -> Any:
+def _one_float(loss: Any, has_aux: bool, params: PyTree, *rest: PyTree) -> Any:
     return check.scalar_loss("watch", loss(params, *rest), has_aux)
 
 

@@ -33,8 +33,8 @@ def conv(
     dilation: Window = 1,
     groups: int = 1,
     padding: Padding = "same",
-    kernel_init: str | Callable[..., Any] = "lecun_normal",
-    bias_init: str | Callable[..., Any] = "zeros",
+    kernel_init: str | initializers.Initializer = "lecun_normal",
+    bias_init: str | initializers.Initializer = "zeros",
     bias: bool = True,
     implementation: str | None = None,
 ) -> Layer:
@@ -82,8 +82,8 @@ def conv_transpose(
     *,
     stride: Window = 1,
     padding: Padding = "same",
-    kernel_init: str | Callable[..., Any] = "lecun_normal",
-    bias_init: str | Callable[..., Any] = "zeros",
+    kernel_init: str | initializers.Initializer = "lecun_normal",
+    bias_init: str | initializers.Initializer = "zeros",
     bias: bool = True,
     implementation: str | None = None,
 ) -> Layer:

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from fnn import check
 from fnn.core import (
@@ -26,9 +28,12 @@ from fnn.core import (
 from fnn.description import described
 from fnn.inside import apply_at, located
 from fnn.masks import Masked, check_mask, filled, harmless
+from fnn.tree import PyTree
 
 
-def parts(who: str, x: Any, fill: Callable[[Any], Any] = lambda values: 0) -> tuple[Any, Any]:
+def parts(
+    who: str, x: PyTree, fill: Callable[[jax.Array | np.ndarray], ArrayLike] = lambda values: 0
+) -> tuple[PyTree, PyTree]:
     """Split x into (values, mask), the mask None if x is not `Masked`; padded positions get `fill(values)`, 0 by default.
 
     So what was at the padded positions reaches no product, no sum and no gradient. Specs stay as they are.
@@ -41,7 +46,7 @@ def parts(who: str, x: Any, fill: Callable[[Any], Any] = lambda values: 0) -> tu
     return filled(x.values, x.mask, fill(x.values)), x.mask
 
 
-def sequence(who: str, x: Any) -> tuple[Any, Any]:
+def sequence(who: str, x: PyTree) -> tuple[PyTree, PyTree]:
     """Split a sequence into (values float[batch, time, d], mask or None), 0 at padding; refuse anything else."""
     values, mask = parts(who, x)
     if not hasattr(values, "dtype") or not jnp.issubdtype(values.dtype, jnp.floating) or len(values.shape) != 3:
@@ -51,12 +56,12 @@ def sequence(who: str, x: Any) -> tuple[Any, Any]:
     return values, mask
 
 
-def like(x: Any, values: Any) -> Any:
+def like(x: PyTree, values: PyTree) -> PyTree:
     """Return new values, with the mask of x if x has one."""
     return Masked(values, x.mask) if isinstance(x, Masked) else values
 
 
-def check_names(who: str, names: Iterable[str], x: Any) -> Mapping[str, Any]:
+def check_names(who: str, names: Iterable[str], x: PyTree) -> Mapping[str, PyTree]:
     """Return x, a dict with these names; refuse anything else."""
     if not isinstance(x, Mapping) or sorted(x) != sorted(names):
         got = sorted(x) if isinstance(x, Mapping) else check.describe(x)

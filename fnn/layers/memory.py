@@ -22,6 +22,7 @@ from fnn import arrays, check, compiled, mapped
 from fnn.core import Layer, as_arrays
 from fnn.description import described
 from fnn.layers.inputs import Masked, check_names, parts
+from fnn.tree import PyTree
 
 NAMES = ("source", "target")
 """Names of the two inputs of an encoder-decoder."""
@@ -33,8 +34,8 @@ class Memory:
 
     position: jax.Array
     """Number of real positions seen: float[], or float[batch] with a cache."""
-    cache: Any = ()
-    last: Any = ()
+    cache: PyTree = ()
+    last: PyTree = ()
     """Index of the last real position in the newest piece, -1 if it has none: float[batch], or () without a cache."""
     shapes: tuple[tuple[str, tuple[int | str, ...]], ...] = flax.struct.field(pytree_node=False, default=())
     """Names and shapes of the cached arrays, without the batch axis; "length" and "source" are the lengths that
@@ -74,8 +75,13 @@ def full_sequence(layer: Layer) -> Layer:
 
 
 def init_cache(
-    state: Any, batch: int, length: int, *, source_length: int | None = None, dtype: jax.typing.DTypeLike = jnp.float32
-) -> Any:
+    state: PyTree,
+    batch: int,
+    length: int,
+    *,
+    source_length: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> PyTree:
     """Return a net's state with empty caches for sequences of up to `length` positions, in the dtype of the activations.
 
     From then on every call of `apply` in eval mode continues the sequence of the last one: the outputs are those of one
@@ -143,9 +149,9 @@ def number_positions(memory: Memory, batch: int, time: int, mask: jax.Array | No
 
 def generate(
     net: Layer,
-    params: Any,
-    state: Any,
-    prompt: Any,
+    params: PyTree,
+    state: PyTree,
+    prompt: PyTree,
     max_new_tokens: int,
     *,
     eos: int | None = None,
@@ -212,7 +218,7 @@ def _decode(net: Layer, length: int, eos: int | None, dtype: Any, params: Any, s
     return jnp.concatenate([ys.T, final[:, None]], axis=1), last
 
 
-def _last(memory: Any, mask: Any, shape: tuple[int, int]) -> jax.Array:
+def _last(memory: Any, mask: Any, shape: tuple[int, ...]) -> jax.Array:
     """Return the index of the newest piece's last real position: int32[batch].
 
     The net's own layers say it, because they may know of more padding than the prompt's mask shows. Without a cache of the

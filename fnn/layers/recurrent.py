@@ -29,7 +29,7 @@ from fnn.layers.dense import product
 from fnn.layers.inputs import Masked, concatenate, like, parallel, sequence
 from fnn.tree import Stacked, statistics_dtype
 
-Init = str | Callable[..., Any]
+Init = str | initializers.Initializer
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class _Cell(NamedTuple):
 def rnn(
     width: int,
     *,
-    activation: str | Callable[..., Any] = "tanh",
+    activation: str | Callable[..., jax.Array] = "tanh",
     kernel_init: Init = "lecun_normal",
     recurrent_init: Init = "orthogonal",
     bias_init: Init = "zeros",

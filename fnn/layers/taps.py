@@ -23,7 +23,7 @@ from fnn import check, mapped, tree
 from fnn.core import Layer, as_arrays, as_spec
 from fnn.description import described
 from fnn.layers.inputs import like, parts
-from fnn.tree import statistics_dtype
+from fnn.tree import PyTree, statistics_dtype
 
 PREACTIVATION, ACTIVATION, SUM = "preactivation", "activation", "sum"
 """Roles of taps: after a layer's weights, after an activation, after a residual sum."""
@@ -34,16 +34,16 @@ STATISTICS = ("mean", "second_moment", "peak", "dead", "saturated")
 class Backward(NamedTuple):
     """What the cotangent of a tap's state holds; all float[], and added up if a tap is used several times."""
 
-    small: Any
+    small: jax.Array
     """Mean over examples of (2^60 |d l_i/dh|)², summed over uses; for error signals below 1, larger ones count as 8."""
-    large: Any
+    large: jax.Array
     """Mean over examples of (2^-60 |d l_i/dh|)², summed over uses; for error signals from 1 on."""
-    log: Any
+    log: jax.Array
     """Natural log of the root mean over examples of |d l_i/dh|, as it arrived: -inf for a zero cotangent. Not additive:
     it holds for a tap that is used once."""
-    square: Any
+    square: jax.Array
     """Mean over examples of |d l_i/dh|², summed over uses; 0 unless `exact` is on, and then the only one that counts."""
-    uses: Any
+    uses: jax.Array
     """How often the tap was passed on the way back."""
 
 
@@ -100,7 +100,9 @@ def tap(*, bounds: tuple[float, float] | None = None, role: str = "") -> Layer:
     return Layer(init, apply)
 
 
-def _forward(x: jax.Array, mask: Any, bounds: tuple[float, float] | None, axis_name: Any) -> dict[str, jax.Array]:
+def _forward(
+    x: jax.Array, mask: Any, bounds: tuple[float, float] | None, axis_name: mapped.AxisName
+) -> dict[str, jax.Array]:
     wide = x.astype(statistics_dtype(x.dtype))
     dead = jnp.all(x == 0, axis=0).astype(wide.dtype)
     each = {"mean": wide, "second_moment": jnp.square(wide)}
@@ -117,7 +119,9 @@ def _forward(x: jax.Array, mask: Any, bounds: tuple[float, float] | None, axis_n
     return means | {"peak": peak, "dead": jnp.mean(dead)}
 
 
-def _masked(x: jax.Array, mask: jax.Array, each: dict[str, jax.Array], axis_name: Any) -> dict[str, jax.Array]:
+def _masked(
+    x: jax.Array, mask: jax.Array, each: dict[str, jax.Array], axis_name: mapped.AxisName
+) -> dict[str, jax.Array]:
     """Average over real positions alone."""
     real = mask.reshape(mask.shape + (1,) * (x.ndim - 2))
     sums = {name: jnp.sum(jnp.where(real, a, 0)) for name, a in each.items()}
@@ -140,7 +144,7 @@ def _peak(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _pass(exact: bool, axis_name: Any, x: jax.Array, backward: Backward) -> jax.Array:
+def _pass(exact: bool, axis_name: mapped.AxisName, x: jax.Array, backward: Backward) -> jax.Array:
     return x
 
 
@@ -161,7 +165,7 @@ def _pass_backward(exact, axis_name, backward, cotangent):
 _pass.defvjp(_pass_forward, _pass_backward)
 
 
-def _square(axis_name: Any, cotangent: jax.Array) -> Backward:
+def _square(axis_name: mapped.AxisName, cotangent: jax.Array) -> Backward:
     wide = cotangent.astype(statistics_dtype(cotangent.dtype))
     square = cotangent.shape[0] * jnp.sum(jnp.square(wide))
     if axis_name is not None:
@@ -170,7 +174,7 @@ def _square(axis_name: Any, cotangent: jax.Array) -> Backward:
     return Backward(zero, zero, zero, square, zero + 1)
 
 
-def _statistics(axis_name: Any, cotangent: jax.Array) -> Backward:
+def _statistics(axis_name: mapped.AxisName, cotangent: jax.Array) -> Backward:
     # The loss is a mean over the batch, so that d l_i/dh is the batch size times example i's share of the cotangent.
     batch = cotangent.shape[0]
     log = tree.log_norm(cotangent) + 0.5 * jnp.log(batch)
@@ -193,18 +197,18 @@ def _statistics(axis_name: Any, cotangent: jax.Array) -> Backward:
     return Backward(small, large, log, jnp.zeros_like(log), jnp.ones_like(log))
 
 
-def exact(state: Any) -> Any:
+def exact(state: PyTree) -> PyTree:
     """Let every tap of a net hand back `Backward.square` alone, for a backward pass with exponents."""
     return put(state, [dataclasses.replace(tap, exact=True) for _, tap in listed(state)])
 
 
-def listed(state: Any) -> list[tuple[Any, TapState]]:
+def listed(state: PyTree) -> list[tuple[jax.tree_util.KeyPath, TapState]]:
     """List (key path, state) of every tap in the order of the state's leaves, those of a stack as one."""
     every = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_tap)
     return [(keys, node) for keys, node in every if _is_tap(node)]
 
 
-def put(state: Any, new: Sequence[Any]) -> Any:
+def put(state: PyTree, new: Sequence[TapState]) -> PyTree:
     """Replace the taps of a state, in the order of `listed`."""
     rest = iter(new)
     return jax.tree.map(lambda node: next(rest) if _is_tap(node) else node, state, is_leaf=_is_tap)
@@ -226,7 +230,7 @@ class Row(NamedTuple):
     """Of the tap: see `tap`."""
 
 
-def read(state: Any, state_gradients: Any) -> list[Row]:
+def read(state: PyTree, state_gradients: PyTree) -> list[Row]:
     """Turn a new state, and the gradient of the loss with respect to the old one, into labelled rows.
 
     Rows come in forward order: the forward statistics of every tap (`mean`, `second_moment`, `peak`, ...), then
@@ -242,7 +246,7 @@ def read(state: Any, state_gradients: Any) -> list[Row]:
     return rows
 
 
-def find(state: Any) -> list[tuple[str, TapState]]:
+def find(state: PyTree) -> list[tuple[str, TapState]]:
     """List (path, state) of every tap in forward order, depth axes written out."""
     every = tree.rows(state, is_leaf=lambda node: isinstance(node, TapState))
     return [(path, node) for path, node in every if isinstance(node, TapState)]

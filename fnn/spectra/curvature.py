@@ -7,15 +7,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from fnn import admission, arrays, check, compiled, losses, measures, tree
+from fnn.admission import Optimizer
 from fnn.core import Layer, as_arrays, output_shape
 from fnn.gradients.price import Price, priced
 from fnn.spectra import critical, parts, products, stability
 from fnn.spectra.critical import Critical
 from fnn.spectra.krylov import Pairs
 from fnn.spectra.operator import Operator
+from fnn.spectra.parts import Part
+from fnn.tasks import ExampleFunction, ScalarLoss
+from fnn.tree import PyTree
 
 
 class Sharpness(NamedTuple):
@@ -35,10 +40,10 @@ class Sharpness(NamedTuple):
 class Curvature:
     """The curvature of a loss at some parameters, made by `curvature(loss)(params, batch)`."""
 
-    _statics: tuple[Any, Any]
-    _arrays: Any
-    _params: Any
-    _whole: tuple[Any, Any]
+    _statics: tuple[Callable[..., PyTree], Callable[..., PyTree] | None]
+    _arrays: PyTree
+    _params: PyTree
+    _whole: tuple[Part, jax.Array | np.ndarray]
 
     @property
     def hessian(self) -> Operator:
@@ -61,7 +66,7 @@ class Curvature:
     def _operator(self, multiply: Callable[..., Any], scale: Any = None) -> Operator:
         return Operator("curvature", multiply, self._statics, self._arrays, self._params, *self._whole, scale)
 
-    def gradient(self) -> Any:
+    def gradient(self) -> PyTree:
         """Take the gradient, a tree like params."""
         return compiled.call(_gradient, self._statics, self._arrays)
 
@@ -69,7 +74,7 @@ class Curvature:
         """Take the sharpness along the gradient, gᵀHg/gᵀg: float[]. It needs one product. NaN at a gradient of zero."""
         return compiled.call(_along_gradient, self._statics, self._arrays)
 
-    def critical(self, step: Any = None, *, near: float | None = None, tolerance: float = 1e-3) -> Critical:
+    def critical(self, step: PyTree | None = None, *, near: float | None = None, tolerance: float = 1e-3) -> Critical:
         """Find the rate η_c at which `params - η step` first has a higher loss than `params`, and λ_c = 2/η_c.
 
         `step` is a tree like params, by default the gradient; with an optimiser it is minus the update over the rate. On a
@@ -87,7 +92,7 @@ class Curvature:
             raise ValueError(f"curvature.critical: step must be a tree like params, got {check.describe(step)}")
         return compiled.call(_critical, (*self._statics, tolerance), self._arrays, step, near)
 
-    def preconditioned(self, optimizer: Any, opt_state: Any, **options: Any) -> Sharpness:
+    def preconditioned(self, optimizer: Optimizer, opt_state: PyTree, **options: Any) -> Sharpness:
         """Find the largest eigenvalue of P⁻¹H for an optax optimiser and its state, beside the threshold of stability.
 
         | optimiser | P | threshold |
@@ -135,7 +140,10 @@ class Curvature:
 
 
 def curvature(
-    loss: Callable[..., Any], *, outputs: Callable[..., Any] | Layer | None = None, train: bool = True
+    loss: ScalarLoss | ExampleFunction,
+    *,
+    outputs: Callable[..., PyTree] | Layer | None = None,
+    train: bool = True,
 ) -> Callable[..., Curvature]:
     """Make `(params, *batch) -> Curvature`: H = d²L/dparams², by products with vectors, for any JAX loss L.
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from fnn import admission, arrays, check, compiled, tree
 from fnn.core import Layer, as_arrays
@@ -15,6 +16,7 @@ from fnn.spectra import products
 from fnn.spectra.density import matfree
 from fnn.spectra.operator import Estimate
 from fnn.spectra.through import Through, through
+from fnn.tree import PyTree
 
 DENSE = 2048
 """Up to this many rows or columns, whichever are fewer, `singular_values` stores the Jacobian."""
@@ -50,9 +52,9 @@ class Jacobian:
     Inputs and outputs are counted over all their axes. All methods work under `jit` and `vmap`.
     """
 
-    _function: Any
-    _rest: Any
-    _x: Any
+    _function: Callable[..., jax.Array]
+    _rest: PyTree
+    _x: jax.Array
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,7 +79,7 @@ class Jacobian:
             )
         return self._run(_singular, (self.shape[0] <= self.shape[1],))
 
-    def extremes(self, k: int = 1, *, steps: int = 60, key: Any = None) -> Extremes:
+    def extremes(self, k: int = 1, *, steps: int = 60, key: jax.Array | None = None) -> Extremes:
         """Find the k largest and smallest singular values, with residuals, by `steps` products with J and Jᵀ each.
 
         Golub-Kahan bidiagonalisation with full reorthogonalisation. The largest converge in few steps, the smallest may not:
@@ -91,7 +93,7 @@ class Jacobian:
         matfree("jacobian.extremes", "decomp")
         return self._run(_extremes, (k, steps), _key(key))
 
-    def moments(self, count: int = 2, *, probes: int = 32, key: Any = None) -> Moments:
+    def moments(self, count: int = 2, *, probes: int = 32, key: jax.Array | None = None) -> Moments:
         """Estimate tr (JJᵀ)^k for k = 1 ... count, with standard errors: float[count] each.
 
         Exact, from all singular values, where J has no more than `probes` rows or columns; else from random signs v:
@@ -102,7 +104,7 @@ class Jacobian:
         log10 = jnp.log10(relative.value) + k * jnp.log10(unit)
         return Moments(relative.value * unit**k, relative.error * unit**k, log10)
 
-    def _relative(self, count: int, probes: int, key: Any) -> tuple[Estimate, jax.Array]:
+    def _relative(self, count: int, probes: int, key: jax.Array | None) -> tuple[Estimate, jax.Array]:
         """Take the moments of J/unit, whose singular values are about 1, and the unit."""
         check.positive("jacobian.moments", count=count, probes=probes)
         if min(self.shape) <= probes:
@@ -115,7 +117,7 @@ class Jacobian:
         value, error, unit = self._run(_moments, (count, probes), _key(key))
         return Estimate(value, error), unit
 
-    def isometry(self, *, probes: int = 32, key: Any = None) -> jax.Array:
+    def isometry(self, *, probes: int = 32, key: jax.Array | None = None) -> jax.Array:
         """Measure dynamical isometry: (tr JJᵀ/n)²/(tr (JJᵀ)²/n), n = min(outputs, inputs): float[].
 
         1 if all singular values are equal, near 0 if few carry everything. Wide Gaussian linear nets of L layers have
@@ -132,11 +134,12 @@ class Jacobian:
 class JacobianOf:
     """What `jacobian(f)` returns: call it for the Jacobian at a point, or follow a product of Jacobians `through` depth."""
 
-    _function: Any
+    _function: Callable[..., jax.Array] | Layer
 
-    def __call__(self, *arguments: Any) -> Jacobian:
+    def __call__(self, *arguments: PyTree) -> Jacobian:
         """Take the Jacobian at a point: `(x)` for a function, `(state, example)` for a net."""
-        net = isinstance(self._function, Layer)
+        function = self._function
+        net = isinstance(function, Layer)
         if len(arguments) != 1 + net:
             rule = "(state, x), x one example without a batch axis" if net else "(x)"
             raise TypeError(
@@ -144,12 +147,14 @@ class JacobianOf:
             )
         x = _real(arguments[-1])
         if not net:
-            return Jacobian(functools.partial(_plain, self._function), (), x)
+            return Jacobian(functools.partial(_plain, function), (), x)
         state = admission.parts("jacobian", arguments[0])
-        admission.state("jacobian", self._function, *state, x[None])
-        return Jacobian(functools.partial(_of_example, self._function), state, x)
+        admission.state("jacobian", function, *state, x[None])
+        return Jacobian(functools.partial(_of_example, function), state, x)
 
-    def through(self, slices: Any, x: Any, *, k: int | None = None, sweeps: int = 8, key: Any = None) -> Through:
+    def through(
+        self, slices: PyTree, x: ArrayLike, *, k: int | None = None, sweeps: int = 8, key: jax.Array | None = None
+    ) -> Through:
         """Follow k directions through h_t+1 = f(h_t, slice_t), or the blocks of `repeat(block, n)`, with logs.
 
         `slices` are arrays with a leading axis of depth or time (weights, inputs); for a block of fnn the (params, state) of
@@ -193,7 +198,7 @@ class JacobianOf:
         return compiled.call(through, (function, k, sweeps), slices, x, _key(key))
 
 
-def jacobian(function: Callable[..., Any] | Layer) -> JacobianOf:
+def jacobian(function: Callable[..., jax.Array] | Layer) -> JacobianOf:
     """Make `(x) -> Jacobian`: singular values, moments and isometry of J = dy/dx, for a function or a net.
 
     `function(x) -> y`, arrays of any shape: input to output, or from one layer's output to another's. For a net of fnn the
@@ -210,7 +215,7 @@ def jacobian(function: Callable[..., Any] | Layer) -> JacobianOf:
     return JacobianOf(function)
 
 
-def _real(x: Any) -> jax.Array:
+def _real(x: ArrayLike) -> jax.Array:
     x = as_arrays(x)
     if not isinstance(x, jax.Array) or not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
@@ -220,7 +225,7 @@ def _real(x: Any) -> jax.Array:
     return x
 
 
-def _key(key: Any) -> Any:
+def _key(key: jax.Array | None) -> jax.Array:
     if key is None:
         return jax.random.key(0)
     check.prng_key("jacobian", key)

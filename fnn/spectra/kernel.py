@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jax.typing import ArrayLike
 
 from fnn import admission, arrays, check, compiled, tree
 from fnn.core import Layer, as_arrays
@@ -71,7 +72,7 @@ class Kernel:
         entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1)), 0))
         return jnp.where(values[0] > 0, jnp.exp(entropy), jnp.nan)
 
-    def alignment(self, targets: jax.Array, *, centered: bool = True) -> jax.Array:
+    def alignment(self, targets: ArrayLike, *, centered: bool = True) -> jax.Array:
         """Measure <Θ, YYᵀ>/(|Θ||YYᵀ|), from 0 to 1: how far the kernel's top directions are those of the targets; float[].
 
         targets: labels int[batch], made one-hot, or float[batch, ...]. With `centered` the mean over the batch is taken out
@@ -96,7 +97,7 @@ class Kernel:
         return jnp.sum(theta * wanted) / jnp.sqrt(jnp.sum(jnp.square(theta)) * jnp.sum(jnp.square(wanted)))
 
 
-def kernel(outputs: Callable[..., Any] | Layer) -> Callable[..., Kernel]:
+def kernel(outputs: Callable[..., jax.Array] | Layer) -> Callable[..., Kernel]:
     """Make `(params, batch) -> Kernel`: the empirical neural tangent kernel (NTK) of a net on a batch.
 
     `outputs(params, example) -> float[...]` is a function of one example; a batch is the same with a leading axis. For a net

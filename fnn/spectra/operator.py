@@ -15,6 +15,7 @@ from fnn.spectra import krylov, parts
 from fnn.spectra.density import Density, density, quadrature
 from fnn.spectra.krylov import Pairs
 from fnn.spectra.parts import Part
+from fnn.tree import PyTree
 
 
 class Estimate(NamedTuple):
@@ -52,11 +53,11 @@ class Operator:
     _multiply: Callable[..., Any]
     """`(*statics, arrays) -> (tree -> tree)`"""
     _statics: tuple[Any, ...]
-    _arrays: Any
-    _params: Any
+    _arrays: PyTree
+    _params: PyTree
     _part: Part
-    _blocks: Any
-    _scale: Any = None
+    _blocks: jax.Array | np.ndarray
+    _scale: PyTree | None = None
     """With s, the matrix is diag(s) A diag(s): a tree like params."""
 
     @property
@@ -80,7 +81,7 @@ class Operator:
         found = {name: parts.chosen(rows, self._params) for name, rows in parts.layers(self._params).items()}
         return {name: replace(self, _part=part, _blocks=blocks) for name, (part, blocks) in found.items()}
 
-    def product(self, v: Any) -> Any:
+    def product(self, v: PyTree) -> PyTree:
         """Multiply: A v, for a tree v like params; entries outside the chosen parameters are taken as zero."""
         if jax.tree.structure(v) != jax.tree.structure(self._params):
             raise ValueError(f"{self.who}: a vector must be a tree like params, got {check.describe(v)}")
@@ -95,7 +96,7 @@ class Operator:
         missed: float = 0.02,
         max_products: int | None = None,
         start: Pairs | None = None,
-        key: Any = None,
+        key: jax.Array | None = None,
     ) -> Pairs:
         """Find k eigenvalues at the "top" (largest first) or "bottom" (smallest first) of the spectrum, with residuals.
 
@@ -154,11 +155,11 @@ class Operator:
             )
         return found
 
-    def eigenvector(self, pairs: Pairs, i: int = 0) -> Any:
+    def eigenvector(self, pairs: Pairs, i: int = 0) -> PyTree:
         """Write the i-th eigenvector as a tree like params."""
         return self._part.unflatten(jnp.asarray(self._blocks), pairs.vectors[i], self._params)
 
-    def trace(self, probes: int = 32, *, key: Any = None) -> Traces:
+    def trace(self, probes: int = 32, *, key: jax.Array | None = None) -> Traces:
         """Estimate trace A = E vᵀA v and trace A² = E |A v|², v of random signs, with standard errors.
 
         With at least as many probes as the matrix has rows it is exact, from unit vectors. The probes run one after the
@@ -180,7 +181,7 @@ class Operator:
         steps: int = 60,
         max_probes: int = 64,
         width: float | None = None,
-        key: Any = None,
+        key: jax.Array | None = None,
     ) -> Density:
         """Estimate the density of eigenvalues by stochastic Lanczos quadrature, smoothed by Gaussians of one width.
 
@@ -307,7 +308,7 @@ def _quadratures(matrix: _Matrix, steps: int, given: Any, keys: Any) -> tuple[ja
     return jax.lax.map(one, keys)
 
 
-def _key(who: str, key: Any) -> Any:
+def _key(who: str, key: jax.Array | None) -> jax.Array:
     if key is None:
         return jax.random.key(0)
     check.prng_key(who, key)

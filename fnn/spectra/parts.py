@@ -23,14 +23,14 @@ class Part:
 
     arrays: tuple[tuple[int, int], ...]
 
-    def flatten(self, blocks: jax.Array, values: Any) -> jax.Array:
+    def flatten(self, blocks: jax.Array | np.ndarray, values: Any) -> jax.Array:
         """Write the chosen arrays as one vector of at least float32."""
         leaves = jax.tree.leaves(values)
         chosen = [leaves[n][tuple(blocks[i, :k])] for i, (n, k) in enumerate(self.arrays)]
         dtype = self.dtype(leaves)
         return jnp.concatenate([jnp.ravel(a).astype(dtype) for a in chosen])
 
-    def unflatten(self, blocks: jax.Array, vector: jax.Array, like: Any) -> Any:
+    def unflatten(self, blocks: jax.Array | np.ndarray, vector: jax.Array, like: Any) -> Any:
         """Write a vector as a tree like params, in its dtypes, with zeros where nothing was chosen."""
         leaves, treedef = jax.tree.flatten(like)
         found: list[Any] = [None] * len(leaves)

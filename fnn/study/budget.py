@@ -92,8 +92,9 @@ def price(setup: Setup, cell: Cell, rounds: int) -> Price:
         net, probe, key = measured_net(setup, cell, run, x, y)
         tx = optimizer(cell.static, run)
         opt_state: Any
+        first: Any = np.zeros((), np.int32)
         updates, opt_state = tx.update(plain(run, params, state, x, y), tx.init(params), params)
-        at = TrainState(params, state, opt_state, key, np.zeros((), np.int32))
+        at = TrainState(params, state, opt_state, key, first)
         step = spectral.Step(updates, run["learning_rate"], unclipped(cell.static, run), opt_state[-1])
         return spectral.measure([name], net, at, probe, key, step)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from fnn import lowering, models, tree
 from fnn.core import Layer
@@ -69,8 +70,8 @@ def mlp(
     norm: str = "none",
     residual: bool = False,
     init: str = "scaled",
-    sigma_w: Any = 1.0,
-    sigma_b: Any = 0.0,
+    sigma_w: ArrayLike = 1.0,
+    sigma_b: ArrayLike = 0.0,
     classes: int = 10,
 ) -> Layer:
     """Build the net that a study measures by default: `models.mlp` with taps, always scanned, weights by sigma_w.

@@ -10,9 +10,12 @@ import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fnn import files
+
+if TYPE_CHECKING:
+    import polars
 
 _NOTE = {"study": str, "cell": int, "seconds": {"compile": float, "run": float}}
 _WRONG = (LookupError, OSError, RecursionError, TypeError, ValueError)
@@ -20,7 +23,7 @@ _MARK = b'{"sha256": "'
 _HOLE = b"0" * 64
 
 
-def pack(table: Any, note: dict[str, Any]) -> bytes:
+def pack(table: "polars.DataFrame", note: dict[str, Any]) -> bytes:
     """Write the table of a cell as the bytes of a Parquet file, with a note and a SHA-256 in its metadata.
 
     `note` is {"study": key of its description, "cell": its number, "seconds": {"compile": ..., "run": ...}}.

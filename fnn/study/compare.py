@@ -1,21 +1,24 @@
 """Compare two studies: where is the difference between them larger than the differences between seeds?"""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fnn.study import results
 from fnn.study.axes import apart
+
+if TYPE_CHECKING:
+    import polars
 
 ADDED = ("a", "b", "a_low", "a_high", "b_low", "b_high", "seeds_a", "seeds_b", "difference", "beyond")
 OWN = ("cell", "seed", "value", "predicted", "low", "high", "outside", "float64")
 
 
 def compare(
-    a: str | os.PathLike[str] | results.Results | Any,
-    b: str | os.PathLike[str] | results.Results | Any,
+    a: "str | os.PathLike[str] | results.Results | polars.DataFrame",
+    b: "str | os.PathLike[str] | results.Results | polars.DataFrame",
     *,
     level: float = 0.1,
-) -> Any:
+) -> "polars.DataFrame":
     """Join two studies and mark where their bands over seeds, the [level, 1 - level] quantiles, do not overlap.
 
     `a` and `b` are folders, `Results`, or tables. The result has a row for each (axes, step, layer, path, quantity) that
@@ -72,7 +75,7 @@ def compare(
     return joined.sort(["beyond", pl.col("difference").abs()], descending=[True, True], maintain_order=True)
 
 
-def different_axes(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
+def different_axes(left: "polars.DataFrame", right: "polars.DataFrame") -> dict[str, tuple[Any, Any]]:
     """Find the axes that have one value in each table, but not the same: {axis: (value in left, value in right)}."""
     found = {}
     for name in left.columns[1 : left.columns.index("step")]:
@@ -84,7 +87,7 @@ def different_axes(left: Any, right: Any) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def _table(source: Any) -> Any:
+def _table(source: Any) -> "polars.DataFrame":
     if not hasattr(source, "columns"):
         return (source if isinstance(source, results.Results) else results.read(source)).table()
     needed = ("cell", "step", "layer", "path", "quantity", "value")

@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,14 @@ from fnn.gradients import sides
 from fnn.layers import initializers
 from fnn.parametrizations import Parametrization
 from fnn.study import nets
-from fnn.study.options import arrays
+from fnn.study.options import Source, arrays
 from fnn.study.program import OPTIMIZERS
+from fnn.tasks import ExampleFunction
 from fnn.training.optimizers import parametrized, per_depth
+
+if TYPE_CHECKING:
+    import polars
+    from matplotlib.figure import Figure
 
 AXES = ("width", "depth")
 ADAPTIVE = ("adam", "adamw", "rmsprop", "lamb")
@@ -47,7 +52,7 @@ class Check(NamedTuple):
 
     axis: str
     steps: int
-    table: Any
+    table: "polars.DataFrame"
     """polars: parametrization, the axis, seed, layer, path, role, quantity, value. `log10_activation` is of the root mean
     square of a layer's outputs, `log10_update` of what all updates of its kernel so far change them by, at its inputs of
     now."""
@@ -73,7 +78,7 @@ class Check(NamedTuple):
             found.append(Slope(*map(str, key), slope=mean, low=mean - reach, high=mean + reach))
         return found
 
-    def figure(self) -> Any:
+    def figure(self) -> "Figure":
         """Draw both quantities against the axis, logarithmic: a column for each parametrisation, a line for each role."""
         import polars as pl
         from matplotlib.figure import Figure
@@ -142,15 +147,15 @@ def coordinate_check(
     values: Sequence[int],
     *,
     parametrization: Sequence[str | Parametrization] = ("standard", "mup"),
-    build: Callable[..., Any] = mlp,
+    build: Callable[..., nets.Built] = mlp,
     options: Mapping[str, Any] | None = None,
     steps: int = 3,
     seeds: int = 4,
     optimizer: str = "adam",
     learning_rate: float = 1e-2,
     batch_size: int = 32,
-    data: Any = "digits",
-    loss: Callable[[Any, Any], Any] = losses.cross_entropy,
+    data: Source = "digits",
+    loss: ExampleFunction = losses.cross_entropy,
 ) -> Check:
     """Train nets of several widths or depths for some steps, and measure what each layer puts out and what updates change.
 

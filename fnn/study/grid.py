@@ -13,12 +13,13 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 Value = str | int | float | bool | None
 Point = dict[str, Value]
+T = TypeVar("T")
 MOST = 1_000_000
 """Points of a grid, or values of an axis. More are refused before any list is made."""
 
@@ -186,7 +187,7 @@ def _values(name: str, values: Any) -> list[Value]:
     return [_plain(name, value) for value in values]
 
 
-def listed(name: str, values: Iterable[Any]) -> list[Any]:
+def listed(name: str, values: Iterable[T]) -> list[T]:
     """Make a list of the values of an axis or option, and refuse more than `MOST` before there is one."""
     _bounded(len(values) if isinstance(values, Sized) else 0, name, "values")
     values = list(itertools.islice(values, MOST + 1))

@@ -71,7 +71,7 @@ def identify(value: Any) -> Identity:
     return Identity(f"{label}{version} {digest.hex()[:12]}", tuple(walk.doubts))
 
 
-def canonical(value: Any) -> Any:
+def canonical(value: object) -> object:
     """Write equal numbers alike in a tree of JSON: 1.0 becomes 1; true stays true."""
     if isinstance(value, dict):
         return {name: canonical(v) for name, v in value.items()}

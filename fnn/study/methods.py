@@ -134,7 +134,8 @@ def _where(study: results.Results) -> str:
 
 
 def _seeds(s: Summary) -> str:
-    least, most = s.networks["seeds"].min(), s.networks["seeds"].max()
+    seeds: Any = s.networks["seeds"]
+    least, most = seeds.min(), seeds.max()
     return words.count(int(most), "seed") if least == most else f"{least} to {most} seeds"
 
 

@@ -6,7 +6,7 @@ batch; `metrics`, the names of what a step reports; `step`; `measure`; `wide`, t
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +19,11 @@ from fnn.core import Layer, as_spec, output_spec
 from fnn.gradients import flow, labels, measured, wide
 from fnn.gradients.labels import Options
 from fnn.layers import taps
+from fnn.tasks import ExampleFunction, ScalarLoss
 from fnn.training import clip
 from fnn.training import step as stepping
 from fnn.training.metrics import Measured, means
+from fnn.tree import PyTree
 
 RENAMED = {"cosine": "cosine_to_weight"}
 """Quantities of `watch` whose name means something else in a study."""
@@ -35,10 +37,14 @@ EVALUATED = 1024
 class Pair(NamedTuple):
     """A model of any framework."""
 
-    init: Callable[[Any, Any], Any]
+    init: Callable[[jax.Array, PyTree], PyTree]
     """(key, x) -> params, any tree of floating arrays; x is the measured batch's."""
-    loss: Callable[[Any, Any], Any]
+    loss: ScalarLoss
     """(params, (x, y)) -> float[], the mean over the batch, or a pair of it and a dict, in which `accuracy` is known."""
+
+
+Built = Layer | tuple[Callable[[jax.Array, PyTree], PyTree], ScalarLoss]
+"""What `build` returns: a net of fnn, or the two functions of a `Pair`."""
 
 
 class Read(NamedTuple):
@@ -57,7 +63,7 @@ class OfLayer:
     """A net of fnn, and a loss of single examples; `groups` are those of `watch` that are measured besides."""
 
     net: Layer
-    loss: Callable[[Any, Any], Any]
+    loss: ExampleFunction
     groups: tuple[str, ...]
 
     def init(self, key: Any, x: Any) -> tuple[Any, Any]:
@@ -77,7 +83,7 @@ class OfLayer:
             new, found = whole(at, batch)
             # What taps see in training nobody reads. Carried along, it would be half of the work of a step.
             before = [tap for _, tap in taps.listed(at.net_state)]
-            return new.replace(net_state=taps.put(new.net_state, before)), found
+            return replace(new, net_state=taps.put(new.net_state, before)), found
 
         return step
 
@@ -184,7 +190,7 @@ class OfPair:
 Net = OfLayer | OfPair
 
 
-def made(built: Any, loss: Callable[[Any, Any], Any], quantities: Sequence[str] | None) -> Net:
+def made(built: Any, loss: ExampleFunction, quantities: Sequence[str] | None) -> Net:
     """Say what `build` returned. Errors: TypeError for something else, ValueError for a pair and a `loss` besides."""
     if isinstance(built, Layer):
         return OfLayer(built, loss, watched(quantities))

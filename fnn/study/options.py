@@ -16,6 +16,10 @@ from fnn.datasets.dataset import as_pair
 from fnn.description import name_of
 from fnn.study import axes, cell, grid, nets, program, spectral, table
 from fnn.study.workers import Shared
+from fnn.tree import PyTree
+
+Source = str | os.PathLike[str] | Iterable[PyTree] | Shared
+"""Data: a name or path for `data.load`, a pair (x, y), or two such pairs."""
 
 
 def check_options(study: Any) -> None:
@@ -108,7 +112,7 @@ def check_cell(study: Any, static: dict[str, Any], runs: Sequence[dict[str, Any]
     program.optimizer(static, runs[0])
 
 
-def arrays(source: Any) -> tuple[data.Dataset, data.Dataset]:
+def arrays(source: Source) -> tuple[data.Dataset, data.Dataset]:
     """Return training and held-out examples as NumPy arrays; a single pair (x, y) is used for both.
 
     Floats keep their precision, except float64 without x64; labels become int32, as do other integers without x64.
@@ -141,7 +145,7 @@ def _named(name: str) -> tuple[data.Dataset, data.Dataset]:
     return arrays((tuple(first), tuple(second)))
 
 
-def about_data(source: Any) -> dict[str, Any]:
+def about_data(source: Source) -> dict[str, Any]:
     """Say what a session notes of its data: their name, and the share of the commonest held-out label, which is chance."""
     y = np.asarray(arrays(source)[1].y)
     found: dict[str, Any] = {"data": source} if isinstance(source, str) else {}

@@ -8,7 +8,7 @@ import math
 import os
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from fnn import files
 from fnn.plot import COLOURS
 from fnn.study import figures, methods, results, spectral_figures, summary, table, verdict, words
 from fnn.study.summary import ERROR, WATCHED_ERROR, Summary
+
+if TYPE_CHECKING:
+    import polars
+    from matplotlib.figure import Figure
 
 MOST_LAYERS = 64  # points of a curve on the page; deeper nets are thinned evenly
 FORMATS = (".png", ".svg", ".pdf")
@@ -90,7 +94,7 @@ def report(folder: str | os.PathLike[str]) -> list[Path]:
     return [*(folder / (name + end) for name in drawn for end in FORMATS), folder / "report.html"]
 
 
-def gradient(table: Any, *, path: str | os.PathLike[str] | None = None) -> Any:
+def gradient(table: "polars.DataFrame", *, path: str | os.PathLike[str] | None = None) -> "Figure | None":
     """Draw a study's error signal at initialisation against the layer, from its table; save the figure if given a path.
 
     A panel for each combination of the other axes, a line for each depth: medians over seeds, shaded from the 10th to the
@@ -194,17 +198,17 @@ def contents(s: Summary, chance: float | None = None) -> dict[str, Any]:
         "runs": runs,
         "runSeries": [_told(name) for name in sorted(runs, key=lambda n: (n != "train_loss", words.quantity(n).about))],
         "finals": finals,
-        "last": int(s.runs.filter(pl.col("series") == "accuracy")["step"].max() or 0) if finals else 0,
+        "last": _most(s.runs.filter(pl.col("series") == "accuracy")["step"]) if finals else 0,
         "chance": _number(chance),
         "map": [s.axes.index(n) for n in ("depth", "sigma_w") if n in s.axes and s.networks[n].dtype.is_numeric()],
-        "thinned": int(s.layers["layer"].max() or 0) > MOST_LAYERS,
+        "thinned": _most(s.layers["layer"]) > MOST_LAYERS,
         "colours": COLOURS[:6],  # the seventh is black, which a dark page hides
     }
 
 
 def _networks(s: Summary, axes: list[dict[str, Any]], chance: float | None) -> list[dict[str, Any]]:
     critical, found = summary.critical_lines(s), []
-    trained = bool((s.runs["step"].max() or 0) > 0)
+    trained = _most(s.runs["step"]) > 0
     for row in s.networks.iter_rows(named=True):
         whole = s.fixed | row
         plain = whole.get("norm", "none") == "none" and not whole.get("residual")
@@ -262,6 +266,10 @@ def _curve(rows: Any, x: str) -> dict[str, Any]:
     if all(v is None for v in curve.get("predicted", [])):
         curve.pop("predicted", None)
     return curve
+
+
+def _most(column: Any) -> int:
+    return int(column.max() or 0)
 
 
 def _number(value: Any, digits: int = 4) -> float | int | None:

@@ -7,10 +7,9 @@
     FOLDER/cells/00000.parquet   one file per finished cell, numbered as in study.json; written under a temporary name
                                  and renamed, so that a file that is there is whole
 
-Each cell's file is plain Parquet. Its metadata `fnn` names the study and the cell that it belongs to, and holds a
-SHA-256 of all its bytes (see `checksum`). So a file that is damaged, or belongs to another study or cell, is found before
-any of it is parsed; it is named in a warning and left out of the table. Running the study again moves it aside
-(00000.parquet.aside) and measures the cell again.
+Each cell's file is plain Parquet, whose metadata `fnn` name its study and cell, and hold a SHA-256 of all its bytes
+(see `checksum`). A file that is damaged, or of another study or cell, is found before any of it is parsed, named in a
+warning and left out of the table. Running the study again moves it aside (00000.parquet.aside) and measures it again.
 
 `study.json` is an object: `format` (6), `program` (the version of what is compiled), `axes` ({"static": [...],
 "traced": [...]}, names in column order), `types` (of the axes), `cells` (a list of {"static": {axis: value}, "runs": [{"seed": 0, "sigma_w": 1.0, ...}, ...], "steps":
@@ -65,12 +64,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fnn import files
 from fnn.study import checksum, table
 from fnn.study.checksum import pack as pack
 from fnn.study.identity import canonical
+
+if TYPE_CHECKING:
+    import polars
 
 FORMAT = 6
 """Formats up to 3 counted depth without the first hidden layer, and had no column `role`; up to 4 no column `float64`."""
@@ -95,7 +97,7 @@ class Results:
     description: dict[str, Any]
     sessions: list[dict[str, Any]] = field(default_factory=list)
     folder: Path | None = None
-    frames: dict[int, Any] = field(default_factory=dict)
+    frames: dict[int, bytes] = field(default_factory=dict)
     """Finished cells, where there is no folder."""
 
     def __repr__(self) -> str:
@@ -113,7 +115,7 @@ class Results:
         """What is wrong with files that are left out: {number of the cell: the beginning of a sentence}."""
         return {number: why for number, why in self._checked() if why is not None}
 
-    def table(self) -> Any:
+    def table(self) -> "polars.DataFrame":
         """Read all finished cells as one polars table, cells in order. (`.to_pandas()` needs pandas and pyarrow.)
 
         A file that is damaged, or belongs to another study, is left out and named in a warning (`LeftOut`).
@@ -131,14 +133,13 @@ class Results:
             raise FileNotFoundError(f"study: {self.folder or 'this study'} holds no finished cell; run it first")
         return pl.concat(frames)
 
-    def times(self) -> Any:
+    def times(self) -> "polars.DataFrame":
         """List the seconds that each finished cell took: polars, columns cell, compile, run (training and measuring), draw, tables."""
         import polars as pl
 
         rows = [{"cell": number, **self._whole(number)[1]["seconds"]} for number in self.finished]
-        return pl.DataFrame(
-            rows, schema={"cell": pl.Int32, **dict.fromkeys(("compile", "run", "draw", "tables"), pl.Float64)}
-        )
+        schema = {"cell": pl.Int32, **dict.fromkeys(("compile", "run", "draw", "tables"), pl.Float64)}
+        return pl.DataFrame(rows, schema=schema)
 
     def store(self, number: int, parquet: bytes) -> None:
         """Keep a finished cell: in the folder whole or not at all."""
@@ -258,8 +259,7 @@ def opened(
         files.sweep(folder, folder / "cells")
         results = _resumed(folder, description, chosen)
         if results is None:
-            strangers = sorted((folder / "cells").glob("*.parquet"))
-            if strangers:
+            if strangers := sorted((folder / "cells").glob("*.parquet")):
                 raise ValueError(
                     f"study: {folder} holds cells but no study.json, got {strangers[0].name}; restore it, or choose "
                     "another folder"

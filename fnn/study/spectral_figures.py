@@ -74,9 +74,9 @@ def singular(s: Summary) -> Any:
             axis.plot(told["depth"], told["predicted"], color="k", linestyle=kind, linewidth=0.9)
             theory |= told.height > 0
         axis.set_title(canvas.title(dict(zip(rest, key, strict=True))), fontsize=9)
-        if rows["depth"].min() > 0:
-            axis.set_xscale("log", base=2)
         depths = rows["depth"].unique().sort().to_list()
+        if depths[0] > 0:
+            axis.set_xscale("log", base=2)
         axis.set_xticks(depths, [str(n) for n in depths])
         axis.set_xticks([], minor=True)
     handles = canvas.one_of_each(axes)

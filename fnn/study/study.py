@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fnn import check, losses
 from fnn.gradients.price import Price
@@ -17,12 +17,18 @@ from fnn.study import axes, budget, cell, results, spectral
 from fnn.study.cell import Cell
 from fnn.study.grid import Grid, product
 from fnn.study.identity import identify
-from fnn.study.options import about_data, arrays, check_cell, check_functions, check_options, one_line
+from fnn.study.nets import Built
+from fnn.study.options import Source, about_data, arrays, check_cell, check_functions, check_options, one_line
 from fnn.study.provenance import hash_arrays, session, settings
 from fnn.study.spawning import check_spawning
 from fnn.study.table import TRACED, facts, left_range, rounded, widened
 from fnn.study.task import PARTS, Task, chunked, listed, named, work
 from fnn.study.workers import Interrupted, check_executor, compilation_cache, drive, pool, shared
+from fnn.tasks import ExampleFunction
+from fnn.tree import PyTree
+
+if TYPE_CHECKING:
+    import polars
 
 TRAINING = {
     "batch_size": 32,
@@ -74,18 +80,18 @@ class Study:
     """Passes over the training data, each recorded; 0 measures the initialisation alone."""
     steps: int | Sequence[int] | None = None
     """Steps to record, instead of `epochs`; 0 is always among them."""
-    data: Any = "digits"
+    data: Source = "digits"
     """A name or path for `data.load`, a pair (x, y) of arrays, frames or lists, or two such pairs: training and held-out
     examples."""
-    build: Callable[..., Any] = cell.mlp
+    build: Callable[..., Built] = cell.mlp
     """Any function of axes (and of `classes`, if it has that argument) that returns a Layer, or a pair of functions
     `(init, loss)` of any framework: `init(key, x) -> params`, a tree of floating arrays, x being the measured batch's;
     `loss(params, (x, y)) -> float[]`, the mean over the batch, or `(float[], aux)`. Accuracy is known if aux is a dict that
     holds `accuracy`. A pair has no state and no keys for noise, and held-out examples are judged by the same loss. Traced
     axes are tracers."""
-    loss: Callable[[Any, Any], Any] = losses.cross_entropy
+    loss: ExampleFunction = losses.cross_entropy
     """Of single examples; a pair has its own."""
-    measure: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    measure: Mapping[str, Callable[..., PyTree]] = field(default_factory=dict)
     """Your own measurements by name: functions (params, state, batch) -> any tree of numbers, compiled into the
     program. The state is that from before the measured forward pass, and taps in it are as they were at the start: what
     they see is among the study's own quantities. That of a pair is ()."""
@@ -274,7 +280,7 @@ class Study:
         with nullcontext(self.data) if named else shared(arrays(self.data), folder) as data:
             yield replace(self, grid=Grid(()), data=data)
 
-    def table(self) -> Any:
+    def table(self) -> "polars.DataFrame":
         """Run the study in memory and return its table, a polars frame (`.to_pandas()` makes it one of pandas).
 
         Warns where numbers are NaN because a signal left the range of the float type, and where rounding grows to its size.

@@ -5,11 +5,14 @@ the tap or parameter that it belongs to where a layer has several.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fnn.layers.taps import PREACTIVATION
 from fnn.study import nets
 from fnn.study.axes import apart
+
+if TYPE_CHECKING:
+    import polars
 
 ERROR = f"log10_error at {PREACTIVATION}"
 WATCHED_ERROR = "log10_error"
@@ -29,17 +32,17 @@ class Summary(NamedTuple):
     axes: list[str]
     """Axes but the seed that have more than one value; the others are in `fixed`."""
     fixed: dict[str, Any]
-    networks: Any
+    networks: "polars.DataFrame"
     """A row each: network, axes, seeds, outside, diverged, log10_first, log10_last, log10_growth, log10_growth_low,
     log10_growth_high, log10_growth_predicted, accuracy"""
-    layers: Any
+    layers: "polars.DataFrame"
     """network, step, series, layer, low, middle, high; predicted, predicted_low, predicted_high: theory, and its band for
     one seed"""
-    runs: Any
+    runs: "polars.DataFrame"
     """network, step, series, low, middle, high, of quantities of a whole run"""
-    singular: Any
+    singular: "polars.DataFrame"
     """network, step, quantity, value, predicted: log10 of every singular value and of their moments, seeds not summarized"""
-    finals: Any
+    finals: "polars.DataFrame"
     """network, low, middle, high, of the last recorded accuracy of each run; empty where none was recorded"""
 
     def shown(self) -> list[str]:
@@ -47,7 +50,7 @@ class Summary(NamedTuple):
         return self.axes or [name for name in ("activation", "depth") if name in self.fixed]
 
 
-def summarize(table: Any) -> Summary:
+def summarize(table: "polars.DataFrame") -> Summary:
     """Take medians, 10th and 90th percentiles over seeds.
 
     Quantiles are over seeds alone: every other axis that varies tells networks apart. `log10_growth` is log10 |dL/dh_1| -

@@ -10,23 +10,23 @@ import optax
 
 from fnn import check, tree
 from fnn.training.chosen import filled, hidden
-from fnn.tree import Stacked
+from fnn.tree import PyTree, Stacked
 
 
 class AveragedState(NamedTuple):
     """State of `averaged`: that of the optimiser, the running mean of the parameters, the weight of it."""
 
-    inner: Any
-    mean: Any
-    weight: Any
+    inner: PyTree
+    mean: PyTree
+    weight: jax.Array
 
 
 class SlowState(NamedTuple):
     """State of `lookahead`: that of the fast optimiser, the slow parameters, the steps since both were equal."""
 
-    fast: Any
-    slow: Any
-    steps: Any
+    fast: PyTree
+    slow: PyTree
+    steps: jax.Array
 
 
 def averaged(transformation: optax.GradientTransformation, decay: float) -> optax.GradientTransformationExtraArgs:
@@ -80,7 +80,7 @@ def lookahead(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def eval_params(state: Any) -> Any:
+def eval_params(state: PyTree) -> PyTree:
     """Return the parameters of a `TrainState` to evaluate at: those that its optimiser keeps besides the trained ones.
 
     For `averaged`, `lookahead` and `optax.contrib.schedule_free`, anywhere in the optimiser; the outermost counts, and

@@ -9,6 +9,7 @@ import jax
 from jax.tree_util import keystr
 
 from fnn import tree
+from fnn.tree import PyTree
 
 _order_read: list[bool] = [False]
 
@@ -72,7 +73,7 @@ class _Number(jax.tree_util.SequenceKey):
         return super().__hash__()
 
 
-def paths(shown: Any) -> frozenset[str]:
+def paths(shown: PyTree) -> frozenset[str]:
     """Name the arrays of a tree as `tree.paths` does, with `[:]` for all blocks, shown one by one or stacked.
 
     An array that only some blocks have is named by their places: `trunk/[3]/kernel`.

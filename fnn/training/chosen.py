@@ -12,10 +12,10 @@ import optax
 
 from fnn import tree
 from fnn.training.blocks import Blocks, note_order
-from fnn.tree import Stacked
+from fnn.tree import PyTree, Stacked
 
 
-def where(*patterns: str) -> Callable[[Any], Any]:
+def where(*patterns: str) -> Callable[[PyTree], PyTree]:
     """Make a mask for optax, params -> tree of bools: True where a path matches one of the patterns.
 
     Patterns are those of `fnmatch` for paths as `fnn.tree.paths` prints them: "*/kernel", "1/trunk/*". A block of `repeat`

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from fnn import check, tree
 from fnn.training.blocks import paths
+from fnn.tree import PyTree
 
 
 @jax.tree_util.register_static
@@ -28,28 +30,28 @@ class Seen:
 class ClipState(NamedTuple):
     """Report on the last step: three float32[], 0 before the first."""
 
-    fraction: Any
+    fraction: jax.Array
     """The share that was clipped: of all numbers, units or blocks; 0 or 1 for the global norm."""
-    before: Any
+    before: jax.Array
     """Global norm of the gradient before clipping."""
-    after: Any
+    after: jax.Array
     """Global norm after it; NaN where the clipped gradient holds a NaN."""
     seen: Seen = Seen()
 
 
-def by_value(limit: Any) -> optax.GradientTransformation:
+def by_value(limit: ArrayLike) -> optax.GradientTransformation:
     """Clip every number to [-limit, limit]."""
     check.above_zero("clip.by_value", limit=limit)
-    return _elementwise(lambda g: jnp.clip(g, -limit, limit))
+    return _elementwise(lambda g: jnp.clip(g, -limit, limit))  # pyright: ignore[reportOperatorIssue] # it is no bool
 
 
-def from_above(limit: Any) -> optax.GradientTransformation:
+def from_above(limit: ArrayLike) -> optax.GradientTransformation:
     """Clip every number to min(limit, g), as some textbooks print it. Negative gradients are not bounded."""
     check.above_zero("clip.from_above", limit=limit)
     return _elementwise(lambda g: jnp.minimum(g, limit))
 
 
-def by_global_norm(max_norm: Any) -> optax.GradientTransformation:
+def by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
     """Scale the whole gradient by min(1, max_norm/|g|), right at any scale.
 
     Source: Pascanu et al. 2013, algorithm 1.
@@ -67,7 +69,7 @@ def by_global_norm(max_norm: Any) -> optax.GradientTransformation:
     return _transformation(clip)
 
 
-def by_block_norm(max_norm: Any) -> optax.GradientTransformation:
+def by_block_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
     """Scale each block of the gradient by min(1, max_norm/|g_block|); a block is one parameter array of one layer.
 
     Below `repeat` every depth is a block of its own.
@@ -80,7 +82,7 @@ def by_block_norm(max_norm: Any) -> optax.GradientTransformation:
     return _scaling(factor)
 
 
-def adaptive(clipping: Any, eps: float = 1e-3) -> optax.GradientTransformation:
+def adaptive(clipping: ArrayLike, eps: float = 1e-3) -> optax.GradientTransformation:
     """Scale each unit's gradient by min(1, clipping·max(|W_i|, eps)/|G_i|).
 
     A unit is one output of a kernel: a column of (in, out), one channel of (..., in, out). Vectors and scalars (biases,
@@ -97,23 +99,23 @@ def adaptive(clipping: Any, eps: float = 1e-3) -> optax.GradientTransformation:
     return _scaling(factor, needs_params="clip.adaptive")
 
 
-def reports(opt_state: Any) -> list[ClipState]:
+def reports(opt_state: PyTree) -> list[ClipState]:
     """Find the reports of all of fnn's clips in an optimiser's state, in the order of the chain."""
     return [node for node in jax.tree.leaves(opt_state, is_leaf=_is_report) if _is_report(node)]
 
 
-def unreported(opt_state: Any) -> Any:
+def unreported(opt_state: PyTree) -> PyTree:
     """Set the reports in an optimiser's state to NaN, so that after an update those of clips that did not run show it."""
     nan = jnp.full((), jnp.nan, jnp.float32)
     return _with_reports(opt_state, fraction=nan, before=nan, after=nan)
 
 
-def retold(opt_state: Any, params: Any) -> Any:
+def retold(opt_state: PyTree, params: PyTree) -> PyTree:
     """Let the reports in an optimiser's state name the arrays of `params` as those that were seen."""
     return _with_reports(opt_state, seen=Seen(paths(params)))
 
 
-def summary(opt_state: Any, gradient: Any) -> ClipState | None:
+def summary(opt_state: PyTree, gradient: PyTree) -> ClipState | None:
     """Join the reports of all clips in an optimiser's state to one report on the whole gradient; None without a clip.
 
     Of clips in a row, `before` is that of the first and `after` that of the last. Clips of parts (`masked`,
@@ -192,7 +194,7 @@ def _scaling(factor: Callable[..., jax.Array], needs_params: str | None = None) 
     return _transformation(clip)
 
 
-def _with_reports(opt_state: Any, **fields: Any) -> Any:
+def _with_reports(opt_state: PyTree, **fields: Any) -> PyTree:
     def new(node):
         return node._replace(**fields) if _is_report(node) else node
 

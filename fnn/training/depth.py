@@ -6,6 +6,7 @@
 import jax
 import optax
 
+from fnn.admission import Optimizer
 from fnn.training.extra import accepted
 from fnn.training.lift import again_stacked, lifted
 
@@ -14,7 +15,7 @@ class DepthAware(optax.GradientTransformationExtraArgs):
     """A transformation that takes `Stacked` parameters as they are."""
 
 
-def per_depth(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def per_depth(transformation: Optimizer) -> optax.GradientTransformationExtraArgs:
     """Let a transformation see every block of `repeat` as arrays of its own, as it does with `serial`.
 
     Guarantee: from the same weights `repeat(block, n)` and `serial(*[block] * n)` have equal parameters, to rounding,
@@ -31,7 +32,7 @@ def per_depth(transformation: optax.GradientTransformation) -> optax.GradientTra
     """
     if isinstance(transformation, DepthAware):
         return transformation
-    inner = optax.with_extra_args_support(transformation)
+    inner = optax.with_extra_args_support(transformation)  # pyright: ignore[reportArgumentType] # has `init` and `update`
 
     def init(params):
         try:

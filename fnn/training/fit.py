@@ -3,16 +3,17 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fnn import check
-from fnn.datasets.dataset import Dataset
+from fnn.datasets.dataset import Data, Dataset
 from fnn.progress import Progress
 from fnn.training import placement
 from fnn.training.averages import check_evaluated
@@ -20,37 +21,38 @@ from fnn.training.batches import FromBatches, checksum
 from fnn.training.checkpoint import Checkpoint, key_numbers
 from fnn.training.feed import InMemory, prepare
 from fnn.training.history import History
-from fnn.training.hooks import Hook, Report, after_epoch, after_steps, collect
-from fnn.training.log import Loggers
+from fnn.training.hooks import Hook, HookFunction, after_epoch, after_steps, collect
+from fnn.training.log import Logger, Loggers
 from fnn.training.metrics import averages
 from fnn.training.recorder import Recorder
 from fnn.training.run import Run
 from fnn.training.step import TrainState, TrainStep, check_state
+from fnn.tree import PyTree
 
 
 @placement.within
 def fit(
     step: TrainStep,
     state: TrainState,
-    train: Any,
+    train: Data,
     *,
     epochs: int,
-    key: Any = None,
+    key: jax.Array | None = None,
     batch_size: int | None = None,
-    validation: Any = None,
+    validation: Data | float | None = None,
     patience: int | None = None,
     progress: bool | None = None,
     scan: bool = True,
-    on_epoch: Callable[[Report], Any] | None = None,
-    on_step_every: tuple[int, Callable[[Report], Any]] | None = None,
+    on_epoch: HookFunction | None = None,
+    on_step_every: tuple[int, HookFunction] | None = None,
     stop_nonfinite: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     save_every: int | tuple[int, str] | None = None,
-    log: Any = None,
+    log: Logger | Sequence[Logger] | None = None,
     log_every: int = 50,
-    mesh: Any = None,
-    shard: Any = None,
-    evaluate_with: Callable[[TrainState], Any] | None = None,
+    mesh: Mesh | None = None,
+    shard: placement.Rule | Mapping[str, placement.Rule] | None = None,
+    evaluate_with: Callable[[TrainState], PyTree] | None = None,
     recorder: int | None = None,
 ) -> tuple[TrainState, History]:
     """Train for some epochs in compiled stretches of steps; return the new state and the curves.

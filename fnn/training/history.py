@@ -1,18 +1,18 @@
 """The curves of a run."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from fnn.training.metrics import CLIPPING
+from fnn.tree import PyTree
 
 
 @dataclass(frozen=True)
 class History:
     """What `fit` recorded, as NumPy arrays."""
 
-    train: dict[str, Any]
+    train: dict[str, PyTree]
     """Metrics of every step, each with a leading axis of steps."""
     validation: dict[str, np.ndarray]
     """`loss` (and `accuracy`) after every epoch, float[epochs]; empty without validation data."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from fnn import arrays, check
 from fnn.training.step import TrainState
+from fnn.tree import PyTree
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,14 @@ class Report:
     """Number of the epoch, from 0, as in `History`."""
     state: TrainState
     """The state now. The next step reuses its memory: copy what is kept, `jax.tree.map(jnp.copy, report.state)`."""
-    metrics: dict[str, Any]
+    metrics: dict[str, PyTree]
     """Metrics of every step of the epoch, or of the k steps of `on_step_every=(k, f)`, as NumPy arrays with a leading axis of
     steps."""
     validation: dict[str, float]
     """What the epoch's validation gave; empty without validation data and between epochs."""
+
+
+HookFunction = Callable[[Report], bool | np.bool_ | None]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Hook:
     """A function to call after every epoch, or after every step whose number `every` divides."""
 
     name: str
-    function: Callable[[Report], Any]
+    function: HookFunction
     every: int | None = None
 
     def __call__(self, report: Report) -> bool:
@@ -48,7 +52,7 @@ class Hook:
         )
 
 
-def collect(on_epoch: Any, on_step_every: Any) -> list[Hook]:
+def collect(on_epoch: HookFunction | None, on_step_every: tuple[int, HookFunction] | None) -> list[Hook]:
     """Check what was given to `fit` and make it one list."""
     hooks = []
     if on_epoch is not None:

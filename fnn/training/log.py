@@ -16,17 +16,24 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from fnn import arrays, check, files, tree
 from fnn.layers import taps
+from fnn.tree import PyTree
 
 HEADER = ("step", "name", "value")
 SECONDS, PART = 5.0, 30_000
 """How often Parquet and TensorBoard files are written, and how many rows a Parquet file has at most."""
+
+
+class Logger(Protocol):
+    """Anything that takes numbers by name, and the step that they belong to."""
+
+    def log(self, metrics: dict[str, float], /, *, step: int) -> object: ...
 
 
 def csv(path: str | os.PathLike[str]) -> "Csv":
@@ -56,7 +63,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> "TensorBoard":
     return TensorBoard(Path(folder))
 
 
-def flat(metrics: Mapping[str, Any]) -> dict[str, float]:
+def flat(metrics: Mapping[str, PyTree]) -> dict[str, float]:
     """Flatten metrics to one number for each name: a tree's leaves by their paths, `grad_norms/2/[3]/kernel`.
 
     Numbers of taps are those of `fnn.taps.read`. Arrays of more than one number are left out.
@@ -79,7 +86,7 @@ class Csv:
         self.path = path
         self._ready = False
 
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+    def log(self, metrics: Mapping[str, PyTree], step: int) -> None:
         """Append a row for each number."""
         if not self._ready:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +126,7 @@ class Parquet:
         self._time = time.monotonic()
         atexit.register(self.close)
 
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+    def log(self, metrics: Mapping[str, PyTree], step: int) -> None:
         """Take a row for each number."""
         self._new += [(int(step), name, value) for name, value in flat(metrics).items()]
         if time.monotonic() > self._time + SECONDS:
@@ -181,7 +188,7 @@ class TensorBoard:
         self._time = time.monotonic()
         atexit.register(self.close)
 
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+    def log(self, metrics: Mapping[str, PyTree], step: int) -> None:
         """Write a scalar for each number."""
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -228,8 +235,10 @@ class Loggers:
     Of several processes (`jax.distributed`) the first one logs.
     """
 
-    def __init__(self, given: Any, every: int):
-        loggers = () if given is None else tuple(given) if isinstance(given, list | tuple) else (given,)
+    def __init__(self, given: Logger | Sequence[Logger] | None, every: int):
+        loggers: tuple[Any, ...] = (
+            () if given is None else tuple(given) if isinstance(given, list | tuple) else (given,)
+        )
         for logger in loggers:
             if isinstance(logger, type) or not callable(getattr(logger, "log", None)):
                 raise TypeError(
@@ -284,7 +293,7 @@ class Loggers:
         """Write and close fnn's own files."""
         self._files("close")
 
-    def _row(self, metrics: Mapping[str, Any], step: int) -> None:
+    def _row(self, metrics: Mapping[str, PyTree], step: int) -> None:
         numbers = flat(metrics)
         for logger in self.loggers:
             logger.log(numbers, step=step)

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from fnn import check
+from fnn.tree import PyTree
 
 
 class LossScaleState(NamedTuple):
     """State of `loss_scaled`: that of the optimiser, the scale float32[], and the finite steps since it changed."""
 
-    inner: Any
-    scale: Any
-    steps: Any
+    inner: PyTree
+    scale: jax.Array
+    steps: jax.Array
 
 
 def loss_scaled(
@@ -53,7 +54,7 @@ def loss_scaled(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scale_of(opt_state: Any, per_example: Any = None) -> jax.Array | None:
+def scale_of(opt_state: PyTree, per_example: str | None = None) -> jax.Array | None:
     """Return the scale of the loss that an optimiser's state asks for, float32[]; None if it asks for none.
 
     Errors: ValueError for several, or with gradients of single examples.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import arrays, files, tree
+from fnn.tree import PyTree
 
 HEADER = "fnn.json"
 FOLDER_FILE = "checkpoint.npz"
@@ -30,7 +31,7 @@ class Content:
     """By path: `dtype`, and for random keys `key`, their implementation."""
 
 
-def save(path: str | os.PathLike[str], tree: Any) -> None:
+def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Write a tree of arrays (a `TrainState`, parameters of any library) to one file, whole or not at all.
 
     Every leaf becomes an array of the .npz under its path (`params/1/kernel`), and a JSON text beside them, `fnn.json`, holds
@@ -44,7 +45,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     write(Path(path), content, {}, "save")
 
 
-def load(path: str | os.PathLike[str], like: Any) -> Any:
+def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
     """Read the tree that `save` wrote; `like` is a tree of the same structure, shapes and dtypes.
 
     Leaves of `like` are arrays, `jax.ShapeDtypeStruct`s (`jax.eval_shape` makes a tree of them without computing) or numbers;
@@ -68,7 +69,7 @@ class HostKey(NamedTuple):
     implementation: str
 
 
-def to_host(tree: Any, copy: bool = False) -> Any:
+def to_host(tree: PyTree, copy: bool = False) -> PyTree:
     """Replace every array of JAX by one of NumPy, with `copy` one that shares no memory with it, and keys by `HostKey`s."""
     several = jax.process_count() > 1
 

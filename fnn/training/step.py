@@ -1,7 +1,7 @@
 """Training: one compiled step, its state, and the average over a data set."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from fnn import admission, arrays, check, losses, mapped, measures, tree
 from fnn.core import Layer, as_arrays, check_values, output_shape
-from fnn.datasets.dataset import check_dataset, in_memory
+from fnn.datasets.dataset import Data, check_dataset, in_memory
 from fnn.layers.precision import compute_in
 from fnn.layers.taps import TapState
 from fnn.training import clip, reprs
@@ -29,14 +30,14 @@ from fnn.training.stretches import over_data
 class TrainState:
     """Hold all that a step carries: parameters, the states of net and optimiser, the key, the number of steps."""
 
-    params: Any
-    net_state: Any
-    opt_state: Any
-    key: Any
-    step: Any
+    params: tree.PyTree
+    net_state: tree.PyTree
+    opt_state: tree.PyTree
+    key: jax.Array
+    step: jax.Array
 
     @classmethod
-    def create(cls, net: Layer, optimizer: optax.GradientTransformation, key: Any, spec: Any) -> "TrainState":
+    def create(cls, net: Layer, optimizer: admission.Optimizer, key: jax.Array, spec: tree.PyTree) -> "TrainState":
         """Initialise a net and its optimiser; `spec` is an example batch, or its `jax.ShapeDtypeStruct`."""
         who = "TrainState.create"
         admission.net(who, net)
@@ -60,6 +61,9 @@ class TrainState:
         return reprs.of_state(self)
 
 
+Pure = Callable[[TrainState, arrays.Batch], tuple[TrainState, dict[str, tree.PyTree]]]
+
+
 class TrainStep:
     """Call `step(state, batch) -> (state, metrics)`: one jitted function that owns and reuses the state's buffers.
 
@@ -67,7 +71,7 @@ class TrainStep:
     is that scan, compiled; `step.epoch` also shuffles and cuts the data (`stretches.over_data`).
     """
 
-    def __init__(self, pure: Callable[..., Any], net: Layer, measured: Measured, optimizer: Any):
+    def __init__(self, pure: Pure, net: Layer, measured: Measured, optimizer: optax.GradientTransformation):
         self.pure, self.net, self.loss, self.optimizer = pure, net, measured.loss, optimizer
         self.measured = Measured(measured.loss, measured.own)
         """The loss and the metrics of one's own: what `fit` validates by."""
@@ -89,21 +93,21 @@ class TrainStep:
         self.given: dict[str, Any] = {}
         """The arguments of `train_step`."""
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+    def __call__(self, state: TrainState, batch: arrays.Batch) -> tuple[TrainState, dict[str, tree.PyTree]]:
         return self.jitted(state, self.check(state, batch))
 
-    def admit(self, state: Any, batch: Any) -> None:
+    def admit(self, state: TrainState, batch: arrays.Batch) -> None:
         """Refuse a state of another net or optimiser, and batches without examples. Reads no values."""
         admission.examples("train_step", batch)
         check.parameters("train_step", state.params)
         admission.state("train_step", self.net, state.params, state.net_state, batch[0])
         admission.optimizer_state_of("train_step", self.optimizer, state.params, state.opt_state)
 
-    def lower(self, state: TrainState, batch: Any) -> Any:
+    def lower(self, state: TrainState, batch: arrays.Batch) -> jax.stages.Lowered:
         """Lower without running, to look at the HLO and `memory_analysis()`."""
         return self.jitted.lower(state, batch)
 
-    def check(self, state: TrainState, batch: Any) -> tuple[Any, Any]:
+    def check(self, state: TrainState, batch: arrays.Batch) -> tuple[tree.PyTree, tree.PyTree]:
         """Turn a batch into arrays, and refuse one that does not fit while its values can still be read.
 
         Targets on the host are checked each time. Reading targets on a device would wait for it: of these only the first
@@ -124,17 +128,17 @@ class TrainStep:
 
 def train_step(
     net: Layer,
-    loss: Callable[[Any, Any], Any],
-    optimizer: optax.GradientTransformation,
+    loss: losses.ExampleFunction,
+    optimizer: admission.Optimizer,
     *,
-    penalty: Callable[[Any], Any] | None = None,
-    compute_dtype: Any = None,
-    metrics: Sequence[Any] | Mapping[str, Any] = METRICS,
+    penalty: Callable[[tree.PyTree], ArrayLike] | None = None,
+    compute_dtype: DTypeLike | None = None,
+    metrics: Sequence[str | measures.OwnMetrics] | measures.OwnMetrics = METRICS,
     per_layer: bool = False,
     per_example: str | None = None,
-    max_norm: Any = None,
+    max_norm: ArrayLike | None = None,
     skip_nonfinite: bool = False,
-    axis_name: Any = None,
+    axis_name: mapped.AxisName = None,
 ) -> TrainStep:
     """Compile `(state, batch) -> (state, metrics)`: gradient of the mean loss, clipping and update through optax.
 
@@ -198,7 +202,7 @@ def train_step(
     measured = Measured(loss, own, "accuracy" in names)
     check_step(per_example, max_norm, skip_nonfinite)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+    def step(state: TrainState, batch: arrays.Batch) -> tuple[TrainState, dict[str, tree.PyTree]]:
         x, y = arrays.weighted(batch)
         x = as_arrays(x)
         key = jax.random.fold_in(state.key, state.step)
@@ -277,7 +281,7 @@ def train_step(
     return made
 
 
-def clipped(opt_state: Any, grads: Any) -> dict[str, Any]:
+def clipped(opt_state: tree.PyTree, grads: tree.PyTree) -> dict[str, jax.Array]:
     """Name what the optimiser's clips report of a step; nothing without a clip of `fnn.clip`."""
     report = clip.summary(opt_state, grads)
     if report is None:
@@ -292,13 +296,13 @@ def clipped(opt_state: Any, grads: Any) -> dict[str, Any]:
 
 def evaluate(
     net: Layer,
-    state: Any,
-    data: Any,
+    state: tree.PyTree,
+    data: Data,
     *,
-    loss: Callable[[Any, Any], Any] = losses.cross_entropy,
+    loss: losses.ExampleFunction = losses.cross_entropy,
     batch_size: int = 1024,
-    compute_dtype: Any = None,
-    metrics: Mapping[str, Any] | None = None,
+    compute_dtype: DTypeLike | None = None,
+    metrics: measures.OwnMetrics | None = None,
 ) -> dict[str, float]:
     """Average the loss, the accuracy where the loss has one, and metrics of your own, over all examples in eval mode.
 
@@ -333,7 +337,7 @@ def check_state(who: str, state: Any) -> None:
         check.alive(who, state.step)
 
 
-def _check_sharding(axis_name: Any, params: Any, batch: Any) -> None:
+def _check_sharding(axis_name: mapped.AxisName, params: tree.PyTree, batch: arrays.Batch) -> None:
     if jax.tree.leaves(params) and (loose := mapped.over(batch) - mapped.over(params)):
         raise ValueError(
             "train_step: axis_name must name every mesh axis over which the batch is sharded, or the devices' gradients "

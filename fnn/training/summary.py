@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +16,9 @@ from fnn.core import Layer
 from fnn.gradients import program
 from fnn.inside import WATCHER
 from fnn.masks import Masked
+
+if TYPE_CHECKING:
+    import polars
 
 WIDTH = 80
 _NUMBER = itertools.count()
@@ -55,13 +58,13 @@ class Summary:
     again: list[tuple[str, list[str]]]
     """Layer objects with parameters that stand in several places outside of `[block] * n`: (layer, paths)."""
 
-    def table(self) -> Any:
+    def table(self) -> "polars.DataFrame":
         """Make a polars DataFrame with the fields of `Row` as columns; where polars is not installed, a list of dicts."""
         rows = [row._asdict() for row in self.rows]
         try:
             import polars
         except ImportError:
-            return rows
+            return rows  # pyright: ignore[reportReturnType]
         return polars.DataFrame(rows)
 
     def __repr__(self) -> str:
@@ -92,7 +95,7 @@ class Summary:
 _COUNTED = "FLOPs: one forward pass, 2 for each multiply-add of products and convolutions"
 
 
-def summary(net: Layer, spec: Any) -> Summary:
+def summary(net: Layer, spec: tree.PyTree) -> Summary:
     """List a net's layers: path, layer, output, parameters, their bytes, and FLOPs; nothing is drawn or computed.
 
         print(fnn.summary(net, train.x[:64]))

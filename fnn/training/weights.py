@@ -36,12 +36,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fnn import admission
 from fnn.core import Layer
 from fnn.training import weights_flax, weights_torch
 from fnn.training.weights_layers import UNKNOWN, Arrays, Slot, leaf, rewritten, rows_of, slots
 from fnn.training.weights_match import Group, Pair, Report, brief, pairs, shown
+from fnn.tree import PyTree
 
 Names = Mapping[str, str | None]
 
@@ -49,15 +51,15 @@ Names = Mapping[str, str | None]
 class Loaded(NamedTuple):
     """Parameters and a state of a net, and what came from where."""
 
-    params: Any
-    state: Any
+    params: PyTree
+    state: PyTree
     report: Report
 
 
 def from_torch(
-    state_dict: Mapping[str, Any],
+    state_dict: Mapping[str, ArrayLike],
     net: Layer,
-    spec: Any,
+    spec: PyTree,
     *,
     names: Names | None = None,
     flattened: Mapping[str, Sequence[int] | None] | None = None,
@@ -82,10 +84,10 @@ def from_torch(
 
 
 def to_torch(
-    params: Any,
-    state: Any,
+    params: PyTree,
+    state: PyTree,
     *,
-    like: Mapping[str, Any] | None = None,
+    like: Mapping[str, ArrayLike] | None = None,
     names: Names | None = None,
     flattened: Mapping[str, Sequence[int] | None] | None = None,
 ) -> dict[str, np.ndarray]:
@@ -111,7 +113,7 @@ def to_torch(
 
 
 def from_flax(
-    variables: Any, net: Layer, spec: Any, *, names: Names | None = None, key: jax.Array | None = None
+    variables: PyTree, net: Layer, spec: PyTree, *, names: Names | None = None, key: jax.Array | None = None
 ) -> Loaded:
     """Take the weights of Flax: (params, state, report) of a net.
 
@@ -124,7 +126,7 @@ def from_flax(
     return _loaded("weights.from_flax", net, spec, key, names, _flax_reader(variables), None)
 
 
-def to_flax(params: Any, state: Any, *, like: Any, names: Names | None = None) -> Any:
+def to_flax(params: PyTree, state: PyTree, *, like: PyTree, names: Names | None = None) -> PyTree:
     """Write a net's weights into variables of Flax, the inverse of `from_flax`.
 
     `like` are Linen's variables or an NNX state, arrays or the specs of `jax.eval_shape(module.init, ...)`; what comes back
@@ -141,7 +143,7 @@ def to_flax(params: Any, state: Any, *, like: Any, names: Names | None = None) -
 Reader = Callable[[str, list[Slot]], list[Group]]
 
 
-def _reader(state_dict: Mapping[str, Any]) -> Reader:
+def _reader(state_dict: Mapping[str, ArrayLike]) -> Reader:
     def read(who, found):
         if not isinstance(state_dict, Mapping):
             got = type(state_dict).__name__

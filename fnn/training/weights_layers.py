@@ -10,7 +10,7 @@ import numpy as np
 
 from fnn.layers.dense import Flattened, Mirrored
 from fnn.layers.memory import Memory
-from fnn.tree import Stacked
+from fnn.tree import PyTree, Stacked
 
 Arrays = dict[str, np.ndarray]
 ATTENTION = ("query", "key", "value", "out")
@@ -32,7 +32,7 @@ class Slot:
     that cannot be told."""
 
 
-def slots(params: Any, state: Any) -> list[Slot]:
+def slots(params: PyTree, state: PyTree) -> list[Slot]:
     """List the layers of a net that have weights, in its order, with the blocks of a stack one by one."""
     found: list[Slot] = []
     _walk(jax.device_get(params), jax.device_get(state), "", found, _Layout())
@@ -128,7 +128,7 @@ def _moments(state: Mapping[str, Any]) -> Arrays:
     }
 
 
-def rewritten(tree: Any, values: dict[str, np.ndarray], path: str = "") -> Any:
+def rewritten(tree: PyTree, values: dict[str, np.ndarray], path: str = "") -> PyTree:
     """Put arrays into a tree by their paths, blocks of a stack one by one; what has no new array stays as it is."""
     if isinstance(tree, Stacked):
         leaves = jax.tree.leaves(tree)
