@@ -212,7 +212,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
             ["networks options", "training options", "running options", "gelu_tanh", "none, batch_norm", "lamb"],
             ["softmax"],
         ),
-        ("compare --help", ["spread over seeds"], []),
+        ("compare --help", ["spread over seeds", "compare [-h] A B"], ["STR"]),
+        ("diagnose --help", ["uses an mlp", "script.py:make", "3: no cause was found"], ["--target"]),
+        ("diagnose script.py:make --help", ["Exit code 0: healthy", "arguments of `fnn.diagnose`"], ["--target"]),
         ("report --help", ["no internet connection"], []),
     ],
 )
