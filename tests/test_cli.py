@@ -209,11 +209,13 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capsys):
         ("train mlp --help", ["number of hidden layers", "(default: 3)", "--plot"], ["--heads", "--model"]),
         (
             "study --help",
-            ["networks options", "training options", "running options", "gelu_tanh", "none, batch_norm", "lamb"],
+            ["network options", "training options", "run options", "gelu_tanh", "none, batch_norm", "lamb"],
             ["softmax"],
         ),
         ("study --check --help", ["--check", "check.parquet"], []),
-        ("compare --help", ["spread over seeds"], []),
+        ("compare --help", ["spread over seeds", "compare [-h] A B"], ["STR"]),
+        ("diagnose --help", ["uses an mlp", "script.py:make", "3: no cause was found"], ["--target"]),
+        ("diagnose script.py:make --help", ["Exit code 0: healthy", "arguments of `fnn.diagnose`"], ["--target"]),
         ("report --help", ["no internet connection"], []),
     ],
 )

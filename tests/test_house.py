@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import fnn
+from fnn.study import table, words
 
 ROOT = Path(__file__).parent.parent
 ROW = re.compile(r"^\| (\d) \| `(fnn/[a-z]*/?)` \| (.*) \|$", re.M)
@@ -136,6 +137,7 @@ def test_dir_shows_the_public_names_alone_and_none_hides_a_module():
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_imports_point_down_and_stay_public(path):
+    assert module_of(path) in PLACE, f"{path.relative_to(ROOT)} is not in the table of README.md"
     floor, row, column = PLACE[module_of(path)]
     for module, names, top in imports(path):
         assert "jax._src" not in module and not module.startswith(("jax.core", "jax.interpreters")), module
@@ -147,6 +149,12 @@ def test_imports_point_down_and_stay_public(path):
                 assert below, f"{module_of(path)} imports {name}"
             elif module.split(".")[0] == "fnn":
                 assert name in ("fnn.__version__", "fnn.__all__") or (module == "fnn" and not names), name
+
+
+def test_every_quantity_of_a_study_has_a_word():
+    # What diverged is called so; a root mean square is derived from its norm.
+    named = {*words._KNOWN, *(f"{name}_rms" for name in words._KNOWN), "diverged"}
+    assert [name for name in table.QUANTITIES if name not in named] == []
 
 
 def test_one_file_knows_platforms():

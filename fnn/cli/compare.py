@@ -1,19 +1,18 @@
 """`fnn compare`."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from fnn import check
-from fnn.cli.terminal import console, plain_warnings, printable
+from fnn.cli.terminal import console, plain_warnings, printable, told
 
 
 @dataclass(frozen=True)
 class Compare:
     """Compare two studies: list where they differ by more than the spread over seeds."""
 
-    a: str
-    """folder of the first study"""
-    b: str
-    """folder of the second study"""
+    a: Annotated[str, told("folder of the first study", "A")]
+    b: Annotated[str, told("folder of the second study", "B")]
     rows: int = 20
     """how many of the largest differences to list, shared among the quantities"""
 

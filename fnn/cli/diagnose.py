@@ -14,13 +14,20 @@ from fnn.cli.terminal import printable
 
 HEALTHY, CAUSE, NONE = 0, 1, 3
 """Exit codes; bad input is 2."""
+USAGE = """
+
+A training of your own: fnn diagnose script.py:make [--budget FLOAT] [--html STR], where make() returns the arguments of
+fnn.diagnose or fnn.diagnose_loss; see fnn diagnose script.py:make --help.
+
+Exit code 0: healthy, 1: a cause was found, 2: bad input, 3: no cause was found."""
+"""What `fnn diagnose --help` says besides the models."""
 
 
 @dataclass(frozen=True)
 class Diagnose(Training[M]):
     """Find out why a network does not train: change one thing, train again, and see what cures it.
 
-    Exit code 0: healthy, 1: a cause was found, 3: none was found.
+    Exit code 0: healthy, 1: a cause was found, 2: bad input, 3: no cause was found.
     """
 
     seeds: int = 3
@@ -28,7 +35,7 @@ class Diagnose(Training[M]):
     budget: float = 60.0
     """seconds that the search may take"""
     target: float = 0.0
-    """held-out score that counts as healthy; 0: judged by what the changes reach"""
+    """held-out score that counts as healthy; 0: automatic"""
     html: str = ""
     """write a page with figures to this file, for example why.html"""
 
@@ -39,6 +46,8 @@ class Script:
 
     That is a tuple or a dict, (net or build, loss, optimizer, train, validation, {"batch_size": 64, "steps": 400}); or those
     of `fnn.diagnose_loss`, (loss, params, batches, optimizer, validation).
+
+    Exit code 0: healthy, 1: a cause was found, 2: bad input, 3: no cause was found.
     """
 
     script: str

@@ -17,10 +17,10 @@ COMMANDS = {
     "compare": (compare.Compare, compare.run),
     "report": (report.Report, report.run),
 }
-MODEL = "The model may be left out: fnn {0} --depth 50 takes an mlp. All options are listed by fnn {0} mlp --help, and so on."
+MODEL = "The model may be left out: fnn {0} --depth 50 uses an mlp. All options are listed by fnn {0} mlp --help, and so on."
 WITH_MODEL = {
-    "train": (train.Train, "Train a network and print its test accuracy. "),
-    "diagnose": (diagnose.Diagnose, "Find out why a network, or script.py:make of your own, does not train. "),
+    "train": (train.Train, "Train a network and print its test accuracy. ", ""),
+    "diagnose": (diagnose.Diagnose, "Find out why a network does not train. ", diagnose.USAGE),
 }
 
 
@@ -48,8 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
             command = tyro.cli(coordinates.Check, prog="fnn study", args=words, config=config[1:])
             return coordinates.run(command)
         if given and given[0] in WITH_MODEL:
-            generic, first = WITH_MODEL[given[0]]
-            prog, about, given = f"fnn {given[0]}", first + MODEL.format(given[0]), _with_model(given[0], given[1:])
+            generic, first, last = WITH_MODEL[given[0]]
+            prog, about, given = (
+                f"fnn {given[0]}",
+                first + MODEL.format(given[0]) + last,
+                _with_model(given[0], given[1:]),
+            )
             kinds = {name: generic[model] for name, model in recipes.MODELS.items()}
         if given and given[0] in kinds:
             _check_options(prog, kinds, given)

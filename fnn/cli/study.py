@@ -99,24 +99,26 @@ class Study:
     stopped. fnn study --check width 64:1024 does a coordinate check instead; fnn study --check --help lists its options.
     """
 
-    networks: Networks = field(default_factory=Networks)
+    network: Networks = field(default_factory=Networks)
     training: Training = field(default_factory=Training)
-    measured: Measured = field(default_factory=Measured)
-    running: Running = field(default_factory=Running)
+    measurement: Measured = field(default_factory=Measured)
+    run: Running = field(default_factory=Running)
 
     def given(self) -> dict[str, Any]:
         """List the options that differ from their defaults."""
-        parts = (self.networks, self.training, self.measured, self.running)
+        parts = (self.network, self.training, self.measurement, self.run)
         return {f.name: getattr(p, f.name) for p in parts for f in fields(p) if getattr(p, f.name) != f.default}
 
     def command(self) -> str:
         """Write the command that measures the same again, defaults written out; a file of the grid is quoted below it."""
         from fnn.study import study
 
-        file, given = self.measured.file, self.given()
+        file, given = self.measurement.file, self.given()
         if not file:
             axes = (
-                vars(self.networks) | vars(self.training) | {"seeds": self.measured.seeds, "data": self.measured.data}
+                vars(self.network)
+                | vars(self.training)
+                | {"seeds": self.measurement.seeds, "data": self.measurement.data}
             )
             recorded = {} if {"epochs", "steps"} & set(given) else {"epochs": study.Study.epochs}
             given = axes | recorded | given
@@ -146,7 +148,7 @@ def run(options: Study) -> int:
     from fnn.study.workers import Interrupted
 
     started = time.perf_counter()
-    described, running = _described(options), options.running
+    described, running = _described(options), options.run
     description = described.describe()
     folder = Path(running.out) if running.out else _folder(description)
     cells = len(description["cells"])
@@ -228,7 +230,7 @@ def _described(options: Study) -> Any:
     from fnn.study import grid, study
 
     given = options.given()
-    file = options.measured.file
+    file = options.measurement.file
     if file:
         if axes := [name for name in (*AXES, "zip") if name in given]:
             raise ValueError(f"study: with --file the grid is that of {file}, got --{axes[0]} too; write it there")
@@ -236,9 +238,9 @@ def _described(options: Study) -> Any:
         for name in arguments:
             check.choice("study", ("seeds", "epochs", "steps", "quantities", "data", "chunk", "traced"), option=name)
     else:
-        values = vars(options.networks) | vars(options.training)
+        values = vars(options.network) | vars(options.training)
         lists = {name: grid.span(values[name]) for name in AXES}
-        points, arguments = grid.from_axes(lists, [word for word in options.measured.zip.split(",") if word]), {}
+        points, arguments = grid.from_axes(lists, [word for word in options.measurement.zip.split(",") if word]), {}
     arguments |= {name: given[name] for name in ("seeds", "data", "chunk") if name in given}
     for name in ("epochs", "steps"):
         if name in given:

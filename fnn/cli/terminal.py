@@ -12,13 +12,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def told(text: str) -> Any:
-    """Make what tyro shows as an option's help, in `Annotated[str, told("...")]`: for texts that tables know."""
+def told(text: str, metavar: str | None = None) -> Any:
+    """Make what tyro shows as an option's help, in `Annotated[str, told("...")]`: for texts that tables know.
+
+    `metavar` stands for the value in the usage, instead of its type.
+    """
     try:
         from tyro.conf import arg
     except ImportError:  # `main` says so
         return text
-    return arg(help=text)
+    return arg(help=text, metavar=metavar)
 
 
 WIDTH = 140
