@@ -150,10 +150,16 @@ def page(tmp_path_factory):
         yield opened
 
 
+def device(numbers, dtype=None):
+    """Return numbers as a JAX array, of float32 if they are float64. `jnp.asarray` compiles a program for every shape."""
+    numbers = np.asarray(numbers)
+    return jax.device_put(numbers.astype(dtype or jax.dtypes.canonicalize_dtype(numbers.dtype)))
+
+
 def randomized(tree, seed=0):
     """Move every floating leaf off its initial value, so that zeros and ones hide nothing."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a) + 0.1 * rng.normal(size=a.shape), a.dtype), tree)
+    return jax.tree.map(lambda a: device(np.asarray(a) + 0.1 * rng.normal(size=a.shape), a.dtype), tree)
 
 
 def started(init, *args, key=None, seed=0):
@@ -170,7 +176,7 @@ def started(init, *args, key=None, seed=0):
             numbers = numbers / np.sqrt(max(1, np.prod(spec.shape[:-1])))
         else:
             numbers = 0.1 * numbers + ("scale" in jax.tree_util.keystr(path[-1:]))
-        return jnp.asarray(numbers, spec.dtype)
+        return device(numbers, spec.dtype)
 
     if jax.tree.leaves(state):
         state = jax.jit(lambda *args: init(*args)[1])(key, *args)
@@ -205,8 +211,8 @@ def by_layer(rows):
 
 @functools.cache
 def failures_of(table, sections):
-    """Run a table of cases in a process of its own, which has several devices; {"section/case": error} of those that failed."""
-    run = subprocess.run([sys.executable, str(table)], capture_output=True, text=True, env=os.environ)
+    """Run sections of a table in a process of its own, which has several devices; {"section/case": error} of what failed."""
+    run = subprocess.run([sys.executable, str(table), *sections], capture_output=True, text=True, env=os.environ)
     if run.returncode:
         return {f"{section}/crash": run.stderr[-3000:] for section in sections}
     return json.loads(run.stdout.splitlines()[-1])
