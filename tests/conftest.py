@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import slow
 
 
 def may_have_accelerator():
@@ -78,10 +79,22 @@ def pytest_ignore_collect(collection_path: Path, config):
         return True
 
 
+FIRST = ("sharding", "placement", "lowering", "per_example", "compiled")
+"""Files that begin: the longest, and those that clear JAX's caches, which takes seconds once they are full."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
 def pytest_collection_modifyitems(config, items):
     used = set()
+    names = [f"test_{name}" for name in FIRST]
+    items.sort(key=lambda item: names.index(item.module.__name__) if item.module.__name__ in names else len(names))
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 9)) <= 4:
+        for item in items:  # a file's tests share what their worker has traced and compiled
+            if item.get_closest_marker("xdist_group") is None:
+                item.add_marker(pytest.mark.xdist_group(item.module.__name__))
     for item in items:
+        if slow.covering(item.module.__name__, item.name):
+            item.add_marker(pytest.mark.slow)
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: needs --slow"))
         elif entry := accelerator.chosen(item.module.__name__, item.name):
@@ -93,6 +106,8 @@ def pytest_collection_modifyitems(config, items):
                 raise pytest.UsageError(
                     f"tests/accelerator.py: {module} has no quick test whose name starts with test_{entry}"
                 )
+        if wrong := slow.missing(module, [item.name for item in items if item.module.__name__ == module]):
+            raise pytest.UsageError(f"tests/slow.py: {module} has no test, or no quick one, of these names: {wrong}")
 
 
 def pytest_collection_finish():

@@ -92,7 +92,10 @@ def layers():
     yield "checked", functools.partial(together_as_alone, KINDS, True)
     yield "unchecked", functools.partial(together_as_alone, "batch_norm_masked tap_masked", False)
     yield slow("checked"), functools.partial(together_as_alone, MADE_OF_THOSE, True)
-    yield slow("unchecked"), functools.partial(together_as_alone, "bidirectional tied cross_attention repeat_in_groups", False)
+    yield (
+        slow("unchecked"),
+        functools.partial(together_as_alone, "bidirectional tied cross_attention repeat_in_groups", False),
+    )
 
 
 def together_as_alone(kinds, setting, **options):
@@ -217,7 +220,10 @@ def losses_taken_again():
         norm = "layer_norm" if name == "sophia" else "batch_norm"  # it enlarges rounding where a gradient is zero
         net, state, batch = small(optimizer, 2, norm=norm, unroll=True)
         settings = (name != "sam",)
-        yield slow(name) if name == "lbfgs" else name, functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch, settings)
+        yield (
+            slow(name) if name == "lbfgs" else name,
+            functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch, settings),
+        )
 
 
 @section

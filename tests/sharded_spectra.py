@@ -78,7 +78,9 @@ def watched():
     def cut():
         want_gradient, want = fnn.watch(loss).value_and_grad(params, x, y)
         run = fnn.watch(loss, axis_name="d").value_and_grad
-        found, flow = jax.jit(jax.shard_map(run, mesh=AUTO, in_specs=(P(), P("d"), P("d")), out_specs=P()))(params, x, y)
+        found, flow = jax.jit(jax.shard_map(run, mesh=AUTO, in_specs=(P(), P("d"), P("d")), out_specs=P()))(
+            params, x, y
+        )
         differences(found, want_gradient)
         rows = {row[1:3]: row[3] for row in want.rows()}
         assert rows
