@@ -165,7 +165,7 @@ def page(tmp_path_factory):
         yield opened
 
 
-def device(numbers, dtype=None):
+def as_jax(numbers, dtype=None):
     """Return numbers as a JAX array, of float32 if they are float64. `jnp.asarray` compiles a program for every shape."""
     numbers = np.asarray(numbers)
     return jax.device_put(numbers.astype(dtype or jax.dtypes.canonicalize_dtype(numbers.dtype)))
@@ -174,7 +174,7 @@ def device(numbers, dtype=None):
 def randomized(tree, seed=0):
     """Move every floating leaf off its initial value, so that zeros and ones hide nothing."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: device(np.asarray(a) + 0.1 * rng.normal(size=a.shape), a.dtype), tree)
+    return jax.tree.map(lambda a: as_jax(np.asarray(a) + 0.1 * rng.normal(size=a.shape), a.dtype), tree)
 
 
 def started(init, *args, key=None, seed=0):
@@ -191,7 +191,7 @@ def started(init, *args, key=None, seed=0):
             numbers = numbers / np.sqrt(max(1, np.prod(spec.shape[:-1])))
         else:
             numbers = 0.1 * numbers + ("scale" in jax.tree_util.keystr(path[-1:]))
-        return device(numbers, spec.dtype)
+        return as_jax(numbers, spec.dtype)
 
     if jax.tree.leaves(state):
         state = jax.jit(lambda *args: init(*args)[1])(key, *args)

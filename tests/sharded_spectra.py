@@ -8,7 +8,7 @@ from devices import AUTO, EXPLICIT, KEY, differences, section, slow  # first: it
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import device, started
+from conftest import as_jax, started
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,8 +68,8 @@ def watched():
     """`watch` inside `shard_map`, and in float64 of a batch that is cut; test_watch_deep has more, and test_placement."""
     rng = np.random.default_rng(0)
     params = {"out": rng.normal(size=(4, 4)), "w": rng.normal(size=(30, 4, 4)) / 2}
-    params = jax.tree.map(device, params)
-    x, y = device(rng.normal(size=(8, 4))), device(np.arange(8) % 4)
+    params = jax.tree.map(as_jax, params)
+    x, y = as_jax(rng.normal(size=(8, 4))), as_jax(np.arange(8) % 4)
 
     def loss(p, x, y):
         x, _ = jax.lax.scan(lambda x, w: (jax.nn.sigmoid(x @ w), None), x, p["w"])
