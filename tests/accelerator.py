@@ -54,12 +54,12 @@ TESTS = {
         *of("vmap_over_examples_equals_the_batch", LAWS),
         *of("bfloat16_in_and_out_with_float32_statistics", LAWS),
         *of("jit_equals_eager", "dense batch_norm"),
-        *of("repeat_equals_serial", "dense conv_1d lstm attention batch_norm"),
+        *of("repeat_equals_serial", "dense rnn_masked attention batch_norm"),
         *of("gradients_agree_with_finite_differences_in_float64", "conv_2d lstm attention"),
         *of("values_at_padded_positions_change_nothing", "rnn_masked attention_masked each_position tied_masked"),
         *of(
             "per_example_gradients_equal_vmap_of_grad",
-            "dense_on_sequences conv_2d repeat lstm attention batch_norm tied",
+            "dense_on_sequences conv_2d repeat rnn_masked attention batch_norm tied",
         ),
         "the_integer_dtype_of_tokens",
     ],
@@ -68,24 +68,24 @@ TESTS = {
     "lowering": words("the_platform a_program_for who_computes programs_run_on where_jax_has_no_cpu"),
     "meanfield": ["lengths_of_residual_sums_are_those_of_a_net"],
     "meanfield_nets": words("batch_norm_rate_against_a_wide_net prediction_of_he_relu_over_seeds inside_a_trace"),
-    "models": ["convnet_equals", *of("resnet_equals_flax", "basic")],
+    "models": ["convnet_equals", *of("resnet_equals_flax", "bottleneck")],
     "noise": words("noise_scale jackknife"),
     "norm": words("batch_norm_in batch_norm_at derivative statistics_of norms_equal batch_norm_of_a_masked"),
-    "optax_table": of("every_optimiser_of_optax_trains_nets_as_by_hand", "optax.lbfgs-looped"),
+    "optax_table": of("every_optimiser_of_optax_trains_nets_as_by_hand", "optax.contrib.sophia-looped"),
     "optimizers": of("depth_as_a_loop_trains_as_depth_written_out", "adam muon adafactor block_norms"),
     "overflow": ["a_run_that_overflows"],
     "packed": ["packed_changes_no_number"],
     "per_example": [
         *of(
             "every_method_equals_vmap_of_grad",
-            "mlp depth sequences recurrent tied embedding conv conv_groups parts nnx",
+            "mlp nested depth_in_groups recurrent tied embedding conv conv_groups parts",
         ),
         *("over_seeds", "bfloat16_factors", "every_example_draws"),
     ],
     "per_example_norm": ["path_and_loss"],
     "precision": words("gradients_are_near_those_of_float32[gru] training_evaluation the_gradient_of_an_embedding"),
     "range": [
-        *of("every_form_of_gradient_at_every_scale", "depth conv_groups tied sequences"),
+        *of("every_form_of_gradient_at_every_scale", "nested conv_groups recurrent embedding"),
         *words(
             "a_large_factor exploding_and trees_at clips_at one_example_far an_example_that_is_not a_gradient_beyond"
         ),

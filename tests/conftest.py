@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import slow
 
 
 def may_have_accelerator():
@@ -78,10 +79,22 @@ def pytest_ignore_collect(collection_path: Path, config):
         return True
 
 
+FIRST = ("sharding", "placement", "lowering", "per_example", "compiled")
+"""Files that begin: the longest, and those that clear JAX's caches, which takes seconds once they are full."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
 def pytest_collection_modifyitems(config, items):
     used = set()
+    names = [f"test_{name}" for name in FIRST]
+    items.sort(key=lambda item: names.index(item.module.__name__) if item.module.__name__ in names else len(names))
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 9)) <= 4:
+        for item in items:  # a file's tests share what their worker has traced and compiled
+            if item.get_closest_marker("xdist_group") is None:
+                item.add_marker(pytest.mark.xdist_group(item.module.__name__))
     for item in items:
+        if slow.covering(item.module.__name__, item.name):
+            item.add_marker(pytest.mark.slow)
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: needs --slow"))
         elif entry := accelerator.chosen(item.module.__name__, item.name):
@@ -93,6 +106,8 @@ def pytest_collection_modifyitems(config, items):
                 raise pytest.UsageError(
                     f"tests/accelerator.py: {module} has no quick test whose name starts with test_{entry}"
                 )
+        if wrong := slow.missing(module, [item.name for item in items if item.module.__name__ == module]):
+            raise pytest.UsageError(f"tests/slow.py: {module} has no test, or no quick one, of these names: {wrong}")
 
 
 def pytest_collection_finish():
@@ -150,10 +165,16 @@ def page(tmp_path_factory):
         yield opened
 
 
+def as_jax(numbers, dtype=None):
+    """Return numbers as a JAX array, of float32 if they are float64. `jnp.asarray` compiles a program for every shape."""
+    numbers = np.asarray(numbers)
+    return jax.device_put(numbers.astype(dtype or jax.dtypes.canonicalize_dtype(numbers.dtype)))
+
+
 def randomized(tree, seed=0):
     """Move every floating leaf off its initial value, so that zeros and ones hide nothing."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a) + 0.1 * rng.normal(size=a.shape), a.dtype), tree)
+    return jax.tree.map(lambda a: as_jax(np.asarray(a) + 0.1 * rng.normal(size=a.shape), a.dtype), tree)
 
 
 def started(init, *args, key=None, seed=0):
@@ -170,7 +191,7 @@ def started(init, *args, key=None, seed=0):
             numbers = numbers / np.sqrt(max(1, np.prod(spec.shape[:-1])))
         else:
             numbers = 0.1 * numbers + ("scale" in jax.tree_util.keystr(path[-1:]))
-        return jnp.asarray(numbers, spec.dtype)
+        return as_jax(numbers, spec.dtype)
 
     if jax.tree.leaves(state):
         state = jax.jit(lambda *args: init(*args)[1])(key, *args)
@@ -205,8 +226,8 @@ def by_layer(rows):
 
 @functools.cache
 def failures_of(table, sections):
-    """Run a table of cases in a process of its own, which has several devices; {"section/case": error} of those that failed."""
-    run = subprocess.run([sys.executable, str(table)], capture_output=True, text=True, env=os.environ)
+    """Run sections of a table in a process of its own, which has several devices; {"section/case": error} of what failed."""
+    run = subprocess.run([sys.executable, str(table), *sections], capture_output=True, text=True, env=os.environ)
     if run.returncode:
         return {f"{section}/crash": run.stderr[-3000:] for section in sections}
     return json.loads(run.stdout.splitlines()[-1])

@@ -4,10 +4,9 @@ Each section compares what a batch of 8 gives on one device with what it gives c
 """
 
 import functools
-import traceback
 
 import devices  # first: it asks for four devices
-from devices import AUTO, EXPLICIT, KEY, differences, section
+from devices import AUTO, EXPLICIT, KEY, differences, section, slow
 
 # isort: split
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import sharded_spectra  # noqa: F401  (enters its sections)
+from accelerator import words
 from conftest import started
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -81,39 +81,34 @@ def every_layer_s_types():
     yield "step", functools.partial(types, *together(lambda case: not case.model, concrete=False))
 
 
-KINDS = (
-    *("dense_on_sequences", "conv_2d_by_xla", "branches", "rnn", "rnn_masked", "bidirectional", "tied"),
-    *(
-        "attention_masked",
-        "attention_own_mask",
-        "cross_attention",
-        "batch_norm",
-        "batch_norm_masked",
-        "group_norm",
-        "tap_masked",
-    ),
-    "repeat_in_groups",
-)
-
-
-UNCHECKED = ("bidirectional", "tied", "cross_attention", "batch_norm_masked", "tap_masked", "repeat_in_groups")
+KINDS = "conv_2d_by_xla rnn_masked tied cross_attention batch_norm_masked tap_masked"
+MADE_OF_THOSE = """dense_on_sequences branches rnn bidirectional attention_masked attention_own_mask batch_norm group_norm
+    repeat_in_groups"""
 
 
 @section
 def layers():
     """One of each kind: every derivative rule, loop, collective and mask."""
-    for setting, kinds in ((True, KINDS), (False, UNCHECKED)):
-        net, state, batch = together(lambda case, kinds=kinds: case.name in kinds)
-        yield f"step/{setting}", functools.partial(compare, net, sums, SGD, state, batch, (setting,), per_layer=True)
+    yield "checked", functools.partial(together_as_alone, KINDS, True)
+    yield "unchecked", functools.partial(together_as_alone, "batch_norm_masked tap_masked", False)
+    yield slow("checked"), functools.partial(together_as_alone, MADE_OF_THOSE, True)
+    yield (
+        slow("unchecked"),
+        functools.partial(together_as_alone, "bidirectional tied cross_attention repeat_in_groups", False),
+    )
+
+
+def together_as_alone(kinds, setting, **options):
+    net, state, batch = together(lambda case: case.name in words(kinds))
+    compare(net, sums, SGD, state, batch, (setting,), per_layer=True, **options)
 
 
 @section
 def per_example():
-    names = ("rnn", "attention_masked", "batch_norm_masked", "repeat", "block_with_dropout", "tied")
-    options = {"per_example": "clip", "max_norm": 3.0, "per_layer": True}
-    for setting, found in ((True, names), (False, names[2:5:2])):
-        net, state, batch = together(lambda case, found=found: case.name in found)
-        yield f"step/{setting}", functools.partial(compare, net, sums, SGD, state, batch, (setting,), **options)
+    row = functools.partial(together_as_alone, per_example="clip", max_norm=3.0)
+    yield "checked", functools.partial(row, "batch_norm_masked block_with_dropout", True)
+    yield slow("checked"), functools.partial(row, "rnn attention_masked repeat tied", True)
+    yield slow("unchecked"), functools.partial(row, "batch_norm_masked block_with_dropout", False)
     yield "direct", direct
 
 
@@ -161,10 +156,9 @@ def outputs():
     heads = fnn.parallel({"label": fnn.serial(fnn.global_avg_pool(), fnn.dense(3)), "words": fnn.dense(4)})
     net, x = fnn.serial(fnn.dense(6), heads), jax.random.normal(KEY, (8, 5, 3))
     state, _ = begun(*init(net, x), x)
-    words = jnp.where(
-        jnp.arange(5) < jnp.array([5, 4, 1, 0, 1, 2, 3, 1])[:, None], jnp.arange(40).reshape(8, 5) % 4, -1
-    )
-    y, weights = {"label": jnp.arange(8) % 3, "words": words}, jnp.array([1.0, 3, 0, 2, 0, 0, 0.5, 1])
+    real = np.arange(5) < np.array([5, 4, 1, 0, 1, 2, 3, 1])[:, None]
+    tokens = np.where(real, np.arange(40).reshape(8, 5) % 4, -1)
+    y, weights = {"label": jnp.arange(8) % 3, "words": tokens}, jnp.array([1.0, 3, 0, 2, 0, 0, 0.5, 1])
     loss = fnn.losses.sum_of({"label": fnn.losses.cross_entropy, "words": (fnn.losses.token_cross_entropy, 0.5)})
     options = {
         "metrics": {
@@ -177,8 +171,9 @@ def outputs():
     }
     clip = {"per_example": "clip", "max_norm": 0.5}
     for name, batch, more, settings in (
-        ("plain", (x, y), {}, (True,)),
-        ("weighted", (x, y, weights), {}, (True, False)),
+        (slow("plain"), (x, y), {}, (True,)),
+        ("weighted", (x, y, weights), {}, (True,)),
+        (slow("weighted"), (x, y, weights), {}, (False,)),
         ("clip", (x, y, weights), clip, (False,)),
     ):
         yield name, functools.partial(compare, net, loss, SGD, state, batch, settings, **options, **more)
@@ -208,7 +203,8 @@ def clips():
     for name, transformation in found.items():
         optimizer = optax.chain(transformation, SGD)
         net, state, batch = small(optimizer, unroll=2)
-        yield name, functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch, (True,))
+        row = slow(name) if name == "values" else name  # number by number: no device needs another
+        yield row, functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch, (True,))
 
 
 @section
@@ -224,7 +220,10 @@ def losses_taken_again():
         norm = "layer_norm" if name == "sophia" else "batch_norm"  # it enlarges rounding where a gradient is zero
         net, state, batch = small(optimizer, 2, norm=norm, unroll=True)
         settings = (name != "sam",)
-        yield name, functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch, settings)
+        yield (
+            slow(name) if name == "lbfgs" else name,
+            functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch, settings),
+        )
 
 
 @section
@@ -237,40 +236,34 @@ def placed():
     tokens = fnn.models.decoder(7, 1, 4, fnn.models.Block(heads=2))
     words = init(tokens, x)
 
-    def everything(batch):
-        copy = jax.tree.map(jnp.copy, state)
-        trained, history = fnn.fit(
-            step, state, batch, epochs=2, batch_size=4, key=KEY, validation=batch, progress=False
-        )
+    def gradients(batch):
         loss = fnn.example_loss(net, state, loss=fnn.losses.cross_entropy)
-        gradients = fnn.per_example(loss)(state.params, batch)
-        flow = fnn.gradient_flow(net, state, batch)
-        return {
-            "step": step(copy, batch),
-            "fit": (trained, history.train, history.validation),
-            "evaluate": fnn.evaluate(net, state, batch, batch_size=3),
-            "norms": (gradients.norms(), gradients.clipped_mean(0.1), gradients.gram(), gradients.materialize()),
-            "flow": [np.float64(row.value) for row in flow.rows],
-            "generate": fnn.generate(tokens, *words, batch[0], 3),
-        }
+        return fnn.per_example(loss)(state.params, batch)
 
-    want = everything(batch)
+    def fit(batch):
+        options = {"epochs": 2, "batch_size": 4, "key": KEY, "progress": False}
+        trained, history = fnn.fit(step, state, batch, validation=batch, **options)
+        return trained, history.train, history.validation
+
+    def made(batch):
+        found = gradients(batch)
+        return found.clipped_mean(0.1), found.gram(), found.materialize()
+
+    found = {
+        "step": lambda batch: step(jax.tree.map(jnp.copy, state), batch),
+        "fit": fit,
+        "evaluate": lambda batch: fnn.evaluate(net, state, batch, batch_size=3),
+        "norms": lambda batch: gradients(batch).norms(),
+        slow("made"): made,
+        "flow": lambda batch: [np.float64(row.value) for row in fnn.gradient_flow(net, state, batch).rows],
+        "generate": lambda batch: fnn.generate(tokens, *words, batch[0], 3),
+    }
     spread = jax.device_put(batch, NamedSharding(EXPLICIT, P("d")))
-    for part, value in everything_or_errors(everything, spread).items():
-        yield part, functools.partial(same, value, want.get(part))
-
-
-def everything_or_errors(everything, batch):
-    try:
-        return everything(batch)
-    except Exception as error:
-        traceback.print_exc()
-        return {"all": error}
+    for name, call in found.items():
+        yield name, lambda call=call: same(call(spread), call(batch))
 
 
 def same(got, want):
-    if isinstance(got, Exception):
-        raise got
     arrays = lambda t: jax.tree.map(lambda a: a if hasattr(a, "dtype") else np.asarray(a), t)  # noqa: E731
     differences(arrays(got), arrays(want))
 

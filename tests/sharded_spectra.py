@@ -1,14 +1,14 @@
-"""Curvature, kernels and sequences of `sharded`: what is cut over four devices gives the numbers of one."""
+"""Curvature, kernels, `watch` and sequences of `sharded`: what is cut over four devices gives the numbers of one."""
 
 import functools
 
-from devices import AUTO, EXPLICIT, KEY, differences, section  # first: it asks for four devices
+from devices import AUTO, EXPLICIT, KEY, differences, section, slow  # first: it asks for four devices
 
 # isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import started
+from conftest import as_jax, started
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,7 +33,8 @@ def spectra():
         cut = [NamedSharding(mesh, spec) for spec in (P(), P("d"))]
         given = jax.tree.map(lambda a, cut=cut: jax.device_put(a, cut[a.ndim > 0]), (state, (x, y)))
         run = jax.jit(numbers) if mesh is AUTO else numbers
-        yield f"placed/{mesh.axis_types[0]}", lambda run=run, given=given: differences(run(*given), want, 1e-3)
+        row = "placed" if mesh is EXPLICIT else slow("placed under jit")
+        yield row, lambda run=run, given=given: differences(run(*given), want, 1e-3)
     for checked, averaged in ((True, True), (True, False), (False, True)):
         yield f"shard_map/{checked}/{averaged}", functools.partial(curvature_inside, checked, averaged)
 
@@ -60,6 +61,42 @@ def curvature_inside(checked, averaged):
         assert words in str(error), error
     else:
         raise AssertionError("nothing was refused")
+
+
+@section
+def watched():
+    """`watch` inside `shard_map`, and in float64 of a batch that is cut; test_watch_deep has more, and test_placement."""
+    rng = np.random.default_rng(0)
+    params = {"out": rng.normal(size=(4, 4)), "w": rng.normal(size=(30, 4, 4)) / 2}
+    params = jax.tree.map(as_jax, params)
+    x, y = as_jax(rng.normal(size=(8, 4))), as_jax(np.arange(8) % 4)
+
+    def loss(p, x, y):
+        x, _ = jax.lax.scan(lambda x, w: (jax.nn.sigmoid(x @ w), None), x, p["w"])
+        return jnp.mean(fnn.losses.cross_entropy(x @ p["out"], y))
+
+    def cut():
+        want_gradient, want = fnn.watch(loss).value_and_grad(params, x, y)
+        run = fnn.watch(loss, axis_name="d").value_and_grad
+        found, flow = jax.jit(jax.shard_map(run, mesh=AUTO, in_specs=(P(), P("d"), P("d")), out_specs=P()))(
+            params, x, y
+        )
+        differences(found, want_gradient)
+        rows = {row[1:3]: row[3] for row in want.rows()}
+        assert rows
+        for row in flow.rows():
+            np.testing.assert_allclose(row[3], rows[row[1:3]], rtol=1e-5, atol=1e-5, err_msg=str(row))
+
+    def wide():
+        watch = fnn.watch(lambda p, x: jnp.mean(jax.lax.scan(lambda x, w: (jax.nn.relu(x @ w), None), x, p)[0] ** 2))
+        small = params["w"] / 100
+        want = watch(small, x)
+        assert "measured in float64" in want.labels.notes[0]
+        placed = [jax.device_put(a, NamedSharding(EXPLICIT, s)) for a, s in ((small, P()), (x, P("d")))]
+        np.testing.assert_allclose(watch(*placed).numbers(), want.numbers(), rtol=1e-6)
+
+    yield "shard_map", cut
+    yield "float64", wide
 
 
 @section

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import started
+from conftest import as_jax, started
 from flax import nnx
 
 import fnn
@@ -26,11 +26,11 @@ class Subject(NamedTuple):
 
 def draw(*shape, seed=0):
     """Draw in NumPy, which compiles nothing."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+    return as_jax(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def whole(n, *shape):
-    return jnp.asarray(np.random.default_rng(5).integers(0, n, shape))
+    return as_jax(np.random.default_rng(5).integers(0, n, shape))
 
 
 def labels(n=3):

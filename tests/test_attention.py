@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import started
+from conftest import as_jax, started
 
 import fnn
 from fnn import lowering
@@ -19,7 +19,7 @@ KEY = jax.random.key(0)
 
 
 def drawn(dtype=jnp.float32, time=TIME):
-    return jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, time, D)), dtype)
+    return as_jax(np.random.default_rng(0).normal(size=(BATCH, time, D)), dtype)
 
 
 def prepared(layer, x):
@@ -100,7 +100,7 @@ def test_rotary_positions_turn_complex_pairs_and_see_differences_alone():
     turned = pairs * np.exp(1j * places[:, :, None, None] * 10_000.0 ** (-np.arange(3) / 3))
     ours = jax.jit(rotate)(x, places)
     np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
-    q, k = jnp.asarray(x[:1, :1]), jnp.asarray(x[1:, :1])
+    q, k = as_jax(x[:1, :1]), as_jax(x[1:, :1])
 
     @jax.jit
     def product(p, q_place):
@@ -129,7 +129,7 @@ def test_pieces_equal_the_whole_and_decoding_equals_recomputing(positions):
     longest = 12 if positions == "learned" else None
     depth = 1 if positions == "learned" else 2
     net = fnn.models.decoder(11, depth, D, fnn.models.Block(HEADS, positions=positions, longest=longest), padding=0)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 11, size=(BATCH, TIME)))
+    tokens = as_jax(np.random.default_rng(0).integers(1, 11, size=(BATCH, TIME)))
     params, state = prepared(net, tokens)
     apply = jax.jit(net.apply)
     whole, _ = apply(params, state, tokens)
@@ -220,7 +220,7 @@ def recomputed(apply, params, state, prompt, lengths, steps):
 def test_transformer_by_hand(norm_position):
     block = fnn.models.Block(HEADS, norm_position=norm_position, positions="learned", longest=TIME, unroll=1)
     net = fnn.models.decoder(9, 1, D, block)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 9, size=(BATCH, TIME)))
+    tokens = as_jax(np.random.default_rng(0).integers(0, 9, size=(BATCH, TIME)))
     params, state = prepared(net, tokens)
     logits, _ = jax.jit(net.apply)(params, state, tokens)
     table = params["embedding"]
@@ -317,7 +317,7 @@ def test_refusals():
 def test_half_precision_is_near_float32_in_values_gradients_and_single_examples(options):
     """On a GPU this is cuDNN's kernel: heads of 16, lengths of 64, no mask."""
     layer, rng = fnn.attention(2, **options), np.random.default_rng(0)
-    x, weights = (jnp.asarray(rng.normal(size=(3, 64, 32)), jnp.float32) for _ in range(2))
+    x, weights = (as_jax(rng.normal(size=(3, 64, 32)), jnp.float32) for _ in range(2))
     params, state = started(layer.init, x)
 
     def loss(params, x, weights, dtype):

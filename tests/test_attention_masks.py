@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import started
+from conftest import as_jax, started
 
 import fnn
 
@@ -92,9 +92,9 @@ def test_what_is_seen_equals_a_loop_in_float64(name, padded):
     pairs = PAIRS if "pairs" in name else None
     for kv, dtype, atol in ((HEADS, jnp.float32, 1e-5), (2, jnp.float32, 1e-5), (HEADS, jnp.bfloat16, 0.04)):
         layer = fnn.attention(HEADS, kv_heads=kv, **options)
-        given = jnp.asarray(x, dtype)
-        given = fnn.Masked(given.at[~real].set(jnp.nan), jnp.asarray(real)) if padded else given
-        given = given if pairs is None else {"target": given, "mask": jnp.asarray(pairs)}
+        given = as_jax(x, dtype)
+        given = fnn.Masked(given.at[~real].set(jnp.nan), as_jax(real)) if padded else given
+        given = given if pairs is None else {"target": given, "mask": as_jax(pairs)}
         params, state = prepared(layer, given)
 
         @jax.jit
@@ -107,7 +107,7 @@ def test_what_is_seen_equals_a_loop_in_float64(name, padded):
 
         (_, y), slopes = run(params, given)
         y = y.values if padded else y
-        exact = np.asarray(jnp.asarray(x, dtype), np.float64)
+        exact = np.asarray(as_jax(x, dtype), np.float64)
         expected = reference(params, exact, exact, real, real, options, pairs, kv)
         assert y.dtype == dtype and all(np.isfinite(a).all() for a in jax.tree.leaves(slopes))
         np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=0, atol=atol)
@@ -167,7 +167,7 @@ def test_pieces_equal_the_whole(options):
     x = jnp.float32(drawn(BATCH, TIME, D))
     params, state = prepared(layer, x)
     apply = jax.jit(layer.apply)
-    for given in (x, fnn.Masked(x, jnp.asarray(REAL))):
+    for given in (x, fnn.Masked(x, as_jax(REAL))):
         whole, _ = apply(params, state, given)
         memory, parts = fnn.memory.init_cache(state, BATCH, TIME), []
         for a, b in ((0, 3), (3, 4), (4, TIME)):
@@ -226,7 +226,7 @@ def test_a_net_trains_on_masks_that_come_with_the_data_and_is_watched():
 
 def test_refusals():
     x = jnp.float32(drawn(BATCH, TIME, D))
-    both = {"target": x, "mask": jnp.asarray(PAIRS)}
+    both = {"target": x, "mask": as_jax(PAIRS)}
     layer = fnn.attention(HEADS, causal=True)
     params, state = prepared(layer, both)
     for bad in (both | {"mask": PAIRS[:, :3]}, both | {"mask": np.float32(PAIRS)}, both | {"mask": PAIRS[0]}):
@@ -270,4 +270,4 @@ def test_refusals():
     ):
         cross.apply(params, state, {"source": x[:, :5], "target": x})
     with pytest.raises(ValueError, match=r"cross_attention: the mask must be bool\[3, 7, 4\]"):
-        cross.apply(params, state, {"source": x[:, :4], "target": x, "mask": jnp.asarray(PAIRS)})
+        cross.apply(params, state, {"source": x[:, :4], "target": x, "mask": as_jax(PAIRS)})

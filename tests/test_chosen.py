@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import as_jax
 
 import fnn
 from fnn import optimizers, tree
@@ -131,5 +132,5 @@ def test_a_line_search_over_the_head_alone():
     features = fnn.serial(*[fnn.dense(4), fnn.repeat(block(), DEPTH)]).apply(start[:2], state.net_state[:2], X)[0]
     design = np.concatenate([features, np.ones((16, 1))], axis=1).astype(np.float64)
     best = np.linalg.lstsq(design, targets, rcond=None)[0]
-    least = fnn.losses.mse(jnp.asarray(design @ best), targets).mean()
+    least = fnn.losses.mse(as_jax(design @ best), targets).mean()
     assert float(metrics["loss"]) == pytest.approx(float(least), rel=1e-4)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import as_jax
 
 import fnn
 from fnn import tree
@@ -255,7 +256,7 @@ def test_traced_thresholds_under_jit_and_vmap_equal_constants():
 
 def test_what_is_not_clipped_keeps_every_bit():
     """Norms up to the limit, equal to it too: no number changes and nothing counts as clipped, on any device."""
-    norms = jnp.asarray(np.random.default_rng(0).uniform(0.1, 10, 1000), jnp.float32)
+    norms = as_jax(np.random.default_rng(0).uniform(0.1, 10, 1000), jnp.float32)
     factors = jax.jit(jax.vmap(tree.clip_factor))(norms, norms)
     np.testing.assert_array_equal(factors, 1)
     np.testing.assert_array_equal(jax.jit(tree.clip_factor)(jnp.array([jnp.nan, jnp.inf, 0.0]), 2.0), [np.nan, 0, 1])

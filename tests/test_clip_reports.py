@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import as_jax
 
 import fnn
 from fnn.training import clip
@@ -16,7 +17,7 @@ from fnn.tree import Stacked
 def steps_of(tx, targets, batch=8):
     """Metrics of steps of a linear net on targets of several sizes; a NaN target makes the gradient NaN."""
     net = fnn.serial(fnn.dense(5), fnn.dense(2))
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(batch, 4)), jnp.float32)
+    x = as_jax(np.random.default_rng(1).normal(size=(batch, 4)), jnp.float32)
     state = fnn.TrainState.create(net, tx, jax.random.key(0), x)
     step = fnn.train_step(net, lambda y, t: jnp.sum((y - t) ** 2, axis=1), tx)
     found, grads = [], []

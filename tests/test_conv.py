@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, started
+from conftest import as_jax, assert_same, started
 
 import fnn
 from fnn import lowering
@@ -23,7 +23,7 @@ SIZES = (7, 6, 5)
 
 
 def image(rank, channels=4, batch=2, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, *SIZES[:rank], channels)))
+    return as_jax(np.random.default_rng(seed).normal(size=(batch, *SIZES[:rank], channels)))
 
 
 def each(value, rank):
@@ -171,9 +171,9 @@ def test_pools_equal_flax(window, stride, padding, their_padding):
 @pytest.mark.parametrize("window", [2, (1, 3), (3, 2), 5])
 def test_the_largest_number_of_windows_side_by_side(window):
     """As a window's reduction has it: the first of equals takes the gradient, NaN wins, what does not fill a window is cut."""
-    x = jnp.asarray(np.random.default_rng(0).integers(-2, 2, (3, 11, 7, 2)), jnp.float32)  # three in four windows tie
+    x = as_jax(np.random.default_rng(0).integers(-2, 2, (3, 11, 7, 2)), jnp.float32)  # three in four windows tie
     shape = tuple(n // w for n, w in zip(x.shape[1:3], each(window, 2), strict=True))
-    dy = jnp.asarray(np.random.default_rng(1).normal(size=(3, *shape, 2)), jnp.float32)
+    dy = as_jax(np.random.default_rng(1).normal(size=(3, *shape, 2)), jnp.float32)
     pools = [lambda x: fnn.max_pool(window).apply((), (), x)[0], lambda x: nn.max_pool(x, *[each(window, 2)] * 2)]
 
     @jax.jit

@@ -17,6 +17,9 @@ def slopes(found):
     return {(s.parametrization, s.role, s.quantity): s for s in found.slopes()}
 
 
+pytestmark = pytest.mark.xdist_group("coordinates")  # they share what is measured once
+
+
 @pytest.fixture(scope="module")
 def width():
     return fnn.coordinate_check(

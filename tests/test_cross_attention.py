@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, by_layer, started
+from conftest import as_jax, assert_same, by_layer, started
 
 import fnn
 
@@ -17,7 +17,7 @@ PRECISIONS = pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 1e-5), (j
 def drawn(dtype=jnp.float32, source_width=E):
     """A source with padding in front and a hole, a target with padding behind."""
     rng = np.random.default_rng(0)
-    source, target = (jnp.asarray(rng.normal(size=s), dtype) for s in ((BATCH, SPAN, source_width), (BATCH, TIME, D)))
+    source, target = (as_jax(rng.normal(size=s), dtype) for s in ((BATCH, SPAN, source_width), (BATCH, TIME, D)))
     real = (jnp.arange(SPAN) >= jnp.array([0, 3, 1])[:, None]).at[2, 3].set(False)
     return {"source": fnn.Masked(source, real), "target": fnn.Masked.of_lengths(target, jnp.array([5, 2, 4]))}
 
@@ -110,11 +110,11 @@ def translation(dtype=jnp.float32, encoder=2, **options):
     rng = np.random.default_rng(0)
     source, target = (rng.integers(1, VOCABULARY, size=(BATCH, n), dtype=np.int32) for n in (SPAN, TIME))
     x = {
-        "source": jnp.asarray(np.where(np.arange(SPAN) < np.array([6, 2, 4])[:, None], source, 0)),
-        "target": jnp.asarray(np.where(np.arange(TIME) < np.array([3, 5, 1])[:, None], target, 0)),
+        "source": as_jax(np.where(np.arange(SPAN) < np.array([6, 2, 4])[:, None], source, 0)),
+        "target": as_jax(np.where(np.arange(TIME) < np.array([3, 5, 1])[:, None], target, 0)),
     }
     params, state = prepared(net, x)
-    return net, jax.tree.map(lambda a: jnp.asarray(np.asarray(a, dtype)), params), state, x
+    return net, jax.tree.map(lambda a: as_jax(np.asarray(a, dtype)), params), state, x
 
 
 class Weights:
@@ -273,7 +273,7 @@ def test_gradient_flow_of_an_encoder_decoder_equals_float64():
     loss = fnn.losses.sequence_cross_entropy
     flow = fnn.gradient_flow(net, (params, state), (x, y), loss=loss)
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), (params, state))
+        wide = jax.tree.map(lambda a: as_jax(np.asarray(a, np.float64)), (params, state))
 
         def total(params, state):
             outputs, new = net.apply(params, state, x, train=True)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import as_jax
 from jax.flatten_util import ravel_pytree
 
 import fnn
@@ -32,12 +33,10 @@ def case(name, seed=0):
     """(net, state, batch) in float64, moved off zero biases."""
     net, shape = NETS[name]
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.normal(size=shape))
+    x = as_jax(rng.normal(size=shape))
     params, state = net.init(jax.random.key(seed), x)
-    params, state = jax.tree.map(
-        lambda a: jnp.asarray(a + 0.1 * rng.normal(size=a.shape), jnp.float64), (params, state)
-    )
-    return net, (params, state), (x, jnp.asarray(rng.integers(0, 3, shape[0])))
+    params, state = jax.tree.map(lambda a: as_jax(a + 0.1 * rng.normal(size=a.shape), jnp.float64), (params, state))
+    return net, (params, state), (x, as_jax(rng.integers(0, 3, shape[0])))
 
 
 def dense(net, state, batch, train=True):
@@ -66,7 +65,7 @@ def test_products_equal_dense_matrices(name, x64):
         c = fnn.curvature(ENTROPY, outputs=net, train=train)(state, batch)
         v = np.random.default_rng(1).normal(size=vector.shape)
         for operator, matrix in ((c.hessian, H), (c.gauss_newton, G)):
-            found = ravel_pytree(operator.product(unravel(jnp.asarray(v))))[0]
+            found = ravel_pytree(operator.product(unravel(as_jax(v))))[0]
             np.testing.assert_allclose(found, matrix @ v, rtol=0, atol=1e-8 * np.abs(matrix @ v).max())
             assert np.abs(matrix).max() > 1e-3
 
@@ -81,7 +80,7 @@ def test_a_plain_loss_has_the_same_hessian_and_a_split_one_both(x64):
     def loss(z, x, y):
         return jnp.mean(ENTROPY(z, y))
 
-    v = unravel(jnp.asarray(np.random.default_rng(1).normal(size=vector.shape)))
+    v = unravel(as_jax(np.random.default_rng(1).normal(size=vector.shape)))
     bare = fnn.curvature(lambda p, x, y: loss(outputs(p, x, y), x, y))(state[0], *batch)
     both = fnn.curvature(loss, outputs=outputs)(state[0], *batch)
     flat = ravel_pytree(v)[0]
@@ -134,7 +133,7 @@ def test_blocks_of_layers_and_of_repeat(x64):
 
 def quadratic(eigenvalues, seed=0):
     q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(eigenvalues),) * 2))
-    return jnp.asarray(q * eigenvalues @ q.T), q
+    return as_jax(q * eigenvalues @ q.T), q
 
 
 def half(params, A):
@@ -156,7 +155,7 @@ def test_the_standard_error_of_a_trace_is_the_true_one(x64):
 def test_density_of_marchenko_and_pastur(x64):
     d, n = 100, 400
     x = np.random.default_rng(0).normal(size=(n, d))
-    c = fnn.curvature(lambda p, x: 0.5 * jnp.mean(jnp.square(x @ p["w"])))({"w": jnp.zeros(d)}, jnp.asarray(x))
+    c = fnn.curvature(lambda p, x: 0.5 * jnp.mean(jnp.square(x @ p["w"])))({"w": jnp.zeros(d)}, as_jax(x))
     density = c.hessian.density(error=0.03, width=0.15)
     assert density.relative_error <= 0.04 and density.probes < 64
     low, high = (1 - np.sqrt(d / n)) ** 2, (1 + np.sqrt(d / n)) ** 2
@@ -188,11 +187,11 @@ def test_critical_rate_of_a_quadratic_in_few_passes(near, x64):
     c = fnn.curvature(half)({"x": jnp.array([1.0, 2.0, -1.0])}, A)
     g = np.asarray(c.gradient()["x"])
     step = np.array([1.0, 0.5, 0.2]) * g
-    for direction, given in ((g, None), (step, {"x": jnp.asarray(step)})):
+    for direction, given in ((g, None), (step, {"x": as_jax(step)})):
         found = c.critical(given, near=near)
         np.testing.assert_allclose(found.sharpness, direction @ A @ direction / (g @ direction), rtol=1e-3)
         assert found.passes < 10 and found.low <= found.rate * 1.001 and found.high >= found.rate * 0.999
-    assert np.isnan(c.critical({"x": -jnp.asarray(g)}).rate)  # uphill
+    assert np.isnan(c.critical({"x": -as_jax(g)}).rate)  # uphill
 
 
 def test_critical_rate_of_a_net_is_where_its_loss_first_rises(x64):
@@ -232,7 +231,7 @@ fused.defvjp(lambda x: (jnp.sin(x), x), fused_backward)
 
 
 def test_rules_for_the_backward_pass_alone(x64):
-    params, x = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)))}, jnp.arange(6.0).reshape(2, 3)
+    params, x = {"w": as_jax(np.random.default_rng(0).normal(size=(3, 2)))}, jnp.arange(6.0).reshape(2, 3)
 
     def split(f):
         return fnn.curvature(lambda z, x: jnp.sum(z**4), outputs=lambda p, x: f(x @ p["w"]))(params, x)

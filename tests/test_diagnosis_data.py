@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import as_jax
 from diagnosed import TEST, TRAIN, case, sgd
 
 import fnn
@@ -313,7 +314,7 @@ def test_a_gradient_that_is_not_a_number_is_named_with_what_makes_it():
         error = jnp.mean((batch[0] @ params["w"] + params["v"][0] - batch[1]) ** 2)
         return error + 0.1 * jnp.sqrt(jnp.sum(params["v"] ** 2))
 
-    params = {"w": jnp.asarray(RNG.normal(size=3), jnp.float32), "v": jnp.zeros(2)}
+    params = {"w": as_jax(RNG.normal(size=3), jnp.float32), "v": jnp.zeros(2)}
     found = fnn.diagnose_loss(loss, params, [(x, y)] * 3, optax.sgd(0.1), steps=6, seeds=1, budget=600.0)
     assert [c.name for c in found.causes] == ["numerics"] and not found.healthy
     assert "its gradient not finite before the first step" in repr(found) and "sqrt at 0" in found.remedies[0]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import as_jax
 
 import fnn
 from fnn.diagnosis.task import Task, task_of
@@ -13,12 +14,12 @@ RNG = np.random.default_rng(0)
 
 
 def test_balanced_accuracy_is_the_mean_of_the_classes_recalls():
-    outputs, y = jnp.asarray(RNG.normal(size=(50, 4)), jnp.float32), RNG.integers(0, 3, 50)
+    outputs, y = as_jax(RNG.normal(size=(50, 4)), jnp.float32), RNG.integers(0, 3, 50)
     answer = np.asarray(outputs).argmax(1)
     want = np.mean([(answer[y == c] == c).mean() for c in range(3)])  # class 3 does not occur
-    np.testing.assert_allclose(Task("classes", 4)(outputs, jnp.asarray(y)), want, rtol=1e-6)
+    np.testing.assert_allclose(Task("classes", 4)(outputs, as_jax(y)), want, rtol=1e-6)
     np.testing.assert_allclose(Task("one_hot", 4)(outputs, jax.nn.one_hot(y, 4)), want, rtol=1e-6)
-    assert Task("classes", 4)(outputs * jnp.nan, jnp.asarray(y)) == 0  # not class 0
+    assert Task("classes", 4)(outputs * jnp.nan, as_jax(y)) == 0  # not class 0
 
 
 def test_r2_at_any_scale():
@@ -26,19 +27,19 @@ def test_r2_at_any_scale():
     outputs = y + 0.3 * RNG.normal(size=y.shape)
     want = np.mean(1 - ((outputs - y) ** 2).mean(0) / y.var(0))
     for scale in (1.0, 1e-25, 1e25):
-        got = Task("regression")(jnp.asarray(outputs * scale, jnp.float32), jnp.asarray(y * scale, jnp.float32))
+        got = Task("regression")(as_jax(outputs * scale, jnp.float32), as_jax(y * scale, jnp.float32))
         np.testing.assert_allclose(got, want, rtol=1e-4)
     scales = jnp.array([1e-20, 1e20], jnp.float32)
-    got = Task("regression")(jnp.asarray(outputs, jnp.float32) * scales, jnp.asarray(y, jnp.float32) * scales)
+    got = Task("regression")(as_jax(outputs, jnp.float32) * scales, as_jax(y, jnp.float32) * scales)
     np.testing.assert_allclose(got, want, rtol=1e-4)
-    assert Task("regression")(jnp.full((60, 2), jnp.nan), jnp.asarray(y)) == -1
+    assert Task("regression")(jnp.full((60, 2), jnp.nan), as_jax(y)) == -1
 
 
 def test_r2_leaves_out_a_target_that_is_the_same_for_all():
     y = np.float32(RNG.normal(size=(60, 2)) * [1, 0] + [0, 0.1])
     outputs = y + np.float32(0.3 * RNG.normal(size=y.shape))
     want = np.mean(1 - ((outputs - y) ** 2).mean(0)[0] / y.var(0)[0])
-    np.testing.assert_allclose(Task("regression")(jnp.asarray(outputs), jnp.asarray(y)), want, rtol=1e-4)
+    np.testing.assert_allclose(Task("regression")(as_jax(outputs), as_jax(y)), want, rtol=1e-4)
 
 
 def probability_loss(outputs, y):
@@ -53,7 +54,7 @@ def probability_loss(outputs, y):
 def test_the_threshold_of_a_binary_task_is_where_both_labels_cost_the_same(loss, want):
     task = task_of(loss, np.array([0, 1, 1, 0]), (4, 1))
     assert task.kind == "binary" and abs(task.threshold - want) < 0.02
-    outputs = jnp.asarray([[want - 1], [want + 1], [want - 1], [want - 1]], jnp.float32)
+    outputs = as_jax([[want - 1], [want + 1], [want - 1], [want - 1]], jnp.float32)
     assert task(outputs, jnp.array([0, 1, 1, 0])) == 0.75
 
 
@@ -80,9 +81,9 @@ def test_several_labels_are_scored_by_their_balanced_accuracy(threshold, head):
         return -(y * jnp.log(o + 1e-6) + (1 - y) * jnp.log(1 - o + 1e-6)).mean(-1)
 
     y = np.float32(RNG.uniform(size=(200, 3)) < [0.5, 0.1, 0.0])
-    z = jnp.asarray(2 * y - 1 + 1.5 * RNG.normal(size=y.shape), jnp.float32)
+    z = as_jax(2 * y - 1 + 1.5 * RNG.normal(size=y.shape), jnp.float32)
     right = (np.asarray(z) > 0) == (y > 0.5)
     want = np.mean([[right[y[:, j] == v, j].mean() for v in (0, 1)] for j in (0, 1)])
     task = task_of(loss, y, (2, 3))
     assert task.kind == "multi_label" and task.chance == 0.5
-    np.testing.assert_allclose(task(head(z), jnp.asarray(y)), want, atol=0.01)
+    np.testing.assert_allclose(task(head(z), as_jax(y)), want, atol=0.01)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import as_jax
 from diagnosed import TEST, TRAIN, build, case, sgd
 
 import fnn
@@ -76,7 +77,7 @@ def test_a_loss_that_bfloat16_rounds_away():
         return jnp.mean(jnp.square(given - wanted)).astype(jnp.float32)
 
     batches = [(x[i : i + 40], y[i : i + 40]) for i in range(0, 160, 40)]
-    params = {"kernel": jnp.asarray(RNG.normal(size=(4, 1)) / 9, jnp.float32)}
+    params = {"kernel": as_jax(RNG.normal(size=(4, 1)) / 9, jnp.float32)}
     found = fnn.diagnose_loss(
         loss, params, batches, lambda rate=0.05: optax.sgd(rate), (x[160:], y[160:]), steps=60, seeds=2, budget=600.0,
         score=lambda w, batch: 1 - loss(w, batch, jnp.float32) / jnp.var(batch[1]),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import as_jax
 from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_digits
 
@@ -15,7 +16,7 @@ from fnn.spectra import krylov
 
 def quadratic(eigenvalues, seed=0):
     q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(eigenvalues),) * 2))
-    return jnp.asarray(q * eigenvalues @ q.T), q
+    return as_jax(q * eigenvalues @ q.T), q
 
 
 def half(params, A):
@@ -63,7 +64,7 @@ def test_thirty_products_from_nothing_and_three_from_the_last_step(x64):
     for _ in range(5):
         other = q[:, 1:] @ rng.normal(size=399)
         start = 0.9 * q[:, 0] + np.sqrt(1 - 0.81) * other / np.linalg.norm(other)
-        warm = c.hessian.eigenvalues(start=cold[0]._replace(vectors=jnp.asarray(start)[None]))
+        warm = c.hessian.eigenvalues(start=cold[0]._replace(vectors=as_jax(start)[None]))
         assert warm.products <= 3 and warm.converged
         assert abs(warm.values[0] - 10) <= warm.residuals[0] <= 0.1
     with pytest.warns(UserWarning, match="the eigenvalues are not known to 1e-06, after 3 products"):
@@ -75,7 +76,7 @@ def test_eigenvalues_at_any_scale(scale):
     """A matrix of tiny or huge numbers, whose squares leave float32, has the digits of the same matrix near 1."""
     lam = np.concatenate([[10, 7, -5], np.linspace(0, 1, 30)])
     q = np.linalg.qr(np.random.default_rng(0).normal(size=(33, 33)))[0]
-    a = jnp.asarray((q * lam) @ q.T * scale, jnp.float32)
+    a = as_jax((q * lam) @ q.T * scale, jnp.float32)
     start = jax.random.normal(jax.random.key(1), (2, 33))
     for sign, wanted in ((1, [10, 7]), (-1, [-5, 0])):
         found = searched(a, start, 2, (40, sign, 0.01, 0.02))
@@ -103,7 +104,7 @@ def test_residuals_alone_track_in_four_products(x64):
     q, found, products, overlaps = np.linalg.qr(rng.normal(size=(150, 150)))[0], None, [], []
     for _ in range(25):
         q, old = turned(q, 0.35, rng), q
-        hessian = fnn.curvature(half)({"x": jnp.ones(150)}, jnp.asarray((q * values) @ q.T)).hessian
+        hessian = fnn.curvature(half)({"x": jnp.ones(150)}, as_jax((q * values) @ q.T)).hessian
         found = hessian.eigenvalues(start=found, missed=1)
         np.testing.assert_allclose(found.values, [10], rtol=0.01)
         assert found.converged and found.missed == 1 and found.limit == np.inf
@@ -136,7 +137,7 @@ def test_no_record_misses_an_eigenvalue_that_has_passed_the_others(k, end, angle
         values = values * np.where(rng.random(n) < 0.3, 0.9, 1.02)
         values[rng.integers(n)] = 1 + 2.5 * rng.random()  # one jumps
         q = turned(q, angle, rng)
-        A = jnp.asarray(sign * (q * values) @ q.T)
+        A = as_jax(sign * (q * values) @ q.T)
         found = fnn.curvature(half)({"x": jnp.ones(n)}, A).hessian.eigenvalues(k, end=end, start=found)
         wanted = np.sort(values)[::-1][:k]
         np.testing.assert_allclose(sign * np.asarray(found.values), wanted, rtol=0.01)
@@ -149,10 +150,10 @@ def test_the_chance_of_a_missed_eigenvalue_counts_what_the_random_vector_has_of_
     """A vector that has almost nothing of the largest eigenvalue's hides it, and says how likely such a vector is."""
     rng, n = np.random.default_rng(0), 60
     q = np.linalg.qr(rng.normal(size=(n, n)))[0]
-    A = jnp.asarray((q * np.r_[1.1, 1.0, 0.6, rng.normal(size=n - 3) * 0.1]) @ q.T)
+    A = as_jax((q * np.r_[1.1, 1.0, 0.6, rng.normal(size=n - 3) * 0.1]) @ q.T)
     draw = rng.normal(size=n)
     for part in (1e-5, 1e-4, 0.1):
-        start = jnp.asarray(draw - q[:, 0] * (q[:, 0] @ draw) + part * q[:, 0])
+        start = as_jax(draw - q[:, 0] * (q[:, 0] @ draw) + part * q[:, 0])
         found = searched(A, start[None], 1, (30, 1, 0.01, 0.02))
         missed = abs(found.values[0] - 1.1) > 0.011
         assert not missed or found.missed >= np.sqrt(2 / np.pi) * part
@@ -163,7 +164,7 @@ def test_the_chance_of_a_missed_eigenvalue_counts_what_the_random_vector_has_of_
 def test_tracking_the_sharpness_of_digits_costs_few_products(missed, median, most):
     """Every step of gradient descent below the edge: the price of a record, certain and by residuals alone."""
     images, labels = load_digits(return_X_y=True)
-    x, y = jnp.asarray(images[:256] / 16, jnp.float32), jnp.asarray(labels[:256])
+    x, y = as_jax(images[:256] / 16, jnp.float32), as_jax(labels[:256])
     net = fnn.serial(fnn.dense(32), fnn.activation("tanh"), fnn.dense(32), fnn.activation("tanh"), fnn.dense(10))
     params, state = net.init(jax.random.key(0), x)
     make, found, products = fnn.curvature(fnn.losses.cross_entropy, outputs=net), None, []
@@ -180,13 +181,13 @@ def test_tracking_the_sharpness_of_digits_costs_few_products(missed, median, mos
 def test_sharpness_of_a_net_at_the_edge_of_stability_is_that_of_the_dense_hessian():
     """Recorded so rarely that eigenvectors have turned, among eigenvalues that lie together."""
     rng = np.random.default_rng(0)
-    x, y = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((30, 5), (30, 3)))
+    x, y = (as_jax(rng.normal(size=size), jnp.float32) for size in ((30, 5), (30, 3)))
 
     def loss(p, x, y):
         return 0.5 * jnp.mean(jnp.sum(jnp.square(jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"] - y), axis=1))
 
     p = {
-        name: jnp.asarray(rng.normal(size=s), jnp.float32) / 2
+        name: as_jax(rng.normal(size=s), jnp.float32) / 2
         for name, s in zip("abc", ((5, 8), (8, 8), (8, 3)), strict=True)
     }
     flat, fill = ravel_pytree(p)

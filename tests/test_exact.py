@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import as_jax
 
 from fnn.gradients import exact, powers
 
@@ -15,7 +16,7 @@ SMALL = jnp.float32(2.0**-100)
 
 
 def drawn(*shape, dtype=jnp.float32):
-    return jnp.asarray(RNG.normal(size=shape), dtype)
+    return as_jax(RNG.normal(size=shape), dtype)
 
 
 def is_scaled(node):
@@ -201,7 +202,7 @@ def many_layers():
     """Their weights, and the log norms of the gradients of a sum of squares in float64."""
     params = np.random.default_rng(3).normal(size=(LAYERS, 4, 4)) / 400
     with jax.enable_x64(True):
-        gradient = np.asarray(jax.jit(jax.grad(lambda p: jnp.mean(by_scan(p) ** 2)))(jnp.asarray(params)))
+        gradient = np.asarray(jax.jit(jax.grad(lambda p: jnp.mean(by_scan(p) ** 2)))(as_jax(params)))
     want = np.log(np.linalg.norm(gradient.reshape(LAYERS, -1), axis=1))
     assert want.min() < -150
     return params, want
@@ -212,7 +213,7 @@ def many_layers():
 )
 def test_layers_of_one_array_keep_their_logs_however_they_are_taken_from_it(function):
     params, want = many_layers()
-    found = jax.jit(exact.gradient(lambda p: jnp.mean(function(p) ** 2)))(jnp.asarray(params, jnp.float32))[1]
+    found = jax.jit(exact.gradient(lambda p: jnp.mean(function(p) ** 2)))(as_jax(params, jnp.float32))[1]
     np.testing.assert_allclose(found.log_norm(1), want, atol=2e-5)
 
 
@@ -220,7 +221,7 @@ def test_layers_of_one_array_keep_their_logs_however_they_are_taken_from_it(func
 def test_other_floats(dtype, close):
     params, want = many_layers()
     with jax.enable_x64(dtype == "float64"):
-        found = jax.jit(exact.gradient(lambda p: jnp.mean(by_scan(p) ** 2)))(jnp.asarray(params, dtype))[1]
+        found = jax.jit(exact.gradient(lambda p: jnp.mean(by_scan(p) ** 2)))(as_jax(params, dtype))[1]
         assert found.value.dtype == dtype
         np.testing.assert_allclose(np.asarray(found.log_norm(1), np.float64), want, atol=close)
 
@@ -236,12 +237,12 @@ def test_mixed_floats(outer, inner, close):
         return jnp.mean(jax.lax.scan(layer, X.astype(outer), p)[0] ** 2)
 
     with jax.enable_x64(outer == "float64"):
-        found = jax.jit(exact.gradient(loss))(jnp.asarray(params, outer))[1]
+        found = jax.jit(exact.gradient(loss))(as_jax(params, outer))[1]
         np.testing.assert_allclose(np.asarray(found.log_norm(1), np.float64), want, atol=close)
 
 
 def test_complex_numbers():
-    params = jnp.asarray(RNG.normal(size=(12, 4, 4)) + 1j * RNG.normal(size=(12, 4, 4)), jnp.complex64)
+    params = as_jax(RNG.normal(size=(12, 4, 4)) + 1j * RNG.normal(size=(12, 4, 4)), jnp.complex64)
 
     def loss(p, scale):
         x = functools.reduce(lambda x, w: 1 + jnp.tanh(x @ (scale * w)), jnp.unstack(p), X.astype(p.dtype))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import as_jax
 from flax import nnx
 
 import fnn
@@ -19,7 +20,7 @@ RNG = np.random.default_rng(0)
 
 
 def drawn(*shape):
-    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    return as_jax(RNG.normal(size=shape), jnp.float32)
 
 
 def wide(tree):

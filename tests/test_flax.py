@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import as_jax
 
 import fnn
 
@@ -44,7 +45,7 @@ def test_mlp_with_batch_norm_equals_flax(bits, unroll):
     dtype, tolerance = (jnp.float32, 1e-5) if bits == 32 else (jnp.float64, 1e-10)
     with jax.enable_x64(bits == 64):
         rng = np.random.default_rng(0)
-        x, y = jnp.asarray(rng.normal(size=(32, 8)), dtype), jnp.asarray(rng.integers(0, CLASSES, 32))
+        x, y = as_jax(rng.normal(size=(32, 8)), dtype), as_jax(rng.integers(0, CLASSES, 32))
         net = fnn.models.mlp(DEPTH, WIDTH, CLASSES, activation="tanh", norm="batch_norm", unroll=unroll)
         optimizer = optax.chain(fnn.clip.by_global_norm(0.5), optax.adam(1e-2))
         state = fnn.TrainState.create(net, optimizer, jax.random.key(0), x)

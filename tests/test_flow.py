@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import as_jax
 from test_taps import float64_flow, problem
 
 import fnn
@@ -36,8 +37,8 @@ def normed():
     return fnn.serial(fnn.dense(6), fnn.tap(), fnn.batch_norm(), fnn.activation("relu"), fnn.dense(3), fnn.tap())
 
 
-SEQUENCE = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 6)), jnp.float32)
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 5, (8, 4)))
+SEQUENCE = as_jax(np.random.default_rng(0).normal(size=(8, 4, 6)), jnp.float32)
+TOKENS = as_jax(np.random.default_rng(0).integers(0, 5, (8, 4)))
 TAIL = [fnn.tap(), fnn.take_last(), fnn.dense(3), fnn.tap()]
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import assert_same
+from conftest import as_jax, assert_same
 
 import fnn
 
@@ -13,7 +13,7 @@ KEY = jax.random.key(0)
 
 
 def drawn(*shape):
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    return as_jax(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
 def two_inputs():
@@ -76,7 +76,7 @@ def test_last_first_and_ends_take_real_positions():
 
 def test_trees_of_inputs_train_evaluate_and_report():
     net, x = two_inputs(), inputs(32)
-    y = jnp.asarray(np.asarray(x["image"]).mean((1, 2, 3)) > 0, jnp.int32)
+    y = as_jax(np.asarray(x["image"]).mean((1, 2, 3)) > 0, jnp.int32)
     optimizer = optax.adam(0.03)
     state = fnn.TrainState.create(net, optimizer, KEY, x)
     step = fnn.train_step(net, fnn.losses.cross_entropy, optimizer, per_layer=True)

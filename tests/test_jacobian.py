@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import as_jax
 from scipy.special import digamma
 
 import fnn
@@ -12,7 +13,7 @@ RNG = np.random.default_rng(0)
 
 
 def matrix(rows, columns):
-    return jnp.asarray(np.random.default_rng(rows).normal(size=(rows, columns)) / np.sqrt(columns))
+    return as_jax(np.random.default_rng(rows).normal(size=(rows, columns)) / np.sqrt(columns))
 
 
 def test_singular_values_moments_and_isometry_are_numpys(x64):
@@ -63,7 +64,7 @@ def test_nets_of_orthogonal_and_of_gaussian_layers():
 
 def test_a_thousand_layers_without_underflow(x64):
     n, depth = 6, 1000
-    W = jnp.asarray(RNG.normal(size=(depth, n, n)) / np.sqrt(n))
+    W = as_jax(RNG.normal(size=(depth, n, n)) / np.sqrt(n))
     found = fnn.jacobian(lambda h, w: 0.1 * w @ h).through(W, jnp.ones(n))
     exact = (0.5 * (digamma((n - np.arange(n)) / 2) + np.log(2 / n))) / np.log(10) - 1  # Newman 1986
     np.testing.assert_allclose(found.lyapunov, exact, atol=0.04)
@@ -72,7 +73,7 @@ def test_a_thousand_layers_without_underflow(x64):
 
 
 def test_a_product_of_few_layers_has_numpys_singular_values(x64):
-    W = jnp.asarray(RNG.normal(size=(6, 6, 6)) / np.sqrt(6))
+    W = as_jax(RNG.normal(size=(6, 6, 6)) / np.sqrt(6))
     h = jnp.linspace(0, 1, 6)
 
     def step(h, w):
@@ -88,8 +89,8 @@ def test_a_product_of_few_layers_has_numpys_singular_values(x64):
 def test_blocks_of_repeat(x64):
     block = fnn.serial(fnn.dense(5), fnn.batch_norm(), fnn.activation("tanh"))
     net = fnn.repeat(block, 4)
-    x = jnp.asarray(RNG.normal(size=5))
-    state = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), net.init(jax.random.key(0), x[None]))
+    x = as_jax(RNG.normal(size=5))
+    state = jax.tree.map(lambda a: as_jax(a, jnp.float64), net.init(jax.random.key(0), x[None]))
     found = fnn.jacobian(block).through(state, x, sweeps=40)
     whole = fnn.jacobian(net)(state, x).singular_values()
     np.testing.assert_allclose(found.log10_singular, np.log10(whole), atol=1e-6)
@@ -103,7 +104,7 @@ def test_without_forward_mode_and_under_vmap(x64):
         return jnp.sin(x)
 
     sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
-    A, xs = matrix(4, 3), jnp.asarray(RNG.normal(size=(2, 3)))
+    A, xs = matrix(4, 3), as_jax(RNG.normal(size=(2, 3)))
     found = jax.vmap(lambda x: fnn.jacobian(lambda x: sine(A @ x))(x).singular_values())(xs)
     wanted = [np.linalg.svd(jnp.cos(A @ x)[:, None] * A, compute_uv=False) for x in xs]
     np.testing.assert_allclose(found, wanted, rtol=1e-10)
@@ -127,7 +128,7 @@ def test_bad_arguments_are_refused():
 @pytest.mark.parametrize("probes", [4, 64])
 def test_isometry_and_extremes_at_any_scale(scale, probes):
     """A Jacobian of tiny or huge numbers, whose squares leave float32, is as isometric as the same one near 1."""
-    a = jnp.asarray(np.random.default_rng(0).normal(size=(40, 40)), jnp.float32)
+    a = as_jax(np.random.default_rng(0).normal(size=(40, 40)), jnp.float32)
     plain, scaled = (fnn.jacobian(lambda x, s=s: (a @ x) * s)(jnp.ones(40)) for s in (1.0, scale))
     np.testing.assert_allclose(scaled.isometry(probes=probes), plain.isometry(probes=probes), rtol=1e-4)
     for one, other in zip(scaled.extremes(), plain.extremes(), strict=True):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import as_jax
 
 import fnn
 from fnn.theory import kernels
@@ -26,7 +27,7 @@ def test_the_kernel_is_that_of_stored_jacobians(name):
         "repeat": (fnn.serial(fnn.repeat(fnn.serial(fnn.dense(4), fnn.activation("tanh")), 3), fnn.dense(3)), (5, 4)),
     }
     net, shape = nets[name]
-    x = jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    x = as_jax(RNG.normal(size=shape), jnp.float32)
     state = net.init(jax.random.key(0), x)
     found, wanted = fnn.kernel(net)(state, x), stored(net, state, x)
     size = np.abs(wanted).max()
@@ -42,7 +43,7 @@ def test_the_kernel_is_that_of_stored_jacobians(name):
 
 
 def test_a_function_of_any_framework_and_alignment():
-    x, y = jnp.asarray(RNG.normal(size=(6, 4)), jnp.float32), jnp.array([0, 1, 0, 1, 1, 0])
+    x, y = as_jax(RNG.normal(size=(6, 4)), jnp.float32), jnp.array([0, 1, 0, 1, 1, 0])
     found = fnn.kernel(lambda p, x: p["w"].T @ x)({"w": jnp.ones((4, 2))}, x)
     np.testing.assert_allclose(found.matrix, x @ x.T, rtol=1e-5, atol=1e-6)
     one_hot = np.eye(2)[np.asarray(y)]
@@ -50,7 +51,7 @@ def test_a_function_of_any_framework_and_alignment():
         H = np.eye(6) - centered / 6
         K, Y = H @ np.asarray(x @ x.T) @ H, H @ one_hot @ one_hot.T @ H
         wanted = np.sum(K * Y) / np.linalg.norm(K) / np.linalg.norm(Y)
-        for targets in (y, jnp.asarray(one_hot, jnp.float32)):
+        for targets in (y, as_jax(one_hot, jnp.float32)):
             np.testing.assert_allclose(found.alignment(targets, centered=centered), wanted, rtol=1e-4)
     rank_one = fnn.kernel(lambda p, x: p["w"] * x)({"w": jnp.ones(())}, jnp.arange(1.0, 5))
     assert np.isinf(rank_one.condition())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from accelerator import words
-from conftest import assert_same, started
+from conftest import as_jax, assert_same, started
 from zoo import CASES, PADDED, floating, sample
 
 import fnn
@@ -21,7 +21,7 @@ def table(cases, slow=lambda case: False):
 
 
 # What follows runs for all with --slow. Without, these stand for the others, which are made of parts that are cases too.
-FEW = ("convnet", "transformer_decoder")
+FEW = ("transformer_decoder",)
 MADE_OF_OTHERS = words("""bidirectional block_on_masked cross_attention_own_mask mlp mlp_residual_scanned repeat_in_groups
     repeat_of_repeat repeat_unrolled""")
 VARIANTS = words("""attention_own_mask attention_window batch_norm_plain conv_2d_circular dense_without_bias gru
@@ -29,7 +29,8 @@ VARIANTS = words("""attention_own_mask attention_window batch_norm_plain conv_2d
 # A layer that branches on values would differ under jit: one of each kind of it.
 EAGER = words("""activations attention_masked batch_norm batch_norm_masked block_with_dropout conv_2d dense dropout embed
     group_norm layer_norm lstm repeat rnn_masked tap_masked""")
-every = table(CASES, slow=lambda case: case.model and case.name not in FEW)
+OF_THE_REST = words("mlp_residual_scanned repeat_of_repeat repeat_unrolled cross_attention_own_mask block_on_masked")
+every = table(CASES, slow=lambda case: (case.model and case.name not in FEW) or case.name in OF_THE_REST)
 unless_made = table(CASES, slow=lambda case: case.model or case.name in MADE_OF_OTHERS)
 # A repeat of `repeat` says all that a repeat of its variants would, and those compile for long.
 repeatable = table(
@@ -63,7 +64,7 @@ def prepared(name):
         return without_key, with_key, same, trained, new
 
     compiled = jax.jit(run)
-    moved = floating(lambda a: jnp.asarray(1.5 * np.asarray(a) + 0.5, a.dtype), x)
+    moved = floating(lambda a: as_jax(1.5 * np.asarray(a) + 0.5, a.dtype), x)
     for _ in range(2):
         state = compiled(params, state, moved)[-1]
     return x, params, state, compiled
@@ -161,7 +162,7 @@ def test_repeat_equals_serial(case):
 def test_gradients_agree_with_finite_differences_in_float64(case):
     x, params, state, *_ = prepared(case.name)
     with jax.enable_x64(True):
-        at, state = floating(lambda a: jnp.asarray(np.float64(a)), ((params, x), state))
+        at, state = floating(lambda a: as_jax(np.float64(a)), ((params, x), state))
         fixed, at = at, floats(at)
         direction = jax.tree.map(lambda a: np.cos(np.arange(a.size)).reshape(a.shape), at)
         step = 1e-5

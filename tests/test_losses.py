@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same
+from conftest import as_jax, assert_same
 from scipy import special
 
 from fnn import losses
@@ -109,7 +109,7 @@ def test_mse_is_the_mean_over_units(x64):
 def test_bfloat16_outputs_give_float32_losses():
     """The sums are taken in float32: only the rounding of the logits themselves is left, and that is undone here."""
     rng = np.random.default_rng(2)
-    z = jnp.asarray(3 * rng.normal(size=(4, 300)), jnp.bfloat16)
+    z = as_jax(3 * rng.normal(size=(4, 300)), jnp.bfloat16)
     exact, labels = np.asarray(z, np.float64), rng.integers(300, size=4)
 
     @jax.jit

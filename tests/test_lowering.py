@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import started
+from conftest import as_jax, started
 
 import fnn
 from fnn import lowering, tree
@@ -38,7 +38,7 @@ def computed(x):
 @pytest.fixture(scope="module")
 def inputs():
     rng = np.random.default_rng(0)
-    images, words = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 8, 8, 2), (2, 5, 4)))
+    images, words = (as_jax(rng.normal(size=shape), jnp.float32) for shape in ((2, 8, 8, 2), (2, 5, 4)))
     return images, words, started(NET.init, images), started(ATTEND.init, words)
 
 
@@ -80,8 +80,8 @@ def products(text):
 
 def test_inner_products_that_cancel_are_exact_and_layers_follow_the_users_default(gpu):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(6, 3, 40)), jnp.float32)  # 3 positions: Gram matrices over them
-    params = {"kernel": jnp.asarray(rng.normal(size=(40, 50)), jnp.float32)}
+    x = as_jax(rng.normal(size=(6, 3, 40)), jnp.float32)  # 3 positions: Gram matrices over them
+    params = {"kernel": as_jax(rng.normal(size=(40, 50)), jnp.float32)}
 
     def gradients(params, x):
         return fnn.per_example(lambda p, x: jnp.sum(jnp.sin(x @ p["kernel"])))(params, x)
@@ -145,7 +145,7 @@ def test_who_computes_attention_on_a_gpu(gpu, monkeypatch, dtype, heads, kv_head
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", counted)
     layer = fnn.attention(heads, causal=True, kv_heads=kv_heads)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, length, 32)), jnp.float32)
+    x = as_jax(np.random.default_rng(0).normal(size=(2, length, 32)), jnp.float32)
     params, state = jax.jit(layer.init)(jax.random.key(0), x)
     x = x.astype(dtype)
     given = fnn.Masked(x, np.ones((2, length), bool)) if masked else x
@@ -153,7 +153,7 @@ def test_who_computes_attention_on_a_gpu(gpu, monkeypatch, dtype, heads, kv_head
     assert asked == expected
     monkeypatch.undo()
     exact, _ = jax.jit(lambda *args: layer.apply(*args))(params, state, x.astype(jnp.float32))
-    y = jnp.asarray(y.values if masked else y, jnp.float32)
+    y = as_jax(y.values if masked else y, jnp.float32)
     np.testing.assert_allclose(y, exact, rtol=0, atol=1e-5 if dtype == jnp.float32 else 0.03)
 
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import by_layer, randomized
+from conftest import as_jax, by_layer, randomized
 
 import fnn
 from fnn.study import summary
@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 
 
 def image(dtype=jnp.float64):
-    return jnp.asarray(np.random.default_rng(0).normal(size=(4, 5, 6, 2)), dtype)
+    return as_jax(np.random.default_rng(0).normal(size=(4, 5, 6, 2)), dtype)
 
 
 class Weights:
@@ -144,7 +144,7 @@ def test_normless_resnet_trains_at_depth_64():
 )
 def test_models_report_gradient_flow(make, least, request):
     of_images = request.node.callspec.id in ("convnet", "resnet")
-    x = image(jnp.float32) if of_images else jnp.asarray(np.random.default_rng(0).integers(0, 9, (4, 6)))
+    x = image(jnp.float32) if of_images else as_jax(np.random.default_rng(0).integers(0, 9, (4, 6)))
     net = make()
     flow = fnn.gradient_flow(net, jax.jit(net.init)(KEY, x), (x, jnp.array([0, 1, 2, 3])))
     errors = [row for row in flow.rows if row.quantity == "log10_error"]

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same
+from conftest import as_jax, assert_same
 
 import fnn
 
@@ -56,7 +56,7 @@ def test_batch_norm_at_mean_1000_and_std_one_hundredth():
 
 def test_derivative_of_batch_norm_equals_that_of_its_formula_in_both_modes(x64):
     """The derivative is written by hand; the formula's own, by autodiff in float64, is its judge, for all inputs."""
-    x, t = (jnp.asarray(batch(seed, mean=1.0), jnp.float64) for seed in (4, 5))
+    x, t = (as_jax(batch(seed, mean=1.0), jnp.float64) for seed in (4, 5))
     params = {"scale": jnp.linspace(0.5, 2, 5), "bias": jnp.linspace(-1, 1, 5)}
     layer = fnn.batch_norm()
     state = layer.init(jax.random.key(0), x)[1]
@@ -84,7 +84,7 @@ def test_derivative_of_batch_norm_equals_that_of_its_formula_in_both_modes(x64):
 
 
 def test_statistics_of_bfloat16_inputs_are_float32():
-    x = jnp.asarray(batch(1, mean=100.0), jnp.bfloat16)
+    x = as_jax(batch(1, mean=100.0), jnp.bfloat16)
     layer = fnn.batch_norm(decay=0.0)
     params, state = layer.init(jax.random.key(0), x)
     _, state = layer.apply(params, state, x, train=True)
@@ -104,7 +104,7 @@ def test_statistics_of_bfloat16_inputs_are_float32():
 )
 def test_norms_equal_flax_in_float64(layer, module):
     with jax.enable_x64(True):
-        x = jnp.asarray(np.random.default_rng(0).normal(2, 3, size=(4, 3, 6)))
+        x = as_jax(np.random.default_rng(0).normal(2, 3, size=(4, 3, 6)))
         params, state = layer.init(jax.random.key(0), x)
         params = jax.tree.map(lambda a: a + jnp.arange(a.size, dtype=a.dtype) / 7, params)
         variables = {"params": params}
@@ -127,7 +127,7 @@ def test_a_batch_of_one_is_refused_in_train_mode():
 def masked_sequences():
     """Padding on either side and a hole, filled with numbers that must not matter; and the real positions, packed."""
     rng = np.random.default_rng(6)
-    x = jnp.asarray(rng.normal(2, 3, size=(4, 5, 3)))
+    x = as_jax(rng.normal(2, 3, size=(4, 5, 3)))
     mask = jnp.arange(5) < jnp.array([5, 1, 3, 0])[:, None]
     mask = mask.at[0, 2].set(False).at[2].set(mask[2, ::-1])
     return x, mask, [jnp.where(mask[..., None], x, fill) for fill in (1e30, -7.0)], x[mask]
@@ -177,7 +177,7 @@ def test_batch_norm_of_a_masked_sequence_equals_that_of_its_real_positions(mappe
 
 def test_batch_norm_of_fewer_than_two_real_positions_leaves_the_running_moments():
     layer, x = fnn.batch_norm(), jnp.ones((2, 3, 4)).at[0].set(jnp.nan)
-    full = fnn.Masked(jnp.asarray(batch(0, shape=(2, 3, 4))), jnp.ones((2, 3), bool))
+    full = fnn.Masked(as_jax(batch(0, shape=(2, 3, 4))), jnp.ones((2, 3), bool))
     params, state = layer.init(jax.random.key(0), full)
     _, state = layer.apply(params, state, full, train=True)
     none = jnp.zeros((2, 3), bool)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import as_jax
 from optax import contrib
 
 import fnn
@@ -181,7 +182,7 @@ def test_the_trees_of_these_tests_are_those_of_the_nets():
 @pytest.mark.usefixtures("x64")  # Adam turns rounding of the smallest gradients into steps
 @pytest.mark.parametrize("tx", [masked(lambda a: a.ndim > 1), contrib.muon(0.01)], ids=["decay", "muon"])
 def test_a_loop_and_layers_written_out_train_alike_by_the_train_step(tx):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)))
+    x = as_jax(np.random.default_rng(0).normal(size=(8, 6)))
     batch = x, jnp.arange(8) % 3
     ends = []
     for unroll in (True, 1):

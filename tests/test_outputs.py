@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import as_jax
 from scipy import special
 
 import fnn
@@ -177,7 +178,7 @@ def test_the_flow_of_a_net_with_two_outputs_is_measured_in_float64_where_it_must
     flow = fnn.gradient_flow(net, (params, state), (X, Y, W), loss=TASKS)
     assert flow.precision == "float64"
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: jnp.asarray(a, np.float64), (params, X, W))
+        wide = jax.tree.map(lambda a: as_jax(a, np.float64), (params, X, W))
 
         def whole(params):
             outputs = net.apply(params, state, wide[1], train=True)[0]

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import ON_CPU
+from conftest import ON_CPU, as_jax
 
 import fnn
 from fnn import losses, models
 
 KEY = jax.random.key(0)
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 9, (4, 5)))
+TOKENS = as_jax(np.random.default_rng(0).integers(1, 9, (4, 5)))
 CLASSES = jnp.array([0, 1, 2, 0])
 BOTH = {"source": TOKENS, "target": TOKENS[:, ::-1]}
 OPTIMIZER = optax.sgd(0.0)
@@ -146,7 +146,7 @@ def test_statistics_stay_wide_and_losses_of_ones_own_see_float32():
     state = fnn.TrainState.create(net, OPTIMIZER, KEY, x)
     after, _ = fnn.train_step(net, mine, OPTIMIZER, compute_dtype=BF16)(jax.tree.map(jnp.copy, state), (x, y))
     assert set(seen) == {jnp.dtype(jnp.float32)} and fnn.core.same_spec(after, state)
-    h = jnp.asarray(np.random.default_rng(0).normal(100, 1, (64, 3)), BF16)
+    h = as_jax(np.random.default_rng(0).normal(100, 1, (64, 3)), BF16)
     norm = fnn.compute_in(fnn.batch_norm(), BF16)
     _, moments = norm.apply(*norm.init(KEY, h), h, train=True)
     np.testing.assert_allclose(moments["var"] / moments["weight"], np.asarray(h, np.float64).var(0), rtol=1e-4)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import as_jax
 from subjects import SUBJECTS, B, draw, flat
 
 import fnn
@@ -72,7 +73,7 @@ def test_every_form_of_gradient_at_every_scale(name):
         close(c, estimates, rounding=3e-4)  # differences of squares
     # Every example at a size of its own.
     powers = np.resize(POWERS, B)
-    a, b, _ = run(jnp.asarray(2.0**powers, jnp.float32), jnp.float32(1))
+    a, b, _ = run(as_jax(2.0**powers, jnp.float32), jnp.float32(1))
     np.testing.assert_allclose(a[0], fixed[0], atol=1e-5)
     np.testing.assert_allclose(np.asarray(b[0], np.float64) / 2.0**powers, norms, rtol=1e-5)
 
@@ -111,7 +112,7 @@ def test_a_large_factor_beside_a_small_one(form):
         batch = (x * jnp.float32(2.0**k), d * jnp.float32(2.0 ** (j - k)))
         for limit in (0.7 * np.median(norms), 2.0**-j):
             weights = np.linspace(0.5, 2, B) * 2.0 ** (-j / 2)
-            got = run(jnp.zeros((m, n)), batch, jnp.float32(limit * 2.0**j), jnp.asarray(weights, jnp.float32))
+            got = run(jnp.zeros((m, n)), batch, jnp.float32(limit * 2.0**j), as_jax(weights, jnp.float32))
             close(got[0], norms, 2.0**j)
             close(got[1], expected(np.minimum(1, limit / norms) / B), 2.0**j)
             np.testing.assert_allclose(got[2], want @ want.T / np.outer(norms, norms), atol=1e-5)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, started
+from conftest import as_jax, assert_same, started
 
 import fnn
 
@@ -15,7 +15,7 @@ LAYERS = {"rnn": fnn.rnn, "gru": fnn.gru, "lstm": fnn.lstm}
 
 
 def drawn(dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, TIME, D)), dtype)
+    return as_jax(np.random.default_rng(0).normal(size=(BATCH, TIME, D)), dtype)
 
 
 def prepared(kind, dtype=jnp.float32, **options):
@@ -145,7 +145,7 @@ def test_pieces_of_different_lengths_through_repeat_and_branches():
     memory = fnn.memory.init_cache(state, BATCH, TIME)
     rest = np.stack([np.roll(x[i], -n, axis=0) for i, n in enumerate(first)])
     a, memory = apply(params, memory, fnn.Masked.of_lengths(x, first))
-    b, memory = apply(params, memory, fnn.Masked.of_lengths(jnp.asarray(rest), second))
+    b, memory = apply(params, memory, fnn.Masked.of_lengths(as_jax(rest), second))
     for i, n in enumerate(first):
         joined = np.concatenate([np.asarray(a.values)[i, :n], np.asarray(b.values)[i, : second[i]]])
         np.testing.assert_allclose(joined, whole[i], atol=1e-6)
@@ -317,7 +317,7 @@ def test_a_bidirectional_net_reads_each_half_where_it_has_seen_everything(cell, 
         mask[1] = mask[1, ::-1]
     if form == "holes":
         mask[:, 2] = mask[1, 0] = mask[2, -1] = False
-    logits, _ = jax.jit(net.apply)(params, state, x if form == "whole" else fnn.Masked(x, jnp.asarray(mask)))
+    logits, _ = jax.jit(net.apply)(params, state, x if form == "whole" else fnn.Masked(x, as_jax(mask)))
     one = LAYERS[cell](WIDTH)
 
     @jax.jit

@@ -22,6 +22,7 @@ SECTIONS = (
     "losses_taken_again",
     "placed",
     "spectra",
+    "watched",
     "sequences",
     "refusals",
 )
@@ -31,6 +32,11 @@ pytestmark = pytest.mark.xdist_group("sharding")
 @pytest.mark.parametrize("section", SECTIONS)
 def test_one_device_equals_four(section):
     assert not {row: error for row, error in failures_of(TABLE, SECTIONS).items() if row.startswith(f"{section}/")}
+
+
+@pytest.mark.slow
+def test_one_device_equals_four_in_more_cases():
+    assert not failures_of(TABLE, ("--slow",))
 
 
 def test_a_mapped_axis_keeps_every_metric():

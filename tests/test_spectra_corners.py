@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import as_jax
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
@@ -61,7 +62,7 @@ REPEATS = ("tuple", "remat", "linear", "one example", "nnx")
 def test_all_eigenvalues_and_the_trace_are_those_of_the_dense_hessian(name, x64):
     found = CASES[name]
     loss, params = found() if callable(found) else found
-    params, x = jax.tree.map(jnp.asarray, params), jnp.asarray(X)
+    params, x = jax.tree.map(as_jax, params), as_jax(X)
     vector, unravel = ravel_pytree(params)
     H = np.asarray(jax.jit(jax.hessian(lambda v: loss(unravel(v), x)))(vector))
     c = fnn.curvature(loss)(params, x)
@@ -75,8 +76,8 @@ def test_all_eigenvalues_and_the_trace_are_those_of_the_dense_hessian(name, x64)
 
 def test_dropout_is_one_mask(x64, rng):
     net = fnn.serial(fnn.dense(4), fnn.activation("tanh"), fnn.dropout(0.5), fnn.dense(2))
-    x, y, key = jnp.asarray(X), jnp.arange(5) % 2, jax.random.key(5)
-    params, state = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), net.init(jax.random.key(0), x))
+    x, y, key = as_jax(X), jnp.arange(5) % 2, jax.random.key(5)
+    params, state = jax.tree.map(lambda a: as_jax(a, jnp.float64), net.init(jax.random.key(0), x))
     vector, unravel = ravel_pytree(params)
 
     def loss(v):
@@ -84,7 +85,7 @@ def test_dropout_is_one_mask(x64, rng):
         return jnp.mean(fnn.losses.cross_entropy(outputs, y))
 
     c = fnn.curvature(fnn.losses.cross_entropy, outputs=net)((params, state), (x, y), key)
-    v = jnp.asarray(rng.normal(size=vector.shape))
+    v = as_jax(rng.normal(size=vector.shape))
     wanted = np.asarray(jax.jit(jax.hessian(loss))(vector)) @ v
     np.testing.assert_allclose(ravel_pytree(c.hessian.product(unravel(v)))[0], wanted, rtol=1e-8, atol=1e-10)
 
@@ -105,22 +106,20 @@ def test_numbers_at_any_scale_are_those_near_one(scale, rng):
         assert found.low <= found.rate <= found.high <= 1.002 * found.low
     for probes in (4, 64):
         np.testing.assert_allclose(c.hessian.trace(probes).norm.value / scale, np.linalg.norm(h), rtol=1e-5)
-    a = jnp.asarray(rng.normal(size=(40, 40)), jnp.float32)
+    a = as_jax(rng.normal(size=(40, 40)), jnp.float32)
     plain, scaled = (fnn.jacobian(lambda x, s=s: a @ x * s)(jnp.ones(40)) for s in (1.0, scale))
     for probes in (4, 64):
         found, wanted = scaled.moments(probes=probes).log10, plain.moments(probes=probes).log10
         np.testing.assert_allclose(found, wanted + np.array([2, 4]) * np.log10(scale), atol=1e-4)
-    x, y = jnp.asarray(X, jnp.float32), jnp.arange(5) % 2
-    plain, scaled = (
-        fnn.kernel(lambda p, x, s=s: s * jnp.tanh(x @ p))(jnp.asarray(W, jnp.float32), x) for s in (1.0, scale)
-    )
+    x, y = as_jax(X, jnp.float32), jnp.arange(5) % 2
+    plain, scaled = (fnn.kernel(lambda p, x, s=s: s * jnp.tanh(x @ p))(as_jax(W, jnp.float32), x) for s in (1.0, scale))
     for name, arguments in (("condition", ()), ("effective_rank", ()), ("alignment", (y,))):
         np.testing.assert_allclose(getattr(scaled, name)(*arguments), getattr(plain, name)(*arguments), rtol=1e-3)
 
 
 def test_errors_of_traces_do_not_underflow(rng):
     rotated = np.linalg.qr(rng.normal(size=(30, 30)))[0]
-    a = jnp.asarray(rotated * np.arange(30) @ rotated.T, jnp.float32)
+    a = as_jax(rotated * np.arange(30) @ rotated.T, jnp.float32)
     plain, scaled = (
         fnn.curvature(lambda p, s: 0.5 * s * p @ (a @ p))(jnp.ones(30), s).hessian.trace(8) for s in (1.0, 1e-28)
     )
@@ -187,7 +186,7 @@ def test_a_matrix_that_is_not_symmetric_is_not_converged(x64):
 def test_residuals_count_the_rounding_of_the_dtype_that_computes(rng):
     """bfloat16 parameters, or a cast inside the loss: the eigenvalue of exact numbers lies within the residual."""
     a = rng.normal(size=(20, 20))
-    a = jnp.asarray(a + a.T, jnp.bfloat16)
+    a = as_jax(a + a.T, jnp.bfloat16)
     exact = np.linalg.eigvalsh(np.asarray(a, np.float64))[-1]
     p = jnp.ones(20, jnp.bfloat16)
     inside = fnn.curvature(lambda p: (0.5 * p.astype(jnp.bfloat16) @ (a @ p.astype(jnp.bfloat16))).astype(jnp.float32))
@@ -227,7 +226,7 @@ def test_products_through_depth_in_bfloat16_of_zeros_and_of_nothing():
 
 
 def test_kernels_of_zeros_have_no_ratios():
-    found = fnn.kernel(lambda p, x: 0 * jnp.sum(p * x))(jnp.ones(3), jnp.asarray(X, jnp.float32))
+    found = fnn.kernel(lambda p, x: 0 * jnp.sum(p * x))(jnp.ones(3), as_jax(X, jnp.float32))
     assert np.isnan([found.condition(), found.effective_rank(), found.alignment(jnp.arange(5))]).all()
     assert np.all(found.matrix == 0)
 
@@ -236,7 +235,7 @@ def classifier(phi, rng):
     net = fnn.serial(fnn.dense(16), fnn.activation(phi), fnn.dense(16), fnn.activation(phi), fnn.dense(5))
     x, y = rng.normal(size=(40, 20)), np.arange(40) % 5
     with jax.enable_x64(True):
-        params, state = net.init(jax.random.key(0), jnp.asarray(x, jnp.float32))
+        params, state = net.init(jax.random.key(0), as_jax(x, jnp.float32))
     return net, params, state, x, y
 
 
@@ -255,7 +254,7 @@ def test_tight_tolerances_are_proved(phi, dtype):
     for seed in range(8):
         net, *arrays, y = classifier(phi, np.random.default_rng(seed))
         with jax.enable_x64(dtype == np.float64):
-            params, state, x = jax.tree.map(lambda a: jnp.asarray(a, dtype), tuple(arrays))
+            params, state, x = jax.tree.map(lambda a: as_jax(a, dtype), tuple(arrays))
             hessian = fnn.curvature(fnn.losses.cross_entropy, outputs=net)((params, state), (x, y)).hessian
             for tolerance in tolerances:
                 top = hessian.eigenvalues(tolerance=tolerance, max_products=80)
@@ -273,7 +272,7 @@ def test_float32_is_near_float64(phi, rng):
     found = {}
     for dtype in (np.float32, np.float64):
         with jax.enable_x64(dtype == np.float64):
-            given = jax.tree.map(lambda a, d=dtype: jnp.asarray(a, d), (params, state, x, v))
+            given = jax.tree.map(lambda a, d=dtype: as_jax(a, d), (params, state, x, v))
             c = fnn.curvature(fnn.losses.cross_entropy, outputs=net)(given[:2], (given[2], y))
             top = c.hessian.eigenvalues(tolerance=1e-5 if dtype == np.float32 else 1e-9, max_products=200)
             product = ravel_pytree(c.hessian.product(given[3]))[0]

@@ -18,6 +18,7 @@ def found():
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow  # test_sharding has curvature and kernels on four devices
 @pytest.mark.xdist_group("sharding")
 @pytest.mark.parametrize("case", ["dense", "batch/4", "parameters/8"])
 def test_four_and_eight_devices_have_the_spectra_of_one(case):

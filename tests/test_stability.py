@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import as_jax
 
 import fnn
 from fnn.spectra import stability
@@ -12,7 +13,7 @@ from fnn.spectra import stability
 
 def quadratic(eigenvalues, seed=0):
     q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(eigenvalues),) * 2))
-    return jnp.asarray(q * eigenvalues @ q.T), q
+    return as_jax(q * eigenvalues @ q.T), q
 
 
 def half(params, A):

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import as_jax
 
 import fnn
 
 
 def problem(n=16, features=6, classes=3, dtype=jnp.float32):
     rng = np.random.default_rng(0)
-    return jnp.asarray(rng.normal(size=(n, features)), dtype), jnp.asarray(rng.integers(0, classes, n))
+    return as_jax(rng.normal(size=(n, features)), dtype), as_jax(rng.integers(0, classes, n))
 
 
 def run(net, params, state, x, y, key=None, factor=1.0):
@@ -74,7 +75,7 @@ def test_forward_statistics_of_a_masked_sequence_are_those_of_its_real_positions
 
 def test_no_layer_sends_a_cotangent_to_padding_and_a_masked_tap_reports_the_real_ones():
     rng = np.random.default_rng(0)
-    x, y = jnp.asarray(rng.normal(size=(4, 5, 6)), jnp.float32), jnp.arange(4) % 3
+    x, y = as_jax(rng.normal(size=(4, 5, 6)), jnp.float32), jnp.arange(4) % 3
     mask = jnp.arange(5) < jnp.array([5, 2, 3, 0])[:, None]
     mask = mask.at[0, 1].set(False).at[2].set(mask[2, ::-1])
     ends = [fnn.take_last(), fnn.global_avg_pool(), fnn.serial(fnn.drop_mask(), fnn.flatten())]
@@ -95,7 +96,7 @@ def test_no_layer_sends_a_cotangent_to_padding_and_a_masked_tap_reports_the_real
 
 
 def test_a_tap_inside_a_recurrent_loop_leaves_held_states_out():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 2)), jnp.float32)
+    x = as_jax(np.random.default_rng(0).normal(size=(3, 4, 2)), jnp.float32)
     mask = jnp.array([[True, True, False, False], [False, True, False, True], [True, False, False, False]])
     net = fnn.rnn(5, tap=fnn.tap())
     params, state = net.init(jax.random.key(0), fnn.Masked(x, mask))
@@ -197,7 +198,7 @@ def log_norm(a):
 def float64_flow(net, params, state, batch, factor=1.0):
     """Plain float64 arithmetic, of the loss times a factor: what `gradient_flow` must equal where float64 does not underflow."""
     with jax.enable_x64(True):
-        params, state = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (params, state))
+        params, state = jax.tree.map(lambda a: as_jax(a, jnp.float64), (params, state))
         x, y = map(np.asarray, batch)
         x = x.astype(np.float64) if x.dtype == np.float32 else x
         (grads, news), new = run(net, params, state, x, y, factor=factor)
@@ -280,7 +281,7 @@ def test_the_root_mean_square_of_a_gradient_is_that_of_one_block_of_a_stack():
     x, y, stack, last = (rng.normal(size=shape) for shape in ((8, 4), (8, 2), (3, 4, 4), (4, 2)))
     net = fnn.serial(fnn.repeat(fnn.serial(fnn.dense(4, bias=False), fnn.tap()), 3), fnn.dense(2, bias=False))
     params, state = net.init(jax.random.key(0), x)
-    leaves = [jnp.asarray(a, jnp.float32) for a in (stack, last)]
+    leaves = [as_jax(a, jnp.float32) for a in (stack, last)]
     params = jax.tree.unflatten(jax.tree.structure(params), leaves)
     flow = fnn.gradient_flow(net, (params, state), (x, y), loss=lambda outputs, y: jnp.sum((outputs - y) ** 2, -1) / 2)
     inputs = [x]

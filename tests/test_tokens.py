@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import as_jax
 from test_attention import KEY, D
 
 import fnn
@@ -77,7 +78,7 @@ def test_tokens_may_be_of_any_integer_dtype(dtype, vocabulary, padding):
 
 
 def test_sequence_cross_entropy_averages_over_targets_and_counts_exact_matches():
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)))
+    logits = as_jax(np.random.default_rng(0).normal(size=(2, 3, 4)))
     targets = jnp.array([[-1, 2, 0], [-1, -1, -1]])
     loss = fnn.losses.sequence_cross_entropy(logits, targets)
     log = jax.nn.log_softmax(logits)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import assert_same
+from conftest import as_jax, assert_same
 
 import fnn
 
@@ -18,7 +18,7 @@ def clusters(n=96):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, n)
     x = rng.normal(size=(n, 4)) + 3 * np.eye(4)[y]
-    return jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.int32)
+    return as_jax(x, jnp.float32), as_jax(y, jnp.int32)
 
 
 def fresh(net=NET, optimizer=OPTIMIZER):

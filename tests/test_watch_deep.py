@@ -79,6 +79,7 @@ def on_eight_devices():
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow  # test_sharding and test_placement watch on four devices
 @pytest.mark.xdist_group("sharding")
 @pytest.mark.parametrize(
     "case", ["batch_sharded", "batch_sharded_under_jit", "parameters_sharded", "under_shard_map", "in_float64"]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import as_jax
 from flax import linen, nnx
 
 import fnn
@@ -29,11 +30,11 @@ def same_draws():
 
 
 def drawn(*shape):
-    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    return as_jax(RNG.normal(size=shape), jnp.float32)
 
 
 def up(values):
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, values)
+    return jax.tree.map(lambda a: as_jax(a, jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, values)
 
 
 def log_norms(gradient, axes=0):
@@ -192,7 +193,7 @@ def normalized(x):
     return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6)
 
 
-TOKENS = jnp.asarray(RNG.integers(0, 7, (3, 6)))
+TOKENS = as_jax(RNG.integers(0, 7, (3, 6)))
 
 
 def transformer(post, remat=True):

@@ -278,7 +278,7 @@ PADDED = [
 def sample(case: Case, seed: int = 0) -> Any:
     """Draw an input without zeros, where kinks lie: in NumPy, which compiles nothing."""
     x = np.random.default_rng(seed).normal(size=case.shape)
-    return jax.tree.map(jnp.asarray, case.make(np.float32(x + 0.05 * np.sign(x))))
+    return jax.tree.map(jax.device_put, case.make(np.float32(x + 0.05 * np.sign(x))))
 
 
 def floating(function: Callable[[Any], Any], tree: Any) -> Any:
