@@ -12,7 +12,8 @@ import pytest
 import fnn
 from fnn import files
 from fnn.cli import main
-from fnn.study import checksum, results, table
+from fnn.layers import taps
+from fnn.study import cell, checksum, results, table
 
 AXES = {"depth": "int", "activation": "str", "norm": "str", "seed": "int"}
 
@@ -55,6 +56,11 @@ def path(folder, number=1):
 @pytest.fixture
 def folder(tmp_path):
     return made(tmp_path / "study")
+
+
+def test_new_statistics_are_a_new_program():
+    """A folder that was finished before a statistic was added would be called finished still: raise `cell.VERSION` then."""
+    assert (cell.VERSION, taps.STATISTICS) == (3, ("mean", "second_moment", "peak", "dead", "saturated"))
 
 
 def test_a_whole_cell_is_plain_parquet_and_found_whole(folder):
