@@ -41,7 +41,7 @@ TESTS = {
     "exact_edges": words("a_sum_whose rows_of_an_array factors_that"),
     "flow": [
         *words("a_signal_that_leaves a_signal_of_normal what_leaves_float64"),
-        *of("residual_nets_transformers_and_recurrences_have_float64s_log_norms_at_every_tap", "conv lstm"),
+        *of("residual_nets_transformers_and_recurrences_have_float64s_log_norms_at_every_tap", "conv residual"),
     ],
     "gaussian": of("moments_agree_with_adaptive_quadrature", "tanh relu"),
     "initializers": [

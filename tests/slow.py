@@ -8,9 +8,6 @@ from accelerator import of
 
 TABLE = {
     "attention": {
-        "pieces_equal_the_whole_and_decoding_equals_recomputing[rotary]": of(
-            "pieces_equal_the_whole_and_decoding_equals_recomputing", "learned"
-        ),
         "generate_continues_behind_the_last_real_token_wherever_padding_stands[learned_scanned]": of(
             "generate_continues_behind_the_last_real_token_wherever_padding_stands", "tied masked_logits"
         ),
@@ -127,6 +124,12 @@ TABLE = {
             "layers_of_one_array_keep_their_logs_however_they_are_taken_from_it", "by_index"
         ),
     },
+    "exact_models": {
+        "a_scan_of_400_sigmoid_layers": ["linen_sigmoid_net_of_60_layers"],
+        "models_of_others_where_float32_holds_the_gradient[lstms_over_200_steps_in_a_scan_over_4_layers]": of(
+            "models_of_others_where_float32_holds_the_gradient", "nnx_attention"
+        ),
+    },
     "experiments": {
         "tiny_version_holds[two_inputs]": of("tiny_version_holds", "catapult"),
     },
@@ -153,7 +156,10 @@ TABLE = {
         "combinators_of_ones_own_whose_paths_meet_equal_float64[repeated]": of(
             "combinators_of_ones_own_whose_paths_meet_equal_float64", "one_behind_the_other sum skip one_tap"
         ),
-        "layers_are_counted_by_their_weights[cells]": of("layers_are_counted_by_their_weights", "lstm"),
+        "layers_are_counted_by_their_weights[cells]": of("layers_are_counted_by_their_weights", "lstm conv attention"),
+        "residual_nets_transformers_and_recurrences_have_float64s_log_norms_at_every_tap[residual]": of(
+            "residual_nets_transformers_and_recurrences_have_float64s_log_norms_at_every_tap", "lstm"
+        ),
     },
     "jacobian": {
         "isometry_and_extremes_at_any_scale[4-1e-28]": of("isometry_and_extremes_at_any_scale", "4-1e+28 64-1e-28"),

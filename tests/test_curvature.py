@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import as_jax
+from conftest import as_jax, started
 from jax.flatten_util import ravel_pytree
 
 import fnn
@@ -34,9 +34,8 @@ def case(name, seed=0):
     net, shape = NETS[name]
     rng = np.random.default_rng(seed)
     x = as_jax(rng.normal(size=shape))
-    params, state = net.init(jax.random.key(seed), x)
-    params, state = jax.tree.map(lambda a: as_jax(a + 0.1 * rng.normal(size=a.shape), jnp.float64), (params, state))
-    return net, (params, state), (x, as_jax(rng.integers(0, 3, shape[0])))
+    state = jax.tree.map(lambda a: as_jax(a, np.float64), started(net.init, x, seed=seed))
+    return net, state, (x, as_jax(rng.integers(0, 3, shape[0])))
 
 
 def dense(net, state, batch, train=True):
