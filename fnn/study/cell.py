@@ -40,7 +40,7 @@ from fnn.study.provenance import settings
 from fnn.theory import gaussian
 
 VERSION = 3
-"""Of the programs: another one gives numbers that differ in their last digits, so that the study is another one."""
+"""Of the programs: raise it when numbers differ in their last digits, or rows are added, since the study is another one then."""
 
 
 class Measured(NamedTuple):
