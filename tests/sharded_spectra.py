@@ -76,8 +76,9 @@ def watched():
         return jnp.mean(fnn.losses.cross_entropy(x @ p["out"], y))
 
     def cut():
-        want_gradient, want = fnn.watch(loss).value_and_grad(params, x, y)
-        run = fnn.watch(loss, axis_name="d").value_and_grad
+        groups = ["gradient", "error", "activation", "kurtosis"]
+        want_gradient, want = fnn.watch(loss, groups=groups).value_and_grad(params, x, y)
+        run = fnn.watch(loss, groups=groups, axis_name="d").value_and_grad
         found, flow = jax.jit(jax.shard_map(run, mesh=AUTO, in_specs=(P(), P("d"), P("d")), out_specs=P()))(
             params, x, y
         )

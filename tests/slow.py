@@ -93,6 +93,9 @@ TABLE = {
     "diagnosis_search": {
         "a_loss_that_bfloat16_rounds_away": ["any_loss"],
     },
+    "diagnosis_report": {
+        "theory_of_a_report_is_that_of_this_width[batch_norm]": of("theory_of_a_report_is_that_of_this_width", "none"),
+    },
     "diff": {
         "ports_of_one_mlp_are_equal[linen]": of("ports_of_one_mlp_are_equal", "equinox"),
         "diff_forms/a_recurrent_net_in_a_scan_and_written_out": ["a_scan_over_blocks_is_equal_to_blocks_written_out"],
@@ -309,7 +312,7 @@ TABLE = {
     },
     "watch": {
         "gradients_are_those_of_jax[linen_transformer]": of(
-            "gradients_are_those_of_jax", "linen_mlp plain_mlp haiku_mlp by_index"
+            "gradients_are_those_of_jax", "linen_mlp plain_mlp haiku_mlp by_index fnn_residual"
         ),
     },
     "watch_deep": {
