@@ -55,9 +55,6 @@ TABLE = {
         ),
     },
     "cross_attention": {
-        "decoding_equals_the_forward_pass_token_by_token[learned_post_scanned]": of(
-            "decoding_equals_the_forward_pass_token_by_token", "rotary_pre"
-        ),
         "encoder_decoder_equals_flax[pre_f64]": of("encoder_decoder_equals_flax", "pre_f32"),
         "cross_attention_equals_flax_with_masks[f64]": of("cross_attention_equals_flax_with_masks", "f32"),
     },
