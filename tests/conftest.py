@@ -130,7 +130,8 @@ def pytest_sessionfinish(session):
 @pytest.fixture(autouse=True)
 def reseeded(request):
     """Let a test draw the same numbers from its file's generators whichever tests this process has run before it."""
-    seed = zlib.crc32(request.node.nodeid.partition("@")[0].encode())  # "@" and a group follow where workers share the tests
+    name, _, _ = request.node.nodeid.partition("@")  # behind it follows a group, where workers share the tests
+    seed = zlib.crc32(name.encode())
     for generator in vars(request.module).values():
         if isinstance(generator, np.random.Generator):
             generator.bit_generator.state = np.random.default_rng(seed).bit_generator.state
