@@ -121,6 +121,24 @@ def test_steps_that_go_up():
     assert measured(optax.scale_by_adam()).uphill and not measured(optax.adam(1e-3)).uphill
 
 
+def test_a_plan_with_another_optimiser_leaves_that_one_as_it_is():
+    """What scales gradients, or slows counters down, is for the optimiser that was given; pairs may hold both."""
+    sick = clipped(optax.sgd(optax.linear_schedule(0.3, 0.0, 3)), 1e-3)
+    other = {"optimizer": lambda: optax.adam(1e-2)}
+    got = ran(sick, gradients=Response(1e-3).unclipped, pace=0.25, **other)
+    np.testing.assert_array_equal(got.losses, ran(sick, **other).losses)
+
+
+def test_stacked_parameters_and_float64(x64):
+    net = fnn.serial(fnn.dense(4), fnn.repeat(fnn.dense(4), 3))
+    params = net.init(jax.random.key(0), jnp.zeros((2, 5)))[0]
+    assert abs(measured(clipped(optax.sgd(0.1)), params).norm / 0.003 - 1) < 1e-4
+    assert (
+        abs(measured(optax.adam(1e-3, eps=0.05), jax.tree.map(lambda a: a.astype(float), params)).eps / 0.05 - 1) < 0.01
+    )
+    assert measured(clipped(optax.sgd(0.1)), {"none": np.zeros((0, 3))}) == BOUNDLESS
+
+
 def test_low_precision():
     narrow = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), PARAMS)
     assert abs(measured(clipped(optax.sgd(0.1)), narrow).norm / 0.003 - 1) < 0.02

@@ -47,7 +47,7 @@ def test_toml_chains_tables_and_zips_axes(tmp_path):
         '[[grid]]\ndepth = [32, 64]\nwidth = "64,32"\nnorm = "batch_norm"\nzip = ["depth", "width"]\n'
     )
     read = grid.from_toml(path)
-    assert read.options == {"seeds": 3, "steps": [0, 100], "quantities": ["loss", "log10_error"]}
+    assert read.options == {"seeds": 3, "steps": [0, 100], "quantities": ("loss", "log10_error")}
     assert read.grid == grid.product(depth=[4, 16], activation=["tanh", "relu"]) + grid.product(
         norm="batch_norm"
     ) * grid.zip(depth=[32, 64], width=[64, 32])

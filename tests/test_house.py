@@ -40,6 +40,7 @@ FREE = {
         "there",
         "here",
         "fixed",
+        "grid.words",
     ),  # of JSON, or named
     *("static", "runs"),  # values of axes
     "run",  # of a file above

@@ -242,15 +242,10 @@ def _described(options: Study) -> Any:
         lists = {name: grid.span(values[name]) for name in AXES}
         points, arguments = grid.from_axes(lists, [word for word in options.measurement.zip.split(",") if word]), {}
     arguments |= {name: given[name] for name in ("seeds", "data", "chunk") if name in given}
-    for name in ("epochs", "steps"):
-        if name in given:
-            values = grid.span(given[name])
-            arguments[name] = values[0] if len(values) == 1 else values
+    arguments |= grid.words({name: given[name] for name in ("epochs", "steps", "quantities") if name in given})
     if {"epochs", "steps"} <= set(arguments):
         got = f"epochs {arguments['epochs']} and steps {arguments['steps']}"
         raise ValueError(f"study: epochs or steps say what is recorded, got {got}; leave one of them out")
-    if "quantities" in given:
-        arguments["quantities"] = tuple(word.strip() for word in given["quantities"].split(","))
     return study.Study(points, **arguments)
 
 

@@ -22,8 +22,6 @@ SCALES = 2.0 ** np.arange(-30, 31, 5)
 """The gradients that are tried have entries of about so much."""
 STEPS = 4
 """So many steps are added up: the first one of a warm-up is zero, as are most of those that accumulate gradients."""
-UNIT = 6
-"""Which of them is 1."""
 SHARP = 0.02
 """A clip's bend is sharp: steps are those of a straight line, or the limit, to this share. ε makes one that is rounder."""
 USUAL = 1e-5
@@ -91,8 +89,10 @@ def prepared(tx: optax.GradientTransformationExtraArgs, params: Any, steps: int)
     gradient = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(a.dtype), params)
     if any(a.dtype == jnp.float16 for a in jax.tree.leaves(params)):
         return lambda: BOUNDLESS
-    entries = np.concatenate([np.abs(np.asarray(g, np.float64)).ravel() for g in jax.tree.leaves(gradient)])
-    some = steps if steps * len(entries) <= MOST else 0
+    leaves = [np.asarray(g, np.float64) for g in jax.tree.leaves(gradient)]
+    size, length = sum(g.size for g in leaves), math.hypot(*map(np.linalg.norm, leaves))
+    largest = max((float(np.abs(g).max(initial=0)) for g in leaves), default=0.0)
+    some = steps if steps * size <= MOST else 0
 
     def measured(params, gradient):
         return _sizes(tx, params, gradient), _course(tx, params, gradient, some)
@@ -104,14 +104,15 @@ def prepared(tx: optax.GradientTransformationExtraArgs, params: Any, steps: int)
 
     def found() -> Response:
         sizes, course = jax.device_get(lowered.compile()(params, gradient))
-        return _read(np.asarray(sizes, np.float64), entries)._replace(**_read_course(sizes[UNIT, 2], *course))
+        bounds = _read(np.asarray(sizes, np.float64), size, length, largest)
+        return bounds._replace(**_read_course(sizes[SCALES == 1, 2], *course))
 
     return found
 
 
 def _read_course(along: np.ndarray, norms: np.ndarray, numbers: np.ndarray) -> dict[str, Any]:
     """Read from the first steps where they go, from all norms of steps where they end, and from the last state who counts."""
-    said = {"uphill": bool(along > 0)}
+    said = {"uphill": bool((along > 0).all())}
     if not len(norms) or not np.isfinite(norms).all():
         return said
     ended = int(np.max(np.flatnonzero(norms > OVER * norms.max()), initial=-1)) + 1
@@ -119,7 +120,8 @@ def _read_course(along: np.ndarray, norms: np.ndarray, numbers: np.ndarray) -> d
     return said | ({"ends": ended, "counts": counts} if 0 < ended <= len(norms) // 2 else {})
 
 
-def _read(sizes: np.ndarray, entries: np.ndarray) -> Response:
+def _read(sizes: np.ndarray, size: int, length: float, entry: float) -> Response:
+    """Read the bounds from what each scale gave, for a gradient of so many entries, of that norm and that largest entry."""
     sizes = sizes[:, :2]
     if not np.isfinite(sizes).all() or not (sizes > 0).all():
         return BOUNDLESS
@@ -127,14 +129,13 @@ def _read(sizes: np.ndarray, entries: np.ndarray) -> Response:
     slope = sizes[0] / SCALES[0]
     if not (_close(norms[1], slope[0] * SCALES[1]) and _close(norms[-1], norms[-2])):
         return BOUNDLESS  # no line at first, or no end of it
-    norm, entry = (_sharp(values, s) for values, s in zip((norms, largest), slope, strict=True))
-    if norm:
-        return Response(float(np.linalg.norm(entries) * norms[-1] / slope[0]), size=len(entries))
-    ends = float(entries.max() * largest[-1] / slope[1])
-    if entry:
-        return Response(ends, entries=True, size=len(entries))
-    alike = _close(norms[-1], largest[-1] * math.sqrt(len(entries)))  # steps of one size, as Adam's
-    return Response(eps=ends, size=len(entries)) if alike else Response()
+    if _sharp(norms, slope[0]):
+        return Response(float(length * norms[-1] / slope[0]), size=size)
+    bend = float(entry * largest[-1] / slope[1])
+    if _sharp(largest, slope[1]):
+        return Response(bend, entries=True, size=size)
+    alike = _close(norms[-1], largest[-1] * math.sqrt(size))  # steps of one size, as Adam's
+    return Response(eps=bend, size=size) if alike else BOUNDLESS
 
 
 def _close(a: float, b: float) -> bool:
@@ -151,11 +152,11 @@ def _sizes(tx: optax.GradientTransformationExtraArgs, params: Any, gradient: Any
 
     def moved(given: tuple[jax.Array, jax.Array]) -> Any:
         scale, whole = given
-        seen = _times(params, whole)
+        seen = times(params, whole)
 
         def step(_: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             state, total = carry
-            updates, state = admission.update("diagnose", tx, _times(gradient, scale), state, seen)
+            updates, state = admission.update("diagnose", tx, times(gradient, scale), state, seen)
             return state, jax.tree.map(lambda a, u: a + u.astype(a.dtype), total, updates)
 
         none = jax.tree.map(lambda a: jnp.zeros(a.shape, tree.statistics_dtype(a.dtype)), params)
@@ -192,5 +193,6 @@ def _course(
     return norms, jnp.array(numbers, jnp.int32)
 
 
-def _times(tree_: Any, factor: jax.Array) -> Any:
+def times(tree_: Any, factor: jax.Array) -> Any:
+    """Multiply every array of a tree, in its own dtype."""
     return jax.tree.map(lambda a: jnp.asarray(a) * factor.astype(a.dtype), tree_)

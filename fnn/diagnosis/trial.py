@@ -14,7 +14,7 @@ import optax
 from fnn import admission, lowering, tree
 from fnn.datasets.dataset import Dataset
 from fnn.diagnosis.case import Case, Plan
-from fnn.diagnosis.response import BOUNDLESS, Response, counted, prepared
+from fnn.diagnosis.response import BOUNDLESS, Response, counted, prepared, times
 from fnn.diagnosis.weights import keeping, redrawn
 from fnn.training.depth import per_depth
 from fnn.training.extra import offered
@@ -186,7 +186,8 @@ class Runner:
         pool = Dataset(*jax.tree.map(lambda a, b: np.concatenate([a, b]), tuple(case.train), tuple(case.chooses)))
         steps = 1 + np.arange(self._steps(plan))
         rates = np.float32(plan.rate * np.minimum(1.0, steps / max(1.0, plan.warm * len(steps))))
-        limits = jnp.float32(plan.clip), jnp.float32(plan.gradients)
+        scale = plan.gradients if plan.optimizer is None else 1.0  # which is for the optimiser that was given
+        limits = jnp.float32(plan.clip), jnp.float32(scale)
         return params, states, keys, orders, rates, limits, pool, case.checks
 
     def changed(self, plan: Plan) -> Case:
@@ -226,9 +227,6 @@ class Runner:
         first, (clip, scale) = params, limits
         whole = jnp.minimum(scale, 1)
 
-        def times(tree_, factor):
-            return jax.tree.map(lambda a: a * factor.astype(a.dtype), tree_)
-
         def rows(index):
             return jax.tree.map(lambda a: jnp.asarray(a)[index], tuple(pool))
 
@@ -242,7 +240,7 @@ class Runner:
 
             (value, new), grads = jax.value_and_grad(objective, has_aux=True)(params)
             norm = tree.norm(grads)
-            if plan.pace < 1:
+            if plan.pace < 1 and plan.optimizer is None:
                 opt_state = counted(opt_state, self.response.counts, jnp.floor(t * plan.pace))
             grads = times(grads, jnp.where(norm > clip, clip / norm, 1.0))
             extra = offered(value, grads, lambda p: objective(p)[0], lambda p: jax.grad(objective, has_aux=True)(p)[0])

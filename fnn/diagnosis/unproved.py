@@ -26,14 +26,14 @@ def low(chance: float) -> float:
     return chance + max(0.05, 0.1 * (1 - chance))
 
 
-def measured(inquiry: Inquiry, cause: str) -> tuple[Evidence, ...]:
+def evidence_of(inquiry: Inquiry, cause: str) -> tuple[Evidence, ...]:
     """List what was measured of a cause."""
     return tuple(e for e in inquiry.evidence if e.cause == cause)
 
 
 def empty_inputs(inquiry: Inquiry, ill: bool) -> Cause | None:
     """Name inputs that are equal for all examples: no training can tell these apart, so that none is a proof."""
-    empty = tuple(e for e in measured(inquiry, "input_empty") if not e.partial)
+    empty = tuple(e for e in evidence_of(inquiry, "input_empty") if not e.partial)
     remedy = "# look at how x is read: it is the same for every example"
     return Cause("input_empty", empty, None, remedy, 0.0) if empty else None
 
@@ -55,7 +55,7 @@ def _nothing_told(inquiry: Inquiry) -> str:
 
 def empty_features(inquiry: Inquiry, ill: bool) -> Cause | None:
     """Name inputs most of which are constant, where the rest of them tells nothing of the targets."""
-    empty = tuple(e for e in measured(inquiry, "input_empty") if e.partial)
+    empty = tuple(e for e in evidence_of(inquiry, "input_empty") if e.partial)
     if not ill or not empty or not (near := _nothing_told(inquiry)):
         return None
     evidence = (*empty, Evidence("input_empty", f"score {near}"))
@@ -79,7 +79,7 @@ def unrelated_targets(inquiry: Inquiry, ill: bool) -> Cause | None:
 def _lost_numbers(inquiry: Inquiry, ill: bool, trained: bool) -> Cause | None:
     if not ill or not (bad := inquiry.broken(trained=trained)):
         return None
-    evidence = measured(inquiry, "numerics") or (Evidence("numerics", f"the loss is not finite: {bad}"),)
+    evidence = evidence_of(inquiry, "numerics") or (Evidence("numerics", f"the loss is not finite: {bad}"),)
     return Cause("numerics", evidence, None, f"# {bad}", 0.0)
 
 
@@ -95,7 +95,7 @@ def numbers_lost_in_training(inquiry: Inquiry, ill: bool) -> Cause | None:
 
 def one_output(inquiry: Inquiry, ill: bool) -> Cause | None:
     """Name a last layer whose output cannot differ between examples."""
-    evidence = measured(inquiry, "head")
+    evidence = evidence_of(inquiry, "head")
     remedy = "# leave out what follows the last layer: a norm, or a softmax, over one unit gives one number"
     return Cause("head", evidence, None, remedy, 0.0) if ill and inquiry.begun.constant and evidence else None
 
@@ -103,13 +103,13 @@ def one_output(inquiry: Inquiry, ill: bool) -> Cause | None:
 def unread_labels(inquiry: Inquiry, ill: bool) -> Cause | None:
     """Name labels that the loss cannot read; a score that reads them as the loss does shows no repair."""
     remedy = "y = np.searchsorted(np.unique(y_train), y)  # and in the score"
-    evidence = measured(inquiry, "label_encoding")
+    evidence = evidence_of(inquiry, "label_encoding")
     return Cause("label_encoding", evidence, None, remedy, 0.0) if inquiry.begun.unread else None
 
 
 def labels_without_a_minimum(inquiry: Inquiry, ill: bool) -> Cause | None:
     """Name labels for which the loss falls for ever."""
-    evidence = measured(inquiry, "label_encoding")
+    evidence = evidence_of(inquiry, "label_encoding")
     endless = run_symptoms.endless(inquiry.base.outcome.losses)
     remedy = "y = (y - y.min()) / (y.max() - y.min())  # and in the score"
     return Cause("label_encoding", evidence, None, remedy, 0.0) if endless and evidence else None
@@ -119,7 +119,7 @@ def one_label_alone(inquiry: Inquiry, ill: bool) -> Cause | None:
     """Name a loss that reads one label and no other."""
     remedy = "# the loss reads one label alone: look at its mask, or at its weights"
     ignored = inquiry.begun.reads.ignored
-    return Cause("loss", measured(inquiry, "loss"), None, remedy, 0.0) if ignored else None
+    return Cause("loss", evidence_of(inquiry, "loss"), None, remedy, 0.0) if ignored else None
 
 
 def every_pair(inquiry: Inquiry, ill: bool) -> Cause | None:
@@ -128,12 +128,12 @@ def every_pair(inquiry: Inquiry, ill: bool) -> Cause | None:
         "# outputs and targets of one shape, or each is compared with all: y.reshape(outputs.shape); the loss of each "
         "example first, the mean over examples last"
     )
-    return Cause("loss", measured(inquiry, "loss"), None, remedy, 0.0) if ill and inquiry.begun.unpaired else None
+    return Cause("loss", evidence_of(inquiry, "loss"), None, remedy, 0.0) if ill and inquiry.begun.unpaired else None
 
 
 def no_gradient(inquiry: Inquiry, ill: bool) -> Cause | None:
     """Name what cuts the gradient where no change put it back."""
-    evidence = measured(inquiry, "blocked_gradient")
+    evidence = evidence_of(inquiry, "blocked_gradient")
     remedy = (
         "# round, sign, floor, argmax and integers have no gradient: replace it, or x + stop_gradient(round(x) - x)"
     )
@@ -148,7 +148,7 @@ def no_positions(inquiry: Inquiry, ill: bool) -> Cause | None:
         return None
     remedy = "# add to the inputs of the first block a vector that differs from position to position"
     remedy += ": encoding[None, :, :], not encoding[:, None, :]" * begun.placed
-    return Cause("positions", measured(inquiry, "positions"), None, remedy, 0.0)
+    return Cause("positions", evidence_of(inquiry, "positions"), None, remedy, 0.0)
 
 
 EARLY: tuple[Rule, ...] = (empty_features, unrelated_targets, numbers_lost_at_the_start, one_output)

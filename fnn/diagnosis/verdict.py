@@ -8,7 +8,7 @@ from fnn.diagnosis.causes import STAGE, WEAK, Cause
 from fnn.diagnosis.change import Change
 from fnn.diagnosis.inquiry import DONE, LEAST, NOTHING, Inquiry, Tried, margin
 from fnn.diagnosis.parts import taught
-from fnn.diagnosis.unproved import low, measured
+from fnn.diagnosis.unproved import evidence_of, low
 
 SHARE = 0.7
 """The share of the best rise that a repair must reach."""
@@ -82,7 +82,7 @@ def main(inquiry: Inquiry, tried: Tried) -> str:
 
 def _hidden(inquiry: Inquiry) -> list[Cause]:
     """Name held-out data that differ from the training data, which a repair that learns held-out data cannot test."""
-    evidence = measured(inquiry, "split_mismatch")
+    evidence = evidence_of(inquiry, "split_mismatch")
     code = next(
         (t.change.code for t in inquiry.tried.values() if t.plan.data and "split_mismatch" in t.change.causes), ""
     )
@@ -143,7 +143,7 @@ def proof(inquiry: Inquiry, cause: str, tried: Tried) -> Cause | None:
     lifted = float(np.mean(cured.checks > before + least))
     if float(np.mean(cured.checks)) - before <= least or lifted < 0.6:
         return None
-    if not measured(inquiry, cause) and (
+    if not evidence_of(inquiry, cause) and (
         lifted < 1  # luck of some seeds
         or min(tried.scores) <= inquiry.base.mean
         or tried.mean - inquiry.base.mean < CLEAR * (1 - inquiry.base.mean)
@@ -152,7 +152,7 @@ def proof(inquiry: Inquiry, cause: str, tried: Tried) -> Cause | None:
         return None
     if inquiry.shows(cause, tried.plan, cured):
         return None
-    return Cause(cause, measured(inquiry, cause), tried.trial(cause, cured.checks), tried.change.code, lifted)
+    return Cause(cause, evidence_of(inquiry, cause), tried.trial(cause, cured.checks), tried.change.code, lifted)
 
 
 def both(inquiry: Inquiry) -> list[Cause]:
@@ -237,7 +237,7 @@ def _proved(inquiry: Inquiry, whole: Tried, parts: dict[str, Change]) -> list[Ca
         return []
     lifted = float(np.mean(cured.checks > np.mean(sick.checks) + least))
     trial = whole.trial(next(iter(parts)), cured.checks)
-    return [Cause(cause, measured(inquiry, cause), trial, part.code, lifted) for cause, part in parts.items()]
+    return [Cause(cause, evidence_of(inquiry, cause), trial, part.code, lifted) for cause, part in parts.items()]
 
 
 def adds(inquiry: Inquiry, found: list[Cause], working: list[Tried]) -> dict[str, float]:

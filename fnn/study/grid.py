@@ -151,13 +151,19 @@ def from_toml(path: str | Path) -> Recipe:
     tables = [tables] if isinstance(tables, dict) else tables
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ValueError(f"study: grid in {path} must be [[grid]] tables of axes, got {tables!r}")
+    return Recipe(chain(*(_table(table) for table in tables)), words(options))
+
+
+def words(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the words of a study's options besides its axes: lists of epochs, steps and quantities."""
+    found = dict(options)
     for name in ("epochs", "steps"):
-        if isinstance(options.get(name), str):
-            values = span(options[name])
-            options[name] = values[0] if len(values) == 1 else values
-    if isinstance(names := options.get("quantities"), str):
-        options["quantities"] = [name.strip() for name in names.split(",")]
-    return Recipe(chain(*(_table(table) for table in tables)), options)
+        if isinstance(found.get(name), str):
+            values = span(found[name])
+            found[name] = values[0] if len(values) == 1 else values
+    if isinstance(names := found.get("quantities"), str):
+        found["quantities"] = tuple(name.strip() for name in names.split(","))
+    return found
 
 
 def from_axes(axes: Mapping[str, Sequence[Value]], zipped: Sequence[str] = ()) -> Grid:
