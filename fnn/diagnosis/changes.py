@@ -89,7 +89,7 @@ def _initialised(case: Case, gain: float) -> str:
 
 def _of_rate(case: Case) -> list[Change]:
     found = []
-    for factor in (0.1, 0.01, 0.3, 10.0, 100.0, 3.0, 1000.0):
+    for factor in (0.1, 0.01, 0.3, 10.0, 100.0, 3.0, 1000.0, 10000.0):
         cause = ("lr_high",) if factor < 1 else ("lr_low",)
         code = f"learning_rate={case.rate * factor:.3g}" if case.rate is not None else f"learning_rate *= {factor:g}"
         found.append(
