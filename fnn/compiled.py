@@ -4,14 +4,20 @@
 that is built a second time, and keeps the programs of nets that are gone. Here two functions are equal if their code is,
 and by value what they close over, their defaults, and the global names that they read. Functions of JAX, NumPy and fnn
 count as fixed. If any part cannot be read for sure (an array, an object with a state of its own, a module of the
-user's), the net is known by its identity, as `jax.jit` knows it.
+user's), the net is known by its identity, as `jax.jit` knows it, and its programs go when it goes.
+
+What stays is JAX's own: it keeps a program of 1 to 3 MB for each new shape that an operation outside of `jit` sees, such as
+the draws of `init`, thousands of them. A loop over very many sizes of nets frees these with `jax.clear_caches()`.
 """
 
 import builtins
+import contextlib
 import dis
 import functools
 import sys
 import types
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,7 +27,9 @@ import numpy as np
 from fnn import mapped
 
 SHARED, OWN = 64, 16
-"""How many programs are kept: of nets that could be read, and of those known by identity, which may hold arrays."""
+"""How many compiled functions are kept: of nets that could be read, and of those known by identity, which may hold arrays."""
+SHAPES = 32
+"""For how many shapes of its arrays each is kept."""
 LIBRARIES = {"fnn", "jax", "jaxlib", "numpy", "optax", "flax", "math", "functools", "operator", "itertools", "builtins"}
 
 
@@ -38,8 +46,43 @@ def program(function: Callable[..., Any], statics: tuple[Any, ...], keep: bool =
     try:
         jitted = _shared(function, key(statics))
     except Unreadable:
-        jitted = (_own if keep else _own.__wrapped__)(function, statics)
-    return functools.partial(jitted, _Static(statics))
+        jitted = _kept(function, statics) if keep else _compile(function, statics)
+
+    def run(*arrays):
+        static = _Static(statics)
+        try:
+            return jitted(static, *arrays)
+        finally:
+            static.values = ()  # JAX keeps static arguments long after the program is gone
+
+    return run
+
+
+def limited(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Do `jax.jit(function, **options)`, and forget its programs once there are more than `SHAPES`.
+
+    For functions of a module that see arrays of ever new shapes, those of each net: `jax.jit` would keep thousands.
+    """
+    programs = 0
+
+    @functools.wraps(function)
+    def counted(*args, **kwargs):  # runs when it is traced
+        nonlocal programs
+        programs += 1
+        return function(*args, **kwargs)
+
+    jitted: Any = jax.jit(counted, **options)
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        nonlocal programs
+        out = jitted(*args, **kwargs)
+        if programs > SHAPES:
+            programs = 0
+            jitted.clear_cache()
+        return out
+
+    return run
 
 
 def traced(arrays: Any) -> bool:
@@ -61,7 +104,8 @@ class Unreadable(Exception):
 
 class _Static:
     """Statics on their way into a trace. All are alike to `jit`, which has one program for equal ones: what is traced
-    are those of the caller, as they are now, not as they were when the program was first compiled."""
+    are those of the caller, as they are now, not as they were when the program was first compiled. After the call they
+    are taken out."""
 
     def __init__(self, values: tuple[Any, ...]):
         self.values = values
@@ -78,11 +122,36 @@ def _compile(function: Callable[..., Any], _: Any) -> Any:
         return mapped.auto(functools.partial(function, *static.values))(*arrays)
 
     run.__name__ = function.__name__
-    return jax.jit(run, static_argnums=0)
+    return limited(run, static_argnums=0)
 
 
 _shared = functools.lru_cache(SHARED)(_compile)
-_own = functools.lru_cache(OWN)(_compile)
+_own: OrderedDict[Any, Any] = OrderedDict()
+"""Programs by function and statics, the newest last."""
+
+
+def _kept(function: Callable[..., Any], statics: tuple[Any, ...]) -> Any:
+    """Compile for statics that are known by identity: once any of them is gone, nobody can ask for the program again."""
+    own = _own  # at the interpreter's end no module has its names any more
+
+    def gone(_):
+        own.pop(key, None)
+
+    key = function, _weakly(statics, gone)
+    own[key] = jitted = own.pop(key, None) or _compile(function, statics)
+    if len(own) > OWN:
+        own.popitem(last=False)
+    return jitted
+
+
+def _weakly(value: Any, gone: Callable[[Any], None]) -> Any:
+    """Replace what is equal to itself alone by a weak reference to it, in tuples too."""
+    if isinstance(value, tuple):
+        return type(value), *(_weakly(part, gone) for part in value)
+    if type(value).__hash__ is object.__hash__:
+        with contextlib.suppress(TypeError):  # it takes none, like `None`
+            return weakref.ref(value, gone)
+    return value
 
 
 class _Reader:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from fnn import lowering, mapped
+from fnn import compiled, lowering, mapped
 from fnn.check import contents, describe
 
 PyTree = Any
@@ -140,7 +140,7 @@ def count_of_all(leaves: Sequence[ArrayLike]) -> jax.Array:
 
 for _function in (norm_of_all, count_of_all):  # names that no function of a user's has
     _function.__name__ = f"fnn.tree.{_function.__name__}"
-_JITTED = {function: jax.jit(function) for function in (norm_of_all, count_of_all)}
+_JITTED = {function: compiled.limited(function) for function in (norm_of_all, count_of_all)}
 WHOLE: dict[str, Callable[[Sequence[ArrayLike]], jax.Array]] = {function.__name__: function for function in _JITTED}
 """Functions of all arrays of a tree at once, the same however these are cut or stacked. Each is one operation of that name
 in a program, by which `lift` knows it."""
@@ -174,7 +174,7 @@ def _lengths_jvp(axes, primals, tangents):
     return jax.jvp(functools.partial(_relative_lengths, axes=axes), primals, tangents)
 
 
-_lengths_jitted = jax.jit(_lengths, static_argnums=1)
+_lengths_jitted = compiled.limited(_lengths, static_argnums=1)
 
 
 def _relative_lengths(leaves: list[jax.Array], axes: Any) -> list[jax.Array]:

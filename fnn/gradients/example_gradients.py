@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fnn import check, lowering, mapped, tree
+from fnn import check, compiled, lowering, mapped, tree
 from fnn.tree import PyTree
 
 
@@ -89,7 +89,7 @@ class PerExampleGradients:
     """Shape and dtype of every parameter array, and how many depth axes it has."""
     routes: tuple[Route, ...] = flax.struct.field(pytree_node=False)
 
-    @functools.partial(jax.jit, static_argnames="per_leaf")
+    @functools.partial(compiled.limited, static_argnames="per_leaf")
     def squared_norms(self, per_leaf: bool = False) -> PyTree:
         """Take |g_i|² over all parameters: float[batch]; `per_leaf` of each: float[batch], below `repeat` [depth, batch].
 
@@ -97,19 +97,19 @@ class PerExampleGradients:
         """
         return jax.tree.map(jnp.square, self.norms(per_leaf))
 
-    @functools.partial(jax.jit, static_argnames="per_leaf")
+    @functools.partial(compiled.limited, static_argnames="per_leaf")
     def norms(self, per_leaf: bool = False) -> PyTree:
         """Take |g_i|, shapes as in `squared_norms`; right wherever the norm itself is a float."""
         norms = self._norms()
         return self._unflatten(norms) if per_leaf else self._total(norms)
 
-    @jax.jit
+    @compiled.limited
     def mean(self) -> PyTree:
         """Average: sum_i g_i / batch, like params. It is the gradient of the mean loss."""
         w = None if self.share == self.batch else jnp.full(self.batch, self.share / self.batch)
         return self._sum([w] * len(self.leaves))
 
-    @jax.jit
+    @compiled.limited
     def weighted_sum(self, w: ArrayLike) -> PyTree:
         """Take sum_i w_i g_i, like params; w: float[batch]."""
         w = jnp.asarray(w)
@@ -123,7 +123,7 @@ class PerExampleGradients:
             return self._sum(every, "balanced")
         return jax.lax.cond(near, lambda: self._sum(every), lambda: self._sum(every, "balanced"))
 
-    @jax.jit
+    @compiled.limited
     def weighted_mean(self, w: ArrayLike) -> PyTree:
         """Take sum_i w_i g_i / sum_i w_i, like params; w: float[batch]."""
         w = jnp.asarray(w)
@@ -140,7 +140,7 @@ class PerExampleGradients:
         check.above_zero("clipped_mean", max_norm=max_norm)
         return self._clipped_mean(max_norm, per_layer, skip_nonfinite)
 
-    @functools.partial(jax.jit, static_argnames=("per_layer", "skip_nonfinite"))
+    @functools.partial(compiled.limited, static_argnames=("per_layer", "skip_nonfinite"))
     def _clipped_mean(self, max_norm: ArrayLike, per_layer: bool, skip_nonfinite: bool) -> Clipped:
         each = self._norms()
         whole = self._total(each)
@@ -159,7 +159,7 @@ class PerExampleGradients:
         counts = [jnp.sum(n, dtype=jnp.float32) for n in (~finite, whole == 0)]
         return Clipped(mean, jnp.asarray(clipped, jnp.float32), bias, *counts)
 
-    @jax.jit
+    @compiled.limited
     def gram(self) -> jax.Array:
         """Take all inner products <g_i, g_j>: float[batch, batch]. One outside float32's range is 0 or inf.
 
@@ -168,7 +168,7 @@ class PerExampleGradients:
         gram, scale = self._gram()
         return gram * (self.share * scale)[:, None] * (self.share * scale)
 
-    @jax.jit
+    @compiled.limited
     def cosines(self) -> jax.Array:
         """Take <g_i, g_j>/(|g_i||g_j|): float[batch, batch]; 0 where a gradient is zero."""
         gram, _ = self._gram()
@@ -176,7 +176,7 @@ class PerExampleGradients:
         inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), norms)
         return gram * inverse[:, None] * inverse
 
-    @jax.jit
+    @compiled.limited
     def moments(self, unit: ArrayLike = 1) -> Moments:
         """Estimate trace cov(g_i) and |E g|² of every parameter array; see `variance` and `signal_to_noise`.
 
@@ -184,7 +184,7 @@ class PerExampleGradients:
         """
         return self.estimates().moments(unit)
 
-    @functools.partial(jax.jit, static_argnames="per_leaf")
+    @functools.partial(compiled.limited, static_argnames="per_leaf")
     def variance(self, per_leaf: bool = False) -> PyTree:
         """Estimate the trace of the covariance of g_i: sum_i |g_i - mean|² / (batch - 1), unbiased.
 
@@ -194,7 +194,7 @@ class PerExampleGradients:
         found = self.estimates()
         return (found if per_leaf else total(found)).moments().trace
 
-    @functools.partial(jax.jit, static_argnames="per_leaf")
+    @functools.partial(compiled.limited, static_argnames="per_leaf")
     def signal_to_noise(self, per_leaf: bool = False) -> PyTree:
         """Estimate |E g|² / trace cov(g): its inverse is the batch size at which noise and signal are equal.
 
@@ -204,7 +204,7 @@ class PerExampleGradients:
         found = self.estimates()
         return (found if per_leaf else total(found)).ratio()
 
-    @jax.jit
+    @compiled.limited
     def materialize(self) -> PyTree:
         """Store all gradients, as `vmap(grad(loss))` does: a tree like params, each leaf with a leading axis of batch."""
         found = [self.share * leaf.materialize() for leaf in self.leaves]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn import mapped
+from fnn import compiled, mapped
 from fnn.datasets.dataset import Dataset, shuffled
 
 LONGEST = 128
@@ -57,4 +57,4 @@ def finite(params: Any) -> jax.Array:
     return jnp.all(jnp.stack(leaves)) if leaves else jnp.array(True)
 
 
-jitted_finite = jax.jit(mapped.auto(finite))
+jitted_finite = compiled.limited(mapped.auto(finite))
