@@ -118,8 +118,9 @@ def focal(gamma: float) -> Loss[jax.Array]:
     def of(logits, labels):
         loss = _entropy(logits, labels)
         wrong = -jnp.expm1(-loss)  # 1 - p
-        # 0^gamma has no finite slope for gamma < 1; the product's is 0 there.
-        return jnp.where(wrong > 0, jnp.where(wrong > 0, wrong, 1) ** gamma * loss, 0)
+        # 0^gamma has no finite slope for gamma < 1; the product's is 0 there. NaN is not right: it stays.
+        right = wrong <= 0
+        return jnp.where(right, 0, jnp.where(right, 1, wrong) ** gamma * loss)
 
     return _of_classes(f"focal({gamma:g})", of)
 

@@ -1,7 +1,7 @@
 """`diff`: where do two losses begin to differ, layer by layer, forward and backward? For ports and refactorings."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,12 +11,16 @@ import numpy as np
 from fnn import arrays, check, compiled
 from fnn.gradients.difference import QUANTITIES, Both, Compared, Difference
 from fnn.gradients.pairing import Distance, beside, distance, paired, relative, role
-from fnn.gradients.sides import WHOLE, LayerOf, side
+from fnn.gradients.sides import EACH, WHOLE, LayerOf, Side, side
 from fnn.tasks import ScalarLoss
 from fnn.tree import PyTree
 
 MARGIN = 5.0
 """How many times what rounding gives a difference must be, so that it counts."""
+FLOOR = 100
+"""How many units in the last place of the whole gradient a parameter's gradient may be wrong by: below a batch norm a bias's is
+rounding alone."""
+TOGETHER = "the parameters outside of products"
 
 
 def diff(
@@ -43,7 +47,10 @@ def diff(
     A difference counts if it is larger than 5 times what rounding gives: the change when every parameter and input of
     `loss_a` is moved by one unit in the last place, or eps·max(1, √fan_in / 16), whichever is larger; or larger than
     `tolerance`. Gradients jump where a ReLU's argument near 0 changes sides: where forward values are equal, a difference
-    no larger than the jumps that moving by √eps gives does not count, and the note says so. Products are computed with full
+    no larger than the jumps that moving by √eps gives does not count, and the note says so. The whole gradients of parameters
+    are compared too, all uses added up and biases and scales of norms among them: each by itself where both sides have the same
+    paths, shapes and numbers, else those outside of products together by their sorted entries, which neither an order nor a
+    swap changes; there 500 units in the last place of the whole gradient count as rounding. Products are computed with full
     precision (`jax.default_matmul_precision("highest")`).
 
     All values of both losses are held in memory. For the host.
@@ -111,11 +118,47 @@ def _compared(
     losses = _numbers("loss", value_a, value_b, value_moved, eps, tolerance)
     whole = _numbers("gradient", seen_a[WHOLE], seen_b[WHOLE], seen_moved[WHOLE], eps, tolerance)
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(params)) for params in (params_a, params_b)]
-    if sizes[0] != sizes[1] or any(row.note.startswith("within its jumps") for row in compared):
+    jumps = any(row.note.startswith("within its jumps") for row in compared)
+    if sizes[0] != sizes[1] or jumps:
         whole = whole._replace(differs=False)  # not the same parameters, or rounding of another kind
+    each = (
+        () if jumps else tuple(_parameters(sides, (params_a, params_b), (seen_a, seen_b, seen_moved), eps, tolerance))
+    )
     left = [tuple(names[k][i] for i in range(len(names[k])) if not any(i in pair[k] for pair in found)) for k in (0, 1)]
     alone = [tuple(one.alone) for one in sides]
-    return Difference(tuple(compared), losses, whole, *left, *alone)
+    return Difference(tuple(compared), losses, whole, *left, *alone, each)
+
+
+def _parameters(
+    sides: tuple[Side, Side], params: Any, seen: Any, eps: float, tolerance: float | None
+) -> Iterator[Compared]:
+    """Compare the whole gradients of parameters: each by itself where both sides have the same, with the same numbers.
+
+    Else, as in ports, those outside of products together, by their sorted entries.
+    """
+    names, leaves = [one.names for one in sides], [list(map(_wide, jax.tree.leaves(p))) for p in params]
+    grads = [list(map(_wide, one[EACH])) for one in seen]
+    near = tolerance or 20 * eps
+    if names[0] == names[1] and all(
+        x.shape == y.shape and relative(x, y) <= near for x, y in zip(*leaves, strict=True)
+    ):
+        found = list(zip(names[0], *grads, strict=True))
+    else:
+        chosen = [[name in one.alone for name in one.names] for one in (*sides, sides[0])]
+        parts = [[g.ravel() for g, yes in zip(*pair, strict=True) if yes] for pair in zip(grads, chosen, strict=True)]
+        pooled = [np.sort(np.concatenate([np.zeros(0), *part])) for part in parts]
+        found = [(TOGETHER, *pooled)] if pooled[0].size == pooled[1].size > 0 else []
+    whole = float(np.asarray(seen[0][WHOLE], np.float64))
+    for name, x, y, moved in found:
+        size = max(float(np.linalg.norm(x)), float(np.linalg.norm(y)))
+        rounding = max(relative(x, moved), eps, FLOOR * eps * whole / size if size else 0)
+        apart = relative(x, y)
+        differs = apart > max(tolerance or 0, MARGIN * rounding)
+        yield Compared(0, name, name, "gradient", apart, rounding, differs, "")
+
+
+def _wide(a: Any) -> np.ndarray:
+    return np.asarray(a, np.float64)
 
 
 def _numbers(name: str, a: Any, b: Any, moved: Any, eps: float, tolerance: float | None) -> Both:

@@ -56,11 +56,14 @@ class Difference:
     alone_a: tuple[str, ...]
     """Parameters that are no factor of a product (biases, scales of norms): seen only by what they do to outputs, and in the norm of the gradient."""
     alone_b: tuple[str, ...]
+    parameters: tuple[Compared, ...] = ()
+    """Whole gradients of parameters, all their uses added up, with layer 0: of each, or of those outside of products together."""
 
     @property
     def equal(self) -> bool:
         """Whether all layers have partners and nothing differs by more than rounding."""
-        differs = self.loss.differs or self.gradient.differs or any(row.differs for row in self.compared)
+        rows = (*self.compared, *self.parameters)
+        differs = self.loss.differs or self.gradient.differs or any(row.differs for row in rows)
         return not (differs or self.unpaired_a or self.unpaired_b)
 
     @property
@@ -86,7 +89,7 @@ class Difference:
         return {*layers[:6], *layers[-6:], *(n for b in begin for n in range(b - 3, b + 4))}
 
     def rows(self) -> list[Compared]:
-        """List everything that was compared, in forward order."""
+        """List all that was compared of pairs of layers, in forward order."""
         return list(self.compared)
 
     def table(self) -> "polars.DataFrame":
@@ -154,8 +157,22 @@ def _verdict(found: Difference) -> str:
             f"forward values are equal to rounding; gradients differ from {start} on: of {_name(row)} by "
             f"{row.difference:.2g} (rounding: {row.rounding:.1g}){note}{losses}{rest}"
         )
+    odd = [row for row in found.parameters if row.differs]
+    names = ", ".join(row.path_a for row in odd[:6])
+    whose = f"the whole gradient of {names}" if odd else "the norm of the whole gradient"
+    if found.loss.differs and (odd or found.gradient.differs):
+        return (
+            f"all layers are equal to rounding, the losses and {whose} are not: one has a term of the parameters themselves, "
+            f"such as a penalty{rest}"
+        )
     if found.loss.differs:
         return f"all layers are equal to rounding, the losses are not: what follows the last layer computes something else{rest}"
+    if odd:
+        worst = max(odd, key=lambda row: row.difference)
+        return (
+            f"all layers are equal to rounding, {whose} is not: it differs by {worst.difference:.2g} (rounding: "
+            f"{worst.rounding:.1g}); look at parameters outside of products, and at weights that are used elsewhere too{rest}"
+        )
     if found.gradient.differs:
         names = ", ".join((found.alone_a or found.alone_b)[:6])
         return (

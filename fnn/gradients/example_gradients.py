@@ -209,7 +209,7 @@ class PerExampleGradients:
         """Store all gradients, as `vmap(grad(loss))` does: a tree like params, each leaf with a leading axis of batch."""
         found = [self.share * leaf.materialize() for leaf in self.leaves]
         return self._unflatten(
-            [g.reshape(-1, *spec.shape).astype(spec.dtype) for g, (spec, _) in self._with_specs(found)]
+            [g.reshape(self.batch, *spec.shape).astype(spec.dtype) for g, (spec, _) in self._with_specs(found)]
         )
 
     def __getitem__(self, key: Hashable) -> "PerExampleGradients":
@@ -238,7 +238,7 @@ class PerExampleGradients:
     def _norms(self) -> list[jax.Array]:
         """Norms of every leaf: float[batch], or float[depth..., batch]."""
         return [
-            n.reshape(*spec.shape[:depth], -1) if depth else tree.length(n, tuple(range(n.ndim - 1)))
+            n.reshape(*spec.shape[:depth], self.batch) if depth else tree.length(n, tuple(range(n.ndim - 1)))
             for n, (spec, depth) in self._with_specs([self.share * leaf.norms() for leaf in self.leaves])
         ]
 

@@ -268,6 +268,8 @@ def _plan(program: Program, found: list[Any], examples: Examples, params: Any) -
     paths = [search(program, atom) for atom in gradients]
     leaves = [
         cuts.plan(program, atom, path, spec, depth, examples)
+        if math.prod(spec.shape)
+        else cuts.whole((atom,), cuts.STORED, depth)  # there is nothing to split
         for atom, path, (spec, depth) in zip(gradients, paths, found, strict=True)
     ]
     wanted = [atom for leaf in leaves for atom in leaf.atoms]

@@ -146,7 +146,8 @@ def aligned(
     highest = functools.reduce(jnp.maximum, exponents)
     values = [shift(p.value, against(p.exponent, axes) - highest) if isinstance(p, Scaled) else p for p in parts]
     slack = max(n.slack for n in normal if isinstance(n, Scaled))
-    lead = jnp.broadcast_shapes(*(jnp.shape(v) for v in values))[:axes]
+    # With one exponent for all the shapes need not fit, as those of a scatter's operands.
+    lead = jnp.broadcast_shapes(*(jnp.shape(v) for v in values))[:axes] if axes else ()
     return values, jnp.broadcast_to(highest, lead), slack
 
 

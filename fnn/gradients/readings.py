@@ -141,10 +141,17 @@ class Flow:
         m, e = m[..., index], e[..., index].astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
             plain = m * np.exp2(e)
-            log = np.log10(m) + e * LOG2 + shift
+            log = np.where(np.isinf(m), np.nan, np.log10(m) + e * LOG2 + shift)
         if not self.labels.exact:
             log = _in_doubt(log, np.array([row[2] in BACKWARD for row in rows], bool))
         return np.where(logs, log, plain)
+
+    def backward_is_finite(self) -> bool:
+        """Whether each number of the way back is one, or the log of a zero."""
+        if np.isfinite(np.asarray(self.mantissas)).all():
+            return True
+        numbers = zip(self.labels.rows, self.numbers(), strict=True)
+        return not any(np.isnan(value) for row, value in numbers if row[2] in BACKWARD)
 
     def rows(self) -> list[Row]:
         """List all numbers in forward order. Errors: ValueError for a flow of several lanes; see `table`."""

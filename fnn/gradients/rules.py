@@ -109,13 +109,17 @@ def _times(run: Run, op: Op, inputs: list[Any]) -> list[Any]:
     if op.name == "div" and isinstance(b, Scaled):
         return _both(op, scaled(a), run.tidy(b))
     x, factor = (a, b) if isinstance(a, Scaled) else (b, a)
-    known, most = run.about(factor), reach(x.value.dtype)
+    known, most, power = run.about(factor), reach(x.value.dtype), 0
     orders = min(known.orders, most)
+    if known.number and math.isfinite(known.number) and orders > 8:  # its power of two needs no room
+        power = int(np.clip(math.frexp(known.number)[1], 2 - most, most - 2))
+        factor, orders = factor * np.asarray(2.0**-power, jnp.result_type(factor)), max(1.0, orders - abs(power))
     # XLA multiplies known numbers with each other first: their product alone must be in range.
     if x.slack + orders > room(x.value.dtype) or (known.number and x.slack < most <= x.slack + orders):
         x = run.tidy(x)
     factor = opaque(factor) if known.repeated and known.number is None else factor
-    return call(op, [x.value, factor] if isinstance(a, Scaled) else [factor, x.value], x.exponent, x.slack + orders)
+    exponent = jnp.maximum(x.exponent + (power if op.name == "mul" else -power), LOWEST) if power else x.exponent
+    return call(op, [x.value, factor] if isinstance(a, Scaled) else [factor, x.value], exponent, x.slack + orders)
 
 
 def _both(op: Op, a: Scaled, b: Scaled) -> list[Any]:

@@ -24,6 +24,8 @@ from fnn.gradients.program import equations
 
 MARK = "fnn.weight."
 WHOLE = "norm of the whole gradient"
+EACH = "whole gradients"
+"""Of each parameter, all its uses added up: a list in the order of `Side.names`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +153,7 @@ def _run(forward: Program, found: Sequence[Place], params: Any, rest: Any) -> Ca
         gradients: dict[str, Any] = {}
         outs = operations.execute(backward, jax.tree.leaves((params, rest)), shown, gradients)
         value, seen, grads = jax.tree.unflatten(jax.tree.structure(specs), outs)
-        seen[WHOLE] = tree.norm(grads)
+        seen[WHOLE], seen[EACH] = tree.norm(grads), jax.tree.leaves(grads)
         for v, name in marks:
             seen[name] = seen.get(name, 0) + gradients[f"{name}.{v}"]
         return value, seen

@@ -230,30 +230,30 @@ def watch(
 
 
 def ranged(watch: Watch, flow: Flow, ranges: Ranges, params: Any, rest: Any) -> Flow:
-    """Return the flow, or one measured in float64 where activations left the range of their own float type."""
-    if not ranges.strained(float(flow.loss)):
+    """Return the flow, or one measured in float64 where activations left the range of their own float type.
+
+    The same where a number of the way back is not finite: there a factor of float32's upper end met a gradient.
+    """
+    finite = flow.backward_is_finite()
+    if finite and not ranges.strained(float(flow.loss)):
         return flow
     zero = [not np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(params)]
     where, left = ranges.first(zero, flow.labels), ranges.spots[0].dtype if ranges.spots else "float32"
+    says = f"activations left the range of {left}{where}" if ranges.lost else f"gradients left the range of {left}"
+
+    def kept(reason):
+        return flow if finite and not ranges.lost else noted(flow, says + reason)
+
     try:
         again, wide, holds = jax.device_get(_in_float64(watch, params, rest))
     except (Unreadable, TypeError, ValueError, NotImplementedError) as error:
-        if not ranges.lost:
-            return flow
-        reason = arrays.first_line(error)
-        return noted(
-            flow, f"activations left the range of {left}{where}, which cannot be measured in float64 ({reason})"
-        )
+        return kept(f", which cannot be measured in float64 ({arrays.first_line(error)})")
     if not holds:
-        return (
-            noted(flow, f"activations left the range of {left}{where}, and this platform has no float64")
-            if ranges.lost
-            else flow
-        )
+        return kept(", and this platform has no float64")
     if ranges.same(wide):
-        return flow
+        return flow if finite or not again.backward_is_finite() else noted(again, f"measured in float64: {says}")
+    where = (wide if wide.lost else ranges).first(zero, flow.labels)
     if wide.lost:
-        where = wide.first(zero, flow.labels)
         return noted(again, f"activations left the range of float64 too{where}: what depends on them is NaN")
     return noted(again, f"measured in float64: activations left the range of {left}{where}")
 
