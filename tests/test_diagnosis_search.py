@@ -158,10 +158,10 @@ def test_a_budget_too_short_for_a_verdict_is_not_called_healthy():
 def test_a_change_that_the_net_refuses_is_listed_as_not_tried():
     """Whatever it raises. An optimiser may also be what only has the functions of a transformation."""
 
-    def fixed(depth=2, width=16, norm="layer_norm"):
+    def fixed(width=16, norm="layer_norm"):
         if width != 16:
             raise ValueError("fixed: width must be 16")
-        return fnn.models.mlp(depth, width, 10, norm={"layer_norm": "layer_norm", None: "none"}[norm])
+        return fnn.models.mlp(1, width, 10, norm={"layer_norm": "layer_norm", None: "none"}[norm])
 
     every = optax.MultiSteps(optax.sgd(0.1), 2)
     found = fnn.diagnose(
@@ -178,8 +178,8 @@ def test_a_change_that_the_net_refuses_is_listed_as_not_tried():
 
 
 def test_updates_lost_to_rounding_are_found_and_mended():
-    def low(depth=2, width=16):
-        net = fnn.models.mlp(depth, width, 10)
+    def low():
+        net = fnn.models.mlp(1, 16, 10)
 
         def init(key, spec):
             params, state = net.init(key, spec)
@@ -194,8 +194,8 @@ def test_updates_lost_to_rounding_are_found_and_mended():
         TRAIN,
         TEST,
         batch_size=64,
-        steps=300,
-        seeds=2,
+        steps=200,
+        seeds=1,
         budget=600.0,
     )
     assert "numerics" in {e.cause for e in found.evidence}, found
@@ -219,7 +219,7 @@ def test_what_cannot_alter_the_verdict_is_not_trained_unless_the_proof_fails(fai
 
     def diagnosed():
         return fnn.diagnose(
-            build, fnn.losses.cross_entropy, sgd, *given, batch_size=64, steps=600, seeds=2, budget=600.0
+            build, fnn.losses.cross_entropy, sgd, *given, batch_size=64, steps=300, seeds=2, budget=600.0
         )
 
     found = diagnosed()
