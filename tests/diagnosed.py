@@ -9,7 +9,7 @@ from fnn.diagnosis.case import case_of
 TRAIN, TEST = fnn.data.standardize(*fnn.data.digits(key=jax.random.key(0)))
 
 
-def build(depth=2, width=16, activation="relu", norm="none", init="he_normal", head="identity"):
+def build(depth=1, width=16, activation="relu", norm="none", init="he_normal", head="identity"):
     return fnn.models.mlp(depth, width, 10, activation=activation, norm=norm, init=init, head=head)
 
 

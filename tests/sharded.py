@@ -116,7 +116,7 @@ def direct():
     """`per_example` itself inside `shard_map`, of a loss without and of one with statistics over the device's examples."""
     _, _, (x, y) = small()
     for axis in (None, "batch"):
-        net = fnn.models.mlp(2, 4, 3, norm="batch_norm" if axis else "layer_norm")
+        net = fnn.models.mlp(1, 4, 3, norm="batch_norm" if axis else "layer_norm")
         params, net_state = init(net, x)
         loss = fnn.example_loss(net, (params, net_state), loss=fnn.losses.cross_entropy, axis_name=axis)
 
@@ -137,17 +137,19 @@ def small(optimizer=SGD, depth=3, **options):
 
 @section
 def losses():
-    one, x = fnn.dense(3), jax.random.normal(jax.random.key(5), (8, 2, 5))
+    """Each loss on a head of its own, in one program: a number of each is among the metrics."""
+    x = jax.random.normal(jax.random.key(5), (8, 2, 5))
     targets = {
         "cross_entropy": (x[:, 0], jnp.arange(8) % 3),
         "sequence_cross_entropy": (x, jnp.arange(16).reshape(8, 2) % 4 - 1),
         "mse": (x, jnp.ones((8, 2, 3))),
         "binary_cross_entropy": (x[:, 0], jnp.arange(8) % 2),
     }
-    for name, (x, y) in targets.items():
-        net = fnn.dense(1) if name.startswith("binary") else one
-        state, _ = begun(*init(net, x), x)
-        yield name, functools.partial(compare, net, getattr(fnn.losses, name), SGD, state, (x, y), (True,))
+    net = fnn.branches({name: fnn.dense(1 if name.startswith("binary") else 3) for name in targets})
+    x, y = ({name: pair[i] for name, pair in targets.items()} for i in (0, 1))
+    state, _ = begun(*init(net, x), x)
+    loss = fnn.losses.sum_of({name: getattr(fnn.losses, name) for name in targets})
+    yield "all", functools.partial(compare, net, loss, SGD, state, (x, y), (True,))
 
 
 @section
@@ -171,12 +173,13 @@ def outputs():
     }
     clip = {"per_example": "clip", "max_norm": 0.5}
     for name, batch, more, settings in (
-        (slow("plain"), (x, y), {}, (True,)),
-        ("weighted", (x, y, weights), {}, (True,)),
-        (slow("weighted"), (x, y, weights), {}, (False,)),
-        ("clip", (x, y, weights), clip, (False,)),
+        (slow("plain"), (x, y), options, (True,)),
+        ("weighted", (x, y, weights), options, (True,)),
+        (slow("weighted"), (x, y, weights), options, (False,)),
+        ("clip", (x, y, weights), clip | {"penalty": options["penalty"]}, (False,)),
+        (slow("clip"), (x, y, weights), clip | options, (True,)),
     ):
-        yield name, functools.partial(compare, net, loss, SGD, state, batch, settings, **options, **more)
+        yield name, functools.partial(compare, net, loss, SGD, state, batch, settings, **more)
     yield "jit", functools.partial(by_jit, net, loss, state, (x, y, weights), options)
 
 
@@ -202,7 +205,7 @@ def clips():
     }
     for name, transformation in found.items():
         optimizer = optax.chain(transformation, SGD)
-        net, state, batch = small(optimizer, unroll=2)
+        net, state, batch = small(optimizer)
         row = slow(name) if name == "values" else name  # number by number: no device needs another
         yield row, functools.partial(compare, net, fnn.losses.cross_entropy, optimizer, state, batch, (True,))
 
@@ -218,7 +221,7 @@ def losses_taken_again():
     }
     for name, optimizer in found.items():
         norm = "layer_norm" if name == "sophia" else "batch_norm"  # it enlarges rounding where a gradient is zero
-        net, state, batch = small(optimizer, 2, norm=norm, unroll=True)
+        net, state, batch = small(optimizer, 1, norm=norm)
         settings = (name != "sam",)
         yield (
             slow(name) if name == "lbfgs" else name,

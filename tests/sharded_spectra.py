@@ -19,7 +19,7 @@ from fnn import lowering
 @section
 def spectra():
     """Curvature and kernels of a batch and of parameters that are cut, by `jit`; of a loss that is averaged, by `shard_map`."""
-    net = fnn.serial(fnn.dense(4), fnn.batch_norm(), fnn.activation("tanh"), fnn.dense(4))
+    net = fnn.serial(fnn.dense(4), fnn.batch_norm())
     x, y = jax.random.normal(KEY, (8, 4)), jnp.arange(8) % 4
     state = started(net.init, x)
 

@@ -43,7 +43,7 @@ TABLE = {
         ),
     },
     "cli": {
-        "train_takes_every_model[transformer --width 8 --depth 1 --heads 2 --data number_words --encoder 1 --batch-size 512-greedy decoding]": of(
+        "train_takes_every_model[transformer --width 8 --depth 1 --heads 2 --data number_words --encoder 1 --batch-size 2048-greedy decoding]": of(
             "train_takes_every_model",
             [
                 "transformer --width 8 --depth 1 --heads 2 --data number_words --batch-size 512-greedy decoding",

@@ -31,7 +31,7 @@ def test_step_suite_checks_peers_times_them_and_writes(tmp_path, capsys, monkeyp
         peer = step.PEERS["jax-steps"]._replace(build=build, needs=needs)
         monkeypatch.setitem(step.PEERS, name, peer)
         monkeypatch.setitem(step.NAMES, name, peer.about)
-    peers = "fnn-fit,jax-steps,linen-scan,wrong,broken,absent"
+    peers = "fnn-fit,jax-steps,wrong,broken,absent"
     options = ["--rows", "8x2/16", "--peers", peers, "--quick", "--rounds", "2", "--out", str(tmp_path)]
     precision = jax.config.jax_default_matmul_precision
     try:
@@ -44,7 +44,6 @@ def test_step_suite_checks_peers_times_them_and_writes(tmp_path, capsys, monkeyp
     assert {name: entry["outcome"] for name, entry in entries.items()} == {
         "fnn-fit": "timed",
         "jax-steps": "timed",
-        "linen-scan": "timed",
         "wrong": "failed",
         "broken": "failed",
         "absent": "skipped",

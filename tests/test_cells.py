@@ -13,7 +13,7 @@ import fnn
 from fnn import files
 from fnn.cli import main
 from fnn.layers import taps
-from fnn.study import cell, checksum, results, table
+from fnn.study import cell, checksum, report, results, table
 
 AXES = {"depth": "int", "activation": "str", "norm": "str", "seed": "int"}
 
@@ -135,6 +135,13 @@ HARM = {
 }
 
 
+@pytest.fixture
+def page_alone(monkeypatch):
+    """Let a report draw its figures and save none: that takes longer than all else, and test_report looks at them."""
+    monkeypatch.setattr(report, "FORMATS", ())
+
+
+@pytest.mark.usefixtures("page_alone")
 @pytest.mark.parametrize("said", HARM)
 def test_what_is_no_cell_of_this_study_is_named_and_left_out(folder, said, capsys):
     HARM[said](path(folder))
@@ -289,6 +296,7 @@ def test_names_and_values_cannot_steer_the_terminal(tmp_path, capsys):
     assert "[/b]\\x1b]0;t\\x07" in shown and "[/red]" in shown and "\x1b" not in shown
 
 
+@pytest.mark.usefixtures("page_alone")
 def test_sessions_of_any_content_are_shown_as_they_are(folder):
     for session in ({}, {"versions": [3], "devices": {"a": 1}, "commit": 7}, {"versions": {"jax": None}, "devices": 3}):
         (folder / "sessions.json").write_text(json.dumps([session]))

@@ -137,7 +137,7 @@ def test_train_prints_the_test_accuracy(capsys, tmp_path):
         ("rnn --width 4 --data adding --batch-size 512", "test mean squared error"),
         ("transformer --width 8 --depth 1 --heads 2 --data number_words --batch-size 512", "greedy decoding"),
         (
-            "transformer --width 8 --depth 1 --heads 2 --data number_words --encoder 1 --batch-size 512",
+            "transformer --width 8 --depth 1 --heads 2 --data number_words --encoder 1 --batch-size 2048",
             "greedy decoding",
         ),
     ],

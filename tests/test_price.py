@@ -8,12 +8,12 @@ import pytest
 import fnn
 from fnn.gradients import price
 
-PARAMS = {"a": jnp.ones((8, 16)), "b": jnp.ones((16, 3))}
-X = jax.random.normal(jax.random.key(0), (5, 8))
+PARAMS = {"a": np.ones((8, 16), np.float32)}
+X = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
 
 
 def loss(p, x):
-    return jnp.mean(jnp.square(jnp.tanh(x @ p["a"]) @ p["b"]))
+    return jnp.mean(jnp.square(jnp.tanh(x @ p["a"])))
 
 
 def test_each_group_has_a_row_beside_the_plain_gradient():

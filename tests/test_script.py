@@ -1,5 +1,6 @@
 """The README's script, in which all parts of training come together: killed and run again, it ends as if left alone."""
 
+import inspect
 import itertools
 import os
 import random
@@ -24,20 +25,6 @@ HERE = Path(__file__).parent
     for block in re.findall(r"```python\n(.*?)```", (HERE.parent / "README.md").read_text(), re.S)
     if '"run/state"' in block
 ]
-CHILD = """if True:
-    import functools, time
-    import fnn
-    from test_script import finished
-
-    def look(report):
-        print(report.epoch, flush=True)
-        time.sleep(0.02)
-
-    fnn.fit = functools.partial(fnn.fit, on_epoch=look)
-    space = {}
-    exec(open("train.py").read(), space)
-    fnn.save("result.npz", finished(space))
-"""
 
 
 def finished(space):
@@ -46,6 +33,25 @@ def finished(space):
     rest = [history.best_epoch, history.stopped_early, *history.steps_per_epoch]
     key = jax.random.key_data(state.key)
     return {"state": state.replace(key=key), "train": history.train, "curves": history.validation, "rest": rest}
+
+
+CHILD = f"""
+import functools, time
+import jax
+import fnn
+
+{inspect.getsource(finished)}
+
+def look(report):
+    print(report.epoch, flush=True)
+    time.sleep(0.02)
+
+fnn.fit = functools.partial(fnn.fit, on_epoch=look)
+space = {{}}
+exec(open("train.py").read(), space)
+fnn.save("result.npz", finished(space))
+"""
+"""It imports no test: that would take as long as its training."""
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -69,9 +75,12 @@ def test_the_script_of_the_readme_killed_and_run_again_ends_with_the_same_bits(k
     assert_same(history.train["update_ratio"][::2], np.zeros_like(history.train["update_ratio"][::2]))
     assert np.all(history.train["update_ratio"][1::2] > 0)
 
-    path = os.pathsep.join((str(HERE.parent), str(HERE)))
     draw, first = random.Random(0), []
-    command = {"args": [sys.executable, "-c", CHILD], "cwd": killed, "env": os.environ | {"PYTHONPATH": path}}
+    command = {
+        "args": [sys.executable, "-c", CHILD],
+        "cwd": killed,
+        "env": os.environ | {"PYTHONPATH": str(HERE.parent)},
+    }
     for _ in range(kills):
         with subprocess.Popen(**command, stdout=subprocess.PIPE, text=True) as child:
             first += [int(line) for line in itertools.islice(child.stdout, 4)][:1]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import started
 
 import fnn
 from fnn import compiled, tree
@@ -108,7 +109,7 @@ def test_single_examples_flow_and_packed_optimizers():
         fnn.dense(8),
         lambda use: fnn.serial(fnn.repeat(fnn.serial(use(), fnn.activation("tanh"), fnn.tap()), 4), fnn.dense(3)),
     )
-    params, state = layer.init(KEY, X)
+    params, state = started(layer.init, X)
     example_loss = fnn.example_loss(layer, (params, state))
     norms = fnn.per_example(example_loss)(params, (X, Y)).norms()
     grads = jax.jit(jax.vmap(jax.grad(example_loss), (None, 0)))(params, (X, Y))
@@ -134,33 +135,33 @@ def test_single_examples_flow_and_packed_optimizers():
 
 
 def test_embeddings_masks_and_shared_layers_inside_one_another():
-    tokens = jnp.array([[3, 1, 0], [2, 0, 0]])
+    tokens = np.array([[3, 1, 0], [2, 0, 0]])
 
     def build(use):
         out = use(lambda params, x: x @ params["embedding"].T)
         return fnn.serial(use(), fnn.gru(4), fnn.take_last(), out)
 
     layer = fnn.shared(fnn.embed(5, 4, padding=0), build)
-    params, state = layer.init(KEY, tokens)
+    params, state = started(layer.init, tokens)
     embedded = fnn.serial(fnn.embed(5, 4, padding=0), fnn.gru(4), fnn.take_last())
-    inner, _ = embedded.apply((params["shared"], *params["rest"][1:3]), ((), *state["rest"][1:3]), tokens)
-    np.testing.assert_allclose(
-        layer.apply(params, state, tokens)[0], inner @ params["shared"]["embedding"].T, rtol=1e-6
-    )
+    parts = (params["shared"], *params["rest"][1:3]), ((), *state["rest"][1:3])
+    inner = np.asarray(jax.jit(embedded.apply)(*parts, tokens)[0])
+    want = inner @ np.asarray(params["shared"]["embedding"]).T
+    np.testing.assert_allclose(jax.jit(layer.apply)(params, state, tokens)[0], want, rtol=1e-6, atol=1e-6)
 
     def twice(a):
         return fnn.shared(fnn.serial(a(), fnn.dense(8)), lambda b: fnn.serial(a(), b(), b()))
 
     nested = fnn.shared(fnn.dense(8), twice)
-    params, state = nested.init(KEY, X)
-    w, v = params["shared"], params["rest"]["shared"][1]
+    params, state = started(nested.init, X)
+    w, v = jax.device_get((params["shared"], params["rest"]["shared"][1]))
     assert tree.size(params) == 2 * 72
 
     def affine(p, x):
         return x @ p["kernel"] + p["bias"]
 
-    expected = affine(v, affine(w, affine(v, affine(w, affine(w, X)))))
-    np.testing.assert_allclose(nested.apply(params, state, X)[0], expected, rtol=1e-4, atol=1e-5)
+    expected = affine(v, affine(w, affine(v, affine(w, affine(w, np.asarray(X))))))
+    np.testing.assert_allclose(jax.jit(nested.apply)(params, state, X)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_one_block_of_attention_in_every_layer_decodes_as_it_predicts():
@@ -168,13 +169,14 @@ def test_one_block_of_attention_in_every_layer_decodes_as_it_predicts():
     block = fnn.serial(fnn.residual(fnn.attention(2, causal=True, rotary=True)), fnn.layer_norm())
     body = fnn.shared(block, lambda use: fnn.repeat(use(), 3))
     layer = fnn.tied(11, 8, body)
-    prompt = jnp.array([[1, 2, 3], [4, 5, 6]])
-    params, state = layer.init(KEY, prompt)
+    prompt = np.array([[1, 2, 3], [4, 5, 6]])
+    params, state = started(layer.init, prompt)
     assert tree.size(params["body"]["shared"]) == 4 * 72 + 16
-    tokens, found = prompt, fnn.generate(layer, params, state, prompt, 4)
-    for _ in range(4):
-        logits = layer.apply(params, state, tokens)[0]
-        tokens = jnp.concatenate([tokens, jnp.argmax(logits[:, -1:], axis=-1)], axis=1)
+    found = fnn.generate(layer, params, state, prompt, 4)
+    tokens, predict = np.zeros((2, 7), np.int32), jax.jit(layer.apply)  # nothing before sees the zeros behind
+    tokens[:, :3] = prompt
+    for i in range(3, 7):
+        tokens[:, i] = np.argmax(predict(params, state, tokens)[0], axis=-1)[:, i - 1]
     np.testing.assert_array_equal(found, tokens[:, 3:])
 
 

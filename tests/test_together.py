@@ -59,7 +59,8 @@ def interrupted_at(*steps):
 def mesh_with_everything(folder):
     """On two devices, cut, weighted, with averages: interrupted and run again it is the run left alone."""
     optimizer = optax.MultiSteps(fnn.optimizers.averaged(optax.adam(1e-2), 0.9), 2)
-    step, state = fnn.train_step(NET, LOSS, optimizer), begun(NET, optimizer)
+    net = fnn.serial(fnn.dense(8), fnn.activation("tanh"), fnn.dense(3))
+    step, state = fnn.train_step(net, LOSS, optimizer), begun(net, optimizer)
     options = {"epochs": 5, "batch_size": 16, "validation": (X, Y, W[::-1]), "patience": 4, "evaluate_with": averages}
     one, history = fnn.fit(step, state, (X, Y, W), **options)
     mesh = jax.make_mesh((2,), ("data",))
@@ -126,7 +127,7 @@ def test_lbfgs_searches_along_the_loss_with_its_penalty_as_by_hand():
         np.testing.assert_allclose(metrics["loss"] + metrics["penalty"], value, rtol=1e-4)
         totals.append(float(value))
     near(state.params, params, 1e-3)
-    near(optax.tree.get(state.opt_state, "value"), objective(state.params))  # what the search itself has found
+    near(optax.tree.get(state.opt_state, "value"), jax.jit(objective)(state.params))  # what the search itself has found
     assert totals == sorted(totals, reverse=True)
 
 
@@ -203,9 +204,9 @@ def test_a_shared_layer_trains_on_weighted_examples_as_by_hand():
         logits = (jnp.tanh(X @ w + b) @ w + b) @ out["kernel"] + out["bias"]
         return jnp.average(optax.softmax_cross_entropy_with_integer_labels(logits, Y), weights=W)
 
-    params = state.params
+    params, gradient = jax.device_get(state.params), jax.jit(jax.value_and_grad(objective))
     for _ in range(3):
-        value, grads = jax.jit(jax.value_and_grad(objective))(params)
+        value, grads = jax.device_get(gradient(params))
         params = jax.tree.map(lambda a, g: a - 0.5 * g, params, grads)
         state, metrics = step(state, (X, Y, W))
         np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)

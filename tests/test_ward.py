@@ -160,6 +160,7 @@ def test_the_suite_counts_and_takes_up_where_it_stopped(tmp_path, monkeypatch):
     names = {p.name for p in PATIENTS[:2]}
     monkeypatch.setattr(suite, "earlier", lambda path: [record(PATIENTS[0].name, [["a"]], ["a"])])
     monkeypatch.setattr(suite, "diagnosed", lambda person, slack: record(person.name, [["a"]], ["b"]))
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # which takes seconds here, and what other tests have traced
     options = Namespace(peers=list(names), quick=False, resume=path, seconds=None, slack=1.0)
     said: list[str] = []
     last = list(suite.run(options, said.append))[-3]
