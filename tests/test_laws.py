@@ -28,8 +28,7 @@ MADE_OF_OTHERS = words("""bidirectional block_on_masked cross_attention_own_mask
 VARIANTS = words("""attention_own_mask attention_window batch_norm_plain conv_2d_circular dense_without_bias gru
     residual_of_one_input rnn tap_with_bounds""")
 # A layer that branches on values would differ under jit: one of each kind of it.
-EAGER = words("""activations attention_masked batch_norm batch_norm_masked block_with_dropout conv_2d dense dropout embed
-    group_norm layer_norm lstm repeat rnn_masked tap_masked""")
+EAGER = words("""activations batch_norm batch_norm_masked conv_2d dense dropout embed layer_norm lstm repeat""")
 OF_THE_REST = words("mlp_residual_scanned repeat_of_repeat repeat_unrolled cross_attention_own_mask block_on_masked")
 every = table(CASES, slow=lambda case: (case.model and case.name not in FEW) or case.name in OF_THE_REST)
 unless_made = table(CASES, slow=lambda case: case.model or case.name in MADE_OF_OTHERS)
