@@ -59,7 +59,7 @@ TABLE = {
         "cross_attention_equals_flax_with_masks[f64]": of("cross_attention_equals_flax_with_masks", "f32"),
     },
     "curvature": {
-        "products_equal_dense_matrices[mlp]": of("products_equal_dense_matrices", "conv lstm"),
+        "products_equal_dense_matrices[mlp]": of("products_equal_dense_matrices", "conv lstm attention"),
         "densities_at_any_scale[1e+25]": of("densities_at_any_scale", "1e-28"),
     },
     "diagnosis": {

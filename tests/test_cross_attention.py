@@ -244,17 +244,18 @@ def test_decoding_equals_the_forward_pass_token_by_token(options):
     # So that padding is never the likeliest token.
     params["embedding"] = params["embedding"] * (np.arange(VOCABULARY) > 0)[:, None]
     apply = jax.jit(net.apply)
-    whole, _ = apply(params, state, x)
+    steps, rows, target = 4, np.arange(BATCH), np.asarray(x["target"])
+    tokens = np.pad(target, ((0, 0), (0, steps)))  # longer than what is compared, as those below: one program
+    whole = apply(params, state, x | {"target": tokens})[0][:, :TIME]
     memory, parts = fnn.memory.init_cache(state, BATCH, TIME, source_length=SPAN), []
     for i in range(TIME):
         source = x["source"] if i == 0 else x["source"][:, :0]  # read once, and held from then on
         part, memory = apply(params, memory, {"source": source, "target": x["target"][:, i : i + 1]})
         parts.append(part)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
-    steps, rows, target = 4, np.arange(BATCH), np.asarray(x["target"])
     lengths = np.sum(target != 0, axis=1)
     ours = fnn.generate(net, params, state, x | {"target": fnn.Masked(target, target != 0)}, steps)
-    tokens, answers = np.pad(target, ((0, 0), (0, steps))), []
+    answers = []
     for t in range(steps):
         logits, _ = apply(params, state, {"source": x["source"], "target": tokens})
         answers.append(np.argmax(np.asarray(logits)[rows, lengths + t - 1], axis=-1))

@@ -7,18 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import as_jax
 from flax import nnx
 
 import fnn
 
 KEY = jax.random.key(0)
-X = jax.random.normal(jax.random.key(1), (6, 8))
-Y = jax.random.normal(jax.random.key(2), (6, 3))
+X, Y = (np.float32(np.random.default_rng(seed).normal(size=(6, n))) for seed, n in ((1, 8), (2, 3)))
 SIZES = (8, 16, 16, 3)
 KERNELS = [
-    jax.random.normal(jax.random.fold_in(KEY, i), (m, n)) / m**0.5 for i, (m, n) in enumerate(itertools.pairwise(SIZES))
+    as_jax(np.random.default_rng(i).normal(size=shape) / shape[0] ** 0.5)
+    for i, shape in enumerate(itertools.pairwise(SIZES))
 ]
-BIASES = [0.1 * jax.random.normal(jax.random.fold_in(KEY, 10 + i), (n,)) for i, n in enumerate(SIZES[1:])]
+BIASES = [as_jax(0.1 * np.random.default_rng(10 + i).normal(size=n)) for i, n in enumerate(SIZES[1:])]
 PLAIN = {"kernels": KERNELS, "biases": BIASES}
 
 
@@ -182,14 +183,14 @@ def test_print_and_table():
 # A transformer block, in a scan and written out --------------------------------------------------------------------------
 
 D, HEADS, T = 16, 4, 5
-TOKENS = jax.random.normal(jax.random.key(3), (2, T, D))
+TOKENS = np.float32(np.random.default_rng(3).normal(size=(2, T, D)))
 
 
 def transformer_params(depth=2):
     shapes = {"q": (D, D), "k": (D, D), "v": (D, D), "o": (D, D), "up": (D, 32), "down": (32, D)}
-    keys = iter(jax.random.split(KEY, 20))
-    params = {name: jax.random.normal(next(keys), (depth, *shape)) / shape[0] ** 0.5 for name, shape in shapes.items()}
-    return params | {"scale": 1 + 0.1 * jax.random.normal(next(keys), (depth, 2, D))}
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(depth, *shape)) / shape[0] ** 0.5 for name, shape in shapes.items()}
+    return jax.tree.map(np.float32, params | {"scale": 1 + 0.1 * rng.normal(size=(depth, 2, D))})
 
 
 def norm(x, scale, eps=1e-5):
@@ -255,11 +256,10 @@ def images(first):
 
 
 def test_channels_first_and_last():
-    keys = jax.random.split(KEY, 4)
-    shapes = [(4, 3, 3, 3), (6, 4, 3, 3)]
-    conv = [jax.random.normal(k, shape) / 4 for k, shape in zip(keys, shapes, strict=False)]
-    dense = jax.random.normal(keys[2], (6, 5, 4, 10)) / 10
-    x = jax.random.normal(keys[3], (2, 3, 5, 4))
+    rng = np.random.default_rng(0)
+    conv = [np.float32(rng.normal(size=shape) / 4) for shape in [(4, 3, 3, 3), (6, 4, 3, 3)]]
+    dense = np.float32(rng.normal(size=(6, 5, 4, 10)) / 10)
+    x = np.float32(rng.normal(size=(2, 3, 5, 4)))
     params_a = {"conv": conv, "dense": dense.reshape(-1, 10)}
     params_b = {
         "conv": [c.transpose(2, 3, 1, 0) for c in conv],

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import as_jax
+from conftest import as_jax, started
 from flax import nnx
 
 import fnn
@@ -168,7 +168,7 @@ def test_taps_are_the_identity():
     found = []
     for taps in (False, True):
         net = fnn.models.mlp(300, 8, 1, activation="sigmoid", taps=taps)
-        params, state = net.init(jax.random.key(0), x)
+        params, state = started(net.init, x)
         weights = weights or jax.tree.leaves(params)
         params = jax.tree.unflatten(jax.tree.structure(params), weights)
         gradient = jax.jit(exact.gradient(lambda p, net=net, state=state: jnp.mean(net.apply(p, state, x)[0] ** 2)))

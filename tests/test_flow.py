@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import as_jax
+from conftest import as_jax, started
 from test_taps import float64_flow, problem
 
 import fnn
@@ -306,7 +306,7 @@ def taps_of(measured):
 def test_layers_are_counted_by_their_weights(net, x, layers):
     features, y = problem(n=8)
     x = features if x is None else x
-    measured = fnn.gradient_flow(net, net.init(KEY, x), (x, y))
+    measured = fnn.gradient_flow(net, started(net.init, x), (x, y))
     assert taps_of(measured) == layers
     weights = [row for row in measured.rows if row.quantity in measured.weights]
     assert sorted({row.layer for row in weights}) == list(range(1, len(measured.log10_kernel) + 1))

@@ -179,7 +179,11 @@ def test_where_jax_has_no_cpu_theory_is_computed_on_the_device(monkeypatch):
     h = np.linspace(-3, 3, 7)
     before = gaussian.evaluate(fnn.activations.get("tanh"), h)
     study = fnn.Study(
-        fnn.grid.product(depth=2, width=4, activation="tanh", norm="none"), seeds=1, steps=0, data="clusters"
+        fnn.grid.product(depth=2, width=4, activation="tanh", norm="none"),
+        seeds=1,
+        steps=0,
+        data="clusters",
+        quantities=("log10_error",),
     )
     expected, of_jax = study.run().table(), jax.local_devices
 

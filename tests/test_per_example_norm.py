@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomized
+from conftest import randomized, started
 from subjects import B, draw, flat, labels
 
 import fnn
@@ -113,7 +113,7 @@ def test_batch_norm_of_one_example_is_said(recwarn):
             return nn.Dense(3)(nn.tanh(x).mean(-2))
 
     x, y = draw(B, 4, 2), labels()
-    variables = Net(trained=True).init(jax.random.key(0), x)
+    variables = jax.jit(Net(trained=True).init)(jax.random.key(0), x)
 
     def linen(p, example, **options):
         outputs, _ = Net(**options).apply(variables | {"params": p}, example[0][None], mutable=["batch_stats"])
@@ -135,20 +135,23 @@ def test_batch_norm_of_one_example_is_said(recwarn):
         outputs = model(example[0][:1] if batched else example[0][0])
         return fnn.losses.cross_entropy(outputs.reshape(1, 3), example[1][None])[0]
 
+    def traced(loss, p, batch=(x, y), **options):
+        jax.eval_shape(lambda p, batch: fnn.per_example(loss, **options)(p, batch).norms(), p, batch)
+
     p = variables["params"]
     with pytest.warns(
         UserWarning, match="per_example: the loss takes a statistic over a batch axis of size one"
     ) as seen:
-        fnn.per_example(linen)(p, (x, y))
-        fnn.per_example(module)(weights, (x, y))
-        fnn.per_example(lambda p, e: module(p, e, batched=False))(weights, (x, y))
+        traced(linen, p)
+        traced(module, weights)
+        traced(lambda p, e: module(p, e, batched=False), weights)
     assert len([w for w in seen if "per_example" in str(w.message)]) == 3
     recwarn.clear()
-    fnn.per_example(lambda p, e: linen(p, e, axis_name="batch"), axis_name="batch")(p, (x, y))
-    fnn.per_example(lambda p, e: linen(p, e, trained=True))(p, (x, y))
-    fnn.per_example(lambda p, e: module(p, e, train=False))(weights, (x, y))
+    traced(lambda p, e: linen(p, e, axis_name="batch"), p, axis_name="batch")
+    traced(lambda p, e: linen(p, e, trained=True), p)
+    traced(lambda p, e: module(p, e, train=False), weights)
     for width, norm in ((1, "layer_norm"), (8, "layer_norm"), (8, "rms_norm"), (8, None)):
         net = fnn.models.mlp(3, width, 1, norm=norm, unroll=1)
-        params, state = net.init(jax.random.key(0), x)
-        fnn.per_example(fnn.example_loss(net, (params, state), loss=fnn.losses.cross_entropy))(params, (x, 0 * y))
+        params, state = started(net.init, x)
+        traced(fnn.example_loss(net, (params, state), loss=fnn.losses.cross_entropy), params, (x, 0 * y))
     assert not [w for w in recwarn if "per_example" in str(w.message)]

@@ -13,7 +13,7 @@ from fnn.gradients import noise
 
 def test_train_step_with_norms_and_clip():
     x, y = draw(B, 5), labels()
-    layer = fnn.models.mlp(3, 8, 3, activation="tanh", norm="batch_norm", taps=True, unroll=1)
+    layer = fnn.models.mlp(2, 8, 3, activation="tanh", norm="batch_norm", taps=True, unroll=1)
     optimizer = optax.sgd(0.1)
     state = fnn.TrainState.create(layer, optimizer, jax.random.key(0), x)
     loss = fnn.example_loss(layer, state, loss=fnn.losses.cross_entropy, axis_name="batch")
@@ -29,10 +29,10 @@ def test_train_step_with_norms_and_clip():
     max_norm = float(max_norm)
 
     def run(**options):
-        step = fnn.train_step(layer, fnn.losses.cross_entropy, optimizer, per_layer=True, **options)
+        step = fnn.train_step(layer, fnn.losses.cross_entropy, optimizer, **options)
         return step(jax.tree.map(jnp.copy, state), (x, y))
 
-    plain, with_norms = run(), run(per_example="norms")
+    plain, with_norms = run(per_layer=True), run(per_layer=True, per_example="norms")
     for a, b in zip(jax.tree.leaves(plain[0].params), jax.tree.leaves(with_norms[0].params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     for a, b in zip(jax.tree.leaves(plain[0].net_state), jax.tree.leaves(with_norms[0].net_state), strict=True):

@@ -17,8 +17,8 @@ pytest.importorskip("sklearn")
 
 pytestmark = pytest.mark.xdist_group("spectral")
 CLASSES = 3
-NET = {"depth": 2, "width": 6, "activation": "tanh", "clip": "none", "batch_size": 12}
-SHAPE = {"depth": 2, "width": 6, "activation": "tanh", "classes": CLASSES}
+NET = {"depth": 1, "width": 6, "activation": "tanh", "clip": "none", "batch_size": 12}
+SHAPE = {"depth": 1, "width": 6, "activation": "tanh", "classes": CLASSES}
 
 
 def dense(params, state, batch):
@@ -58,14 +58,14 @@ def dense(params, state, batch):
 @pytest.fixture(scope="module")
 def measured():
     """All quantities of a net that trains by SGD; of one that trains by Adam those that differ for it."""
-    options = {"seeds": 2, "steps": [0, 4], "data": "clusters"}
+    options = {"seeds": 2, "data": "clusters"}
 
     def run(optimizer, quantities, **more):
         axes = NET | {"optimizer": optimizer, "learning_rate": 0.3}
         return fnn.Study(fnn.grid.product(**axes), quantities=quantities, **options, **more).run().table()
 
-    plain = run("sgd", (*spectral.QUANTITIES, "dense"), measure={"dense": dense})
-    adam = run("adam", ("sharpness", "preconditioned_sharpness"))
+    plain = run("sgd", (*spectral.QUANTITIES, "dense"), steps=[0, 4], measure={"dense": dense})
+    adam = run("adam", ("sharpness", "preconditioned_sharpness"), steps=4)
     return pl.concat([plain, adam.with_columns(cell=pl.lit(1, plain.schema["cell"]))])
 
 
