@@ -103,3 +103,33 @@ def test_a_relu_that_changes_sides_by_rounding_is_no_difference():
     found = fnn.diff(loss(jnp.zeros(40)), loss(jnp.zeros(40).at[0].set(1e-4)))(w, w, x)
     gradient = next(row for row in found.rows() if row.quantity == "gradient")
     assert found.equal and gradient.difference > 1e-3 and "changes sides" in gradient.note, str(found)
+
+
+def other_gradient(rule):
+    """The identity, with a gradient of another kind."""
+    same = jax.custom_vjp(lambda v: v)
+    same.defvjp(lambda v: (v, None), lambda _, g: (rule(g),))
+    return same
+
+
+@pytest.mark.parametrize("rule", [lambda g: -g, lambda g: g[::-1]], ids=["sign", "order"])
+def test_gradients_outside_of_products_of_the_same_norm(rule):
+    def loss(gain):
+        return lambda p, x, y: plain({**p, "biases": [gain(b) for b in p["biases"]]}, x, y)
+
+    found = fnn.diff(loss(lambda b: b), loss(other_gradient(rule)))(PLAIN, PLAIN, X, Y)
+    assert not found.gradient.differs and not found.equal, str(found)
+    assert {row.path_a for row in found.parameters if row.differs} >= {"biases/0", "biases/1"}
+    # other names: a port; a sign is seen, an order may be one of layout
+    port = fnn.diff(loss(lambda b: b), lambda p, x, y: loss(other_gradient(rule))(p["net"], x, y))
+    ported = port(PLAIN, {"net": PLAIN}, X, Y)
+    assert ported.equal == (rule(np.array([1, 2]))[0] == 2), str(ported)
+
+
+def test_a_penalty_on_one_side_is_no_matter_of_the_last_layer():
+    def penalised(p, x, y):
+        return plain(p, x, y) + 0.01 * jnp.sum(p["kernels"][1] ** 2)
+
+    found = fnn.diff(plain, penalised)(PLAIN, PLAIN, X, Y)
+    assert not found.equal and [row.path_a for row in found.parameters if row.differs] == ["kernels/1"]
+    assert "kernels/1" in found.verdict and "penalty" in found.verdict and "last layer" not in found.verdict

@@ -226,3 +226,33 @@ def test_limits_by_float_type():
     assert forward_range.Limits.of(jnp.float32) == forward_range.Limits(-200, -214, 200)
     assert forward_range.Limits.of(jnp.bfloat16).low == -200
     assert forward_range.Limits.of(jnp.float64).low < -1900 and forward_range.Limits.of(jnp.float16).low == -28
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e36])
+def test_factors_of_the_upper_end_meet_gradients(scale):
+    """The gradient fits float32, but not beside a power of two that leaves room below: inf would be said in silence."""
+    a, c = (np.random.default_rng(i).normal(size=shape).astype(np.float32) for i, shape in ((0, (6, 5)), (1, (5, 3))))
+    x = np.float32(scale) * np.random.default_rng(2).normal(size=(8, 6)).astype(np.float32)
+    watch = fnn.watch(lambda p, x: jnp.mean((x @ p["a"]) @ p["c"]))
+    wide = np.float64(x).mean(0)
+    want = [np.outer(wide, np.float64(c).sum(1)) / 3, np.outer(wide @ np.float64(a), np.ones(3)) / 3]
+    flow = watch({"a": a, "c": c}, x)
+    np.testing.assert_allclose(column(flow, "log10_gradient"), [np.log10(np.linalg.norm(g)) for g in want], atol=1e-5)
+    assert flow.labels.notes == ("measured in float64: gradients left the range of float32",)
+    traced = column(jax.jit(watch)({"a": a, "c": c}, x), "log10_gradient")
+    assert np.isnan(traced[0]) and not np.isinf(traced).any()
+
+
+@pytest.mark.parametrize("number", [1e30, 1e37, 1e-30])
+def test_written_numbers_of_any_size_meet_gradients(number):
+    a = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+
+    def loss(p, x):
+        return jnp.mean(number * jnp.tanh((x @ p) / number))
+
+    flow = jax.jit(fnn.watch(loss, groups="gradient"))(a, X[:, :6])
+    exact = np.tile(np.float64(X[:, :6]).sum(0)[:, None], 5) / X.shape[0] / 5
+    if number > 1:  # for the small one tanh is 1, and has no slope
+        np.testing.assert_allclose(column(flow, "log10_gradient"), np.log10(np.linalg.norm(exact)), atol=1e-5)
+    else:
+        assert np.isneginf(column(flow, "log10_gradient"))

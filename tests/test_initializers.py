@@ -254,3 +254,12 @@ def test_refusals(call, message):
     with pytest.raises(ValueError) as error:
         call(make_key(0))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["orthogonal(2)", "delta_orthogonal(2)"])
+def test_orthogonal_weights_of_half_precision_are_those_of_float32_rounded(name):
+    draw, shape = initializers.get(name), (3, 4, 6)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        got = draw(make_key(0), shape, dtype)
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, draw(make_key(0), shape).astype(dtype))

@@ -95,7 +95,8 @@ def orthogonal(scale: ArrayLike = 1.0) -> Initializer:
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         _check_axes("orthogonal", shape)
-        return jax.nn.initializers.orthogonal(scale)(key, shape, dtype)
+        wide = jnp.promote_types(dtype, jnp.float32)  # there is no QR in bfloat16
+        return jax.nn.initializers.orthogonal(scale)(key, shape, wide).astype(dtype)
 
     return init
 
@@ -112,7 +113,8 @@ def delta_orthogonal(scale: ArrayLike = 1.0) -> Initializer:
             raise ValueError(
                 f"delta_orthogonal: needs a kernel (..., in, out) of 3 to 5 axes with out >= in, got {shape}"
             )
-        return jax.nn.initializers.delta_orthogonal(scale)(key, shape, dtype)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return jax.nn.initializers.delta_orthogonal(scale)(key, shape, wide).astype(dtype)
 
     return init
 

@@ -105,7 +105,8 @@ class Curvature:
         η, β, ε and the bias correction are read from what `optimizer.update` does, so that schedules count (η is that of the
         next step, ν that of the last). Decoupled weight decay counts too. Not seen: clipping, which changes steps that are
         longer than its limit. `options` are those of `Operator.eigenvalues`. For the host.
-        Source: Cohen et al. 2021 and 2022. Errors: ValueError for other optimisers, and for moments before the first step.
+        Source: Cohen et al. 2021 and 2022. Errors: ValueError for other optimisers, for moments before the first step, and
+        for moments coarser than the parameters (`mu_dtype`).
         """
         found = stability.respond("curvature.preconditioned", optimizer, opt_state, self._params)
         root = jax.tree.map(lambda a: jnp.sqrt(jnp.asarray(a)), found.inverse)

@@ -109,6 +109,12 @@ def _moments(who: str, state: Any, params: Any) -> tuple[str, bool]:
                 f"{who}: the moments must be trees like params, got {check.describe(moment)}; pass the optimiser as optax "
                 "made it, without packing, masks or groups"
             )
+        for a, p in zip(jax.tree.leaves(moment), jax.tree.leaves(params), strict=True):
+            if jnp.finfo(a.dtype).eps > jnp.finfo(p.dtype).eps:  # β would be what it is rounded to: 0.898, not 0.9
+                raise ValueError(
+                    f"{who}: moments must have the precision of params, {p.dtype}, got {a.dtype}; pass the optimiser without "
+                    f"mu_dtype, and the state's moments as {p.dtype}"
+                )
     return FIRST[firsts[0]] if firsts else "", bool(seconds)
 
 

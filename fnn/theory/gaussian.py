@@ -97,7 +97,10 @@ def _table(phi: Activation, octave: int) -> tuple[np.ndarray, ...]:
         if not len(left):
             break
         if len(left) > 1 << 13:
-            raise ArithmeticError(f"meanfield: {phi.name} oscillates too fast to integrate at variance {4.0**octave}")
+            raise ArithmeticError(
+                f"meanfield: {phi.name} must be smooth enough to integrate at the variance that was reached, {4.0**octave:.3g}, "
+                "but oscillates too fast there; ask for smaller variances (sigma_w, sigma_b)"
+            )
     rest = panels[:, rough].reshape(4, -1)
     h, w, f, d = np.concatenate([*done, rest], axis=1)
     table = np.stack([f, f**2, d**2, h * f * d])
@@ -163,7 +166,10 @@ def refine(rule: Callable[[int], np.ndarray]) -> np.ndarray:
         if np.all(np.abs(result - last) <= 1e-8 * np.abs(result)):
             return result
         last = result
-    raise ArithmeticError("meanfield: a double integral is not stable at order 54; does phi have a kink away from 0?")
+    raise ArithmeticError(
+        "meanfield: a double integral must settle at order 54, got one that does not: the activation must be smooth but for 0, "
+        "and hardtanh or relu6 are not; take a smooth one, or measure wide nets (`fnn.Study`)"
+    )
 
 
 def _graded(length: float, scale: float, order: int) -> np.ndarray:
