@@ -1,5 +1,7 @@
 """Curvature of any loss against dense Hessians, closed forms, and the recursions of optimisers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,7 @@ NETS = {
 }
 
 
+@functools.cache
 def case(name, seed=0):
     """(net, state, batch) in float64, moved off zero biases."""
     net, shape = NETS[name]
@@ -38,8 +41,10 @@ def case(name, seed=0):
     return net, state, (x, as_jax(rng.integers(0, 3, shape[0])))
 
 
-def dense(net, state, batch, train=True):
+@functools.cache
+def dense(name, train=True):
     """(Hessian, Gauss-Newton matrix, vector -> params), by JAX's own dense derivatives."""
+    net, state, batch = case(name)
     vector, unravel = ravel_pytree(state[0])
 
     def outputs(p):
@@ -60,7 +65,7 @@ def dense(net, state, batch, train=True):
 def test_products_equal_dense_matrices(name, x64):
     net, state, batch = case(name)
     for train in (True, False) if name == "batch_norm" else (True,):
-        H, G, vector, unravel = dense(net, state, batch, train)
+        H, G, vector, unravel = dense(name, train)
         c = fnn.curvature(ENTROPY, outputs=net, train=train)(state, batch)
         v = np.random.default_rng(1).normal(size=vector.shape)
         for operator, matrix in ((c.hessian, H), (c.gauss_newton, G)):
@@ -71,7 +76,7 @@ def test_products_equal_dense_matrices(name, x64):
 
 def test_a_plain_loss_has_the_same_hessian_and_a_split_one_both(x64):
     net, state, batch = case("mlp")
-    H, G, vector, unravel = dense(net, state, batch)
+    H, G, vector, unravel = dense("mlp")
 
     def outputs(params, x, y):
         return net.apply(params, state[1], x, train=True)[0]
@@ -91,7 +96,7 @@ def test_a_plain_loss_has_the_same_hessian_and_a_split_one_both(x64):
 
 def test_eigenvalues_traces_and_gradient_against_the_dense_hessian(x64):
     net, state, batch = case("mlp")
-    H, *_ = dense(net, state, batch)
+    H, *_ = dense("mlp")
     c = fnn.curvature(ENTROPY, outputs=net)(state, batch)
     exact = np.linalg.eigvalsh(H)
     found = c.hessian.eigenvalues(3)
@@ -110,7 +115,7 @@ def test_eigenvalues_traces_and_gradient_against_the_dense_hessian(x64):
 
 def test_blocks_of_layers_and_of_repeat(x64):
     net, state, batch = case("mlp")
-    H, _, vector, unravel = dense(net, state, batch)
+    H, _, vector, unravel = dense("mlp")
     c = fnn.curvature(ENTROPY, outputs=net)(state, batch)
     places = unravel(jnp.arange(len(vector), dtype=jnp.float64))  # each number knows its place in the vector
     paths = [*c.hessian.layers()]
@@ -141,7 +146,7 @@ def half(params, A):
 
 def test_the_standard_error_of_a_trace_is_the_true_one(x64):
     net, state, batch = case("mlp")
-    H, *_ = dense(net, state, batch)
+    H, *_ = dense("mlp")
     run = fnn.curvature(ENTROPY, outputs=net)(state, batch).hessian
     found = jax.vmap(lambda key: run.trace(16, key=key))(jax.random.split(jax.random.key(3), 100))
     for part, exact in ((found.trace, np.trace(H)), (found.square, np.sum(H * H))):
@@ -198,6 +203,7 @@ def test_critical_rate_of_a_net_is_where_its_loss_first_rises(x64):
     c = fnn.curvature(ENTROPY, outputs=net)(state, batch)
     found, g = c.critical(), c.gradient()
 
+    @jax.jit
     def rise(rate):
         moved = jax.tree.map(lambda p, s: p - rate * s, state[0], g)
         value = [
@@ -270,9 +276,9 @@ def test_under_jit_and_vmap_over_seeds():
         c = fnn.curvature(half)({"x": jnp.ones(4)}, scale * jnp.diag(jnp.arange(1.0, 5)))
         return c.hessian.eigenvalues(tolerance=1e-4).values[0], c.critical().sharpness
 
-    for found in (jax.vmap(top)(jnp.arange(1.0, 4)), jax.jit(jax.vmap(top))(jnp.arange(1.0, 4))):
-        np.testing.assert_allclose(found[0], [4, 8, 12], rtol=1e-3)
-        np.testing.assert_allclose(found[1], np.arange(1, 4) * 100 / 30, rtol=2e-3)
+    values, sharpness = jax.jit(jax.vmap(top))(jnp.arange(1.0, 4))
+    np.testing.assert_allclose(values, [4, 8, 12], rtol=1e-3)
+    np.testing.assert_allclose(sharpness, np.arange(1, 4) * 100 / 30, rtol=2e-3)
 
 
 def test_bad_arguments_are_refused():
@@ -316,7 +322,7 @@ def test_ten_products_hold_what_one_does_and_some_vectors():
     bound = 2.5 if jax.__version_info__ < (0, 11) else 3.0
     net = fnn.models.mlp(3, 64, 10, activation="tanh", norm=None)
     x, y = jnp.ones((512, 64)), jnp.zeros(512, int)
-    state = net.init(jax.random.key(0), x)
+    state = started(net.init, x)
     c = fnn.curvature(ENTROPY, outputs=net)(state, (x, y))
     plain, one, ten, _ = c.price(rounds=1).rows
     vector = 4e-6 * c.hessian.size

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import as_jax
 from flax import linen, nnx
 
 import fnn
 from fnn import tree
 
-X = jax.random.normal(jax.random.key(3), (6, 8))
-Y = jax.random.randint(jax.random.key(4), (6,), 0, 3)
-TOKENS = jax.random.randint(jax.random.key(5), (6, 7), 0, 11)
-IMAGES = jax.random.normal(jax.random.key(7), (6, 8, 8, 1))
+RNG = np.random.default_rng(3)
+X, IMAGES = (as_jax(np.float32(RNG.normal(size=shape))) for shape in ((6, 8), (6, 8, 8, 1)))
+Y, TOKENS = as_jax(RNG.integers(0, 3, 6)), as_jax(RNG.integers(0, 11, (6, 7)))
 
 
 def entropy(logits, y):
@@ -177,7 +177,7 @@ def fnn_residual():
 
 
 MODELS = {
-    f.__name__: f
+    f.__name__: functools.cache(f)
     for f in (
         *(plain_mlp, linen_mlp, linen_transformer, nnx_conv, equinox_recurrent),
         *(haiku_mlp, by_index, fnn_residual),
