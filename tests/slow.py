@@ -94,6 +94,7 @@ TABLE = {
         "theory_of_a_report_is_that_of_this_width[batch_norm]": of("theory_of_a_report_is_that_of_this_width", "none"),
     },
     "diff": {
+        "another_epsilon_between_layers": ["another_epsilon_in_one_norm"],
         "ports_of_one_mlp_are_equal[linen]": of("ports_of_one_mlp_are_equal", "equinox"),
         "diff_forms/a_recurrent_net_in_a_scan_and_written_out": ["a_scan_over_blocks_is_equal_to_blocks_written_out"],
     },

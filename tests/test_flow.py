@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import as_jax
+from conftest import as_jax, started
 from test_taps import float64_flow, problem
 
 import fnn
@@ -205,7 +205,7 @@ ALIKE = ("three", "inside_serial", "deep")
 def test_combinators_of_ones_own_whose_paths_meet_equal_float64(name):
     x, y = problem(n=8)
     net = MEETING[name]
-    params, state = net.init(KEY, x)
+    params, state = started(net.init, x)
     equals_float64(fnn.gradient_flow(net, (params, state), (x, y)), net, params, state, (x, y))
 
 
@@ -249,7 +249,7 @@ FACTOR = 2.0**-115
 def test_residual_nets_transformers_and_recurrences_have_float64s_log_norms_at_every_tap(net, x):
     features, y = problem(n=8)
     x = {None: features, "tokens": TOKENS, "x": SEQUENCE}[x]
-    params, state = net.init(KEY, x)
+    params, state = started(net.init, x)
     y = TOKENS if fnn.core.output_shape(net, params, state, x) == (8, 4, 7) else y
     measured = fnn.gradient_flow(
         net, (params, state), (x, y), loss=lambda outputs, y: FACTOR * fnn.losses.cross_entropy(outputs, y)
@@ -306,7 +306,7 @@ def taps_of(measured):
 def test_layers_are_counted_by_their_weights(net, x, layers):
     features, y = problem(n=8)
     x = features if x is None else x
-    measured = fnn.gradient_flow(net, net.init(KEY, x), (x, y))
+    measured = fnn.gradient_flow(net, started(net.init, x), (x, y))
     assert taps_of(measured) == layers
     weights = [row for row in measured.rows if row.quantity in measured.weights]
     assert sorted({row.layer for row in weights}) == list(range(1, len(measured.log10_kernel) + 1))

@@ -13,7 +13,7 @@ from fnn import compiled, lowering
 from fnn.gradients import cuts, operations, search, squares
 from fnn.gradients import program as jaxprs
 
-THOROUGH = {"nested", "recurrent", "embedding"}
+THOROUGH = {"depth", "recurrent"}
 
 
 REPEATS = ("embedding_take", "equinox")
@@ -24,7 +24,7 @@ REPEATS = ("embedding_take", "equinox")
 def test_every_method_equals_vmap_of_grad(name):
     subject = SUBJECTS[name]()
     every = fnn.per_example(subject.loss, axis_name=subject.axis_name)
-    w = jnp.linspace(0.5, 2, B)
+    w = np.linspace(0.5, 2, B, dtype=np.float32)
 
     @jax.jit
     def both(params, batch, max_norm):
@@ -51,6 +51,7 @@ def test_every_method_equals_vmap_of_grad(name):
 
     max_norm = jnp.float32(1.0)
     got, want, g = both(subject.params, subject.batch, max_norm)
+    got, want = jax.device_get((got, want))
     vectors = flat(want)
     norms = np.linalg.norm(vectors, axis=1)
     size = norms.max()
@@ -93,7 +94,7 @@ def test_every_method_equals_vmap_of_grad(name):
     check(got["clipped"].bias, bias)
     trace = np.sum(np.var(vectors, axis=0, ddof=1))
     check(got["variance"], trace, size**2)
-    check(sum(jnp.sum(a) for a in jax.tree.leaves(got["variances"])), trace, size**2)
+    check(sum(np.sum(a) for a in jax.tree.leaves(got["variances"])), trace, size**2)
     signal = np.sum(np.square(vectors.mean(0))) - trace / B
     np.testing.assert_allclose(got["signal_to_noise"], signal / trace, atol=1e-4)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import as_jax
+from conftest import as_jax, started
 from flax import linen, nnx
 
 import fnn
@@ -62,6 +62,10 @@ def plain_mlp():
     )
 
 
+def initial(net, x):
+    return started(lambda key, x: (net.init(key, x)["params"], ()), x)[0]
+
+
 class _Mlp(linen.Module):
     depth: int = 3
     activation: str = "sigmoid"
@@ -75,7 +79,7 @@ class _Mlp(linen.Module):
 
 def linen_mlp(depth=3):
     net = _Mlp(depth)
-    params = jax.jit(net.init)(jax.random.key(0), X)["params"]
+    params = initial(net, X)
     return lambda p, x, y: entropy(net.apply({"params": p}, x), y), params, (X, Y)
 
 
@@ -99,7 +103,7 @@ class _Transformer(linen.Module):
 
 def linen_transformer():
     net = _Transformer()
-    params = jax.jit(net.init)(jax.random.key(0), TOKENS)["params"]
+    params = initial(net, TOKENS)
 
     def loss(p, x):
         logits = jax.nn.log_softmax(net.apply({"params": p}, x[:, :-1]))
@@ -143,7 +147,8 @@ def equinox_recurrent():
             )
             return self.output(h)
 
-    params, static = eqx.partition(_Recurrent(jax.random.key(0)), eqx.is_inexact_array)
+    made = eqx.filter_jit(lambda key: _Recurrent(key))(jax.random.key(0))  # one program of all the draws
+    params, static = eqx.partition(made, eqx.is_inexact_array)
     return lambda p, x, y: entropy(jax.vmap(eqx.combine(p, static))(x), y), params, (TOKENS, Y)
 
 
