@@ -237,7 +237,10 @@ def test_decoder_block_equals_pytorch(norm_position):
 
 @pytest.mark.parametrize(
     "options",
-    [{"positions": "rotary"}, {"positions": "learned", "longest": 10, "norm_position": "post", "unroll": 1}],
+    [
+        {"positions": "rotary", "encoder": 1},
+        {"positions": "learned", "longest": 10, "norm_position": "post", "unroll": 1},
+    ],
     ids=["rotary_pre", "learned_post_scanned"],
 )
 def test_decoding_equals_the_forward_pass_token_by_token(options):
