@@ -99,7 +99,7 @@ TABLE = {
         "diff_forms/a_recurrent_net_in_a_scan_and_written_out": ["a_scan_over_blocks_is_equal_to_blocks_written_out"],
     },
     "drawn": {
-        "drawn_nets_are_those_with_weights[relu-batch_norm-1.0-8]": of(
+        "drawn_nets_are_those_with_weights[relu-batch_norm-0.5-8]": of(
             "drawn_nets_are_those_with_weights", "tanh-none-0.5-4"
         ),
         "drawn_nets_are_those_with_weights[sigmoid-none-None-1]": of(

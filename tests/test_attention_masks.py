@@ -219,7 +219,7 @@ def test_a_net_trains_on_masks_that_come_with_the_data_and_is_watched():
         logits, _ = net.apply(params, state.net_state, batch[0])
         return fnn.losses.cross_entropy(logits, batch[1]).mean()
 
-    flow = fnn.watch(loss, groups="all")(state.params, (x, y))
+    flow = fnn.watch(loss, groups="attention")(state.params, (x, y))
     found = {name: value for name, value in flow.flat().items() if "entropy" in name}
     assert len(found) == 4 and all(0 < value < np.log(TIME) for value in found.values()), found
 
