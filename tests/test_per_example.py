@@ -13,7 +13,7 @@ from fnn import compiled, lowering
 from fnn.gradients import cuts, operations, search, squares
 from fnn.gradients import program as jaxprs
 
-THOROUGH = {"depth", "recurrent"}
+THOROUGH = {"depth_in_groups", "recurrent"}
 
 
 REPEATS = ("embedding_take", "equinox")

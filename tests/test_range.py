@@ -23,7 +23,7 @@ KINDS = (
     *("conv_groups", "parts", "unknown"),
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("conv", "linen")),  # of parts that are all above
 )
-THOROUGH = {"depth", "embedding"}
+THOROUGH = {"nested", "embedding"}
 
 
 def close(got, want, scale=1.0, rounding=1e-5):
