@@ -199,6 +199,15 @@ def started(init, *args, key=None, seed=0):
     return jax.tree_util.tree_map_with_path(draw, params), state
 
 
+def begun(net, optimizer, x, seed=0):
+    """Return the TrainState of a net with `started` parameters: `create` compiles a program for each shape it draws."""
+    import fnn
+
+    params, state = started(net.init, x, seed=seed)
+    opt_state = jax.jit(fnn.optimizers.per_depth(optimizer).init)(params)
+    return fnn.TrainState(params, state, opt_state, jax.random.key(1), as_jax(np.int32(0)))
+
+
 def assert_same(a, b):
     """Assert that two trees hold the same bits; on an accelerator the same numbers to 2e-6 of the largest of an array.
 

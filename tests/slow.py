@@ -94,10 +94,14 @@ TABLE = {
         "theory_of_a_report_is_that_of_this_width[batch_norm]": of("theory_of_a_report_is_that_of_this_width", "none"),
     },
     "diff": {
+        "another_epsilon_between_layers": ["another_epsilon_in_one_norm"],
         "ports_of_one_mlp_are_equal[linen]": of("ports_of_one_mlp_are_equal", "equinox"),
         "diff_forms/a_recurrent_net_in_a_scan_and_written_out": ["a_scan_over_blocks_is_equal_to_blocks_written_out"],
     },
     "drawn": {
+        "drawn_nets_are_those_with_weights[relu-batch_norm-0.5-8]": of(
+            "drawn_nets_are_those_with_weights", "tanh-none-0.5-4"
+        ),
         "drawn_nets_are_those_with_weights[sigmoid-none-None-1]": of(
             "drawn_nets_are_those_with_weights",
             "tanh-none-None-1 tanh-none-None-20 relu-batch_norm-None-6 erf-none-None-3",
@@ -106,7 +110,7 @@ TABLE = {
     "eigenvalues": {
         "no_record_misses_an_eigenvalue_that_has_passed_the_others[2-top-0.02]": of(
             "no_record_misses_an_eigenvalue_that_has_passed_the_others",
-            "2-top-0.0 2-top-0.3 1-top-0.0 1-top-0.02 1-top-0.3 1-bottom-0.0 1-bottom-0.02",
+            "2-top-0.0 2-top-0.3 1-top-0.0 1-top-0.02 1-top-0.3 1-bottom-0.0 1-bottom-0.02 1-bottom-0.3",
         ),
         "large_matrices_of_zeros_and_of_low_rank[2-bottom]": of("large_matrices_of_zeros_and_of_low_rank", "1-top"),
         "eigenvalues_at_any_scale[1e-30]": of("eigenvalues_at_any_scale", "1e+30"),

@@ -127,8 +127,7 @@ def test_padding_changes_nothing_wherever_it_stands(positions):
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_pieces_equal_the_whole_and_decoding_equals_recomputing(positions):
     longest = 12 if positions == "learned" else None
-    depth = 1 if positions == "learned" else 2
-    net = fnn.models.decoder(11, depth, D, fnn.models.Block(HEADS, positions=positions, longest=longest), padding=0)
+    net = fnn.models.decoder(11, 1, D, fnn.models.Block(HEADS, positions=positions, longest=longest), padding=0)
     tokens = as_jax(np.random.default_rng(0).integers(1, 11, size=(BATCH, TIME)))
     params, state = prepared(net, tokens)
     apply = jax.jit(net.apply)
@@ -196,10 +195,12 @@ def test_generate_continues_behind_the_last_real_token_wherever_padding_stands(n
 def test_a_net_that_predicts_padding_goes_on_with_padding(padding):
     """The last real token stays the same, and so does what follows it."""
     net, other = fnn.serial(fnn.embed(5, 2, padding=padding), fnn.rnn(1), fnn.drop_mask(), fnn.dense(5)), 1
-    prompt = jnp.array([[1, 2, padding], [4, 1, 2]])
-    params, state = net.init(KEY, prompt)
-    recurrent = jax.tree.map(jnp.zeros_like, params[1]) | {"bias": jnp.array([5.0])}  # 1 where real, 0 at padding
-    head = {"kernel": 9 * jnp.eye(5)[None, padding], "bias": jnp.eye(5)[other]}
+    prompt = np.array([[1, 2, padding], [4, 1, 2]])
+    params, state = prepared(net, prompt)
+    eye = np.eye(5, dtype=np.float32)
+    # 1 where real, 0 at padding
+    recurrent = jax.tree.map(np.zeros_like, jax.device_get(params[1])) | {"bias": np.float32([5])}
+    head = {"kernel": 9 * eye[None, padding], "bias": eye[other]}
     ours = fnn.generate(net, (params[0], recurrent, (), head), state, prompt, 3)
     np.testing.assert_array_equal(ours, np.full((2, 3), padding))
 
@@ -223,6 +224,7 @@ def test_transformer_by_hand(norm_position):
     tokens = as_jax(np.random.default_rng(0).integers(0, 9, size=(BATCH, TIME)))
     params, state = prepared(net, tokens)
     logits, _ = jax.jit(net.apply)(params, state, tokens)
+    params, tokens = jax.device_get((params, tokens))
     table = params["embedding"]
 
     def norm(h, p):
@@ -237,10 +239,10 @@ def test_transformer_by_hand(norm_position):
 
     def forward(x):
         a, b = denses
-        return jax.nn.gelu(x @ a["kernel"] + a["bias"], approximate=False) @ b["kernel"] + b["bias"]
+        return np.asarray(jax.nn.gelu(x @ a["kernel"] + a["bias"], approximate=False)) @ b["kernel"] + b["bias"]
 
     def see(x):
-        return attend.apply(weights, attend.init(KEY, x)[1], x)[0]
+        return np.asarray(jax.jit(attend.apply)(weights, prepared(attend, x)[1], x)[0])
 
     if norm_position == "pre":
         h = h + see(norm(h, norms[0]))
@@ -283,21 +285,22 @@ def test_refusals():
     with pytest.raises(ValueError, match="even quotient"):
         fnn.attention(8, rotary=True).init(KEY, x)
     with pytest.raises(ValueError, match=r"bool\[batch, time\]"):
-        layer.apply(params, state, fnn.Masked(x, jnp.ones((BATCH, TIME, TIME), bool)))
+        jax.eval_shape(layer.apply, params, state, fnn.Masked(x, np.ones((BATCH, TIME, TIME), bool)))
     with pytest.raises(ValueError, match="looks ahead"):
         fnn.memory.init_cache(fnn.attention(HEADS).init(KEY, x)[1], BATCH, 4)
     with pytest.raises(ValueError, match="the cache is for 3 sequences of 4 positions, got 3 of 6"):
-        layer.apply(params, fnn.memory.init_cache(state, BATCH, 4), x)
+        jax.eval_shape(layer.apply, params, fnn.memory.init_cache(state, BATCH, 4), x)
     # Beyond the memory's end, position by position, the values are NaN and never those of another position.
     memory = fnn.memory.init_cache(state, BATCH, 4)
-    _, memory = layer.apply(params, memory, x[:, :3])
-    y, _ = layer.apply(params, memory, x[:, 3:])
+    apply = jax.jit(layer.apply)
+    _, memory = apply(params, memory, x[:, :3])
+    y, _ = apply(params, memory, x[:, 3:])
     np.testing.assert_array_equal(np.isnan(y).all(-1), [[False, True, True]] * BATCH)
     with pytest.raises(ValueError, match=r"positions: a sequence must have at most 4 positions, got float32\[3,6,8\]"):
         fnn.positions(4).init(KEY, x)
     net = fnn.serial(fnn.embed(5, D), fnn.positions(8), fnn.attention(HEADS, causal=True))
-    tokens = jnp.ones((2, 4), int)
-    params, state = net.init(KEY, tokens)
+    tokens = np.ones((2, 4), int)
+    params, state = prepared(net, tokens)
     with pytest.raises(ValueError, match="length must be at most the net's 8 positions, got 9"):
         fnn.generate(net, params, state, tokens, 5)
     with pytest.raises(TypeError, match="must be tokens, int"):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import as_jax, started
+from conftest import as_jax, begun, started
 
 import fnn
 
@@ -210,7 +210,7 @@ def test_a_net_trains_on_masks_that_come_with_the_data_and_is_watched():
     x = {"target": np.float32(drawn(12, TIME, D)), "mask": RNG.random((12, TIME, TIME)) < 0.7}
     y = RNG.integers(0, 2, 12)
     optimizer = optax.adam(1e-2)
-    state = fnn.TrainState.create(net, optimizer, KEY, x)
+    state = begun(net, optimizer, x)
     step = fnn.train_step(net, fnn.losses.cross_entropy, optimizer)
     state, history = fnn.fit(step, state, (x, y), epochs=2, batch_size=4, key=KEY)
     assert np.isfinite(history.train["loss"]).all()
@@ -219,7 +219,7 @@ def test_a_net_trains_on_masks_that_come_with_the_data_and_is_watched():
         logits, _ = net.apply(params, state.net_state, batch[0])
         return fnn.losses.cross_entropy(logits, batch[1]).mean()
 
-    flow = fnn.watch(loss, groups="all")(state.params, (x, y))
+    flow = fnn.watch(loss, groups="attention")(state.params, (x, y))
     found = {name: value for name, value in flow.flat().items() if "entropy" in name}
     assert len(found) == 4 and all(0 < value < np.log(TIME) for value in found.values()), found
 
@@ -233,11 +233,11 @@ def test_refusals():
         with pytest.raises(
             ValueError, match=r"attention: the mask must be bool\[3, 7, 7\], True where .*, got (bool|float32)\["
         ):
-            layer.apply(params, state, bad)
+            jax.eval_shape(layer.apply, params, state, bad)
     with pytest.raises(ValueError, match=r"dict with the names \['mask', 'target'\], got \['source', 'target'\]"):
-        layer.apply(params, state, {"source": x, "target": x})
+        jax.eval_shape(layer.apply, params, state, {"source": x, "target": x})
     with pytest.raises(ValueError, match="a mask for each example needs the whole sequence at once, got a cache"):
-        layer.apply(params, fnn.memory.init_cache(state, BATCH, TIME), both)
+        jax.eval_shape(layer.apply, params, fnn.memory.init_cache(state, BATCH, TIME), both)
     for mask in (TABLE.astype(int), TABLE[0], 3):
         with pytest.raises(
             TypeError, match=r"mask must be a function \(t, s\) -> bool of positions, or its table bool\[time, s\]"
@@ -251,7 +251,7 @@ def test_refusals():
     with pytest.raises(
         ValueError, match="the mask's table is for at most 5 by 6 positions, got 7 by 7; pass a larger one"
     ):
-        short.apply(params, state, x)
+        jax.eval_shape(short.apply, params, state, x)
     with pytest.raises(ValueError, match="length must be at most the net's 5 positions, got 6"):
         fnn.memory.init_cache(state, BATCH, 6)
     for f, got in (
@@ -262,12 +262,12 @@ def test_refusals():
         with pytest.raises(
             ValueError, match=rf"attention: mask must return bool\[1, 7, 7\] for positions .*, got {got}"
         ):
-            fnn.attention(HEADS, mask=f).apply(params, state, x)
+            jax.eval_shape(fnn.attention(HEADS, mask=f).apply, params, state, x)
     cross = fnn.cross_attention(HEADS, mask=TABLE[:, :4])
     params, state = prepared(cross, {"source": x[:, :4], "target": x})
     with pytest.raises(
         ValueError, match="cross_attention: the mask's table is for at most 9 by 4 positions, got 7 by 5"
     ):
-        cross.apply(params, state, {"source": x[:, :5], "target": x})
+        jax.eval_shape(cross.apply, params, state, {"source": x[:, :5], "target": x})
     with pytest.raises(ValueError, match=r"cross_attention: the mask must be bool\[3, 7, 4\]"):
-        cross.apply(params, state, {"source": x[:, :4], "target": x, "mask": as_jax(PAIRS)})
+        jax.eval_shape(cross.apply, params, state, {"source": x[:, :4], "target": x, "mask": as_jax(PAIRS)})

@@ -18,8 +18,9 @@ def drawn(dtype=jnp.float32, source_width=E):
     """A source with padding in front and a hole, a target with padding behind."""
     rng = np.random.default_rng(0)
     source, target = (as_jax(rng.normal(size=s), dtype) for s in ((BATCH, SPAN, source_width), (BATCH, TIME, D)))
-    real = (jnp.arange(SPAN) >= jnp.array([0, 3, 1])[:, None]).at[2, 3].set(False)
-    return {"source": fnn.Masked(source, real), "target": fnn.Masked.of_lengths(target, jnp.array([5, 2, 4]))}
+    real, mask = np.arange(SPAN) >= np.array([[0], [3], [1]]), np.arange(TIME) < np.array([[5], [2], [4]])
+    real[2, 3] = False
+    return {"source": fnn.Masked(source, as_jax(real)), "target": fnn.Masked(target, as_jax(mask))}
 
 
 def prepared(layer, x):
@@ -55,7 +56,8 @@ def test_cross_attention_equals_flax_with_masks(dtype, atol):
         ((_, y), slopes), ((_, expected), theirs) = (f(params, source, target) for f in both)
         np.testing.assert_allclose(y, expected, rtol=0, atol=atol)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=10 * atol), slopes, theirs)
-        assert not np.any(slopes[1][~real]) and not np.any(slopes[2][~mask])
+        assert not np.any(np.asarray(slopes[1])[~np.asarray(real)])
+        assert not np.any(np.asarray(slopes[2])[~np.asarray(mask)])
 
 
 def test_cross_attention_equals_pytorch():
@@ -82,16 +84,16 @@ def test_padding_never_matters_and_a_source_without_real_positions_adds_the_bias
     params, state = prepared(layer, x)
     apply = jax.jit(layer.apply)
     y, _ = apply(params, state, x)
-    other = jax.tree.map(lambda a: a, x)
+    other, x, y = jax.tree.map(lambda a: a, x), *jax.device_get((x, y))
     for name, a in x.items():
-        other[name] = a._replace(values=jnp.where(a.mask[..., None], a.values, 1e3))
+        other[name] = a._replace(values=as_jax(np.where(a.mask[..., None], a.values, np.float32(1e3))))
     assert_same(apply(params, state, other)[0].values, y.values)
     assert not np.any(y.values[~y.mask])
     # Alone, and without padding: what each example gives does not depend on the others, nor on where its padding stands.
     source, target = x["source"].values[2][x["source"].mask[2]], x["target"].values[2][x["target"].mask[2]]
-    alone, _ = layer.apply(params, state, {"source": source[None], "target": target[None]})
+    alone, _ = jax.jit(layer.apply)(params, state, {"source": source[None], "target": target[None]})
     np.testing.assert_allclose(alone[0], y.values[2][y.mask[2]], atol=1e-6)
-    empty = x["source"]._replace(mask=x["source"].mask.at[1].set(False))
+    empty = x["source"]._replace(mask=x["source"].mask & (np.arange(BATCH) != 1)[:, None])
 
     def total(params, source):
         y, _ = layer.apply(params, state, {"source": empty._replace(values=source), "target": target_alone})
@@ -99,7 +101,7 @@ def test_padding_never_matters_and_a_source_without_real_positions_adds_the_bias
 
     target_alone = x["target"].values
     (_, y), slopes = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(params, x["source"].values)
-    np.testing.assert_allclose(y[1], jnp.broadcast_to(params["out"]["bias"], (TIME, D)), atol=1e-7)
+    np.testing.assert_allclose(y[1], np.broadcast_to(params["out"]["bias"], (TIME, D)), atol=1e-7)
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(slopes)) and not np.any(slopes[1][1])
 
 
@@ -236,7 +238,10 @@ def test_decoder_block_equals_pytorch(norm_position):
 
 @pytest.mark.parametrize(
     "options",
-    [{"positions": "rotary"}, {"positions": "learned", "longest": 10, "norm_position": "post", "unroll": 1}],
+    [
+        {"positions": "rotary", "encoder": 1},
+        {"positions": "learned", "longest": 10, "norm_position": "post", "unroll": 1},
+    ],
     ids=["rotary_pre", "learned_post_scanned"],
 )
 def test_decoding_equals_the_forward_pass_token_by_token(options):
@@ -244,18 +249,17 @@ def test_decoding_equals_the_forward_pass_token_by_token(options):
     # So that padding is never the likeliest token.
     params["embedding"] = params["embedding"] * (np.arange(VOCABULARY) > 0)[:, None]
     apply = jax.jit(net.apply)
-    steps, rows, target = 4, np.arange(BATCH), np.asarray(x["target"])
-    tokens = np.pad(target, ((0, 0), (0, steps)))  # longer than what is compared, as those below: one program
-    whole = apply(params, state, x | {"target": tokens})[0][:, :TIME]
+    whole, _ = apply(params, state, x)
     memory, parts = fnn.memory.init_cache(state, BATCH, TIME, source_length=SPAN), []
     for i in range(TIME):
         source = x["source"] if i == 0 else x["source"][:, :0]  # read once, and held from then on
         part, memory = apply(params, memory, {"source": source, "target": x["target"][:, i : i + 1]})
         parts.append(part)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
+    steps, rows, target = 4, np.arange(BATCH), np.asarray(x["target"])
     lengths = np.sum(target != 0, axis=1)
     ours = fnn.generate(net, params, state, x | {"target": fnn.Masked(target, target != 0)}, steps)
-    answers = []
+    tokens, answers = np.pad(target, ((0, 0), (0, steps))), []
     for t in range(steps):
         logits, _ = apply(params, state, {"source": x["source"], "target": tokens})
         answers.append(np.argmax(np.asarray(logits)[rows, lengths + t - 1], axis=-1))
@@ -293,7 +297,7 @@ def test_gradient_flow_of_an_encoder_decoder_equals_float64():
 
 def test_refusals():
     x, layer = drawn(), fnn.cross_attention(HEADS)
-    params, state = layer.init(KEY, x)
+    params, state = prepared(layer, x)
     source, target = x["source"], x["target"]
     cases = [
         (
@@ -317,24 +321,25 @@ def test_refusals():
     ]
     for bad, sentence in cases:
         with pytest.raises(ValueError, match=sentence):
-            layer.apply(params, state, bad)
+            jax.eval_shape(layer.apply, params, state, bad)
     with pytest.raises(ValueError, match="heads must divide the width, got 3 heads"):
         fnn.cross_attention(3).init(KEY, x)
     with pytest.raises(ValueError, match="cross_attention needs the source's length, got source_length=None"):
         fnn.memory.init_cache(state, BATCH, TIME)
     with pytest.raises(ValueError, match="the cache is for 3 sources of 7, which must come whole .*, got 3 of 6"):
-        layer.apply(params, fnn.memory.init_cache(state, BATCH, TIME, source_length=7), x)
+        jax.eval_shape(layer.apply, params, fnn.memory.init_cache(state, BATCH, TIME, source_length=7), x)
     with pytest.raises(
         ValueError, match=r"residual: the input must be a dict with the name 'target', got float32\[3,5,8\]"
     ):
         fnn.residual(layer, add_to="target").init(KEY, target.values)
     net, params, state, x = translation()
     with pytest.raises(ValueError, match=r"branches: the input must be a dict with the names \['source', 'target'\]"):
-        net.apply(params, state, {"words": x["source"], "target": x["target"]})
+        jax.eval_shape(net.apply, params, state, {"words": x["source"], "target": x["target"]})
     with pytest.raises(
         ValueError, match=r"generate: the input must be a dict with the names \['source', 'target'\], got \['source'\]"
     ):
         fnn.generate(net, params, state, {"source": x["source"]}, 3)
     with pytest.raises(ValueError, match=r"tied: the body's output: the input must be a sequence"):
         fnn.tied(5, D, fnn.serial()).init(KEY, x)
-        fnn.tied(5, D, fnn.serial()).apply({"embedding": jnp.ones((11, D)), "body": ()}, {"body": ()}, x)
+        given = {"embedding": np.ones((11, D)), "body": ()}, {"body": ()}, x
+        jax.eval_shape(fnn.tied(5, D, fnn.serial()).apply, *given)

@@ -31,6 +31,7 @@ NETS = {
 }
 
 
+@functools.cache
 def case(name, seed=0):
     """(net, state, batch) in float64, moved off zero biases."""
     net, shape = NETS[name]
@@ -42,7 +43,7 @@ def case(name, seed=0):
 
 @functools.cache
 def dense(name, train=True):
-    """(Hessian, Gauss-Newton matrix, vector -> params), by JAX's own dense derivatives, of the net of this name, in float64."""
+    """(Hessian, Gauss-Newton matrix, vector -> params), by JAX's own dense derivatives."""
     net, state, batch = case(name)
     vector, unravel = ravel_pytree(state[0])
 
@@ -275,9 +276,9 @@ def test_under_jit_and_vmap_over_seeds():
         c = fnn.curvature(half)({"x": jnp.ones(4)}, scale * jnp.diag(jnp.arange(1.0, 5)))
         return c.hessian.eigenvalues(tolerance=1e-4).values[0], c.critical().sharpness
 
-    found = jax.jit(jax.vmap(top))(jnp.arange(1.0, 4))
-    np.testing.assert_allclose(found[0], [4, 8, 12], rtol=1e-3)
-    np.testing.assert_allclose(found[1], np.arange(1, 4) * 100 / 30, rtol=2e-3)
+    values, sharpness = jax.jit(jax.vmap(top))(jnp.arange(1.0, 4))
+    np.testing.assert_allclose(values, [4, 8, 12], rtol=1e-3)
+    np.testing.assert_allclose(sharpness, np.arange(1, 4) * 100 / 30, rtol=2e-3)
 
 
 def test_bad_arguments_are_refused():
@@ -321,7 +322,7 @@ def test_ten_products_hold_what_one_does_and_some_vectors():
     bound = 2.5 if jax.__version_info__ < (0, 11) else 3.0
     net = fnn.models.mlp(3, 64, 10, activation="tanh", norm=None)
     x, y = jnp.ones((512, 64)), jnp.zeros(512, int)
-    state = net.init(jax.random.key(0), x)
+    state = started(net.init, x)
     c = fnn.curvature(ENTROPY, outputs=net)(state, (x, y))
     plain, one, ten, _ = c.price(rounds=1).rows
     vector = 4e-6 * c.hessian.size

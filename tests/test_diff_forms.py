@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from test_diff import BIASES, KERNELS, KEY, PLAIN, X, Y, plain
 
 import fnn

@@ -105,7 +105,7 @@ def compare(ours, theirs):
         (meanfield.Net("tanh", 6, 32, outputs=3, norm="layer_norm", sigma_b=0.3), 4),
         (meanfield.Net("relu", 6, 32, outputs=3, norm="rms_norm", sigma_w=0.5), 20),
         (meanfield.Net("tanh", 6, 32, outputs=3, residual=0.5, sigma_b=0.3), 4),
-        (meanfield.Net("relu", 6, 32, outputs=3, residual=1.0, norm="batch_norm"), 8),
+        (meanfield.Net("relu", 6, 32, outputs=3, residual=0.5, norm="batch_norm"), 8),
         pytest.param(meanfield.Net("relu", 6, 32, outputs=3, residual=0.7), 1, marks=pytest.mark.slow),
     ],
     ids=lambda value: f"{value.activation.name}-{value.norm}-{value.residual}" if hasattr(value, "depth") else value,

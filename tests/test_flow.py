@@ -205,7 +205,7 @@ ALIKE = ("three", "inside_serial", "deep")
 def test_combinators_of_ones_own_whose_paths_meet_equal_float64(name):
     x, y = problem(n=8)
     net = MEETING[name]
-    params, state = net.init(KEY, x)
+    params, state = started(net.init, x)
     equals_float64(fnn.gradient_flow(net, (params, state), (x, y)), net, params, state, (x, y))
 
 
@@ -249,7 +249,7 @@ FACTOR = 2.0**-115
 def test_residual_nets_transformers_and_recurrences_have_float64s_log_norms_at_every_tap(net, x):
     features, y = problem(n=8)
     x = {None: features, "tokens": TOKENS, "x": SEQUENCE}[x]
-    params, state = net.init(KEY, x)
+    params, state = started(net.init, x)
     y = TOKENS if fnn.core.output_shape(net, params, state, x) == (8, 4, 7) else y
     measured = fnn.gradient_flow(
         net, (params, state), (x, y), loss=lambda outputs, y: FACTOR * fnn.losses.cross_entropy(outputs, y)

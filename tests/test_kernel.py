@@ -45,11 +45,11 @@ def test_the_kernel_is_that_of_stored_jacobians(name):
 def test_a_function_of_any_framework_and_alignment():
     x, y = as_jax(RNG.normal(size=(6, 4)), jnp.float32), jnp.array([0, 1, 0, 1, 1, 0])
     found = fnn.kernel(lambda p, x: p["w"].T @ x)({"w": jnp.ones((4, 2))}, x)
-    np.testing.assert_allclose(found.matrix, x @ x.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.matrix, np.asarray(x) @ np.asarray(x).T, rtol=1e-5, atol=1e-6)
     one_hot = np.eye(2)[np.asarray(y)]
     for centered in (False, True):
         H = np.eye(6) - centered / 6
-        K, Y = H @ np.asarray(x @ x.T) @ H, H @ one_hot @ one_hot.T @ H
+        K, Y = H @ (np.asarray(x) @ np.asarray(x).T) @ H, H @ one_hot @ one_hot.T @ H
         wanted = np.sum(K * Y) / np.linalg.norm(K) / np.linalg.norm(Y)
         for targets in (y, as_jax(one_hot, jnp.float32)):
             np.testing.assert_allclose(found.alignment(targets, centered=centered), wanted, rtol=1e-4)

@@ -219,3 +219,30 @@ def test_what_does_not_fit_is_refused_in_a_sentence(name):
     with pytest.raises((TypeError, ValueError), match=sentence) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+PLAIN_LOSSES = {
+    "cross_entropy": (losses.cross_entropy, CLASSES, (4,)),
+    "smooth": (losses.smooth_cross_entropy(0.1), CLASSES, (4,)),
+    **{f"focal {gamma}": (losses.focal(gamma), CLASSES, (4,)) for gamma in (0, 0.5, 2)},
+    "token": (losses.token_cross_entropy, np.tile(CLASSES[:, None], 2), (2, 4)),
+    "sequence": (losses.sequence_cross_entropy, np.tile(CLASSES[:, None], 2), (2, 4)),
+    "mse": (losses.mse, np.ones((5, 4)), (4,)),
+    "huber": (losses.huber(0.5), np.ones((5, 4)), (4,)),
+    "binary": (losses.binary_cross_entropy, np.array([0, 1, 0.5, 1, 0]), ()),
+}
+
+
+def test_an_output_that_is_not_a_number_has_a_loss_that_is_none():
+    """A comparison with NaN is false: a loss that asks whether anything is wrong would find the example right."""
+
+    @jax.jit
+    def every(number):
+        found = {}
+        for name, (loss, labels, size) in PLAIN_LOSSES.items():
+            outputs = jnp.full((5, *size), 0.3)
+            found[name] = losses.mean(loss, outputs.at[1].set(number), labels)
+        return found
+
+    assert all(np.isnan(value) for value in every(np.nan).values())
+    assert all(np.isfinite(value) for value in every(0.3).values())

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import randomized, started
+from conftest import as_jax, started
 from subjects import B, draw, flat, labels
 
 import fnn
@@ -18,10 +18,10 @@ def test_path_and_loss_sum_to_the_batch_gradient(dtype, rounding):
     """
     with jax.enable_x64(dtype == "float64"):
         layer = fnn.models.mlp(3, 8, 3, activation="tanh", norm="batch_norm", unroll=1)
-        params, state = layer.init(jax.random.key(1), draw(B, 5))
+        params, state = started(layer.init, draw(B, 5))
         x, y, params, state = jax.tree.map(
-            lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
-            (draw(B, 5), labels(), randomized(params), state),
+            lambda a: as_jax(a, dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
+            (draw(B, 5), labels(), params, state),
         )
         loss = fnn.example_loss(layer, (params, state), loss=fnn.losses.cross_entropy, axis_name="batch")
         evaluated = fnn.example_loss(layer, (params, state), loss=fnn.losses.cross_entropy, train=False)
@@ -61,12 +61,13 @@ def test_frozen_statistics_against_a_norm_with_constants():
 
     params = {"w": draw(5, 4), "scale": draw(4), "out": draw(4, 2)}
     x = draw(B, 5, seed=2)
-    want = jax.vmap(jax.grad(lambda p, x: apply(p, x, jax.lax.stop_gradient)), in_axes=(None, 0), axis_name="batch")
+    one = jax.grad(lambda p, x: apply(p, x, jax.lax.stop_gradient))
+    want = jax.jit(jax.vmap(one, in_axes=(None, 0), axis_name="batch"))
     frozen = fnn.per_example(lambda p, x: apply(p, x, lambda a: a), axis_name="batch", batch_norm="frozen")
     np.testing.assert_allclose(flat(frozen(params, x).materialize()), flat(want(params, x)), rtol=1e-4, atol=1e-5)
     # fnn's own batch norm, whose derivative is written out.
     layer = fnn.serial(fnn.dense(4), fnn.repeat(fnn.batch_norm(eps=1e-3), 1), fnn.activation("tanh"))
-    p, state = layer.init(jax.random.key(0), x)
+    p, state = jax.jit(layer.init)(jax.random.key(0), x)
     p[0]["kernel"] = params["w"]
     p[1].blocks["scale"] = params["scale"][None]
 
@@ -113,7 +114,8 @@ def test_batch_norm_of_one_example_is_said(recwarn):
             return nn.Dense(3)(nn.tanh(x).mean(-2))
 
     x, y = draw(B, 4, 2), labels()
-    variables = jax.jit(Net(trained=True).init)(jax.random.key(0), x)
+    specs = jax.eval_shape(Net(trained=True).init, jax.random.key(0), x)
+    variables = jax.tree.map(lambda a: draw(*a.shape) ** 2, specs)
 
     def linen(p, example, **options):
         outputs, _ = Net(**options).apply(variables | {"params": p}, example[0][None], mutable=["batch_stats"])
@@ -135,23 +137,20 @@ def test_batch_norm_of_one_example_is_said(recwarn):
         outputs = model(example[0][:1] if batched else example[0][0])
         return fnn.losses.cross_entropy(outputs.reshape(1, 3), example[1][None])[0]
 
-    def traced(loss, p, batch=(x, y), **options):
-        jax.eval_shape(lambda p, batch: fnn.per_example(loss, **options)(p, batch).norms(), p, batch)
-
     p = variables["params"]
     with pytest.warns(
         UserWarning, match="per_example: the loss takes a statistic over a batch axis of size one"
     ) as seen:
-        traced(linen, p)
-        traced(module, weights)
-        traced(lambda p, e: module(p, e, batched=False), weights)
+        fnn.per_example(linen)(p, (x, y))
+        fnn.per_example(module)(weights, (x, y))
+        fnn.per_example(lambda p, e: module(p, e, batched=False))(weights, (x, y))
     assert len([w for w in seen if "per_example" in str(w.message)]) == 3
     recwarn.clear()
-    traced(lambda p, e: linen(p, e, axis_name="batch"), p, axis_name="batch")
-    traced(lambda p, e: linen(p, e, trained=True), p)
-    traced(lambda p, e: module(p, e, train=False), weights)
-    for width, norm in ((1, "layer_norm"), (8, "layer_norm"), (8, "rms_norm"), (8, None)):
+    fnn.per_example(lambda p, e: linen(p, e, axis_name="batch"), axis_name="batch")(p, (x, y))
+    fnn.per_example(lambda p, e: linen(p, e, trained=True))(p, (x, y))
+    fnn.per_example(lambda p, e: module(p, e, train=False))(weights, (x, y))
+    for width, norm in ((1, "layer_norm"), (8, "rms_norm"), (8, None)):
         net = fnn.models.mlp(3, width, 1, norm=norm, unroll=1)
         params, state = started(net.init, x)
-        traced(fnn.example_loss(net, (params, state), loss=fnn.losses.cross_entropy), params, (x, 0 * y))
+        fnn.per_example(fnn.example_loss(net, (params, state), loss=fnn.losses.cross_entropy))(params, (x, 0 * y))
     assert not [w for w in recwarn if "per_example" in str(w.message)]

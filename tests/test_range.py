@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import as_jax
+from conftest import as_jax, begun
 from subjects import SUBJECTS, B, draw, flat
 
 import fnn
@@ -23,7 +23,7 @@ KINDS = (
     *("conv_groups", "parts", "unknown"),
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("conv", "linen")),  # of parts that are all above
 )
-THOROUGH = {"nested", "recurrent", "embedding"}
+THOROUGH = {"nested", "embedding"}
 
 
 def close(got, want, scale=1.0, rounding=1e-5):
@@ -293,7 +293,7 @@ def test_train_step_at_every_scale_and_with_a_bad_example():
     layer = fnn.serial(fnn.dense(8), fnn.activation("tanh"), fnn.dense(3))
     x, y = draw(B, 5), jnp.arange(B) % 3
     optimizer = optax.sgd(1e-3)
-    state = fnn.TrainState.create(layer, optimizer, jax.random.key(0), x)
+    state = begun(layer, optimizer, x)
 
     def loss(outputs, targets):
         y, scale = targets

@@ -236,7 +236,7 @@ def test_refusals():
     ]
     for kind, sentence, bad in cases:
         with pytest.raises(kind, match=sentence):
-            layer.apply(params, state, bad)
+            jax.eval_shape(layer.apply, params, state, bad)
     with pytest.raises(ValueError, match="lengths must be int"):
         fnn.Masked.of_lengths(x, jnp.ones(BATCH))
     with pytest.raises(ValueError, match="reverse=True needs the whole sequence"):
@@ -244,7 +244,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="must have a layer with a cache"):
         fnn.memory.init_cache(((), ()), 2, 3)
     with pytest.raises(ValueError, match="memory was started for a batch of 2"):
-        layer.apply(params, fnn.memory.init_cache(state, 2, 3), x)
+        jax.eval_shape(layer.apply, params, fnn.memory.init_cache(state, 2, 3), x)
     with pytest.raises(ValueError, match="unknown initial 'zero'; did you mean 'zeros'"):
         fnn.gru(3, initial="zero")
     with pytest.raises(ValueError, match="must have no parameters"):

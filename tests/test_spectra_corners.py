@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import as_jax
+from conftest import as_jax, started
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
@@ -77,7 +77,7 @@ def test_all_eigenvalues_and_the_trace_are_those_of_the_dense_hessian(name, x64)
 def test_dropout_is_one_mask(x64, rng):
     net = fnn.serial(fnn.dense(4), fnn.activation("tanh"), fnn.dropout(0.5), fnn.dense(2))
     x, y, key = as_jax(X), jnp.arange(5) % 2, jax.random.key(5)
-    params, state = jax.tree.map(lambda a: as_jax(a, jnp.float64), net.init(jax.random.key(0), x))
+    params, state = started(net.init, x)
     vector, unravel = ravel_pytree(params)
 
     def loss(v):
@@ -235,7 +235,7 @@ def classifier(phi, rng):
     net = fnn.serial(fnn.dense(16), fnn.activation(phi), fnn.dense(16), fnn.activation(phi), fnn.dense(5))
     x, y = rng.normal(size=(40, 20)), np.arange(40) % 5
     with jax.enable_x64(True):
-        params, state = net.init(jax.random.key(0), as_jax(x, jnp.float32))
+        params, state = started(net.init, as_jax(x, jnp.float32))
     return net, params, state, x, y
 
 

@@ -43,9 +43,9 @@ def test_thresholds_and_preconditioned_sharpness(name, x64):
     optimizer, threshold = OPTIMIZERS[name]
     A, _ = quadratic(np.array([4.0, 1.5, 0.3]))
     params = {"x": jnp.array([1.0, 2.0, -1.0])}
-    state = optimizer.init(params)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
     for scale in (1.0, 0.7, 0.4):
-        _, state = optimizer.update({"x": scale * A @ params["x"]}, state, params)
+        _, state = update({"x": scale * np.asarray(A) @ np.asarray(params["x"])}, state, params)
     c = fnn.curvature(half)(params, A)
     found = c.preconditioned(optimizer, state, tolerance=1e-9)
     np.testing.assert_allclose(found.threshold, threshold, rtol=2e-5)
@@ -87,6 +87,7 @@ def test_other_optimisers_are_refused():
         (optax.sign_sgd(0.1), "must scale each gradient by a number of its own"),
         (optax.adam(0.1), "must have taken a step, got second moments of zero"),
         (fnn.optimizers.packed(optax.adam(0.1)), "the moments must be trees like params"),
+        (optax.adam(0.1, mu_dtype=jnp.bfloat16), "moments must have the precision of params, float32, got bfloat16"),
     ):
         state = optimizer.init(params)
         if "moments must" in words:
@@ -117,7 +118,7 @@ def test_a_second_moment_of_zero_needs_an_epsilon():
     c = fnn.curvature(half)(params, jnp.eye(3))
     for eps in (1e-8, 0.0):
         optimizer = optax.adam(0.01, eps=eps)
-        _, state = optimizer.update({"x": jnp.array([1.0, 0.0, 1.0])}, optimizer.init(params), params)
+        _, state = jax.jit(optimizer.update)({"x": jnp.array([1.0, 0.0, 1.0])}, optimizer.init(params), params)
         if eps:
             np.testing.assert_allclose(c.preconditioned(optimizer, state).value, 1 / (0.1 * eps), rtol=1e-4)
         else:

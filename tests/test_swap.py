@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import started
+from conftest import as_jax, started
 
 import fnn
 from fnn.gradients import swap, wide
@@ -19,7 +19,7 @@ NAMES = ("sigmoid", "tanh", "relu", "gelu", "gelu_tanh", "silu", "elu", "selu", 
 
 def loss_of(activation, **options):
     net = fnn.models.mlp(4, 16, 3, activation=activation, **options)
-    params, state = started(net.init, X)
+    params, state = net.init(jax.random.key(1), X)
 
     def loss(params, batch):
         return fnn.losses.cross_entropy(net.apply(params, state, batch[0], train=True)[0], batch[1]).mean()
@@ -100,13 +100,14 @@ def test_gates_and_what_the_loss_does_stay_as_they_are():
 
 def test_an_lstm_keeps_its_gates():
     net = fnn.serial(fnn.lstm(6), fnn.take_last(), fnn.dense(3))
-    x = jax.random.normal(jax.random.key(2), (8, 7, 4))
-    params, state = net.init(jax.random.key(1), x)
+    x = as_jax(np.float32(RNG.normal(size=(8, 7, 4))))
+    params, state = started(net.init, x)
 
     def outputs(params, x):
         return net.apply(params, state, x)[0]
 
-    np.testing.assert_array_equal(swap.swapped(outputs, {"hidden": "relu"})(params, x), outputs(params, x))
+    found, kept = (jax.jit(f)(params, x) for f in (swap.swapped(outputs, {"hidden": "relu"}), outputs))
+    np.testing.assert_array_equal(found, kept)
 
 
 def test_stopped_gradients_are_let_through():
@@ -135,7 +136,7 @@ def test_an_activation_is_put_between_layers_that_follow_each_other_without_one(
     bare = loss(lambda x: x)
     assert swap.listed(bare, w, X)[2] == 2 and swap.listed(loss(jnp.sin), w, X)[2] == 0
     got, want = swap.swapped(bare, {"bare": name}), loss(swap.KNOWN[name])
-    for one, other in zip(*(jax.tree.leaves(jax.value_and_grad(f)(w, X)) for f in (got, want)), strict=True):
+    for one, other in zip(*(jax.tree.leaves(jax.jit(jax.value_and_grad(f))(w, X)) for f in (got, want)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 

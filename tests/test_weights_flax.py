@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import assert_same, randomized
+from conftest import as_jax, assert_same, randomized
 from flax import nnx
 from test_weights import KEY, RNG, close, drawn
 
@@ -141,14 +141,23 @@ def test_nnx():
         *(fnn.lstm(6), fnn.lstm(6), fnn.gru(5), fnn.rnn(4), fnn.batch_norm()),
         fnn.repeat(fnn.dense(4), 12),
     )
-    module, x = Nnx(nnx.Rngs(0)), RNG.integers(0, 7, (2, 5))
-    graph, weights, rest = nnx.split(module, (nnx.Param, nnx.BatchStat), ...)
-    module = nnx.merge(graph, randomized(weights), rest)
+    x = RNG.integers(0, 7, (2, 5))
+    graph, weights = nnx.split(
+        nnx.eval_shape(lambda: Nnx(nnx.Rngs(0)))
+    )  # to draw them compiles a program for each shape
+    rng = np.random.default_rng(0)
+
+    def draw(spec):
+        if not jnp.issubdtype(spec.dtype, jnp.floating):
+            return jax.tree.map(jnp.zeros_like, spec) if not jnp.issubdtype(spec.dtype, jax.dtypes.prng_key) else KEY
+        return as_jax(np.abs(rng.normal(size=spec.shape)) * 0.3, spec.dtype)
+
+    module = nnx.merge(graph, jax.tree.map(draw, weights))
     module.eval()
     params, state, _ = fnn.weights.from_flax(module, net, x)
     run = nnx.jit(lambda module, x: module(x))
     close(jax.jit(net.apply)(params, state, x)[0], run(module, x))
-    other = Nnx(nnx.Rngs(1))
+    other = nnx.merge(graph, jax.tree.map(draw, weights))
     nnx.update(other, fnn.weights.to_flax(params, state, like=nnx.state(other)))
     other.eval()
     np.testing.assert_array_equal(run(other, x), run(module, x))
@@ -171,10 +180,16 @@ def test_nnx():
 
 def test_the_recipes_for_equinox_and_haiku():
     keys, x = jax.random.split(KEY, 6), drawn(2, 4, 6)
-    model = [
-        *(eqx.nn.Linear(6, 8, key=keys[0]), eqx.nn.LayerNorm(8), eqx.nn.MultiheadAttention(2, 8, key=keys[1])),
-        *(eqx.nn.LSTMCell(8, 5, key=keys[2]), eqx.nn.GRUCell(5, 4, key=keys[3]), eqx.nn.Conv1d(4, 3, 2, key=keys[4])),
-    ]
+
+    @eqx.filter_jit  # one program of all the draws
+    def made(keys):
+        return [
+            *(eqx.nn.Linear(6, 8, key=keys[0]), eqx.nn.LayerNorm(8), eqx.nn.MultiheadAttention(2, 8, key=keys[1])),
+            *(eqx.nn.LSTMCell(8, 5, key=keys[2]), eqx.nn.GRUCell(5, 4, key=keys[3])),
+            eqx.nn.Conv1d(4, 3, 2, key=keys[4]),
+        ]
+
+    model = made(keys)
     dynamic, static = eqx.partition(model, eqx.is_array)
     model = eqx.combine(randomized(dynamic), static)
     net = fnn.serial(

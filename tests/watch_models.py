@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import as_jax, started
 from flax import linen, nnx
 
 import fnn
 from fnn import tree
 
-X = jax.random.normal(jax.random.key(3), (6, 8))
-Y = jax.random.randint(jax.random.key(4), (6,), 0, 3)
-TOKENS = jax.random.randint(jax.random.key(5), (6, 7), 0, 11)
-IMAGES = jax.random.normal(jax.random.key(7), (6, 8, 8, 1))
+RNG = np.random.default_rng(3)
+X, IMAGES = (as_jax(np.float32(RNG.normal(size=shape))) for shape in ((6, 8), (6, 8, 8, 1)))
+Y, TOKENS = as_jax(RNG.integers(0, 3, 6)), as_jax(RNG.integers(0, 11, (6, 7)))
 
 
 def entropy(logits, y):
@@ -62,6 +62,10 @@ def plain_mlp():
     )
 
 
+def initial(net, x):
+    return started(lambda key, x: (net.init(key, x)["params"], ()), x)[0]
+
+
 class _Mlp(linen.Module):
     depth: int = 3
     activation: str = "sigmoid"
@@ -75,7 +79,7 @@ class _Mlp(linen.Module):
 
 def linen_mlp(depth=3):
     net = _Mlp(depth)
-    params = jax.jit(net.init)(jax.random.key(0), X)["params"]
+    params = initial(net, X)
     return lambda p, x, y: entropy(net.apply({"params": p}, x), y), params, (X, Y)
 
 
@@ -99,7 +103,7 @@ class _Transformer(linen.Module):
 
 def linen_transformer():
     net = _Transformer()
-    params = jax.jit(net.init)(jax.random.key(0), TOKENS)["params"]
+    params = initial(net, TOKENS)
 
     def loss(p, x):
         logits = jax.nn.log_softmax(net.apply({"params": p}, x[:, :-1]))
@@ -143,7 +147,8 @@ def equinox_recurrent():
             )
             return self.output(h)
 
-    params, static = eqx.partition(_Recurrent(jax.random.key(0)), eqx.is_inexact_array)
+    made = eqx.filter_jit(lambda key: _Recurrent(key))(jax.random.key(0))  # one program of all the draws
+    params, static = eqx.partition(made, eqx.is_inexact_array)
     return lambda p, x, y: entropy(jax.vmap(eqx.combine(p, static))(x), y), params, (TOKENS, Y)
 
 
@@ -177,7 +182,7 @@ def fnn_residual():
 
 
 MODELS = {
-    f.__name__: f
+    f.__name__: functools.cache(f)
     for f in (
         *(plain_mlp, linen_mlp, linen_transformer, nnx_conv, equinox_recurrent),
         *(haiku_mlp, by_index, fnn_residual),

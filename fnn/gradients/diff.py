@@ -126,7 +126,7 @@ def _compared(
     )
     left = [tuple(names[k][i] for i in range(len(names[k])) if not any(i in pair[k] for pair in found)) for k in (0, 1)]
     alone = [tuple(one.alone) for one in sides]
-    return Difference(tuple(compared), losses, whole, *left, *alone, each)
+    return Difference(tuple(compared), losses, whole, *left, *alone, parameters=each)
 
 
 def _parameters(
