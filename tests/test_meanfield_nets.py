@@ -259,7 +259,7 @@ def test_inside_a_trace_and_in_float32():
         (
             lambda: meanfield.fixed_point(lambda x: jnp.clip(x, -1, 1), 4.0, 0.2),
             ArithmeticError,
-            "kink away from 0",
+            "smooth but for 0",
         ),
     ],
 )

@@ -334,24 +334,3 @@ def test_keys_reach_every_meaning_of_batch_norm(batch_norm):
 
     for a, b in zip(*map(jax.tree.leaves, both(jax.random.key(1))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
-def test_an_array_without_entries_changes_nothing(shape):
-    batch, w = draw(B, 6), draw(6, 3)
-
-    def loss(params, x):
-        h = jnp.tanh(x @ params["w"])
-        return jnp.sum(h) + (jnp.sum(h @ params["none"]) if shape[1] == 0 else jnp.sum(x[:0] @ params["none"]))
-
-    def found(params, loss):
-        g = fnn.per_example(loss)(params, batch)
-        weights = jnp.arange(float(B))
-        trees = g.mean(), g.weighted_sum(weights), g.weighted_mean(weights), g.clipped_mean(0.1).mean, g.materialize()
-        return g.norms(), g.gram(), g.cosines(), g.variance(), [part["w"] for part in trees], trees
-
-    *got, trees = jax.jit(lambda p: found(p, loss))({"w": w, "none": jnp.zeros(shape)})
-    *want, _ = jax.jit(lambda p: found(p, lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]))))({"w": w})
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    assert [part["none"].shape for part in trees] == [shape] * 4 + [(B, *shape)]

@@ -1,4 +1,4 @@
-"""What gradients of single examples cost: memory, products, collectives."""
+"""What gradients of single examples cost: memory, products, collectives; and arrays that cost nothing."""
 
 import os
 import re
@@ -7,7 +7,9 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from subjects import draw
+import numpy as np
+import pytest
+from subjects import B, draw
 
 import fnn
 
@@ -88,3 +90,24 @@ print("same")
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": flags}
     )
     assert run.returncode == 0 and "same" in run.stdout, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_an_array_without_entries_changes_nothing(shape):
+    batch, w = draw(B, 6), draw(6, 3)
+
+    def loss(params, x):
+        h = jnp.tanh(x @ params["w"])
+        return jnp.sum(h) + (jnp.sum(h @ params["none"]) if shape[1] == 0 else jnp.sum(x[:0] @ params["none"]))
+
+    def found(params, loss):
+        g = fnn.per_example(loss)(params, batch)
+        weights = jnp.arange(float(B))
+        trees = g.mean(), g.weighted_sum(weights), g.weighted_mean(weights), g.clipped_mean(0.1).mean, g.materialize()
+        return g.norms(), g.gram(), g.cosines(), g.variance(), [part["w"] for part in trees], trees
+
+    *got, trees = jax.jit(lambda p: found(p, loss))({"w": w, "none": jnp.zeros(shape)})
+    *want, _ = jax.jit(lambda p: found(p, lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]))))({"w": w})
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert [part["none"].shape for part in trees] == [shape] * 4 + [(B, *shape)]
