@@ -256,3 +256,12 @@ def test_written_numbers_of_any_size_meet_gradients(number):
         np.testing.assert_allclose(column(flow, "log10_gradient"), np.log10(np.linalg.norm(exact)), atol=1e-5)
     else:
         assert np.isneginf(column(flow, "log10_gradient"))
+
+
+def test_a_weight_of_zero_is_no_reason_for_float64():
+    """|g|/|w| is infinite there, in truth."""
+    flow = fnn.watch(lambda p, x: jnp.mean(jnp.tanh(x @ p["w"]) + p["b"]), groups=("gradient", "cosine"))(
+        {"w": X[:4].T, "b": np.zeros(4, np.float32)}, X
+    )
+    assert not flow.labels.notes and np.isposinf(flow.flat()["b/log10_gradient_to_weight"])
+    assert np.isfinite(column(flow, "log10_gradient")).all()

@@ -23,6 +23,8 @@ LOG2 = math.log10(2)
 LEAST = -28.0
 """log10 of a norm below which a plain float32 gradient may have lost part of it."""
 BACKWARD = {"log10_gradient", "log10_gradient_rms", "log10_error", "log10_error_norm", "log10_gradient_to_weight"}
+NORMS = BACKWARD - {"log10_gradient_to_weight"}
+"""Infinite only by mistake: a gradient beside a weight of zero is so in truth."""
 UNMEASURED = -(2**31)
 """The exponents of a flow of a step at which nothing was measured."""
 MOMENTS = ("input_second_moment", "input_dead", "output_second_moment")
@@ -141,7 +143,8 @@ class Flow:
         m, e = m[..., index], e[..., index].astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
             plain = m * np.exp2(e)
-            log = np.where(np.isinf(m), np.nan, np.log10(m) + e * LOG2 + shift)
+            log = np.log10(m) + e * LOG2 + shift
+            log = np.where(np.isinf(m) & [row[2] in NORMS for row in rows], np.nan, log)
         if not self.labels.exact:
             log = _in_doubt(log, np.array([row[2] in BACKWARD for row in rows], bool))
         return np.where(logs, log, plain)
@@ -151,7 +154,7 @@ class Flow:
         if np.isfinite(np.asarray(self.mantissas)).all():
             return True
         numbers = zip(self.labels.rows, self.numbers(), strict=True)
-        return not any(np.isnan(value) for row, value in numbers if row[2] in BACKWARD)
+        return not any(np.isnan(value) for row, value in numbers if row[2] in NORMS)
 
     def rows(self) -> list[Row]:
         """List all numbers in forward order. Errors: ValueError for a flow of several lanes; see `table`."""
