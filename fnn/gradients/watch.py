@@ -211,7 +211,8 @@ def watch(
     The error signal is the RMS over examples of |d l_i/dh|, which is √B·|dL/dh| for a mean L of B losses l_i.
 
     Log norms are exact at any depth: they do not underflow (`fnn.gradients.exact`); where the forward pass itself leaves the
-    range of its dtype they cannot help. Works under `jit`, `scan`, `vmap` and `shard_map`.
+    range of its dtype they cannot help. Where arrays above 1e29 (in float32) meet a gradient, a call measures in float64 and
+    notes it; inside `jit`, and in `value_and_grad(exact=True)`, such a norm is NaN. Works under `jit`, `scan`, `vmap` and `shard_map`.
     Errors: TypeError for a loss that is no function; ValueError for an unknown group; more in `Watch`.
 
         watch = fnn.watch(loss)
