@@ -144,7 +144,7 @@ class Flow:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
             plain = m * np.exp2(e)
             log = np.log10(m) + e * LOG2 + shift
-            log = np.where(np.isinf(m) & [row[2] in NORMS for row in rows], np.nan, log)
+            log = np.where(np.isinf(m) & np.array([row[2] in NORMS for row in rows], bool), np.nan, log)
         if not self.labels.exact:
             log = _in_doubt(log, np.array([row[2] in BACKWARD for row in rows], bool))
         return np.where(logs, log, plain)
