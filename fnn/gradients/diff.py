@@ -10,7 +10,7 @@ import numpy as np
 
 from fnn import arrays, check, compiled
 from fnn.gradients.difference import QUANTITIES, Both, Compared, Difference
-from fnn.gradients.pairing import Distance, beside, distance, paired, relative, role
+from fnn.gradients.pairing import Distance, as_float64, beside, distance, paired, relative, role
 from fnn.gradients.sides import EACH, WHOLE, LayerOf, Side, side
 from fnn.tasks import ScalarLoss
 from fnn.tree import PyTree
@@ -136,8 +136,8 @@ def _parameters(
 
     Else, as in ports, those outside of products together, by their sorted entries.
     """
-    names, leaves = [one.names for one in sides], [list(map(_wide, jax.tree.leaves(p))) for p in params]
-    grads = [list(map(_wide, one[EACH])) for one in seen]
+    names, leaves = [one.names for one in sides], [list(map(as_float64, jax.tree.leaves(p))) for p in params]
+    grads = [list(map(as_float64, one[EACH])) for one in seen]
     near = tolerance or 20 * eps
     if names[0] == names[1] and all(
         x.shape == y.shape and relative(x, y) <= near for x, y in zip(*leaves, strict=True)
@@ -155,10 +155,6 @@ def _parameters(
         apart = relative(x, y)
         differs = apart > max(tolerance or 0, MARGIN * rounding)
         yield Compared(0, name, name, "gradient", apart, rounding, differs, "")
-
-
-def _wide(a: Any) -> np.ndarray:
-    return np.asarray(a, np.float64)
 
 
 def _numbers(name: str, a: Any, b: Any, moved: Any, eps: float, tolerance: float | None) -> Both:

@@ -22,7 +22,7 @@ class Distance(NamedTuple):
 
 def distance(a: Block, b: Block, near: float) -> Distance:
     """Compare two arrays in the layouts that are possible; stops at one in which they are within `near`."""
-    x, y = (_wide(block.array) for block in (a, b))
+    x, y = (as_float64(block.array) for block in (a, b))
     best = math.inf
     if x.size == y.size:
         if x.shape == y.shape and a.units == b.units:
@@ -59,8 +59,9 @@ def _scale(x: np.ndarray, y: np.ndarray) -> float:
     return abs(sizes[0] - sizes[1]) / max(*sizes, 1e-300)
 
 
-def _wide(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float64)
+def as_float64(array: Any) -> np.ndarray:
+    """Take an array to the host in float64."""
+    return np.asarray(array, np.float64)
 
 
 def _layouts(a: Block, b: Block) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -86,7 +87,7 @@ def _units(block: Block) -> int:
 
 
 def _written(block: Block, positions: Sequence[int]) -> np.ndarray:
-    return _wide(block.array.transpose(*positions, *(block.units or ())).reshape(-1))
+    return as_float64(block.array.transpose(*positions, *(block.units or ())).reshape(-1))
 
 
 def role(layer: LayerOf) -> tuple[object, ...]:
@@ -104,7 +105,7 @@ def paired(
     """
     left = [i for i in range(len(a)) if i not in chosen]
     right = [j for j in range(len(b)) if j not in chosen.values()]
-    sizes = [{i: _norm(_wide(side[i].weight.array)) for i in part} for side, part in ((a, left), (b, right))]
+    sizes = [{i: _norm(as_float64(side[i].weight.array)) for i in part} for side, part in ((a, left), (b, right))]
     scores = np.zeros((len(left), len(right)))
     for (m, i), (n, j) in itertools.product(enumerate(left), enumerate(right)):
         if role(a[i]) == role(b[j]):

@@ -212,7 +212,8 @@ def watch(
 
     Log norms are exact at any depth: they do not underflow (`fnn.gradients.exact`); where the forward pass itself leaves the
     range of its dtype they cannot help. Where arrays above 1e29 (in float32) meet a gradient, a call measures in float64 and
-    notes it; inside `jit`, and in `value_and_grad(exact=True)`, such a norm is NaN. Works under `jit`, `scan`, `vmap` and `shard_map`.
+    notes it; inside `jit`, and in `value_and_grad(exact=True)`, such a norm is NaN. Works under
+    `jit`, `scan`, `vmap` and `shard_map`.
     Errors: TypeError for a loss that is no function; ValueError for an unknown group; more in `Watch`.
 
         watch = fnn.watch(loss)
@@ -243,7 +244,8 @@ def ranged(watch: Watch, flow: Flow, ranges: Ranges, params: Any, rest: Any) -> 
     says = f"activations left the range of {left}{where}" if ranges.lost else f"gradients left the range of {left}"
 
     def kept(reason):
-        return flow if finite and not ranges.lost else noted(flow, says + reason)
+        what = says if ranges.lost else "gradients are not finite"
+        return flow if finite and not ranges.lost else noted(flow, what + reason)
 
     try:
         again, wide, holds = jax.device_get(_in_float64(watch, params, rest))
