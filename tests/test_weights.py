@@ -90,7 +90,7 @@ def test_rows_behind_a_convolution_are_reordered_or_refused():
     entries = {"0.weight": drawn(4, 2, 1, 1), "0.bias": drawn(4), "1.weight": drawn(5, 36), "1.bias": drawn(5)}
     own = fnn.serial(fnn.conv(4, 1), fnn.activation(lambda x: x.reshape(len(x), -1)), fnn.dense(5))
     with pytest.raises(
-        ValueError, match=r"got 2 with kernel \[36,5\]; pass flattened={'2': \(height, width, channels\)}"
+        ValueError, match=r"got 2 with kernel \[36, 5\] .* pass flattened={'2': \(height, width, channels\)}"
     ):
         fnn.weights.from_torch(entries, own, x)
     known = fnn.serial(fnn.conv(4, 1), fnn.flatten(), fnn.dense(5))
@@ -110,7 +110,7 @@ def test_rows_behind_a_convolution_are_reordered_or_refused():
     joined = fnn.serial(
         fnn.conv(4, 1), fnn.flatten(), fnn.parallel(fnn.serial(), fnn.serial()), fnn.concatenate(), fnn.dense(5)
     )
-    with pytest.raises(ValueError, match=r"got 4 with kernel \[72,5\]"):
+    with pytest.raises(ValueError, match=r"got 4 with kernel \[72, 5\]"):
         fnn.weights.from_torch(entries | {"1.weight": drawn(5, 72)}, joined, x)
 
 

@@ -41,7 +41,8 @@ from numpy.typing import ArrayLike
 from fnn import admission
 from fnn.core import Layer
 from fnn.training import weights_flax, weights_torch
-from fnn.training.weights_layers import UNKNOWN, Arrays, Slot, leaf, rewritten, rows_of, slots
+from fnn.training.weights_layers import Arrays, Slot, leaf, rewritten, slots
+from fnn.training.weights_layout import UNKNOWN, rows_of
 from fnn.training.weights_match import Group, Pair, Report, brief, pairs, shown
 from fnn.tree import PyTree
 
@@ -74,8 +75,9 @@ def from_torch(
     PyTorch registered them; in a file that is sorted by name, by the numbers in their names.
 
     `names` pairs layers with modules; `None` in the place of a module leaves a layer as `net.init(key, spec)` draws it (by
-    default with key 0). `flattened` gives, for a dense layer behind a convolution without `flatten`, the shape (height, width,
-    channels) that was flattened, or None if nothing was. Six arguments: what, whereto, and what cannot be known.
+    default with key 0). `flattened` gives, for a layer behind a convolution where the order of its inputs is not known (without
+    `flatten`, or with another layer of as many outputs between them), the shape (height, width, channels) of the image that
+    comes in, or None if none does; layers behind `flatten` inside a residual block cannot be loaded. Six arguments: what, whereto, and what cannot be known.
 
     Errors: ValueError for layers and modules without a partner, for an order that is not known, and for heads of another
     size; TypeError for weights that are not floating point.
@@ -185,11 +187,11 @@ def _slots(who: str, params: Any, state: Any, flattened: Any, channels_first: bo
             shape = given.pop(slot.path)
             rows = None if shape is None else rows_of(shape)
         if rows is UNKNOWN:
-            n, outputs = slot.arrays["kernel"].shape
+            name, a = next(item for item in slot.arrays.items() if item[0] == "kernel" or slot.kind != "dense")
             raise ValueError(
-                f"{who}: a dense layer behind a convolution must follow it through fnn.flatten() or a mean over positions, got "
-                f"{slot.path} with kernel [{n},{outputs}]; pass flattened={{{slot.path!r}: (height, width, channels)}}, or "
-                "None in their place if nothing was flattened"
+                f"{who}: the order of a layer's inputs must be known behind a convolution, got {slot.path} with {name} "
+                f"{list(a.shape)} without fnn.flatten() before it, or with another layer of as many outputs; pass "
+                f"flattened={{{slot.path!r}: (height, width, channels)}} of the image that comes in, or None if none does"
             )
         result.append(dataclasses.replace(slot, rows=rows))
     if given:
