@@ -271,3 +271,19 @@ def test_refusals():
         jax.eval_shape(cross.apply, params, state, {"source": x[:, :5], "target": x})
     with pytest.raises(ValueError, match=r"cross_attention: the mask must be bool\[3, 7, 4\]"):
         jax.eval_shape(cross.apply, params, state, {"source": x[:, :4], "target": x, "mask": as_jax(PAIRS)})
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [fnn.conv(8, 3, padding=((2, 0),)), fnn.conv_transpose(8, 3), fnn.max_pool(3, stride=1), fnn.group_norm(2)],
+)
+def test_a_layer_that_mixes_positions_without_a_cache_takes_no_pieces(mixing):
+    """Position by position it would be another function, without a word."""
+    x, key = jax.ShapeDtypeStruct((2, 6, 8), np.float32), jax.random.key(0)
+    net = fnn.serial(mixing, fnn.repeat(fnn.attention(2, causal=True), 2))
+    rule = "it mixes positions and has no cache, so a sequence cannot come in pieces"
+    with pytest.raises(ValueError, match=rf"^memory.init_cache: [a-z_]*: {rule}"):
+        fnn.memory.init_cache(jax.eval_shape(net.init, key, x)[1], 2, 4)
+    for before in (fnn.memory.full_sequence(mixing), fnn.conv(8, 1)):
+        allowed = fnn.serial(before, fnn.layer_norm(), fnn.attention(2, causal=True))
+        fnn.memory.init_cache(jax.eval_shape(allowed.init, key, x)[1], 2, 4)

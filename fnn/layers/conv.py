@@ -16,6 +16,7 @@ from fnn.core import Layer, described, stateless
 from fnn.layers import initializers
 from fnn.layers.dense import Mirrored, product
 from fnn.layers.inputs import Masked, sequence
+from fnn.layers.memory import whole_sequence
 from fnn.tree import statistics_dtype
 
 Window = int | Sequence[int]
@@ -40,10 +41,9 @@ def conv(
 ) -> Layer:
     """Slide a window over the positions: y[p] = sum_q x[stride·p + dilation·q - pad] W[q] + b (a cross-correlation).
 
-    x: float[batch, *positions, c] with one to three axes of positions -> float[batch, *positions, channels]; params:
-    kernel float[*window, c/groups, channels], bias float[channels]. `window`, `stride` and `dilation` are one number for
-    all axes of positions, or one for each. The parameters are many because each is a property of the layer by itself, as
-    in every library.
+    x: float[batch, *positions, c], one to three axes of positions -> float[batch, *positions, channels]; params: kernel
+    float[*window, c/groups, channels], bias float[channels]. `window`, `stride` and `dilation` are one number for all
+    axes, or one for each. Many parameters: each is a property of the layer by itself.
 
     `padding`: "same" (zeros; positions/stride, rounded up), "valid" (none), "circular" (wraps around; sizes as "same"),
     a number of zeros on either side, or one number or pair (before, after) for each axis. With groups, output channels
@@ -72,7 +72,8 @@ def conv(
         _fits(who, x.shape[1:-1], reach, pads)
         return _correlate(x, kernel, _How(strides, pads, dilations, (1,) * len(sizes), groups), implementation)
 
-    return _with_kernel(who, slide, (channels, window, groups), (kernel_init, bias_init if bias else None))
+    layer = _with_kernel(who, slide, (channels, window, groups), (kernel_init, bias_init if bias else None))
+    return layer if {*np.ravel(window), *np.ravel(stride)} == {1} else whole_sequence(who, layer)
 
 
 @described
@@ -94,8 +95,7 @@ def conv_transpose(
     that many zeros on either side: (positions - 1)·stride + 2·padding + 2 - window. The kernel is not mirrored, as in Flax.
     All other parameters are those of `conv`. Source: Dumoulin and Visin 2016, section 4.
     """
-    who = "conv_transpose"
-    check.positive(who, channels=channels)
+    check.positive(who := "conv_transpose", channels=channels)
     _check(who, padding, ("same", "valid"), implementation, window=window, stride=stride)
 
     def slide(x, kernel):
@@ -109,7 +109,7 @@ def conv_transpose(
         return _correlate(x, kernel, _How(ones, pads, ones, strides), implementation)
 
     inner = _with_kernel(who, slide, (channels, window, 1), (kernel_init, bias_init if bias else None))
-    return Layer(lambda key, spec: (inner.init(key, spec)[0], Mirrored()), inner.apply)
+    return whole_sequence(who, inner, Mirrored)
 
 
 @described
@@ -152,7 +152,7 @@ def global_avg_pool() -> Layer:
         count = jnp.maximum(1, jnp.sum(mask, axis=1, keepdims=True))
         return (jnp.sum(wide, axis=1) / count.astype(wide.dtype)).astype(values.dtype)
 
-    return stateless(lambda key, spec: (), apply)
+    return whole_sequence("global_avg_pool", stateless(lambda key, spec: (), apply))
 
 
 def _with_kernel(who: str, slide: Callable[..., Any], sizes: Any, inits: Any) -> Layer:
@@ -267,7 +267,7 @@ def _pool(who: str, window: Window, stride: Window | None, padding: Padding, poo
         _fits(who, sizes, window_, pads)
         return pool(x, window_, strides, pads)
 
-    return stateless(lambda key, spec: (), apply)
+    return whole_sequence(who, stateless(lambda key, spec: (), apply))
 
 
 def _largest(x: jax.Array, window: Any, strides: Any, pads: Any) -> jax.Array:
@@ -329,8 +329,8 @@ def _fits(who: str, sizes: Sequence[int], reach: Sequence[int], pads: Sequence[t
     padded = [n + low + high for n, (low, high) in zip(sizes, pads, strict=True)]
     if any(r > n for r, n in zip(reach, padded, strict=True)):
         raise ValueError(
-            f"{who}: the window must fit into the padded input, got {tuple(reach)} (with its dilation) and "
-            f"{tuple(padded)}; pad more, or pool less before"
+            f"{who}: the window must fit into the padded input, got {tuple(reach)} (with its dilation) and {tuple(padded)}"
+            "; pad more, or pool less before"
         )
 
 

@@ -14,6 +14,7 @@ from fnn.description import described, name_of, text
 from fnn.layers import activations, initializers
 from fnn.layers.initializers import Initializer
 from fnn.layers.inputs import check_array, check_floating, check_units, positionwise
+from fnn.layers.memory import Whole
 from fnn.tree import statistics_dtype
 
 
@@ -155,5 +156,5 @@ class Flattened:
 
 
 @flax.struct.dataclass
-class Mirrored:
+class Mirrored(Whole):
     """The state of `conv_transpose`: no array, but it tells the kernel from that of a `conv`, which may have its shape."""

@@ -53,6 +53,26 @@ class Memory:
         return isinstance(self.cache, dict)
 
 
+@flax.struct.dataclass
+class Whole:
+    """The state of a layer without a cache that mixes the positions of a sequence: no array, but `init_cache` refuses it."""
+
+    refusal: str = flax.struct.field(pytree_node=False, default="")
+    """Why this layer cannot take a sequence in pieces; "" for an image, or inside of `full_sequence`."""
+
+
+def whole_sequence(who: str, layer: Layer, kind: type[Whole] = Whole) -> Layer:
+    """Give a stateless layer that mixes positions the state `kind`, if its input is float[batch, time, d]."""
+    refusal = f"{who}: it mixes positions and has no cache, so a sequence cannot come in pieces"
+
+    def init(key, spec):
+        params, _ = layer.init(key, spec)
+        sequence = jnp.ndim(jax.tree.leaves(spec)[0]) == 3
+        return params, kind(refusal if sequence else "") if sequence or kind is not Whole else ()
+
+    return Layer(init, layer.apply, layer.description)
+
+
 def empty(
     shapes: Iterable[tuple[str, tuple[int | str, ...]]] = (), *, limit: int | None = None, refusal: str = ""
 ) -> Memory:
@@ -65,11 +85,13 @@ def full_sequence(layer: Layer) -> Layer:
     """Mark a layer that always gets its whole sequence, such as an encoder: `init_cache` makes no cache for it."""
 
     def mark(node):
+        if isinstance(node, Whole):
+            return dataclasses.replace(node, refusal="")
         return dataclasses.replace(node, full_sequence=True) if isinstance(node, Memory) else node
 
     def init(key, spec):
         params, state = layer.init(key, spec)
-        return params, jax.tree.map(mark, state, is_leaf=lambda node: isinstance(node, Memory))
+        return params, jax.tree.map(mark, state, is_leaf=lambda node: isinstance(node, Memory | Whole))
 
     return Layer(init, layer.apply)
 
@@ -91,17 +113,17 @@ def init_cache(
     values are then cached; later calls bring an empty source, an array [batch, 0].
 
     Errors: ValueError if no layer has a cache, if a layer cannot take its sequence in pieces (it runs backwards in time, or
-    its attention looks ahead), if one has positions for fewer than `length`, or if `source_length` is missing.
+    its attention looks ahead, or it mixes positions without a cache: convolutions, pools, group_norm), if one has positions for fewer than `length`, or if `source_length` is missing.
     """
     check.positive("memory.init_cache", batch=batch, length=length)
     sizes: dict[Any, Any] = {"length": length, "source": source_length}
     found = []
 
     def fill(node):
+        if isinstance(node, Memory | Whole) and node.refusal and not getattr(node, "full_sequence", False):
+            raise ValueError(f"memory.init_cache: {node.refusal}")
         if not isinstance(node, Memory) or node.full_sequence:
             return node
-        if node.refusal:
-            raise ValueError(f"memory.init_cache: {node.refusal}")
         if node.limit is not None and length > node.limit:
             raise ValueError(
                 f"memory.init_cache: length must be at most the net's {node.limit} positions, got {length}"
@@ -116,7 +138,7 @@ def init_cache(
         zeros = jnp.zeros((*depth, batch), jnp.float32)
         return dataclasses.replace(node, position=zeros, cache=cache, last=zeros - 1)
 
-    state = jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, Memory))
+    state = jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, Memory | Whole))
     if not found:
         raise ValueError(
             "memory.init_cache: the net must have a layer with a cache (attention, rnn, gru, lstm), got none"

@@ -16,6 +16,7 @@ from fnn import check, mapped
 from fnn.core import Layer, as_arrays, as_spec, stateless
 from fnn.description import described
 from fnn.layers.inputs import Masked, check_units, like, positionwise, sequence
+from fnn.layers.memory import whole_sequence
 from fnn.masks import cleared
 from fnn.tree import statistics_dtype
 
@@ -124,7 +125,7 @@ def group_norm(groups: int, *, eps: float = 1e-6, scale: bool = True, bias: bool
         parts = x.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
         return _divided(parts - jnp.mean(parts, axis=(1, 3), keepdims=True), eps, (1, 3)).reshape(x.shape)
 
-    return _per_example("group_norm", normalise, scale, bias)
+    return whole_sequence("group_norm", _per_example("group_norm", normalise, scale, bias))
 
 
 def _divided(x: jax.Array, eps: float, over: int | tuple[int, ...]) -> jax.Array:
