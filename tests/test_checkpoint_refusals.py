@@ -28,6 +28,17 @@ def _state(net=NET, optimizer=OPTIMIZER, key=KEY):
     return fnn.TrainState.create(net, optimizer, key, X)
 
 
+def _weighted(last):
+    """A loss whose weights are values inside of a compiled function."""
+    weights = jnp.array([1.0, 2.0, last])
+    loss = jax.jit(lambda o, y: optax.softmax_cross_entropy_with_integer_labels(o, y) * weights[y])
+    return {"step": fnn.train_step(NET, loss, OPTIMIZER)}
+
+
+def _injected(rate):
+    return _other(optimizer=optax.inject_hyperparams(optax.adam)(learning_rate=rate))
+
+
 def _other(net=NET, loss=fnn.losses.cross_entropy, optimizer=OPTIMIZER, **options):
     return {"step": fnn.train_step(net, loss, optimizer, **options), "state": _state(net, optimizer)}
 
@@ -60,6 +71,23 @@ OTHERS = {
 }
 
 
+PAIRS = {
+    "values inside of a compiled loss": (lambda: (_weighted(3.0), _weighted(4.0)), PROGRAM),
+    "a rate in the optimizer's state": (
+        lambda: (_injected(0.1), _injected(0.01)),
+        "first optimizer state, at hyperparams/learning_rate must be as",
+    ),
+    "other statistics of the net": (
+        lambda: ({}, {"state": STATE.replace(net_state=jax.tree.map(lambda a: a + 1, STATE.net_state))}),
+        "first statistics of the net, at 1/mean must be as",
+    ),
+    "first parameters of another sign": (
+        lambda: ({}, {"state": STATE.replace(params=jax.tree.map(lambda a: -a, STATE.params))}),
+        "first parameters, at 0/kernel must be as",
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
@@ -80,6 +108,16 @@ def test_another_run_is_refused_and_the_difference_named(name, finished):
         call(finished, **change())
     assert "\n" not in str(error.value)
     assert (finished / "checkpoint.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_no_program_s_text_shows_is_compared_too(name, tmp_path):
+    pair, sentence = PAIRS[name]
+    first, second = pair()
+    call(tmp_path / "run", **first)
+    call(tmp_path / "run", **first)
+    with pytest.raises(ValueError, match=f"^fit: checkpoint: .*({sentence})"):
+        call(tmp_path / "run", **second)
 
 
 def test_a_folder_that_holds_something_else_is_refused_and_kept(tmp_path):

@@ -313,3 +313,15 @@ def test_keys_of_both_kinds_and_numpys_integers_are_taken():
 
 
 # --- models of other libraries ---------------------------------------------------------------------------------------
+
+
+def test_norms_of_batches_that_differ_in_size_are_filled_up(tmp_path):
+    """A smaller batch first, so that a checkpoint cannot know the width from the first one."""
+    step = fnn.train_step(NET, fnn.losses.cross_entropy, OPTIMIZER, per_example="norms")
+    batches = [(X[:5], Y[:5]), (X[:16], Y[:16]), (X[16:20], Y[16:20])]
+    _, history = fnn.fit(step, STATE, batches, epochs=1, checkpoint=tmp_path)
+    norms = history.train["per_example_norms"]
+    assert norms.shape == (3, 16) and np.isfinite(norms).sum(1).tolist() == [5, 16, 4]
+    state, again = fnn.fit(step, STATE, batches, epochs=2, checkpoint=tmp_path)
+    np.testing.assert_array_equal(again.train["per_example_norms"][:3], norms)
+    assert int(state.step) == 6

@@ -62,6 +62,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_halves_the_scale():
     assert rows[2][0][2].inner[0].count == 2
 
 
+def test_a_run_without_gradients_keeps_a_scale_that_works():
+    tx = optimizers.loss_scaled(optax.sgd(0.1), 2.0**22, period=1)
+    rows = run(tx, [1.0] * 8, lambda outputs, y: jnp.zeros(len(y)))
+    assert [float(np.log2(optimizers.scale_of(opt_state))) for (_, _, opt_state), _ in rows] == [23] + [24] * 7
+
+
 def test_an_overflow_of_float16_finds_its_scale():
     tx = optimizers.loss_scaled(optax.sgd(0.1), 2.0**40)
     rows = run(tx, [1.0] * 40, lambda outputs, y: 1e8 * small(outputs, y), compute_dtype=jnp.float16)

@@ -194,6 +194,19 @@ def test_early_stopping_returns_the_best_state(capsys):
     assert "validation accuracy" in capsys.readouterr().err
 
 
+def test_a_validation_loss_that_is_no_number_is_no_best_epoch():
+    calls = []
+
+    def first_one_lost(state):
+        calls.append(1)
+        return jax.tree.map(lambda a: a * np.nan, state.params) if len(calls) == 1 else state.params
+
+    options = {"batch_size": 32, "key": jax.random.key(0), "validation": clusters(), "evaluate_with": first_one_lost}
+    _, history = fnn.fit(STEP, fresh(), clusters(), epochs=4, patience=2, **options)
+    curve = history.validation["loss"]
+    assert np.isnan(curve[0]) and len(curve) == 4 and history.best_epoch == np.nanargmin(curve) == 3
+
+
 def test_gradients_average_over_a_mapped_batch_axis():
     """Two lanes of a batch under vmap, batch norm over both, equal the whole batch."""
     step = fnn.train_step(NET, fnn.losses.cross_entropy, OPTIMIZER, axis_name="batch")

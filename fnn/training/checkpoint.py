@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fnn import check, files, lowering, tree
 from fnn.core import as_spec
 from fnn.training import saving
 from fnn.training.batches import checksum
-from fnn.training.run import Run
+from fnn.training.run import Run, joined
 from fnn.training.step import TrainState, TrainStep
 
 VERSIONS = ("jax", "jaxlib", "optax", "flax")
+FIRST = {
+    "first parameters": lambda state: state.params,
+    "first statistics of the net": lambda state: state.net_state,
+    "first optimizer state": lambda state: state.opt_state,
+}
+"""Parts of the state from which a run begins, which are compared by their values."""
 
 
 class Checkpoint:
@@ -69,17 +74,23 @@ class Checkpoint:
         if "about" not in header:
             raise ValueError(f"fit: {self.path} must be a file of fit, got one of fnn.save; choose another folder")
         kept, who = header["run"], "fit: checkpoint"
-        self._compare(header["about"], [name for name in self.about if name not in ("program", "first parameters")])
+        self._compare(header["about"], [name for name in self.about if name not in ("program", *FIRST)])
         state = saving.decode(who, run.state, content, "state/")
         best = saving.decode(who, run.state, content, "best/") if kept["best"] else None
-        self._compare(header["about"], ["first parameters", "program"])
+        self._compare(header["about"], [*FIRST, "program"])
         done, n = len(kept["lengths"]) - kept["within"], sum(kept["lengths"])
         if done > self.asked:
             raise ValueError(
                 f"fit: the run in {self.path.parent} has {done} epochs, got epochs={self.asked}; ask for as many, or choose "
                 "another folder"
             )
-        rows = jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), (n, *a.shape)), metrics) if n else {}
+
+        def rows_of(entries, a):  # those of single examples are as wide as the largest batch was
+            written = content.arrays.get(f"metrics/{tree.path(entries)}")
+            shape = a.shape if written is None or written.ndim != len(a.shape) + 1 else written.shape[1:]
+            return np.broadcast_to(np.zeros((), a.dtype), (n, *shape))
+
+        rows = jax.tree_util.tree_map_with_path(rows_of, metrics) if n else {}
         run.restore(kept, state, best, saving.decode(who, rows, content, "metrics/"))
         if self.asked > header["epochs"]:
             # A run that a hook ended goes on if more is asked for; one out of patience would not have gone on.
@@ -137,7 +148,7 @@ class Checkpoint:
 
     def _write(self, host: dict[str, Any], records: list[Any], header: dict[str, Any]) -> None:
         if records:
-            host["metrics"] = jax.tree.map(lambda *rows: np.concatenate(rows), *records)
+            host["metrics"] = joined(records)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         saving.write(self.path, saving.encode("fit", host), header, "fit")
 
@@ -148,9 +159,9 @@ class Checkpoint:
         """Refuse another run than this, naming what differs."""
         for name in names:
             was, now = before.get(name), self.about[name]
-            if name == "first parameters":
+            if name in FIRST:
                 where = _moved(was or {}, now)
-                same, name, was, now = where is None, f"{name}, at {where}", "of another norm", "these"
+                same, name, was, now = where is None, f"{name}, at {where}", "with other values", "these"
             elif name == "program":  # other versions write other programs
                 same = was == now or before.get("versions") != self.about["versions"]
                 name, was, now = "the step (net, loss or the optimizer's settings)", "of another program", "this"
@@ -167,22 +178,37 @@ def program(step: TrainStep, state: TrainState, batch: Any) -> tuple[str, Any]:
     """Name what a step computes by the text of its program and the values in it; return the metrics' shapes too."""
     traced = jax.jit(step.pure).trace(as_spec(state), as_spec(batch))
     text = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))
-    constants = [a for a in traced.jaxpr.consts if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key)]
-    return hashlib.sha256((text + checksum(constants)).encode()).hexdigest()[:16], traced.out_info[1]
+    return hashlib.sha256((text + checksum(_constants(traced.jaxpr))).encode()).hexdigest()[:16], traced.out_info[1]
+
+
+def _constants(jaxpr: Any) -> list[np.ndarray]:
+    """List the values in a program, and in the programs that it calls: their text does not show them."""
+    inner = (p for equation in jaxpr.eqns for p in jax.tree.leaves(equation.params) if hasattr(p, "eqns"))
+    own = saving.to_host(getattr(jaxpr, "consts", []))
+    return [getattr(a, "data", a) if isinstance(a, saving.HostKey) else a for a in own] + [
+        a for program in inner for a in _constants(program)
+    ]
 
 
 def about(state: TrainState) -> dict[str, Any]:
     """Say, as JSON, from where a run begins."""
-    norms = {
-        path: float(np.linalg.norm(np.asarray(a, np.float64))) for path, a in tree.rows(saving.to_host(state.params))
-    }
     versions = {name: importlib.metadata.version(name) for name in VERSIONS} | {"platform": lowering.platform()}
     return {
         "the state's key": key_numbers(state.key),
         "the state's step": int(state.step),
-        "first parameters": norms,
         "versions": versions,
-    }
+    } | {name: _sizes(part(state)) for name, part in FIRST.items()}
+
+
+def _sizes(part: Any) -> dict[str, tuple[float, float]]:
+    """Return the norm of each array and its product with cos(0), cos(1), ..., which tells arrays of one norm apart."""
+    found = {}
+    for path, a in tree.rows(saving.to_host(part), is_leaf=lambda node: isinstance(node, saving.HostKey)):
+        a = np.ravel(a.data if isinstance(a, saving.HostKey) else a)
+        a = a.view(a.real.dtype) if np.iscomplexobj(a) else a
+        a = a.astype(np.float64)
+        found[path] = float(np.linalg.norm(a)), float(a @ np.cos(np.arange(a.size)))
+    return found
 
 
 def key_numbers(key: Any) -> list[int] | None:
@@ -190,7 +216,10 @@ def key_numbers(key: Any) -> list[int] | None:
     return None if key is None else np.asarray(jax.random.key_data(key)).tolist()
 
 
-def _moved(was: dict[str, float], now: dict[str, float]) -> str | None:
-    """Name the first array whose norm is another; machines may draw numbers that differ in the last bits."""
-    same = {path: np.isclose(was.get(path, -1.0), norm, rtol=1e-3, equal_nan=True) for path, norm in now.items()}
-    return next((path for path in now if not same[path]), None)
+def _moved(was: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Name the first array with other values; machines may draw numbers that differ in the last bits."""
+    for path, sizes in now.items():
+        before = np.asarray(was.get(path, (-1.0, 0.0)))
+        if before.shape != (2,) or not np.allclose(before, sizes, rtol=1e-3, atol=1e-3 * abs(sizes[0]), equal_nan=True):
+            return path
+    return None

@@ -11,6 +11,9 @@ import optax
 from fnn import check
 from fnn.tree import PyTree
 
+LARGEST = 2.0**24
+"""The scale grows no further, as in NVIDIA's Apex: a run without gradients would take it to infinity, from where none comes back."""
+
 
 class LossScaleState(NamedTuple):
     """State of `loss_scaled`: that of the optimiser, the scale float32[], and the finite steps since it changed."""
@@ -27,7 +30,8 @@ def loss_scaled(
 
     `train_step` multiplies the loss by the scale before the backward pass, and divides the gradient by it in its own
     dtype: metrics, clips and the optimiser see the gradient itself. A gradient that is not finite halves the scale (down to
-    1), changes no parameter, no statistic and not the optimiser's own state; after `period` finite steps in a row the scale doubles.
+    1), changes no parameter, no statistic and not the optimiser's own state; after `period` finite steps in a row the scale doubles,
+    up to 2^24 (or `initial`).
     For `train_step(..., compute_dtype=jnp.float16)`; in float32 it changes nothing. `scale_of(state.opt_state)` is the
     scale. Source: Micikevicius et al. 2018, section 3.2.
     """
@@ -47,7 +51,7 @@ def loss_scaled(
         new = jax.tree.map(lambda u: jnp.where(finite, u, 0).astype(u.dtype), new)
         own = jax.tree.map(lambda a, b: jnp.where(finite, a, b), own, state.inner)
         steps = jnp.where(finite, state.steps + 1, 0)
-        grown = jnp.where(steps == period, 2 * state.scale, state.scale)
+        grown = jnp.where(steps == period, jnp.minimum(2 * state.scale, max(LARGEST, initial)), state.scale)
         scale = jnp.where(finite, grown, jnp.maximum(state.scale / 2, 1))
         return new, LossScaleState(own, scale, jnp.where(steps == period, 0, steps))
 

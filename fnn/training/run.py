@@ -94,11 +94,11 @@ class Run:
             begin = n - min(n, missing)
             parts.append(jax.tree.map(lambda m, begin=begin: m[begin:], metrics))
             missing -= n
-        return jax.tree.map(lambda *rows: np.concatenate(rows), *parts[::-1]) if parts else {}
+        return joined(parts[::-1])
 
     def keep_scores(self, scores: dict[str, float], with_state: bool) -> None:
         """Add an epoch's validation to the curves; if it is the best so far, keep a copy of the state as asked."""
-        best = min((c["loss"] for c in self.curves), default=np.inf)
+        best = min((c["loss"] for c in self.curves if not np.isnan(c["loss"])), default=np.inf)
         self.curves.append(scores)
         if scores["loss"] < best:
             self.best_epoch = len(self.lengths) - 1
@@ -163,6 +163,24 @@ class Run:
                     self.lengths.pop()
             return False
         return True
+
+
+def joined(parts: list[Any]) -> Any:
+    """Join metrics along the axis of steps. Those of single examples are filled up with NaN where a batch is smaller."""
+
+    def join(*rows):
+        shape = np.max([row.shape[1:] for row in rows], axis=0).astype(int)
+        wide = [
+            np.pad(
+                row, [(0, 0), *((0, n - m) for n, m in zip(shape, row.shape[1:], strict=True))], constant_values=np.nan
+            )
+            if row.shape[1:] != tuple(shape)
+            else row
+            for row in rows
+        ]
+        return np.concatenate(wide)
+
+    return jax.tree.map(join, *parts) if parts else {}
 
 
 @contextlib.contextmanager
