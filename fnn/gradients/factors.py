@@ -60,6 +60,12 @@ class Product:
     def moves(self) -> tuple[Move, ...]:
         return (Move("reshape", (*(self.left[i] for i in self.batched[0]), *self.free[0], *self.free[1])),)
 
+    @property
+    def result(self) -> tuple[int, ...]:
+        """Shape in which each axis comes from one axis of an operand: groups, then the free axes of the two sides."""
+        first, second = self.free[::-1] if self.swapped else self.free
+        return (*(self.left[i] for i in self.batched[0]), *first, *second)
+
     def side(self, axis: int) -> tuple[int, int] | None:
         """Say which operand, and which of its axes, an axis of the result comes from; None for groups."""
         free = [

@@ -228,8 +228,8 @@ def _resized(program: Program, path: Path | None, before: tuple[int, ...], chang
     sources = []
     for source in path.sources:
         kind, steps = source.kind, list(source.steps)
-        if not isinstance(kind, Product):
-            return None
+        if not isinstance(kind, Product) or kind.result != before[path.levels :]:
+            return None  # behind a reshape an axis is no longer one axis of an operand
         shapes = [list(kind.left), list(kind.right)]
         for axis, (low, high) in change.items():
             found = kind.side(axis - path.levels)
