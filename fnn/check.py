@@ -168,6 +168,19 @@ def alive(who: str, *trees: Any) -> None:
 
 
 @contextmanager
+def donated_once(who: str) -> Iterator[None]:
+    """Explain in a sentence why XLA refuses to donate a state that holds one array in two places."""
+    try:
+        yield
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        if "donate the same buffer" not in str(error):
+            raise
+        raise ValueError(
+            f"{who}: each array of the state must be in one place, got one in two; pass a copy: jax.tree.map(jnp.copy, state)"
+        ) from error
+
+
+@contextmanager
 def foreign(who: str) -> Iterator[None]:
     """Explain in a sentence why a model of another library (Flax NNX) cannot be traced."""
     try:

@@ -112,3 +112,17 @@ def test_what_optax_does_with_two_sets_of_parameters_is_refused_with_the_way_out
     ):
         with pytest.raises(ValueError, match=f"the optimizer must keep one set of parameters, got {way}"):
             fnn.TrainState.create(NET, tx, jax.random.key(0), X)
+
+
+def test_a_step_goes_on_from_the_slow_parameters():
+    """`eval_params` returns arrays of its own: a state that held its optimiser's would be donated twice."""
+    optimizer = fnn.optimizers.lookahead(optax.adam(1e-2), 3, 0.5)
+    net, batch = fnn.dense(3), (np.ones((2, 4), np.float32), np.ones((2, 3), np.float32))
+    step = fnn.train_step(net, fnn.losses.mse, optimizer)
+    state, _ = step(fnn.TrainState.create(net, optimizer, jax.random.key(0), batch[0]), batch)
+    state, _ = step(state.replace(params=fnn.optimizers.eval_params(state)), batch)
+    assert int(state.step) == 2
+    twice = state.replace(params=state.opt_state.slow)
+    with pytest.raises(ValueError, match="^train_step: each array of the state must be in one place, got one in two"):
+        step(twice, batch)
+    step(jax.tree.map(jnp.copy, twice), batch)

@@ -85,6 +85,25 @@ def test_what_has_no_partner_is_named():
         fnn.weights.from_flax(1.0, net, x)
 
 
+def test_a_file_that_is_sorted_says_nothing_of_the_order():
+    """Alike modules without a bias: another module's bias before its weight, or all names in order, show the sorting."""
+    net, x = fnn.serial(fnn.dense(4, bias=False), fnn.dense(4, bias=False), fnn.dense(3)), drawn(2, 4)
+    entries = {"up.weight": drawn(4, 4), "down.weight": drawn(4, 4), "head.weight": drawn(3, 4), "head.bias": drawn(3)}
+    assert [row[2] for row in fnn.weights.from_torch(entries, net, x).report] == ["up", "down", "head"]
+    bias_first = {name: entries[name] for name in ("up.weight", "down.weight", "head.bias", "head.weight")}
+    for given in (bias_first, dict(sorted(entries.items()))):
+        with pytest.raises(ValueError, match="must be in a known order, got down and up"):
+            fnn.weights.from_torch(given, net, x)
+    del entries["head.bias"]
+    bare = fnn.serial(*[fnn.dense(4, bias=False)] * 2, fnn.dense(3, bias=False))
+    with pytest.raises(ValueError, match="must be in a known order, got down and up"):
+        fnn.weights.from_torch(dict(sorted(entries.items())), bare, x)
+    params, state = bare.init(KEY, x)
+    assert list(fnn.weights.to_torch(params, state)) == ["0.weight", "1.weight", "2.weight"]
+    heads = fnn.parallel({"b": fnn.dense(4, bias=False), "a": fnn.dense(4, bias=False)})
+    assert list(fnn.weights.to_torch(*heads.init(KEY, x))) == ["a.weight", "b.weight"]
+
+
 def test_rows_behind_a_convolution_are_reordered_or_refused():
     x = drawn(2, 3, 3, 2)
     entries = {"0.weight": drawn(4, 2, 1, 1), "0.bias": drawn(4), "1.weight": drawn(5, 36), "1.bias": drawn(5)}

@@ -96,7 +96,14 @@ def eval_params(state: PyTree) -> PyTree:
         )
     params = state.params
     for node in found:
-        kept = node.slow if isinstance(node, SlowState) else node.mean if isinstance(node, AveragedState) else node.z
+        # Copied, or a step could not donate a state that holds them twice.
+        kept = (
+            jax.tree.map(jnp.copy, node.slow)
+            if isinstance(node, SlowState)
+            else node.mean
+            if isinstance(node, AveragedState)
+            else node.z
+        )
         kept = _as_params(kept)
         try:
             own = jax.tree.map(lambda k, a: k if hidden(k) else a, kept, params, is_leaf=hidden)

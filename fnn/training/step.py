@@ -94,7 +94,8 @@ class TrainStep:
         """The arguments of `train_step`."""
 
     def __call__(self, state: TrainState, batch: arrays.Batch) -> tuple[TrainState, dict[str, tree.PyTree]]:
-        return self.jitted(state, self.check(state, batch))
+        with check.donated_once("train_step"):
+            return self.jitted(state, self.check(state, batch))
 
     def admit(self, state: TrainState, batch: arrays.Batch) -> None:
         """Refuse a state of another net or optimiser, and batches without examples. Reads no values."""
@@ -115,8 +116,7 @@ class TrainStep:
         """
         check_state("train_step", state)
         x, y = batch = arrays.pair("train_step: the batch", batch)
-        leaves, structure = jax.tree.flatten(batch)
-        kind = structure, *[leaf.shape for leaf in leaves]
+        kind = jax.tree.structure(batch), *[leaf.shape for leaf in jax.tree.leaves(batch)]
         if new := kind not in self._output_shapes:
             self.admit(state, batch)  # before anything is traced with this state, which may be another net's
             check_values(self.net, state.params, state.net_state, x)

@@ -72,7 +72,8 @@ def from_torch(
     BatchNorm, LayerNorm, GroupNorm, RMSNorm, Embedding, RNN, GRU, LSTM and their cells (each layer and direction is one
     module, `lstm.l0_reverse`), MultiheadAttention and four Linear modules `q_proj, k_proj, v_proj, out_proj` (or other
     usual names) as attention, single parameters as positions. Modules that are alike are taken in the order in which
-    PyTorch registered them; in a file that is sorted by name, by the numbers in their names.
+    PyTorch registered them; in a file whose names are sorted, by the numbers in them, and where names differ in words,
+    `names` must decide.
 
     `names` pairs layers with modules; `None` in the place of a module leaves a layer as `net.init(key, spec)` draws it (by
     default with key 0). `flattened` gives, for a layer behind a convolution where the order of its inputs is not known (without
@@ -102,15 +103,15 @@ def to_torch(
     Errors: ValueError as in `from_torch`, and for weights that the module has no place for.
     """
     who = "weights.to_torch"
-    found = _slots(who, params, state, flattened, True)
+    found, order = _slots(who, params, state, flattened, True), weights_torch.order
     if like is None:
-        like = {}
+        like, order = {}, lambda who, groups: groups
         for slot in found:
             place = slot.path.replace("/", ".").replace("[", "").replace("]", "")
             own = weights_torch.template(slot)
             like |= {".".join(filter(None, (place, name))): np.zeros_like(a) for name, a in own.items()}
         names = None
-    matched = pairs(who, found, _reader(like)(who, found), names, weights_torch.order)
+    matched = pairs(who, found, _reader(like)(who, found), names, order)
     return {name: np.asarray(a) for name, a in _written(who, matched, like).items()}
 
 

@@ -39,6 +39,8 @@ class Group:
     """Whether it may be many modules of one kind, stacked along a first axis."""
     index: int | None = None
     """Which of such a stack it is."""
+    by_name: bool = False
+    """Whether its file seems to be sorted by name, so that the order of modules says nothing."""
 
 
 class Pair(NamedTuple):

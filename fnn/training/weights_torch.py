@@ -45,10 +45,12 @@ def groups(who: str, state_dict: Mapping[str, Any], attention: bool) -> list[Gro
         elif not PLAIN.fullmatch(suffix):
             prefix, suffix = entry, ""
         found.setdefault(prefix, {})[match[1] if match else suffix] = entry
+    both = [list(entries) for entries in found.values() if {"bias", "weight"} <= entries.keys()]
+    by_name = list(state_dict) == sorted(state_dict) or any(n.index("bias") < n.index("weight") for n in both)
     if attention:
         found = _joined(found)
     return [
-        Group(name, {n: _array(who, e, state_dict[e]) for n, e in entries.items()}, entries, readings)
+        Group(name, {n: _array(who, e, state_dict[e]) for n, e in entries.items()}, entries, readings, by_name=by_name)
         for name, entries in found.items()
     ]
 
@@ -213,22 +215,18 @@ def _attention(arrays: Arrays) -> list[Reading]:
 def order(who: str, groups: list[Group]) -> list[Group]:
     """Sort modules that fit the same layers: as they were registered, if the state dict is in that order.
 
-    It is not if a bias stands before its weight, as in files sorted by name. Then numbers in the names decide, or nothing.
+    It is not if all its names are sorted, or a bias stands before its weight, as in files sorted by name. Then numbers in
+    the names decide, or nothing.
     """
     if len(groups) < 2:
         return groups
     names = [group.name for group in groups]
-    sorted_by_name = any(
-        list(g.entries).index("bias") < list(g.entries).index("weight")
-        for g in groups
-        if {"bias", "weight"} <= g.entries.keys()
-    )
     backwards = [
         (a, b)
         for a, b in itertools.combinations(groups, 2)
         if numbered(a.name, b.name) and tokens(a.name) > tokens(b.name)
     ]
-    if sorted_by_name or (backwards and names == sorted(names)):
+    if groups[0].by_name or (backwards and names == sorted(names)):
         return by_number(who, groups)
     if backwards:
         raise ambiguous(who, *backwards[0])
