@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fnn.gradients import reductions
 from fnn.gradients.forward_range import Spot
-from fnn.gradients.operations import Program
+from fnn.gradients.operations import Program, reached
 from fnn.gradients.places import Found, Place
 from fnn.gradients.readings import Flow, Labels, Series
 from fnn.gradients.softmax import Softmax, Turns
@@ -105,11 +105,12 @@ def assembled(
     """Label everything that was seen; its seven arguments are what labels are made of."""
     numbers, found = _Numbers(seen["lost"]), subject.found
     leaves = jax.tree.leaves(params)
+    moved = reached(subject.forward, subject.forward.inputs[: len(leaves)], by_derivatives=True)
     for i, place in enumerate(found.places):
         label = _label(place, subject.names[place.parameter])
         numbers.mark(label)
         time = tuple(k for k, turn in enumerate(place.turns) if not turn.depth)
-        if "error" in options.groups:
+        if "error" in options.groups and place.product in moved:  # else JAX computes none: all before it is frozen
             none = (jnp.zeros(label.lengths), jnp.full(label.lengths, reductions.LOWEST))
             error = seen.get(f"{MARK}{i}")
             error = none if error is None else reductions.joined(error, time, 2)

@@ -119,7 +119,10 @@ def made(part: Program, place: Place, variable: int) -> Any:
     """Look up the shape and dtype of a value where it is made, inside loops too."""
     for turn in place.turns:
         part = turn.loop.body
-    for inner in (part, *(op.body for op in part.ops if isinstance(op, Remat))):
+    waiting = [part]
+    while waiting:
+        inner = waiting.pop()
         if variable in inner.avals:
             return inner.spec(variable)
-    return place.op
+        waiting += [op.body for op in inner.ops if isinstance(op, Remat)]
+    raise AssertionError(f"marks: {place.op.name} stands in no program that was read")

@@ -203,6 +203,8 @@ def _seat(part: Program, atom: Atom, axes: int) -> tuple[Atom, int]:
     while isinstance(atom, int):
         op, index = part.makers.get(atom, (None, 0))
         if op is not None and op.name == "convert_element_type":
+            if not jnp.issubdtype(part.spec(op.inputs[0]).dtype, jnp.floating):
+                break  # the real part of a complex gradient, which is another number
             atom = op.inputs[0]
         elif isinstance(op, Loop) and index >= op.carries and below < axes and isinstance(op.body.outputs[index], int):
             part, atom, below = op.body, op.body.outputs[index], below + 1

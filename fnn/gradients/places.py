@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from fnn.gradients.indices import takes_its_own
 from fnn.gradients.operations import Atom, Const, Loop, Op, Program, Remat, reached
 from fnn.gradients.program import equations
 from fnn.gradients.softmax import SAME, Order, Softmax, Turns, softmax, source
@@ -112,13 +113,13 @@ class _Walk:
                 held.update(dict.fromkeys(op.outputs, own))
                 continue
             if isinstance(op, Loop):
-                self._loop(op, inputs, here, turns)
+                self._loop(program, op, inputs, here, turns)
             elif isinstance(op, Remat):
                 self.walk(op.body, _given(op.body.inputs, inputs), here, turns)
             elif (place := _place(program, op, inputs, held, here, turns)) is not None:
                 self.found.places.append(place)
                 self.products[place.product] = place.parameter
-            elif (own := _own(program, op, inputs)) is not None:
+            elif (own := _own(program, op, inputs, self.data)) is not None:
                 held.update(own)
                 continue
             elif any(inputs) and PRODUCTS & {name for name, _ in equations(op)}:
@@ -157,14 +158,16 @@ class _Walk:
         outputs = [out for op in readers for out in op.outputs]
         return any(out in (self.data or ()) or self._joins(program, out, steps - 1) for out in outputs)
 
-    def _loop(self, op: Loop, inputs: Sequence[Held | None], order: Order, turns: tuple[Turns, ...]) -> None:
+    def _loop(
+        self, program: Program, op: Loop, inputs: Sequence[Held | None], order: Order, turns: tuple[Turns, ...]
+    ) -> None:
         first, last = op.consts, op.consts + op.carries
         inner: dict[int, Held] = {}
         for i, (own, var) in enumerate(zip(inputs, op.body.inputs, strict=True)):
             if own is None:
                 continue
             if i < first or (i < last and op.body.outputs[i - first] == var):
-                inner[var] = replace(own, loops=(*own.loops, op)) if _indexed(op, var) else own
+                inner[var] = replace(own, loops=(*own.loops, op)) if takes_its_own(program, op, var) else own
             elif i >= last:
                 axes = own.axes + 1 if own.whole and own.axes == len(own.loops) else own.axes
                 inner[var] = replace(own, loops=(*own.loops, op), axes=axes)
@@ -186,23 +189,13 @@ def _given(variables: Sequence[int], held: Sequence[Held | None]) -> dict[int, H
     return {var: own for var, own in zip(variables, held, strict=True) if own is not None}
 
 
-def _indexed(loop: Loop, constant: int) -> bool:
-    """Whether each turn takes a part of its own from a constant of the loop, by a number that changes from turn to turn."""
-    names = {"dynamic_slice", "gather"}
-    for op in loop.body.ops:
-        if op.name in names and op.inputs[0] == constant and not all(isinstance(a, Const) for a in op.inputs[1:]):
-            one = op.params.get("slice_sizes", (0,))
-            return tuple(one)[:1] == (1,)
-    return False
-
-
-def _own(program: Program, op: Op, inputs: Sequence[Held | None]) -> dict[int, Held] | None:
+def _own(program: Program, op: Op, inputs: Sequence[Held | None], data: set[int] | None) -> dict[int, Held] | None:
     """Results made of parameters and constants alone still count as the largest of these parameters."""
     held = [own for own in inputs if own is not None]
     if (
         not held
         or op.name in PRODUCTS
-        or not all(own is not None or _constant(program, atom) for own, atom in zip(inputs, op.inputs, strict=True))
+        or not all(own is not None or _constant(program, a, data) for own, a in zip(inputs, op.inputs, strict=True))
     ):
         return None
     if op.name == "gather" and np.prod(program.spec(op.inputs[1]).shape) > 1:
@@ -225,9 +218,10 @@ def _own(program: Program, op: Op, inputs: Sequence[Held | None]) -> dict[int, H
     return {var: replace(own, rows=rows, whole=whole) for var in op.outputs}
 
 
-def _constant(program: Program, atom: Atom) -> bool:
-    """Whether a value is written in the program, or an integer: a number of a row, not data."""
-    return isinstance(atom, Const) or not jnp.issubdtype(program.spec(atom).dtype, jnp.floating)
+def _constant(program: Program, atom: Atom, data: set[int] | None) -> bool:
+    """Whether a value is written in the program, or an integer (a number of a row), or computed without data, as a mask may be."""
+    known = isinstance(atom, Const) or not jnp.issubdtype(program.spec(atom).dtype, jnp.floating)
+    return known or (data is not None and atom not in data)
 
 
 def _place(

@@ -118,7 +118,7 @@ class Flow:
 
     A unit is an index of the weight's free axis (a channel); all other axes are positions. A stack of layers (`scan`) has a
     row for each, `blocks[3]/kernel`. A log10 of -inf is a gradient of zero; NaN is a number that is not finite, or a step
-    that was not measured. What does not apply is absent, not 0.
+    that was not measured. What does not apply is absent, not 0: so is the error signal of a layer behind frozen ones alone.
     """
 
     loss: jax.Array

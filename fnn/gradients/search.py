@@ -107,6 +107,8 @@ def search(program: Program, atom: Atom) -> Path | None:
     if op.name in ("mul", "div", "neg"):
         return _scaled(program, op, shape)
     if op.name in REINDEXING:
+        if np.issubdtype(program.spec(op.inputs[0]).dtype, np.complexfloating):
+            return None  # the real part of a complex product is no product of real parts
         path = search(program, op.inputs[0])
         return None if path is None else _moved(path, op, program.spec(op.inputs[0]).shape, shape)
     if op.name in ("slice", "split", "pad", "concatenate"):
