@@ -161,3 +161,19 @@ def test_an_infinite_gradient_has_no_norm_after_clipping():
     tx = clip.by_global_norm(1.0)
     updates, report = tx.update(g, tx.init(g))
     assert jnp.isnan(updates["a"][0]) and jnp.isnan(report.after) and report.before == jnp.inf
+
+
+def test_a_clip_of_the_gradient_and_one_of_the_update_have_one_unit():
+    """What is between them, here a factor of 100 or Adam, is no part of what was clipped."""
+    (_,), (g,) = steps_of(optax.sgd(0.1), [3.0])
+    size = norm64(g)
+    for first, second, kept in ((2.0, 200.0, 1), (0.5, 200.0, 0.5), (2.0, 25.0, 0.25), (0.5, 25.0, 0.25)):
+        tx = optax.chain(
+            clip.by_global_norm(first * size), optax.scale(100.0), clip.by_global_norm(second * size), optax.sgd(0.1)
+        )
+        (metrics,), _ = steps_of(tx, [3.0])
+        np.testing.assert_allclose(metrics["grad_norm_clipped"], kept * size, rtol=1e-5)
+        np.testing.assert_allclose(metrics["clip_removed"], 1 - kept, rtol=1e-5, atol=1e-6)
+    adam = optax.chain(clip.by_global_norm(1e9), optax.adam(1e-3), clip.by_global_norm(1e9))
+    (metrics,), _ = steps_of(adam, [3.0])
+    assert metrics["clip_removed"] == 0 and metrics["grad_norm_clipped"] == pytest.approx(size, rel=1e-5)

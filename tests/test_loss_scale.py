@@ -8,6 +8,7 @@ import pytest
 
 import fnn
 from fnn import optimizers
+from fnn.training import loss_scale
 
 X = np.random.default_rng(0).normal(size=(32, 5)).astype(np.float32)
 Y = np.arange(32) % 3
@@ -66,6 +67,13 @@ def test_a_run_without_gradients_keeps_a_scale_that_works():
     tx = optimizers.loss_scaled(optax.sgd(0.1), 2.0**22, period=1)
     rows = run(tx, [1.0] * 8, lambda outputs, y: jnp.zeros(len(y)))
     assert [float(np.log2(optimizers.scale_of(opt_state))) for (_, _, opt_state), _ in rows] == [23] + [24] * 7
+
+
+def test_a_scale_that_float16_does_not_hold_divides_float16_gradients():
+    grads = {"w": jnp.array([1024.0, -512.0], jnp.float16)}
+    found = jax.jit(loss_scale.unscaled)(grads, jnp.float32(2.0**18))
+    assert found["w"].dtype == jnp.float16
+    np.testing.assert_array_equal(found["w"], np.float16([2.0**-8, -(2.0**-9)]))
 
 
 def test_an_overflow_of_float16_finds_its_scale():

@@ -150,11 +150,38 @@ def test_a_lookup_and_gates_are_no_layers_that_lack_an_activation():
     assert swap.listed(loss, w, jnp.arange(4))[2] == 0
 
 
-def test_a_function_that_is_none_of_the_known_ones_is_left_alone():
-    def loss(w, x):
-        return jnp.sum(jnp.sin(x @ w) @ w)
+@pytest.mark.parametrize(
+    "function",
+    [
+        jnp.sin,
+        jax.nn.mish,
+        lambda x: jax.nn.relu(x) ** 2,
+        lambda x: x * jnp.tanh(x),
+        lambda x: x - jnp.tanh(x),
+        jax.nn.relu6,
+        lambda x: jnp.where(x > 0, 1.0, 0.0),
+    ],
+)
+def test_a_function_that_is_none_of_the_known_ones_is_left_alone(function):
+    """Whatever known ones are in it: mish is x tanh(softplus(x))."""
 
-    assert swap.listed(loss, jnp.eye(5), X)[0] == []
+    def loss(w, x):
+        return jnp.sum(function(x @ w) @ w)
+
+    for x in (X, X[:1]):  # few numbers too
+        assert swap.listed(loss, jnp.eye(5), x)[0] == []
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh", "gelu", "silu", "softplus"])
+def test_scaled_known_ones_and_those_of_a_branch_are_found(name):
+    def loss(w, x):
+        h = x @ w
+        h = 1.3 * swap.KNOWN[name](h)
+        h = h @ w
+        return jnp.sum((h + swap.KNOWN[name](h)) @ w)  # what is added to a branch is one
+
+    for x in (X, X[:1]):
+        assert [(a.name, a.role) for a in swap.listed(loss, jnp.eye(5), x)[0]] == [(name, "hidden")] * 2
 
 
 # Float32 in the place of less.

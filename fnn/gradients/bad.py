@@ -322,8 +322,12 @@ def _traced(loss: Any, params: Any, rest: Any, has_aux: bool) -> tuple[Program, 
 def _coded(x: jax.Array) -> jax.Array:
     """Say in three bits whether an array holds NaN, +inf or -inf."""
     real, infinite = jnp.real(x), jnp.isinf(x)
-    bits = jnp.where(jnp.isnan(x), NAN, 0) | jnp.where(infinite, jnp.where(real < 0, MINUS, PLUS), 0)
-    return jax.lax.reduce(bits.astype(jnp.int8), np.int8(0), jax.lax.bitwise_or, tuple(range(x.ndim)))
+    # Maxima, since XLA's collectives on a CPU know no `or` of integers; a batch may be sharded.
+    found = (jnp.isnan(x), infinite & ~(real < 0), infinite & (real < 0))
+    return sum(
+        bit * jnp.max(any_of.astype(jnp.int32), initial=0)
+        for bit, any_of in zip((NAN, PLUS, MINUS), found, strict=True)
+    )
 
 
 def _constant(what: str) -> FirstBad:

@@ -30,7 +30,9 @@ KNOWN: dict[str, Callable[[Any], Any]] = {
     "identity": lambda x: x,
 }
 """Activations that are known by their values."""
-POINTS = np.linspace(-3, 3, 25)
+POINTS = np.array([*np.linspace(-3, 3, 25), -8, 8])
+FEWEST = 4
+"""Of an array with fewer numbers no activation is known by its values."""
 PRODUCTS = {"mul", "div"}
 LINEAR = {"add", "add_any", "sub", "neg", "reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "copy"} | {
     "convert_element_type", "reduce_precision", "stop_gradient"
@@ -72,6 +74,8 @@ def activations(program: Program, parameters: int) -> list[Activation]:
     walk.backward(program, set())
     found = []
     for output, (name, root) in walk.names.items():
+        if output in walk.partial & walk.used:
+            continue  # of a function between two layers that is none of the known ones as a whole: mish has a softplus in it
         role = "gate" if output in walk.gates else "hidden" if output in walk.used else "last"
         found.append(Activation(name, role, root, output))
     for op in program.ops:
@@ -128,6 +132,7 @@ class _Walk:
         self.used: set[int] = set()
         self.gates: set[int] = set()
         self.names: dict[int, tuple[str, int]] = {}
+        self.partial: set[int] = set()
         self.fixed: dict[int, Any] = {}
 
     def forward(self, program: Program, known: set[int]) -> set[int]:
@@ -161,6 +166,8 @@ class _Walk:
                         del self.names[part]
                     self.names[op.outputs[0]] = name, root
                     parts = {op.outputs[0]}
+                elif not _affine(op, data):
+                    self.partial |= {part for part in parts if sum(part in other.inputs for other in program.ops) == 1}
                 through[op.outputs[0]] = parts
             elif op.name in PRODUCTS and len(data) > 1:
                 for a in data:
@@ -171,17 +178,12 @@ class _Walk:
         """Run an operation on points, if it is a function of each number of `root` by itself, as far as shapes show."""
         spec, out = program.spec(root), program.spec(op.outputs[0])
         free = {a for a in op.inputs if isinstance(a, int)}
-        if (
-            len(op.outputs) != 1
-            or op.effects
-            or spec.shape != out.shape
-            or op.name in ("dot_general", "conv_general_dilated")
-        ):
+        if len(op.outputs) != 1 or op.effects or spec.shape != out.shape or op.name in places.PRODUCTS:
             return False
-        if not jnp.issubdtype(spec.dtype, jnp.floating) or int(np.prod(spec.shape)) < 2:
+        if not jnp.issubdtype(spec.dtype, jnp.floating) or int(np.prod(spec.shape)) < FEWEST:
             return False
         if root not in values:
-            values[root] = np.resize(POINTS, int(np.prod(spec.shape))).reshape(spec.shape).astype(spec.dtype)
+            values[root] = _points(int(np.prod(spec.shape))).reshape(spec.shape).astype(spec.dtype)
         found = values | self.fixed
         if all(a in found for a in free) and (got := _run(op, found)) is not None:
             values[op.outputs[0]] = got
@@ -234,9 +236,21 @@ def _named(got: np.ndarray, points: np.ndarray) -> str | None:
     return None
 
 
+def _affine(op: Op, data: list[int]) -> bool:
+    """Whether an operation only scales and shifts what it takes, or adds two branches."""
+    return op.name in ("add", "add_any") or (len(data) == 1 and op.name in LINEAR | PRODUCTS)
+
+
+def _points(size: int) -> np.ndarray:
+    """Spread points over an array, from one end of their range to the other."""
+    if size < len(POINTS):
+        return np.sort(POINTS)[np.linspace(0, len(POINTS) - 1, size).astype(int)]
+    return np.resize(POINTS, size)
+
+
 @functools.cache
 def _values(name: str, size: int) -> np.ndarray:
-    return np.resize(np.asarray(KNOWN[name](jnp.asarray(POINTS, jnp.float32)), np.float64), size)
+    return np.asarray(KNOWN[name](jnp.asarray(_points(size), jnp.float32)), np.float64)
 
 
 def bare(program: Program, parameters: int) -> set[int]:

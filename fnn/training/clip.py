@@ -118,7 +118,8 @@ def retold(opt_state: PyTree, params: PyTree) -> PyTree:
 def summary(opt_state: PyTree, gradient: PyTree) -> ClipState | None:
     """Join the reports of all clips in an optimiser's state to one report on the whole gradient; None without a clip.
 
-    Of clips in a row, `before` is that of the first and `after` that of the last. Clips of parts (`masked`,
+    Of clips in a row, `before` is that of the first and `after` that of the last; if an optimiser between them has changed
+    the size, `after` is `before` times what each clip has kept. Clips of parts (`masked`,
     `multi_transform`) and what no clip sees are joined by the root of their summed squares, fractions weighted by the
     numbers in each part. NaN where the clips of parts saw another gradient than this one (an average over several steps):
     then the rest is not known.
@@ -140,6 +141,10 @@ def summary(opt_state: PyTree, gradient: PyTree) -> ClipState | None:
             new, left = norm_of(own - others), jnp.zeros(())
             if others - own:  # what this clip does not see of what earlier ones have clipped
                 left = _leg(tree.norm([part[2] for part in earlier]), _leg(before, new))
+            else:  # an optimiser between two clips changes the size: what the second keeps counts, in units of the first
+                reached = tree.norm([new, *(part[2] for part in earlier)])
+                same = (jnp.abs(before - reached) <= 1e-3 * reached) | (before == 0)
+                after = jnp.where(same, after, after * (reached / jnp.where(same, 1, before)))
             before, after = tree.norm([new, *(part[1] for part in earlier)]), tree.norm([after, left])
             parts, own = [part for part in parts if part not in earlier], own | others
         parts.append((own, before, after, fraction))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from fnn import check
-from fnn.tree import PyTree
+from fnn.tree import PyTree, statistics_dtype
 
 LARGEST = 2.0**24
 """The scale grows no further, as in NVIDIA's Apex: a run without gradients would take it to infinity, from where none comes back."""
@@ -91,4 +91,6 @@ def scaled(objective: Callable[..., Any], scale: jax.Array | None) -> Callable[.
 
 def unscaled(grads: Any, scale: jax.Array | None) -> Any:
     """Divide gradients by a scale."""
-    return grads if scale is None else jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
+    if scale is None:
+        return grads
+    return jax.tree.map(lambda g: (g.astype(statistics_dtype(g.dtype)) / scale).astype(g.dtype), grads)
