@@ -123,7 +123,15 @@ def auto(function: Callable[..., Any], keep: bool = False) -> Callable[..., Any]
             return NamedSharding(mesh, spec) if any(spec) else everywhere
 
         out = (jax.tree.map(own, args[0]), everywhere) if keep else everywhere
-        return jax.sharding.auto_axes(function, out_sharding=out)(*args)
+        try:
+            return jax.sharding.auto_axes(function, out_sharding=out)(*args)
+        except ValueError as error:
+            if "should match the mesh passed to shard_map" not in str(error):
+                raise
+            raise ValueError(
+                "a function that calls shard_map itself must do so on a mesh with automatic axes here, got explicit ones; make it "
+                "with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,)), one for each axis"
+            ) from error
 
     return run
 

@@ -134,7 +134,7 @@ def test_a_zero_gradient_has_nothing_removed():
     tx = optax.chain(clip.by_global_norm(1.0), optax.sgd(0.1))
     state = fnn.TrainState.create(net, tx, jax.random.key(0), x)
     _, metrics = fnn.train_step(net, lambda y, t: 0 * y[:, 0], tx)(state, (x, jnp.zeros(4)))
-    assert metrics["clip_removed"] == 0 and metrics["grad_norm_clipped"] == 0
+    assert abs(metrics["clip_removed"]) < 1e-6 and metrics["grad_norm_clipped"] == 0
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -176,4 +176,4 @@ def test_a_clip_of_the_gradient_and_one_of_the_update_have_one_unit():
         np.testing.assert_allclose(metrics["clip_removed"], 1 - kept, rtol=1e-5, atol=1e-6)
     adam = optax.chain(clip.by_global_norm(1e9), optax.adam(1e-3), clip.by_global_norm(1e9))
     (metrics,), _ = steps_of(adam, [3.0])
-    assert metrics["clip_removed"] == 0 and metrics["grad_norm_clipped"] == pytest.approx(size, rel=1e-5)
+    assert abs(metrics["clip_removed"]) < 1e-6 and metrics["grad_norm_clipped"] == pytest.approx(size, rel=1e-5)

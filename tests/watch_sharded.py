@@ -126,6 +126,55 @@ def in_float64():
         np.testing.assert_allclose(flow.numbers(), want.numbers(), rtol=1e-6)
 
 
+@case
+def on_the_host():
+    """`first_bad` and `diff`. XLA on a CPU has no collective for every way to join flags."""
+
+    def small(p, x):
+        return jnp.mean(jnp.tanh(x @ p) ** 2)
+
+    def bad(p, x):
+        return small(p, x) + jnp.sum(jnp.log(x * 0))
+
+    wanted = str(fnn.watch(bad).first_bad(PARAMS["out"], X))
+    for mesh in (AUTO, EXPLICIT):
+        given = placed(mesh, PARAMS["out"]), placed(mesh, X, "d")
+        assert fnn.watch(small).first_bad(*given) is None
+        assert str(fnn.watch(bad).first_bad(*given)) == wanted
+    assert fnn.diff(small, small)(given[0], *given).verdict == "equal to rounding"
+
+
+@case
+def a_loss_with_a_shard_map_of_its_own():
+    def small(p, x):
+        return jnp.mean(jnp.tanh(x @ p) ** 2)
+
+    (want,) = [row.value for row in fnn.watch(small)(PARAMS["out"], X).rows() if row.quantity == "log10_gradient"]
+    for mesh in (AUTO, EXPLICIT):
+
+        def mine(p, x, mesh=mesh):
+            def mean(p, x):
+                return jax.lax.pmean(small(p, x), "d")
+
+            return jax.shard_map(mean, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())(p, x)
+
+        given = placed(mesh, PARAMS["out"]), placed(mesh, X, "d")
+        if mesh is EXPLICIT:
+            for call in (fnn.watch(mine), lambda p, x, f=mine: fnn.curvature(f)(p, x).hessian.product(p)):
+                try:
+                    call(*given)
+                    raise AssertionError("an explicit mesh was taken")
+                except ValueError as error:
+                    assert "must do so on a mesh with automatic axes here" in str(error), error
+            continue
+        flow = fnn.watch(mine)(*given)
+        (found,) = [row.value for row in flow.rows() if row.quantity == "log10_gradient"]
+        np.testing.assert_allclose(found, want, rtol=1e-5)
+        product = fnn.curvature(mine)(*given).hessian.product(given[0])
+        exact = jax.jvp(jax.grad(lambda p: small(p, X)), (PARAMS["out"],), (PARAMS["out"],))[1]
+        np.testing.assert_allclose(product, exact, rtol=1e-4, atol=1e-6)
+
+
 if __name__ == "__main__":
     failures = {}
     for name, function in CASES.items():

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import arrays, check, compiled, tree
+from fnn import arrays, check, compiled, mapped, tree
 from fnn.gradients import operations, program
 from fnn.gradients.causes import GUARD, Values, bad, countable, detailed, reason, values
 from fnn.gradients.history import SHAPES, History, Node, chosen
@@ -94,7 +94,7 @@ def first_bad(
         )
     check.parameters("first_bad", params)
     check.alive("first_bad", params)
-    rest = arrays.arguments("first_bad", rest)
+    params, rest = mapped.placed((params, arrays.arguments("first_bad", rest)))
     if axis_name is not None:
         loss = _one_shard(loss, axis_name)
     return _Search(loss, params, rest, has_aux).found()
@@ -102,8 +102,8 @@ def first_bad(
 
 def _one_shard(loss: Callable[..., Any], axis_name: Any) -> Callable[..., Any]:
     def whole(params, *rest):
-        mapped = jax.vmap(loss, in_axes=None, axis_size=1, axis_name=axis_name)
-        return jax.tree.map(lambda a: a[0], mapped(params, *rest))
+        run = jax.vmap(loss, in_axes=None, axis_size=1, axis_name=axis_name)
+        return jax.tree.map(lambda a: a[0], run(params, *rest))
 
     return whole
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import arrays, check, compiled
+from fnn import arrays, check, compiled, mapped
 from fnn.gradients.difference import QUANTITIES, Both, Compared, Difference
 from fnn.gradients.pairing import Distance, as_float64, beside, distance, paired, relative, role
 from fnn.gradients.sides import EACH, WHOLE, LayerOf, Side, side
@@ -74,7 +74,8 @@ def diff(
         for params in (params_a, params_b):
             check.parameters("diff", params)
             check.alive("diff", params)
-        rest = arrays.arguments("diff", batch)
+        rest = mapped.placed(arrays.arguments("diff", batch))
+        params_a, params_b = mapped.placed((params_a, params_b))
         with jax.default_matmul_precision("highest"):
             return _compared(loss_a, loss_b, params_a, params_b, rest, dict(pairs or {}), tolerance)
 

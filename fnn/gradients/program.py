@@ -68,20 +68,23 @@ def _read(closed: Any, how: Reading) -> Program:
     return program
 
 
-def equations(part: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Go through all equations of a program, an operation or a jaxpr, those inside loops, branches and calls too: (name, params)."""
+def equations(part: Any, closed: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Go through all equations of a program, an operation or a jaxpr, those inside loops, branches and calls too: (name, params).
+
+    Operations with the name `closed` are not looked into.
+    """
     if isinstance(part, Program):
         for op in part.ops:
-            yield from equations(op)
+            yield from equations(op, closed)
     elif isinstance(part, Op):
         yield part.name, part.params
         for inner in [part.body] if isinstance(part, Loop) else _inner(part.params):
-            yield from equations(inner)
+            yield from equations(inner, closed) if part.name != closed else ()
     else:
         for eqn in _opened(part).eqns:
             yield eqn.primitive.name, eqn.params
             for inner in _inner(eqn.params):
-                yield from equations(inner)
+                yield from equations(inner, closed) if eqn.primitive.name != closed else ()
 
 
 def dtypes(part: Any) -> set[Any]:

@@ -82,8 +82,11 @@ def hessian(who: str, loss: Callable[[Any], Any], at: Any) -> tuple[Any, Linear]
 
 
 def _without_collectives(who: str, loss: Callable[[Any], Any], at: Any) -> None:
-    """Refuse collectives where types do not say what varies: their transposes would sum over devices, or not at all."""
-    names = {name for name, _ in jaxprs.equations(jaxprs.trace(loss, at)[0])}
+    """Refuse collectives where types do not say what varies: their transposes would sum over devices, or not at all.
+
+    Those of a `shard_map` inside the loss are its own affair.
+    """
+    names = {name for name, _ in jaxprs.equations(jaxprs.trace(loss, at)[0], closed="shard_map")}
     if found := sorted(name for name in names if name.startswith(COLLECTIVES)):
         raise ValueError(
             f"{who}: a loss that averages over a mapped axis needs shard_map with check_vma=True, got {found[0]} without it; "

@@ -144,7 +144,7 @@ def summary(opt_state: PyTree, gradient: PyTree) -> ClipState | None:
             else:  # an optimiser between two clips changes the size: what the second keeps counts, in units of the first
                 reached = tree.norm([new, *(part[2] for part in earlier)])
                 same = (jnp.abs(before - reached) <= 1e-3 * reached) | (before == 0)
-                after = jnp.where(same, after, after * (reached / jnp.where(same, 1, before)))
+                after = jnp.where(same, after, reached * (after / jnp.where(same, 1, before)))
             before, after = tree.norm([new, *(part[1] for part in earlier)]), tree.norm([after, left])
             parts, own = [part for part in parts if part not in earlier], own | others
         parts.append((own, before, after, fraction))
