@@ -58,6 +58,27 @@ def test_a_kernel_of_a_parameter_and_constants_is_that_parameter(kernel):
     np.testing.assert_allclose([v for _, v in found], [v for _, v in wanted], rtol=1e-5)
 
 
+@pytest.mark.parametrize("given", ["closed over", "with the batch"])
+def test_a_kernel_that_is_divided_by_its_norm_is_the_layer(given):
+    """As in Linen's SpectralNorm, whose vectors of the power iteration are no parameters: its products are no layers."""
+    start = drawn(1, 5)
+
+    def loss(p, x, start=start):
+        left = start
+        right = jax.lax.stop_gradient(left @ p["w"] / jnp.linalg.norm(left @ p["w"]))
+        left = jax.lax.stop_gradient(right @ p["w"].T / jnp.linalg.norm(right @ p["w"].T))
+        return jnp.var(jnp.tanh(x @ (p["w"] / (left @ p["w"] @ right.T)[0, 0])) @ p["v"])
+
+    params, watched = (
+        {"w": drawn(5, 5), "v": drawn(5, 3)},
+        fnn.watch(loss, groups=("activation", "error"), batch_size=6),
+    )
+    flow = watched(params, X) if given == "closed over" else watched(params, X, start)
+    assert [row.path for row in flow.rows() if row.quantity == "log10_error"] == ["w", "v"]
+    found = [row.value for row in flow.rows() if row.quantity == "input_second_moment"]
+    assert found[0] == pytest.approx(np.mean(X**2), rel=1e-5)
+
+
 def test_a_layer_behind_which_nothing_is_trained_has_no_error_signal():
     """JAX computes none there; zero, as of a layer that the loss does not need, would say that the signal vanishes."""
 

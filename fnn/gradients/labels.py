@@ -105,7 +105,7 @@ def assembled(
     """Label everything that was seen; its seven arguments are what labels are made of."""
     numbers, found = _Numbers(seen["lost"]), subject.found
     leaves = jax.tree.leaves(params)
-    moved = reached(subject.forward, subject.forward.inputs[: len(leaves)], by_derivatives=True)
+    moved = reached(subject.forward, subject.forward.inputs[: len(leaves)], closed=False, derivatives=True)
     for i, place in enumerate(found.places):
         label = _label(place, subject.names[place.parameter])
         numbers.mark(label)

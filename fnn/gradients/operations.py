@@ -234,26 +234,26 @@ def _pruned_loop(loop: Loop, wanted: list[bool], kept: Set[int]) -> Loop:
     return rebuilt(loop, body, inputs, names, sum(stay[:first]), sum(carried))
 
 
-def reached(program: Program, start: Sequence[int], by_derivatives: bool = False) -> set[int]:
-    """List the variables that depend on some others, or on arrays that the loss closes over, inside loops too.
+def reached(program: Program, start: Sequence[int], closed: bool = True, derivatives: bool = False) -> set[int]:
+    """List the variables that depend on some others or, with `closed`, on arrays that the loss closes over, inside loops too.
 
-    `by_derivatives` leaves out those arrays, and what depends on the others through integers or `stop_gradient` alone.
+    With `derivatives` those whose derivative may depend on them: not through integers, nor through `stop_gradient`.
     """
     known = set(start)
 
     def depends(atom):
         if isinstance(atom, Const):
-            return jnp.ndim(atom.value) > 0 and not by_derivatives
-        return atom in known and not (by_derivatives and not jnp.issubdtype(program.spec(atom).dtype, jnp.inexact))
+            return jnp.ndim(atom.value) > 0 and closed
+        return atom in known and not (derivatives and not jnp.issubdtype(program.spec(atom).dtype, jnp.inexact))
 
     for op in program.ops:
-        if by_derivatives and op.name == "stop_gradient":
+        if derivatives and op.name == "stop_gradient":
             continue
         given = [depends(atom) for atom in op.inputs]
         if isinstance(op, Loop | Remat):
             inner = {var for var, g in zip(op.body.inputs, given, strict=True) if g}
             while True:
-                known |= reached(op.body, list(inner), by_derivatives)
+                known |= reached(op.body, list(inner), closed, derivatives)
                 results = [not isinstance(a, Const) and a in known for a in op.body.outputs]
                 carries = op.body.inputs[op.consts :][: op.carries] if isinstance(op, Loop) else []
                 more = {var for var, r in zip(carries, results, strict=False) if r} - inner

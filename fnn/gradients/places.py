@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn.gradients.indices import takes_its_own
+from fnn.gradients.normed import Normed
 from fnn.gradients.operations import Atom, Const, Loop, Op, Program, Remat, reached
 from fnn.gradients.program import equations
 from fnn.gradients.softmax import SAME, Order, Softmax, Turns, softmax, source
@@ -87,10 +88,12 @@ def find(program: Program, parameters: int) -> Found:
     held = {atom: Held(i, int(np.prod(program.spec(atom).shape))) for i, atom in enumerate(program.inputs[:parameters])}
     data = reached(program, program.inputs[parameters:])
     found = Found()
-    _Walk(found, data).walk(program, dict(held), (), ())
+    walk = _Walk(found, data, program)
+    walk.walk(program, dict(held), (), ())
+    found.places = [place for place in found.places if not walk.normed.only_norms(place.product)]
     if not found.places:
         found = Found()
-        _Walk(found, None).walk(program, dict(held), (), ())
+        _Walk(found, None, program).walk(program, dict(held), (), ())
     found.places.sort(key=lambda place: _sortable(place.order))
     return found
 
@@ -102,8 +105,8 @@ def _sortable(order: Order) -> tuple[int, ...]:
 class _Walk:
     """One walk through a program, from its inputs to its outputs."""
 
-    def __init__(self, found: Found, data: set[int] | None):
-        self.found, self.data = found, data
+    def __init__(self, found: Found, data: set[int] | None, program: Program):
+        self.found, self.data, self.normed = found, data, Normed(program)
         self.products: dict[int, int] = {}
 
     def walk(self, program: Program, held: dict[int, Held], order: Order, turns: tuple[Turns, ...]) -> None:
@@ -121,6 +124,9 @@ class _Walk:
                 self.products[place.product] = place.parameter
             elif (own := _own(program, op, inputs, self.data)) is not None:
                 held.update(own)
+                continue
+            elif (own := self.normed.scaled(program, op, inputs)) is not None:
+                held[op.outputs[0]] = own
                 continue
             elif any(inputs) and PRODUCTS & {name for name, _ in equations(op)}:
                 names = sorted({own.parameter for own in inputs if own is not None})
