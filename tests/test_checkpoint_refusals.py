@@ -22,6 +22,7 @@ from test_checkpoint import (
 )
 
 import fnn
+from fnn.training import saving
 
 
 def _state(net=NET, optimizer=OPTIMIZER, key=KEY):
@@ -118,6 +119,18 @@ def test_what_no_program_s_text_shows_is_compared_too(name, tmp_path):
     call(tmp_path / "run", **first)
     with pytest.raises(ValueError, match=f"^fit: checkpoint: .*({sentence})"):
         call(tmp_path / "run", **second)
+
+
+def test_a_file_that_holds_less_about_its_run_is_taken(tmp_path):
+    """As earlier versions wrote: norms of the first parameters alone, nothing of the other parts of the first state."""
+    call(tmp_path)
+    content, header = saving.read(tmp_path / "checkpoint.npz", "fit")
+    about = {name: part for name, part in header["about"].items() if name != "first optimizer state"}
+    about["first parameters"] = {name: norm for name, (norm, _) in about["first parameters"].items()}
+    saving.write(tmp_path / "checkpoint.npz", content, header | {"about": about}, "fit")
+    call(tmp_path)
+    with pytest.raises(ValueError, match="first parameters, at 0/kernel must be as"):
+        call(tmp_path, state=STATE.replace(params=jax.tree.map(lambda a: 2 * a, STATE.params)))
 
 
 def test_a_folder_that_holds_something_else_is_refused_and_kept(tmp_path):

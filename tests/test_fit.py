@@ -321,6 +321,7 @@ def test_norms_of_batches_that_differ_in_size_are_filled_up(tmp_path):
     batches = [(X[:5], Y[:5]), (X[:16], Y[:16]), (X[16:20], Y[16:20])]
     _, history = fnn.fit(step, STATE, batches, epochs=1, checkpoint=tmp_path)
     norms = history.train["per_example_norms"]
+    np.testing.assert_allclose(history.by_epoch("per_example_norms"), [np.nanmean(norms)], rtol=1e-6)
     assert norms.shape == (3, 16) and np.isfinite(norms).sum(1).tolist() == [5, 16, 4]
     state, again = fnn.fit(step, STATE, batches, epochs=2, checkpoint=tmp_path)
     np.testing.assert_array_equal(again.train["per_example_norms"][:3], norms)

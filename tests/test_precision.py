@@ -158,3 +158,12 @@ def test_the_same_net_and_dtype_give_the_same_layer_and_a_wrong_dtype_is_refused
     for wrong in (jnp.int8, "bfloat", complex):
         with pytest.raises(TypeError, match="compute_in: the dtype must be floating, got .*; pass jnp.bfloat16"):
             fnn.compute_in(net, wrong)
+
+
+def test_norms_of_examples_in_float16_do_not_depend_on_the_size_of_the_batch():
+    """A share of the mean would fall among float16's subnormals."""
+    rng = np.random.default_rng(0)
+    params = {"w": np.float16(rng.normal(size=(8, 6))), "v": np.float16(rng.normal(size=(6, 3)) * 1e-2)}
+    x = np.float16(rng.normal(size=(512, 8)))
+    found = jax.jit(fnn.per_example(lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]) @ p["v"])))
+    np.testing.assert_allclose(found(params, x).norms()[:4], found(params, x[:4]).norms(), rtol=1e-3)

@@ -324,10 +324,8 @@ def _coded(x: jax.Array) -> jax.Array:
     real, infinite = jnp.real(x), jnp.isinf(x)
     # Maxima, since XLA's collectives on a CPU know no `or` of integers; a batch may be sharded.
     found = (jnp.isnan(x), infinite & ~(real < 0), infinite & (real < 0))
-    return sum(
-        bit * jnp.max(any_of.astype(jnp.int32), initial=0)
-        for bit, any_of in zip((NAN, PLUS, MINUS), found, strict=True)
-    )
+    bits = [jnp.max(where.astype(jnp.int32), initial=0) for where in found]
+    return bits[0] * NAN + bits[1] * PLUS + bits[2] * MINUS
 
 
 def _constant(what: str) -> FirstBad:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnn import compiled
 from fnn.gradients.operations import Atom, Const, Loop, Program, execute, prune
 
 
@@ -60,13 +61,13 @@ def fixed(program: Program, atom: Atom) -> np.ndarray | None:
     if not jnp.issubdtype(program.spec(atom).dtype, jnp.integer):
         return None
     if isinstance(atom, Const):
-        return None if isinstance(atom.value, jax.core.Tracer) else np.asarray(atom.value)
+        return None if compiled.traced(atom.value) else np.asarray(atom.value)
     part = prune(Program(program.inputs, program.ops, [atom], program.avals))
     read = {a for op in part.ops for a in op.inputs} | {atom}
     values = [a.value for a in read if isinstance(a, Const)]
     if read & set(program.inputs) or any(op.effects for op in part.ops):
         return None
-    if any(isinstance(value, jax.core.Tracer) for value in values):
+    if compiled.traced(values):
         return None
     with jax.ensure_compile_time_eval():
         return np.asarray(execute(part, [0] * len(program.inputs))[0])

@@ -235,9 +235,11 @@ def _by_path(function: Any, axis_name: Any, frozen: bool, params: Any, batch: An
     trace = functools.partial(jaxprs.trace, axes=[(axis_name, size)])
     if frozen:
         function = _frozen(*trace(function, params, example))
-    # A derivative rule of the loss's own need not be linear: it must see the loss itself, not its share of the mean.
-    traced = jaxprs.equations(trace(function, params, example)[0])
-    share = 1 if any(name.startswith("custom_vjp") for name, _ in traced) else size
+    # A derivative rule of the loss's own need not be linear: it must see the loss itself, not its share of the mean. And a
+    # share of it would fall among float16's subnormals.
+    traced = trace(function, params, example)[0]
+    own = any(name.startswith("custom_vjp") for name, _ in jaxprs.equations(traced))
+    share = 1 if own or jnp.dtype(jnp.float16) in jaxprs.dtypes(traced) else size
 
     def shared(params, example):
         value, aux = function(params, example)

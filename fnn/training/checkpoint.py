@@ -160,7 +160,7 @@ class Checkpoint:
         for name in names:
             was, now = before.get(name), self.about[name]
             if name in FIRST:
-                where = _moved(was or {}, now)
+                where = None if was is None else _moved(was, now)  # an older file may hold less
                 same, name, was, now = where is None, f"{name}, at {where}", "with other values", "these"
             elif name == "program":  # other versions write other programs
                 same = was == now or before.get("versions") != self.about["versions"]
@@ -184,10 +184,8 @@ def program(step: TrainStep, state: TrainState, batch: Any) -> tuple[str, Any]:
 def _constants(jaxpr: Any) -> list[np.ndarray]:
     """List the values in a program, and in the programs that it calls: their text does not show them."""
     inner = (p for equation in jaxpr.eqns for p in jax.tree.leaves(equation.params) if hasattr(p, "eqns"))
-    own = saving.to_host(getattr(jaxpr, "consts", []))
-    return [getattr(a, "data", a) if isinstance(a, saving.HostKey) else a for a in own] + [
-        a for program in inner for a in _constants(program)
-    ]
+    own: Any = saving.to_host(list(getattr(jaxpr, "consts", ())))
+    return [_numbers(a) for a in own] + [a for program in inner for a in _constants(program)]
 
 
 def about(state: TrainState) -> dict[str, Any]:
@@ -204,11 +202,14 @@ def _sizes(part: Any) -> dict[str, tuple[float, float]]:
     """Return the norm of each array and its product with cos(0), cos(1), ..., which tells arrays of one norm apart."""
     found = {}
     for path, a in tree.rows(saving.to_host(part), is_leaf=lambda node: isinstance(node, saving.HostKey)):
-        a = np.ravel(a.data if isinstance(a, saving.HostKey) else a)
-        a = a.view(a.real.dtype) if np.iscomplexobj(a) else a
-        a = a.astype(np.float64)
+        a = _numbers(a).ravel()
+        a = a.view(f"f{a.itemsize // 2}") if np.iscomplexobj(a) else a.astype(np.float64)
         found[path] = float(np.linalg.norm(a)), float(a @ np.cos(np.arange(a.size)))
     return found
+
+
+def _numbers(a: Any) -> np.ndarray:
+    return np.asarray(a.data if isinstance(a, saving.HostKey) else a)
 
 
 def key_numbers(key: Any) -> list[int] | None:
@@ -219,7 +220,8 @@ def key_numbers(key: Any) -> list[int] | None:
 def _moved(was: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Name the first array with other values; machines may draw numbers that differ in the last bits."""
     for path, sizes in now.items():
-        before = np.asarray(was.get(path, (-1.0, 0.0)))
-        if before.shape != (2,) or not np.allclose(before, sizes, rtol=1e-3, atol=1e-3 * abs(sizes[0]), equal_nan=True):
+        before = np.ravel(was.get(path, -1.0))  # in an older file the norm alone
+        near = np.isclose(before, sizes[: before.size], rtol=1e-3, atol=1e-3 * abs(sizes[0]), equal_nan=True)
+        if not near.all():
             return path
     return None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from fnn.training.metrics import CLIPPING
@@ -41,13 +42,23 @@ class History:
         rows = rows if len(rows) <= 24 else [*rows[:12], f"... {len(rows) - 24} more", *rows[-12:]]
         return "\n".join([*rows, *(["stopped early"] if self.stopped_early else [])])
 
-    def by_epoch(self, name: str) -> np.ndarray:
+    def by_epoch(self, name: str) -> PyTree:
         """Average a metric of the training steps over each epoch, to lay beside `validation`.
 
-        Reports of clips are averaged over the steps that have one (not those that only accumulate, or are skipped).
+        Reports of clips are averaged over the steps that have one (not those that only accumulate, or are skipped), norms of
+        single examples over the examples that a batch has. A metric that is a tree gives a tree.
         """
         ends = np.cumsum(self.steps_per_epoch)
-        parts = np.split(np.asarray(self.train[name]), ends[:-1])
-        if name in CLIPPING:
-            parts = [part[~np.isnan(part)] for part in parts]
-        return np.array([np.mean(part) if len(part) else np.nan for part in parts])
+
+        def average(values):
+            parts = np.split(np.asarray(values), ends[:-1])
+            if name in CLIPPING:
+                parts = [part[~np.isnan(part)] for part in parts]
+            elif name.startswith("per_example_norms"):  # NaN where a batch was smaller
+                parts = [part[~np.isnan(part)] if not n.any() else part for part, n in zip(parts, lost, strict=True)]
+            return np.array([np.mean(part) if len(part) else np.nan for part in parts])
+
+        lost = np.split(
+            np.asarray(self.train.get("examples_nonfinite", np.zeros(sum(self.steps_per_epoch)))), ends[:-1]
+        )
+        return jax.tree.map(average, self.train[name])

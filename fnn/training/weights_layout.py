@@ -88,14 +88,14 @@ def joined(entries: list[Arrivals]) -> Arrivals:
     orders = {a.order for a in chain(*entries)}
     mixed = any(a.matters for a in chain(*entries))
     order = "mixed" if mixed else "image" if "image" in orders else "mapped" if "mapped" in orders else ""
-    widths = [{a.width for a in entry} for entry in entries]
-    several = 64 if any(None in own for own in widths) else math.prod(map(len, widths))
-    if several > 63:
+    widths = [[a.width for a in entry if a.width is not None] for entry in entries]
+    if (
+        any(len(own) < len(entry) for own, entry in zip(widths, entries, strict=True))
+        or math.prod(map(len, widths)) > 64
+    ):
         return frozenset({Arrival(None, order)})
-    ways = list(product(*widths))
-    return frozenset(
-        Arrival(width, order) for way in ways for width in (sum(way), *(way[:1] if len({*way}) == 1 else ()))
-    )
+    ways = [*product(*widths)]
+    return frozenset(Arrival(n, order) for way in ways for n in (sum(way), *([way[0]] if len({*way}) == 1 else [])))
 
 
 def around(arrivals: Arrivals, departures: Arrivals) -> Arrivals:
