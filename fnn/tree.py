@@ -326,11 +326,17 @@ def clip_factor(norm: jax.Array, limit: ArrayLike) -> jax.Array:
 
 
 def divisor(peak: jax.Array) -> jax.Array:
-    """Bound the largest number of an array, so that a division by it is safe: no 0/0 and no inf/inf.
+    """Return what to divide an array by whose largest number is `peak`: no 0/0 and no inf/inf, and 1 where all is zero.
 
-    The bound and its reciprocal are normal numbers, since XLA may multiply by the reciprocal and takes subnormal numbers for
-    zero.
+    The divisor and its reciprocal are normal numbers, since XLA may multiply by the reciprocal and takes subnormal numbers for
+    zero. It is not small where all is zero: XLA may also write (c·a)/peak as a·(c/peak), and 0·inf is NaN.
     """
+    tiny = jnp.finfo(peak.dtype).tiny
+    return jax.lax.stop_gradient(jnp.where(peak < tiny, jnp.ones_like(peak), jnp.minimum(peak, 1 / tiny)))
+
+
+def bound(peak: jax.Array) -> jax.Array:
+    """Keep the largest number of an array between the smallest normal number and its reciprocal."""
     tiny = jnp.finfo(peak.dtype).tiny
     return jax.lax.stop_gradient(jnp.clip(peak, tiny, 1 / tiny))
 

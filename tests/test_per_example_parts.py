@@ -62,3 +62,21 @@ def test_parts_of_arrays_are_those_of_vmap_grad(name):
     assert all(
         (route.route != "stored in full") == (name in FACTORED) for route in fnn.per_example(loss)(params, x).routes
     )
+
+
+@pytest.mark.parametrize("error_first", [False, True])
+@pytest.mark.parametrize("size", [0.0, 1e-39, 1e-30, 1.0])
+def test_one_factor_is_zero_or_tiny_and_the_other_large(error_first, size):
+    """A parameter that is used twice, at one position: neither factor may leave float32 when the other is made larger."""
+
+    def loss(p, x):
+        products = [jnp.einsum("b,ab->a", x, w) if error_first else x @ w.T for w in (p, 2 * p)]
+        return size * sum(map(jnp.sum, products))
+
+    x = np.float32([[100, 200, -300], [0, 0, 0], [1e5, 1, 1]])
+    params = np.ones((2, 3), np.float32)
+    found = jax.jit(lambda p, x: (g := fnn.per_example(loss)(p, x)) and (g.norms(), g.mean(), g.gram()))(params, x)
+    wide = 3 * size * np.float64(x)
+    norms = np.sqrt(2) * np.linalg.norm(wide, axis=1)
+    for got, want in zip(found, (norms, np.stack([wide.mean(0)] * 2), 2 * wide @ wide.T), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5 if size > 1e-38 else 1, atol=1e-37)

@@ -250,3 +250,17 @@ def test_norms_have_the_statistics_dtype_of_their_arrays_under_x64_too(dtype, x6
         found = function(arrays)
         assert found.dtype == tree.statistics_dtype(dtype)
         np.testing.assert_allclose(found, np.sqrt(18.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [6.0, 1e-30, 1e20])
+def test_norms_of_what_a_constant_multiplies_have_zeros_where_all_is_zero(scale, optimised):
+    """XLA may write (c a)/peak as a (c/peak), which must be a number for a peak of zero too."""
+    a = np.float32([[0.5, 0, 1], [-2, 0, 0], [1, 0, 0]])
+    want = scale * np.linalg.norm(a, axis=0)
+    found = jax.jit(
+        lambda a: (tree.length(scale * a, 0), tree.norms({"a": scale * a[:, 1]})["a"], tree.log_norm(scale * a, 0))
+    )(a)
+    np.testing.assert_allclose(found[0], want, rtol=1e-6)
+    assert found[1] == 0
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(found[2], np.log(want), rtol=1e-6)

@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from fnn import lowering, mapped
+from fnn import lowering, mapped, tree
 from fnn.gradients.factors import Convolution, Move, Product, Term
 from fnn.gradients.squares import (
     AXIS,
@@ -64,19 +64,19 @@ class Full:
 
     def balanced(self, w: jax.Array) -> jax.Array:
         def one(w, value):
-            bound = _peak(value, 1)
-            w, common = _relative(w * bound)
-            return common * _combined(w, value / _spread(bound, value))
+            peak = _peak(value, 1)
+            w, common = _relative(w * tree.bound(peak))
+            return common * _combined(w, value / _spread(divisor(peak), value))
 
         return _depth(one, self.lead)(w, self.value)
 
     def bounds(self) -> jax.Array:
-        return _peak(self.value, self.lead + 1)
+        return tree.bound(_peak(self.value, self.lead + 1))
 
     def gram(self, scale: jax.Array) -> jax.Array:
         value = jnp.moveaxis(self.value, self.lead, 0).reshape(self.value.shape[self.lead], -1)
-        bound = _peak(value, 1)
-        value = value / bound[:, None] * (bound / scale)[:, None]
+        peak = _peak(value, 1)
+        value = value / divisor(peak)[:, None] * (tree.bound(peak) / scale)[:, None]
         return exact_dot(value, value, ((1,), (1,)), ((), ()))
 
     def materialize(self) -> jax.Array:
@@ -259,7 +259,7 @@ def _relative(w: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _peak(a: jax.Array, kept: int) -> jax.Array:
-    return divisor(jnp.max(jnp.abs(widened(a)), axis=tuple(range(kept, a.ndim)), initial=0))
+    return jnp.max(jnp.abs(widened(a)), axis=tuple(range(kept, a.ndim)), initial=0)
 
 
 def _spread(w: jax.Array, x: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fnn import lowering
 from fnn.gradients.factors import Convolution, Lookup, Term
-from fnn.tree import divisor, guarded, length, safe, safe_sqrt, statistics_dtype
+from fnn.tree import bound, divisor, guarded, length, safe, safe_sqrt, statistics_dtype
 
 AXIS = "fnn's examples"
 """Names the axis of examples where a loss does not."""
@@ -75,13 +75,13 @@ def normalized(lookup: bool, a: jax.Array, d: jax.Array) -> tuple[jax.Array, jax
     d = widened(d)
     q = jnp.max(jnp.abs(d), axis=-1, keepdims=True, initial=0)
     if lookup:
-        peak = divisor(jnp.max(q, initial=0))
-        return a, d / peak, peak
+        peak = jnp.max(q, initial=0)
+        return a, d / divisor(peak), bound(peak)
     a = widened(a)
     p = jnp.max(jnp.abs(a), axis=-1, keepdims=True, initial=0)
     products = p * q
-    peak = divisor(jnp.max(products, initial=0))
-    return a / divisor(p), d / divisor(q) * jax.lax.stop_gradient(products / peak), peak
+    peak = jnp.max(products, initial=0)
+    return a / divisor(p), d / divisor(q) * jax.lax.stop_gradient(products / divisor(peak)), bound(peak)
 
 
 def norm_of_whole(a: jax.Array, examples: Examples) -> jax.Array:
@@ -147,12 +147,15 @@ def in_units(
     So its squares stay in range, without another look at G or at patches, which are larger than what they are made of.
     """
     a, d = map(widened, arrange(terms, arrays))
-    peak = divisor(jnp.max(jnp.stack([_largest(*pair) for pair in zip(terms, arrays, strict=True)])))
+    products, largest = (jnp.max(jnp.stack(found)) for found in zip(*map(_largest, terms, arrays), strict=True))
+    peak = divisor(products)
+    # Where the first factor is zero, or subnormal, the second must not become infinite: its largest over `peak` is at most 1/tiny.
+    peak = jnp.maximum(peak, jax.lax.stop_gradient(largest) * jnp.finfo(peak.dtype).tiny)
     return outer(a, d * (1 / peak), examples), peak
 
 
-def _largest(term: Term, pair: tuple[Any, Any]) -> jax.Array:
-    """Take the largest |a_ti||d_tj|; of a convolution with one channel each, the largest of all."""
+def _largest(term: Term, pair: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+    """Take the largest |a_ti||d_tj| and the largest |d_tj|; of a convolution with one channel each, the largest of all."""
     x, d = (jnp.abs(widened(x)) for x in pair)
     if isinstance(term.kind, Convolution):
         x, d = (
@@ -161,7 +164,7 @@ def _largest(term: Term, pair: tuple[Any, Any]) -> jax.Array:
         )
         term = replace(term, kind=replace(term.kind, groups=1))
     p, q = (jnp.max(a, axis=-1, initial=0) for a in term.factors(x, d))
-    return jnp.max(p * q, initial=0)
+    return jnp.max(p * q, initial=0), jnp.max(q, initial=0)
 
 
 def split(a: jax.Array, size: int) -> list[jax.Array]:

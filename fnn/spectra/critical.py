@@ -53,7 +53,7 @@ def critical(loss: Callable[[Any], Any], start: Any, near: Any, tolerance: float
     """
     dtype = jnp.result_type(start)
     near = jnp.clip(jnp.asarray(near, dtype), jnp.finfo(dtype).tiny, jnp.finfo(dtype).max / 4)
-    nan, size, noise = jnp.full_like(near, jnp.nan), tree.divisor(jnp.abs(start)), 4 * eps
+    nan, size, noise = jnp.full_like(near, jnp.nan), tree.bound(jnp.abs(start)), 4 * eps
 
     def line(s):
         straight = s.low - (s.high - s.low) * (s.below / (s.above - s.below))
