@@ -262,7 +262,18 @@ def _hessian(loss: Any, outputs: Any, given: Any) -> Any:
 
 def _gauss_newton(loss: Any, outputs: Any, given: Any) -> Any:
     output, of_outputs, _ = _functions(loss, outputs, given)
-    return products.gauss_newton("curvature", output, of_outputs, given[2])[1]
+    leaves, structure = jax.tree.flatten(output(given[2]))
+    floating = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+
+    def moving(params):  # integers (classes, lengths, masks) have no derivative
+        return [leaf for leaf, moves in zip(jax.tree.leaves(output(params)), floating, strict=True) if moves]
+
+    def of_moving(found):
+        rest = iter(found)
+        whole = [next(rest) if moves else leaf for leaf, moves in zip(leaves, floating, strict=True)]
+        return of_outputs(jax.tree.unflatten(structure, whole))
+
+    return products.gauss_newton("curvature", moving, of_moving, given[2])[1]
 
 
 def _gradient(loss: Any, outputs: Any, given: Any) -> Any:
