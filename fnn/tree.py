@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from fnn import compiled, lowering, mapped
+from fnn import compiled, lowering, mapped, vectors
 from fnn.check import contents, describe
 
 PyTree = Any
@@ -130,7 +130,7 @@ def count(tree: PyTree) -> jax.Array:
 
 def norm_of_all(leaves: Sequence[ArrayLike]) -> jax.Array:
     """`norm` of a list of arrays."""
-    return _lengths(pack([_wide(a) for a in leaves]), None)[0]
+    return _lengths(vectors.pack([_wide(a) for a in leaves]), None)[0]
 
 
 def count_of_all(leaves: Sequence[ArrayLike]) -> jax.Array:
@@ -189,9 +189,14 @@ def _lengths_by_ranges(leaves: list[jax.Array], axes: Any) -> list[jax.Array]:
     """
 
     def square(a, scale):
-        # Never reached where the sum counts; without it XLA may write (a·s)² as a²·s², and s² is infinite.
-        most = jnp.finfo(a.dtype).max if scale < 1 else 2.0 ** (jnp.finfo(a.dtype).maxexp // 2 - 2)
-        return jnp.square(jnp.minimum(jnp.abs(a * scale), most) if scale != 1 else a)
+        if scale == 1:
+            return jnp.square(a)
+        info, a = jnp.finfo(a.dtype), jnp.abs(a)
+        # None of the three bounds is reached where the sum counts. Without them XLA may write (c·a)·s as a·(c·s), and (a·s)²
+        # as a²·s²: constants that may be infinite, and NaN for a = 0.
+        most = info.max if scale < 1 else 2.0 ** (info.maxexp // 2 - 2)
+        a = jnp.maximum(a, info.tiny) if scale < 1 else jnp.minimum(a, most / scale)
+        return jnp.square(jnp.minimum(a * scale, most))
 
     sums = [[jnp.sum(square(a, s), axis=i) for s in _scales(a.dtype)] for a, i in _with_axes(leaves, axes)]
     if axes is None:
@@ -271,34 +276,6 @@ def guarded(
     if axis_name is not None:
         inside = mapped.reduce(jax.lax.pmin, inside.astype(jnp.int32), mapped.lanes(axis_name)) > 0
     return jax.lax.cond(inside, lambda value, args: value, lambda value, args: relative(*args), value, args)
-
-
-def pack(leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    """Join the small arrays of a list into one vector for each dtype, after the large ones; `unpack` undoes it."""
-    groups = _small(leaves).values()
-    return [a for a in leaves if not _is_small(a)] + [jnp.concatenate([jnp.ravel(a) for a in g]) for g in groups]
-
-
-def unpack(packed: Sequence[jax.Array], like: Sequence[jax.Array]) -> list[jax.Array]:
-    """Split what `pack` joined into arrays of the shapes and dtypes of `like`."""
-    rest = iter(packed)
-    large = [None if _is_small(a) else next(rest) for a in like]
-    parts = {
-        dtype: iter(jnp.split(next(rest), np.cumsum([a.size for a in group])[:-1]))
-        for dtype, group in _small(like).items()
-    }
-    return [next(parts[b.dtype]).reshape(b.shape) if a is None else a for a, b in zip(large, like, strict=True)]
-
-
-def _is_small(a: Any) -> bool:
-    return jnp.size(a) <= lowering.SMALL
-
-
-def _small(leaves: Sequence[Any]) -> dict[Any, list[Any]]:
-    groups: dict[Any, list[Any]] = {}
-    for a in filter(_is_small, leaves):
-        groups.setdefault(a.dtype, []).append(a)
-    return groups
 
 
 def stack(trees: Iterable[PyTree]) -> Stacked:

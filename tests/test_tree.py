@@ -264,3 +264,12 @@ def test_norms_of_what_a_constant_multiplies_have_zeros_where_all_is_zero(scale,
     assert found[1] == 0
     with np.errstate(divide="ignore"):
         np.testing.assert_allclose(found[2], np.log(want), rtol=1e-6)
+
+
+@pytest.mark.parametrize("constant", [6.0, 1e-10, 1e10, 1e30])
+@pytest.mark.parametrize("number", [0.0, 1e-25, 1e-5, 1e6, np.inf])
+def test_sums_by_ranges_of_what_a_constant_multiplies(constant, number):
+    """As accelerators take them: constants that follow one another may become one that is infinite."""
+    wanted = np.float32(constant) * np.float64(number) * np.sqrt(24)
+    (found,) = jax.jit(lambda a: tree._lengths_by_ranges([constant * a], None))(jnp.full((4, 6), number))
+    np.testing.assert_allclose(found, wanted if wanted < 3e38 else np.inf, rtol=1e-5, atol=1e-37)

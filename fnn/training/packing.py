@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import optax
 
-from fnn import tree
 from fnn.gradients.program import read, trace
 from fnn.training import clip
 from fnn.training.alike import JOINS, REDUCTIONS, SUMS, Meeting, Names, Reading, Unlike, Value, constant
@@ -15,6 +14,7 @@ from fnn.training.blocks import Blocks
 from fnn.training.depth import DepthAware
 from fnn.training.extra import accepted
 from fnn.training.lift import stand_ins
+from fnn.vectors import pack, unpack
 
 
 def packed(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -32,7 +32,7 @@ def packed(transformation: optax.GradientTransformation) -> optax.GradientTransf
     def init(params):
         if _shown(params):
             return inner.init(params)
-        small = tree.pack(jax.tree.leaves(params))
+        small = pack(jax.tree.leaves(params))
         try:
             state = inner.init(small)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -46,11 +46,11 @@ def packed(transformation: optax.GradientTransformation) -> optax.GradientTransf
         leaves, treedef = jax.tree.flatten(updates)
         extra = {name: _not_again if callable(value) else value for name, value in extra.items()}
 
-        def pack(node):
-            return tree.pack(treedef.flatten_up_to(node)) if jax.tree.structure(node) == treedef else node
+        def packed_if_alike(node):
+            return pack(treedef.flatten_up_to(node)) if jax.tree.structure(node) == treedef else node
 
-        small, others = tree.pack(leaves), {name: pack(value) for name, value in extra.items()}
-        packed_params = None if params is None else pack(params)
+        small, others = pack(leaves), {name: packed_if_alike(value) for name, value in extra.items()}
+        packed_params = None if params is None else packed_if_alike(params)
 
         def one(updates, params, extra, state):
             return accepted(inner.update)(updates, state, params, **extra)
@@ -58,7 +58,7 @@ def packed(transformation: optax.GradientTransformation) -> optax.GradientTransf
         _check_packable(one, (updates, params, extra), (small, packed_params, others), inner.init)
         new: Any
         new, state = accepted(inner.update)(small, state, packed_params, **others)
-        return treedef.unflatten(tree.unpack(new, leaves)), state
+        return treedef.unflatten(unpack(new, leaves)), state
 
     return DepthAware(init, update)
 
