@@ -191,12 +191,10 @@ def _lengths_by_ranges(leaves: list[jax.Array], axes: Any) -> list[jax.Array]:
     def square(a, scale):
         if scale == 1:
             return jnp.square(a)
-        info, a = jnp.finfo(a.dtype), jnp.abs(a)
-        # None of the three bounds is reached where the sum counts. Without them XLA may write (c·a)·s as a·(c·s), and (a·s)²
-        # as a²·s²: constants that may be infinite, and NaN for a = 0.
-        most = info.max if scale < 1 else 2.0 ** (info.maxexp // 2 - 2)
-        a = jnp.maximum(a, info.tiny) if scale < 1 else jnp.minimum(a, most / scale)
-        return jnp.square(jnp.minimum(a * scale, most))
+        # The bound is never reached where the sum counts. Without it XLA may write (a·s)² as a²·s², and without `abs` before the
+        # product (c·a)·s as a·(c·s): constants that are infinite, and NaN for a = 0.
+        most = jnp.finfo(a.dtype).max if scale < 1 else 2.0 ** (jnp.finfo(a.dtype).maxexp // 2 - 2)
+        return jnp.square(jnp.minimum(jnp.abs(a) * scale, most))
 
     sums = [[jnp.sum(square(a, s), axis=i) for s in _scales(a.dtype)] for a, i in _with_axes(leaves, axes)]
     if axes is None:
