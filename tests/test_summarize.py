@@ -1,13 +1,16 @@
 """What a study's table is summarized to: every axis that varies tells networks apart, and growth is log10 everywhere."""
 
 import itertools
+import math
 import re
 
 import numpy as np
 import polars as pl
+import pytest
 
 from fnn.cli import main
-from fnn.study import figures, report, results, table
+from fnn.study import figures, report, results, table, verdict
+from fnn.study.quantiles import quantile
 from fnn.study.summary import ERROR, summarize
 
 AXES = {
@@ -71,3 +74,61 @@ def test_a_swept_sigma_is_an_axis_and_terminal_figure_and_page_show_one_number(t
     np.testing.assert_array_equal(np.asarray(mesh.get_array()).ravel(), growth)
     shown = [f"{row['growth']:+.4f}" for row in report.contents(found)["networks"]]
     assert shown == digits
+
+
+def test_seeds_whose_signal_is_zero_count():
+    """Their logs are -inf, where polars interpolates to NaN; a growth of few survivors is none."""
+    dead, alive = -math.inf, 1.0
+    for values, want in (
+        ([dead] * 4 + [alive] * 4, (dead, dead, alive)),
+        ([dead] * 7 + [alive], (dead, dead, dead)),
+        ([0.0, 1.0, 2.0, math.inf], (0.3, 1.5, math.inf)),
+        ([0.0, 1.0, 2.0], (0.2, 1.0, 1.8)),
+        ([dead], (dead,) * 3),
+    ):
+        frame = pl.DataFrame({"x": values})
+        found = frame.select(*(quantile(pl.col("x"), q).alias(str(q)) for q in (0.1, 0.5, 0.9))).row(0)
+        assert found == pytest.approx(want)
+
+
+@pytest.mark.parametrize(("dead", "said"), [(0, "vanishes"), (2, "vanishes"), (3, "is zero"), (5, "is zero")])
+def test_a_growth_is_that_of_most_seeds(dead, said):
+    rows = [
+        {
+            "depth": 2,
+            "seed": seed,
+            "cell": 0,
+            "step": 0,
+            "layer": layer,
+            "path": f"{layer}/tap",
+            "role": "preactivation",
+        }
+        | {"quantity": "log10_error", "value": -math.inf if seed < dead else 2.0 * layer}
+        for seed in range(5)
+        for layer in range(1, 4)
+    ]
+    frame = pl.DataFrame(rows, schema=table.schema({"depth": "int", "seed": "int"}))
+    (row,) = summarize(frame).networks.iter_rows(named=True)
+    assert verdict.gradient(row) == said
+    assert row["log10_growth"] == (-2.0 if dead < 3 else None)
+
+
+def test_arrays_of_ones_own_measurement_are_series_of_their_own():
+    rows = [
+        {
+            "depth": 2,
+            "seed": seed,
+            "cell": 0,
+            "step": 0,
+            "layer": 0,
+            "path": path,
+            "role": "",
+            "quantity": "own",
+            "value": value,
+        }
+        for seed in range(3)
+        for path, value in (("a/x", 1.0), ("b/x", 100.0))
+    ]
+    runs = summarize(pl.DataFrame(rows, schema=table.schema({"depth": "int", "seed": "int"}))).runs
+    found = {row["series"]: (row["low"], row["middle"], row["high"]) for row in runs.iter_rows(named=True)}
+    assert found == {"own at a/x": (1.0,) * 3, "own at b/x": (100.0,) * 3}

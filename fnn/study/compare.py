@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from fnn.study import results
 from fnn.study.axes import apart
+from fnn.study.quantiles import quantile
 
 if TYPE_CHECKING:
     import polars
@@ -54,9 +55,9 @@ def compare(
         value = pl.col("value")
         groups = table.filter(value.is_not_nan()).group_by(keys, maintain_order=True)
         return groups.agg(
-            value.median().alias(name),
-            value.quantile(level, "linear").alias(f"{name}_low"),
-            value.quantile(1 - level, "linear").alias(f"{name}_high"),
+            quantile(value, 0.5).alias(name),
+            quantile(value, level).alias(f"{name}_low"),
+            quantile(value, 1 - level).alias(f"{name}_high"),
             value.len().alias(f"seeds_{name}"),
         )
 

@@ -22,6 +22,7 @@ from fnn.parametrizations import Parametrization
 from fnn.study import nets
 from fnn.study.options import Source, arrays
 from fnn.study.program import OPTIMIZERS
+from fnn.study.quantiles import quantile
 from fnn.tasks import ExampleFunction
 from fnn.training.optimizers import parametrized, per_depth
 
@@ -100,7 +101,7 @@ class Check(NamedTuple):
                         continue
                     value = pl.col("value")
                     lines = seeds.group_by(self.axis).agg(
-                        value.median(), low=value.quantile(0.1, "linear"), high=value.quantile(0.9, "linear")
+                        value=quantile(value, 0.5), low=quantile(value, 0.1), high=quantile(value, 0.9)
                     )
                     lines = lines.sort(self.axis)
                     x, slope = lines[self.axis].to_numpy(), slopes[name, role, quantity]

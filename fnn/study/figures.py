@@ -106,7 +106,7 @@ def heat(s: Summary) -> Any:
     if not groups:
         return None  # a map needs both
     rates = {row["network"]: row["log10_growth"] for row in s.networks.iter_rows(named=True)}
-    finite = np.abs([rate for rate in rates.values() if rate is not None])
+    finite = np.abs([rate for rate in rates.values() if rate is not None and np.isfinite(rate)])
     reach = max(0.002, float(np.quantile(finite, 0.95))) if len(finite) else 1.0
     figure, axes = canvas.grid(len(groups))
     image, dashed = None, False

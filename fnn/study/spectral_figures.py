@@ -10,6 +10,7 @@ import numpy as np
 from fnn.plot import COLOURS, MARKERS
 from fnn.spectra import stability
 from fnn.study import canvas, figures, program, words
+from fnn.study.quantiles import quantile
 from fnn.study.spectral import PRECONDITIONED
 from fnn.study.summary import Summary
 
@@ -131,9 +132,9 @@ def _over_seeds(rows: Any, quantity: str) -> Any:
         rows.filter(pl.col("quantity") == quantity)
         .group_by("depth")
         .agg(
-            low=value.quantile(0.1, "linear"),
-            middle=value.median(),
-            high=value.quantile(0.9, "linear"),
+            low=quantile(value, 0.1),
+            middle=quantile(value, 0.5),
+            high=quantile(value, 0.9),
             predicted=pl.col("predicted").median(),
         )
     )

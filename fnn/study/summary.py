@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fnn.layers.taps import PREACTIVATION
 from fnn.study import nets
 from fnn.study.axes import apart
+from fnn.study.quantiles import quantile
 
 if TYPE_CHECKING:
     import polars
@@ -73,14 +74,19 @@ def summarize(table: "polars.DataFrame") -> Summary:
     plain = pl.col("quantity").str.replace("_rms$", "").str.replace("^log10_", "") == tail
     # Of a layer `watch` measures most quantities once: they need no place.
     once = [name for name in nets.WATCHED if name not in (*nets.GROUPS["gradient"], *nets.GROUPS["cosine"])]
-    plain |= (pl.col("layer") == 0) | (pl.col("quantity").is_in(once) & (pl.col("role") == ""))
+    # A measurement of one's own may return a tree: each of its arrays is a series.
+    whole_run = (pl.col("layer") == 0) & (pl.col("role").fill_null("") == "")
+    tail = pl.when(whole_run).then("path").otherwise(tail)
+    plain |= (whole_run & (pl.col("path").fill_null("") == "")) | (
+        pl.col("quantity").is_in(once) & (pl.col("role") == "")
+    )
     table = table.with_columns(series=pl.when(plain).then("quantity").otherwise(pl.col("quantity") + " at " + tail))
     run = ["network", "cell", *(["seed"] if "seed" in table.columns else [])]
     inner = table.filter(pl.col("layer") > 0).unique(
         [*run, "step", "series", "layer"], keep="first", maintain_order=True
     )
     inner = inner.rename({"low": "theory_low", "high": "theory_high"})
-    spread = [pl.col("value").drop_nans().quantile(q, "linear").alias(name) for name, q in QUANTILES.items()]
+    spread = [quantile(pl.col("value").drop_nans(), q).alias(name) for name, q in QUANTILES.items()]
     layers = inner.group_by("network", "step", "series", "layer", maintain_order=True).agg(
         *spread,
         predicted=pl.col("predicted").median(),
@@ -121,17 +127,19 @@ def _growth(inner: Any, run: list[str]) -> Any:
 
     def growth(column):
         change = (pl.col(column).first() - pl.col(column).last()) / (pl.len() - 1)
-        return pl.when(change.is_finite()).then(change)
+        return pl.when(change.is_not_nan() & change.lt(math.inf)).then(change)  # -inf: it is zero in the first layer
 
+    def known(growth):  # of most seeds, or it would be that of the few whose signal is not zero
+        return pl.when(2 * pl.col("growth").is_not_null().sum() > pl.len()).then(growth)
+
+    growths = {f"log10_growth{'' if name == 'middle' else f'_{name}'}": q for name, q in QUANTILES.items()}
     value = pl.col("value")
     each = hidden.group_by(run).agg(
         growth=growth("value"), predicted=growth("predicted"), log10_first=value.first(), log10_last=value.last()
     )
     return each.group_by("network").agg(
-        *(pl.col(name).drop_nans().median() for name in ("log10_first", "log10_last")),
-        log10_growth_low=pl.col("growth").quantile(0.1, "linear"),
-        log10_growth_high=pl.col("growth").quantile(0.9, "linear"),
-        log10_growth=pl.col("growth").median(),
+        *(quantile(pl.col(name).drop_nans(), 0.5).alias(name) for name in ("log10_first", "log10_last")),
+        *(known(quantile(pl.col("growth"), q)).alias(name) for name, q in growths.items()),
         log10_growth_predicted=pl.col("predicted").median(),
     )
 

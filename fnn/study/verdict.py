@@ -14,7 +14,7 @@ HEALTHY = 1.0
 """log10: an error signal that changes by less than a factor of 10 over the hidden layers keeps its size."""
 EXPECTED = 0.05
 """Share of numbers outside of a band that holds 19 of 20."""
-GRADIENTS = ("vanishes", "explodes", "keeps its size")
+GRADIENTS = ("vanishes", "explodes", "keeps its size", "is zero")
 TRAININGS = ("trains", "learns little", "does not learn", "diverges")
 
 
@@ -28,6 +28,8 @@ def change(row: Mapping[str, Any]) -> float | None:
 
 def gradient(row: Mapping[str, Any]) -> str | None:
     """Judge a network's gradients: one of `GRADIENTS`, or None where they are not known."""
+    if row.get("log10_last") == -math.inf:  # in the layer from which it comes
+        return GRADIENTS[3]
     total = change(row)
     if total is None:
         return None
