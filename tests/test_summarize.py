@@ -113,6 +113,22 @@ def test_a_growth_is_that_of_most_seeds(dead, said):
     assert row["log10_growth"] == (-2.0 if dead < 3 else None)
 
 
+@pytest.mark.parametrize("tap", [False, True])
+def test_the_last_hidden_layer_counts_whether_or_not_the_output_has_a_tap(tap):
+    rows = [
+        {"width": 8, "seed": seed, "cell": 0, "step": 0, "layer": layer, "path": f"{layer}/x", "role": role}
+        | {"quantity": quantity, "value": value * layer}
+        for seed in range(3)
+        for layer in range(1, 4)
+        for role, quantity, value in (("preactivation", "log10_error", 2.0), ("", "log10_kernel", 1.0))
+        if quantity == "log10_kernel" or layer < 3 or tap
+    ]
+    found = summarize(pl.DataFrame(rows, schema=table.schema({"width": "int", "seed": "int"})))
+    (row,) = found.networks.iter_rows(named=True)
+    assert (row["log10_first"], row["log10_last"], row["log10_growth"]) == (2.0, 4.0, -2.0)
+    assert figures.hidden(found, found.layers.filter(series=ERROR))["layer"].to_list() == [1, 2]
+
+
 def test_arrays_of_ones_own_measurement_are_series_of_their_own():
     rows = [
         {

@@ -177,7 +177,7 @@ class Trial:
     def _reset(self) -> list[Change]:
         fresh = self.step.optimizer.init(self.marks[self.first].params)
         if not any(map(_has_moment, jax.tree.leaves(fresh, is_leaf=_has_moment))):
-            raise _NotTried("the optimizer keeps none")
+            raise _NotTried("the optimizer keeps none that can be reset (one with the name nu)")
 
         def edit(state):
             def one(old, new):
@@ -211,6 +211,9 @@ class Trial:
             raise _NotTried(
                 "it is not in the optimizer's state; optax.inject_hyperparams(optax.adam)(1e-3) keeps it there"
             )
+
+        if not all(isinstance(value, jax.Array | np.ndarray) for _, value in hyper):
+            raise _NotTried("a schedule sets it at every step")
 
         def edit(state):
             return state.replace(opt_state=optax.tree.set(state.opt_state, b2=jnp.full_like(hyper[0][1], BETA2)))

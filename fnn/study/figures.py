@@ -69,8 +69,11 @@ def hidden(s: Summary, part: Any) -> Any:
     if "depth" in s.axes and s.networks["depth"].dtype.is_integer():
         depths = s.networks.select("network", _depth="depth")
         return part.join(depths, on="network", maintain_order="left").filter(pl.col("layer") <= pl.col("_depth"))
-    last = pl.col("layer").max().over("network")
-    return part.filter(~pl.col("series").is_in([ERROR, WATCHED_ERROR]) | (pl.col("layer") < last))
+    # Of all series: the output's layer may have no tap, and no error signal.
+    outputs = s.layers.group_by("network").agg(_output=pl.col("layer").max())
+    before = pl.col("layer") < pl.col("_output")
+    part = part.join(outputs, on="network", maintain_order="left")
+    return part.filter(~pl.col("series").is_in([ERROR, WATCHED_ERROR]) | before)
 
 
 def training(

@@ -122,8 +122,10 @@ def _growth(inner: Any, run: list[str]) -> Any:
     import polars as pl
 
     series = ERROR if (inner["series"] == ERROR).any() else WATCHED_ERROR
+    # The output's layer may have no tap: then its kernel tells that it is there.
+    inner = inner.with_columns(_output=pl.col("layer").max().over(run))
     errors = inner.filter((pl.col("series") == series) & (pl.col("step") == 0)).sort("layer")
-    hidden = errors.filter(pl.col("layer") < pl.col("layer").max().over(run))
+    hidden = errors.filter(pl.col("layer") < pl.col("_output"))
 
     def growth(column):
         change = (pl.col(column).first() - pl.col(column).last()) / (pl.len() - 1)
