@@ -1,6 +1,7 @@
 """Losses of which only the whole is known: how they depend on targets and batches, and weights that no gradient reaches."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -135,3 +136,18 @@ def test_a_class_that_outweighs_all_others(weight, share, said):
 
     found = symptoms._weighed(loss, y, 1)
     assert bool(found) is said and all("class 1" in e.text and "2.14e+03 times" in e.text for e in found)
+
+
+def test_a_loss_that_can_be_negative_needs_a_score():
+    """1 - loss/guess is no share then; of changed targets alone (counts, standardised) such a loss is no success."""
+
+    def shifted(p, b):
+        return squared(p, b) - 10.0
+
+    with pytest.raises(ValueError, match="the loss must be at least 0, so that 1 - loss/guess can be the score, got -"):
+        made(shifted)
+    case = made(squared)
+    with pytest.raises(ValueError, match="can be the score, got -3; pass score="):
+        case.scored(np.array([0.5, -3.0]))
+    assert replace(case, other_targets=True).scored(np.array([0.0, -3.0])).tolist() == [1.0, -1.0]
+    assert case.with_y(lambda part, y: y).other_targets

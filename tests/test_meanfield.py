@@ -259,3 +259,27 @@ def test_sigmoid_critical_by_a_fine_grid():
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_activation_with_a_jump_has_lengths_and_no_correlations():
+    """x where x > 1: E[phi²] = q P((h/sqrt q)² counted beyond 1/sqrt q), and no derivative knows of the jump."""
+
+    def phi(x):
+        return jnp.where(x > 1, x, 0.0)
+
+    def second(q):
+        z = 1 / math.sqrt(q)
+        return q * (z * math.exp(-z * z / 2) / math.sqrt(2 * math.pi) + 0.5 * math.erfc(z / math.sqrt(2)))
+
+    for q in (0.3, 1.0, 4.0):
+        found = meanfield.moments(phi, q)
+        assert found.second == pytest.approx(second(q), rel=1e-7) and not found.continuous
+        assert found.slope == pytest.approx((second(q + 1e-4) - second(q - 1e-4)) / 2e-4, rel=1e-5)
+        assert meanfield.moments("relu", q).continuous and meanfield.moments(jnp.tanh, q).continuous
+    for call in (
+        lambda: meanfield.fixed_point(phi, 1.0, 0.5),
+        lambda: meanfield.predict(6, activation=phi, sigma_w=1.2, sigma_b=0.5, width=200, q0=1.0),
+    ):
+        with pytest.raises(ArithmeticError, match="needs a continuous activation, got a jump of"):
+            call()
+    assert np.isfinite(meanfield.predict(6, activation=phi, sigma_w=1.2, sigma_b=0.5, q0=1.0).length).all()

@@ -41,6 +41,8 @@ class LossCase(Case):
     """Which array of the parameters is the last layer's kernel."""
     slope: Any = None
     """Compiled: (parameters, batch) -> loss without its penalties, and its gradient."""
+    other_targets: bool = False
+    """Whether the targets were changed, so that the loss may have lost its lower bound."""
 
     def model(self, plan: Plan) -> Model:
         def of_batch(params, batch):
@@ -78,6 +80,10 @@ class LossCase(Case):
         """Turn losses into scores: 1 - loss/guess, within -1 and 1."""
         if self.score is not None:
             return np.where(np.isfinite(values), values, 0.0)
+        if (below := values < -1e-3 * self.reference).any():
+            if not self.other_targets:
+                raise _no_share(float(np.min(values[below])))
+            values = np.where(below, np.inf, values)
         with np.errstate(all="ignore"):
             return np.where(
                 np.isfinite(values), np.clip(1 - np.asarray(values, np.float64) / self.reference, -1, 1), -1.0
@@ -90,7 +96,7 @@ class LossCase(Case):
         return _referred(super().with_x(f))
 
     def with_y(self, f: Any) -> "Case":
-        return _referred(super().with_y(f))
+        return _referred(replace(super().with_y(f), other_targets=True))
 
 
 def _redrawn_alike(params: Any, seed: int) -> Any:
@@ -122,8 +128,19 @@ def _referred(case: Any) -> Any:
     values = [float(case.slope(p, case.join(*batch))[0]) for p in (case.params, blank)]
     if case.final is not None:
         values.append(_fitted(case, leaves, structure, batch))
-    good = [abs(v) for v in values if np.isfinite(v) and v != 0]
+    good = [v for v in values if np.isfinite(v) and v != 0]
+    if min(good, default=1.0) < 0:
+        if not case.other_targets:
+            raise _no_share(min(good))
+        good = [v for v in good if v > 0]
     return replace(case, reference=min(good, default=1.0))
+
+
+def _no_share(loss: float) -> ValueError:
+    return ValueError(
+        f"diagnose_loss: the loss must be at least 0, so that 1 - loss/guess can be the score, got {loss:.3g}; pass score=, a "
+        "function (params, batch) that is higher for better predictions"
+    )
 
 
 def _fitted(case: Any, leaves: list[Any], structure: Any, batch: Any) -> float:

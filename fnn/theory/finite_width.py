@@ -73,6 +73,8 @@ def plain(phi: Activation, sigma_w: float, sigma_b: float, q: np.ndarray, widths
     Source: this expansion; ReLU: Hanin and Nica 2018.
     """
     depth, n = len(q), np.asarray(widths, float)
+    for v in q:
+        gaussian.check_continuous("a finite width", phi, float(v))
     slopes = gaussian.one_sided_slopes(phi)
     if slopes is not None and np.min(slopes**2) == 0 < np.max(slopes**2):
         moments = {width: he_relu_log_moments(width) for width in set(widths)}

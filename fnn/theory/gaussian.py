@@ -45,7 +45,9 @@ class Moments(NamedTuple):
     derivative: float
     """E[phi'(h)²]"""
     slope: float
-    """dE[phi²]/dq = E[h phi phi']/q"""
+    """dE[phi²]/dq = E[h phi phi']/q, or E[phi² (h²/q - 1)]/(2q) for a phi with jumps, which have no derivative"""
+    continuous: bool = True
+    """Whether phi has no jump where the variance reaches."""
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -60,10 +62,24 @@ def moments(phi: Activation, q: float) -> Moments:
         rest = at_zero**2 if q < 1 else 0.0 if square else float(np.mean(values**2))
         return Moments(at_zero, rest + (q * square if square else 0.0), square, square)
     h, w, _, _, table = _table(phi, math.floor(math.log2(q) / 2))
-    first, second, derivative, slope = table @ (w * np.exp(-(h**2) / (2 * q))) / math.sqrt(2 * math.pi * q)
+    density = w * np.exp(-(h**2) / (2 * q)) / math.sqrt(2 * math.pi * q)
+    first, second, derivative, slope = table @ density
+    whole = (table[1] * (h**2 / q - 1)) @ density / 2
     if not math.isfinite(second):  # phi grows faster than float64 holds
         return Moments(math.nan, math.inf, math.inf, math.inf)
-    return Moments(float(first), float(second), float(derivative), float(slope / q))
+    continuous = not abs(whole - slope) > 1e-6 * (second + abs(slope))
+    return Moments(
+        float(first), float(second), float(derivative), float((slope if continuous else whole) / q), continuous
+    )
+
+
+def check_continuous(what: str, phi: Activation, q: float) -> None:
+    """Refuse a phi with a jump. Errors: ArithmeticError."""
+    if not moments(phi, q).continuous:
+        raise ArithmeticError(
+            f"meanfield: {what} needs a continuous activation, got a jump of {phi.name} at variance {q:.3g}; "
+            "chi and the lengths of `predict` hold for it too"
+        )
 
 
 @functools.lru_cache(maxsize=2048)

@@ -86,6 +86,8 @@ def correlation_limit(phi: Activation, q: float, chi: float, sw: float, sb: floa
         slopes = gaussian.one_sided_slopes(phi)
         if slopes is not None and slopes[0] == slopes[1]:
             return math.nan  # a linear net keeps the correlation that it has
+    if q < math.inf:
+        gaussian.check_continuous("c*", phi, q)  # at a jump the correlation map is infinitely steep at 1
     if q == math.inf or chi <= 1 + CRITICAL:
         return 1.0
     orthogonal = (sw**2 * gaussian.moments(phi, q).mean ** 2 + sb**2) / q  # c' at c = 0

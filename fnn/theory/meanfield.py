@@ -147,7 +147,8 @@ def fixed_point(
     q -> 0: ReLU sigma_w²/2) and c is nan. No finite q* gives q = inf with chi its limit and c = 1. c is nan for
     linear nets whose correlation never changes. |chi - 1| < 1e-10 counts as critical: xi_grad = inf.
     Errors: ValueError for a negative or infinite sigma or q0, an unknown name, and softmax; ArithmeticError for a function
-    of your own with a kink away from 0, for which c* cannot be integrated accurately (`predict` does not need c*).
+    of your own with a kink away from 0, for which c* cannot be integrated accurately, or with a jump (`predict` without
+    a width does not need c*).
     """
     phi = gaussian.elementwise("fixed_point", activation)
     sw, sb = check.number("fixed_point", sigma_w=sigma_w), check.number("fixed_point", sigma_b=sigma_b)
