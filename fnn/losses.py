@@ -238,25 +238,30 @@ def _tokens(who: str, outputs: PyTree, targets: PyTree) -> tuple[jax.Array, jax.
     return _judged(jnp.sum(jnp.where(real, loss, 0), axis=1), good), jnp.sum(real, axis=1)
 
 
+def _top(outputs: PyTree) -> jax.Array:
+    """Return the class with the largest logit; -2, which no target is, where a logit is NaN (argmax would say class 0)."""
+    return jnp.where(jnp.isnan(jnp.max(outputs, axis=-1)), -2, jnp.argmax(outputs, axis=-1))
+
+
 def _sequence_correct(outputs: PyTree, targets: PyTree) -> jax.Array:
     targets = _labels("sequence_cross_entropy", targets)
-    return jnp.all((targets == -1) | (jnp.argmax(outputs, axis=-1) == targets), axis=1).astype(jnp.float32)
+    return jnp.all((targets == -1) | (_top(outputs) == targets), axis=1).astype(jnp.float32)
 
 
 def _token_correct(outputs: PyTree, targets: PyTree) -> Counted:
     targets = _labels("token_cross_entropy", targets)
-    hits = jnp.sum(jnp.argmax(outputs, axis=-1) == targets, axis=1)  # argmax is never -1
+    hits = jnp.sum(_top(outputs) == targets, axis=1)
     return Counted(hits.astype(jnp.float32), jnp.sum(targets != -1, axis=1))
 
 
 def _class_correct(outputs: PyTree, targets: PyTree) -> jax.Array:
     targets = _labels("cross_entropy", targets)
-    return _examples((jnp.argmax(outputs, axis=-1) == targets).astype(jnp.float32))
+    return _examples((_top(outputs) == targets).astype(jnp.float32))
 
 
 def _binary_correct(outputs: PyTree, targets: PyTree) -> jax.Array:
     z, t = _one_unit(outputs, targets)
-    return ((z > 0) == (t > 0.5)).astype(jnp.float32)
+    return (((z > 0) == (t > 0.5)) & ~jnp.isnan(z)).astype(jnp.float32)
 
 
 cross_entropy = Loss("cross_entropy", _cross_entropy, _class_correct, functools.partial(_check_labels, "cross_entropy"))

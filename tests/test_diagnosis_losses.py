@@ -138,6 +138,16 @@ def test_a_class_that_outweighs_all_others(weight, share, said):
     assert bool(found) is said and all("class 1" in e.text and "2.14e+03 times" in e.text for e in found)
 
 
+def test_weights_that_are_good_already_are_no_guess():
+    """A training that goes on from a checkpoint would be compared with itself."""
+    first, slope, trained = made(squared).reference, jax.jit(jax.grad(squared)), PARAMS
+    for _ in range(200):
+        trained = jax.tree.map(lambda p, g: p - 0.05 * np.asarray(g), trained, slope(trained, (X, Y)))
+    assert squared(trained, (X, Y)) < 0.9 * first
+    case = loss_case_of(squared, trained, [(X, Y)], optax.sgd(0.1), None, None, steps=6, seeds=1, shuffle=False)
+    assert case.reference == pytest.approx(first, rel=0.02)
+
+
 def test_a_loss_that_can_be_negative_needs_a_score():
     """1 - loss/guess is no share then; of changed targets alone (counts, standardised) such a loss is no success."""
 

@@ -311,3 +311,22 @@ def test_a_loss_that_no_module_holds_is_copied():
     own = losses.Loss("own", np.subtract)
     other = pickle.loads(pickle.dumps(own))
     assert other is not own and other.name == "own" and other(np.float32([3]), np.float32([1])) == 2
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "targets"),
+    [
+        (losses.cross_entropy, (4, 3), np.zeros(4, np.int32)),
+        (losses.token_cross_entropy, (4, 2, 3), np.zeros((4, 2), np.int32)),
+        (losses.sequence_cross_entropy, (4, 2, 3), np.zeros((4, 2), np.int32)),
+        (losses.binary_cross_entropy, (4, 1), np.zeros(4, np.float32)),
+    ],
+)
+def test_outputs_that_are_no_numbers_are_not_right(loss, shape, targets):
+    """argmax of NaN is class 0, and NaN > 0 is false."""
+    outputs = np.zeros(shape, np.float32) - np.float32([1, 2, 3])[: shape[-1]] * (shape[-1] == 1)
+    outputs[..., 0] += 2 if shape[-1] > 1 else 0
+    outputs[1, ..., -1] = np.nan
+    found = loss.correct(outputs, targets)
+    hits, counts = found if isinstance(found, tuple) else (found, np.ones(4))
+    assert (np.asarray(hits) / counts).tolist() == [1, 0, 1, 1]

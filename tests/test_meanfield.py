@@ -282,4 +282,4 @@ def test_an_activation_with_a_jump_has_lengths_and_no_correlations():
     ):
         with pytest.raises(ArithmeticError, match="needs a continuous activation, got a jump of"):
             call()
-    assert np.isfinite(meanfield.predict(6, activation=phi, sigma_w=1.2, sigma_b=0.5, q0=1.0).length).all()
+    assert np.isfinite(meanfield.predict(6, activation=phi, sigma_w=1.2, sigma_b=0.5, q0=1.0).q).all()

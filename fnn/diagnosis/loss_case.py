@@ -115,8 +115,8 @@ def _redrawn_alike(params: Any, seed: int) -> Any:
 def _referred(case: Any) -> Any:
     """Find the loss of a guess: with a last layer that gives the same outputs for every example, the best ones it can.
 
-    Its kernel is zero, and what is added behind it is fitted; without a bias its outputs are zero. The weights as they are
-    count too.
+    Its kernel is zero, and what is added behind it is fitted; without a bias its outputs are zero. Where the last layer is not
+    known, the weights as they are guess.
     """
     if case.score is not None:
         return case
@@ -125,7 +125,7 @@ def _referred(case: Any) -> Any:
     if case.final is not None:
         leaves[case.final] = jnp.zeros_like(leaves[case.final])
     blank = jax.tree.unflatten(structure, leaves)
-    values = [float(case.slope(p, case.join(*batch))[0]) for p in (case.params, blank)]
+    values = [float(case.slope(blank, case.join(*batch))[0])]
     if case.final is not None:
         values.append(_fitted(case, leaves, structure, batch))
     good = [v for v in values if np.isfinite(v) and v != 0]

@@ -1,5 +1,6 @@
 """Run a program on arrays of which some have exponents: operation by operation, each by its rule."""
 
+import functools
 import os
 import sys
 import warnings
@@ -119,9 +120,10 @@ class Run:
             )
         self.undone_at[place] = None
         values, lost = zip(*map(powers.plain, inputs), strict=True)
-        some = [flag for x, flag in zip(inputs, lost, strict=True) if isinstance(x, Scaled)]
-        self.add({_at(place): jnp.any(jnp.stack(some))})
-        return list(op.call(*values))
+        some = [flags for x, flags in zip(inputs, lost, strict=True) if isinstance(x, Scaled)]
+        self.add({_at(place): functools.reduce(jnp.logical_or, map(jnp.any, some))})
+        # The NaN of an operand need not arrive: on a CPU XLA bounds the operand of exp by minima that leave NaN out.
+        return [functools.reduce(_nan_where, some, out) for out in op.call(*values)]
 
     def about(self, x: Any) -> Known:
         """What is known of a plain value while the program is traced."""
@@ -181,6 +183,13 @@ def _holds(program: Program, variables: Mapping[int, Any]) -> bool:
     return not made.isdisjoint(variables) or any(
         _holds(op.body, variables) for op in program.ops if isinstance(op, Loop)
     )
+
+
+def _nan_where(out: Any, lost: jax.Array) -> Any:
+    """Put NaN where a number of an operand was lost; everywhere, where the shapes do not say which entry it went into."""
+    if not jnp.issubdtype(out.dtype, jnp.inexact):
+        return out
+    return jnp.where(lost if lost.shape == out.shape else jnp.any(lost), jnp.nan, out).astype(out.dtype)
 
 
 def _at(place: tuple[str, str]) -> str:

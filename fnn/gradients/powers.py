@@ -110,7 +110,7 @@ def rows(x: Any, axes: int) -> Scaled:
 
 
 def plain(x: Any) -> tuple[Any, Any]:
-    """Undo the exponent: the numbers, NaN where they leave the range of the dtype; and whether any did."""
+    """Undo the exponent: the numbers, NaN where they leave the range of the dtype; and which ones do."""
     if not isinstance(x, Scaled):
         return x, jnp.zeros((), bool)
     x = tidy(x)
@@ -120,7 +120,7 @@ def plain(x: Any) -> tuple[Any, Any]:
     half = jnp.clip(x.exponent, 2 * info.minexp, info.maxexp) >> 1  # one power of two alone may be out of range
     value = shift(opaque(shift(x.value, half)), x.exponent - half)
     lost = against(lost, value.ndim) | jnp.isinf(value)
-    return jnp.where(lost, jnp.nan, value), jnp.any(lost)
+    return jnp.where(lost, jnp.nan, value), lost
 
 
 def aligned(

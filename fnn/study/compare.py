@@ -39,6 +39,9 @@ def compare(
     left, right = (
         apart(table, table.columns[1 : table.columns.index("step")], ADDED)[0] for table in (_table(a), _table(b))
     )
+    # Where a run ended is no step to match it by.
+    start = pl.when(pl.col("quantity") == "diverged").then(pl.lit(0, pl.Int64)).otherwise(pl.col("step"))
+    left, right = (table.with_columns(start.cast(table.schema["step"]).alias("step")) for table in (left, right))
     varied = different_axes(left, right)
     keys = [name for name in left.columns if name in right.columns and name not in (*OWN, *varied)]
     for name in keys:
