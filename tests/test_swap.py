@@ -172,6 +172,18 @@ def test_a_function_that_is_none_of_the_known_ones_is_left_alone(function):
         assert swap.listed(loss, jnp.eye(5), x)[0] == []
 
 
+def test_an_activation_before_a_norm_is_one():
+    """RMS norm squares it, and uses it as it is; in half precision both read its cast."""
+
+    def loss(w, x):
+        h = jax.nn.relu(x @ w).astype(jnp.float32)
+        return jnp.sum((h / jnp.sqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-6)) @ w)
+
+    assert [a.name for a in swap.listed(loss, jnp.eye(5), X)[0]] == ["relu"]
+    half = jnp.eye(5, dtype=jnp.float16), jnp.asarray(X, jnp.float16)
+    assert [a.name for a in swap.listed(loss, *half)[0]] == ["relu"]
+
+
 @pytest.mark.parametrize("name", ["relu", "tanh", "gelu", "silu", "softplus"])
 def test_scaled_known_ones_and_those_of_a_branch_are_found(name):
     def loss(w, x):

@@ -167,7 +167,9 @@ class _Walk:
                     self.names[op.outputs[0]] = name, root
                     parts = {op.outputs[0]}
                 elif not _affine(op, data):
-                    self.partial |= {part for part in parts if sum(part in other.inputs for other in program.ops) == 1}
+                    carriers = parts | {a for a in data if through.get(a)}  # else it is used as it is too, as by a norm
+                    alone = all(sum(a in other.inputs for other in program.ops) == 1 for a in carriers)
+                    self.partial |= parts if alone else set()
                 through[op.outputs[0]] = parts
             elif op.name in PRODUCTS and len(data) > 1:
                 for a in data:
