@@ -46,36 +46,38 @@ class Moments(NamedTuple):
     """E[phi'(h)²]"""
     slope: float
     """dE[phi²]/dq = E[h phi phi']/q, or E[phi² (h²/q - 1)]/(2q) for a phi with jumps, which have no derivative"""
-    continuous: bool = True
-    """Whether phi has no jump where the variance reaches."""
+
+
+def moments(phi: Activation, q: float) -> Moments:
+    """Compute the Gaussian moments at variance q. phi is tabulated once, so that many q take little time."""
+    return _moments(phi, q)[0]
 
 
 @functools.lru_cache(maxsize=1 << 16)
 @np.errstate(all="ignore")
-def moments(phi: Activation, q: float) -> Moments:
-    """Compute the Gaussian moments at variance q. phi is tabulated once, so that many q take little time."""
+def _moments(phi: Activation, q: float) -> tuple[Moments, bool]:
+    """Compute the Gaussian moments at variance q, and whether phi has no jump where that reaches."""
     if not TINY < q < HUGE:
         edge = math.sqrt(TINY if q < 1 else HUGE)
         values, slopes = evaluate(phi, np.array([edge, -edge]))
         square = float(np.mean(slopes**2))
         at_zero = float(evaluate(phi, np.zeros(1))[0, 0]) if q < 1 else math.nan
         rest = at_zero**2 if q < 1 else 0.0 if square else float(np.mean(values**2))
-        return Moments(at_zero, rest + (q * square if square else 0.0), square, square)
+        return Moments(at_zero, rest + (q * square if square else 0.0), square, square), True
     h, w, _, _, table = _table(phi, math.floor(math.log2(q) / 2))
     density = w * np.exp(-(h**2) / (2 * q)) / math.sqrt(2 * math.pi * q)
     first, second, derivative, slope = table @ density
     whole = (table[1] * (h**2 / q - 1)) @ density / 2
     if not math.isfinite(second):  # phi grows faster than float64 holds
-        return Moments(math.nan, math.inf, math.inf, math.inf)
+        return Moments(math.nan, math.inf, math.inf, math.inf), True
     continuous = not abs(whole - slope) > 1e-6 * (second + abs(slope))
-    return Moments(
-        float(first), float(second), float(derivative), float((slope if continuous else whole) / q), continuous
-    )
+    slope = (slope if continuous else whole) / q
+    return Moments(float(first), float(second), float(derivative), float(slope)), bool(continuous)
 
 
 def check_continuous(what: str, phi: Activation, q: float) -> None:
     """Refuse a phi with a jump. Errors: ArithmeticError."""
-    if not moments(phi, q).continuous:
+    if not _moments(phi, q)[1]:
         raise ArithmeticError(
             f"meanfield: {what} needs a continuous activation, got a jump of {phi.name} at variance {q:.3g}; "
             "chi and the lengths of `predict` hold for it too"
