@@ -212,7 +212,7 @@ def test_options_and_plain_functions():
 
 def test_inside_a_trace_and_in_float32():
     chi = meanfield.fixed_point("tanh", 1.5, 0.3).chi
-    gaussian.moments.cache_clear()
+    gaussian._moments.cache_clear()
     gaussian._table.cache_clear()
     assert jax.jit(lambda x: x * meanfield.fixed_point("tanh", 1.5, 0.3).chi)(1.0) == pytest.approx(chi, rel=1e-6)
 
