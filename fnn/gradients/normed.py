@@ -34,14 +34,14 @@ class Normed:
         return None
 
     def _depends(self, part: Program, by: int, parameter: int) -> bool:
-        if parameter not in self._behind:
-            self._behind[parameter] = reached(self.program, [self.program.inputs[parameter]], closed=False)
         atom: Atom = by
         while not isinstance(atom, Const) and part.spec(atom).size > 1:
             made, _ = part.makers.get(atom, (None, 0))
             if made is None or made.name not in SHAPES:
                 return False
             atom = made.inputs[0]
+        if parameter not in self._behind:  # only now: it walks through the whole program
+            self._behind[parameter] = reached(self.program, [self.program.inputs[parameter]], closed=False)
         return atom in self._behind[parameter]
 
     def only_norms(self, product: int) -> bool:
