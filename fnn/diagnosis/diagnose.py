@@ -100,8 +100,10 @@ def diagnose_loss(
     The first seed starts from `params`, others from the same arrays in another order along each axis.
 
     The score is `score(params, batch)`, higher is better, or 1 - loss/guess, where a guess is the lowest loss of a last layer
-    that gives the same outputs for every example: 0 means no better than a guess; of a squared error the score is R². A loss that can be
-    negative (a likelihood of numbers) needs a `score`. Weight penalties do not count. The keywords, and all else, are those of `diagnose`. Errors: TypeError for a loss that is no function, params
+    that gives the same outputs for every example: 0 means no better than a guess; of a squared error the score is R². A loss
+    that can be negative (a likelihood of numbers) needs a `score`. Weight penalties do not count. The keywords, and all
+    else, are those of `diagnose`.
+    Errors: ValueError for a loss below 0 without a `score`; TypeError for a loss that is no function, params
     that are no floating arrays; ValueError for batches that share no leading axis, or a loss that is not one float.
     """
     check.above_zero("diagnose_loss", budget=budget)

@@ -112,8 +112,9 @@ def init_cache(
     A net with `cross_attention` also needs `source_length`. Its first call must bring the whole source, whose keys and
     values are then cached; later calls bring an empty source, an array [batch, 0].
 
-    Errors: ValueError if no layer has a cache, if a layer cannot take its sequence in pieces (it runs backwards in time, or
-    its attention looks ahead, or it mixes positions without a cache: convolutions, pools, group_norm), if one has positions for fewer than `length`, or if `source_length` is missing.
+    Errors: ValueError if no layer has a cache, if a layer cannot take its sequence in pieces (it runs backwards in time, its
+    attention looks ahead, or it mixes positions without a cache: convolutions, pools, group_norm), if one has positions
+    for fewer than `length`, or if `source_length` is missing.
     """
     check.positive("memory.init_cache", batch=batch, length=length)
     sizes: dict[Any, Any] = {"length": length, "source": source_length}

@@ -76,9 +76,10 @@ def from_torch(
     `names` must decide.
 
     `names` pairs layers with modules; `None` in the place of a module leaves a layer as `net.init(key, spec)` draws it (by
-    default with key 0). `flattened` gives, for a layer behind a convolution where the order of its inputs is not known (without
-    `flatten`, or with another layer of as many outputs between them), the shape (height, width, channels) of the image that
-    comes in, or None if none does; layers behind `flatten` inside a residual block cannot be loaded. Six arguments: what, whereto, and what cannot be known.
+    default with key 0). `flattened` is for a layer behind a convolution where the order of its inputs is not known: there is
+    no `flatten`, or another layer before it has as many outputs. It gives the shape (height, width, channels) of the image
+    that comes in, or None if none does. Layers behind `flatten` inside a residual block cannot be loaded. Six arguments:
+    what, whereto, and what cannot be known.
 
     Errors: ValueError for layers and modules without a partner, for an order that is not known, and for heads of another
     size; TypeError for weights that are not floating point.
