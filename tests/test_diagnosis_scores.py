@@ -1,5 +1,8 @@
 """Scores of a diagnosis: what a task is, and what counts as right."""
 
+from types import SimpleNamespace
+
+import diagnosed
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,9 @@ import pytest
 from conftest import as_jax
 
 import fnn
-from fnn.diagnosis.task import Task, task_of
+from fnn.diagnosis import symptoms
+from fnn.diagnosis.case import Plan
+from fnn.diagnosis.task import Task, least_at, task_of
 
 RNG = np.random.default_rng(0)
 
@@ -87,3 +92,53 @@ def test_several_labels_are_scored_by_their_balanced_accuracy(threshold, head):
     task = task_of(loss, y, (2, 3))
     assert task.kind == "multi_label" and task.chance == 0.5
     np.testing.assert_allclose(task(head(z), as_jax(y)), want, atol=0.01)
+
+
+COUNTS = RNG.poisson(3.0, size=(200, 1)).astype(np.float32)
+
+
+def test_outputs_that_are_no_predictions_of_the_targets_ask_for_a_score():
+    """Of a Poisson loss they are logarithms: R² would call a healthy training ill."""
+
+    def poisson(outputs, y):
+        return jnp.mean(jnp.exp(outputs) - y * outputs, 1)
+
+    with pytest.raises(ValueError, match=r"least at outputs of 0.6\d+ for targets of 2, .* pass score=, a function"):
+        task_of(poisson, COUNTS, (200, 1))
+    predictions = jnp.log(as_jax(COUNTS + 1))
+    for score in (lambda o, y: -jnp.mean((jnp.exp(o) - 1 - y) ** 2), lambda o, y: 0.5 + 0 * o[:, 0]):
+        task = task_of(poisson, COUNTS, (200, 1), score)
+        assert task.score == "score" and task.kind == "exact"
+        assert abs(float(task(predictions, COUNTS)) - float(jnp.mean(score(predictions, COUNTS)))) < 1e-6
+        assert task(predictions.at[3].set(jnp.nan), COUNTS) == 0
+    with pytest.raises(ValueError, match="score must return one number, or one for each example, .* got "):
+        task_of(poisson, COUNTS, (200, 1), lambda o, y: o)(predictions, COUNTS)
+
+
+PREDICT = {
+    "mse": fnn.losses.mse,
+    "huber": fnn.losses.huber(1.0),
+    "mae": lambda o, y: jnp.abs(o - y).mean(1),
+    "quantile": lambda o, y: jnp.maximum(0.9 * (y - o), 0.1 * (o - y)).mean(1),
+    "small": lambda o, y: 1e-20 * ((o - y) ** 2).mean(1),
+}
+
+
+@pytest.mark.parametrize("name", PREDICT)
+def test_a_loss_that_is_least_at_the_targets_is_a_regression(name):
+    loss = PREDICT[name]
+    assert task_of(loss, COUNTS, (200, 1)) == Task("regression") and least_at(loss, COUNTS, (200, 1)) == []
+    found = least_at(lambda o, y: loss(o, y / 2 + 5), COUNTS, (200, 1))
+    assert len(found) >= 3 and all(abs(output - target / 2 - 5) < 0.2 for target, output in found)
+
+
+def test_a_loss_of_directions_is_left_alone():
+    assert least_at(lambda o, y: 1 - optax.cosine_similarity(o, y), np.hstack([COUNTS, COUNTS + 1]), (200, 2)) == []
+
+
+def test_a_loss_that_is_least_at_half_of_the_targets_is_measured():
+    data = np.float32(RNG.normal(size=(200, 3))), COUNTS
+    case = diagnosed.case(data, data, lambda o, y: ((2 * o - y) ** 2).mean(1), fnn.dense(1))
+    found = symptoms._loss_symptoms(case, Plan(), SimpleNamespace(outputs=COUNTS))
+    assert [e.cause for e in found] == ["loss"]
+    assert "least at outputs of 0.496 for targets of 1, and of 2.5 for 5" in found[0].text

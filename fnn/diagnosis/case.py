@@ -222,8 +222,9 @@ def case_of(
     steps: Any,
     seeds: Any,
     shuffle: bool,
+    score: Any = None,
 ) -> Case:
-    """Check what was given, and make a case of it. The keywords are those of `diagnose`, hence nine arguments."""
+    """Check what was given, and make a case of it. The keywords are those of `diagnose`, hence ten arguments."""
     check.positive("diagnose", batch_size=batch_size, steps=steps, seeds=seeds)
     admission.loss("diagnose", loss)
     build, knobs = _building(net)
@@ -258,7 +259,7 @@ def case_of(
     computes = narrowest(
         lambda params, state, x, y: loss(base.apply(params, state, x)[0], y), params, state, spec, data.y[:2]
     )
-    task = task_of(loss, np.asarray(data.y), outputs.shape)
+    task = task_of(loss, np.asarray(data.y), outputs.shape, score)
     seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
     return Case(
         build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
@@ -303,10 +304,8 @@ def _host(data: Dataset) -> Dataset:
 
 
 def _some(data: Dataset, most: int) -> Dataset:
-    if data.size <= most:
-        return data
-    chosen = np.sort(generator("diagnose", jax.random.key(1)).choice(data.size, most, replace=False))
-    return data.take(chosen)
+    order = generator("diagnose", jax.random.key(1))
+    return data if data.size <= most else data.take(np.sort(order.choice(data.size, most, replace=False)))
 
 
 def _building(net: Any) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -30,6 +30,7 @@ def diagnose(
     *,
     batch_size: int,
     steps: int,
+    score: ExampleFunction | None = None,
     seeds: int = 3,
     budget: float = 60.0,
     target: float | None = None,
@@ -53,19 +54,30 @@ def diagnose(
     the abnormality is gone. If no single repair is enough, all suspects are repaired, and one after the other is put back.
     Once a suspect's repair leaves nothing to gain, no program is compiled any more for changes that could not be named first.
 
-    The score is balanced accuracy, or R², of held-out data; without them of the training data, and the report says so.
+    The score is balanced accuracy, or R², of held-out data; without them of the training data, and the report says so. Or it
+    is `score(outputs, y)`, one number or float[batch], higher is better, 0 no better than a guess, 1 perfect: where outputs
+    are no predictions of y, as of a Poisson loss that takes logarithms of rates.
     `healthy` means: above chance, not 0.2 below what the nearest training examples give, seeds agree, and no change that
     was tried raises the score by more than that; with `target`, that the score reaches it. `budget` in seconds ends the search; what was not tried is listed.
 
     Errors: ValueError for a knob without a default, a batch larger than the data, targets that are no labels and no
-    numbers; TypeError for what is no net, loss or optimizer. The keywords are many because each can be left out.
+    numbers, or a loss that is least at outputs that are another function of these, without a `score`; TypeError for what is no net, loss or optimizer. The keywords are many because each can be left out.
 
         d = fnn.diagnose(build, fnn.losses.cross_entropy, optimizer, train, test, batch_size=64, steps=400)
         print(d); d.causes[0].name; d.html("why.html")
     """
     check.above_zero("diagnose", budget=budget)
     case = case_of(
-        net, loss, optimizer, train, validation, batch_size=batch_size, steps=steps, seeds=seeds, shuffle=shuffle
+        net,
+        loss,
+        optimizer,
+        train,
+        validation,
+        batch_size=batch_size,
+        steps=steps,
+        seeds=seeds,
+        shuffle=shuffle,
+        score=score,
     )
     return _found(case, budget, target, progress)
 

@@ -9,6 +9,7 @@ from fnn.diagnosis import reads
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.start import Start
+from fnn.diagnosis.task import least_at
 from fnn.diagnosis.weights import LARGE, SMALL
 from fnn.layers import activations
 
@@ -232,6 +233,10 @@ def _takes_logits(case: Case, plan: Plan) -> bool:
 def _loss_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
     """A loss that prefers the wrong outputs, or the commonest answer to the likely one."""
     loss, task = plan.loss or case.loss, case.task
+    if task.kind == "regression" and (pairs := least_at(loss, case.y, (1, *found.outputs.shape[1:]))):
+        (c, o), (far, there) = pairs[0], pairs[-1]
+        text = f"the loss is least at outputs of {o:.3g} for targets of {c:.3g}, and of {there:.3g} for {far:.3g}"
+        return [Evidence("loss", text)]
     if task.kind not in ("classes", "one_hot", "binary"):
         return []
     if not _on_outputs(case, plan):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import losses
+from fnn import check, losses
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,15 @@ class Task:
 
     kind: str
     """classes (integer labels), one_hot, binary (one unit), multi_label (a 0 or 1 for each unit), regression, exact
-    (the loss knows what is right)."""
+    (the loss, or the user's score, knows what is right)."""
     classes: int = 0
     threshold: float = 0.0
     """Of binary tasks: the output above which the answer is the larger label."""
     positive: float = 1.0
     """Of binary tasks: the larger label."""
     correct: Callable[[Any, Any], Any] | None = None
+    own: Callable[[Any, Any], Any] | None = None
+    """(outputs, y) -> the user's score, where `diagnose` was given one."""
     chance: float = 0.0
     name: str = ""
     target: str = ""
@@ -32,7 +34,11 @@ class Task:
     @property
     def score(self) -> str:
         """Name the score."""
-        return self.name or {"regression": "R²", "exact": "accuracy"}.get(self.kind, "balanced accuracy")
+        return (
+            "score"
+            if self.own
+            else self.name or {"regression": "R²", "exact": "accuracy"}.get(self.kind, "balanced accuracy")
+        )
 
     @property
     def loss(self) -> Callable[[Any, Any], Any] | None:
@@ -48,6 +54,15 @@ class Task:
         """Score outputs against targets: one number. Outputs that are not finite are wrong; R² ends at -1."""
         outputs = jnp.asarray(outputs)
         good = jnp.all(jnp.isfinite(outputs.reshape(outputs.shape[0], -1)), axis=1)
+        if self.own is not None:
+            score = jnp.asarray(self.own(outputs, y))
+            if score.shape not in ((), (len(y),)):
+                raise ValueError(
+                    "diagnose: score must return one number, or one for each example, higher for better outputs, got "
+                    f"{check.describe(score)}"
+                )
+            score = jnp.mean(score.astype(jnp.float32))
+            return jnp.where(jnp.all(good) & jnp.isfinite(score), score, 0.0)  # as in diagnose_loss
         if self.correct is not None:
             return jnp.mean(jnp.where(good, self.correct(outputs, y), 0))
         if self.kind == "regression":
@@ -97,8 +112,10 @@ def one_hot_cross_entropy(outputs: Any, y: Any) -> jax.Array:
     return -jnp.sum(y * jax.nn.log_softmax(outputs), axis=-1)
 
 
-def task_of(loss: Callable[[Any, Any], Any], y: np.ndarray, shape: tuple[int, ...]) -> Task:
-    """Find out what the targets ask for; `shape` is that of the outputs, batch axis first."""
+def task_of(loss: Callable[[Any, Any], Any], y: np.ndarray, shape: tuple[int, ...], score: Any = None) -> Task:
+    """Find out what the targets ask for; `shape` is that of the outputs, batch axis first, `score` the user's."""
+    if score is not None:
+        return Task("exact", own=score)
     units = int(np.prod(shape[1:], dtype=int))
     column = y.size == len(y)
     values = np.unique(y) if column or y.ndim == 2 else np.array([])
@@ -118,6 +135,12 @@ def task_of(loss: Callable[[Any, Any], Any], y: np.ndarray, shape: tuple[int, ..
     ):
         return Task("multi_label", units, correct=_hits(_crossing(loss, shape, y, 0.0, 1.0), y), chance=0.5)
     if (np.issubdtype(y.dtype, np.floating) and y.shape[1:] == shape[1:]) or (column and units == 1):
+        if len(pairs := least_at(loss, y, shape)) > 2 and _bent(pairs):
+            (c, o), (far, there) = pairs[1], pairs[-1]
+            raise ValueError(
+                f"diagnose: R² compares outputs with targets, but this loss is least at outputs of {o:.3g} for targets of "
+                f"{c:.3g}, and of {there:.3g} for {far:.3g}; pass score=, a function (outputs, y) that is higher for better outputs"
+            )
         return Task("regression")
     if (correct := losses.correct(loss)) is not None:
         return Task("exact", correct=correct)
@@ -125,6 +148,41 @@ def task_of(loss: Callable[[Any, Any], Any], y: np.ndarray, shape: tuple[int, ..
         f"diagnose: targets must be labels, one-hot rows or numbers shaped as the outputs, got {y.dtype}{list(y.shape)} "
         f"for outputs {list(shape)}; or a loss of fnn that counts what is right"
     )
+
+
+def least_at(loss: Callable[[Any, Any], Any], y: np.ndarray, shape: tuple[int, ...]) -> list[tuple[float, float]]:
+    """Pair targets with the output at which the loss of each is least; () if an output equal to the target is as good."""
+    y = np.asarray(y)
+    middle, spread = float(np.median(y)), float(np.std(y))
+    if not np.isfinite(spread) or spread == 0:
+        return []
+    steps = np.concatenate([[0.0], np.geomspace(1e-2, 30, 160)])
+    steps = np.concatenate([-steps[:0:-1], steps]).astype(np.float64)
+    found, off = [], False
+    for c in np.unique(np.quantile(y, (0.1, 0.3, 0.5, 0.7, 0.9), method="nearest")):
+        tried = np.unique(np.concatenate([c + spread * steps, middle + spread * steps, steps, [c]])).astype(np.float32)
+        z = jnp.broadcast_to(jnp.asarray(tried).reshape(-1, *[1] * (len(shape) - 1)), (len(tried), *shape[1:]))
+        with np.errstate(all="ignore"):
+            costs = np.asarray(loss(z, np.full((len(tried), *y.shape[1:]), c, y.dtype)), np.float64)
+        if costs.shape[:1] != tried.shape:
+            return []
+        costs = costs.reshape(len(tried), -1).mean(1)
+        own = float(costs[np.argmin(np.abs(tried - c))])
+        near = np.abs(tried - c) <= spread
+        if not np.isfinite(own) or not np.isfinite(costs[near]).all():
+            return []
+        costs = np.where(np.isfinite(costs), costs, np.inf)
+        around = costs[(np.abs(tried - c) <= 3 * spread) & np.isfinite(costs)]
+        off |= own - costs.min() > max(0.02 * np.ptp(costs[near]), 1e-6 * np.abs(around).max())  # not by rounding
+        found.append((float(c), float(tried[np.argmin(costs)])))
+    return found if off else []
+
+
+def _bent(pairs: list[tuple[float, float]]) -> bool:
+    """Whether the best outputs rise with the targets, but not along a line: outputs are another function of what is asked."""
+    targets, outputs = np.array(pairs).T
+    slopes = np.diff(outputs) / np.diff(targets)
+    return bool((slopes > 0).all() and slopes.max() > 1.2 * slopes.min())
 
 
 def _hits(threshold: float, y: np.ndarray) -> Callable[[Any, Any], Any]:
