@@ -11,6 +11,7 @@ import pytest
 import fnn
 from fnn.study import axes, options, study
 from fnn.study.summary import summarize
+from fnn.study.table import facts
 
 # One worker: the tests share the compilations.
 pytestmark = pytest.mark.xdist_group("asked")
@@ -215,8 +216,9 @@ def test_axes_stand_apart_from_the_columns_of_every_other_table():
     names = sorted({name for table in made for name in table.columns} - own - set(axes.RESERVED))
     assert {"a", "log10_growth", "seeds", "middle", "log10_first"} <= set(names)
     assert set(plain.columns[plain.columns.index("step") :]) | {"cell"} <= set(axes.RESERVED)
-    for name in names:
+    for name in [*names, "size", "len", "run", "lost", "theory_low"]:
         table = plain.rename({"sigma_w": name})
+        assert facts(table) == facts(plain), name
         assert fnn.compare(table, table)["difference"].abs().max() == 0, name
         other = summarize(table)
         assert other.networks.height == 2 and other.networks["seeds"].to_list() == [2, 2], name
@@ -228,14 +230,45 @@ def test_axes_stand_apart_from_the_columns_of_every_other_table():
 def test_arguments_that_are_no_plain_values_keep_their_defaults():
     half = np.float32(0.5)
 
-    def build(depth=1, wave=jnp.sin, none=None, scale=half, classes=2):
-        assert wave is jnp.sin and none is None
+    def build(depth=1, wave=jnp.sin, none=None, scale=half, run=1, on=False, classes=2):
+        assert (
+            wave is jnp.sin and none is None and jnp.asarray(on).dtype == bool and jnp.asarray(run).dtype == jnp.int32
+        )
         return fnn.serial(*[fnn.dense(2)] * depth, fnn.activation(wave), fnn.dense(classes))
 
-    described = study.Study({"batch_size": 4}, build=build, data=(X, Y), steps=0, seeds=1)
+    axes = {"batch_size": 4, "run": [0, 1], "on": [False, True]}
+    described = study.Study(axes, build=build, data=(X, Y), steps=0, seeds=1, traced=["run", "on"])
     static = described.describe()["cells"][0]["static"]
     assert "wave" not in static and static["none"] is None and static["scale"] == 0.5
-    assert described.table()["none"].null_count() == described.table().height
+    table = described.table()
+    assert table["none"].null_count() == table.height
+    assert set(table["run"]) == {0, 1} and set(table["on"]) == {False, True}
+    zero = study.Study(axes | {"run": 0, "on": False}, build=build, data=(X, Y), steps=0, seeds=1, traced=["run", "on"])
+    kept = zero.cells()[0].settled().static  # 0 in all runs: build gets a number of the same type
+    assert (type(kept["run"]), type(kept["on"])) == (int, bool)
+
+
+def test_data_of_a_file_are_those_that_it_holds_now(tmp_path, monkeypatch):
+    found = {}
+    for folder, seed in (("a", 0), ("b", 1)):
+        (tmp_path / folder).mkdir()
+        x = np.random.default_rng(seed).normal(size=(8, 3)).astype(np.float32)
+        np.savez(tmp_path / folder / "set.npz", x_train=x, y_train=np.arange(8), x_test=x, y_test=np.arange(8))
+        monkeypatch.chdir(tmp_path / folder)
+        found[folder] = options.arrays("set.npz")
+        assert options.arrays("set.npz") is found[folder] and options.in_files("set.npz")
+    assert not np.array_equal(found["a"][0].x, found["b"][0].x) and not options.in_files("digits")
+    (tmp_path / "a" / "set.npz").replace(tmp_path / "b" / "set.npz")
+    assert np.array_equal(options.arrays("set.npz")[0].x, found["a"][0].x)
+
+
+def test_an_axis_of_one_study_alone_is_no_seed():
+    plain = tiny(grid={"sigma_w": [1.0, 1.5]}, seeds=2).table()
+    for pair in ((plain, plain.drop("sigma_w")), (plain.drop("sigma_w"), plain)):
+        with pytest.raises(ValueError, match="sigma_w with 2 values in .*; compare tables filtered to one of them"):
+            fnn.compare(*pair)
+    one = plain.filter(sigma_w=1.5)
+    assert fnn.compare(one, one.drop("sigma_w"))["difference"].abs().max() == 0
 
 
 def test_functions_that_workers_cannot_import_are_refused_before_anything_runs(tmp_path):

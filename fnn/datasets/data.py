@@ -206,11 +206,10 @@ def load(name_or_path: PathLike, *, key: jax.Array, image: bool = False) -> Part
     of the same name; write `./digits` for the folder.
     """
     who = "data.load"
-    names = {"clusters": clusters, "spirals": spirals, "adding": adding, "number_words": number_words}
     if name_or_path == "digits":
         return digits(key=key, image=image)
-    if isinstance(name_or_path, str) and name_or_path in names:
-        return names[name_or_path](key=key)
+    if isinstance(name_or_path, str) and name_or_path in NAMES:
+        return NAMES[name_or_path](key=key)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return idx(path)
@@ -219,8 +218,18 @@ def load(name_or_path: PathLike, *, key: jax.Array, image: bool = False) -> Part
     if path.exists():
         raise ValueError(f"{who}: a file must be an .npz archive, got {str(path)!r}; for IDX give its folder")
     if isinstance(name_or_path, str) and path.name == name_or_path and not path.suffix:  # a bare word: a name, misspelt
-        choice(who, ["digits", *names, "a folder of IDX files", "an .npz file"], name=name_or_path)
+        choice(who, [*NAMES, "a folder of IDX files", "an .npz file"], name=name_or_path)
     raise FileNotFoundError(f"{who}: the path must be a folder or an .npz file, got {str(path)!r}; check its spelling")
+
+
+NAMES = {
+    "digits": digits,
+    "clusters": clusters,
+    "spirals": spirals,
+    "adding": adding,
+    "number_words": number_words,
+}
+"""The data sets that are made here, and come before files of the same name."""
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile, names: Any) -> None:

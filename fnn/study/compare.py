@@ -29,7 +29,7 @@ def compare(
     With one seed in each the bands are points, and every difference is beyond them. An axis with the name of a column of
     the result is renamed to `a (axis)`.
 
-    Errors: ValueError for studies that share no row, an axis of two types, a table that is not a study's, or a level
+    Errors: ValueError for studies that share no row, an axis of two types or with several values in one study alone, a table that is not a study's, or a level
     outside [0, 0.5).
     """
     import polars as pl
@@ -42,6 +42,8 @@ def compare(
     # Where a run ended is no step to match it by.
     start = pl.when(pl.col("quantity") == "diverged").then(pl.lit(0, pl.Int64)).otherwise(pl.col("step"))
     left, right = (table.with_columns(start.cast(table.schema["step"]).alias("step")) for table in (left, right))
+    for here, there, names in (("a", "b", (left, right)), ("b", "a", (right, left))):
+        _check_alone(here, there, *names)
     varied = different_axes(left, right)
     keys = [name for name in left.columns if name in right.columns and name not in (*OWN, *varied)]
     for name in keys:
@@ -89,6 +91,16 @@ def different_axes(left: "polars.DataFrame", right: "polars.DataFrame") -> dict[
         if len(ours) == len(theirs) == 1 and ours[0] != theirs[0]:
             found[name] = (ours[0], theirs[0])
     return found
+
+
+def _check_alone(here: str, there: str, table: "polars.DataFrame", other: "polars.DataFrame") -> None:
+    """Refuse an axis of one study alone that has several values: they would count as seeds."""
+    for name in table.columns[: table.columns.index("step")]:
+        if name not in (*OWN, *other.columns) and table[name].n_unique() > 1:
+            raise ValueError(
+                f"compare: an axis with several values must be in both studies, got {name} with {table[name].n_unique()} values "
+                f"in {here}, and not in {there}; compare tables filtered to one of them"
+            )
 
 
 def _table(source: Any) -> "polars.DataFrame":

@@ -4,6 +4,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -121,7 +122,7 @@ def arrays(source: Source) -> tuple[data.Dataset, data.Dataset]:
     if isinstance(source, Shared):
         return source.load()
     if isinstance(source, str | os.PathLike):
-        return _named(os.fspath(source))
+        return _named(os.fspath(source), _files(os.fspath(source)))
     try:
         first, second = source
     except (TypeError, ValueError):
@@ -139,8 +140,23 @@ def arrays(source: Source) -> tuple[data.Dataset, data.Dataset]:
     return parts[0], parts[-1]
 
 
+def in_files(source: Any) -> bool:
+    """Whether data are named by the path of their files, not by the name of a data set that fnn makes."""
+    return isinstance(source, str | os.PathLike) and bool(_files(os.fspath(source)))
+
+
+def _files(name: str) -> tuple[tuple[str, int, int], ...]:
+    """List the files that a name stands for, each with its time and size; none of a data set that fnn makes."""
+    if name in data.NAMES:
+        return ()
+    path = Path(name).expanduser().absolute()
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    return tuple((str(a), a.stat().st_mtime_ns, a.stat().st_size) for a in found if a.is_file())
+
+
 @functools.lru_cache(maxsize=4)
-def _named(name: str) -> tuple[data.Dataset, data.Dataset]:
+def _named(name: str, files: tuple[Any, ...]) -> tuple[data.Dataset, data.Dataset]:
+    """Load data once, as long as the `files` are those that they were."""
     first, second = data.load(name, key=jax.random.key(0))
     return arrays((tuple(first), tuple(second)))
 

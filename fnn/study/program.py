@@ -60,7 +60,11 @@ class Cell(NamedTuple):
 
     def settled(self) -> "Cell":
         """Make traced axes that are 0 in all runs static, so that biases of zero are not drawn."""
-        zeros = {name: 0.0 for name in self.runs[0] if name != "seed" and not any(run[name] for run in self.runs)}
+        zeros = {
+            name: type(self.runs[0][name])(0)
+            for name in self.runs[0]
+            if name != "seed" and not any(run[name] for run in self.runs)
+        }
         runs = tuple({name: value for name, value in run.items() if name not in zeros} for run in self.runs)
         return self._replace(static=self.static | zeros, runs=runs)
 
@@ -269,5 +273,5 @@ def specs(setup: Setup, cell: Cell) -> tuple[Any, Any, dict[str, Any]]:
 
 def number(value: Any) -> np.ndarray:
     """Write the value of a traced axis as the array that a program takes."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return np.asarray(value, np.int32 if whole else jax.dtypes.canonicalize_dtype(np.float64))
+    kind = {bool: np.bool_, int: np.int32}.get(type(value), jax.dtypes.canonicalize_dtype(np.float64))
+    return np.asarray(value, kind)

@@ -18,7 +18,7 @@ from fnn.study.cell import Cell
 from fnn.study.grid import Grid, product
 from fnn.study.identity import identify
 from fnn.study.nets import Built
-from fnn.study.options import Source, about_data, arrays, check_cell, check_functions, check_options, one_line
+from fnn.study.options import Source, about_data, arrays, check_cell, check_functions, check_options, in_files, one_line
 from fnn.study.provenance import hash_arrays, session, settings
 from fnn.study.spawning import check_spawning
 from fnn.study.table import TRACED, facts, left_range, rounded, widened
@@ -276,7 +276,7 @@ class Study:
         if executor is None:
             yield self
             return
-        named = isinstance(self.data, str | os.PathLike)
+        named = isinstance(self.data, str | os.PathLike) and not in_files(self.data)  # a file may change meanwhile
         with nullcontext(self.data) if named else shared(arrays(self.data), folder) as data:
             yield replace(self, grid=Grid(()), data=data)
 

@@ -21,7 +21,7 @@ WATCHED_ERROR = "log10_error"
 OWN = (
     *("network", "series", "low", "middle", "high", "predicted", "seeds", "outside", "diverged", "accuracy"),
     *("log10_first", "log10_last", "log10_growth", "log10_growth_low", "log10_growth_high", "log10_growth_predicted"),
-    *("predicted_low", "predicted_high"),
+    *("predicted_low", "predicted_high", "theory_low", "theory_high", "growth"),
 )
 """Columns that a summary adds."""
 QUANTILES = {"low": 0.1, "middle": 0.5, "high": 0.9}

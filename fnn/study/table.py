@@ -102,21 +102,21 @@ def build(
     r, k, i = np.nonzero(shown & ~missing)
     numbers = zip(NUMBERS, (values, *predicted), strict=True)
     inner = places[i].with_columns(
-        pl.Series("run", r, pl.Int32),
+        pl.Series(" run", r, pl.Int32),
         pl.Series("step", np.array(steps, np.int32)[k], pl.Int32),
         *(pl.Series(name, a[r, k, i], pl.Float64, nan_to_null=name != "value") for name, a in numbers),
         pl.Series("float64", wide[r, k, i] | (measured.probe.dtype == np.float64), pl.Boolean),
     )
-    runs = pl.DataFrame(task.runs, schema={name: columns[name] for name in task.runs[0]}).with_row_index("run")
+    runs = pl.DataFrame(task.runs, schema={name: columns[name] for name in task.runs[0]}).with_row_index(" run")
     traces = [
         (r, *row, measured.probe.dtype == np.float64)
         for r, end in enumerate(ends)
         for row in _traces(measured, r, end, diverged[r], quantities)
     ]
-    kept = {"run": pl.Int32, **{n: columns[n] for n in ("step", *PLACE, *NUMBERS, "float64")}}
+    kept = {" run": pl.Int32, **{n: columns[n] for n in ("step", *PLACE, *NUMBERS, "float64")}}
     whole = pl.DataFrame(traces, schema=kept, orient="row")
-    table = pl.concat([inner.select(list(kept)), whole]).sort("run", maintain_order=True)
-    table = table.join(runs.cast({"run": pl.Int32}), on="run", maintain_order="left").with_columns(
+    table = pl.concat([inner.select(list(kept)), whole]).sort(" run", maintain_order=True)
+    table = table.join(runs.cast({" run": pl.Int32}), on=" run", maintain_order="left").with_columns(
         *(pl.lit(value, columns[name]).alias(name) for name, value in task.static.items()),
         pl.lit(number, pl.Int32).alias("cell"),
         pl.when(pl.col("value").is_not_nan())
@@ -175,11 +175,17 @@ def rounded(frame: Any) -> str | None:
     first = frame.filter(
         pl.col("step") == 0, pl.col("role") == PREACTIVATION, pl.col("quantity").is_in(["log10_error", "second_moment"])
     )
-    sizes = first.group_by(*run, "layer", "path").agg(log.sum().alias("size"), pl.len(), pl.col("float64").first())
-    sizes = sizes.filter(pl.col("len") == 2, pl.col("size").is_finite()).sort("layer")
+    sizes = first.group_by(*run, "layer", "path").agg(
+        log.sum().alias(" size"), pl.len().alias(" len"), pl.col("float64").first()
+    )
+    sizes = sizes.filter(pl.col(" len") == 2, pl.col(" size").is_finite()).sort("layer")
     digits = [-np.log10(np.finfo(dtype).eps) for dtype in (np.float64, np.float32)]
     least = pl.when(pl.col("float64").first()).then(digits[0] - 2).otherwise(digits[1] - 2)
-    rows = sizes.group_by(run).agg(lost=pl.col("size").first() - pl.col("size").min() > least).filter("lost")
+    rows = (
+        sizes.group_by(run)
+        .agg((pl.col(" size").first() - pl.col(" size").min() > least).alias(" lost"))
+        .filter(" lost")
+    )
     if rows.is_empty():
         return None
     return (
@@ -195,7 +201,7 @@ def facts(frame: Any) -> list[str]:
 
 def _run_columns(rows: Any) -> list[str]:
     """Name the columns that tell a run: its cell, and the values of all axes."""
-    return list(itertools.takewhile(lambda name: name not in ("step", "lost"), rows.columns))
+    return list(itertools.takewhile(lambda name: name not in ("step", " lost"), rows.columns))
 
 
 def _runs_of(rows: Any) -> str:
