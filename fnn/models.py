@@ -91,7 +91,7 @@ def convnet(
 
     x: float[batch, *positions, c] with one to three axes of positions -> logits float[batch, classes]. A stage is
     `convs` times conv(channels, window), norm, activation. Between stages stands max_pool(2), at the end flatten,
-    dropout and dense. Options are keywords as in `mlp`. Source: Simonyan and Zisserman 2015 (the scheme); Ioffe and Szegedy 2015.
+    dropout and dense. Options are keywords as in `mlp`; with `init="delta_orthogonal"` dense is `orthogonal`. Source: Simonyan and Zisserman 2015 (the scheme); Ioffe and Szegedy 2015.
     """
     check.positive("convnet", classes=classes, window=window, convs=convs, stages=len(channels))
     check.fraction("convnet", dropout=dropout)
@@ -107,8 +107,13 @@ def convnet(
         stages += [block(n), *repeated(block(n), convs - 1, checkpoint=checkpoint)]
         if i + 1 < len(channels):
             stages.append(conv.max_pool(2, padding="same"))
-    head = [layers.flatten(), *dropped(dropout), layers.dense(classes, kernel_init=kernel_init)]
+    head = [layers.flatten(), *dropped(dropout), layers.dense(classes, kernel_init=_of_dense(init))]
     return core.serial(*stages, *head, *tapped(taps, "preactivation"))
+
+
+def _of_dense(init: Named) -> Any:
+    """Find the initialiser of the last layer: what draws the convolutions may have no meaning for a matrix."""
+    return initializers.get(init.replace("delta_orthogonal", "orthogonal") if isinstance(init, str) else init)
 
 
 def resnet(
@@ -134,7 +139,7 @@ def resnet(
     Smith 2020); "fixup" starts each branch's last conv and the output layer at zero, multiplies the std of its other
     convs by L^(-1/(2m-2)), L branches of m convs, and adds the scalar biases and multiplier of Zhang et al. 2019.
     `unroll` is `repeat`'s, for the equal blocks of a stage; up to 16 are unrolled by default. Options are keywords as in
-    `mlp`. Source: He et al. 2016b.
+    `mlp`, `init` as in `convnet`. Source: He et al. 2016b.
     """
     check.positive("resnet", classes=classes, width=width, stages=len(depths))
     check.choice("resnet", ("basic", "bottleneck"), block=block)
@@ -185,7 +190,7 @@ def resnet(
         first = keeping(n) if i == 0 and block == "basic" else changing(n, stride)
         stages += [first, *repeated(keeping(n), depth - 1, unroll)]
     stem = conv.conv(width, 3, kernel_init=kernel_init, bias=False)
-    head = layers.dense(classes, kernel_init=initializers.zeros if fixup else kernel_init)
+    head = layers.dense(classes, kernel_init=initializers.zeros if fixup else _of_dense(init))
     named = [core.named(f"stages_{i}", stage) for i, stage in enumerate(stages)]
     ends = [*before(), conv.global_avg_pool(), *biased(), head, *tapped(taps, "preactivation")]
     return core.serial(stem, *tapped(taps, "preactivation"), *named, *ends)

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 import fnn
-from fnn.cli import main, networks_table, terminal, train
+from fnn.cli import diagnose, main, networks_table, recipes, study, terminal, train
 from fnn.study import results
 from fnn.study.summary import Summary, summarize
 
@@ -72,6 +72,33 @@ def test_a_study_from_a_toml_file(tmp_path, capsys):
     assert "did you mean 'seeds'?" in capsys.readouterr().err
     assert main.main(["study", "--file", str(path), "--depth", "3"]) == 2
     assert "write it there" in capsys.readouterr().err
+
+
+def test_an_option_with_the_value_of_its_default_is_given_too(tmp_path, monkeypatch):
+    path, asked = tmp_path / "study.toml", []
+    path.write_text('seeds = 2\nsteps = 5\nchunk = 3\ndata = "clusters"\n[[grid]]\ndepth = 1\n')
+    monkeypatch.setitem(main.COMMANDS, "study", (study.Study, lambda options: asked.append(options) or 0))
+    for words in ([], ["--seeds=8", "--data", "digits", "--chunk", "0", "--epochs", "0"]):
+        assert main.main(["study", "--file", str(path), *words]) == 0
+    found = [study._described(options) for options in asked]
+    assert [(s.seeds, s.data, s.chunk, s.steps, s.epochs) for s in found] == [
+        (2, "clusters", 3, 5, 3),
+        (8, "digits", None, None, 0),
+    ]
+    assert "--seeds 8 --epochs 0 --data digits" in asked[1].command()
+    asked.clear()
+    assert main.main(["study", "--file", str(path), "--depth", "4,16,64,128,256"]) == 0
+    with pytest.raises(ValueError, match="got --depth too; write it there"):
+        study._described(asked[0])
+
+
+def test_the_command_that_diagnoses_a_training_can_be_typed():
+    for residual, word in ((True, "--residual"), (False, "--no-residual")):
+        model = recipes.Mlp(residual=residual)
+        line = diagnose.command(model, train.Train(model, epochs=1)).split()
+        if word in line:
+            main._check_options("fnn diagnose", {"mlp": diagnose.Diagnose[recipes.Mlp]}, line[2:])
+        assert (word in line) == (residual != recipes.Mlp.residual) and "True" not in line
 
 
 def test_the_printed_table_fits_and_has_the_pages_numbers(capsys, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from conftest import as_jax, assert_same, started
 
 import fnn
-from fnn import lowering
+from fnn import lowering, models
 
 CASES = [
     # rank, window, stride, dilation, groups, padding, Flax's padding
@@ -226,6 +226,18 @@ def test_global_average_counts_real_positions_alone():
     np.testing.assert_allclose(y, [[1, 2], [8, 9]])
     empty, _ = fnn.global_avg_pool().apply((), (), fnn.Masked(x, jnp.zeros((2, 3), bool)))
     np.testing.assert_array_equal(empty, 0)
+
+
+def test_nets_of_delta_orthogonal_convolutions_have_an_orthogonal_last_layer():
+    nets = [
+        fnn.models.convnet([4, 8], 10, init="delta_orthogonal(2)"),
+        fnn.models.resnet([1, 1], 10, width=4, init="delta_orthogonal(2)"),
+    ]
+    for net in nets:
+        params, _ = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32))
+        assert any(a.shape == (8, 10) or a.shape[1:] == (10,) for a in jax.tree.leaves(params))
+    kernel = models._of_dense("delta_orthogonal(2)")(jax.random.key(0), (12, 10))
+    np.testing.assert_allclose(kernel.T @ kernel, 4 * np.eye(10), atol=1e-5)
 
 
 def test_delta_orthogonal_conv_keeps_norms_under_circular_padding():

@@ -91,6 +91,20 @@ def test_what_is_measured_against_plain_jax():
                 assert row["value"] == pytest.approx(np.log10(np.mean(a**2)) / 2, abs=2e-5)
 
 
+@pytest.mark.parametrize(
+    "y, options, want",
+    [(np.zeros((20, 3), np.float32), {}, 3), (np.arange(20) % 4, {}, 4), (np.arange(20) % 4, {"classes": 7}, 7)],
+)
+def test_a_net_gets_as_many_outputs_as_its_targets_ask_for(y, options, want):
+    def build(width, classes):
+        raise ZeroDivisionError(f"{classes} outputs")
+
+    with pytest.raises(ZeroDivisionError, match=f"{want} outputs"):
+        fnn.coordinate_check(
+            "width", [4, 6], build=build, options=options, data=(np.ones((20, 5), np.float32), y), seeds=1
+        )
+
+
 def test_slopes_and_intervals_of_a_known_line(width):
     """Seeds with slopes 0.4, 0.5 and 0.6: mean 0.5, and t(0.975, 2) · 0.1/sqrt(3) = 0.2484 to each side."""
     rows = [

@@ -169,7 +169,9 @@ def command(model: Any, options: Any) -> str:
         for f in fields(holder):
             value = getattr(holder, f.name)
             if (holder is model or f.name in shared) and value != f.default:
-                words.append(f"--{f.name.replace('_', '-')} {shlex.quote(str(value))}")
+                name = f.name.replace("_", "-")
+                flag = "" if value else "no-"
+                words.append(f"--{flag}{name}" if isinstance(value, bool) else f"--{name} {shlex.quote(str(value))}")
     return " ".join(words)
 
 

@@ -60,6 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
         alone = bool(given) and given[0] in kinds  # else one line of each is listed
         union: Any = Union[*(_subcommand(name, kind, alone) for name, kind in kinds.items())]
         command = tyro.cli(union, prog=prog, args=given, description=about, config=config)
+        if isinstance(command, study.Study):
+            named = {word[2:].partition("=")[0].replace("-", "_") for word in given if word.startswith("--")}
+            object.__setattr__(command, "typed", frozenset(named))
         return next(run for kind, run in COMMANDS.values() if isinstance(command, get_origin(kind) or kind))(command)
     except SENTENCES as error:
         places = [note for note in getattr(error, "__notes__", []) if note.startswith("in layer ")]
@@ -116,7 +119,7 @@ def _check_options(prog: str, kinds: dict[str, Any], given: list[str]) -> None:
 
 def _options(kind: Any) -> dict[str, Field[Any]]:
     """List the options of a command by name, for `fnn train MODEL` with those of the model."""
-    own = [field for field in fields(get_origin(kind) or kind) if field.name != "model"]
+    own = [field for field in fields(get_origin(kind) or kind) if field.name != "model" and field.init]
     model = [field for inner in get_args(kind) for field in fields(inner)]
     flat = [f for field in (*model, *own) for f in (fields(field.type) if is_dataclass(field.type) else (field,))]
     return {field.name.replace("_", "-"): field for field in flat}

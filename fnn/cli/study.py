@@ -103,11 +103,14 @@ class Study:
     training: Training = field(default_factory=Training)
     measurement: Measured = field(default_factory=Measured)
     run: Running = field(default_factory=Running)
+    typed: frozenset[str] = field(default=frozenset(), init=False)
+    """The options of the command line, set by `main`: one that has the value of its default is given, too."""
 
     def given(self) -> dict[str, Any]:
-        """List the options that differ from their defaults."""
+        """List the options that were given, or differ from their defaults."""
         parts = (self.network, self.training, self.measurement, self.run)
-        return {f.name: getattr(p, f.name) for p in parts for f in fields(p) if getattr(p, f.name) != f.default}
+        every = {f.name: (getattr(p, f.name), f.default) for p in parts for f in fields(p)}
+        return {name: value for name, (value, default) in every.items() if name in self.typed or value != default}
 
     def command(self) -> str:
         """Write the command that measures the same again, defaults written out; a file of the grid is quoted below it."""
@@ -241,7 +244,10 @@ def _described(options: Study) -> Any:
         values = vars(options.network) | vars(options.training)
         lists = {name: grid.span(values[name]) for name in AXES}
         points, arguments = grid.from_axes(lists, [word for word in options.measurement.zip.split(",") if word]), {}
-    arguments |= {name: given[name] for name in ("seeds", "data", "chunk") if name in given}
+    if {"epochs", "steps"} & set(given):
+        arguments = {name: value for name, value in arguments.items() if name not in ("epochs", "steps")}
+    arguments |= {name: given[name] for name in ("seeds", "data") if name in given}
+    arguments |= {"chunk": given["chunk"] or None} if "chunk" in given else {}
     arguments |= grid.words({name: given[name] for name in ("epochs", "steps", "quantities") if name in given})
     if {"epochs", "steps"} <= set(arguments):
         got = f"epochs {arguments['epochs']} and steps {arguments['steps']}"

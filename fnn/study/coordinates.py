@@ -21,7 +21,7 @@ from fnn.layers import initializers
 from fnn.parametrizations import Parametrization
 from fnn.study import nets
 from fnn.study.options import Source, arrays
-from fnn.study.program import OPTIMIZERS
+from fnn.study.program import OPTIMIZERS, classes
 from fnn.study.quantiles import quantile
 from fnn.tasks import ExampleFunction
 from fnn.training.optimizers import parametrized, per_depth
@@ -195,8 +195,8 @@ def coordinate_check(
     taken = taken.reshape(seeds, steps + 1, batch_size)
     for chosen in map(parametrizations.get, parametrization):
         for value in values:
-            given = {**(options or {}), axis: int(value)}
-            given |= {"classes": int(y.max()) + 1} if "classes" in arguments else {}
+            given = {"classes": classes(train)} if "classes" in arguments else {}
+            given |= {**(options or {}), axis: int(value)}
             given |= {"parametrization": chosen} if "parametrization" in arguments else {}
             depth = int(given.get("depth", arguments["depth"].default if "depth" in arguments else 1))
             for seed, pair in enumerate(made.layers(given, chosen, depth, (x[taken], y[taken]))):
