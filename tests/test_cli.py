@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import numpy as np
 import polars as pl
 import pytest
@@ -85,7 +86,11 @@ def test_an_option_with_the_value_of_its_default_is_given_too(tmp_path, monkeypa
         (2, "clusters", 3, 5, 3),
         (8, "digits", None, None, 0),
     ]
-    assert "--seeds 8 --epochs 0 --data digits" in asked[1].command()
+    assert asked[1].command().startswith("fnn study --seeds 8 --epochs 0 --data digits")
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        assert (
+            asked[1].command().startswith("JAX_ENABLE_X64=1 JAX_DEFAULT_MATMUL_PRECISION=highest fnn study --seeds 8")
+        )
     asked.clear()
     assert main.main(["study", "--file", str(path), "--depth", "4,16,64,128,256"]) == 0
     with pytest.raises(ValueError, match="got --depth too; write it there"):

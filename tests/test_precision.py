@@ -167,3 +167,25 @@ def test_norms_of_examples_in_float16_do_not_depend_on_the_size_of_the_batch():
     x = np.float16(rng.normal(size=(512, 8)))
     found = jax.jit(fnn.per_example(lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]) @ p["v"])))
     np.testing.assert_allclose(found(params, x).norms()[:4], found(params, x[:4]).norms(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_moments_of_half_precision_parameters_are_those_of_unrounded_gradients(dtype):
+    """The mean is rounded only when it is returned: |mean|² is a thousand times the variance here."""
+    rng = np.random.default_rng(0)
+    w = as_jax(rng.normal(size=(6, 4))).astype(dtype)
+    x = as_jax(1 + 0.02 * rng.normal(size=(16, 6)))
+    g = fnn.per_example(lambda p, x: jnp.sum(jnp.square(x @ p.astype(jnp.float32))))(w, x)
+    inputs = np.asarray(x, np.float64)
+    each = 2 * inputs[:, :, None] * (inputs @ np.asarray(w, np.float64))[:, None]
+    mean = each.mean(0)
+    variance = np.sum((each - mean) ** 2) / 15
+    np.testing.assert_allclose(g.variance(), variance, rtol=0.01)
+    np.testing.assert_allclose(g.signal_to_noise(), np.sum(mean**2) / variance - 1 / 16, rtol=0.01)
+    norms = np.linalg.norm(each.reshape(16, -1), axis=1)
+    limit = 0.999 * norms.max()
+    clipped = g.clipped_mean(limit)
+    kept = np.mean(each * np.minimum(1, limit / norms)[:, None, None], 0)
+    np.testing.assert_allclose(clipped.bias, np.linalg.norm(kept - mean), rtol=0.05)
+    assert clipped.mean.dtype == g.mean().dtype == g.weighted_sum(jnp.ones(16)).dtype == dtype
+    np.testing.assert_allclose(np.asarray(g.mean(), np.float64), mean, rtol=0.01)

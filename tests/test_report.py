@@ -234,6 +234,8 @@ def test_methods_and_the_command(folder, tmp_path):
     methods.remember(tmp_path, "fnn study --depth 4")
     assert methods.again(study) == "fnn study --depth 4"
     assert methods.load(study) == f"import fnn; table = fnn.results.read({str(tmp_path)!r}).table()"
+    other = dataclasses.replace(study, sessions=[{**study.sessions[-1], "x64": True}])
+    assert "JAX_ENABLE_X64=1" in methods._where(other) and "JAX_" not in methods._where(study)
     noted = options.about_data(((np.zeros((4, 2)), np.array([0, 1, 1, 1])), (np.zeros((4, 2)), np.array([0, 1, 1, 0]))))
     assert noted == {"chance": 0.5} and "chance" not in options.about_data((np.zeros((4, 2)), np.zeros(4)))
 

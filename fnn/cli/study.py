@@ -115,6 +115,7 @@ class Study:
     def command(self) -> str:
         """Write the command that measures the same again, defaults written out; a file of the grid is quoted below it."""
         from fnn.study import study
+        from fnn.study.provenance import settings, variables
 
         file, given = self.measurement.file, self.given()
         if not file:
@@ -130,7 +131,7 @@ class Study:
             for name, value in given.items()
             if name not in PLACES
         ]
-        lines = [" ".join(["fnn study", *words])]
+        lines = [" ".join([*filter(None, [variables(settings())]), "fnn study", *words])]
         if file:
             lines += [f"# {file}:", *Path(file).read_text(errors="replace").splitlines()]
         return "\n".join(lines)

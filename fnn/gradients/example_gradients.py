@@ -106,6 +106,10 @@ class PerExampleGradients:
     @compiled.limited
     def mean(self) -> PyTree:
         """Average: sum_i g_i / batch, like params. It is the gradient of the mean loss."""
+        return self._cast(self._mean())
+
+    def _mean(self) -> PyTree:
+        """Average without rounding to the parameters' types: differences of means, and of norms, are left of it."""
         w = None if self.share == self.batch else jnp.full(self.batch, self.share / self.batch)
         return self._sum([w] * len(self.leaves))
 
@@ -120,8 +124,8 @@ class PerExampleGradients:
         near = jnp.all(((jnp.abs(w) > 2.0**-12) & (jnp.abs(w) < 2.0**12)) | (w == 0))
         every = [w] * len(self.leaves)
         if not lowering.conditionals():
-            return self._sum(every, "balanced")
-        return jax.lax.cond(near, lambda: self._sum(every), lambda: self._sum(every, "balanced"))
+            return self._cast(self._sum(every, "balanced"))
+        return self._cast(jax.lax.cond(near, lambda: self._sum(every), lambda: self._sum(every, "balanced")))
 
     @compiled.limited
     def weighted_mean(self, w: ArrayLike) -> PyTree:
@@ -142,6 +146,10 @@ class PerExampleGradients:
 
     @functools.partial(compiled.limited, static_argnames=("per_layer", "skip_nonfinite"))
     def _clipped_mean(self, max_norm: ArrayLike, per_layer: bool, skip_nonfinite: bool) -> Clipped:
+        found = self._clipped(max_norm, per_layer, skip_nonfinite)
+        return found._replace(mean=self._cast(found.mean))
+
+    def _clipped(self, max_norm: ArrayLike, per_layer: bool, skip_nonfinite: bool) -> Clipped:
         each = self._norms()
         whole = self._total(each)
         norms = each if per_layer else [whole]
@@ -155,7 +163,7 @@ class PerExampleGradients:
         clipped = sum(jnp.sum(norm > max_norm) for norm in norms) / max(1, sum(norm.size for norm in norms))
         weights = [self.share / self.batch * factor for factor in factors]
         mean = kept._sum(weights if per_layer else weights * len(self.leaves))
-        bias = tree.norm(jax.tree.map(jnp.subtract, mean, kept.mean()))
+        bias = tree.norm(jax.tree.map(jnp.subtract, mean, kept._mean()))
         counts = [jnp.sum(n, dtype=jnp.float32) for n in (~finite, whole == 0)]
         return Clipped(mean, jnp.asarray(clipped, jnp.float32), bias, *counts)
 
@@ -253,7 +261,7 @@ class PerExampleGradients:
         with jax.default_matmul_precision(
             "highest"
         ):  # sums of squares are subtracted; in TF32 few digits would be left
-            means = jax.tree.leaves(tree.norms(self.mean()))
+            means = jax.tree.leaves(tree.norms(self._mean()))
             found = [estimate(n, m, self.batch) for n, m in zip(self._norms(), means, strict=True)]
         return Estimates(*(self._unflatten(list(part)) for part in zip(*found, strict=True)))
 
@@ -266,13 +274,18 @@ class PerExampleGradients:
         ), scale
 
     def _sum(self, weights: list[Any], how: str = "weighted") -> Any:
-        """Take the weighted sum of each leaf; weights of one: None, float[batch], or float[depth..., batch]."""
+        """Take the weighted sum of each leaf, at least in float32; weights of one: None, float[batch], or float[depth..., batch]."""
         sums = []
         for leaf, w, (spec, _) in zip(self.leaves, weights, self.specs, strict=True):
             if w is not None:
                 w = w.reshape(*leaf.levels, -1) if w.ndim > 1 else jnp.broadcast_to(w, (*leaf.levels, *w.shape))
-            sums.append(getattr(leaf, how)(w).reshape(spec.shape).astype(spec.dtype))
+            sums.append(getattr(leaf, how)(w).reshape(spec.shape).astype(tree.statistics_dtype(spec.dtype)))
         return self._unflatten(sums)
+
+    def _cast(self, sums: PyTree) -> PyTree:
+        """Give sums the types of the parameters."""
+        values = jax.tree.leaves(sums)
+        return self._unflatten([a.astype(spec.dtype) for a, (spec, _) in self._with_specs(values)])
 
     def _kept(self, wanted: jax.Array) -> "PerExampleGradients":
         """Replace some examples' gradients by zeros, also where these are NaN."""

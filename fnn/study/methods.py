@@ -6,6 +6,7 @@ from typing import Any
 
 from fnn import files
 from fnn.study import results, verdict, words
+from fnn.study.provenance import variables
 from fnn.study.summary import Summary
 
 COMMAND = "command.txt"
@@ -130,7 +131,7 @@ def _where(study: results.Results) -> str:
     devices = devices if isinstance(devices, list) else [devices] if devices else []
     devices = ", ".join(dict.fromkeys(" ".join(dict.fromkeys(str(d).split(" "))) for d in devices))
     commit = f"commit {last['commit']:.12}" if isinstance(last.get("commit"), str) else ""
-    return "; ".join(str(part) for part in (devices, versions, commit) if part)
+    return "; ".join(str(part) for part in (devices, variables(last), versions, commit) if part)
 
 
 def _seeds(s: Summary) -> str:

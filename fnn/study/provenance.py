@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 import time
@@ -24,6 +25,8 @@ SETTINGS = {
     "threefry_partitionable": ("jax_threefry_partitionable", jax.threefry_partitionable),
 }
 """Names in `study.json`: the option of `jax.config`, and the context manager that sets it."""
+USUAL = {"x64": False, "matmul_precision": None, "prng": "threefry2x32", "threefry_partitionable": True}
+"""What JAX sets where nobody says otherwise."""
 
 
 @contextmanager
@@ -38,6 +41,13 @@ def configured(settings: Mapping[str, Any]) -> Iterator[None]:
 def settings() -> dict[str, Any]:
     """Read JAX's settings that change numbers; they are part of a study's description."""
     return {name: getattr(jax.config, option) for name, (option, _) in SETTINGS.items()}
+
+
+def variables(settings: Mapping[str, Any]) -> str:
+    """Write settings that are not the usual ones as a shell takes them: "JAX_ENABLE_X64=1"."""
+    other = {name: settings[name] for name in SETTINGS if name in settings and settings[name] != USUAL[name]}
+    texts = {name: str(int(value) if isinstance(value, bool) else value) for name, value in other.items()}
+    return " ".join(f"{SETTINGS[name][0].upper()}={shlex.quote(text)}" for name, text in texts.items())
 
 
 def hash_arrays(parts: Iterable[Iterable[Any]]) -> str:

@@ -84,7 +84,7 @@ def step_gradients(
         new = jax.tree.map(lambda a: a[0], new)  # averaged over the axis by the net, and so the same for all
         values = jax.tree.map(lambda a: average(jnp.mean(a)), values)
         outputs = jax.tree.map(lambda a: a[:, 0] if a.ndim > 1 else jnp.mean(a), outputs)  # those of one example each
-        norms, mean = own.norms(), average(own.mean())
+        norms, mean = own.norms(), average(own._mean())
         each = own.norms(per_leaf=True)
         pairs = zip(*map(jax.tree.leaves, (each, tree.norms(mean))), strict=True)
         estimates = [estimate(norms, m, n, outer) for norms, m in pairs]
@@ -104,12 +104,13 @@ def step_gradients(
             sums = layers.moments()
             found |= {"per_example_norms_by_layer": each, "noise_traces": sums.trace, "noise_signals": sums.signal}
         if max_norm is not None:
-            clipped = own.clipped_mean(max_norm, skip_nonfinite=skip_nonfinite)
+            clipped = own._clipped(max_norm, False, skip_nonfinite)
             kept = own._kept(jnp.isfinite(norms)) if skip_nonfinite else own
-            unclipped, mean = average(kept.mean()), average(clipped.mean)
+            unclipped, mean = average(kept._mean()), average(clipped.mean)
             bias = tree.norm(jax.tree.map(jnp.subtract, mean, unclipped))
             found |= {"examples_clipped": average(clipped.fraction), "clip_bias": bias}
             found["examples_nonfinite"] = counted(clipped.nonfinite)
+        mean = own._cast(mean)
         return (mean if news is None else (mean, news)), new, (values, outputs), found
 
     return gradients
