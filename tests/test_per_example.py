@@ -203,6 +203,8 @@ def test_bad_input_is_one_sentence():
     with pytest.raises(ValueError, match="differentiates eval_loss"):
         fnn.per_example(loss, batch_norm="running")
     g = fnn.per_example(loss)(p, x)
+    small = np.uint8([250, 3, 0, 1, 2, 9])  # times the batch it would wrap around
+    np.testing.assert_allclose(g.weighted_sum(small), g.weighted_sum(np.float32(small)), rtol=1e-6)
     with pytest.raises(ValueError, match="weights must be float\\[6\\]"):
         g.weighted_sum(jnp.ones(3))
     with pytest.raises(ValueError, match="max_norm must be a finite number above 0"):

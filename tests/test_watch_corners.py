@@ -136,3 +136,18 @@ def test_a_checkpoint_within_a_checkpoint_changes_nothing():
     names, values = zip(*[([row[:3] for row in part], [row.value for row in part]) for part in found], strict=True)
     assert names[0] == names[1]
     np.testing.assert_allclose(*values, rtol=1e-5)
+
+
+def test_experts_that_share_a_product_are_a_layer():
+    """Each row of `ragged_dot` meets the kernel of its group: the numbers are those of a kernel for each row."""
+    params, groups = {"w": drawn(3, 5, 4), "v": drawn(4, 3)}, np.array([2, 1, 3], np.int32)
+
+    def rest(p, h):
+        return jnp.var(jnp.tanh(h) @ p["v"])
+
+    found = fnn.watch(lambda p, x: rest(p, jax.lax.ragged_dot(x, p["w"], jnp.asarray(groups))))(params, X)
+    got = {row.quantity: row.value for row in found.rows() if row.path == "w"}
+    h = np.einsum("bi,bio->bo", X, params["w"][np.repeat(np.arange(3), groups)])
+    signal = len(X) * np.asarray(jax.grad(rest, 1)(params, h))
+    assert got["output_second_moment"] == pytest.approx(np.mean(h**2), rel=1e-5)
+    assert got["log10_error"] == pytest.approx(0.5 * np.log10(np.mean(np.sum(signal**2, axis=1))), abs=1e-5)

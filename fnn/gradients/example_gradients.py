@@ -116,7 +116,7 @@ class PerExampleGradients:
     @compiled.limited
     def weighted_sum(self, w: ArrayLike) -> PyTree:
         """Take sum_i w_i g_i, like params; w: float[batch]."""
-        w = jnp.asarray(w)
+        w = _wide(w)
         if w.shape != (self.batch,):
             raise ValueError(f"per_example: weights must be float[{self.batch}], one each, got {check.describe(w)}")
         w = self.share * w
@@ -130,7 +130,7 @@ class PerExampleGradients:
     @compiled.limited
     def weighted_mean(self, w: ArrayLike) -> PyTree:
         """Take sum_i w_i g_i / sum_i w_i, like params; w: float[batch]."""
-        w = jnp.asarray(w)
+        w = _wide(w)
         return self.weighted_sum(w / jnp.sum(w))
 
     def clipped_mean(self, max_norm: ArrayLike, per_layer: bool = False, skip_nonfinite: bool = False) -> Clipped:
@@ -258,9 +258,7 @@ class PerExampleGradients:
         """Estimate the moments of every parameter array in units of their own."""
         if self.batch < 2:
             raise ValueError(f"per_example: a variance needs at least two examples, got a batch of {self.batch}")
-        with jax.default_matmul_precision(
-            "highest"
-        ):  # sums of squares are subtracted; in TF32 few digits would be left
+        with jax.default_matmul_precision("highest"):  # squares are subtracted: TF32 would leave few digits
             means = jax.tree.leaves(tree.norms(self._mean()))
             found = [estimate(n, m, self.batch) for n, m in zip(self._norms(), means, strict=True)]
         return Estimates(*(self._unflatten(list(part)) for part in zip(*found, strict=True)))
@@ -329,6 +327,11 @@ def total(found: Estimates) -> Estimates:
     return Estimates(
         sum(traces, start=jnp.zeros((), jnp.float32)), sum(signals, start=jnp.zeros((), jnp.float32)), unit
     )
+
+
+def _wide(w: ArrayLike) -> jax.Array:
+    """Take weights as floats of at least 32 bits: whole numbers of few bits would wrap around when they are scaled."""
+    return jnp.asarray(w).astype(jnp.promote_types(jnp.result_type(w), jnp.float32))
 
 
 def _unit(norm: jax.Array) -> jax.Array:

@@ -18,7 +18,8 @@ from fnn.gradients.operations import Atom, Const, Loop, Op, Program, Remat, reac
 from fnn.gradients.program import equations
 from fnn.gradients.softmax import SAME, Order, Softmax, Turns, softmax, source
 
-PRODUCTS = {"dot_general", "conv_general_dilated"}
+PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
+ENTRYWISE = SAME | {"add", "add_any", "sub", "mul", "reshape", "broadcast_in_dim", "transpose", "slice", "split"}
 BOUNDS = {"tanh": (-1.0, 1.0), "logistic": (0.0, 1.0)}
 """What bounded operations lie between."""
 
@@ -149,18 +150,7 @@ class _Walk:
 
     def _joins(self, program: Program, atom: int, steps: int = 6) -> bool:
         """Whether a value is added to data or multiplied with it, entry by entry: a recurrent net's first state times a kernel."""
-        entrywise = SAME | {
-            "add",
-            "add_any",
-            "sub",
-            "mul",
-            "reshape",
-            "broadcast_in_dim",
-            "transpose",
-            "slice",
-            "split",
-        }
-        readers = [op for op in program.ops if atom in op.inputs and op.name in entrywise] if steps else []
+        readers = [op for op in program.ops if atom in op.inputs and op.name in ENTRYWISE] if steps else []
         outputs = [out for op in readers for out in op.outputs]
         return any(out in (self.data or ()) or self._joins(program, out, steps - 1) for out in outputs)
 
@@ -280,15 +270,22 @@ def _place(
     )
 
 
-def _units(op: Op, side: int, program: Program) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _units(op: Op, side: int, program: Program) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
     """Find the axes of units of a product's data, and of its result."""
     if op.name == "conv_general_dilated":
         numbers = op.params["dimension_numbers"]
         return (numbers.lhs_spec[1],), (numbers.out_spec[1],)
-    contracted, batched = op.params["dimension_numbers"]
+    numbers, groups = op.params.get("dimension_numbers"), 0
+    if numbers is None:  # of a `ragged_dot`, each of whose rows meets the kernel of its group
+        ragged = op.params["ragged_dot_dimension_numbers"]
+        numbers, groups = ragged.dot_dimension_numbers, len(ragged.rhs_group_dimensions)
+        if side or not groups:
+            return None, None
+    contracted, batched = numbers
     free = [
-        len(program.spec(a).shape) - len(c) - len(b) for a, c, b in zip(op.inputs, contracted, batched, strict=True)
+        len(program.spec(a).shape) - len(c) - len(b) for a, c, b in zip(op.inputs[:2], contracted, batched, strict=True)
     ]
+    free[1] -= groups
     start = len(batched[0]) + (free[0] if side == 0 else 0)
     mine = tuple(range(start, start + free[1 - side]))
     return tuple(contracted[side]), mine

@@ -195,7 +195,7 @@ def coordinate_check(
     taken = taken.reshape(seeds, steps + 1, batch_size)
     for chosen in map(parametrizations.get, parametrization):
         for value in values:
-            given = {"classes": classes(train)} if "classes" in arguments else {}
+            given: dict[str, Any] = {"classes": classes(train)} if "classes" in arguments else {}
             given |= {**(options or {}), axis: int(value)}
             given |= {"parametrization": chosen} if "parametrization" in arguments else {}
             depth = int(given.get("depth", arguments["depth"].default if "depth" in arguments else 1))
