@@ -6,9 +6,10 @@ gradients itself, as it must under `vmap` and with `check_vma=False`, so it firs
 of `shard_map` none of this changes anything.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
@@ -155,6 +156,17 @@ def placed(tree: Any) -> Any:
         return relabelled(leaf, automatic(sharding.mesh))
 
     return jax.tree.map(relabel, tree)
+
+
+@contextlib.contextmanager
+def on_automatic() -> Iterator[None]:
+    """Let a mesh with explicit axes that is in force have automatic ones: arrays that are `placed` go with no other."""
+    mesh = jax.sharding.get_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        yield
+        return
+    with jax.set_mesh(automatic(mesh)):
+        yield
 
 
 def automatic(mesh: Any) -> Mesh:

@@ -3,6 +3,7 @@
 Prints, as its last line, a JSON object of failures by case.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -139,9 +140,12 @@ def on_the_host():
     wanted = str(fnn.watch(bad).first_bad(PARAMS["out"], X))
     for mesh in (AUTO, EXPLICIT):
         given = placed(mesh, PARAMS["out"]), placed(mesh, X, "d")
-        assert fnn.watch(small).first_bad(*given) is None
-        assert str(fnn.watch(bad).first_bad(*given)) == wanted
-    assert fnn.diff(small, small)(given[0], *given).verdict == "equal to rounding"
+        for in_force in (contextlib.nullcontext(), jax.set_mesh(mesh)):
+            with in_force:
+                assert fnn.watch(small).first_bad(*given) is None
+                assert str(fnn.watch(bad).first_bad(*given)) == wanted
+    with jax.set_mesh(EXPLICIT):
+        assert fnn.diff(small, small)(given[0], *given).verdict == "equal to rounding"
 
 
 @case

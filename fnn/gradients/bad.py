@@ -97,7 +97,8 @@ def first_bad(
     params, rest = mapped.placed((params, arrays.arguments("first_bad", rest)))
     if axis_name is not None:
         loss = _one_shard(loss, axis_name)
-    return _Search(loss, params, rest, has_aux).found()
+    with mapped.on_automatic():
+        return _Search(loss, params, rest, has_aux).found()
 
 
 def _one_shard(loss: Callable[..., Any], axis_name: Any) -> Callable[..., Any]:

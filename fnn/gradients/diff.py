@@ -76,7 +76,7 @@ def diff(
             check.alive("diff", params)
         rest = mapped.placed(arrays.arguments("diff", batch))
         params_a, params_b = mapped.placed((params_a, params_b))
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision("highest"), mapped.on_automatic():
             return _compared(loss_a, loss_b, params_a, params_b, rest, dict(pairs or {}), tolerance)
 
     return compare
