@@ -78,10 +78,11 @@ def arrays(who: str, name: str, tree: PyTree) -> PyTree:
 
 
 def arguments(who: str, rest: Any) -> tuple[Any, ...]:
-    """Turn what follows a loss's parameters into arrays; random keys stay as they are."""
+    """Turn what follows a loss's parameters into arrays; random keys stay as they are, raw ones have all 32 bits."""
 
     def key(a):
-        return isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+        raw = isinstance(a, np.ndarray) and a.dtype == np.uint32
+        return raw or (isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key))
 
     def one(a):
         return a if key(a) else array(who, "the batch", a)

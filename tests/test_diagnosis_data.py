@@ -12,7 +12,7 @@ from diagnosed import TEST, TRAIN, case, sgd
 
 import fnn
 from fnn.datasets.dataset import Dataset
-from fnn.diagnosis import changes, data_changes, data_symptoms, ids, parts, split
+from fnn.diagnosis import changes, data_changes, data_symptoms, ids, parts, repeats, split
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.causes import Evidence
 from fnn.diagnosis.inquiry import NOTHING, Inquiry
@@ -318,3 +318,21 @@ def test_a_gradient_that_is_not_a_number_is_named_with_what_makes_it():
     found = fnn.diagnose_loss(loss, params, [(x, y)] * 3, optax.sgd(0.1), steps=6, seeds=1, budget=600.0)
     assert [c.name for c in found.causes] == ["numerics"] and not found.healthy
     assert "its gradient not finite before the first step" in repr(found) and "sqrt at 0" in found.remedies[0]
+
+
+def test_all_columns_of_the_targets_are_asked_of_neighbours():
+    """The first one is constant, the second is known to neighbours, the third is noise."""
+    rng = np.random.default_rng(5)
+    x = np.float32(rng.normal(size=(300, 2)))
+    y = np.float32(np.stack([np.ones(300), x[:, 0], rng.normal(size=300)], 1))
+    made = case((x[:200], y[:200]), (x[200:], y[200:]), loss=fnn.losses.mse, net=lambda: fnn.dense(3))
+    near = data_symptoms._near(x[200:], x[:200])
+    left = np.mean((y[:200][near].mean(1) - y[200:]) ** 2, 0)[1:] / y[200:].var(0)[1:]
+    assert data_symptoms.within_reach(made) == pytest.approx(np.mean(1 - left), abs=1e-3)
+    constant = case((x[:200], y[:200, :1]), (x[200:], y[200:, :1]), loss=fnn.losses.mse, net=lambda: fnn.dense(1))
+    assert data_symptoms.within_reach(constant) <= 0
+
+
+def test_copies_of_examples_are_counted_once():
+    x = np.repeat(np.arange(6, dtype=np.float32)[:, None], 5, 0)
+    assert repeats.different(x) == 6 and repeats.different({"a": x, "b": np.arange(30)}) == 30

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import fnn
-from fnn.diagnosis import run_symptoms, start, symptoms, task, trial
+from fnn.diagnosis import data_symptoms, run_symptoms, start, symptoms, task, trial
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.loss_case import loss_case_of
 
@@ -161,3 +161,76 @@ def test_a_loss_that_can_be_negative_needs_a_score():
         case.scored(np.array([0.5, -3.0]))
     assert replace(case, other_targets=True).scored(np.array([0.0, -3.0])).tolist() == [1.0, -1.0]
     assert case.with_y(lambda part, y: y).other_targets
+
+
+def test_a_score_that_training_does_not_raise_is_no_health():
+    """A loss with the wrong sign lowers it; the repair is the other sign."""
+    rng = np.random.default_rng(3)
+    x = np.float32(rng.normal(size=(96, 3)))
+    y = np.int32(x[:, 0] > 0)
+    batches = [{"x": x[i : i + 16], "y": y[i : i + 16]} for i in range(0, 64, 16)]
+    params = {"w": np.float32([[0.5], [0.5], [-0.4]])}
+
+    def margins(params, batch):
+        return (batch["x"] @ params["w"])[:, 0] * (2 * batch["y"] - 1)
+
+    found = fnn.diagnose_loss(
+        lambda p, b: jnp.mean(jax.nn.softplus(margins(p, b))),
+        params,
+        batches,
+        optax.sgd(0.5),
+        [{"x": x[64:], "y": y[64:]}],
+        score=lambda p, b: jnp.mean(margins(p, b) > 0),
+        steps=60,
+        seeds=2,
+        budget=60,
+        progress=False,
+    )
+    assert not found.healthy and found.causes[0].name == "loss"
+    assert "the score does not rise" in found.causes[0].evidence[0].text
+
+
+def test_neighbours_are_asked_for_inputs_that_are_a_tree():
+    rng = np.random.default_rng(3)
+    x = np.float32(rng.normal(size=(80, 2)))
+    y = np.int32(x[:, 0] > 0)
+    keys = rng.integers(0, 2**32, (80, 2), dtype=np.uint32)  # raw random keys have all 32 bits
+    whole = {"image": x, "key": keys, "label": y}
+    given = [jax.tree.map(lambda a, i=i: a[i : i + 16], whole) for i in range(0, 80, 16)]
+
+    def loss(params, batch):
+        return jnp.mean(fnn.losses.cross_entropy(batch["image"] @ params["w"], batch["label"]))
+
+    made = loss_case_of(
+        loss,
+        {"w": jnp.zeros((2, 2))},
+        given[:3],
+        optax.sgd(0.1),
+        given[3:],
+        lambda p, b: 0.0,
+        steps=6,
+        seeds=1,
+        shuffle=False,
+    )
+    assert 0.7 < data_symptoms.within_reach(made) < 1
+    plain = made.with_x(lambda name, a: a["image"])
+    assert data_symptoms.within_reach(made) == data_symptoms.within_reach(plain)
+
+
+def test_a_cell_is_used_more_than_once():
+    """Two encoders of one width have the shapes of a recurrent cell."""
+    params = {"a": jnp.ones((6, 8)), "b": jnp.ones((2, 8)), "bias": jnp.zeros(8)}
+    x = np.float32(np.random.default_rng(0).normal(size=(32, 8)))
+
+    def encoders(params, batch):
+        return jnp.mean((batch[0][:, :6] @ params["a"] + batch[0][:, 6:] @ params["b"] + params["bias"]) ** 2)
+
+    def cell(params, batch):
+        def step(h, x):
+            return jnp.tanh(x @ params["a"] + h @ params["b"] + params["bias"])[:, :2], None
+
+        return jnp.mean(jax.lax.scan(step, batch[0][:, 6:], jnp.stack([batch[0][:, :6]] * 3))[0] ** 2)
+
+    for loss, want in ((encoders, False), (cell, True)):
+        made = loss_case_of(loss, params, [(x, x[:, :1])], optax.sgd(0.1), None, None, steps=6, seeds=1, shuffle=False)
+        assert made.gated == want

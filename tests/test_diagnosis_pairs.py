@@ -63,7 +63,7 @@ class Scripted(trial.Runner):
         middle = ({"w": np.full((1, 2), np.nan)}, {})  # nothing is measured of it
         return trial.Outcome(
             scores, scores, scores, lines, lines, 1e-3 * lines, np.ones((len(scores), ARRAYS)), np.ones(len(scores)), 0.0,
-            middle,
+            None, middle,
         )  # fmt: skip
 
 

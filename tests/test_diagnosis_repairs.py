@@ -178,11 +178,13 @@ def a_trial(name, scores):
 
 
 @pytest.mark.parametrize(
-    "base, best, counts", [(-0.9, -0.1, False), (-0.9, 0.5, True), (0.0, 0.09, False), (0.5, 0.9, True)]
+    "base, best, began, counts",
+    [(-0.9, -0.1, None, 0), (-0.9, 0.5, 0.0, 1), (0.0, 0.09, 0.0, 0), (0.5, 0.9, 0.6, 1), (0.0, 0.4, 0.5, 0)],
 )
-def test_a_repair_ends_above_chance(base, best, counts):
+def test_a_repair_ends_above_chance_and_above_the_start(base, best, began, counts):
     as_it_is, other = a_trial(NOTHING.name, (base, base)), a_trial("rate × 0.1", (best, best))
     as_it_is.change = NOTHING
+    as_it_is.outcome = SimpleNamespace(began=None if began is None else np.full(2, began))
     inquiry = SimpleNamespace(
         base=as_it_is,
         best=lambda: best,

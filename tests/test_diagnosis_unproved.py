@@ -17,6 +17,7 @@ CASES = {  # rule: what is not healthy, the cause, and whether the scores must b
     "labels_without_a_minimum": ({"losses": FALLING}, "label_encoding", False),
     "one_label_alone": ({"reads": Reads(ignored=(7,))}, "loss", False),
     "every_pair": ({"unpaired": True}, "loss", True),
+    "weights_without_use": ({"idle": ["w"]}, "blocked_gradient", True),
     "no_gradient": ({}, "blocked_gradient", True),
     "no_positions": ({"blind": True}, "positions", True),
     "numbers_lost_at_the_start": ({"bad": "log gives nan"}, "numerics", True),
@@ -24,13 +25,16 @@ CASES = {  # rule: what is not healthy, the cause, and whether the scores must b
 }
 
 
-def measured(evidence=(), losses=FLAT, bad="", tried=(), **begun):
+def measured(evidence=(), losses=FLAT, bad="", tried=(), idle=(), best=0.8, **begun):
     """What a diagnosis found before its verdict."""
     return SimpleNamespace(
         evidence=[Evidence(cause, "measured") for cause in evidence],
         begun=SimpleNamespace(**(HEALTHY | begun)),
         base=SimpleNamespace(outcome=SimpleNamespace(losses=losses)),
         broken=lambda trained: bad,
+        idle=list(idle),
+        best=lambda: best,
+        case=SimpleNamespace(task=SimpleNamespace(chance=0.5)),
         tried={str(n): SimpleNamespace(change=SimpleNamespace(causes=causes)) for n, causes in enumerate(tried)},
     )
 
@@ -44,6 +48,14 @@ def test_each_names_its_own_cause(rule):
     assert [e.text for e in cause.evidence] == ["measured"]
     assert (given(measured([name], **found), False) is None) == only_ill
     assert given(measured(), True) is None  # nothing was measured
+
+
+@pytest.mark.parametrize("rule", ["weights_without_use", "no_positions"])
+def test_a_net_that_learns_less_than_half_of_what_there_is_is_no_proof_of_health(rule):
+    found, name, _ = CASES[rule]
+    for best, want in ((0.7, name), (0.8, None)):
+        cause = getattr(unproved, rule)(measured([name], best=best, **found), False)
+        assert (cause and cause.name) == want
 
 
 def test_an_operation_that_loses_numbers_is_its_own_evidence():

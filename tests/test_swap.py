@@ -9,7 +9,7 @@ import pytest
 from conftest import as_jax, started
 
 import fnn
-from fnn.gradients import swap, wide
+from fnn.gradients import by_values, swap, wide
 
 X = jax.random.normal(jax.random.key(0), (8, 5))
 Y = jnp.arange(8) % 3
@@ -75,14 +75,29 @@ def test_linen_under_vmap_and_grad(name):
 def test_the_last_activation_is_told_from_those_between_layers():
     params = Net(jnp.tanh).init(jax.random.key(0), X)
     loss = linen_loss(jnp.tanh, jax.nn.relu)
-    found, stops, bare, over_time = swap.listed(loss, params, (X, Y))
+    found, stops, bare, over_time, again = swap.listed(loss, params, (X, Y))
     assert (
         [(a.name, a.role) for a in found] == [("tanh", "hidden")] * 2 + [("relu", "last")]
         and stops == bare == 0
         and over_time == ()
+        and not again
     )
     without = swap.swapped(loss, {"last": "identity"})
     np.testing.assert_allclose(without(params, (X, Y)), linen_loss(jnp.tanh)(params, (X, Y)), rtol=1e-6)
+
+
+def test_a_softmax_between_layers_is_told_from_that_of_attention():
+    def loss(w, x):
+        logits = x @ w["a"]
+        attention = jax.nn.softmax(logits @ logits.T) @ x
+        return jnp.mean((jax.nn.softmax(attention @ w["b"]) @ w["c"]) ** 2)
+
+    w = {name: jax.random.normal(jax.random.key(i), (5, 5)) for i, name in enumerate("abc")}
+    (found,) = swap.listed(loss, w, X)[0]
+    assert (found.name, found.role) == ("softmax", "hidden")
+    attention = jax.nn.softmax(X @ w["a"] @ (X @ w["a"]).T) @ X
+    want = jnp.mean((jnp.tanh(attention @ w["b"]) @ w["c"]) ** 2)
+    np.testing.assert_allclose(swap.swapped(loss, {"hidden": "tanh"})(w, X), want, rtol=1e-5)
 
 
 def test_gates_and_what_the_loss_does_stay_as_they_are():
@@ -135,7 +150,7 @@ def test_an_activation_is_put_between_layers_that_follow_each_other_without_one(
 
     bare = loss(lambda x: x)
     assert swap.listed(bare, w, X)[2] == 2 and swap.listed(loss(jnp.sin), w, X)[2] == 0
-    got, want = swap.swapped(bare, {"bare": name}), loss(swap.KNOWN[name])
+    got, want = swap.swapped(bare, {"bare": name}), loss(by_values.KNOWN[name])
     for one, other in zip(*(jax.tree.leaves(jax.jit(jax.value_and_grad(f))(w, X)) for f in (got, want)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
@@ -188,9 +203,9 @@ def test_an_activation_before_a_norm_is_one():
 def test_scaled_known_ones_and_those_of_a_branch_are_found(name):
     def loss(w, x):
         h = x @ w
-        h = 1.3 * swap.KNOWN[name](h)
+        h = 1.3 * by_values.KNOWN[name](h)
         h = h @ w
-        return jnp.sum((h + swap.KNOWN[name](h)) @ w)  # what is added to a branch is one
+        return jnp.sum((h + by_values.KNOWN[name](h)) @ w)  # what is added to a branch is one
 
     for x in (X, X[:1]):
         assert [(a.name, a.role) for a in swap.listed(loss, jnp.eye(5), x)[0]] == [(name, "hidden")] * 2

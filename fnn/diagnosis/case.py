@@ -110,7 +110,7 @@ class Case:
     seen: Mapping[str, Any] = field(default_factory=dict)
     """What was found in the program of a net without knobs: its `activation`, its `head`, whether gradients `stop`; of one
     without activations how many layers take the output of another one as it is, `bare`; which arrays are `recurrent`
-    kernels, from a state to the next one."""
+    kernels, from a state to the next one; whether an array is used `again`."""
     narrow: bool = False
     """Whether there are parameters of less than 32 bits."""
     computes: str = ""
@@ -260,10 +260,12 @@ def case_of(
         lambda params, state, x, y: loss(base.apply(params, state, x)[0], y), params, state, spec, data.y[:2]
     )
     task = task_of(loss, np.asarray(data.y), outputs.shape, score)
-    seen = {} if knobs else found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
+    seen = found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
+    gated = bool(seen.get("again", True) and keepers(params))  # a cell is used at each position
+    seen = {} if knobs else seen
     return Case(
         build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
-        int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, count(params), bool(keepers(params)),
+        int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, count(params), gated,
         not jax.tree.leaves(state) and _draws(base, params, state, spec),
     )  # fmt: skip
 
@@ -281,11 +283,11 @@ def _draws(net: Layer, params: Any, state: Any, spec: Any) -> bool:
 def found_in(function: Callable[..., Any], *args: Any) -> dict[str, Any]:
     """Look for activations and stopped gradients in a program; nothing where it cannot be read."""
     try:
-        found, stops, bare, over_time = listed(function, *args)
+        found, stops, bare, over_time, again = listed(function, *args)
     except Unreadable:
         return {}
     hidden, last = ({a.name for a in found if a.role == role} for role in ("hidden", "last"))
-    seen: dict[str, Any] = {"stop": True} if stops else {}
+    seen: dict[str, Any] = {"again": again} | ({"stop": True} if stops else {})
     if recurrent := square(args[0], over_time):
         seen["recurrent"] = recurrent
     if hidden:

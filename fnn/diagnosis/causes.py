@@ -36,6 +36,8 @@ CAUSES = {
 regularisation, optimiser, budget. The earliest cause that is measured, and whose repair works, is the one that is named."""
 STAGE = {name: i for i, name in enumerate(CAUSES)}
 
+LEAST = 0.03
+"""A smaller rise of a score is none."""
 WEAK = {"optimizer", "capacity", "steps", "memory", "batch_size", "too_little_data"}
 """Suspected of almost every net; not repaired together with others."""
 

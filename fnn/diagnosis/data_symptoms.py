@@ -1,5 +1,9 @@
 """What can be said of the data before anything is trained: scale, information, labels, split, order."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fnn.diagnosis.case import Case
@@ -108,16 +112,23 @@ def agreement(
 ) -> tuple[float, float, float]:
     """Say how far the nearest neighbours of x among `others` have y's targets: (agreement, chance, std by chance).
 
-    For labels the share of neighbours with the same label; for numbers R² of the neighbours' mean.
+    For labels the share of neighbours with the same label; for numbers R² of the neighbours' mean, averaged over the columns
+    that vary.
     """
     rng = np.random.default_rng(0)
     near = _near(x, others, same)
     labels = np.issubdtype(y.dtype, np.integer)
+    varied = np.atleast_1d(y.var(0)) > 1e-12 * np.atleast_1d(np.mean(np.square(y, dtype=np.float64), 0))
+    spread = np.atleast_1d(y.var(0))[varied]
 
     def agree(of_others):
         if labels:
             return float(np.mean(of_others[near] == y[:, None]))
-        return 1 - float(np.mean((of_others[near].mean(1) - y) ** 2) / max(np.var(y), 1e-30))
+        return (
+            float(np.mean(1 - np.mean((of_others[near].mean(1) - y)[:, varied] ** 2, axis=0) / spread))
+            if varied.any()
+            else 0.0
+        )
 
     by_chance = [agree(of_others[rng.permutation(len(of_others))]) for _ in range(8)]
     return agree(of_others), float(np.mean(by_chance)), float(np.std(by_chance))
@@ -182,11 +193,11 @@ def information(case: Case, alike: bool = False) -> dict[str, tuple[float, float
 
 def _compared(case: Case) -> tuple[np.ndarray, ...]:
     """Take some training and held-out inputs and targets; nothing where neighbours cannot be found."""
-    if case.x is None or case.task.kind == "exact" or not case.held_out:
+    if case.task.kind == "exact" or not case.held_out or not _floats(case.train.x):
         return ()
     rng = np.random.default_rng(0)
-    x, y = flat(case.x), _targets(case, case.y)
-    held = flat(np.concatenate([case.chooses.x, case.checks.x]))
+    x, y = _flat(case.train.x), _targets(case, case.y)
+    held = np.concatenate([_flat(case.chooses.x), _flat(case.checks.x)])
     of_held = _targets(case, np.concatenate([case.chooses.y, case.checks.y]))
     some, some_held = (rng.permutation(n)[:MOST] for n in (len(x), len(held)))
     x, y, held, of_held = x[some], y[some], held[some_held], of_held[some_held]
@@ -195,14 +206,25 @@ def _compared(case: Case) -> tuple[np.ndarray, ...]:
     return x, y, held, of_held
 
 
+def _floats(x: Any) -> list[np.ndarray]:
+    """List the floating arrays of inputs, which may be a tree: others are masks, numbers of tokens, or random keys."""
+    return [a for a in jax.tree.leaves(x) if isinstance(a, np.ndarray) and jnp.issubdtype(a.dtype, jnp.floating)]
+
+
+def _flat(x: Any) -> np.ndarray:
+    """Write each example as one row of its floats."""
+    return np.concatenate([flat(a) for a in _floats(x)], axis=1)
+
+
 def _targets(case: Case, y: np.ndarray) -> np.ndarray:
     if case.task.kind == "one_hot":
         return y.argmax(-1).astype(np.int64)
     if case.task.kind == "multi_label":  # each pattern of labels is a class
         y = y.reshape(len(y), -1)[:, :30]
         return (y > 0.5) @ (1 << np.arange(y.shape[1]))
-    y = y.reshape(len(y), -1)[:, 0]
-    return np.round(y).astype(np.int64) if case.task.kind in ("classes", "binary") else y.astype(np.float64)
+    if case.task.kind in ("classes", "binary"):
+        return np.round(y.reshape(len(y), -1)[:, 0]).astype(np.int64)
+    return y.reshape(len(y), -1)[:, :30].astype(np.float64)
 
 
 def label_symptoms(case: Case) -> list[Evidence]:
@@ -236,15 +258,15 @@ def order_symptoms(case: Case) -> list[Evidence]:
         return []
 
     def variety(y):
-        batches = y[: n * size].reshape(n, size)
+        batches = y[: n * size].reshape(n, size, *y.shape[1:])
         if np.issubdtype(y.dtype, np.integer):
             return float(np.mean([_entropy(batch) for batch in batches]))
-        return float(np.mean(batches.var(1)))
+        return float(np.mean(batches.var(1) / np.maximum(y.var(0), 1e-30)))
 
     rng = np.random.default_rng(0)
     drawn = [variety(rng.permutation(y)) for _ in range(8)]
     if (own := variety(y)) < 0.8 * np.mean(drawn) - 4 * np.std(drawn):
-        what = "entropy of the labels" if np.issubdtype(y.dtype, np.integer) else "variance of the targets"
+        what = "entropy of the labels" if np.issubdtype(y.dtype, np.integer) else "share of the targets' variance"
         return [Evidence("order", f"{what} in a batch is {own:.3g} on average, {np.mean(drawn):.3g} in shuffled ones")]
     return []
 

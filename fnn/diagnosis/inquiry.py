@@ -11,15 +11,13 @@ import numpy as np
 from fnn.arrays import first_line
 from fnn.diagnosis import data_symptoms, run_symptoms, start, symptoms
 from fnn.diagnosis.case import Case, Plan
-from fnn.diagnosis.causes import STAGE, WEAK, Evidence, Trial, shown
+from fnn.diagnosis.causes import LEAST, STAGE, WEAK, Evidence, Trial, shown
 from fnn.diagnosis.change import Change
 from fnn.diagnosis.changes import changes, unreached
 from fnn.diagnosis.reads import Reads
 from fnn.diagnosis.trial import Outcome, Runner
 from fnn.gradients.operations import Unreadable
 
-LEAST = 0.03
-"""A smaller rise of the score is none."""
 DONE = 0.95
 """The share of the way from chance to the best score behind which there is nothing left to gain."""
 SETTLED = "a repair that leaves nothing to gain was found before"
@@ -65,6 +63,8 @@ class Inquiry:
     """Changes that were not trained, and why."""
     evidence: list[Evidence] = field(default_factory=list)
     learnable: str = ""
+    idle: list[str] = field(default_factory=list)
+    """Kernels that the loss does not depend on."""
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -111,7 +111,9 @@ class Inquiry:
         self.evidence += found + run_symptoms.run_symptoms(case, plan, begun, outcome, self.runner.response)
         middle = jax.tree.map(lambda a: a[0], outcome.middle)
         if all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(middle[0])):
-            later = run_symptoms.middle_symptoms(case, begun, start.measured(self.runner, plan, *middle))
+            then = start.measured(self.runner, plan, *middle)
+            self.idle = run_symptoms.never_used(begun, then)
+            later = run_symptoms.middle_symptoms(case, begun, then)
             for e in later:
                 self.tell(e.text)
             self.evidence += later
@@ -171,12 +173,20 @@ class Inquiry:
             stages = [STAGE[cause] for cause in suspects & set(change.causes)]
             return not all_of_them and change.own_program and min(stages, default=len(STAGE)) > self.settled(suspects)
 
-        for i, change in enumerate(every):
+        def rank(change):  # a suspect's repair whose program is there first; others run while programs are compiled
+            ready, suspect = (
+                not change.own_program or self.runner.known(plans[change.name]),
+                suspects & set(change.causes),
+            )
+            return not (suspect and ready), not ready, min(map(STAGE.__getitem__, change.causes)), every.index(change)
+
+        while every:
+            every.remove(change := min(every, key=rank))
             if needless(change):
                 self.skipped[change.name] = SETTLED
             elif self.affords(change, plans[change.name]):
                 self.attempt(change, plans[change.name])
-            for later in every[i + 1 :]:  # compiled by the other thread, while this one trains
+            for later in every:  # compiled by the other thread, while this one trains
                 if self.runner.waiting >= 2:
                     break
                 costs = 2 * self.costs(later, plans[later.name])

@@ -222,7 +222,7 @@ def loss_case_of(
     if score is not None and not penalty:  # without a score of its own a loss is lower for each term that it lacks
         case = replace(case, terms=_terms(loss, params, join(*batch), batch[1]))
     narrow, kernels = is_narrow(params), count(params)
-    gated = bool(keepers(params))
+    gated = bool(seen.get("again", True) and keepers(params))  # a cell is used at each position
     case = replace(case, seen=seen, narrow=narrow, computes=computes, kernels=kernels, gated=gated)
     target = in_targets(lambda y: float(case.slope(params, join(batch[0], y))[0]), np.asarray(batch[1]))
     return _referred(replace(case, task=replace(case.task, target=target)))
@@ -253,7 +253,16 @@ def _batches(name: str, given: Any) -> list[Any]:
     who = f"diagnose_loss: {name}"
     if isinstance(given, tuple | dict) or not isinstance(given, Iterable):
         given = [given]
-    found = [jax.tree.map(lambda a: np.asarray(arrays.narrow(who, "values", a)), batch) for batch in given]
+
+    def host(a):  # raw random keys have all 32 bits
+        if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            raise TypeError(
+                f"{who} must hold numbers, got random keys; give jax.random.key_data(keys), and take "
+                "jax.random.wrap_key_data of it in the loss"
+            )
+        return np.asarray(a if getattr(a, "dtype", None) == np.uint32 else arrays.narrow(who, "values", a))
+
+    found = [jax.tree.map(host, batch) for batch in given]
     if not found or not jax.tree.leaves(found[0]):
         raise ValueError(f"{who} must be a list of batches, got none; give at least one")
     sizes = {len(a) if a.ndim else 0 for batch in found for a in jax.tree.leaves(batch)}

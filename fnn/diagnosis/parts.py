@@ -7,6 +7,7 @@ import numpy as np
 from fnn.diagnosis.case import Case, Plan
 from fnn.diagnosis.causes import Evidence, shown
 from fnn.diagnosis.inquiry import Inquiry, Tried, margin
+from fnn.diagnosis.repeats import different
 
 CLEAR = 0.15
 """A score must be higher by so much to be clearly better."""
@@ -24,7 +25,7 @@ def judged(inquiry: Inquiry) -> list[Evidence]:
     case, evidence = inquiry.case, inquiry.evidence
     alone = next((t for t in inquiry.tried.values() if t.plan == Plan(learn="held out")), None)
     few = any(e.cause == "too_little_data" for e in evidence)
-    if alone is None or not few or not case.held_out or case.chooses.size >= case.train.size:
+    if alone is None or not few or not case.held_out or case.chooses.size >= different(case.train.x):
         return evidence
     before, after = (float(np.mean(t.outcome.checks)) for t in (inquiry.base, alone))
     if after - max(before, case.task.chance) <= max(CLEAR, margin(inquiry.base.scores)):

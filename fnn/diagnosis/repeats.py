@@ -38,6 +38,11 @@ def distinct(case: Case) -> Case:
     return replace(case, **{name: clean(getattr(case, name)) for name in ("train", "chooses", "checks")})
 
 
+def different(x: object) -> int:
+    """Count the inputs that differ: copies teach nothing more."""
+    return len(set(_rows(x)))
+
+
 def _rows(x: object) -> list[bytes]:
     """Write each example's inputs as bytes."""
     leaves = [np.ascontiguousarray(a) + np.zeros((), a.dtype) for a in jax.tree.leaves(x)]  # -0.0 becomes 0.0

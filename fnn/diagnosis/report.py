@@ -80,6 +80,8 @@ class Diagnosis:
     """By how much another change that works raises the score once the cause is repaired, for those that were tried so."""
     others: tuple[str, ...] = ()
     """Names of those in `working` that remove the named cause in another way."""
+    ill: bool = False
+    """Whether the scores themselves show a fault, be its cause known or not."""
 
     @property
     def remedies(self) -> tuple[str, ...]:
@@ -109,7 +111,7 @@ class Diagnosis:
     def _lines(self) -> list[str]:
         scores = " ".join(map(shown, self.base.scores))
         word = "HEALTHY" if self.healthy else "DOES NOT TRAIN" if self._low() else "COULD TRAIN BETTER"
-        word = word if self.healthy or self.causes or self._low() else "UNDECIDED"
+        word = word if self.healthy or self.causes or self.ill else "UNDECIDED"
         lines = [
             f"{word}   {self.score} {scores} (chance {self.chance:.2f})"
             + ("" if self._finite() else "; loss not finite")
@@ -227,7 +229,7 @@ def diagnosis_of(inquiry: Inquiry, verdict: Verdict, target: float | None) -> Di
     return Diagnosis(
         tuple(causes), not verdict.ill and not causes and decided(inquiry), task.score, task.chance, inquiry.case.held_out, trial(inquiry.base),
         tuple(everything), tuple(t.change.name for t in working), tuple(inquiry.evidence), inquiry.learnable,
-        dict(inquiry.skipped), bool(steps), two, curves, profiles, inquiry.spent, target, verdict.adds, others,
+        dict(inquiry.skipped), bool(steps), two, curves, profiles, inquiry.spent, target, verdict.adds, others, verdict.ill,
     )  # fmt: skip
 
 

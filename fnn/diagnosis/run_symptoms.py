@@ -3,7 +3,7 @@
 import numpy as np
 
 from fnn.diagnosis.case import Case, Plan
-from fnn.diagnosis.causes import Evidence
+from fnn.diagnosis.causes import LEAST, Evidence, shown
 from fnn.diagnosis.response import BOUNDLESS, USUAL, Response
 from fnn.diagnosis.start import Start
 from fnn.diagnosis.symptoms import LOGITS, ROUNDED, attention, rounding
@@ -27,12 +27,20 @@ def middle_symptoms(case: Case, begun: Start, found: Start) -> list[Evidence]:
             evidence.append(Evidence("lr_high", f"{text} (healthy up to {most:.0%})"))
     if found.attention is not None and found.attention[0] > 2 * LOGITS >= LOGITS >= (begun.attention or (0.0,))[0]:
         evidence.append(Evidence("lr_high", f"after half of the steps {attention(found)}"))
+    if idle := never_used(begun, found):
+        text = f"the loss does not depend on {', '.join(idle[:3])}, neither at first nor after half of the steps"
+        evidence.append(Evidence("blocked_gradient", text))
     alive = [path for path, value in begun.gradient.items() if value > -np.inf]
     gone = [path for path in alive if found.gradient.get(path) == -np.inf]
     if gone and not evidence:
         text = f"after half of the steps the gradient of {', '.join(gone[:3])} is exactly zero, at first it was not"
         evidence.append(Evidence("lr_high", text))
     return evidence
+
+
+def never_used(begun: Start, middle: Start) -> list[str]:
+    """List the kernels on which the loss depends neither at first nor after half of the steps, when gates have opened."""
+    return [path for path in begun.idle if path in middle.idle]
 
 
 def endless(losses: np.ndarray) -> bool:
@@ -42,6 +50,19 @@ def endless(losses: np.ndarray) -> bool:
         float(np.median(part)) for part in (losses[:, 0], losses[:, half : half + last], losses[:, -last:])
     )
     return last < -10 * max(1.0, abs(first)) and last < middle < 0
+
+
+def useless(outcome: Outcome) -> bool:
+    """Whether the loss falls by a tenth or more while the score does not rise."""
+    losses = outcome.losses
+    first, last = (float(np.median(part)) for part in (losses[:, 0], losses[:, -max(1, losses.shape[1] // 5) :]))
+    falls = bool(np.isfinite(last) and first - last > 0.1 * abs(first))
+    return falls and unraised(outcome)
+
+
+def unraised(outcome: Outcome) -> bool:
+    """Whether the trained net scores no higher than the one that began."""
+    return outcome.began is not None and float(np.mean(outcome.chooses)) <= float(np.mean(outcome.began)) + LEAST
 
 
 def _insensitive(outcome: Outcome, response: Response) -> Evidence | None:
@@ -73,6 +94,12 @@ def run_symptoms(
             evidence.append(Evidence("label_encoding", text))
         else:
             evidence.append(Evidence("loss", f"{what}: no answer is the best one"))
+    elif case.task.name == "score" and useless(outcome):
+        text = (
+            f"the loss falls from {np.median(losses[:, 0]):.3g} to {np.median(tail):.3g}, and the score does not rise: "
+            f"{shown(float(np.mean(outcome.began)))} at the start, {shown(float(np.mean(outcome.chooses)))} at the end"
+        )
+        evidence.append(Evidence("loss", text))
     elif case.task.name == "score" and case.task.kind in ("classes", "multi_label") and np.median(tail) < 0:
         text = (
             f"the loss becomes {np.median(tail):.3g}, less than that of right answers that are sure (for most losses 0)"

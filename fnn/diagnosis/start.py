@@ -62,6 +62,8 @@ class Start:
     """Largest logit of all heads, and lowest mean entropy of a head in nats; None without attention."""
     noise: float = 0.0
     """RMS of what noise in training changes of the outputs, over the RMS by which these differ between examples."""
+    idle: tuple[str, ...] = ()
+    """Kernels without a gradient on which the loss does not depend."""
 
 
 def start(runner: Runner, plan: Plan) -> Start:
@@ -104,7 +106,8 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any, ask: bool = Fa
     unpaired = learns and case.task.kind != "exact" and _unpaired(lambda y: watched(params, (x, y), state), flow, y)
     dead = [name for name in kernels if gradient.get(name, gradient.get(f"{name}/value")) == -np.inf]
     constant = bool(dead) and not learns and _constant(lambda x: watched(params, (x, y), state), flow, x, plain)
-    cut = [name for name in dead[:8] if _matters(lambda p: watched(p, (x, y), state), flow, params, name)]
+    matter = {name: _matters(lambda p: watched(p, (x, y), state), flow, params, name) for name in dead[:8]}
+    cut, idle = ([name for name, holds in matter.items() if holds is which] for which in (True, False))
     unread = [
         int(label)
         for label, rows in (_ends(case, len(index)) if learns else [])
@@ -132,7 +135,7 @@ def measured(runner: Runner, plan: Plan, params: Any, state: Any, ask: bool = Fa
     if not (np.isfinite(flow.loss) and all(value < np.inf for value in gradient.values())):  # not of NaN either
         bad = _bad(case, plan, params, (x, y), state)
     return Start(
-        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, placed, unread, constant, cut, asked, unpaired, gradient, rounding, rounded, bad, keeps, tables(params), attention, noise
+        columns, paths, hidden, alike, plain, float(flow.loss), linear, blind, placed, unread, constant, cut, asked, unpaired, gradient, rounding, rounded, bad, keeps, tables(params), attention, noise, tuple(idle)
     )  # fmt: skip
 
 

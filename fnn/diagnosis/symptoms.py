@@ -50,6 +50,9 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
             Evidence("label_encoding", f"examples with label {which} have no gradient: the loss does not read it")
         )
     evidence += reads.evidence(found.reads, np.asarray(case.y))
+    if case.value(plan, "activation") == "softmax":
+        text = "a softmax stands between layers: all units of a layer add up to 1, and hardly any gradient gets through"
+        evidence.append(Evidence("activation", text))
     if found.linear and case.task.kind != "exact":
         evidence.append(Evidence("activation", "the net is linear in its inputs, however many layers it has"))
     elif "bare" in case.seen and not plan.swap:
@@ -159,11 +162,14 @@ def _scale_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
                 f"the error signal shrinks by 10^{error:.1f} over {n} layers of {name} (healthy: 0.1 to 10)",
             )
         )
-    if n >= 8 and (steep > 1.5):
+    if steep > (1.5 if n >= 8 else 3.0):
         what = "error signal" if abs(error) >= abs(forward) else "signal"
         grows = error if abs(error) >= abs(forward) else forward
         evidence.append(
-            Evidence("depth_norm", f"the {what} changes by 10^{grows:+.1f} over {n} layers (healthy: within 10^±1.5)")
+            Evidence(
+                "depth_norm",
+                f"the {what} changes by 10^{grows:+.1f} over {n} layers (healthy: within 10^±{1.5 if n >= 8 else 3:g})",
+            )
         )
     flat = found.outputs.reshape(len(found.outputs), -1) if found.outputs.size else found.outputs
     if n >= 8 and flat.size and np.isfinite(flat).all():

@@ -39,6 +39,8 @@ class Outcome:
     shrunk: np.ndarray
     """float[seeds]: norm of all parameters at the end over that at the start."""
     seconds: float
+    began: np.ndarray | None = None
+    """Score of the held-out half that chooses, before the first step."""
     middle: Any = None
     """(params, state) after half of the steps, with a leading axis of seeds; of the training as it is, or where asked for."""
 
@@ -164,7 +166,8 @@ class Runner:
             found.append((numbers, jax.device_get(halfway) if (middle or plan == Plan()) and not found else None))
         numbers = [np.concatenate(parts) for parts in zip(*(numbers for numbers, _ in found), strict=True)]
         scores = [self.changed(plan).scored(values) for values in numbers[:3]]
-        measured: list[Any] = [*scores, *numbers[3:], seconds, found[0][1]]
+        began = self.changed(plan).scored(numbers[-1]) if np.isfinite(numbers[-1]).all() else None
+        measured: list[Any] = [*scores, *numbers[3:-1], seconds, began, found[0][1]]
         self.running = min(self.running, seconds)
         return Outcome(*measured)
 
@@ -224,7 +227,8 @@ class Runner:
         """Train one seed; what `Outcome` lists. The arguments are those of a program, hence nine."""
         case = self.changed(plan)
         model, tx = case.model(plan), per_depth(case.transformation(plan))
-        first, (clip, scale) = params, limits
+        (first, fresh), (clip, scale) = (params, state), limits
+        own = self.key(plan) == self.key(Plan())
         whole = jnp.minimum(scale, 1)
 
         def rows(index):
@@ -260,13 +264,26 @@ class Runner:
         if model.outputs is None:
             score = model.score or (lambda params, batch: model.objective(params, state, batch, key)[0])
             chooses, checks, train = (score(params, part) for part in parts)
+            began = score(first, parts[0]) if own else jnp.nan
         else:
             outputs = model.outputs(params, state, jax.tree.map(lambda *a: jnp.concatenate(a), *(x for x, _ in parts)))
             ends = np.cumsum([held, len(last.y)])
             split = jax.tree.map(lambda a: jnp.split(a, ends), outputs)
             chooses, checks, train = (case.task(o, y) for o, (_, y) in zip(split, parts, strict=True))
-        whole, began = (tree.norms(a) for a in (jax.tree.map(jnp.subtract, params, first), first))
-        pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(began), strict=True)
+            began = case.task(model.outputs(first, fresh, parts[0][0]), parts[0][1]) if own else jnp.nan
+        whole, before = (tree.norms(a) for a in (jax.tree.map(jnp.subtract, params, first), first))
+        pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(before), strict=True)
         changes = [jnp.ravel(jnp.where(b > 0, a / jnp.where(b > 0, b, 1), jnp.nan)) for a, b in pairs]
         shrunk = tree.norm(params) / tree.norm(first)
-        return chooses, checks, train, values, norms, ratios, jnp.concatenate(changes), shrunk, middle
+        return (
+            chooses,
+            checks,
+            train,
+            values,
+            norms,
+            ratios,
+            jnp.concatenate(changes),
+            shrunk,
+            jnp.float32(began),
+            middle,
+        )

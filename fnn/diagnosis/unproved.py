@@ -131,6 +131,22 @@ def every_pair(inquiry: Inquiry, ill: bool) -> Cause | None:
     return Cause("loss", evidence_of(inquiry, "loss"), None, remedy, 0.0) if ill and inquiry.begun.unpaired else None
 
 
+def weights_without_use(inquiry: Inquiry, ill: bool) -> Cause | None:
+    """Name kernels that do not reach the loss, of a net that learns little: no score shows what they would have given."""
+    if not inquiry.idle or not (ill or short(inquiry)):
+        return None
+    remedy = (
+        f"# {', '.join(inquiry.idle[:3])}: find where the result is lost, in a factor of 0 or a value that nobody reads"
+    )
+    return Cause("blocked_gradient", evidence_of(inquiry, "blocked_gradient"), None, remedy, 0.0)
+
+
+def short(inquiry: Inquiry) -> bool:
+    """Whether even the best training learns less than half of what there is."""
+    chance = inquiry.case.task.chance
+    return inquiry.best() < chance + 0.5 * (1 - chance)
+
+
 def no_gradient(inquiry: Inquiry, ill: bool) -> Cause | None:
     """Name what cuts the gradient where no change put it back."""
     evidence = evidence_of(inquiry, "blocked_gradient")
@@ -144,7 +160,7 @@ def no_positions(inquiry: Inquiry, ill: bool) -> Cause | None:
     """Name a net that cannot see the order of its inputs, where no change from outside can give it."""
     begun = inquiry.begun
     given = any("positions" in t.change.causes for t in inquiry.tried.values())
-    if given or not begun.blind or not (ill or begun.placed):
+    if given or not begun.blind or not (ill or begun.placed or short(inquiry)):
         return None
     remedy = "# add to the inputs of the first block a vector that differs from position to position"
     remedy += ": encoding[None, :, :], not encoding[:, None, :]" * begun.placed
@@ -157,6 +173,7 @@ LATE: tuple[Rule, ...] = (
     labels_without_a_minimum,
     one_label_alone,
     every_pair,
+    weights_without_use,
     no_gradient,
     no_positions,
     numbers_lost_in_training,

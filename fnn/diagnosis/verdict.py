@@ -4,9 +4,9 @@ import numpy as np
 
 from fnn.diagnosis import data_symptoms, run_symptoms, unproved
 from fnn.diagnosis.case import Plan
-from fnn.diagnosis.causes import STAGE, WEAK, Cause
+from fnn.diagnosis.causes import LEAST, STAGE, WEAK, Cause
 from fnn.diagnosis.change import Change
-from fnn.diagnosis.inquiry import DONE, LEAST, NOTHING, Inquiry, Tried, margin
+from fnn.diagnosis.inquiry import DONE, NOTHING, Inquiry, Tried, margin
 from fnn.diagnosis.parts import taught
 from fnn.diagnosis.unproved import evidence_of, low
 
@@ -120,6 +120,8 @@ def works(inquiry: Inquiry) -> list[Tried]:
     """List the single changes that raise the score enough, and above chance, the surest first."""
     base, top = inquiry.base, inquiry.best()
     least, floor = margin(base.scores), low(inquiry.case.task.chance)
+    if (began := base.outcome.began) is not None:  # a net that is trained less far may only be less spoilt
+        floor = max(floor, float(np.mean(began)) + LEAST)
     found = []
     for tried in inquiry.tried.values():
         rise = tried.mean - base.mean
@@ -265,6 +267,7 @@ def sick(inquiry: Inquiry, target: float | None) -> bool:
     return (
         float(np.mean(scores)) < data_symptoms.within_reach(inquiry.case) - SHORT
         or min(scores) <= low(chance)
+        or (run_symptoms.unraised(inquiry.base.outcome) and float(np.mean(scores)) < chance + 0.8 * (1 - chance))
         or bool(inquiry.begun.unread)
         or run_symptoms.endless(inquiry.base.outcome.losses)
         or bool(inquiry.begun.reads.ignored)

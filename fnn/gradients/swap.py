@@ -1,7 +1,6 @@
 """Replace the activations of any traced loss: those between two layers, and those behind the last one."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,27 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn.gradients import places
+from fnn.gradients.by_values import FEWEST, KNOWN, named, points
 from fnn.gradients.operations import Loop, Op, Program, Remat, execute, rebuilt
 from fnn.gradients.program import equations, read, trace
 from fnn.gradients.softmax import normalized
 
-KNOWN: dict[str, Callable[[Any], Any]] = {
-    "tanh": jnp.tanh,
-    "sigmoid": jax.nn.sigmoid,
-    "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": jax.nn.gelu,
-    "silu": jax.nn.silu,
-    "elu": jax.nn.elu,
-    "selu": jax.nn.selu,
-    "softplus": jax.nn.softplus,
-    "leaky_relu": jax.nn.leaky_relu,
-    "identity": lambda x: x,
-}
-"""Activations that are known by their values."""
-POINTS = np.array([*np.linspace(-3, 3, 25), -8, 8])
-FEWEST = 4
-"""Of an array with fewer numbers no activation is known by its values."""
 PRODUCTS = {"mul", "div"}
 LINEAR = {"add", "add_any", "sub", "neg", "reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "copy"} | {
     "convert_element_type", "reduce_precision", "stop_gradient"
@@ -58,9 +41,10 @@ def activations(program: Program, parameters: int) -> list[Activation]:
     """Find the activations of a loss's forward program, whose first inputs are the parameters; those in loops too.
 
     An activation is a function of each number of a layer's output by itself, by one operation or several, that has the
-    values of a known one; or a softmax behind the last layer.
+    values of a known one; or a softmax behind the last layer, or between two.
     """
-    products = {place.product for place in places.find(program, parameters).places}
+    layers = places.find(program, parameters).places
+    products, inputs = ({getattr(place, which) for place in layers} for which in ("product", "input"))
     walk = _Walk(products)
     # In a thread of its own nothing is being traced, whatever the caller does: operations run on points, and give numbers.
     wide = bool(jax.config.read("jax_enable_x64"))  # it may hold for this thread alone
@@ -80,8 +64,15 @@ def activations(program: Program, parameters: int) -> list[Activation]:
         found.append(Activation(name, role, root, output))
     for op in program.ops:
         taken = normalized(program, op)
-        if taken is not None and isinstance(taken[0], int) and op.outputs[0] not in walk.used | walk.gates:
-            found.append(Activation("softmax", "last", taken[0], op.outputs[0]))
+        out = op.outputs[0]
+        if taken is None or not isinstance(taken[0], int) or out in walk.gates:
+            continue
+        if out not in walk.used:
+            found.append(Activation("softmax", "last", taken[0], out))
+        elif (
+            out in inputs and sum(out in other.inputs for other in program.ops) == 1
+        ):  # attention multiplies data with it
+            found.append(Activation("softmax", "hidden", taken[0], out))
     batch = _of_batch(program, parameters, products)
     passed = _passed(program, [a for a in found if a.role == "last"])
     return [replace(a, role="loss") if a.role == "last" and a.input in batch | passed else a for a in found]
@@ -160,7 +151,7 @@ class _Walk:
             if root is not None and self._evaluate(program, op, root, values):
                 roots[op.outputs[0]] = root
                 parts = {part for a in data for part in through.get(a, ()) if part in self.names}
-                name = _named(values[op.outputs[0]], values[root])
+                name = named(values[op.outputs[0]], values[root])
                 if name is not None and not any(self.names[part][0] == name for part in parts):  # relu(relu(x))
                     for part in parts:  # what comes later in the chain is the whole activation
                         del self.names[part]
@@ -185,7 +176,7 @@ class _Walk:
         if not jnp.issubdtype(spec.dtype, jnp.floating) or int(np.prod(spec.shape)) < FEWEST:
             return False
         if root not in values:
-            values[root] = _points(int(np.prod(spec.shape))).reshape(spec.shape).astype(spec.dtype)
+            values[root] = points(int(np.prod(spec.shape))).reshape(spec.shape).astype(spec.dtype)
         found = values | self.fixed
         if all(a in found for a in free) and (got := _run(op, found)) is not None:
             values[op.outputs[0]] = got
@@ -228,31 +219,9 @@ def _run(op: Op, values: Mapping[int, Any]) -> np.ndarray | None:
     return None
 
 
-def _named(got: np.ndarray, points: np.ndarray) -> str | None:
-    """Recognise an activation by its values."""
-    if got.dtype == bool or not np.isfinite(got.astype(np.float64)).all():
-        return None
-    for name in KNOWN:
-        if name != "identity" and np.allclose(got.astype(np.float64).ravel(), _values(name, points.size), atol=2e-3):
-            return name
-    return None
-
-
 def _affine(op: Op, data: list[int]) -> bool:
     """Whether an operation only scales and shifts what it takes, or adds two branches."""
     return op.name in ("add", "add_any") or (len(data) == 1 and op.name in LINEAR | PRODUCTS)
-
-
-def _points(size: int) -> np.ndarray:
-    """Spread points over an array, from one end of their range to the other."""
-    if size < len(POINTS):
-        return np.sort(POINTS)[np.linspace(0, len(POINTS) - 1, size).astype(int)]
-    return np.resize(POINTS, size)
-
-
-@functools.cache
-def _values(name: str, size: int) -> np.ndarray:
-    return np.asarray(KNOWN[name](jnp.asarray(_points(size), jnp.float32)), np.float64)
 
 
 def bare(program: Program, parameters: int) -> set[int]:
@@ -280,15 +249,19 @@ class Listed(NamedTuple):
     """How often a layer takes the output of another one as it is; see `bare`."""
     over_time: tuple[int, ...]
     """Which arrays of the parameters a loop multiplies by in each turn."""
+    again: bool
+    """Whether any array is multiplied by more than once, in a loop or without one, or where nobody can look."""
 
 
 def listed(function: Callable[..., Any], *args: Any) -> Listed:
     """Look through a function whose first argument are the parameters. Errors: `Unreadable`."""
     program, count = traced(function, args)[0], len(jax.tree.leaves(args[0]))
-    found = places.find(program, count).places
+    searched = places.find(program, count)
+    found = searched.places
     over_time = {place.parameter for place in found if any(not turn.depth for turn in place.turns)}
     stops = sum(name == STOP for name, _ in equations(program))
-    return Listed(activations(program, count), stops, len(bare(program, count)), tuple(sorted(over_time)))
+    again = bool(over_time or searched.unread) or len({place.parameter for place in found}) < len(found)
+    return Listed(activations(program, count), stops, len(bare(program, count)), tuple(sorted(over_time)), again)
 
 
 def traced(function: Callable[..., Any], args: Any) -> tuple[Program, Any]:
