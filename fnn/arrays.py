@@ -56,12 +56,17 @@ def array(who: str, name: str, a: Any) -> np.ndarray | jax.Array:
         raise TypeError(f"{who}: {name} must hold numbers, got {got}; {hint}")
     if isinstance(a, jax.Array):
         return a
-    narrow(who, name, a)
+    a = narrow(who, name, a)
     return a.astype(np.float64) if kind == np.longdouble else a
 
 
 def narrow(who: str, name: str, a: Any) -> Any:
-    """Refuse integers of NumPy that JAX would wrap (2^32 + k would become k); return anything else as it is."""
+    """Refuse integers of NumPy that JAX would wrap (2^32 + k would become k); return anything else in this machine's byte order.
+
+    JAX refuses other orders, but a program that it has compiled already reads their bytes as if they were its own.
+    """
+    if isinstance(a, np.ndarray | np.generic) and not a.dtype.isnative:
+        a = a.astype(a.dtype.newbyteorder("="))
     if isinstance(a, np.ndarray | np.generic) and a.dtype.kind in "iu" and a.dtype not in PLAIN:
         widest = jax.dtypes.canonicalize_dtype(np.int64)
         info = np.iinfo(widest)

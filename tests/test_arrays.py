@@ -146,6 +146,25 @@ def test_integers_that_would_wrap_are_refused_wherever_data_enter(name):
         fnn.data.split(*pair, key=KEY)
 
 
+def test_arrays_of_another_byte_order_are_turned_wherever_they_enter():
+    """A program that is compiled already reads their bytes as its own; so the plain arrays go first."""
+
+    def loss(params, batch):
+        return jnp.mean(fnn.losses.cross_entropy(batch[0] @ params, batch[1]))
+
+    w, other = np.ones((X.shape[1], 3), np.float32), (X.astype(">f4"), (Y % 3).astype(">i4"))
+    for call in (
+        lambda batch: fnn.watch(loss)(w, batch).loss,
+        lambda batch: fnn.per_example(loss)(w, jax.tree.map(lambda a: a[:, None], batch)).norms(),
+        lambda batch: fnn.evaluate(NET, STATE, batch)["loss"],
+        lambda batch: fnn.tree.norm(batch[0]),
+        lambda batch: jnp.stack(jax.tree.leaves(fnn.tree.norms(batch))),
+    ):
+        np.testing.assert_array_equal(call((X.astype(np.float32), np.int32(Y % 3))), call(other))
+    with pytest.raises(ValueError, match="watch: params must be in this machine's byte order, got >f4"):
+        fnn.watch(loss)(w.astype(">f4"), other)
+
+
 def test_integers_that_would_wrap_are_refused_by_hand_too():
     for loss, y in (
         ("cross_entropy", Y),

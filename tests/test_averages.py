@@ -126,3 +126,12 @@ def test_a_step_goes_on_from_the_slow_parameters():
     with pytest.raises(ValueError, match="^train_step: each array of the state must be in one place, got one in two"):
         step(twice, batch)
     step(jax.tree.map(jnp.copy, twice), batch)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_parameters_that_stay_are_their_own_average(dtype):
+    """1 - decay times a small number is no number of float16."""
+    params = jnp.asarray([0.0003, 0.003, 0.3, 1.0], dtype)
+    tx = optimizers.averaged(optax.sgd(0.0), 0.9999)
+    _, state = jax.jit(tx.update)(jnp.zeros_like(params), tx.init(params), params)
+    np.testing.assert_allclose(state.mean / state.weight, np.asarray(params, np.float64), rtol=1e-4)

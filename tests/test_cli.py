@@ -97,6 +97,24 @@ def test_an_option_with_the_value_of_its_default_is_given_too(tmp_path, monkeypa
         study._described(asked[0])
 
 
+def test_a_script_whose_parameters_can_be_called(tmp_path, monkeypatch):
+    """As those of Equinox can: they are no loss of outputs and targets."""
+    path, asked = tmp_path / "one.py", []
+    path.write_text(
+        "import jax, jax.numpy as jnp, optax\n"
+        "class Model(dict):\n    __call__ = len\n"
+        "jax.tree_util.register_pytree_node(Model, lambda m: (tuple(m.values()), tuple(m)), lambda k, v: Model(zip(k, v)))\n"
+        "def make():\n    return (lambda p, b: 0.0), Model(w=jnp.ones(2)), [], optax.sgd(1.0)\n"
+        "def plain():\n    return (lambda: 0), (lambda o, y: 0.0), optax.sgd(1.0), ()\n"
+    )
+    for name in ("diagnose", "diagnose_loss"):
+        monkeypatch.setattr(f"fnn.diagnosis.diagnose.{name}", lambda *args, name=name, **more: asked.append(name))
+    monkeypatch.setattr(diagnose, "_told", lambda found, html: 0)
+    for function in ("make", "plain"):
+        assert main.main(["diagnose", f"{path}:{function}"]) == 0
+    assert asked == ["diagnose_loss", "diagnose"]
+
+
 def test_the_command_that_diagnoses_a_training_can_be_typed():
     for residual, word in ((True, "--residual"), (False, "--no-residual")):
         model = recipes.Mlp(residual=residual)

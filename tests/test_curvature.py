@@ -199,6 +199,13 @@ def test_critical_rate_of_a_quadratic_in_few_passes(near, x64):
     assert np.isnan(c.critical({"x": -as_jax(g)}).rate)  # uphill
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_critical_rate_of_a_loss_in_less_than_the_params_type(dtype, x64):
+    w = jnp.array([1.0, -2.0])
+    found = fnn.curvature(lambda w: (0.5 * jnp.sum(w**2)).astype(dtype))(w).critical()
+    assert abs(float(found.rate) / 2 - 1) < (1e-3 if dtype == jnp.float32 else 0.05)  # |w - r w| = |w| at r = 2
+
+
 def test_critical_rate_of_a_net_is_where_its_loss_first_rises(x64):
     net, state, batch = case("mlp")
     c = fnn.curvature(ENTROPY, outputs=net)(state, batch)

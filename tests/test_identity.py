@@ -287,3 +287,14 @@ def test_a_whole_number_beside_a_decimal_on_a_traced_axis():
 def test_axes_that_have_no_one_type_are_refused(axes, error, sentence):
     with pytest.raises(error, match=sentence):
         tiny(axes=axes).describe()
+
+
+def test_a_linen_module_is_what_it_holds_not_when_it_was_made():
+    from flax import linen
+
+    def made(width):
+        net = linen.Sequential([linen.Dense(width), linen.tanh])
+        return lambda: net
+
+    first, again, other = (identify(made(width)).name for width in (2, 2, 3))
+    assert first == again != other

@@ -147,7 +147,10 @@ def test_half_a_line_is_cut_off(tmp_path):
     logger.resume(1)
     assert path.read_text() == "step,name,value\n1,loss,0.5\n"
     logger.log({'a,"b"': float("nan")}, step=3)
-    assert list(pl.read_csv(path)["name"]) == ["loss", 'a,"b"']
+    logger.log({"loss": float("inf")}, step=4)
+    table = pl.read_csv(path)
+    assert list(table["name"]) == ["loss", 'a,"b"', "loss"]
+    assert table["value"].dtype == pl.Float64 and table["value"].is_nan().to_list() == [False, True, False]
 
 
 def test_killed_while_it_logs(tmp_path):

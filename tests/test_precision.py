@@ -169,6 +169,14 @@ def test_norms_of_examples_in_float16_do_not_depend_on_the_size_of_the_batch():
     np.testing.assert_allclose(found(params, x).norms()[:4], found(params, x[:4]).norms(), rtol=1e-3)
 
 
+def test_gradients_of_float32_parameters_are_measured_in_float32_under_x64(x64):
+    """Else a condition number takes float64's rounding for theirs."""
+    w, x = jnp.ones((3, 2), jnp.float32), np.float32(np.random.default_rng(0).normal(size=(5, 3)))
+    g = fnn.per_example(lambda p, x: jnp.sum(jnp.square(x @ p)))(w, x)
+    found = g.norms(), g.gram(), g.variance(), g.mean(), g.clipped_mean(1.0).bias
+    assert {a.dtype for a in found} == {jnp.dtype(jnp.float32)}
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_moments_of_half_precision_parameters_are_those_of_unrounded_gradients(dtype):
     """The mean is rounded only when it is returned: |mean|² is a thousand times the variance here."""

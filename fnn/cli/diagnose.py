@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from fnn.cli.recipes import M, Model, Training
 from fnn.cli.terminal import printable
 
@@ -118,7 +120,9 @@ def run_script(options: Script) -> int:
     _check_page(options.html)
     given = _made(options.script)
     args, more = (given[:-1], given[-1]) if isinstance(given[-1], dict) else (given, {})
-    function = diagnose if args and callable(args[1] if len(args) > 1 else more.get("loss")) else diagnose_loss
+    second = args[1] if len(args) > 1 else more.get("loss")  # a loss, or the parameters, which Equinox makes callable
+    model = any(hasattr(a, "shape") for a in jax.tree.leaves(second))
+    function = diagnose if args and callable(second) and not model else diagnose_loss
     return _told(function(*args, **{"budget": options.budget, "progress": True, **more}), options.html)
 
 

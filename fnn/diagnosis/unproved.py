@@ -173,8 +173,8 @@ LATE: tuple[Rule, ...] = (
     labels_without_a_minimum,
     one_label_alone,
     every_pair,
+    no_positions,  # a table of positions that is not used is a net without positions
     weights_without_use,
     no_gradient,
-    no_positions,
     numbers_lost_in_training,
 )

@@ -110,7 +110,8 @@ class PerExampleGradients:
 
     def _mean(self) -> PyTree:
         """Average without rounding to the parameters' types: differences of means, and of norms, are left of it."""
-        w = None if self.share == self.batch else jnp.full(self.batch, self.share / self.batch)
+        wide = jnp.result_type(jnp.float32, *(spec.dtype for spec, _ in self.specs))
+        w = None if self.share == self.batch else jnp.full(self.batch, self.share / self.batch, wide)
         return self._sum([w] * len(self.leaves))
 
     @compiled.limited
@@ -251,7 +252,7 @@ class PerExampleGradients:
         ]
 
     def _total(self, norms: list[jax.Array]) -> jax.Array:
-        rows = [jnp.zeros((1, self.batch)), *(n.reshape(-1, self.batch) for n in norms)]
+        rows = [jnp.zeros((1, self.batch), jnp.float32), *(n.reshape(-1, self.batch) for n in norms)]
         return tree.length(jnp.concatenate(rows), 0)
 
     def estimates(self) -> Estimates:
@@ -266,7 +267,7 @@ class PerExampleGradients:
     def _gram(self) -> tuple[jax.Array, jax.Array]:
         """Take all <g_i, g_j>/(scale_i scale_j)/share², and the scales, which bound the numbers of g_i/share."""
         bounds = [leaf.bounds().reshape(-1, self.batch) for leaf in self.leaves]
-        scale = tree.divisor(jnp.max(jnp.concatenate([jnp.zeros((1, self.batch)), *bounds]), axis=0))
+        scale = tree.divisor(jnp.max(jnp.concatenate([jnp.zeros((1, self.batch), jnp.float32), *bounds]), axis=0))
         return sum(
             (leaf.gram(scale) for leaf in self.leaves), start=jnp.zeros((self.batch, self.batch), jnp.float32)
         ), scale
@@ -282,8 +283,7 @@ class PerExampleGradients:
 
     def _cast(self, sums: PyTree) -> PyTree:
         """Give sums the types of the parameters."""
-        values = jax.tree.leaves(sums)
-        return self._unflatten([a.astype(spec.dtype) for a, (spec, _) in self._with_specs(values)])
+        return self._unflatten([a.astype(spec.dtype) for a, (spec, _) in self._with_specs(jax.tree.leaves(sums))])
 
     def _kept(self, wanted: jax.Array) -> "PerExampleGradients":
         """Replace some examples' gradients by zeros, also where these are NaN."""
@@ -321,7 +321,7 @@ def total(found: Estimates) -> Estimates:
     """Add up the estimates of all arrays, in one unit: float[] each."""
     parts = list(zip(*map(jax.tree.leaves, found), strict=True))
     sizes = [jnp.max(unit * tree.safe_sqrt(trace + jnp.abs(signal)), initial=0) for trace, signal, unit in parts]
-    unit = _unit(jnp.max(jnp.stack([jnp.zeros(()), *sizes])))
+    unit = _unit(jnp.max(jnp.stack([jnp.zeros((), jnp.float32), *sizes])))
     moments = [Estimates(*part).moments(unit) for part in parts]
     traces, signals = ([jnp.sum(moment[i]) for moment in moments] for i in range(2))
     return Estimates(

@@ -63,7 +63,7 @@ def critical(loss: Callable[[Any], Any], start: Any, near: Any, tolerance: float
         straight, usable = line(s)
         middle = jnp.sqrt(s.low) * jnp.sqrt(s.high)
         # Not nearer to an end than the tolerance, so that the second of two good guesses closes the bracket.
-        apart = (1 + 0.9 * tolerance) ** (4.0 ** jnp.minimum(s.slow, 6))
+        apart = jnp.asarray((1 + 0.9 * tolerance) ** (4.0 ** jnp.minimum(s.slow, 6)), dtype)  # under x64 it is float64
         found = jnp.where(usable, straight, middle)
         return jnp.clip(found, jnp.minimum(s.low * apart, middle), jnp.maximum(s.high / apart, middle))
 

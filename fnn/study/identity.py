@@ -30,6 +30,9 @@ MOST = 200_000
 """Values that are looked at; a function that reaches more is in doubt."""
 RECORDED = ("fnn", "jax", "jaxlib", "optax", "flax", "numpy", "polars")
 """Packages whose versions each session records."""
+LINEN = ("flax.linen.module", "Module")
+RUNNING = {"_id", "_state", "_parent_ref"}
+"""What Flax counts while a process runs, and no part of what a module is."""
 HEAP_TYPE = 1 << 9
 """Python's flag of classes that a `class` statement has made."""
 _HOME = Path(__file__).parent.parent
@@ -167,6 +170,9 @@ class _Walk:
             reduce = copyreg.dispatch_table.get(type(value))
             parts = value.__reduce_ex__(4) if reduce is None else reduce(value)
             parts = (parts,) if isinstance(parts, str) else (*parts[:3], *(list(p or ()) for p in parts[3:5]))
+            if any((t.__module__, t.__name__) == LINEN for t in type(value).__mro__) and len(parts) > 2:
+                content = {name: a for name, a in dict(parts[2] or {}).items() if name not in RUNNING}
+                parts = (*parts[:2], content, *parts[3:])
         except RecursionError:
             raise
         except Exception:  # __reduce__ may be anybody's code

@@ -38,7 +38,9 @@ _KNOWN = {
     "train_loss": Quantity("loss", "loss of the step's batch", False),
     "train_accuracy": Quantity("accuracy", "accuracy on the step's batch", False),
     "grad_norm": Quantity("gradient norm", "norm of the whole gradient, before clipping", False),
-    "clip_fraction": Quantity("share of steps", "steps whose gradient was clipped, as a share", False),
+    "clip_fraction": Quantity(
+        "share clipped", "what was clipped of a step's gradient (of steps, entries, layers or rows), as a share", False
+    ),
     "sharpness": Quantity("sharpness", "sharpness (largest eigenvalue of the Hessian)", False),
     "preconditioned_sharpness": Quantity("sharpness", "preconditioned sharpness (largest eigenvalue of P⁻¹H)", False),
     "lambda_c": Quantity(

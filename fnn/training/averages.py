@@ -46,7 +46,7 @@ def averaged(transformation: optax.GradientTransformation, decay: float) -> opta
     def update(updates, state, params: Any = None, **extra):
         updates, own = inner.update(updates, state.inner, params, **extra)
         new = optax.apply_updates(params, updates)
-        mean = jax.tree.map(lambda m, a: (decay * m + (1 - decay) * a).astype(m.dtype), state.mean, new)
+        mean = jax.tree.map(lambda m, a: decay * m + (1 - decay) * a.astype(m.dtype), state.mean, new)
         return updates, AveragedState(own, mean, decay * state.weight + (1 - decay))
 
     return optax.GradientTransformationExtraArgs(init, update)

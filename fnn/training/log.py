@@ -313,6 +313,7 @@ def _needs(module: str, who: str, extra: str) -> Any:
 
 def _lines(rows: Any) -> str:
     text = io.StringIO()
+    rows = [["NaN" if isinstance(a, float) and a != a else a for a in row] for row in rows]  # polars reads no "nan"
     _csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
