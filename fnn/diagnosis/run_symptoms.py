@@ -94,7 +94,7 @@ def run_symptoms(
             evidence.append(Evidence("label_encoding", text))
         else:
             evidence.append(Evidence("loss", f"{what}: no answer is the best one"))
-    elif case.task.name == "score" and useless(outcome):
+    elif case.task.name == "score" and outcome.began is not None and useless(outcome):
         text = (
             f"the loss falls from {np.median(losses[:, 0]):.3g} to {np.median(tail):.3g}, and the score does not rise: "
             f"{shown(float(np.mean(outcome.began)))} at the start, {shown(float(np.mean(outcome.chooses)))} at the end"

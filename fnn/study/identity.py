@@ -171,7 +171,7 @@ class _Walk:
             parts = value.__reduce_ex__(4) if reduce is None else reduce(value)
             parts = (parts,) if isinstance(parts, str) else (*parts[:3], *(list(p or ()) for p in parts[3:5]))
             if any((t.__module__, t.__name__) == LINEN for t in type(value).__mro__) and len(parts) > 2:
-                content = {name: a for name, a in dict(parts[2] or {}).items() if name not in RUNNING}
+                content = {name: a for name, a in vars(value).items() if name not in RUNNING}
                 parts = (*parts[:2], content, *parts[3:])
         except RecursionError:
             raise
