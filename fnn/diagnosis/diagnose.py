@@ -57,8 +57,10 @@ def diagnose(
     The score is balanced accuracy, or R², of held-out data; without them of the training data, and the report says so. Or it
     is `score(outputs, y)`, one number or float[batch], higher is better, 0 no better than a guess, 1 perfect: where outputs
     are no predictions of y, as of a Poisson loss that takes logarithms of rates.
-    `healthy` means: above chance, not 0.2 below what the nearest training examples give, seeds agree, and no change that
-    was tried raises the score by more than that; with `target`, that the score reaches it. `budget` in seconds ends the search; what was not tried is listed.
+    `healthy` means: above chance, higher than before the first step (or near 1), not 0.2 below what the nearest training
+    examples give, seeds agree, and no change that was tried raises the score by more than that; with `target`, that the score
+    reaches it. Where only the loss is known, nobody can say how low it could be: a low score may be healthy.
+    `budget` in seconds ends the search; what was not tried is listed.
 
     Errors: ValueError for a knob without a default, a batch larger than the data, targets that are no labels and no
     numbers, or a loss that is least at outputs that are another function of these, without a `score`; TypeError for what is no net, loss or optimizer. The keywords are many because each can be left out.
