@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -234,3 +235,14 @@ def test_a_cell_is_used_more_than_once():
     for loss, want in ((encoders, False), (cell, True)):
         made = loss_case_of(loss, params, [(x, x[:, :1])], optax.sgd(0.1), None, None, steps=6, seeds=1, shuffle=False)
         assert made.gated == want
+
+
+def test_weights_that_never_reach_the_loss_are_told_from_gates_that_open():
+    def state(idle, **gradient):
+        return SimpleNamespace(idle=idle, gradient=gradient, constant=False)
+
+    begun = state(("a", "b"), a=-np.inf, b=-np.inf, c=0.5)
+    assert run_symptoms.never_used(begun, state(("b",))) == ["b"]
+    assert (
+        run_symptoms.never_used(state(("a",), a=-np.inf), state(("a",))) == []
+    )  # nothing reaches it: the head, or the loss

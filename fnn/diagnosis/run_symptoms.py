@@ -39,7 +39,12 @@ def middle_symptoms(case: Case, begun: Start, found: Start) -> list[Evidence]:
 
 
 def never_used(begun: Start, middle: Start) -> list[str]:
-    """List the kernels on which the loss depends neither at first nor after half of the steps, when gates have opened."""
+    """List the kernels on which the loss depends neither at first nor after half of the steps, when gates have opened.
+
+    None where it depends on nothing: then the fault lies behind them all.
+    """
+    if begun.constant or not any(value > -np.inf for value in begun.gradient.values()):
+        return []
     return [path for path in begun.idle if path in middle.idle]
 
 
