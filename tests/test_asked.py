@@ -267,6 +267,8 @@ def test_an_axis_of_one_study_alone_is_no_seed():
     for pair in ((plain, plain.drop("sigma_w")), (plain.drop("sigma_w"), plain)):
         with pytest.raises(ValueError, match="sigma_w with 2 values in .*; compare tables filtered to one of them"):
             fnn.compare(*pair)
+    zipped = plain.with_columns(shift=pl.col("sigma_w") + 1).select("cell", "shift", *plain.columns[1:])
+    assert fnn.compare(zipped, plain)["difference"].abs().max() == 0  # sigma_w tells it
     one = plain.filter(sigma_w=1.5)
     assert fnn.compare(one, one.drop("sigma_w"))["difference"].abs().max() == 0
 

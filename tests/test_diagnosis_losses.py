@@ -188,7 +188,7 @@ def test_a_score_that_training_does_not_raise_is_no_health():
         progress=False,
     )
     assert not found.healthy and found.causes[0].name == "loss"
-    assert "the score does not rise" in found.causes[0].evidence[0].text
+    assert "the score falls too" in found.causes[0].evidence[0].text
 
 
 def test_neighbours_are_asked_for_inputs_that_are_a_tree():
@@ -243,6 +243,24 @@ def test_weights_that_never_reach_the_loss_are_told_from_gates_that_open():
 
     begun = state(("a", "b"), a=-np.inf, b=-np.inf, c=0.5)
     assert run_symptoms.never_used(begun, state(("b",))) == ["b"]
-    assert (
-        run_symptoms.never_used(state(("a",), a=-np.inf), state(("a",))) == []
-    )  # nothing reaches it: the head, or the loss
+    nothing = state(("a",), a=-np.inf)  # reaches the loss: it is the head's fault, or the loss's
+    assert run_symptoms.never_used(nothing, nothing) == []
+
+
+def test_a_net_that_was_trained_before_and_stays_as_it_is_is_undecided():
+    """It may be at its best, or learn nothing."""
+    rng = np.random.default_rng(4)
+    x = np.float32(0.1 * rng.normal(size=(160, 1)))
+    y = np.int32(x[:, 0] + 0.08 * rng.normal(size=160) > 0)
+    trained = {"w": np.float32([[-5, 5]]), "b": np.zeros(2, np.float32)}
+    batches = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 96, 16)]
+
+    def loss(p, b):
+        return jnp.mean(fnn.losses.cross_entropy(b[0] @ p["w"] + p["b"], b[1]))
+
+    def accuracy(p, b):
+        return jnp.mean(jnp.argmax(b[0] @ p["w"] + p["b"], 1) == b[1])
+
+    options = {"score": accuracy, "steps": 40, "seeds": 2, "budget": 60, "progress": False}
+    found = fnn.diagnose_loss(loss, trained, batches, optax.sgd(1e-3), [(x[96:], y[96:])], **options)
+    assert not found.healthy and not found.causes and repr(found).startswith("UNDECIDED")

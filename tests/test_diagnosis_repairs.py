@@ -179,12 +179,19 @@ def a_trial(name, scores):
 
 @pytest.mark.parametrize(
     "base, best, began, counts",
-    [(-0.9, -0.1, None, 0), (-0.9, 0.5, 0.0, 1), (0.0, 0.09, 0.0, 0), (0.5, 0.9, 0.6, 1), (0.0, 0.4, 0.5, 0)],
+    [
+        (-0.9, -0.1, None, 0),
+        (-0.9, 0.5, 0.0, 1),
+        (0.0, 0.09, 0.0, 0),
+        (0.5, 0.9, 0.6, 1),
+        (0.1, 0.4, 0.5, 0),
+        (0.1, 0.49, 0.5, 1),
+    ],
 )
 def test_a_repair_ends_above_chance_and_above_the_start(base, best, began, counts):
     as_it_is, other = a_trial(NOTHING.name, (base, base)), a_trial("rate × 0.1", (best, best))
     as_it_is.change = NOTHING
-    as_it_is.outcome = SimpleNamespace(began=None if began is None else np.full(2, began))
+    as_it_is.outcome = SimpleNamespace(began=None if began is None else np.full(2, began), chooses=np.full(2, base))
     inquiry = SimpleNamespace(
         base=as_it_is,
         best=lambda: best,

@@ -142,3 +142,23 @@ def test_a_loss_that_is_least_at_half_of_the_targets_is_measured():
     found = symptoms._loss_symptoms(case, Plan(), SimpleNamespace(outputs=COUNTS))
     assert [e.cause for e in found] == ["loss"]
     assert "least at outputs of 0.496 for targets of 1, and of 2.5 for 5" in found[0].text
+
+
+def test_a_loss_that_compares_examples_is_asked_of_one_alone():
+    """With itself an output has no difference: the loss says nothing of it, and it is no other function of the targets."""
+
+    def pairs(outputs, y):
+        return jnp.mean(((outputs - outputs.T) - (y - y.T)) ** 2, 1)
+
+    assert least_at(pairs, COUNTS, (200, 1)) == []
+
+
+def test_a_score_that_jax_cannot_trace_is_one_sentence():
+    data = np.float32(RNG.normal(size=(40, 3))), COUNTS[:40]
+    options = {"batch_size": 8, "steps": 2, "seeds": 1, "progress": False}
+    for score, sentence in (
+        (0.5, "score must be a function"),
+        (lambda o, y: np.asarray(o).mean(), "computed by jax.numpy"),
+    ):
+        with pytest.raises(TypeError, match=sentence):
+            fnn.diagnose(fnn.dense(1), fnn.losses.mse, optax.sgd(0.1), data, score=score, **options)

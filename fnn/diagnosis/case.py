@@ -164,7 +164,7 @@ class Case:
 
         def objective(params, state, batch, key):
             outputs, new = trained(params, state, batch[0], key)
-            return measures.shares("diagnose", loss, outputs, batch[1])["loss"], new
+            return plan.sign * measures.shares("diagnose", loss, outputs, batch[1])["loss"], new
 
         if plan.float32:
             return Model(draw, in_float32(objective), in_float32(outputs))

@@ -242,11 +242,6 @@ def _of_program(case: Case) -> list[Change]:
                 "last",
                 "sigmoid",
             )
-    if case.task.name == "score":
-        code = "# minimise -loss: as it is, the loss falls where the score does"
-        found.append(
-            Change("the loss with the other sign", ("loss",), setting(sign=-1.0), code, True, on_suspicion=True)
-        )
     if case.penalized:
         code = "# leave out the penalty, the term of the loss that depends on the parameters alone, or make it smaller"
         found.append(Change("no weight penalty", ("regularization",), setting(bare=True), code, True))
@@ -265,6 +260,9 @@ def _swap(role: str, by: str) -> Callable[[Plan], Plan]:
 
 def _of_loss(case: Case) -> list[Change]:
     loss = case.task.loss
+    if case.task.score == "score":
+        code = "# minimise -loss: as it is, the loss falls where the score does"
+        return [Change("the loss with the other sign", ("loss",), setting(sign=-1.0), code, True, on_suspicion=True)]
     if case.task.name:  # a loss of which no outputs are known
         return []
     if loss is None or loss is case.loss or (case.task.kind == "regression" and case.held_out is False):

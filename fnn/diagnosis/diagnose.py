@@ -59,7 +59,8 @@ def diagnose(
     are no predictions of y, as of a Poisson loss that takes logarithms of rates.
     `healthy` means: above chance, higher than before the first step (or near 1), not 0.2 below what the nearest training
     examples give, seeds agree, and no change that was tried raises the score by more than that; with `target`, that the score
-    reaches it. Where only the loss is known, nobody can say how low it could be: a low score may be healthy.
+    reaches it. Where only the loss is known, nobody can say how low it could be: a low score may be healthy; with weights that
+    are not used, or a net that sees no order, it is undecided.
     `budget` in seconds ends the search; what was not tried is listed.
 
     Errors: ValueError for a knob without a default, a batch larger than the data, targets that are no labels and no

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
+from fnn import tree
 from fnn.arrays import first_line
 from fnn.diagnosis import data_symptoms, run_symptoms, start, symptoms
 from fnn.diagnosis.case import Case, Plan
@@ -65,6 +66,8 @@ class Inquiry:
     learnable: str = ""
     idle: list[str] = field(default_factory=list)
     """Kernels that the loss does not depend on."""
+    idle_share: float = 0.0
+    """How much of all parameters they are."""
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -113,6 +116,10 @@ class Inquiry:
         if all(np.isfinite(np.asarray(a, np.float32)).all() for a in jax.tree.leaves(middle[0])):
             then = start.measured(self.runner, plan, *middle)
             self.idle = run_symptoms.never_used(begun, then)
+            params = self.runner.draw(plan, 0)[0]
+            sizes = [(path.removesuffix("/value"), np.size(a)) for path, a in tree.rows(params)]
+            idle = sum(size for path, size in sizes if path in self.idle)
+            self.idle_share = idle / max(1, sum(size for _, size in sizes))
             later = run_symptoms.middle_symptoms(case, begun, then)
             for e in later:
                 self.tell(e.text)
@@ -167,7 +174,7 @@ class Inquiry:
         ]
         every = [c for c in every if not c.on_suspicion or suspects & set(c.causes)]
         every.sort(key=lambda c: (c.own_program, not suspects & set(c.causes), c.costs))
-        plans = {change.name: change.apply(Plan()) for change in every}
+        plans, order = {change.name: change.apply(Plan()) for change in every}, list(every)
 
         def needless(change):
             stages = [STAGE[cause] for cause in suspects & set(change.causes)]
@@ -178,7 +185,8 @@ class Inquiry:
                 not change.own_program or self.runner.known(plans[change.name]),
                 suspects & set(change.causes),
             )
-            return not (suspect and ready), not ready, min(map(STAGE.__getitem__, change.causes)), every.index(change)
+            stage = min(map(STAGE.__getitem__, change.causes))
+            return not (suspect and ready), not ready, not suspect, stage, order.index(change)
 
         while every:
             every.remove(change := min(every, key=rank))
@@ -186,7 +194,7 @@ class Inquiry:
                 self.skipped[change.name] = SETTLED
             elif self.affords(change, plans[change.name]):
                 self.attempt(change, plans[change.name])
-            for later in every:  # compiled by the other thread, while this one trains
+            for later in sorted(every, key=rank):  # compiled by the other thread, while this one trains
                 if self.runner.waiting >= 2:
                     break
                 costs = 2 * self.costs(later, plans[later.name])

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fnn.diagnosis import unproved
 from fnn.diagnosis.case import Case, Plan
-from fnn.diagnosis.causes import Cause, Evidence, Trial, shown
+from fnn.diagnosis.causes import LEAST, Cause, Evidence, Trial, shown
 from fnn.diagnosis.changes import changes
 from fnn.diagnosis.inquiry import NOTHING, Inquiry, Tried
 from fnn.diagnosis.start import Start
@@ -227,10 +228,18 @@ def diagnosis_of(inquiry: Inquiry, verdict: Verdict, target: float | None) -> Di
     task = inquiry.case.task
     everything = [trial(t) for t in inquiry.tried.values() if t.change is not NOTHING]
     return Diagnosis(
-        tuple(causes), not verdict.ill and not causes and decided(inquiry), task.score, task.chance, inquiry.case.held_out, trial(inquiry.base),
+        tuple(causes), not verdict.ill and not causes and decided(inquiry) and not doubtful(inquiry), task.score, task.chance, inquiry.case.held_out, trial(inquiry.base),
         tuple(everything), tuple(t.change.name for t in working), tuple(inquiry.evidence), inquiry.learnable,
         dict(inquiry.skipped), bool(steps), two, curves, profiles, inquiry.spent, target, verdict.adds, others, verdict.ill,
     )  # fmt: skip
+
+
+def doubtful(inquiry: Inquiry) -> bool:
+    """Whether a low score goes with what may be a fault, and may be none: no gain by training, unused weights, no order."""
+    base, chance = inquiry.base, inquiry.case.task.chance
+    began = base.outcome.began
+    stays = began is not None and base.mean <= float(np.mean(began)) + LEAST and base.mean < chance + 0.8 * (1 - chance)
+    return stays or (unproved.short(inquiry) and (bool(inquiry.idle) or inquiry.begun.blind))
 
 
 def decided(inquiry: Inquiry) -> bool:

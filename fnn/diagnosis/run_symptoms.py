@@ -58,16 +58,16 @@ def endless(losses: np.ndarray) -> bool:
 
 
 def useless(outcome: Outcome) -> bool:
-    """Whether the loss falls by a tenth or more while the score does not rise."""
+    """Whether the loss falls by a tenth or more while the score falls too."""
     losses = outcome.losses
     first, last = (float(np.median(part)) for part in (losses[:, 0], losses[:, -max(1, losses.shape[1] // 5) :]))
     falls = bool(np.isfinite(last) and first - last > 0.1 * abs(first))
-    return falls and unraised(outcome)
+    return falls and spoilt(outcome)
 
 
-def unraised(outcome: Outcome) -> bool:
-    """Whether the trained net scores no higher than the one that began."""
-    return outcome.began is not None and float(np.mean(outcome.chooses)) <= float(np.mean(outcome.began)) + LEAST
+def spoilt(outcome: Outcome) -> bool:
+    """Whether the trained net scores lower than the one that began."""
+    return outcome.began is not None and float(np.mean(outcome.chooses)) < float(np.mean(outcome.began)) - LEAST
 
 
 def _insensitive(outcome: Outcome, response: Response) -> Evidence | None:
@@ -99,13 +99,13 @@ def run_symptoms(
             evidence.append(Evidence("label_encoding", text))
         else:
             evidence.append(Evidence("loss", f"{what}: no answer is the best one"))
-    elif case.task.name == "score" and outcome.began is not None and useless(outcome):
+    elif case.task.score == "score" and outcome.began is not None and useless(outcome):
         text = (
-            f"the loss falls from {np.median(losses[:, 0]):.3g} to {np.median(tail):.3g}, and the score does not rise: "
+            f"the loss falls from {np.median(losses[:, 0]):.3g} to {np.median(tail):.3g}, and the score falls too: "
             f"{shown(float(np.mean(outcome.began)))} at the start, {shown(float(np.mean(outcome.chooses)))} at the end"
         )
         evidence.append(Evidence("loss", text))
-    elif case.task.name == "score" and case.task.kind in ("classes", "multi_label") and np.median(tail) < 0:
+    elif case.task.score == "score" and case.task.kind in ("classes", "multi_label") and np.median(tail) < 0:
         text = (
             f"the loss becomes {np.median(tail):.3g}, less than that of right answers that are sure (for most losses 0)"
         )

@@ -51,7 +51,7 @@ def start_symptoms(case: Case, plan: Plan, found: Start) -> list[Evidence]:
         )
     evidence += reads.evidence(found.reads, np.asarray(case.y))
     if case.value(plan, "activation") == "softmax":
-        text = "a softmax stands between layers: all units of a layer add up to 1, and hardly any gradient gets through"
+        text = "a softmax stands between layers: the units of a layer add up to 1"
         evidence.append(Evidence("activation", text))
     if found.linear and case.task.kind != "exact":
         evidence.append(Evidence("activation", "the net is linear in its inputs, however many layers it has"))

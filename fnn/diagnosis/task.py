@@ -55,7 +55,12 @@ class Task:
         outputs = jnp.asarray(outputs)
         good = jnp.all(jnp.isfinite(outputs.reshape(outputs.shape[0], -1)), axis=1)
         if self.own is not None:
-            score = jnp.asarray(self.own(outputs, y))
+            try:
+                score = jnp.asarray(self.own(outputs, y))
+            except jax.errors.TracerArrayConversionError:
+                raise TypeError(
+                    "diagnose: score must be computed by jax.numpy, got one that takes NumPy arrays"
+                ) from None
             if score.shape not in ((), (len(y),)):
                 raise ValueError(
                     "diagnose: score must return one number, or one for each example, higher for better outputs, got "
@@ -87,6 +92,10 @@ class Task:
         return jnp.sum(hits / jnp.maximum(there, 1)) / jnp.maximum(1, jnp.sum(there > 0))
 
 
+LARGE = 10_000
+"""Numbers in the outputs of one example beyond which no loss is asked about them."""
+
+
 def in_targets(loss: Callable[[np.ndarray], float], y: np.ndarray) -> str:
     """Say how a loss depends on targets of floats: "linear", as an entropy does, "square", as the mean of (z - y)² does, or "".
 
@@ -115,6 +124,8 @@ def one_hot_cross_entropy(outputs: Any, y: Any) -> jax.Array:
 def task_of(loss: Callable[[Any, Any], Any], y: np.ndarray, shape: tuple[int, ...], score: Any = None) -> Task:
     """Find out what the targets ask for; `shape` is that of the outputs, batch axis first, `score` the user's."""
     if score is not None:
+        if not callable(score):
+            raise TypeError(f"diagnose: score must be a function (outputs, y), got {type(score).__name__}")
         return Task("exact", own=score)
     units = int(np.prod(shape[1:], dtype=int))
     column = y.size == len(y)
@@ -154,8 +165,12 @@ def least_at(loss: Callable[[Any, Any], Any], y: np.ndarray, shape: tuple[int, .
     """Pair targets with the output at which the loss of each is least; () if an output equal to the target is as good."""
     y = np.asarray(y)
     middle, spread = float(np.median(y)), float(np.std(y))
-    if not np.isfinite(spread) or spread == 0:
+    if not np.isfinite(spread) or spread == 0 or np.prod(shape[1:], dtype=int) > LARGE:
         return []
+
+    def alone(output, target):  # a loss may compare examples with each other
+        return jnp.mean(loss(output[None], target[None]))
+
     steps = np.concatenate([[0.0], np.geomspace(1e-2, 30, 160)])
     steps = np.concatenate([-steps[:0:-1], steps]).astype(np.float64)
     found, off = [], False
@@ -163,10 +178,7 @@ def least_at(loss: Callable[[Any, Any], Any], y: np.ndarray, shape: tuple[int, .
         tried = np.unique(np.concatenate([c + spread * steps, middle + spread * steps, steps, [c]])).astype(np.float32)
         z = jnp.broadcast_to(jnp.asarray(tried).reshape(-1, *[1] * (len(shape) - 1)), (len(tried), *shape[1:]))
         with np.errstate(all="ignore"):
-            costs = np.asarray(loss(z, np.full((len(tried), *y.shape[1:]), c, y.dtype)), np.float64)
-        if costs.shape[:1] != tried.shape:
-            return []
-        costs = costs.reshape(len(tried), -1).mean(1)
+            costs = np.asarray(jax.vmap(alone)(z, jnp.full((len(tried), *y.shape[1:]), c, y.dtype)), np.float64)
         own = float(costs[np.argmin(np.abs(tried - c))])
         near = np.abs(tried - c) <= spread
         if not np.isfinite(own) or not np.isfinite(costs[near]).all():

@@ -133,7 +133,7 @@ def every_pair(inquiry: Inquiry, ill: bool) -> Cause | None:
 
 def weights_without_use(inquiry: Inquiry, ill: bool) -> Cause | None:
     """Name kernels that do not reach the loss, of a net that learns little: no score shows what they would have given."""
-    if not inquiry.idle or not (ill or short(inquiry)):
+    if not inquiry.idle or not (ill or (short(inquiry) and inquiry.idle_share >= 0.5)):
         return None
     remedy = (
         f"# {', '.join(inquiry.idle[:3])}: find where the result is lost, in a factor of 0 or a value that nobody reads"
@@ -160,7 +160,7 @@ def no_positions(inquiry: Inquiry, ill: bool) -> Cause | None:
     """Name a net that cannot see the order of its inputs, where no change from outside can give it."""
     begun = inquiry.begun
     given = any("positions" in t.change.causes for t in inquiry.tried.values())
-    if given or not begun.blind or not (ill or begun.placed or short(inquiry)):
+    if given or not begun.blind or not (ill or begun.placed or (short(inquiry) and inquiry.idle)):
         return None
     remedy = "# add to the inputs of the first block a vector that differs from position to position"
     remedy += ": encoding[None, :, :], not encoding[:, None, :]" * begun.placed

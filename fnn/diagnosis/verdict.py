@@ -120,8 +120,11 @@ def works(inquiry: Inquiry) -> list[Tried]:
     """List the single changes that raise the score enough, and above chance, the surest first."""
     base, top = inquiry.base, inquiry.best()
     least, floor = margin(base.scores), low(inquiry.case.task.chance)
-    if (began := base.outcome.began) is not None:  # a net that is trained less far may only be less spoilt
-        floor = max(floor, float(np.mean(began)) + LEAST)
+    if (
+        base.outcome.began is not None
+    ):  # a net that is trained less far may only be less spoilt; back to the start is a cure
+        spoilt = run_symptoms.spoilt(base.outcome)
+        floor = max(floor, float(np.mean(base.outcome.began)) + (-LEAST if spoilt else LEAST))
     found = []
     for tried in inquiry.tried.values():
         rise = tried.mean - base.mean
@@ -267,7 +270,7 @@ def sick(inquiry: Inquiry, target: float | None) -> bool:
     return (
         float(np.mean(scores)) < data_symptoms.within_reach(inquiry.case) - SHORT
         or min(scores) <= low(chance)
-        or (run_symptoms.unraised(inquiry.base.outcome) and float(np.mean(scores)) < chance + 0.8 * (1 - chance))
+        or run_symptoms.spoilt(inquiry.base.outcome)
         or bool(inquiry.begun.unread)
         or run_symptoms.endless(inquiry.base.outcome.losses)
         or bool(inquiry.begun.reads.ignored)

@@ -331,7 +331,7 @@ def total(found: Estimates) -> Estimates:
 
 def _wide(w: ArrayLike) -> jax.Array:
     """Take weights as floats of at least 32 bits: whole numbers of few bits would wrap around when they are scaled."""
-    return jnp.asarray(w).astype(jnp.promote_types(jnp.result_type(w), jnp.float32))
+    return jnp.asarray(w, jnp.promote_types(jnp.asarray(w).dtype, jnp.float32))
 
 
 def _unit(norm: jax.Array) -> jax.Array:

@@ -69,7 +69,7 @@ class PerExample:
 
         functions = {"plain gradient": jax.value_and_grad(self._mean)}
         functions |= {name: asked(method) for name, method in PRICED.items()}
-        batch = arrays.arrays("per_example.price", "the batch", batch)
+        (batch,) = arrays.arguments("per_example.price", (batch,))
         return priced("per_example.price", functions, (params, batch, key), rounds)
 
 
@@ -140,7 +140,7 @@ def per_example(
         check.alive("per_example", params)
         if key is not None:
             check.prng_key("per_example", key)
-        batch = arrays.arrays("per_example", "the batch", batch)
+        (batch,) = arrays.arguments("per_example", (batch,))
         size = batch_size(batch)
         keys = None if key is None else jax.random.split(key, size)
         nonlocal run

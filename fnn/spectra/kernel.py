@@ -131,7 +131,7 @@ def _of_function(function: Any, kept: Any, params: Any, batch: Any) -> Kernel:
 
 def _kernel(function: Any, kept: Any, params: Any, batch: Any) -> Kernel:
     check.parameters("kernel", params)
-    batch = arrays.arrays("kernel", "the batch", batch)
+    (batch,) = arrays.arguments("kernel", (batch,))
     admission.examples("kernel", (batch, None))
     like, example = _spec((kept, params)), _spec(batch, 1)  # without the arrays' shardings
     with check.foreign("kernel"):

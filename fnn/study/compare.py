@@ -94,9 +94,12 @@ def different_axes(left: "polars.DataFrame", right: "polars.DataFrame") -> dict[
 
 
 def _check_alone(here: str, there: str, table: "polars.DataFrame", other: "polars.DataFrame") -> None:
-    """Refuse an axis of one study alone that has several values: they would count as seeds."""
-    for name in table.columns[: table.columns.index("step")]:
-        if name not in (*OWN, *other.columns) and table[name].n_unique() > 1:
+    """Refuse an axis of one study alone with several values that no other axis tells: they would count as seeds."""
+    axes = [name for name in table.columns[: table.columns.index("step")] if name != "cell"]
+    common = [name for name in axes if name in other.columns]
+    for name in axes:
+        runs = table.select({*common, name}).unique()
+        if name not in (*OWN, *other.columns) and runs.height > runs.select(common).n_unique():
             raise ValueError(
                 f"compare: an axis with several values must be in both studies, got {name} with {table[name].n_unique()} values "
                 f"in {here}, and not in {there}; compare tables filtered to one of them"
