@@ -90,6 +90,8 @@ def test_relu_at_depth_256_has_its_line():
     assert study.left_range(table).startswith(
         "study: 2 runs of cell 0 left the range of float32 at step 1, first at layer"
     )
+    mine = table.filter(pl.col("layer") == 0).head(1)  # a number of one's own may be NaN for any reason
+    assert study.left_range(mine.with_columns(quantity=pl.lit("log10_mine"), value=pl.lit(np.nan))) is None
 
 
 def test_a_study_says_where_rounding_grows_to_the_size_of_the_signal():

@@ -133,7 +133,8 @@ def left_range(frame: Any) -> str | None:
     forward = pl.col("quantity").is_in([*STATISTICS, *nets.GROUPS["activation"]])
     others = ["log10_gradient_to_weight", *spectral.QUANTITIES]  # NaN for reasons of their own
     backward = pl.col("quantity").str.starts_with("log10_") & ~pl.col("quantity").is_in(others)
-    rows = frame.filter((forward | backward) & pl.col("value").is_nan())
+    own = (pl.col("layer") == 0) & (pl.col("path") == "")  # numbers of the user's that are called log10_...
+    rows = frame.filter((forward | (backward & ~own)) & pl.col("value").is_nan())
     if rows.is_empty():
         return None
     runs, first = _runs_of(rows), next(filter(len, (rows.filter(forward), rows))).row(0, named=True)
