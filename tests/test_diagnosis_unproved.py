@@ -10,6 +10,7 @@ from fnn.diagnosis.causes import CAUSES, Evidence
 from fnn.diagnosis.reads import Reads
 
 FLAT, FALLING = np.ones((2, 20)), -(2.0 ** np.arange(20)) * np.ones((2, 1))
+LEARNT = np.linspace(1, 0.1, 20) * np.ones((2, 1))
 HEALTHY = {"unread": [], "reads": Reads(), "unpaired": False, "blind": False, "placed": False, "constant": False}
 CASES = {  # rule: what is not healthy, the cause, and whether the scores must be bad besides
     "one_output": ({"constant": True}, "head", True),
@@ -17,6 +18,7 @@ CASES = {  # rule: what is not healthy, the cause, and whether the scores must b
     "labels_without_a_minimum": ({"losses": FALLING}, "label_encoding", False),
     "one_label_alone": ({"reads": Reads(ignored=(7,))}, "loss", False),
     "every_pair": ({"unpaired": True}, "loss", True),
+    "loss_against_the_score": ({"scores": (0.5, 0.1), "losses": LEARNT}, "loss", True),
     "weights_without_use": ({"idle": ["w"]}, "blocked_gradient", True),
     "no_gradient": ({}, "blocked_gradient", True),
     "no_positions": ({"blind": True}, "positions", True),
@@ -25,12 +27,14 @@ CASES = {  # rule: what is not healthy, the cause, and whether the scores must b
 }
 
 
-def measured(evidence=(), losses=FLAT, bad="", tried=(), idle=(), best=0.8, share=0.6, **begun):
+def measured(evidence=(), losses=FLAT, bad="", tried=(), idle=(), best=0.8, share=0.6, scores=(0.5, 0.9), **begun):
     """What a diagnosis found before its verdict."""
     return SimpleNamespace(
         evidence=[Evidence(cause, "measured") for cause in evidence],
         begun=SimpleNamespace(**(HEALTHY | begun)),
-        base=SimpleNamespace(outcome=SimpleNamespace(losses=losses)),
+        base=SimpleNamespace(
+            outcome=SimpleNamespace(losses=losses, began=scores[0], chooses=scores[1], train=scores[-1])
+        ),
         broken=lambda trained: bad,
         idle=list(idle),
         idle_share=share,
@@ -58,6 +62,11 @@ def test_a_net_that_learns_less_than_half_of_what_there_is_is_no_proof_of_health
     for best, want in ((0.7, name), (0.8, None)):
         cause = getattr(unproved, rule)(measured([name], best=best, **found), False)
         assert (cause and cause.name) == want
+
+
+def test_a_net_that_learns_by_heart_has_no_wrong_loss():
+    overfit = measured(["loss"], losses=LEARNT, scores=(0.5, 0.3, 0.9))  # at the start, held out, of training examples
+    assert unproved.loss_against_the_score(overfit, True) is None
 
 
 def test_an_operation_that_loses_numbers_is_its_own_evidence():

@@ -58,16 +58,20 @@ def endless(losses: np.ndarray) -> bool:
 
 
 def useless(outcome: Outcome) -> bool:
-    """Whether the loss falls by a tenth or more while the score falls too."""
+    """Whether the loss falls by a tenth or more while the score falls too, that of training examples as well."""
     losses = outcome.losses
     first, last = (float(np.median(part)) for part in (losses[:, 0], losses[:, -max(1, losses.shape[1] // 5) :]))
     falls = bool(np.isfinite(last) and first - last > 0.1 * abs(first))
-    return falls and spoilt(outcome)
+    return falls and _below(outcome, outcome.chooses) and _below(outcome, outcome.train)
 
 
 def spoilt(outcome: Outcome) -> bool:
     """Whether the trained net scores lower than the one that began."""
-    return outcome.began is not None and float(np.mean(outcome.chooses)) < float(np.mean(outcome.began)) - LEAST
+    return _below(outcome, outcome.chooses)
+
+
+def _below(outcome: Outcome, scores: np.ndarray) -> bool:
+    return outcome.began is not None and float(np.mean(scores)) < float(np.mean(outcome.began)) - LEAST
 
 
 def _insensitive(outcome: Outcome, response: Response) -> Evidence | None:

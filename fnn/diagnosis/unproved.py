@@ -131,6 +131,13 @@ def every_pair(inquiry: Inquiry, ill: bool) -> Cause | None:
     return Cause("loss", evidence_of(inquiry, "loss"), None, remedy, 0.0) if ill and inquiry.begun.unpaired else None
 
 
+def loss_against_the_score(inquiry: Inquiry, ill: bool) -> Cause | None:
+    """Name a loss that falls while the score does, where the other sign is no cure: it may have no least value."""
+    evidence = tuple(e for e in evidence_of(inquiry, "loss") if run_symptoms.useless(inquiry.base.outcome))
+    remedy = "# the loss falls where the score does: look for a sign, or for what is subtracted from what"
+    return Cause("loss", evidence, None, remedy, 0.0) if ill and evidence else None
+
+
 def weights_without_use(inquiry: Inquiry, ill: bool) -> Cause | None:
     """Name kernels that do not reach the loss, of a net that learns little: no score shows what they would have given."""
     if not inquiry.idle or not (ill or (short(inquiry) and inquiry.idle_share >= 0.5)):
@@ -173,6 +180,7 @@ LATE: tuple[Rule, ...] = (
     labels_without_a_minimum,
     one_label_alone,
     every_pair,
+    loss_against_the_score,
     no_positions,  # a table of positions that is not used is a net without positions
     weights_without_use,
     no_gradient,
