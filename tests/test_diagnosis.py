@@ -217,7 +217,7 @@ def test_a_net_that_knows_less_than_neighbours_is_not_healthy():
         ((0.9, 0.92), lost, [], True),
         ((0.9, 0.92), good, [3], True),
     ):
-        base = SimpleNamespace(scores=scores, outcome=SimpleNamespace(losses=losses, began=None))
+        base = SimpleNamespace(scores=scores, outcome=SimpleNamespace(losses=losses, began=None, chooses=np.zeros(2)))
         inquiry = SimpleNamespace(
             case=made, base=base, begun=SimpleNamespace(unread=unread, unpaired=False, reads=Reads())
         )
