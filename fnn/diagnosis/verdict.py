@@ -120,9 +120,8 @@ def works(inquiry: Inquiry) -> list[Tried]:
     """List the single changes that raise the score enough, and above chance, the surest first."""
     base, top = inquiry.base, inquiry.best()
     least, floor = margin(base.scores), low(inquiry.case.task.chance)
-    if (
-        base.outcome.began is not None
-    ):  # a net that is trained less far may only be less spoilt; back to the start is a cure
+    if base.outcome.began is not None:
+        # A net that is trained less far may only be less spoilt; one that is back where it began is cured.
         spoilt = run_symptoms.spoilt(base.outcome)
         floor = max(floor, float(np.mean(base.outcome.began)) + (-LEAST if spoilt else LEAST))
     found = []
