@@ -264,3 +264,4 @@ def test_a_net_that_was_trained_before_and_stays_as_it_is_is_undecided():
     options = {"score": accuracy, "steps": 40, "seeds": 2, "budget": 60, "progress": False}
     found = fnn.diagnose_loss(loss, trained, batches, optax.sgd(1e-3), [(x[96:], y[96:])], **options)
     assert not found.healthy and not found.causes and repr(found).startswith("UNDECIDED")
+    assert "NOT HEALTHY FOR SURE  training does not raise the score" in repr(found)

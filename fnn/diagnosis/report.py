@@ -83,6 +83,8 @@ class Diagnosis:
     """Names of those in `working` that remove the named cause in another way."""
     ill: bool = False
     """Whether the scores themselves show a fault, be its cause known or not."""
+    doubt: str = ""
+    """What keeps a training without a cause from being called healthy."""
 
     @property
     def remedies(self) -> tuple[str, ...]:
@@ -137,6 +139,8 @@ class Diagnosis:
         if not self.healthy and not self.causes:
             short = " in this budget" if any(why.startswith("about ") for why in self.not_tried.values()) else ""
             worked = "not all repairs were tried" if short else "no repair worked"
+            if self.doubt and not self.ill:
+                lines += _wrapped(f"NOT HEALTHY FOR SURE  {self.doubt}", [])
             lines.append(f"NO CAUSE FOUND{short}" + (f": suspected, but {worked}:" if self.evidence else ""))
             for e in self.evidence:
                 lines += _wrapped(f"  {e.cause:<16} {e.text}", [], " " * 19)
@@ -227,19 +231,25 @@ def diagnosis_of(inquiry: Inquiry, verdict: Verdict, target: float | None) -> Di
     others = tuple(t.change.name for t in working if repaired & set(t.change.causes) and t.change.name not in named)
     task = inquiry.case.task
     everything = [trial(t) for t in inquiry.tried.values() if t.change is not NOTHING]
+    doubt = doubtful(inquiry)
     return Diagnosis(
-        tuple(causes), not verdict.ill and not causes and decided(inquiry) and not doubtful(inquiry), task.score, task.chance, inquiry.case.held_out, trial(inquiry.base),
+        tuple(causes), not verdict.ill and not causes and decided(inquiry) and not doubt, task.score, task.chance, inquiry.case.held_out, trial(inquiry.base),
         tuple(everything), tuple(t.change.name for t in working), tuple(inquiry.evidence), inquiry.learnable,
-        dict(inquiry.skipped), bool(steps), two, curves, profiles, inquiry.spent, target, verdict.adds, others, verdict.ill,
+        dict(inquiry.skipped), bool(steps), two, curves, profiles, inquiry.spent, target, verdict.adds, others, verdict.ill, doubt,
     )  # fmt: skip
 
 
-def doubtful(inquiry: Inquiry) -> bool:
-    """Whether a low score goes with what may be a fault, and may be none: no gain by training, unused weights, no order."""
+def doubtful(inquiry: Inquiry) -> str:
+    """Say what may be a fault, and may be none, where the score is low: no gain by training, unused weights, no order."""
     base, chance = inquiry.base, inquiry.case.task.chance
     began = base.outcome.began
-    stays = began is not None and base.mean <= float(np.mean(began)) + LEAST and base.mean < chance + 0.8 * (1 - chance)
-    return stays or (unproved.short(inquiry) and (bool(inquiry.idle) or inquiry.begun.blind))
+    if began is not None and base.mean <= float(np.mean(began)) + LEAST and base.mean < chance + 0.8 * (1 - chance):
+        return f"training does not raise the score, {shown(float(np.mean(began)))} at the start: it is at its best, or learns nothing"
+    if unproved.short(inquiry) and inquiry.idle:
+        return "the score is low, and weights are not used"
+    if unproved.short(inquiry) and inquiry.begun.blind:
+        return "the score is low, and the net sees no order: whether the task has one is not known"
+    return ""
 
 
 def decided(inquiry: Inquiry) -> bool:
