@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fnn
-from fnn.diagnosis import data_symptoms, run_symptoms, start, symptoms, task, trial
+from fnn.diagnosis import data_symptoms, page, run_symptoms, start, symptoms, task, trial
 from fnn.diagnosis.case import Plan
 from fnn.diagnosis.loss_case import loss_case_of
 
@@ -265,3 +265,4 @@ def test_a_net_that_was_trained_before_and_stays_as_it_is_is_undecided():
     found = fnn.diagnose_loss(loss, trained, batches, optax.sgd(1e-3), [(x[96:], y[96:])], **options)
     assert not found.healthy and not found.causes and repr(found).startswith("UNDECIDED")
     assert "NOT HEALTHY FOR SURE  training does not raise the score" in repr(found)
+    assert "<h1>Undecided: training does not raise the score" in page.text(found)

@@ -51,7 +51,7 @@ def text(d: Any) -> str:
     elif d.healthy:
         title = "Healthy: nothing that was tried makes it better"
     else:
-        title = "No cause was found" if d._low() else "Undecided: too little was tried"
+        title = "No cause was found" if d.ill else f"Undecided: {d.doubt or 'too little was tried'}"
     parts = [f"<h1>{_escape(title)}</h1>", f"<p>{_escape(lines[0])}</p>"]
     if d.learnable:
         parts.append(f"<p>{_escape(d.learnable)}</p>")
