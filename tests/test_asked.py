@@ -269,6 +269,8 @@ def test_an_axis_of_one_study_alone_is_no_seed():
             fnn.compare(*pair)
     zipped = plain.with_columns(shift=pl.col("sigma_w") + 1).select("cell", "shift", *plain.columns[1:])
     assert fnn.compare(zipped, plain)["difference"].abs().max() == 0  # sigma_w tells it
+    with pytest.raises(TypeError, match="compare: a study must be a folder, Results, or a table, got int; pass what"):
+        fnn.compare(plain, 3)
     one = plain.filter(sigma_w=1.5)
     assert fnn.compare(one, one.drop("sigma_w"))["difference"].abs().max() == 0
 

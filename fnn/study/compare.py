@@ -108,6 +108,10 @@ def _check_alone(here: str, there: str, table: "polars.DataFrame", other: "polar
 
 def _table(source: Any) -> "polars.DataFrame":
     if not hasattr(source, "columns"):
+        if not isinstance(source, str | os.PathLike | results.Results):
+            raise TypeError(
+                f"compare: a study must be a folder, Results, or a table, got {type(source).__name__}; pass what run() returns"
+            )
         return (source if isinstance(source, results.Results) else results.read(source)).table()
     needed = ("cell", "step", "layer", "path", "quantity", "value")
     if missing := [name for name in needed if name not in source.columns]:
