@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from fnn import check
-from fnn.tree import PyTree
+from fnn.tree import PyTree, native
 
 Batch = Sequence[PyTree]
 """(x, y), or (x, y, weights): arrays, or trees of arrays."""
@@ -61,12 +61,8 @@ def array(who: str, name: str, a: Any) -> np.ndarray | jax.Array:
 
 
 def narrow(who: str, name: str, a: Any) -> Any:
-    """Refuse integers of NumPy that JAX would wrap (2^32 + k would become k); return anything else in this machine's byte order.
-
-    JAX refuses other orders, but a program that it has compiled already reads their bytes as if they were its own.
-    """
-    if isinstance(a, np.ndarray | np.generic) and not a.dtype.isnative:
-        a = a.astype(a.dtype.newbyteorder("="))
+    """Refuse integers of NumPy that JAX would wrap (2^32 + k would become k); return anything else, as `native`."""
+    a = native(a)
     if isinstance(a, np.ndarray | np.generic) and a.dtype.kind in "iu" and a.dtype not in PLAIN:
         widest = jax.dtypes.canonicalize_dtype(np.int64)
         info = np.iinfo(widest)

@@ -119,15 +119,15 @@ def parameters(who: str, params: Any, *, trained: bool = True) -> None:
     for entries, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = getattr(leaf, "dtype", None) if not isinstance(leaf, float) else np.dtype(np.float32)
         imaginary = isinstance(dtype, np.dtype) and jnp.issubdtype(dtype, jnp.complexfloating)
-        if isinstance(dtype, np.dtype) and not dtype.isnative:
-            path = jax.tree_util.keystr(entries, simple=True, separator="/")
+        real = isinstance(dtype, np.dtype) and not imaginary and (not trained or jnp.issubdtype(dtype, jnp.floating))
+        if real and np.dtype(dtype).isnative:
+            continue
+        path = jax.tree_util.keystr(entries, simple=True, separator="/")
+        if real:
             raise ValueError(
                 f"{who}: params must be in this machine's byte order, got {dtype} at {path or 'the root'}; use "
                 'a.astype(a.dtype.newbyteorder("="))'
             )
-        if isinstance(dtype, np.dtype) and not imaginary and (not trained or jnp.issubdtype(dtype, jnp.floating)):
-            continue
-        path = jax.tree_util.keystr(entries, simple=True, separator="/")
         if imaginary:
             hint = "keep real and imaginary parts as two arrays"
         else:

@@ -91,7 +91,8 @@ def convnet(
 
     x: float[batch, *positions, c] with one to three axes of positions -> logits float[batch, classes]. A stage is
     `convs` times conv(channels, window), norm, activation. Between stages stands max_pool(2), at the end flatten,
-    dropout and dense. Options are keywords as in `mlp`; with `init="delta_orthogonal"` dense is `orthogonal`. Source: Simonyan and Zisserman 2015 (the scheme); Ioffe and Szegedy 2015.
+    dropout and dense. Options are keywords as in `mlp`; with `init="delta_orthogonal"` dense is `orthogonal`.
+    Source: Simonyan and Zisserman 2015 (the scheme); Ioffe and Szegedy 2015.
     """
     check.positive("convnet", classes=classes, window=window, convs=convs, stages=len(channels))
     check.fraction("convnet", dropout=dropout)

@@ -119,7 +119,7 @@ def norm(tree: PyTree) -> jax.Array:
     Right wherever the norm itself is a float: this and all norms below take squares that leave float32's range again,
     relative to the largest number. Errors: TypeError for complex numbers, here and below.
     """
-    leaves = [_native(a) for a in jax.tree.leaves(tree)]
+    leaves = [native(a) for a in jax.tree.leaves(tree)]
     return _JITTED[norm_of_all](leaves) if leaves else jnp.zeros(())
 
 
@@ -321,15 +321,18 @@ def statistics_dtype(dtype: DTypeLike) -> np.dtype:
     return jnp.promote_types(jnp.float32, dtype)
 
 
-def _native(a: Any) -> Any:
-    """Give an array of NumPy this machine's byte order: a program that is compiled already would misread its bytes."""
-    if isinstance(a, np.ndarray) and not a.dtype.isnative:
+def native(a: PyTree) -> PyTree:
+    """Give an array of NumPy this machine's byte order; anything else as it is.
+
+    JAX refuses other orders, but a program that it has compiled already reads their bytes as if they were its own.
+    """
+    if isinstance(a, np.ndarray | np.generic) and not a.dtype.isnative:
         return a.astype(a.dtype.newbyteorder("="))
     return a
 
 
 def _wide(a: ArrayLike) -> jax.Array:
-    a = jnp.asarray(_native(a))
+    a = jnp.asarray(native(a))
     if jnp.issubdtype(a.dtype, jnp.complexfloating):
         raise TypeError(f"tree: arrays must be real, got {describe(a)}; keep real and imaginary parts as two arrays")
     return a.astype(statistics_dtype(a.dtype))

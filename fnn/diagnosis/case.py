@@ -260,9 +260,10 @@ def case_of(
         lambda params, state, x, y: loss(base.apply(params, state, x)[0], y), params, state, spec, data.y[:2]
     )
     task = task_of(loss, np.asarray(data.y), outputs.shape, score)
-    seen = found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
-    gated = bool(seen.get("again", True) and keepers(params))  # a cell is used at each position
-    seen = {} if knobs else seen
+    like, seen = keepers(params), {}  # the shapes of recurrent cells
+    if like or not knobs:
+        seen = found_in(lambda params, state, x: base.apply(params, state, x)[0], params, state, spec)
+    gated, seen = bool(like) and seen.get("again", True), {} if knobs else seen  # a cell is used at each position
     return Case(
         build, knobs, loss, make, rate, clip, data, first, second, validation is not None, int(batch_size), int(steps),
         int(seeds), bool(shuffle), task, seen, is_narrow(params), computes, count(params), gated,

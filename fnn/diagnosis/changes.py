@@ -260,7 +260,7 @@ def _swap(role: str, by: str) -> Callable[[Plan], Plan]:
 
 def _of_loss(case: Case) -> list[Change]:
     loss = case.task.loss
-    if case.task.score == "score":
+    if case.task.users:
         code = "# minimise -loss: as it is, the loss falls where the score does"
         return [Change("the loss with the other sign", ("loss",), setting(sign=-1.0), code, True, on_suspicion=True)]
     if case.task.name:  # a loss of which no outputs are known

@@ -153,7 +153,7 @@ def within_reach(case: Case) -> float:
     """
     parts = _compared(case)
     counts = case.task.kind in ("classes", "multi_label") and case.task.chance > 0
-    squares = case.task.target == "square" and case.task.name != "score"  # then the score is R²
+    squares = case.task.target == "square" and not case.task.users  # then the score is R²
     if not parts or (case.task.name and not counts and not squares):  # of another kind
         return -np.inf
     x, y, held, of_held = parts

@@ -64,7 +64,8 @@ def diagnose(
     `budget` in seconds ends the search; what was not tried is listed.
 
     Errors: ValueError for a knob without a default, a batch larger than the data, targets that are no labels and no
-    numbers, or a loss that is least at outputs that are another function of these, without a `score`; TypeError for what is no net, loss or optimizer. The keywords are many because each can be left out.
+    numbers, or, without a `score`, a loss whose best outputs are another function of the targets; TypeError for what is no
+    net, loss, optimizer or score. The keywords are many because each can be left out.
 
         d = fnn.diagnose(build, fnn.losses.cross_entropy, optimizer, train, test, batch_size=64, steps=400)
         print(d); d.causes[0].name; d.html("why.html")

@@ -103,13 +103,13 @@ def run_symptoms(
             evidence.append(Evidence("label_encoding", text))
         else:
             evidence.append(Evidence("loss", f"{what}: no answer is the best one"))
-    elif case.task.score == "score" and outcome.began is not None and useless(outcome):
+    elif case.task.users and outcome.began is not None and useless(outcome):
         text = (
             f"the loss falls from {np.median(losses[:, 0]):.3g} to {np.median(tail):.3g}, and the score falls too: "
             f"{shown(float(np.mean(outcome.began)))} at the start, {shown(float(np.mean(outcome.chooses)))} at the end"
         )
         evidence.append(Evidence("loss", text))
-    elif case.task.score == "score" and case.task.kind in ("classes", "multi_label") and np.median(tail) < 0:
+    elif case.task.users and case.task.kind in ("classes", "multi_label") and np.median(tail) < 0:
         text = (
             f"the loss becomes {np.median(tail):.3g}, less than that of right answers that are sure (for most losses 0)"
         )

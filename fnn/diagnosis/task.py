@@ -34,11 +34,13 @@ class Task:
     @property
     def score(self) -> str:
         """Name the score."""
-        return (
-            "score"
-            if self.own
-            else self.name or {"regression": "R²", "exact": "accuracy"}.get(self.kind, "balanced accuracy")
-        )
+        usual = {"regression": "R²", "exact": "accuracy"}.get(self.kind, "balanced accuracy")
+        return "score" if self.users else self.name or usual
+
+    @property
+    def users(self) -> bool:
+        """Whether the user gave the score."""
+        return self.own is not None or self.name == "score"
 
     @property
     def loss(self) -> Callable[[Any, Any], Any] | None:

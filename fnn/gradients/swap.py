@@ -69,9 +69,8 @@ def activations(program: Program, parameters: int) -> list[Activation]:
             continue
         if out not in walk.used:
             found.append(Activation("softmax", "last", taken[0], out))
-        elif (
-            out in inputs and sum(out in other.inputs for other in program.ops) == 1
-        ):  # attention multiplies data with it
+        elif out in inputs and sum(out in other.inputs for other in program.ops) == 1:
+            # A layer alone takes it: attention multiplies data with it.
             found.append(Activation("softmax", "hidden", taken[0], out))
     batch = _of_batch(program, parameters, products)
     passed = _passed(program, [a for a in found if a.role == "last"])

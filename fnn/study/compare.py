@@ -29,8 +29,8 @@ def compare(
     With one seed in each the bands are points, and every difference is beyond them. An axis with the name of a column of
     the result is renamed to `a (axis)`.
 
-    Errors: ValueError for studies that share no row, an axis of two types or with several values in one study alone, a table that is not a study's, or a level
-    outside [0, 0.5).
+    Errors: ValueError for studies that share no row, an axis of two types, an axis with several values that one study alone
+    has, a table that is not a study's, or a level outside [0, 0.5); TypeError for what is no study.
     """
     import polars as pl
 
