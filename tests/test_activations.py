@@ -132,6 +132,19 @@ def test_nan_passes_through():
         assert np.isnan(y[1]) == (name == "softmax"), name
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_relu_of_half_precision_is_that_of_numpy_to_the_bit(dtype):
+    """All numbers that CPUs do not take for zero, with infinities and NaN, inside a program: the way is float32."""
+    x = np.arange(2**16, dtype=np.uint16).view(jnp.dtype(dtype))
+    wide = x.astype(np.float32)
+    x = x[~(np.abs(wide) < 2.0**-126) | (wide == 0)]
+    y, slope = jax.jit(lambda x: jax.jvp(activations.relu, (x,), (jnp.ones_like(x),)))(x)
+    assert y.dtype == slope.dtype == x.dtype
+    wide = x.astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.maximum(wide, 0))
+    np.testing.assert_array_equal(np.asarray(slope, np.float32), wide > 0)
+
+
 @pytest.mark.parametrize("at_zero", [None, 0.5, 1, -3])
 def test_relu_has_the_derivative_at_zero_that_it_is_told(at_zero):
     options = {} if at_zero is None else {"grad_at_zero": at_zero}

@@ -270,3 +270,25 @@ def test_two_epochs_and_two_more_are_four_while_gradients_accumulate():
         assert_same(np.concatenate([first.train[name], second.train[name]]), rows)
     assert_same(np.concatenate([first.validation["loss"], second.validation["loss"]]), history.validation["loss"])
     assert np.flatnonzero(history.train["update_ratio"]).tolist() == [2, 5, 8, 11, 14]
+
+
+def test_a_step_fits_into_other_programs():
+    """`scan` and `vmap` of a step are its steps one by one; labels that could not be read there are read afterwards."""
+    optimizer, batch = optax.adam(0.1), (jnp.asarray(X[:16]), jnp.asarray(Y[:16]))
+    step = fnn.train_step(NET, LOSS, optimizer)
+
+    def fresh():
+        return fnn.TrainState.create(NET, optimizer, KEY, X[:16])
+
+    scanned, found = jax.lax.scan(step, fresh(), jax.tree.map(lambda a: jnp.stack([a, a]), batch))
+    with pytest.raises(ValueError, match="labels"):
+        step(fresh(), (batch[0], batch[1] + 3))
+    lanes, across = jax.vmap(step, (0, None))(jax.tree.map(lambda a: jnp.stack([a, a]), fresh()), batch)
+    state, first = step(fresh(), batch)
+    np.testing.assert_allclose(across["loss"], [first["loss"]] * 2, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(lanes.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-6)
+    state, second = step(state, batch)
+    np.testing.assert_allclose(found["loss"], [first["loss"], second["loss"]], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(scanned.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

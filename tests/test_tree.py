@@ -269,6 +269,24 @@ def test_norms_of_what_a_constant_multiplies_have_zeros_where_all_is_zero():
         assert zero == 0
 
 
+def test_sums_by_ranges_are_one_reduction_and_cross_devices(monkeypatch):
+    """Accelerators read each array once for a norm, inside `shard_map` and below `vmap` too."""
+    monkeypatch.setattr(lowering, "conditionals", lambda: False)
+    a = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32) * np.float32(
+        [[1e-25], [1], [1e25], [1e-40]]
+    )
+    made = jax.make_jaxpr(lambda a: tree._lengths_by_ranges([a], None)[0])(a)
+    assert [e.primitive.name for e in made.eqns if e.primitive.name.startswith("reduce")] == ["reduce"]
+    wanted = np.linalg.norm(a.astype(np.float64), axis=1)[:3]  # the last is below the smallest number that CPUs keep
+    np.testing.assert_allclose(jax.vmap(lambda a: tree._lengths_by_ranges([a], None)[0])(a)[:3], wanted, rtol=1e-6)
+    mesh = jax.make_mesh((1,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("devices")
+    over = jax.jit(
+        jax.shard_map(lambda a: tree._lengths_by_ranges([a], ((1,),))[0], mesh=mesh, in_specs=spec, out_specs=spec)
+    )
+    np.testing.assert_allclose(over(a)[:3], wanted, rtol=1e-6)
+
+
 def test_sums_by_ranges_of_what_a_constant_multiplies():
     """As accelerators take them: constants that follow one another may become one that is infinite."""
     numbers = np.float32([0.0, 1e-25, 1e-5, 1e6, np.inf])

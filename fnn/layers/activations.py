@@ -61,15 +61,26 @@ class Activation:
         return f"Activation({self.name})"
 
 
+def _positive_part(x: ArrayLike) -> jax.Array:
+    """Evaluate max(x, 0), in half precision through float32, which rounds nothing.
+
+    XLA for a GPU moves a maximum of bfloat16 into each product that reads it, and where cuBLAS takes these, computes it again
+    for each: a twentieth of the step of an mlp of width 4096. One of float32 stays with the norm before it.
+    """
+    x = jnp.asarray(x)
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return jnp.maximum(x.astype(jnp.float32), 0).astype(x.dtype) if narrow else jnp.maximum(x, 0)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _relu(x: ArrayLike, grad_at_zero: float) -> jax.Array:
-    return jnp.maximum(x, 0)
+    return _positive_part(x)
 
 
 @_relu.defjvp
 def _relu_jvp(grad_at_zero, primals, tangents):
     (x,), (t,) = primals, tangents
-    y = jnp.maximum(x, 0)
+    y = _positive_part(x)
     # The sign of y, not of x: y is kept for the next layer anyway, so that x need not be kept or recomputed.
     return y, t * _relu_slope(x, grad_at_zero) if grad_at_zero else jnp.where(y > 0, t, jnp.zeros_like(t))
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from fnn import admission, arrays, check, losses, mapped, measures, tree
+from fnn import admission, arrays, check, compiled, losses, mapped, measures, tree
 from fnn.core import Layer, as_arrays, check_values, output_shape
 from fnn.datasets.dataset import Data, check_dataset, in_memory
 from fnn.layers.precision import compute_in
@@ -67,8 +67,8 @@ Pure = Callable[[TrainState, arrays.Batch], tuple[TrainState, dict[str, tree.PyT
 class TrainStep:
     """Call `step(state, batch) -> (state, metrics)`: one jitted function that owns and reuses the state's buffers.
 
-    Made by `train_step`. `step.pure` is the same function before `jit`; it fits `lax.scan`. `step.stretch(state, batches)`
-    is that scan, compiled; `step.epoch` also shuffles and cuts the data (`stretches.over_data`).
+    Made by `train_step`. Under `lax.scan` or `vmap` it is part of that program; `step.pure` is the same without checks.
+    `step.stretch(state, batches)` is that scan, compiled; `step.epoch` also shuffles and cuts the data (`stretches.over_data`).
     """
 
     def __init__(self, pure: Pure, net: Layer, measured: Measured, optimizer: optax.GradientTransformation):
@@ -116,7 +116,7 @@ class TrainStep:
         """
         check_state("train_step", state)
         x, y = batch = arrays.pair("train_step: the batch", batch)
-        kind = jax.tree.structure(batch), *[leaf.shape for leaf in jax.tree.leaves(batch)]
+        kind = jax.tree.structure(batch), compiled.traced(batch), *[leaf.shape for leaf in jax.tree.leaves(batch)]
         if new := kind not in self._output_shapes:
             self.admit(state, batch)  # before anything is traced with this state, which may be another net's
             check_values(self.net, state.params, state.net_state, x)
@@ -333,7 +333,7 @@ def check_state(who: str, state: Any) -> None:
     if not isinstance(state, TrainState):
         got = arrays.brief(state)
         raise TypeError(f"{who}: state must be a TrainState, got {got}; make one with TrainState.create")
-    if isinstance(state.step, jax.Array) and state.step.is_deleted():
+    if isinstance(state.step, jax.Array) and not compiled.traced(state.step) and state.step.is_deleted():
         check.alive(who, state.step)
 
 
