@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import check
+from fnn import check, lowering
 from fnn.arrays import Weighted
 from fnn.measures import Counted, Metric, each, mean
 from fnn.tasks import ExampleFunction, Loss, Sum, check_targets, correct, finite
@@ -81,7 +81,23 @@ def _classified(
     return _examples(_judged(loss, (targets >= 0) & (targets < classes)))
 
 
-_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+def _entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - _of_label(shifted, labels)
+
+
+@jax.custom_jvp
+def _of_label(values: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values, labels[..., None], axis=-1)[..., 0]
+
+
+@_of_label.defjvp
+def _of_label_jvp(primals, tangents):
+    values, labels = primals
+    if lowering.scatters():
+        return jax.jvp(lambda values: _of_label.fun(values, labels), (values,), tangents[:1])
+    chosen = jnp.arange(values.shape[-1], dtype=labels.dtype) == labels[..., None]
+    return _of_label(values, labels), jnp.sum(jnp.where(chosen, tangents[0], 0), axis=-1)
 
 
 def _cross_entropy(outputs: PyTree, targets: PyTree) -> jax.Array:

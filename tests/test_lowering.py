@@ -51,6 +51,26 @@ def test_other_platforms_choices_have_the_same_values(inputs, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), there, here)
 
 
+def test_an_accelerators_gradient_of_cross_entropy_is_the_same(monkeypatch):
+    """There labels are compared with all classes: no zeros as large as the logits, into which a number is scattered."""
+    rng = np.random.default_rng(0)
+    logits, labels = as_jax(rng.normal(size=(4, 5, 3)), jnp.float32), rng.integers(-1, 4, size=(4, 5)).astype(np.int8)
+
+    def derivatives(logits):
+        def mean(logits):
+            return jnp.nanmean(fnn.losses.cross_entropy(logits, labels)), fnn.losses.cross_entropy(logits, labels)
+
+        gradient, values = jax.grad(mean, has_aux=True)(logits)
+        return values, gradient, jax.jvp(jax.grad(lambda x: mean(x)[0]), (logits,), (logits,))[1]
+
+    wanted = jax.jit(derivatives)(logits)
+    monkeypatch.setattr(lowering, "platform", lambda: "gpu")
+    found = jax.jit(lambda logits: derivatives(logits))(logits)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert "scatter" not in str(jax.make_jaxpr(lambda x: derivatives(x))(logits))
+
+
 def test_a_program_for_another_platform_holds_no_question():
     """Exported for two platforms it is one program, and runs here with the same values."""
     x = jnp.linspace(-1, 1, 12).reshape(3, 4)
