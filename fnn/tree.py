@@ -178,15 +178,14 @@ _lengths_jitted = compiled.limited(_lengths, static_argnums=1)
 
 
 def _relative_lengths(leaves: list[jax.Array], axes: Any) -> list[jax.Array]:
-    found = [length(a, i) for a, i in _with_axes(leaves, axes)]
-    return found if axes is not None else [length(jnp.stack(found))]
+    found = [_relative_length(a, i) for a, i in _with_axes(leaves, axes)]
+    return found if axes is not None else [_relative_length(jnp.stack(found))]
 
 
 def _lengths_by_ranges(leaves: list[jax.Array], axes: Any) -> list[jax.Array]:
     """Take norms in one pass: squares of small, medium and large numbers are summed side by side, and one sum is right.
 
-    On an accelerator a second pass over all gradients costs more than these sums. They are one reduction: of three XLA makes
-    three kernels, each of which reads the array, where a product comes before them.
+    On an accelerator a second pass over all gradients costs more. One reduction: of three XLA may make three kernels.
     """
 
     def square(a, scale):
@@ -198,10 +197,9 @@ def _lengths_by_ranges(leaves: list[jax.Array], axes: Any) -> list[jax.Array]:
         return jnp.square(jnp.minimum(jnp.abs(a) * scale, most))
 
     def three(a, axis):
-        zero = mapped.varying(jnp.zeros((), a.dtype), like=a)
-        squares = [square(a, scale) for scale in _scales(a.dtype)]
-        axis = range(a.ndim) if axis is None else axis
-        return jax.lax.reduce(squares, [zero] * 3, lambda x, y: [u + v for u, v in zip(x, y, strict=True)], tuple(axis))
+        squares, zeros = [square(a, scale) for scale in _scales(a.dtype)], [np.zeros((), a.dtype)] * 3
+        over = tuple(range(a.ndim) if axis is None else axis)
+        return jax.lax.reduce(squares, zeros, lambda x, y: list(map(jnp.add, x, y)), over)
 
     sums = [three(a, axis) for a, axis in _with_axes(leaves, axes)]
     if axes is None:
@@ -209,8 +207,7 @@ def _lengths_by_ranges(leaves: list[jax.Array], axes: Any) -> list[jax.Array]:
         sums = [[sum((part[n].astype(dtype) for part in sums), start=jnp.zeros((), dtype)) for n in range(3)]]
     found = []
     for large, medium, small in sums:
-        down, _, up = _scales(medium.dtype)
-        info = jnp.finfo(medium.dtype)
+        (down, _, up), info = _scales(medium.dtype), jnp.finfo(medium.dtype)
         in_range = jnp.where(medium > info.max, jnp.sqrt(large) / down, jnp.sqrt(medium))
         # Where the medium sum is not above this bound, it may have lost numbers that count; NaN stays NaN.
         found.append(jnp.where(medium <= info.tiny / info.eps**2, safe_sqrt(small) / up, in_range))
@@ -228,7 +225,15 @@ def _with_axes(leaves: list[jax.Array], axes: Any) -> Iterator[tuple[jax.Array, 
 
 
 def length(a: jax.Array, axis: Axes = None, keepdims: bool = False) -> jax.Array:
-    """Take |a| over some axes (all of them by default), always relative to the largest number."""
+    """Take |a| over some axes (all of them by default), at any scale, and each for itself under `vmap`."""
+    if lowering.conditionals():
+        return _relative_length(a, axis, keepdims)
+    axes = tuple(range(a.ndim) if axis is None else (int(i) % a.ndim for i in np.atleast_1d(axis)))
+    found = _lengths([_wide(a)], (axes,))[0]
+    return jnp.expand_dims(found, axes) if keepdims else found
+
+
+def _relative_length(a: jax.Array, axis: Axes = None, keepdims: bool = False) -> jax.Array:
     peak, total = relative_square(a, axis, keepdims)
     return peak * safe_sqrt(total)
 

@@ -285,6 +285,10 @@ def test_sums_by_ranges_are_one_reduction_and_cross_devices(monkeypatch):
         jax.shard_map(lambda a: tree._lengths_by_ranges([a], ((1,),))[0], mesh=mesh, in_specs=spec, out_specs=spec)
     )
     np.testing.assert_allclose(over(a)[:3], wanted, rtol=1e-6)
+    np.testing.assert_allclose(tree.length(a, -1, keepdims=True)[:3], wanted[:, None], rtol=1e-6)
+    whole, slope = jax.value_and_grad(tree.length)(a)
+    np.testing.assert_allclose([whole, tree.norm(slope)], [wanted[2], 1], rtol=1e-6)
+    np.testing.assert_array_equal(jax.grad(tree.length)(jnp.zeros((2, 3))), 0)
 
 
 def test_sums_by_ranges_of_what_a_constant_multiplies():
