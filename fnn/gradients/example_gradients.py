@@ -266,13 +266,11 @@ class PerExampleGradients:
 
     def _gram(self) -> tuple[jax.Array, jax.Array]:
         """Take all <g_i, g_j>/(scale_i scale_j)/share², and the scales, which bound the numbers of g_i/share."""
-        bounds = [leaf.bounds().reshape(-1, self.batch) for leaf in self.leaves]
-        scale = tree.divisor(jnp.max(jnp.concatenate([jnp.zeros((1, self.batch), jnp.float32), *bounds]), axis=0))
-        scale = jax.lax.optimization_barrier(
-            scale
-        )  # else a GPU takes it again for each product, and minutes to compile
-        start = jnp.zeros((self.batch, self.batch), jnp.float32)
-        return sum((leaf.gram(scale) for leaf in self.leaves), start=start), scale
+        none = jnp.zeros((1, self.batch), jnp.float32)
+        bounds = jnp.concatenate([none, *(leaf.bounds().reshape(-1, self.batch) for leaf in self.leaves)])
+        # Once: a GPU would compute it again in each product's kernel, and take minutes to compile.
+        scale = jax.lax.optimization_barrier(tree.divisor(jnp.max(bounds, axis=0)))
+        return sum((leaf.gram(scale) for leaf in self.leaves), start=none[0] * none.T), scale
 
     def _sum(self, weights: list[Any], how: str = "weighted") -> Any:
         """Take the weighted sum of each leaf, at least in float32; weights of one: None, float[batch], or float[depth..., batch]."""
