@@ -231,3 +231,15 @@ def test_targets_of_a_type_without_minus_one_are_not_mapped_to_it(dtype, offered
     labels = [part._replace(y=(np.asarray(part.y) > 4).astype(dtype)[:, None]) for part in (TRAIN, TEST)]
     made = case(*labels, lambda z, y: jax.nn.relu(1 - y * z), lambda: fnn.models.mlp(1, 8, 1))
     assert ("targets -1 and 1" in {c.name for c in changes.changes(made)}) is offered
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_what_is_seen_of_the_outputs_does_not_depend_on_the_dtype(dtype):
+    """Probabilities in bfloat16 sum to 1 only to a per cent, and a linear net is linear only to as much."""
+    for options in ({"head": "softmax"}, {"activation": "identity"}):
+        made = case(net=lambda options=options: fnn.compute_in(fnn.models.mlp(2, 16, 10, **options), dtype))
+        with ThreadPoolExecutor(1) as thread:
+            found = start.start(trial.Runner(made, thread), Plan())
+        texts = " ".join(e.text for e in symptoms.start_symptoms(made, Plan(), found))
+        assert ("softmax is applied twice" in texts) is ("head" in options)
+        assert found.linear is ("activation" in options)

@@ -89,6 +89,27 @@ def test_optimisers_that_need_what_they_cannot_have_are_refused_in_a_sentence(na
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, wrap",
+    [("loss_scaled", fnn.optimizers.loss_scaled), ("apply_if_finite", lambda tx: optax.apply_if_finite(tx, 5))],
+)
+def test_what_skips_bad_gradients_belongs_around_their_accumulation(name, wrap):
+    """Inside of it the sum stays NaN after one of them, and nothing is trained any more; around it, training goes on."""
+    inside, around = (
+        optax.MultiSteps(wrap(optax.sgd(0.1)), 2),
+        wrap(optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()),
+    )
+    with pytest.raises(ValueError, match=f"train_step: {name} must be around optax.MultiSteps, got it inside"):
+        fnn.train_step(NET, fnn.losses.cross_entropy, inside)(fnn.TrainState.create(NET, inside, KEY, X), (X, Y))
+    step, state = fnn.train_step(NET, fnn.losses.cross_entropy, around), fnn.TrainState.create(NET, around, KEY, X)
+    seen = []
+    for n in range(6):
+        state, _ = step(state, (X * np.float32(np.inf) if n == 1 else X, Y))
+        seen.append(np.asarray(jax.tree.leaves(state.params)[0]))
+    assert not np.array_equal(seen[2], seen[-1])
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(state.params))
+
+
 NOT_OPTIMIZERS = [(None, "None"), ("adam", "'adam'"), (optax.adam, "adam; call it: adam(...)"), (3, "3")]
 
 

@@ -94,6 +94,27 @@ def test_updates_are_multiplied_by_layer_and_blocks_are_alike():
     assert fnn.optimizers.parametrized(tx, "standard") is tx
 
 
+def test_tables_belong_to_the_input():
+    """With Adam a table has the base's rate, whatever the vocabulary, and the first kernel behind it is a hidden one."""
+    tokens, width = np.zeros((2, 5), np.int32), 4 * 64
+    untied = fnn.serial(fnn.embed(11, width), fnn.take_last(), fnn.dense(width), fnn.dense(3))
+    for net in (fnn.models.decoder(11, 1, width), untied):
+        params = jax.eval_shape(net.init, KEY, tokens)[0]
+        for adaptive in (True, False):
+            tx = fnn.optimizers.parametrized(optax.sgd(1.0), "mup", adaptive=adaptive)
+            ones = jax.tree.map(lambda a: np.ones(a.shape, np.float32), params)
+            found = tx.update(ones, tx.init(ones))[0]
+            rates = {
+                path: -float(a.reshape(-1)[0])
+                for path, a in zip(fnn.tree.paths(params), jax.tree.leaves(found), strict=True)
+            }
+            tables = {rate for path, rate in rates.items() if path.endswith("embedding")}
+            assert tables == ({1.0} if adaptive else {4.0})
+            kernels = [rate for path, rate in rates.items() if path.endswith("kernel")]
+            hidden = 0.25 if adaptive else 1.0
+            assert kernels == ([hidden] * 5 + [hidden / 4 if adaptive else 1] if net is not untied else [hidden, 0.25])
+
+
 @pytest.mark.parametrize("name", ["mup", "completep"])
 def test_repeat_equals_serial_under_the_rates(name):
     """Ten steps of Adam from the same weights: the same parameters."""

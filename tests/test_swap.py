@@ -211,6 +211,18 @@ def test_scaled_known_ones_and_those_of_a_branch_are_found(name):
         assert [(a.name, a.role) for a in swap.listed(loss, jnp.eye(5), x)[0]] == [(name, "hidden")] * 2
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", sorted(by_values.KNOWN.keys() - {"identity"}))
+def test_known_ones_are_found_in_half_precision(name, dtype):
+    """One unit in the last place of bfloat16 is 0.004 at 1: more than float32's tolerance. The two gelus are one there."""
+
+    def loss(w, x):
+        return jnp.sum(by_values.KNOWN[name](x @ w) @ w)
+
+    (found,) = swap.listed(loss, jnp.eye(5, dtype=dtype), jnp.asarray(X, dtype))[0]
+    assert found.name == name or {found.name, name} == {"gelu", "gelu_tanh"}
+
+
 # Float32 in the place of less.
 
 

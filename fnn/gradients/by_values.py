@@ -31,8 +31,11 @@ def named(got: np.ndarray, at: np.ndarray) -> str | None:
     """Recognise an activation by its values."""
     if got.dtype == bool or not np.isfinite(got.astype(np.float64)).all():
         return None
+    eps = float(jnp.finfo(got.dtype).eps) if jnp.issubdtype(got.dtype, jnp.floating) else 0.0
     for name in KNOWN:
-        if name != "identity" and np.allclose(got.astype(np.float64).ravel(), _values(name, at.size), atol=2e-3):
+        values = _values(name, at.size)
+        near = np.allclose(got.astype(np.float64).ravel(), values, rtol=max(1e-5, 2 * eps), atol=max(2e-3, 2 * eps))
+        if name != "identity" and near:
             return name
     return None
 

@@ -61,10 +61,10 @@ def loss_scaled(
 def scale_of(opt_state: PyTree, per_example: str | None = None) -> jax.Array | None:
     """Return the scale of the loss that an optimiser's state asks for, float32[]; None if it asks for none.
 
-    Errors: ValueError for several, or with gradients of single examples.
+    Errors: ValueError for several, inside of `optax.MultiSteps`, or with gradients of single examples.
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LossScaleState))
-    found = [node.scale for node in nodes if isinstance(node, LossScaleState)]
+    _check_accumulation(opt_state)
+    found = [node.scale for node in _nodes(opt_state, LossScaleState)]
     if len(found) > 1:
         raise ValueError(
             f"optimizers.loss_scaled: an optimiser must hold one of it, got {len(found)}; put it around all the others"
@@ -75,6 +75,25 @@ def scale_of(opt_state: PyTree, per_example: str | None = None) -> jax.Array | N
             "which needs no scale"
         )
     return found[0] if found else None
+
+
+def _check_accumulation(opt_state: PyTree) -> None:
+    """Refuse what skips bad gradients inside of `MultiSteps`, whose sum keeps them: it empties it by a product with 0."""
+    for outer in _nodes(opt_state, optax.MultiStepsState):
+        skips = {"loss_scaled": LossScaleState} | (
+            {} if outer.skip_state else {"apply_if_finite": optax.ApplyIfFiniteState}
+        )
+        for name, kind in skips.items():
+            if _nodes(outer.inner_opt_state, kind):
+                raise ValueError(
+                    f"train_step: {name} must be around optax.MultiSteps, got it inside: its sum of gradients would stay NaN "
+                    f"after the first that is not finite; write {name}(MultiSteps(...).gradient_transformation(), ...)"
+                )
+
+
+def _nodes(state: PyTree, kind: type) -> list[Any]:
+    found = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in found if isinstance(node, kind)]
 
 
 def scaled(objective: Callable[..., Any], scale: jax.Array | None) -> Callable[..., Any]:

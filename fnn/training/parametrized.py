@@ -26,7 +26,12 @@ def parametrized(
     is whether the transformation divides by the size of gradients: True for Adam, RMSProp and the like, False for SGD with
     or without momentum. `depth`, the number of hidden layers, is needed for completep without `adaptive`. `input` and `output` are
     patterns of `optimizers.where` for the arrays of the first and the last layer; by default these are the first and the
-    last kernel in the order of the tree, and the arrays beside them. Arrays with one axis are biases or scales.
+    last kernel in the order of the tree, and the arrays beside them. Arrays with one axis are biases or scales. A table
+    (`embedding`) always belongs to the input, and no kernel of a net with tables does; if a table comes last, as in
+    `fnn.tied`, it stands for the output too, and no kernel is the last.
+
+    The width of a kernel is the number of its inputs, over all axes but the last: of a 3x3 convolution nine times its
+    channels, of a feed-forward's second kernel four times the net's width. Such factors stay the same at all widths.
 
     Adam's eps must stay far below the gradients of the widest and deepest net. Decoupled weight decay is multiplied too.
     Errors: ValueError for an unknown name, for a tree without kernels, and a pattern that no path matches.
@@ -52,15 +57,26 @@ def _roles(updates: Any, depths: Any, first: str | None, last: str | None) -> An
     """Say for each array of which layer it is: input, hidden or output."""
     known = jax.tree_util.tree_leaves_with_path(updates)
     homes = [str(path[:-1]) for path, _ in known]
-    kernels = [home for home, (_, a), k in zip(homes, known, jax.tree.leaves(depths), strict=True) if a.ndim - k > 1]
+    tables = [getattr(path[-1], "key", None) == "embedding" if path else False for path, _ in known]
+    matrices = [
+        (home, table)
+        for home, table, (_, a), k in zip(homes, tables, known, jax.tree.leaves(depths), strict=True)
+        if a.ndim - k > 1
+    ]
+    kernels = [home for home, table in matrices if not table]
     if not kernels:
         raise ValueError("parametrized: the parameters must hold a kernel, an array of two axes or more, got none")
+    start, end = None if any(tables) else kernels[0], None if matrices[-1][1] else kernels[-1]
 
     def marked(pattern, home):
         if pattern is not None:
             return jax.tree.leaves(where(pattern)(updates))
         return [other == home for other in homes]
 
-    ends = zip(marked(first, kernels[0]), marked(last, kernels[-1]), strict=True)
-    roles = ["output" if at_end else "input" if at_start else "hidden" for at_start, at_end in ends]
+    def role(table, at_start, at_end):
+        if at_end and (last is not None or not table):
+            return "output"
+        return "input" if table or at_start else "hidden"
+
+    roles = list(map(role, tables, marked(first, start), marked(last, end)))
     return jax.tree.unflatten(jax.tree.structure(updates), roles)
