@@ -17,6 +17,7 @@ from bench import (
     accelerator,
     compile,
     depth,
+    kernels,
     models,
     per_example,
     report,
@@ -42,6 +43,7 @@ SUITES = {
     "watch": watch,
     "ward": ward,
     "spectra": spectra,
+    "kernels": kernels,
 }
 
 
@@ -66,7 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--rows",
         help=f"comma-separated: width x depth of {','.join(ROWS)}, or W x D / batch, or W x D / batch / bf16; "
-        f"in the suite models {','.join(models.MODELS)}",
+        f"in the suite models {','.join(models.MODELS)}, in kernels {','.join(kernels.training.ORDER)}",
     )
     parser.add_argument("--peers", type=lambda text: text.split(","), help="comma-separated; see below")
     parser.add_argument("--all", action="store_true", help="lift the depth limits of slow compilers")
@@ -89,7 +91,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trace", type=Path, help="folder for profiler traces of fnn-fit (suite step)")
     options = parser.parse_args(arguments)
     try:
-        options.rows = options.rows and (models.select if options.suite == "models" else rows)(options.rows)
+        select = {"models": models.select, "kernels": kernels.select}.get(options.suite, rows)
+        options.rows = options.rows and select(options.rows)
     except (argparse.ArgumentTypeError, ValueError) as error:
         parser.error(f"--rows: {error}")
     names = SUITES[options.suite].NAMES

@@ -7,10 +7,11 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import jax
 import pytest
 
 from bench import __main__ as command
-from bench import accelerator
+from bench import accelerator, kernels
 from bench.emitter import Part
 
 PART = """
@@ -77,3 +78,44 @@ def test_unknown_parts_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(["--accelerator", "--parts", "facts,nonesuch"])
     assert stop.value.code == 2 and "there is no part nonesuch; there are facts, rates" in capsys.readouterr().err
+
+
+HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %p = (s32[], f32[4,8]{1,0}) parameter(0)
+  %x = f32[4,8]{1,0} get-tuple-element(%p), index=1
+  %i = s32[] get-tuple-element(%p), index=0
+  %loop_add = f32[4,8]{1,0} fusion(%x), kind=kLoop, calls=%fused
+  ROOT %t = (s32[], f32[4,8]{1,0}) tuple(%i, %loop_add)
+}
+
+ENTRY %main (a: bf16[4,8], b: bf16[8,8]) -> f32[] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %b = bf16[8,8]{1,0} parameter(1)
+  %gemm = (f32[4,8]{1,0}, s8[32]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul"
+  %y = f32[4,8]{1,0} get-tuple-element(%gemm), index=0
+  %w = (s32[], f32[4,8]{1,0}) while(%init), condition=%cond, body=%body
+  ROOT %sum = f32[] fusion(%y), kind=kInput, calls=%fused.1
+}
+"""
+
+
+def test_kernels_are_counted_with_the_bytes_that_they_move():
+    entry, body = kernels.kernels(HLO)
+    assert [(k.kind, k.moved, k.product) for k in entry] == [
+        ("__cublas$lt$matmul", 2 * 32 + 2 * 64 + 4 * 32 + 32, True),
+        ("fusion", 4 * 32 + 4, False),
+    ]
+    assert [(k.name, k.moved) for k in body] == [("loop_add", 2 * 4 * 32)]
+
+
+def test_without_a_gpus_compiler_there_is_a_sentence(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(kernels, "_installed", lambda: False)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    with pytest.raises(SystemExit, match="kernels: XLA's compiler for a GPU must be installed"):
+        command.main(["--suite", "kernels", "--rows", "lstm", "--precision", "default", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        command.main(["--suite", "kernels", "--rows", "64x3"])
+    assert "64x3: must be one of mlp-bf16" in capsys.readouterr().err
