@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import as_jax
+from optax import contrib
 
 import fnn
 from fnn.spectra import stability
@@ -133,3 +134,68 @@ def test_normalised_steps_are_refused():
     optimizer = optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.1))
     with pytest.raises(ValueError, match="must scale each gradient by a number of its own"):
         fnn.curvature(half)(params, jnp.eye(3)).preconditioned(optimizer, optimizer.init(params))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.sgd(0.1, momentum=0.9), optax.adam(0.01), optax.rmsprop(0.01)],
+    ids=["momentum", "adam", "rmsprop"],
+)
+def test_parameters_in_half_precision_have_the_rule_of_float32(optimizer):
+    A = jnp.diag(jnp.array([4.0, 1.5, 0.3]))
+
+    def loss(params, A):
+        return half(jax.tree.map(lambda a: a.astype(jnp.float32), params), A)
+
+    found = {}
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        params = {"x": jnp.array([1.0, 2.0, -1.0], dtype)}
+        state = optimizer.init(params)
+        for scale in (1.0, 0.7, 0.4):
+            grads = {"x": (scale * A @ params["x"].astype(jnp.float32)).astype(dtype)}
+            _, state = optimizer.update(grads, state, params)
+        found[dtype] = fnn.curvature(loss)(params, A).preconditioned(optimizer, state)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        np.testing.assert_allclose(found[dtype].threshold, found[jnp.float32].threshold, rtol=1e-6)
+        rtol = 2 * float(jnp.finfo(dtype).eps)  # of the Hessian's products, and of the moments
+        np.testing.assert_allclose(found[dtype].value, found[jnp.float32].value, rtol=rtol)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.adam(0.01, mu_dtype=jnp.bfloat16), optax.sgd(0.01, momentum=0.9, accumulator_dtype=jnp.bfloat16)],
+)
+def test_moments_that_the_optimiser_rounds_itself_are_refused(optimizer):
+    params = {"x": jnp.ones(3, jnp.bfloat16)}
+    state = optimizer.update(params, optimizer.init(params), params)[1]
+    with pytest.raises(
+        ValueError, match="must keep moments in the precision that it is given, got one that rounds them"
+    ):
+        fnn.curvature(half)(params, jnp.eye(3)).preconditioned(optimizer, state)
+
+
+def test_an_epsilon_that_float16_does_not_hold_is_none():
+    params, optimizer = {"x": jnp.ones(3, jnp.float16)}, optax.adam(0.01)
+    _, state = jax.jit(optimizer.update)({"x": jnp.array([1, 0, 1], jnp.float16)}, optimizer.init(params), params)
+    assert not np.all(np.isfinite(jax.jit(optimizer.update)({"x": 0 * params["x"]}, state, params)[0]["x"]))
+    with pytest.raises(ValueError, match="a second moment of zero needs an epsilon, got one without"):
+        fnn.curvature(half)(params, jnp.eye(3)).preconditioned(optimizer, state)
+
+
+@pytest.mark.parametrize("make", [optax.adamax, contrib.adopt, optax.radam, optax.yogi])
+def test_second_moments_with_a_rule_of_their_own_are_refused(make):
+    """They keep their moments in Adam's state."""
+    params, optimizer = {"x": jnp.array([1.0, 2.0, -1.0])}, make(0.01)
+    state = optimizer.init(params)
+    for scale in (1.0, 0.7, 0.4):
+        _, state = optimizer.update({"x": scale * params["x"]}, state, params)
+    words = "must scale each gradient" if make is optax.yogi else "must divide by the root of its second moment"
+    with pytest.raises(ValueError, match=f"the optimiser {words}"):
+        fnn.curvature(half)(params, jnp.eye(3)).preconditioned(optimizer, state)
+
+
+def test_momentum_behind_rmsprop_is_not_bias_corrected():
+    params, optimizer = {"x": jnp.ones(3)}, optax.rmsprop(0.01, momentum=0.9, bias_correction=True)
+    state = optimizer.update(params, optimizer.init(params), params)[1]
+    found = fnn.curvature(half)(params, jnp.eye(3)).preconditioned(optimizer, state)
+    np.testing.assert_allclose(found.threshold, 3.8 / 0.01, rtol=1e-5)

@@ -105,6 +105,7 @@ class Curvature:
         η, β, ε and the bias correction are read from what `optimizer.update` does, so that schedules count (η is that of the
         next step, ν that of the last). Decoupled weight decay counts too. Not seen: clipping, which changes steps that are
         longer than its limit. `options` are those of `Operator.eigenvalues`. For the host.
+        The rule is read in float32, also of parameters in half precision.
         Source: Cohen et al. 2021 and 2022. Errors: ValueError for other optimisers, for moments before the first step, and
         for moments coarser than the parameters (`mu_dtype`).
         """

@@ -3,7 +3,8 @@
 For a loss ½ xᵀHx, an optimiser with one moment m is a linear map of (x, m): U = Q g + P m + d x, m' = C g + β m, with
 diagonal Q, P, C. It oscillates, and grows, where an eigenvalue passes -1, which is at
 lambda_max(E½ H E½) = (2 + d)(1 + β), E = P C - (1 + β) Q. The numbers are what `optimizer.update` makes of small numbers,
-beside the second moment as it stands; so rates, schedules, decays and epsilons are those that the optimiser has.
+beside the second moment as it stands; so rates, schedules, decays and epsilons are those that the optimiser has. They
+are taken in float32 at least: the rounding of half precision is no part of an optimiser's rule.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import admission, check, compiled
+from fnn import admission, check, compiled, tree
 
 PLAIN = {"EmptyState", "ScaleByScheduleState", "InjectHyperparamsState", "InjectStatefulHyperparamsState"}
 FIRST = {"ScaleByAdamState": "mu", "TraceState": "trace"}
@@ -22,6 +23,8 @@ SECOND = {"ScaleByAdamState", "ScaleByRmsState", "ScaleByRmsWithCountState"}
 """States that hold a second moment, `nu`."""
 LARGE = 1e12
 """A second moment beside which epsilon does not count."""
+STEP = 10.0
+"""How many times smaller Adam's update is where its second moment is the square of this times as large."""
 
 
 class Response(NamedTuple):
@@ -44,6 +47,8 @@ def respond(who: str, optimizer: Any, state: Any, params: Any) -> Response:
     if compiled.traced((state, params)):
         raise TypeError(f"{who}: the optimiser is read on the host, got traced arrays; call it outside of jit")
     first, second = _moments(who, state, params)
+    if first:
+        _check_precision(who, optimizer, first, state, params)
     if second and not any(np.any(np.asarray(a)) for a in jax.tree.leaves(optax.tree_utils.tree_get(state, "nu"))):
         raise ValueError(f"{who}: the optimiser must have taken a step, got second moments of zero; call it after one")
     numbers = jax.device_get(compiled.call(_probe, (optimizer, first, second), state, params))
@@ -52,10 +57,10 @@ def respond(who: str, optimizer: Any, state: Any, params: Any) -> Response:
     effective = flat["effective"]
     if second:
         nu = [np.ravel(a) for a in jax.tree.leaves(jax.device_get(optax.tree_utils.tree_get(state, "nu")))]
-        if not np.all(np.isfinite(effective[np.concatenate(nu) == 0])):
+        if not np.all(np.isfinite([effective, flat["at rest"]])[:, np.concatenate(nu) == 0]):
             raise ValueError(
-                f"{who}: a second moment of zero needs an epsilon, got one without, where the optimiser divides by zero; give "
-                "it an eps, or leave out parameters that have no gradient"
+                f"{who}: a second moment of zero needs an epsilon, got one without (or one that is 0 in the parameters' "
+                "dtype), where the optimiser divides by zero; give it a larger eps, or leave out parameters without a gradient"
             )
     same = np.allclose(flat["update of signs"], flat["update of gradient"] * flat["signs"], rtol=1e-3, atol=0)
     coupled = flat["update of moment"] * flat["moment of gradient"]
@@ -70,6 +75,11 @@ def respond(who: str, optimizer: Any, state: Any, params: Any) -> Response:
         raise ValueError(
             f"{who}: the optimiser must scale each gradient by a number of its own, in one way for all parameters, got one "
             "that does not (signs, normalised updates, several groups); its stability has no known threshold here"
+        )
+    if second and not np.allclose([flat["fall"], flat["kept"]], 1, rtol=0, atol=0.01):
+        raise ValueError(
+            f"{who}: the optimiser must divide by the root of its second moment, as Adam and RMSProp do, got one that does "
+            "not (adamax, adopt, the first steps of radam); use hessian.eigenvalues(), which needs no optimiser"
         )
     momentum = float(np.mean(beta))
     rate = float(np.mean(flat["rate"]))
@@ -126,11 +136,35 @@ def _classes(state: Any) -> list[str]:
     return [found for part in state for found in _classes(part)] if isinstance(state, tuple | list) else []
 
 
+def _check_precision(who: str, optimizer: Any, first: str, state: Any, params: Any) -> None:
+    """Refuse an optimiser that rounds its first moment itself, whatever the precision it is given."""
+    given = jax.eval_shape(_wide, (state, params))
+    new = jax.eval_shape(lambda state, params: optimizer.update(params, state, params)[1], *given)
+    for a, p in zip(jax.tree.leaves(optax.tree_utils.tree_get(new, first)), jax.tree.leaves(given[1]), strict=True):
+        if jnp.finfo(a.dtype).eps > jnp.finfo(p.dtype).eps:
+            raise ValueError(
+                f"{who}: the optimiser must keep moments in the precision that it is given, got one that rounds them to "
+                f"{a.dtype}; pass it without mu_dtype or accumulator_dtype"
+            )
+
+
+def _wide(node: Any) -> Any:
+    """Cast floating arrays to float32 at least."""
+
+    def one(a):
+        a = jnp.asarray(a)
+        return a.astype(tree.statistics_dtype(a.dtype)) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    return jax.tree.map(one, node)
+
+
 def _probe(optimizer: Any, first: str, second: bool, state: Any, params: Any) -> dict[str, Any]:
     """Read an update's linear parts in gradient, first moment and parameters, with the second moment as it stands.
 
     A derivative at zero is 0 · inf where a second moment is tiny: small numbers, which leave it alone, say the same.
     """
+    resting = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)[0]  # in the parameters' own dtype
+    state, params = _wide((state, params))
     zeros = jax.tree.map(jnp.zeros_like, params)
     ones = jax.tree.map(jnp.ones_like, params)
     leaves, treedef = jax.tree.flatten(params)
@@ -178,13 +212,18 @@ def _probe(optimizer: Any, first: str, second: bool, state: Any, params: Any) ->
     # The update multiplies the second moment by its decay before it uses it.
     nu = jax.tree.map(lambda a: a / decay, moment(state, "nu"))
     found = linear(nu, jax.tree.map(_small, moment(state, "nu")))
-    large = linear(jax.tree.map(lambda a: jnp.full_like(a, LARGE) / decay, nu))["effective"]
+    large = linear(jax.tree.map(lambda a: jnp.full_like(a, LARGE) / decay, nu))
+    larger = linear(jax.tree.map(lambda a: jnp.full_like(a, LARGE * STEP**2) / decay, nu))
+    fall = jax.tree.map(lambda a, b: a / (STEP * b), large["effective"], larger["effective"])
+    kept = jax.tree.map(jnp.divide, large["moment of gradient"], found["moment of gradient"])
+    # Adam's first moment takes gradients as they are, and is corrected; one behind RMSProp takes what that made of them.
+    own = first == "mu"
     counts = _count(state)
     correction = 1.0 if counts is None else 1 - decay**counts
     momentum = found["moment of moment"]
-    early = jax.tree.map(lambda b: 1.0 if counts is None else 1 - b**counts, momentum)
-    rate = jax.tree.map(lambda e, b: e * jnp.sqrt(LARGE / correction) * b, large, early)
-    return found | {"rate": rate}
+    early = jax.tree.map(lambda b: 1.0 if counts is None or not own else 1 - b**counts, momentum)
+    rate = jax.tree.map(lambda e, b: e * jnp.sqrt(LARGE / correction) * b, large["effective"], early)
+    return found | {"rate": rate, "at rest": resting, "fall": fall, "kept": kept if own else ones}
 
 
 def _small(nu: jax.Array) -> jax.Array:
