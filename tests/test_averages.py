@@ -135,3 +135,57 @@ def test_parameters_that_stay_are_their_own_average(dtype):
     tx = optimizers.averaged(optax.sgd(0.0), 0.9999)
     _, state = jax.jit(tx.update)(jnp.zeros_like(params), tx.init(params), params)
     np.testing.assert_allclose(state.mean / state.weight, np.asarray(params, np.float64), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "keeping",
+    [
+        lambda tx: optimizers.averaged(tx, 0.7),
+        lambda tx: optimizers.lookahead(tx, 3, 0.4),
+        lambda tx: contrib.schedule_free(tx, 0.05, b1=0.9),
+    ],
+    ids=["averaged", "lookahead", "schedule_free"],
+)
+@pytest.mark.parametrize(
+    "net", [NET, fnn.serial(fnn.dense(200), fnn.dense(100), fnn.dense(3))], ids=["repeat", "large"]
+)
+def test_what_is_kept_inside_of_packed_is_unpacked(keeping, net):
+    """`dense(100)` of 200 units is large and keeps its place before the small ones."""
+    inside, outside = optimizers.packed(keeping(optax.sgd(0.05))), keeping(optimizers.packed(optax.sgd(0.05)))
+    a, b = (trained(tx, net=net) for tx in (inside, outside))
+    for found, wanted in zip(a, b, strict=True):
+        close(optimizers.eval_params(found), optimizers.eval_params(wanted))
+    moved = zip(*map(jax.tree.leaves, (optimizers.eval_params(a[-1]), a[-1].params)), strict=True)
+    assert max(np.max(np.abs(u - v)) for u, v in moved) > 1e-4
+
+
+def test_packed_averages_of_two_dtypes_are_unpacked():
+    """Averages are float32 whatever is averaged; vectors are joined by the parameters' dtypes."""
+    params = [jnp.ones(3, jnp.bfloat16), jnp.full((2, 2), 2.0), jnp.full(5, 3, jnp.bfloat16)]
+    tx = optimizers.packed(optimizers.averaged(optax.sgd(0.0), 0.5))
+    _, state = tx.update(params, tx.init(params), params)
+    found = optimizers.eval_params(fnn.TrainState(params, (), state, jnp.int32(1), jax.random.key(0)))
+    assert [a.dtype for a in found] == [a.dtype for a in params]
+    close(found, params, rtol=0, atol=0)
+
+
+def test_packed_averages_of_some_parameters_are_refused_before_training():
+    tx, net = optimizers.packed(optimizers.averaged(optax.sgd(0.5), 0.5)), fnn.serial(fnn.dense(4), fnn.dense(3))
+    with pytest.raises(
+        ValueError, match="^packed: an optimiser that keeps other parameters to evaluate at must see all"
+    ):
+        fnn.TrainState.create(net, optimizers.freeze(tx, "0/*"), jax.random.key(0), X)
+    trained(optimizers.freeze(optimizers.packed(optax.sgd(0.5)), "0/*"), steps=1, net=net)
+    # Blocks of `repeat` are shown one by one there, and nothing is packed.
+    state = trained(optimizers.freeze(tx, "0/*"))[-1]
+    close(optimizers.eval_params(state)[0], state.params[0], rtol=0, atol=0)
+
+
+def test_averages_in_another_form_are_refused_by_what_they_are():
+    tx = optax.flatten(optimizers.averaged(optax.sgd(0.5), 0.5))
+    state = fnn.TrainState.create(net := fnn.dense(3), tx, jax.random.key(0), X)
+    state, _ = fnn.train_step(net, LOSS, tx)(state, (X, Y))
+    with pytest.raises(
+        ValueError, match=r"eval_params: the optimiser must keep a tree like params, got one that keeps float"
+    ):
+        optimizers.eval_params(state)

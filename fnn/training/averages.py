@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from fnn import check, tree
+from fnn.training.blocks import Blocks
 from fnn.training.chosen import filled, hidden
 from fnn.tree import PyTree, Stacked
+from fnn.vectors import pack, unpack
 
 
 class AveragedState(NamedTuple):
@@ -83,12 +85,13 @@ def lookahead(
 def eval_params(state: PyTree) -> PyTree:
     """Return the parameters of a `TrainState` to evaluate at: those that its optimiser keeps besides the trained ones.
 
-    For `averaged`, `lookahead` and `optax.contrib.schedule_free`, anywhere in the optimiser; the outermost counts, and
-    parameters that it does not see stay as they are. `fit(..., evaluate_with=fnn.optimizers.eval_params)` validates at
-    them, and `evaluate(net, (fnn.optimizers.eval_params(state), state.net_state), data)` evaluates.
-    Errors: ValueError if the optimiser keeps none.
+    For `averaged`, `lookahead` and `optax.contrib.schedule_free`, anywhere in the optimiser, inside of `packed` too; the
+    outermost counts, and parameters that it does not see stay as they are. `evaluate` takes
+    `(fnn.optimizers.eval_params(state), state.net_state)`, and `fit(..., evaluate_with=fnn.optimizers.eval_params)`
+    validates at them.
+    Errors: ValueError if the optimiser keeps none, or keeps them in another form than params (`optax.flatten`).
     """
-    found = [node for node in jax.tree.leaves(state.opt_state, is_leaf=_known) if _known(node)]
+    found = _every(state.opt_state)
     if not found:
         raise ValueError(
             "optimizers.eval_params: the optimiser must keep parameters to evaluate at, got one that keeps none; use "
@@ -104,7 +107,7 @@ def eval_params(state: PyTree) -> PyTree:
             if isinstance(node, AveragedState)
             else node.z
         )
-        kept = _as_params(kept)
+        kept = _unpacked(_as_params(kept), params)
         try:
             own = jax.tree.map(lambda k, a: k if hidden(k) else a, kept, params, is_leaf=hidden)
             if isinstance(node, AveragedState):
@@ -115,16 +118,21 @@ def eval_params(state: PyTree) -> PyTree:
                 kept = optax.contrib.schedule_free_eval_params(node._replace(z=kept), own)
             params = filled(kept, params)
         except (TypeError, ValueError) as error:
+            if _in_blocks(kept):
+                raise ValueError(
+                    "optimizers.eval_params: the optimiser must keep whole stacks, got one that keeps some blocks of repeat "
+                    "alone; use serial, or choose the same arrays of all blocks"
+                ) from error
             raise ValueError(
-                "optimizers.eval_params: the optimiser must keep whole stacks, got one that keeps some blocks of repeat "
-                "alone; use serial, or choose the same arrays of all blocks"
+                "optimizers.eval_params: the optimiser must keep a tree like params, got one that keeps "
+                f"{check.describe(kept)}; put averaged or lookahead around what changes the form of the parameters"
             ) from error
     return params
 
 
 def check_evaluated(who: str, opt_state: Any, instead: str) -> None:
     """Warn where an optimiser keeps parameters to evaluate at, and nothing says whether they are wanted."""
-    if any(map(_known, jax.tree.leaves(opt_state, is_leaf=_known))):
+    if _every(opt_state):
         warnings.warn(
             f"{who}: the optimiser keeps other parameters to evaluate at than those that it trains, which are used here; "
             f"pass {instead}",
@@ -132,8 +140,40 @@ def check_evaluated(who: str, opt_state: Any, instead: str) -> None:
         )
 
 
+def check_whole(who: str, opt_state: Any, params: Any) -> None:
+    """Refuse to join arrays of some parameters alone where `eval_params` will have to tell which they were."""
+    if _every(opt_state) and any(map(hidden, jax.tree.leaves(params, is_leaf=hidden))):
+        raise ValueError(
+            f"{who}: an optimiser that keeps other parameters to evaluate at must see all of them, got some alone (freeze, "
+            "masked, partition), whose joined arrays eval_params cannot tell apart; put averaged or lookahead around "
+            "packed, or leave out packed"
+        )
+
+
+def _unpacked(kept: Any, params: Any) -> Any:
+    """Give what an optimiser inside of `packed` keeps the form of params; anything else stays as it is."""
+    leaves, treedef = jax.tree.flatten(params)
+    joined = jax.eval_shape(pack, leaves)
+    alike = jax.tree.structure(kept) == jax.tree.structure(joined)
+    # Params that are a list of these shapes themselves come back as they are.
+    if alike and all(jnp.shape(a) == b.shape for a, b in zip(kept, joined, strict=True)):
+        return treedef.unflatten(unpack(kept, leaves))
+    return kept
+
+
+def _in_blocks(kept: Any) -> bool:
+    def known(node):
+        return isinstance(node, Blocks | Stacked)
+
+    return any(map(known, jax.tree.leaves(kept, is_leaf=known)))
+
+
 def _mean(begun: Any, weight: Any, m: Any, a: Any) -> jax.Array:
     return jnp.where(begun, m / weight, a).astype(a.dtype)
+
+
+def _every(opt_state: Any) -> list[Any]:
+    return [node for node in jax.tree.leaves(opt_state, is_leaf=_known) if _known(node)]
 
 
 def _known(node: Any) -> bool:

@@ -10,6 +10,7 @@ import optax
 from fnn.gradients.program import read, trace
 from fnn.training import clip
 from fnn.training.alike import JOINS, REDUCTIONS, SUMS, Meeting, Names, Reading, Unlike, Value, constant
+from fnn.training.averages import check_whole
 from fnn.training.blocks import Blocks
 from fnn.training.depth import DepthAware
 from fnn.training.extra import accepted
@@ -25,7 +26,8 @@ def packed(transformation: optax.GradientTransformation) -> optax.GradientTransf
     The state holds packed arrays.
 
     Errors: ValueError, at the first update, for a transformation that tells arrays apart (a mask that takes some, labels,
-    LAMB, `adaptive`): it would treat the packed vector as one array.
+    LAMB, `adaptive`): it would treat the packed vector as one array. ValueError, at init, for `averaged` and its like inside,
+    where `freeze` or a mask outside hides some arrays.
     """
     inner = optax.with_extra_args_support(transformation)
 
@@ -37,6 +39,7 @@ def packed(transformation: optax.GradientTransformation) -> optax.GradientTransf
             state = inner.init(small)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise _refusal("one that needs the parameters' own tree") from error
+        check_whole("packed", state, params)
         _check_packable(lambda params: inner.init(params), (params,), (small,))
         return clip.retold(state, params)
 
