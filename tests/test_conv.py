@@ -226,6 +226,14 @@ def test_global_average_counts_real_positions_alone():
     np.testing.assert_allclose(y, [[1, 2], [8, 9]])
     empty, _ = fnn.global_avg_pool().apply((), (), fnn.Masked(x, jnp.zeros((2, 3), bool)))
     np.testing.assert_array_equal(empty, 0)
+    np.testing.assert_array_equal(fnn.global_avg_pool().apply((), (), jnp.zeros((2, 3, 0, 4)))[0], np.zeros((2, 4)))
+
+
+@pytest.mark.parametrize("padding", ["same", "circular", "valid"])
+def test_a_window_does_not_fit_into_inputs_of_length_0(padding):
+    layer, kernel = fnn.conv(2, 3, padding=padding, bias=False), {"kernel": jnp.ones((3, 4, 2))}
+    with pytest.raises(ValueError, match="^conv: the window must fit into the padded input"):
+        layer.apply(kernel, (), jnp.zeros((2, 0, 4)))
 
 
 def test_nets_of_delta_orthogonal_convolutions_have_an_orthogonal_last_layer():

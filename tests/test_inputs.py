@@ -78,6 +78,16 @@ def test_last_first_and_ends_take_real_positions():
             layer.apply((), (), both)
 
 
+@pytest.mark.parametrize("layer", [fnn.take_last(), fnn.take_first(), fnn.take_ends(), fnn.global_avg_pool()])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sequences_of_length_0_give_0(layer, masked):
+    """As examples without a real position do."""
+    x = jnp.zeros((3, 0, 4), jnp.bfloat16)
+    y, _ = jax.jit(layer.apply)((), (), fnn.Masked(x, jnp.zeros((3, 0), bool)) if masked else x)
+    assert y.dtype == x.dtype
+    np.testing.assert_array_equal(y, np.zeros((3, 4)))
+
+
 def test_trees_of_inputs_train_evaluate_and_report():
     net, x = two_inputs(), inputs(32)
     y = as_jax(np.asarray(x["image"]).mean((1, 2, 3)) > 0, jnp.int32)

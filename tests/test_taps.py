@@ -68,9 +68,10 @@ def test_forward_statistics_of_a_masked_sequence_are_those_of_its_real_positions
             "saturated": 2 / 8,
         }
         assert {name: float(a) for name, a in forward.items()} == pytest.approx(want, rel=1e-6)
-    nothing = fnn.Masked(jnp.full((2, 3, 4), jnp.nan), jnp.zeros((2, 3), bool))
-    _, new = layer.apply((), state, nothing)
-    assert {name: float(a) for name, a in new.forward.items()} == dict.fromkeys(want, 0)
+    empty = [fnn.Masked(jnp.full(shape, jnp.nan), jnp.zeros(shape[:2], bool)) for shape in ((2, 3, 4), (2, 0, 4))]
+    for nothing in (*empty, empty[1].values):
+        _, new = layer.apply((), state, nothing)
+        assert {name: float(a) for name, a in new.forward.items()} == dict.fromkeys(want, 0)
 
 
 def test_no_layer_sends_a_cotangent_to_padding_and_a_masked_tap_reports_the_real_ones():

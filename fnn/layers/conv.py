@@ -67,7 +67,7 @@ def conv(
         strides, dilations = _each(who, stride, sizes, "stride"), _each(who, dilation, sizes, "dilation")
         reach = [(w - 1) * d + 1 for w, d in zip(kernel.shape, dilations, strict=False)]
         pads = _pads(who, padding, sizes, reach, strides)
-        if padding == "circular":
+        if padding == "circular" and 0 not in sizes:
             x, pads = jnp.pad(x, [(0, 0), *pads, (0, 0)], mode="wrap"), [(0, 0)] * len(sizes)
         _fits(who, x.shape[1:-1], reach, pads)
         return _correlate(x, kernel, _How(strides, pads, dilations, (1,) * len(sizes), groups), implementation)
@@ -140,13 +140,13 @@ def avg_pool(window: Window, *, stride: Window | None = None, padding: Padding =
 def global_avg_pool() -> Layer:
     """Average over all positions: float[batch, *positions, c] -> float[batch, c].
 
-    Of a `Masked` sequence only real positions count; an example without any gives 0.
+    Of a `Masked` sequence only real positions count; an example without any position gives 0.
     """
 
     def apply(params, x):
         if not isinstance(x, Masked):
-            sizes = _image("global_avg_pool", x)
-            return jnp.mean(x, axis=tuple(range(1, 1 + len(sizes))))
+            axes = tuple(range(1, 1 + len(_image("global_avg_pool", x))))
+            return jnp.mean(x, axis=axes) if x.size else jnp.zeros((x.shape[0], x.shape[-1]), x.dtype)
         values, mask = sequence("global_avg_pool", x)
         wide = values.astype(statistics_dtype(values.dtype))
         count = jnp.maximum(1, jnp.sum(mask, axis=1, keepdims=True))

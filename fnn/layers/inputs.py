@@ -161,7 +161,9 @@ def _at(who: str, read: Callable[[Any, Any], Any]) -> Layer:
 
 
 def _place(values: Any, mask: Any, end: int) -> Any:
-    """Take the real position nearest to one end of the sequence, 0 or -1."""
+    """Take the real position nearest to one end of the sequence, 0 or -1. Without any position: 0."""
+    if not values.shape[1]:
+        return jnp.zeros((values.shape[0], values.shape[2]), values.dtype)
     if mask is None:
         return values[:, end]
     index = jnp.argmax(mask, axis=1) if end == 0 else mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)

@@ -11,6 +11,7 @@ the statistics of `Backward`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +72,8 @@ def tap(*, bounds: tuple[float, float] | None = None, role: str = "") -> Layer:
     where squares do not; `dead`, the fraction of units that are zero for the whole batch; with `bounds` (the asymptotes of
     an activation, both finite) `saturated`, the fraction of numbers within 1 % of their distance to one of them. With
     `axis_name` all are taken over the whole mapped axis, so that the state is unbatched. Of a `Masked` sequence only real
-    positions count (`dead` counts a unit at each position that is real in at least one example); without any, all are 0.
+    positions count (`dead` counts a unit at each position that is real in at least one example). Without any, all are 0,
+    as of an input of length 0.
 
     Backward: see `Backward`. The loss must be the mean of per-example losses over the batch of `x` (with `axis_name`:
     over the local batch, and gradients are averaged over the axis afterwards). Padded positions add nothing: no layer
@@ -112,6 +114,8 @@ def _forward(
         each["saturated"] = outside.astype(wide.dtype)
     if mask is not None:
         return _masked(x, mask, each, axis_name)
+    if not x.size:
+        return dict.fromkeys((*each, "peak", "dead"), jnp.zeros((), wide.dtype))
     means, peak = {name: jnp.mean(a) for name, a in each.items()}, _peak(wide)
     if axis_name is not None:
         means, dead = mapped.mean(means, axis_name), mapped.reduce(jax.lax.pmin, dead, axis_name)
@@ -125,7 +129,7 @@ def _masked(
     """Average over real positions alone."""
     real = mask.reshape(mask.shape + (1,) * (x.ndim - 2))
     sums = {name: jnp.sum(jnp.where(real, a, 0)) for name, a in each.items()}
-    dtype, units = sums["mean"].dtype, x.size // mask.size
+    dtype, units = sums["mean"].dtype, max(1, math.prod(x.shape[2:]))
     count, idle, seen = jnp.sum(mask), jnp.all((x == 0) | ~real, axis=0), jnp.any(real, axis=0)
     idle, seen, peak = idle.astype(dtype), seen.astype(dtype), _peak(jnp.where(real, each["mean"], 0))
     if axis_name is not None:
