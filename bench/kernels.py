@@ -65,7 +65,7 @@ class Kernel(NamedTuple):
     @property
     def product(self) -> bool:
         """Whether it is a matrix product or a convolution."""
-        return "gemm_fusion" in self.name or any(part in self.kind for part in ("cublas", "conv", "fmha"))
+        return "gemm_fusion" in self.name or self.kind in ("dot", "convolution") or self.kind.startswith("__cu")
 
 
 def run(options: Namespace, say: Callable[[str], None]) -> Iterator[Section]:
@@ -175,7 +175,7 @@ def _kernels(lines: list[str]) -> list[Kernel]:
             continue
         name, shape, opcode, operands = part.groups()
         sizes[name] = _bytes(shape)
-        if opcode not in FREE:
+        if opcode not in FREE and not opcode.endswith("-done"):  # of a pair the start counts
             target = re.search(r'custom_call_target="([^"]+)"', line)
             moved = sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", operands))
             found.append(Kernel(name, target[1] if target else opcode, moved))

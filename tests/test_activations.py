@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -133,8 +134,10 @@ def test_nan_passes_through():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_relu_of_half_precision_is_that_of_numpy_to_the_bit(dtype):
-    """All numbers that CPUs do not take for zero, with infinities and NaN, inside a program: the way is float32."""
+def test_relu_of_half_precision_goes_through_float32_and_rounds_nothing(dtype):
+    """All numbers that CPUs do not take for zero, with infinities and NaN, inside a program."""
+    (largest,) = re.findall(r":(\w+)\[8\] = max", str(jax.make_jaxpr(activations.relu)(jnp.zeros(8, dtype))))
+    assert largest == "f32"
     x = np.arange(2**16, dtype=np.uint16).view(jnp.dtype(dtype))
     wide = x.astype(np.float32)
     x = x[~(np.abs(wide) < 2.0**-126) | (wide == 0)]

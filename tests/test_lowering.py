@@ -71,6 +71,33 @@ def test_an_accelerators_gradient_of_cross_entropy_is_the_same(monkeypatch):
     assert "scatter" not in str(jax.make_jaxpr(lambda x: derivatives(x))(logits))
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-25, 1e25])
+def test_an_accelerators_readings_of_watch_are_the_same(monkeypatch, size):
+    """Sums there are one reduction, not folds; at any scale."""
+    rng = np.random.default_rng(0)
+    params = [as_jax(rng.normal(size=shape), jnp.float32) / 6 for shape in ((40, 24), (24, 24), (24, 3))]
+    x = as_jax(rng.normal(size=(130, 40)), jnp.float32) * size
+
+    def loss(params, x):
+        first, *others = params
+        h = jax.nn.relu(x @ first)
+        for w in others:
+            h = h @ w
+        return jnp.mean(h / size)
+
+    def readings():
+        jax.clear_caches()
+        table = fnn.watch(loss)(params, x).table()
+        return table["value"].to_numpy()
+
+    here = readings()
+    monkeypatch.setattr(lowering, "platform", lambda: "gpu")
+    there = readings()
+    jax.clear_caches()
+    assert len(here) > 20
+    np.testing.assert_allclose(there, here, rtol=1e-4, atol=1e-6)
+
+
 def test_a_program_for_another_platform_holds_no_question():
     """Exported for two platforms it is one program, and runs here with the same values."""
     x = jnp.linspace(-1, 1, 12).reshape(3, 4)

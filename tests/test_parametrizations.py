@@ -115,6 +115,15 @@ def test_tables_belong_to_the_input():
             assert kernels == ([hidden] * 5 + [hidden / 4 if adaptive else 1] if net is not untied else [hidden, 0.25])
 
 
+def test_a_kernel_before_the_table_of_positions_is_the_input():
+    net = fnn.serial(fnn.dense(128), fnn.positions(16), fnn.dense(128), fnn.take_last(), fnn.dense(3))
+    ones = jax.tree.map(lambda a: np.ones(a.shape, np.float32), jax.eval_shape(net.init, KEY, np.zeros((2, 5, 8)))[0])
+    for adaptive, wanted in ((True, [1, 0.5, 0.5]), (False, [2, 1, 0.5])):
+        tx = fnn.optimizers.parametrized(optax.sgd(1.0), "mup", adaptive=adaptive)
+        found = zip(fnn.tree.paths(ones), jax.tree.leaves(tx.update(ones, tx.init(ones))[0]), strict=True)
+        assert [-float(a[0, 0]) for path, a in found if path.endswith("kernel")] == wanted
+
+
 @pytest.mark.parametrize("name", ["mup", "completep"])
 def test_repeat_equals_serial_under_the_rates(name):
     """Ten steps of Adam from the same weights: the same parameters."""

@@ -283,7 +283,9 @@ def test_a_step_fits_into_other_programs():
     scanned, found = jax.lax.scan(step, fresh(), jax.tree.map(lambda a: jnp.stack([a, a]), batch))
     with pytest.raises(ValueError, match="labels"):
         step(fresh(), (batch[0], batch[1] + 3))
-    lanes, across = jax.vmap(step, (0, None))(jax.tree.map(lambda a: jnp.stack([a, a]), fresh()), batch)
+    seeds = jax.tree.map(lambda a: jnp.stack([a, a]), fresh())
+    lanes, across = jax.vmap(step, (0, None))(seeds, batch)
+    assert not seeds.step.is_deleted()
     state, first = step(fresh(), batch)
     np.testing.assert_allclose(across["loss"], [first["loss"]] * 2, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(lanes.params), jax.tree.leaves(state.params), strict=True):

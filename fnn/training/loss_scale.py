@@ -58,23 +58,29 @@ def loss_scaled(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scale_of(opt_state: PyTree, per_example: str | None = None) -> jax.Array | None:
+def scale_of(opt_state: PyTree) -> jax.Array | None:
     """Return the scale of the loss that an optimiser's state asks for, float32[]; None if it asks for none.
 
-    Errors: ValueError for several, inside of `optax.MultiSteps`, or with gradients of single examples.
+    Errors: ValueError for several.
     """
-    _check_accumulation(opt_state)
     found = [node.scale for node in _nodes(opt_state, LossScaleState)]
     if len(found) > 1:
         raise ValueError(
             f"optimizers.loss_scaled: an optimiser must hold one of it, got {len(found)}; put it around all the others"
         )
-    if found and per_example is not None:
+    return found[0] if found else None
+
+
+def asked_scale(opt_state: PyTree, per_example: str | None) -> jax.Array | None:
+    """Return the scale for a step; refuse one that its gradients of single examples, or its `MultiSteps`, cannot have."""
+    _check_accumulation(opt_state)
+    scale = scale_of(opt_state)
+    if scale is not None and per_example is not None:
         raise ValueError(
             f"train_step: per_example must be None with optimizers.loss_scaled, got {per_example!r}; compute in bfloat16, "
             "which needs no scale"
         )
-    return found[0] if found else None
+    return scale
 
 
 def _check_accumulation(opt_state: PyTree) -> None:

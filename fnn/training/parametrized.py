@@ -27,8 +27,8 @@ def parametrized(
     or without momentum. `depth`, the number of hidden layers, is needed for completep without `adaptive`. `input` and `output` are
     patterns of `optimizers.where` for the arrays of the first and the last layer; by default these are the first and the
     last kernel in the order of the tree, and the arrays beside them. Arrays with one axis are biases or scales. A table
-    (`embedding`) always belongs to the input, and no kernel of a net with tables does; if a table comes last, as in
-    `fnn.tied`, it stands for the output too, and no kernel is the last.
+    (`embedding`: of tokens or of positions) always belongs to the input; if one comes first, no kernel does. A table that
+    comes last, as in `fnn.tied`, stands for both ends, and no kernel does.
 
     The width of a kernel is the number of its inputs, over all axes but the last: of a 3x3 convolution nine times its
     channels, of a feed-forward's second kernel four times the net's width. Such factors stay the same at all widths.
@@ -66,7 +66,8 @@ def _roles(updates: Any, depths: Any, first: str | None, last: str | None) -> An
     kernels = [home for home, table in matrices if not table]
     if not kernels:
         raise ValueError("parametrized: the parameters must hold a kernel, an array of two axes or more, got none")
-    start, end = None if any(tables) else kernels[0], None if matrices[-1][1] else kernels[-1]
+    start = None if matrices[0][1] or matrices[-1][1] else kernels[0]
+    end = None if matrices[-1][1] else kernels[-1]
 
     def marked(pattern, home):
         if pattern is not None:

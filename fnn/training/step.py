@@ -20,7 +20,7 @@ from fnn.training import clip, reprs
 from fnn.training.averages import check_evaluated
 from fnn.training.examples import check_step, step_gradients
 from fnn.training.extra import offered
-from fnn.training.loss_scale import scale_of, scaled, unscaled
+from fnn.training.loss_scale import asked_scale, scaled, unscaled
 from fnn.training.metrics import METRICS, Measured, averages, chosen, functions
 from fnn.training.optimizers import per_depth
 from fnn.training.stretches import over_data
@@ -94,8 +94,12 @@ class TrainStep:
         """The arguments of `train_step`."""
 
     def __call__(self, state: TrainState, batch: arrays.Batch) -> tuple[TrainState, dict[str, tree.PyTree]]:
+        batch = self.check(state, batch)
+        if compiled.traced((state.step, batch)):  # a part of another program, which must not free what it is given
+            self.admit(state, batch)
+            return self.pure(state, batch)
         with check.donated_once("train_step"):
-            return self.jitted(state, self.check(state, batch))
+            return self.jitted(state, batch)
 
     def admit(self, state: TrainState, batch: arrays.Batch) -> None:
         """Refuse a state of another net or optimiser, and batches without examples. Reads no values."""
@@ -217,22 +221,14 @@ def train_step(
         params = mapped.varying(state.params, axis_name)
         old = mapped.varying(state.net_state, axis_name) if tapped else state.net_state
         _check_sharding(axis_name, params, batch)
-        scale = scale_of(state.opt_state, per_example)
+        scale = asked_scale(state.opt_state, per_example)
         if per_example is None:
             value_and_grad = jax.value_and_grad(scaled(objective, scale), argnums=(0, 1) if tapped else 0, has_aux=True)
             (_, (new, values, outputs)), grads = value_and_grad(params, old)
             grads, values = mapped.mean((unscaled(grads, scale), values), axis_name)
         else:
-            gradients = step_gradients(
-                net,
-                loss,
-                (x, y),
-                key=key,
-                axis_name=axis_name,
-                max_norm=max_norm,
-                skip_nonfinite=skip_nonfinite,
-                per_layer=per_layer,
-            )
+            options: dict[str, Any] = {"axis_name": axis_name, "max_norm": max_norm, "skip_nonfinite": skip_nonfinite}
+            gradients = step_gradients(net, loss, (x, y), key=key, per_layer=per_layer, **options)
             grads, new, (values, outputs), of_examples = gradients(
                 *(((params, old), None) if tapped else (params, old))
             )
