@@ -32,9 +32,9 @@ def named(got: np.ndarray, at: np.ndarray) -> str | None:
     if got.dtype == bool or not np.isfinite(got.astype(np.float64)).all():
         return None
     eps = min(float(jnp.finfo(got.dtype).eps), 2.0**-7) if jnp.issubdtype(got.dtype, jnp.floating) else 0.0
-    far = {"rtol": max(1e-5, 2 * eps), "atol": max(2e-3, 2 * eps)}
+    rtol, atol, y = max(1e-5, 2 * eps), max(2e-3, 2 * eps), got.astype(np.float64).ravel()
     for name in KNOWN:
-        if name != "identity" and np.allclose(got.astype(np.float64).ravel(), _values(name, at.size), **far):
+        if name != "identity" and np.allclose(y, _values(name, at.size), rtol, atol):
             return name
     return None
 
