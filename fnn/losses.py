@@ -82,6 +82,8 @@ def _classified(
 
 
 def _entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    if lowering.scatters():
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     return jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - _of_label(shifted, labels)
 
@@ -94,8 +96,6 @@ def _of_label(values: jax.Array, labels: jax.Array) -> jax.Array:
 @_of_label.defjvp
 def _of_label_jvp(primals, tangents):
     values, labels = primals
-    if lowering.scatters():
-        return jax.jvp(lambda values: _of_label.fun(values, labels), (values,), tangents[:1])
     chosen = jnp.arange(values.shape[-1], dtype=labels.dtype) == labels[..., None]
     return _of_label(values, labels), jnp.sum(jnp.where(chosen, tangents[0], 0), axis=-1)
 
