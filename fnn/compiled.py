@@ -85,10 +85,12 @@ def limited(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return run
 
 
+_TRACER: type = jax.core.Tracer  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def traced(arrays: Any) -> bool:
     """Whether arrays are being traced, by `jit`, `vmap` or `grad`."""
-    tracer = jax.core.Tracer  # pyright: ignore[reportAttributeAccessIssue]
-    return any(isinstance(leaf, tracer) for leaf in jax.tree.leaves(arrays))
+    return any(isinstance(leaf, _TRACER) for leaf in jax.tree.leaves(arrays))
 
 
 def key(value: Any) -> tuple[Any, ...]:

@@ -85,7 +85,7 @@ def scatters() -> bool:
 def folds() -> bool:
     """Whether a sum over an axis takes a few entries at a time, of several arrays; see `gradients.reductions`.
 
-    On a CPU that takes a third of the time. A GPU starts a kernel for each round.
+    That is for a CPU. A GPU would start a kernel for each round: 393 for a step of `watch` on 8 layers, instead of 260.
     """
     return platform() == "cpu"
 

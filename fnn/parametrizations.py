@@ -9,8 +9,9 @@
 | the same for hidden kernels and biases, times | 1 | 1 and m | d and m·d |
 | the same for the output kernel, times | 1 | 1/m | 1/m |
 
-m is the width over `base_width`, d the depth over `base_depth`: at the base sizes all three agree (for kernels of as many
-inputs; see `optimizers.parametrized`), so that what was tuned there carries over. Initial stds are those of the net's own initialiser, which must have a variance of order 1/fan_in.
+m is the width over `base_width`, d the depth over `base_depth`: at the base sizes all three agree, for kernels with
+`base_width` inputs (see `optimizers.parametrized`), so that what was tuned there carries over. Initial stds are those of
+the net's own initialiser, which must have a variance of order 1/fan_in.
 Sources: Yang et al. 2022, table 3 (mup); Dey et al. 2025, table 1 with alpha = 1 (completep).
 """
 

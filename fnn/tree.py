@@ -197,9 +197,7 @@ def _lengths_by_ranges(leaves: list[jax.Array], axes: Any) -> list[jax.Array]:
         return jnp.square(jnp.minimum(jnp.abs(a) * scale, most))
 
     def three(a, axis):
-        squares, zeros = [square(a, scale) for scale in _scales(a.dtype)], [np.zeros((), a.dtype)] * 3
-        over = tuple(range(a.ndim) if axis is None else axis)
-        return jax.lax.reduce(squares, zeros, lambda x, y: list(map(jnp.add, x, y)), over)
+        return vectors.summed([square(a, scale) for scale in _scales(a.dtype)], range(a.ndim) if axis is None else axis)
 
     sums = [three(a, axis) for a, axis in _with_axes(leaves, axes)]
     if axes is None:

@@ -36,3 +36,14 @@ def _small(leaves: Sequence[Any]) -> dict[Any, list[Any]]:
     for a in filter(_is_small, leaves):
         groups.setdefault(a.dtype, []).append(a)
     return groups
+
+
+def summed(parts: Sequence[jax.Array], over: Sequence[int], peaks: bool = False) -> tuple[jax.Array, ...]:
+    """Sum several arrays over the same axes in one operation; with `peaks` take the maximum of the first."""
+
+    def combine(a, b):
+        pairs = list(zip(a, b, strict=True))
+        return tuple(jnp.maximum(u, v) if peaks and not i else u + v for i, (u, v) in enumerate(pairs))
+
+    zero = np.zeros((), parts[0].dtype)
+    return tuple(jax.lax.reduce(tuple(parts), (zero,) * len(parts), combine, tuple(over)))

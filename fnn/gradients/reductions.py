@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fnn import lowering, mapped, tree
 from fnn.gradients import powers
 from fnn.tree import statistics_dtype
+from fnn.vectors import summed
 
 Pair = tuple[jax.Array, jax.Array]
 LOWEST = -(2**28)
@@ -107,21 +107,10 @@ def _reduced(parts: tuple[jax.Array, ...], axes: int, peaks: bool = False) -> tu
         top = (jnp.max(parts[0], axis=axes),) if peaks else ()
         return (*top, *(jnp.sum(part, axis=range(axes, part.ndim)) for part in parts[len(top) :]))
     if not peaks:
-        return _at_once(parts, range(axes, parts[0].ndim))
+        return summed(parts, range(axes, parts[0].ndim))
     # Three at a time: of six XLA for a GPU makes a kernel that needs more shared memory than there is.
-    top, *sums = (a for n in range(0, len(parts), 3) for a in _at_once(parts[n : n + 3], [axes], peaks and n == 0))
-    return top, *(a for n in range(0, len(sums), 3) for a in _at_once(sums[n : n + 3], range(axes, top.ndim)))
-
-
-def _at_once(parts: Sequence[jax.Array], over: Sequence[int], peaks: bool = False) -> tuple[jax.Array, ...]:
-    """Sum several arrays over the same axes in one operation; with `peaks` take the maximum of the first."""
-
-    def combine(a, b):
-        pairs = list(zip(a, b, strict=True))
-        return tuple(jnp.maximum(u, v) if peaks and not i else u + v for i, (u, v) in enumerate(pairs))
-
-    zero = np.zeros((), parts[0].dtype)
-    return tuple(jax.lax.reduce(tuple(parts), (zero,) * len(parts), combine, tuple(over)))
+    top, *sums = (a for n in range(0, len(parts), 3) for a in summed(parts[n : n + 3], [axes], peaks and n == 0))
+    return top, *(a for n in range(0, len(sums), 3) for a in summed(sums[n : n + 3], range(axes, top.ndim)))
 
 
 def moments(x: jax.Array, units: Sequence[int] | None, axis_name: Any, held: bool = False) -> dict[str, Any]:
@@ -171,7 +160,7 @@ def _folded(parts: tuple[jax.Array, ...], axis: int, peaks: bool) -> tuple[jax.A
         parts = tuple(jax.lax.pad(part, jnp.zeros((), part.dtype), edges) for part in parts)
     parts = tuple(part.reshape(*shape[:axis], fold, -1, *shape[axis + 1 :]) for part in parts)
 
-    return _at_once(parts, [axis], peaks)
+    return summed(parts, [axis], peaks)
 
 
 def saturated(x: jax.Array, bounds: tuple[float, float], axis_name: Any) -> jax.Array:

@@ -97,8 +97,8 @@ class Study:
     they see is among the study's own quantities. That of a pair is ()."""
     quantities: Sequence[str] | None = None
     """Which quantities to keep, those of `measure` too; by default all except `peak`. `fnn.results` lists them. Those of
-    `watch` are measured for Layers too if they are named here. Spectra (sharpness, lambda_c, hessian_trace, log10_singular, ntk_condition, ...) are
-    measured only if they are named; `cost` says what they take."""
+    `watch` are measured for Layers too if they are named here. Spectra (sharpness, lambda_c, hessian_trace,
+    log10_singular, ntk_condition, ...) are measured only if they are named; `cost` says what they take."""
     traced: Sequence[str] = ()
     """More axes of `build` that do not change the program, only numbers in it."""
     chunk: int | None = None

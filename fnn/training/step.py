@@ -120,13 +120,16 @@ class TrainStep:
         """
         check_state("train_step", state)
         x, y = batch = arrays.pair("train_step: the batch", batch)
-        kind = jax.tree.structure(batch), compiled.traced(batch), *[leaf.shape for leaf in jax.tree.leaves(batch)]
-        if new := kind not in self._output_shapes:
+        kind = jax.tree.structure(batch), *[leaf.shape for leaf in jax.tree.leaves(batch)]
+        shape = self._output_shapes.get(kind)
+        if new := shape is None:
             self.admit(state, batch)  # before anything is traced with this state, which may be another net's
             check_values(self.net, state.params, state.net_state, x)
-            self._output_shapes[kind] = output_shape(self.net, state.params, state.net_state, x)
+            shape = output_shape(self.net, state.params, state.net_state, x)
+            if not compiled.traced(batch):  # whose labels cannot be read, so that the next batch is still the first
+                self._output_shapes[kind] = shape
         if new or type(y) is np.ndarray or all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(y)):
-            losses.check_targets(self.loss, self._output_shapes[kind], y)
+            losses.check_targets(self.loss, shape, y)
         return batch
 
 
@@ -329,8 +332,7 @@ def check_state(who: str, state: Any) -> None:
     if not isinstance(state, TrainState):
         got = arrays.brief(state)
         raise TypeError(f"{who}: state must be a TrainState, got {got}; make one with TrainState.create")
-    if isinstance(state.step, jax.Array) and not compiled.traced(state.step) and state.step.is_deleted():
-        check.alive(who, state.step)
+    check.alive(who, state.step)
 
 
 def _check_sharding(axis_name: mapped.AxisName, params: tree.PyTree, batch: arrays.Batch) -> None:
